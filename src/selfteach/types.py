@@ -1,0 +1,178 @@
+"""The records of one training step, one per stage.
+
+    Problem -> Rollout -> Verdict -> Critique -> Lesson -> Batch
+
+What is said of an answer stays with the answer: stages add a record, none rewrites an earlier one.
+
+Axis letters, used as suffixes everywhere (``logp_NV`` is indexed by answer token, then vocabulary):
+
+    B  answers in a batch            T  positions of a padded sequence (prompt and answer)
+    N  answer tokens of a batch, answers one after another (ragged, no padding)
+    V  vocabulary                    H  hidden width               K  entries kept by top-K
+    C  answer tokens in one chunk of N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+StepStatus = Literal["kept", "fixed", "new"]
+Case = Literal["A", "B", "C", "D"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question with its checkable answer.
+
+    Example (the lab)::
+
+        Problem(id="test-17", question="c a f f e d", answer="k",
+                references={"reference": "1 < f f : b ...", "aligned_reference": "0 + c a = d ..."})
+    """
+
+    id: str
+    question: str
+    answer: str
+    references: Mapping[str, str] = field(default_factory=dict)
+    """Worked solutions by name: ``reference`` is the data set's own; a source may offer others."""
+    meta: Mapping[str, object] = field(default_factory=dict)
+    """Whatever the source's verifier or critic needs to know; must survive JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled answer: the token ids that were sampled are the truth, the text is a view."""
+
+    problem: Problem
+    sample: int
+    """Which of the group's answers this is, from 0."""
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    """Sampled ids, the end token included when the answer ended by itself."""
+    logps: tuple[float, ...]
+    """Log-probability of each sampled token under the sampling distribution (nats)."""
+    text: str
+    """The answer decoded, without special tokens."""
+    finished: bool
+    """False if the answer was cut at the token limit."""
+    policy_version: int
+    """Number of weight updates behind the weights that sampled this answer."""
+
+    def __post_init__(self) -> None:
+        assert len(self.answer_ids) == len(self.logps) > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verifier says of an answer."""
+
+    correct: bool
+    formatted: bool
+    """True if an answer could be parsed at all."""
+    parsed: str | None
+    """The final answer in canonical form, for majority votes; None when there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class CritiqueStep:
+    """One step of the critic's trace."""
+
+    text: str
+    """The step as it should stand, in the solver's words and order."""
+    status: StepStatus
+    """``kept`` (verbatim), ``fixed`` (the first error, corrected) or ``new`` (the continuation)."""
+    original: str | None = None
+    """The solver's own words for this step, where it wrote one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Critique:
+    """A critic's corrected trace of one answer (paper, step-aligned feedback)."""
+
+    case: Case
+    """A all correct, B justification missing, C truncated, D wrong."""
+    steps: tuple[CritiqueStep, ...]
+    answer: str
+    first_error: int | None
+    """Index of the answer's first wrong step; None when no step is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """An answer with all that is said of it, ready to learn from.
+
+    ``teacher_prompt_ids`` is None when the rollout teaches nothing; ``dropped`` then says why.
+    An objective without a teacher (GRPO) leaves ``teacher_prompt_ids`` None and ``dropped`` None.
+    """
+
+    rollout: Rollout
+    verdict: Verdict
+    critique: Critique | None = None
+    context: str | None = None
+    """What the self-teacher is shown, as text."""
+    teacher_prompt_ids: tuple[int, ...] | None = None
+    dropped: str | None = None
+    first_error_token: int | None = None
+    """Index into ``answer_ids`` where the first wrong step begins; None when there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """How much each token of one lesson counts.
+
+    ``weights`` has one entry per answer token; a token of weight 0 is as if it were absent.
+    """
+
+    weights: tuple[float, ...]
+    advantage: float = 0.0
+    """The answer's group-relative advantage (GRPO); unused by distillation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Prompts with their answers appended, right-padded, and where the answers' tokens are.
+
+    ``hidden[rows_N, columns_N]`` is the state that *predicts* answer token n: the column is one
+    before the token's own.
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    rows_N: Tensor
+    columns_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A micro-batch: student and teacher sequences around the same answer tokens."""
+
+    student: Sequences
+    teacher: Sequences | None
+    ids_N: Tensor
+    """The answers' token ids, the same for student and teacher."""
+    weight_N: Tensor
+    """Objective weight of each token, before division by the global denominator."""
+    advantage_N: Tensor
+    sampled_logp_N: Tensor
+    """The engine's log-probability of each token under the sampling distribution (nats)."""
+    answer_B: Tensor
+    """Number of tokens of each answer; sums to N."""
+    keys: tuple[int, ...]
+    """Index of each answer's lesson in the step's list."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+
+        def move(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, Sequences):
+                return Sequences(*(getattr(value, name).to(device) for name in value.__slots__))
+            return value
+
+        return Batch(**{name: move(getattr(self, name)) for name in self.__slots__})  # type: ignore[arg-type]
