@@ -8,14 +8,15 @@ files override those of ``steps`` one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from transformers import PreTrainedTokenizerBase
 
-from selfteach.errors import RecipeError
-from selfteach.types import Critique
+from selfteach.errors import EngineError, RecipeError
+from selfteach.types import Critique, Problem
 
 SHIPPED = Path(__file__).parent / "templates"
 
@@ -70,3 +71,76 @@ class Templates:
             references=references,
             correct=correct,
         )
+
+
+class Renderer:
+    """Prompts as token ids and answers as text, for one tokenizer and one template set.
+
+    Raises `EngineError` for a tokenizer without a chat template or without an end token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, templates: Templates) -> None:
+        if tokenizer.chat_template is None:
+            raise EngineError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
+                "use an instruction-tuned model, or save the tokenizer with one"
+            )
+        if tokenizer.eos_token_id is None:
+            raise EngineError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
+        self._tokenizer, self._templates = tokenizer, templates
+
+    def solver_prompt(self, problem: Problem) -> tuple[int, ...]:
+        """What the student sees: the question, and the header of the answer."""
+        return self._prompt(self._templates.render("solver", question=problem.question))
+
+    def teacher_prompt(self, problem: Problem, context: str) -> tuple[int, ...]:
+        """What the self-teacher sees: question, context, and the same header."""
+        content = self._templates.render("teacher", question=problem.question, context=context)
+        return self._prompt(content)
+
+    def decode(self, answer_ids: Sequence[int]) -> str:
+        """An answer's text, without special tokens."""
+        return self._decode(answer_ids)
+
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """Ids of an answer that was *not* sampled, end token included (for tests and analysis).
+
+        A sampled answer is never encoded again: other ids can spell the same text.
+        """
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return (*ids, self._tokenizer.eos_token_id)
+
+    def token_ends(self, answer_ids: Sequence[int]) -> list[int]:
+        """Where each token of an answer ends in its text, in characters.
+
+        Decoding token by token is exact for most tokenizers and is checked; where pieces do not add
+        up to the text (characters split over tokens) every prefix is decoded instead.
+        """
+        text = self._decode(answer_ids)
+        pieces = [self._decode([token]) for token in answer_ids]
+        for gap in ("", " "):
+            ends = _ends(pieces, gap)
+            if ends and ends[-1] == len(text) and gap.join(filter(None, pieces)) == text:
+                return ends
+        return [len(self._decode(answer_ids[: i + 1])) for i in range(len(answer_ids))]
+
+    def _prompt(self, content: str) -> tuple[int, ...]:
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        # The template has written every special token itself: a second BOS would go unseen.
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+
+def _ends(pieces: Sequence[str], gap: str) -> list[int]:
+    ends, at = [], 0
+    for piece in pieces:
+        if piece:
+            at += len(piece) + (len(gap) if at else 0)
+        ends.append(at)
+    return ends

@@ -68,6 +68,17 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to answer: how often, how freely, how long; and the seed of the random streams."""
+
+    samples: int
+    """Answers per problem."""
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What a verifier says of an answer."""
 
@@ -103,22 +114,42 @@ class Critique:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """An answer with all that is said of it, ready to learn from.
+class NoCritique:
+    """Why there is no critique of an answer."""
 
-    ``teacher_prompt_ids`` is None when the rollout teaches nothing; ``dropped`` then says why.
-    An objective without a teacher (GRPO) leaves ``teacher_prompt_ids`` None and ``dropped`` None.
-    """
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """An answer with what verifier and critic say of it."""
 
     rollout: Rollout
     verdict: Verdict
-    critique: Critique | None = None
+    critique: Critique | NoCritique | None
+    """None when no critic was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A marked answer, ready to learn from.
+
+    Three kinds: with ``teacher_prompt_ids`` it teaches by distillation; with ``dropped`` it teaches
+    nothing and the reason is counted; with neither it is learned from without a teacher (GRPO).
+    """
+
+    marked: Marked
     context: str | None = None
     """What the self-teacher is shown, as text."""
     teacher_prompt_ids: tuple[int, ...] | None = None
     dropped: str | None = None
     first_error_token: int | None = None
     """Index into ``answer_ids`` where the first wrong step begins; None when there is none."""
+
+    @property
+    def rollout(self) -> Rollout:
+        """The answer itself."""
+        return self.marked.rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +169,11 @@ class Sequences:
     """Prompts with their answers appended, right-padded, and where the answers' tokens are.
 
     ``hidden[rows_N, columns_N]`` is the state that *predicts* answer token n: the column is one
-    before the token's own.
+    before the token's own. There is no mask: under causal attention nothing that is read stands to
+    the right of padding.
     """
 
     ids_BT: Tensor
-    mask_BT: Tensor
     rows_N: Tensor
     columns_N: Tensor
 
@@ -160,10 +191,8 @@ class Batch:
     advantage_N: Tensor
     sampled_logp_N: Tensor
     """The engine's log-probability of each token under the sampling distribution (nats)."""
-    answer_B: Tensor
-    """Number of tokens of each answer; sums to N."""
-    keys: tuple[int, ...]
-    """Index of each answer's lesson in the step's list."""
+    old_logp_N: Tensor | None = None
+    """The trainer's own, before the first of several updates; None when there is only one."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from selfteach.lab.world import WorldConfig
+import json
+from pathlib import Path
+
+from selfteach.errors import DataError
+from selfteach.lab.world import World, WorldConfig
+
+BASES = Path(__file__).parent / "bases"
+"""The shipped base models, one folder per world, in Hugging Face format."""
 
 WORLDS: dict[str, WorldConfig] = {
     "two_styles": WorldConfig(),
@@ -13,3 +20,20 @@ WORLDS: dict[str, WorldConfig] = {
     # The solver has one style, so that its habit and this answer's style are the same thing.
     "one_style": WorldConfig(native_styles=("plus",)),
 }
+
+
+def world_of(model_folder: str | Path) -> World:
+    """The world that a base model was trained in, from the ``world.json`` beside its weights.
+
+    Raises `DataError` if the folder has none: the model is no base of the lab.
+    """
+    path = Path(model_folder) / "world.json"
+    try:
+        facts = json.loads(path.read_text())["world"]
+    except (OSError, KeyError, ValueError):
+        raise DataError(
+            f"{model_folder} has no world.json, so it is no base model of the lab; "
+            "name a world with data.world, or another data.type"
+        ) from None
+    facts["native_styles"] = tuple(facts["native_styles"])
+    return World(WorldConfig(**facts))

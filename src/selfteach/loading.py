@@ -1,0 +1,113 @@
+"""Models and tokenizers by name: Hugging Face ids, folders, installed packages, the lab's bases."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from selfteach.config import ModelConfig
+from selfteach.errors import EngineError
+from selfteach.lab.worlds import BASES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve(path: str) -> str:
+    """A model's name in a recipe as something that transformers can load.
+
+    ``lab:WORLD`` is a base model in this package, ``package:NAME`` the folder of an installed Python
+    package (``package:NAME/sub/folder`` inside it); anything else is a folder or a hub id.
+    Raises `EngineError` if there is no such base or package.
+    """
+    scheme, _, rest = path.partition(":")
+    if scheme == "lab":
+        folder = BASES / rest
+        if not (folder / "config.json").exists():
+            known = ", ".join(f"lab:{p.name}" for p in sorted(BASES.iterdir()) if p.is_dir())
+            raise EngineError(f"model.path = {path!r}: no such base model; shipped: {known}")
+        return str(folder)
+    if scheme == "package":
+        name, _, inside = rest.partition("/")
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise EngineError(
+                f"model.path = {path!r}: the Python package {name!r} is not installed"
+            )
+        return str(Path(next(iter(spec.submodule_search_locations))) / inside)
+    return path
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises `EngineError` in one line if there is none."""
+    extra = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(config.path), trust_remote_code=config.trust_remote_code, **extra
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise EngineError(_cannot_load("tokenizer", config, error)) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """The causal language model of a recipe, in evaluation mode on its device.
+
+    Weights come from safetensors or GGUF files only. Raises `EngineError` in one line.
+    """
+    extra: dict[str, Any] = {"use_safetensors": True}
+    if config.gguf_file:
+        from transformers import GgufConfig  # only recent releases have it, only GGUF needs it
+
+        extra = {"gguf_file": config.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve(config.path),
+            dtype=DTYPES[config.weights_dtype],
+            trust_remote_code=config.trust_remote_code,
+            **extra,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise EngineError(_cannot_load("model", config, error)) from error
+    if config.gguf_file:
+        # The weights are plain tensors by now; the mark would forbid training and saving them.
+        model.config.quantization_config = None
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+    return model.to(device).eval()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a recipe asks for; ``auto`` takes CUDA where there is one, else the CPU.
+
+    Raises `EngineError` for a device that this machine lacks, and for Apple's MPS, whose float64
+    gap breaks our sampling.
+    """
+    if name == "mps":
+        raise EngineError(
+            'model.device = "mps" is not supported (sampling needs float64): use "cpu"'
+        )
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineError('model.device = "cuda": torch sees no CUDA device here; use "cpu"')
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if len(reason) > 200:
+        reason = reason[:200] + "…"
+    return f"model.path = {config.path!r}: cannot load the {what}: {reason}"

@@ -1,0 +1,173 @@
+"""The policy: a causal language model that is trained, its optimizer, and how it scores answers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfteach.errors import EngineError
+from selfteach.scores import Head, Scores
+from selfteach.types import Sequences
+
+PROBE_TOLERANCE = 1e-3
+"""Largest difference between our logits and the model's own, relative to the logits' spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The learning rate of each update, counted from 0."""
+
+    lr: float
+    warmup_steps: int = 0
+    decay: Literal["constant", "linear"] = "constant"
+    total_steps: int = 1
+
+    def __call__(self, update: int) -> float:
+        """The learning rate of an update."""
+        rate = self.lr
+        if self.warmup_steps:
+            rate *= min(1.0, (update + 1) / self.warmup_steps)
+        if self.decay == "linear":
+            rate *= max(0.0, 1 - update / max(1, self.total_steps))
+        return rate
+
+
+class Policy:
+    """A model with its optimizer; scores answers as hidden states with their head.
+
+    The weights that train are the adapters' where there are any, else all.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        schedule: Schedule,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip: float = 1.0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.version = 0
+        self._schedule, self._grad_clip, self._autocast = schedule, grad_clip, autocast
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._backbone: nn.Module = getattr(causal, causal.base_model_prefix)
+        self._head = head_of(causal)
+        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trainable.values(), lr=schedule(0), betas=betas, eps=eps, weight_decay=weight_decay
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.trainable.values())).device
+
+    @property
+    def has_adapters(self) -> bool:
+        """True when only low-rank adapters train."""
+        return isinstance(self.model, PeftModel)
+
+    def score(self, sequences: Sequences) -> Scores:
+        """Logits of the answers' tokens, on demand. Prompt tokens never meet the head."""
+        self.model.train(torch.is_grad_enabled())
+        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+            hidden_BTH = self._backbone(input_ids=sequences.ids_BT, use_cache=False)[0]
+        hidden_NH = hidden_BTH[sequences.rows_N, sequences.columns_N]
+        return Scores.single(hidden_NH.to(self._autocast or hidden_NH.dtype), self._head)
+
+    def optimizer_step(self) -> dict[str, float]:
+        """One AdamW step on the gradients that have been added up; returns what it did.
+
+        A gradient that is not finite changes nothing and is counted.
+        """
+        rate = self._schedule(self.version)
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self._grad_clip).item()
+        finite = norm == norm and norm != float("inf")
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.version += 1
+        return {"grad_norm": norm, "lr": rate, "updates_not_finite": float(not finite)}
+
+    @contextlib.contextmanager
+    def weights_swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with other values in its trainable weights, put back on leaving."""
+        own = {name: param.data for name, param in self.trainable.items()}
+        try:
+            for name, param in self.trainable.items():
+                param.data = weights[name]
+            yield
+        finally:
+            for name, param in self.trainable.items():
+                param.data = own[name]
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The model without its adapters: the initial policy."""
+        assert isinstance(self.model, PeftModel)
+        with self.model.disable_adapter():
+            yield
+
+
+def add_adapters(
+    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: tuple[str, ...], seed: int
+) -> PeftModel:
+    """Low-rank adapters on the named modules, initialised from ``seed``.
+
+    Raises `EngineError` if the model has no module of these names.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - PEFT takes any number
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise EngineError(f"model.lora.targets = {list(targets)}: {error}") from error
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """A model's output head, checked against the model's own logits on a few tokens.
+
+    Raises `EngineError` for a model whose logits are more than a linear map, a scale and a soft cap
+    of its last hidden states: divergences would be of another distribution than it samples from.
+    """
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise EngineError(f"{type(model).__name__} has no plain linear output head to score with")
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if getattr(config, "logits_scaling", None):
+        scale /= config.logits_scaling
+    head = Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+    ids = torch.arange(min(8, config.get_text_config().vocab_size), device=linear.weight.device)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)[0]
+        error = (head.logits(hidden) - expected).abs().max() / expected.std().clamp(min=1e-6)
+    # bf16 weights leave our float32 head and the model's bf16 one further apart.
+    tolerance = PROBE_TOLERANCE if linear.weight.dtype == torch.float32 else 0.1
+    if error > tolerance:
+        raise EngineError(
+            f"{type(model).__name__} does something to its logits that we do not know "
+            f"(relative difference {error:.2g}); its divergences would be wrong"
+        )
+    return head

@@ -1,0 +1,106 @@
+"""The seams, on one screen: whatever has these methods can take the part's place.
+
+Every part is built in `build.py`, gets values and never its owner, and has a scripted fake in the
+tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from selfteach.scores import Scores
+from selfteach.types import (
+    Batch,
+    Critique,
+    Lesson,
+    Marked,
+    NoCritique,
+    Problem,
+    Rollout,
+    Sampling,
+    Sequences,
+    Signal,
+    Verdict,
+)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Samples answers. The draw of an answer depends only on (seed, question, sample, version)."""
+
+    def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
+        """``sampling.samples`` answers to each problem, problem by problem."""
+        ...
+
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Sample with these weights from now on, and sign answers with this version."""
+        ...
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Says whether an answer is right."""
+
+    def __call__(self, problem: Problem, text: str) -> Verdict:
+        """Judge an answer's text."""
+        ...
+
+
+@runtime_checkable
+class Critic(Protocol):
+    """Marks answers step by step. Frozen; never sees the trainer; may fail, with a reason."""
+
+    def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | NoCritique]:
+        """One critique, or the reason for none, per answer, in order."""
+        ...
+
+
+@runtime_checkable
+class Context(Protocol):
+    """Decides what the self-teacher is shown. Sees all answers of a step, since some need others."""
+
+    def __call__(self, marked: Sequence[Marked]) -> list[str | NoCritique]:
+        """One context, or the reason for none, per answer, in order."""
+        ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """The self-teacher's weights: scores answers with no gradient, follows the policy or does not."""
+
+    def score(self, sequences: Sequences) -> Scores:
+        """Logits of the answers' tokens."""
+        ...
+
+    def update(self) -> None:
+        """Called after each optimizer step."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What a resume needs, by name; empty if it can be had from elsewhere."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a saved state."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What is minimised, per token."""
+
+    needs_teacher: bool
+
+    def weigh(self, lessons: Sequence[Lesson]) -> tuple[list[Signal], float]:
+        """How much each token of each lesson counts, and the denominator: the local count that the
+        sum of weighted losses is divided by once it has been added up over all ranks."""
+        ...
+
+    def per_token(
+        self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
+    ) -> Mapping[str, Tensor]:
+        """``loss`` and statistics, all [C], of some rows of a batch from the student's logits."""
+        ...

@@ -1,0 +1,46 @@
+"""Where an answer's steps begin and end, in its text and in its tokens."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+from selfteach.lab import checker
+
+Span = tuple[int, int]
+"""Half-open range of characters or of tokens."""
+
+Splitter = Callable[[str], list[Span]]
+"""From an answer's text to its steps as spans of characters, in order, the final answer last."""
+
+TAG = re.compile(r"<(step_\d+|answer)>.*?(?:</\1>|(?=<step_\d+>|<answer>)|$)", re.DOTALL)
+
+
+def lines(text: str) -> list[Span]:
+    """One step per line that is not blank."""
+    return [match.span() for match in re.finditer(r"[^\n]*\S[^\n]*", text)]
+
+
+def tags(text: str) -> list[Span]:
+    """Steps ``<step_1>…</step_1> … <answer>…</answer>``; a tag that is not closed ends at the next."""
+    return [match.span() for match in TAG.finditer(text)]
+
+
+def lab(text: str) -> list[Span]:
+    """Steps of the lab: each begins at a node's name, the answer at its mark."""
+    starts = [match.start() for match in checker.STEP_START.finditer(text)]
+    ends = [*starts[1:], len(text)]
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if text[start:end].strip()]
+
+
+def token_spans(char_spans: Sequence[Span], token_ends: Sequence[int]) -> list[Span]:
+    """Spans of characters as spans of tokens.
+
+    ``token_ends[i]`` is where token i ends in the text; a token belongs to the span in which its
+    last character lies. Tokens between spans belong to the span before them, so the spans of a
+    text's steps leave no token out from the first step on.
+    """
+    starts = [bisect_right(token_ends, start) for start, _ in char_spans]
+    ends = [*starts[1:], len(token_ends)] if starts else []
+    return list(zip(starts, ends, strict=True))
