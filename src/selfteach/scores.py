@@ -192,9 +192,7 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, *grads_and_sources: Tensor | None) -> Tensor:
-        grads, sources = grads_and_sources[:3], grads_and_sources[3:]
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if source is None else source.dtype for source in sources]
+        ctx.save_for_backward(*grads_and_sources[:3])
         return total.clone()
 
     @staticmethod
@@ -203,8 +201,6 @@ class _WithGradients(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         (grad_total,) = grad_outputs
-        scaled = (
-            None if grad is None else (grad_total * grad).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
+        # Autograd casts each to its source's dtype.
+        scaled = (None if grad is None else grad_total * grad for grad in ctx.saved_tensors)
         return (None, None, None, None, *scaled)

@@ -15,6 +15,7 @@ from selfteach.divergence import (
     log_probs,
     per_token,
     reverse_kl,
+    sampled_reverse_kl,
     top_k_and_tail,
 )
 
@@ -181,3 +182,20 @@ def test_gradients_are_finite_and_sum_to_zero(pair, beta) -> None:
         (grad,) = torch.autograd.grad(value, logits)
         assert grad.isfinite().all()
         assert abs(grad.sum()) <= 1e-11
+
+
+@quick
+@given(pairs(bound=5.0, masked=False))
+def test_the_control_variate_centres_the_reward(pair) -> None:
+    student, teacher = pair[0].clone().requires_grad_(), pair[1]
+    kl = reverse_kl(*pair)
+    plain, centred = (  # the reward is minus the surrogate's derivative by log s(y)
+        -torch.autograd.grad(sampled_reverse_kl(student, teacher, kl=control).sum(), student)[0]
+        for control in (None, kl.expand(len(teacher)))
+    )
+    chances = pair[0].exp()
+    torch.testing.assert_close((chances * plain).sum(), -kl, rtol=1e-10, atol=ATOL)
+    assert abs((chances * centred).sum()) <= ATOL
+    # E[(A + KL)^2] = E[A^2] - KL^2. The gradient's own variance falls with it as a rule only.
+    second = (chances * plain**2).sum() - kl**2
+    torch.testing.assert_close((chances * centred**2).sum(), second, rtol=1e-9, atol=1e-12)

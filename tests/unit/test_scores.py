@@ -292,16 +292,19 @@ def test_under_autocast() -> None:
         torch.testing.assert_close(got, grad, rtol=0.1, atol=0.1)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements that any operation returned."""
+class Allocations(TorchDispatchMode):
+    """Records the size of every tensor that an operation made, views of its inputs left out."""
 
-    numel = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
         for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, Tensor):
-                self.numel = max(self.numel, value.numel())
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in known:
+                self.sizes.append(value.numel())
         return out
 
 
@@ -313,12 +316,33 @@ def test_nothing_of_size_rows_times_vocabulary(spec) -> None:
     teacher = Scores.single(noise(rows, width, seed=4), Head(noise(vocabulary, width, seed=5)))
     fn = divergence_fn(spec, teacher, torch.arange(rows) % vocabulary)
     weight_N = torch.ones(rows, dtype=torch.float64)
-    with LargestTensor() as chunked:
+    with Allocations() as chunked:
         chunked_sum(fn, student, weight_N, chunk_tokens=chunk)[0].backward()
-    with LargestTensor() as whole:
+    with Allocations() as whole:
         plain(fn, student, weight_N)[0].backward()
-    assert whole.numel >= rows * vocabulary  # the recorder does see it
-    assert chunked.numel <= max(chunk * vocabulary, rows * width, vocabulary * width)
+    assert max(whole.sizes) >= rows * vocabulary  # the recorder does see it
+    assert max(chunked.sizes) <= max(chunk * vocabulary, rows * width, vocabulary * width)
+
+
+def test_a_frozen_head_costs_nothing_and_another_dtype_one_copy() -> None:
+    rows, vocabulary, width, chunk = 8, 32, 64, 2
+    hidden_NH = noise(rows, width, seed=3, dtype=torch.float32).requires_grad_()
+    weight_N = torch.ones(rows)
+
+    def heads_made(weight_dtype: torch.dtype) -> int:
+        head = Head(noise(vocabulary, width, seed=1).to(weight_dtype))
+        with Allocations() as seen:
+            total, _ = chunked_sum(
+                lambda logits_CV, _: {"loss": logits_CV.sum(-1)},
+                Scores.single(hidden_NH, head),
+                weight_N,
+                chunk_tokens=chunk,
+            )
+            total.backward()
+        return sum(size >= vocabulary * width for size in seen.sizes)
+
+    assert heads_made(torch.float32) == 0
+    assert heads_made(torch.float64) == 1
 
 
 def test_refusals() -> None:

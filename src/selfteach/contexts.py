@@ -1,0 +1,75 @@
+"""Contexts: what the self-teacher is shown of an answer. The one thing the paper varies."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from selfteach.config import CRITIC_CONTEXTS
+from selfteach.rendering import Templates
+from selfteach.types import Critique, Marked, NoCritique
+
+SHARED_TEMPLATE = {"shuffled_lines": "step_aligned", "other_answer": "step_aligned"}
+"""Contexts that are another context with something done to its critique."""
+
+
+class TemplateContext:
+    """A context that a template renders from the critique, the references or the verdict.
+
+    ``reference``, ``aligned_reference``: worked solutions that come with the problem.
+    ``step_aligned``: the critic's corrected trace of this answer. ``full_repetition`` also quotes the
+    wrong step, ``omission`` says that steps are right without repeating them, ``holistic`` gives the
+    verdict and the right answer, ``answer_only`` the answer alone. ``shuffled_lines`` is the trace in
+    random order; ``other_answer`` the trace of an answer to another question of the same step (the
+    null control).
+    """
+
+    def __init__(self, name: str, templates: Templates, *, seed: int) -> None:
+        self._name, self._templates, self._seed = name, templates, seed
+        self._template = SHARED_TEMPLATE.get(name, name)
+
+    def __call__(self, marked: Sequence[Marked]) -> list[str | NoCritique]:
+        """One context, or the reason for none, per answer."""
+        subjects = self._others(marked) if self._name == "other_answer" else marked
+        return [self._render(answer, about) for answer, about in zip(marked, subjects, strict=True)]
+
+    def _render(self, answer: Marked, about: Marked | None) -> str | NoCritique:
+        if about is None:
+            return NoCritique("no other question in this step")
+        critique = about.critique
+        if self._name in CRITIC_CONTEXTS:
+            if not isinstance(critique, Critique):
+                return critique or NoCritique("no critic was asked")
+        else:
+            critique = None
+            if self._name not in answer.rollout.problem.references:
+                return NoCritique(f"the problem has no {self._name}")
+        if self._name == "shuffled_lines" and critique is not None:
+            critique = self._shuffled(critique, about)
+        return self._templates.context(
+            self._template,
+            critique=critique,
+            references=answer.rollout.problem.references,
+            correct=about.verdict.correct,
+        )
+
+    def _shuffled(self, critique: Critique, about: Marked) -> Critique:
+        key = repr((self._seed, about.rollout.problem.id, about.rollout.sample))
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        order = np.random.default_rng(int.from_bytes(digest, "little")).permutation(
+            len(critique.steps)
+        )
+        return dataclasses.replace(critique, steps=tuple(critique.steps[i] for i in order))
+
+    @staticmethod
+    def _others(marked: Sequence[Marked]) -> list[Marked | None]:
+        """For each answer, the same sample of the next question in the step."""
+        by_key = {(m.rollout.problem.id, m.rollout.sample): m for m in marked}
+        ids = list(dict.fromkeys(m.rollout.problem.id for m in marked))
+        following = dict(zip(ids, [*ids[1:], ids[0]], strict=True)) if len(ids) > 1 else {}
+        return [
+            by_key.get((following.get(m.rollout.problem.id, ""), m.rollout.sample)) for m in marked
+        ]

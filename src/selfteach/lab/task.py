@@ -1,0 +1,53 @@
+"""The lab as a task: its problem sets, its verifier and its oracle, by problem."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+
+from selfteach.lab import checker, oracle
+from selfteach.lab.world import ROOT, Split, World
+from selfteach.lab.writing import references
+from selfteach.types import Critique, Problem, Verdict
+
+
+def problems(world: World, split: Split, count: int) -> tuple[Problem, ...]:
+    """The first ``count`` problems of a split; splits share no question."""
+    return tuple(
+        Problem(
+            id=f"{split}-{index}",
+            question=" ".join(question),
+            answer=world.truth(question)[ROOT],
+            references=references(world, question),
+        )
+        for index, question in enumerate(islice(world.questions(split), count))
+    )
+
+
+def verify(problem: Problem, text: str) -> Verdict:
+    """Right if the symbol after the answer mark is the root's true value."""
+    parsed = checker.parse_answer(text)
+    return Verdict(correct=parsed == problem.answer, formatted=parsed is not None, parsed=parsed)
+
+
+class Oracle:
+    """The step checker as a critic of one answer at a time."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __call__(
+        self,
+        problem: Problem,
+        text: str,
+        *,
+        finished: bool,
+        error_rate: float,
+        rng: np.random.Generator,
+    ) -> Critique:
+        """The corrected trace of an answer; see `selfteach.lab.oracle.criticise`."""
+        return oracle.criticise(
+            self._world, problem.question.split(), text,
+            finished=finished, error_rate=error_rate, rng=rng,
+        )  # fmt: skip

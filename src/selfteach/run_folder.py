@@ -1,0 +1,232 @@
+"""A run is a folder that a person, pandas or DuckDB can read without us.
+
+    config.json            the resolved recipe
+    environment.json       commit, versions, machine
+    metrics.jsonl          one line per step, and per evaluation
+    answers/               sampled answers, a file per batch, written before they are used
+    lessons/               what was said of them: verdict, critique, context; a file per step
+    evaluations/           per-problem results, a file per evaluation
+    checkpoints/           what a resume needs
+    model/                 the final model in Hugging Face format
+    result.json            written last: the run is complete
+
+Files appear whole or not at all (written aside, flushed, renamed), so a kill at any moment leaves
+nothing half-written, and what is there is never sampled or bought again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from selfteach.errors import CheckpointError
+from selfteach.types import Critique, CritiqueStep, Lesson, NoCritique, Problem, Rollout
+
+LOCK_PATIENCE_S = 5.0
+"""How long to wait for a folder whose owner may just have been killed."""
+
+
+class RunFolder:
+    """Paths and records of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_path = path / "metrics.jsonl"
+        self.result_path = path / "result.json"
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def is_complete(self) -> bool:
+        """True once the run has ended by itself."""
+        return self.result_path.exists()
+
+    def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Begin a run here. Raises `CheckpointError` if the folder holds something else."""
+        if (self.path / "config.json").exists():
+            if self.config() != json.loads(json.dumps(config)):
+                raise CheckpointError(
+                    f"{self.path} holds another run; choose another --out, "
+                    f"or go on with that one: selfteach resume {self.path}"
+                )
+            return
+        require_empty(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "environment.json", environment)
+        write_json(self.path / "config.json", config)
+
+    def config(self) -> dict[str, Any]:
+        """The resolved recipe. Raises `CheckpointError` if there is none."""
+        return read_json(self.path / "config.json")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder: two processes never write one run. Raises `CheckpointError`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as handle:
+            _acquire(handle, self.path)
+            yield
+
+    # -- answers and lessons -----------------------------------------------------------------
+
+    def save_answers(self, name: str, rollouts: Sequence[Rollout]) -> None:
+        """Answers of one batch, by a name like ``step_000012.000``."""
+        rows = (
+            {"problem_id": r.problem.id, **{k: v for k, v in asdict(r).items() if k != "problem"}}
+            for r in rollouts
+        )
+        write_lines(self.path / "answers" / f"{name}.jsonl", rows)
+
+    def load_answers(self, name: str, problems: Mapping[str, Problem]) -> list[Rollout] | None:
+        """Answers saved under a name, or None if there are none."""
+        path = self.path / "answers" / f"{name}.jsonl"
+        if not path.exists():
+            return None
+        rollouts = []
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            problem = problems[row.pop("problem_id")]
+            for field in ("prompt_ids", "answer_ids", "logps"):
+                row[field] = tuple(row[field])
+            rollouts.append(Rollout(problem=problem, **row))
+        return rollouts
+
+    def save_lessons(self, step: int, lessons: Sequence[Lesson]) -> None:
+        """What was said of a step's answers."""
+        write_lines(self.path / "lessons" / f"step_{step:06d}.jsonl", map(lesson_row, lessons))
+
+    def load_critiques(self, step: int) -> list[Critique | NoCritique | None] | None:
+        """The critiques of a step's answers, in order, or None if they were not saved."""
+        path = self.path / "lessons" / f"step_{step:06d}.jsonl"
+        if not path.exists():
+            return None
+        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return [_critique(row["critique"]) for row in rows]
+
+    # -- metrics -----------------------------------------------------------------------------
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        with enough_disk(), self.metrics_path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(values) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of metrics.jsonl."""
+        if not self.metrics_path.exists():
+            return []
+        rows = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the line that a kill cut off
+        return rows
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Forget the metrics of steps after a checkpoint: they will be written again."""
+        write_lines(self.metrics_path, (row for row in self.metrics() if row["step"] <= step))
+
+
+def lesson_row(lesson: Lesson) -> dict[str, Any]:
+    """A lesson as one JSON object; joins the answers by problem_id and sample."""
+    rollout, critique = lesson.rollout, lesson.marked.critique
+    return {
+        "problem_id": rollout.problem.id,
+        "sample": rollout.sample,
+        "question": rollout.problem.question,
+        "answer": rollout.text,
+        **asdict(lesson.marked.verdict),
+        "critique": None if critique is None else asdict(critique),
+        "context": lesson.context,
+        "dropped": lesson.dropped,
+        "first_error_token": lesson.first_error_token,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file. Raises `CheckpointError` if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is no run folder: it has no {path.name}") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def write_lines(path: Path, rows: Any) -> None:
+    """JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, flush to disk, rename. Raises `CheckpointError` when the disk is full."""
+    with enough_disk():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".tmp")
+        with aside.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path)
+
+
+@contextmanager
+def enough_disk() -> Iterator[None]:
+    """Turn a full or read-only disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+            raise CheckpointError(
+                f"cannot write {error.filename or 'the run folder'}: {error.strerror}; "
+                "nothing is lost: make room and call selfteach resume"
+            ) from error
+        raise
+
+
+def require_empty(path: Path) -> None:
+    """Raises `CheckpointError` if a new run's folder is a file or holds anything already."""
+    if path.is_file():
+        raise CheckpointError(f"--out {path} is a file; name a new or an empty folder")
+    if path.is_dir() and any(child.name != ".lock" for child in path.iterdir()):
+        raise CheckpointError(f"--out {path} is not empty; name a new or an empty folder")
+
+
+def _acquire(handle: TextIO, path: Path) -> None:
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{path}: another process is at work in this folder"
+                ) from None
+            time.sleep(0.1)
+
+
+def _critique(row: dict[str, Any] | None) -> Critique | NoCritique | None:
+    if row is None:
+        return None
+    if "reason" in row:
+        return NoCritique(row["reason"])
+    return Critique(
+        case=row["case"],
+        steps=tuple(CritiqueStep(**step) for step in row["steps"]),
+        answer=row["answer"],
+        first_error=row["first_error"],
+    )
+
+
