@@ -76,6 +76,9 @@ class LabData(Section):
 
     type: Literal["lab"] = "lab"
     world: str | None = None
+    chance_below: float = Field(1.0, gt=0, le=1)
+    """Keep only problems that the solver's authors get right with a probability below this (the
+    paper keeps those with an Avg@16 of its solver below 5/16)."""
     train: int = Field(2048, ge=1)
     validation: int = Field(96, ge=1)
     test: int = Field(192, ge=1)

@@ -130,10 +130,11 @@ def _lab(config: LabData, model_folder: str) -> Task:
         world = World(WORLDS[config.world])
     else:
         raise DataError(f"data.world = {config.world!r}: known worlds: {', '.join(WORLDS)}")
+    below = config.chance_below
     return Task(
-        train=lab_task.problems(world, "train", config.train),
-        validation=lab_task.problems(world, "validation", config.validation),
-        test=lab_task.problems(world, "test", config.test),
+        train=lab_task.problems(world, "train", config.train, chance_below=below),
+        validation=lab_task.problems(world, "validation", config.validation, chance_below=below),
+        test=lab_task.problems(world, "test", config.test, chance_below=below),
         verify=lab_task.verify,
         split_steps=steps.lab,
         oracle=lab_task.Oracle(world),

@@ -102,6 +102,10 @@ class Renderer:
         """An answer's text, without special tokens."""
         return self._decode(answer_ids)
 
+    def token_text(self, token: int) -> str:
+        """One token as text, special tokens by name."""
+        return str(self._tokenizer.decode([token]))
+
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """Ids of an answer that was *not* sampled, end token included (for tests and analysis).
 

@@ -129,8 +129,9 @@ class RunFolder:
         return rows
 
     def keep_metrics_until(self, step: int) -> None:
-        """Forget the metrics of steps after a checkpoint: they will be written again."""
-        write_lines(self.metrics_path, (row for row in self.metrics() if row["step"] <= step))
+        """Forget what comes after a checkpoint, the test evaluation too: it is written again."""
+        kept = (r for r in self.metrics() if r["step"] <= step and r["kind"] != "test")
+        write_lines(self.metrics_path, kept)
 
 
 def lesson_row(lesson: Lesson) -> dict[str, Any]:

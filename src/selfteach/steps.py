@@ -30,8 +30,7 @@ def tags(text: str) -> list[Span]:
 def lab(text: str) -> list[Span]:
     """Steps of the lab: each begins at a node's name, the answer at its mark."""
     starts = [match.start() for match in checker.STEP_START.finditer(text)]
-    ends = [*starts[1:], len(text)]
-    return [(start, end) for start, end in zip(starts, ends, strict=True) if text[start:end].strip()]
+    return list(zip(starts, [*starts[1:], len(text)][: len(starts)], strict=True))
 
 
 def token_spans(char_spans: Sequence[Span], token_ends: Sequence[int]) -> list[Span]:

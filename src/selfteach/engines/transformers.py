@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -39,6 +40,10 @@ class TransformersEngine:
         self._end_ids, self._pad_id, self._max_length = tuple(end_ids), pad_id, max_length
         self._autocast = autocast
         self._version = 0
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        # transformers renames this argument in 5.2x; the old name warns there and is about to go.
+        named = inspect.signature(causal.forward).parameters
+        self._cache_name = "cache" if "cache" in named else "past_key_values"
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy weights into the model (those it already shares stay as they are)."""
@@ -127,7 +132,7 @@ class TransformersEngine:
                 input_ids=token_B[:, None],
                 attention_mask=mask if padded else None,
                 position_ids=(lengths[rows] + t)[:, None],
-                past_key_values=cache,
+                **{self._cache_name: cache},
                 use_cache=True,
             ).logits[:, -1]
         return ids, logps
@@ -146,7 +151,7 @@ class TransformersEngine:
             input_ids=ids,
             attention_mask=mask if not bool(mask.all()) else None,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
+            **{self._cache_name: cache},
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]

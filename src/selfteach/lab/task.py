@@ -12,8 +12,15 @@ from selfteach.lab.writing import references
 from selfteach.types import Critique, Problem, Verdict
 
 
-def problems(world: World, split: Split, count: int) -> tuple[Problem, ...]:
-    """The first ``count`` problems of a split; splits share no question."""
+def problems(
+    world: World, split: Split, count: int, *, chance_below: float = 1.0
+) -> tuple[Problem, ...]:
+    """The first ``count`` problems of a split; splits share no question.
+
+    Only those that an author without a context solves with a probability below ``chance_below``:
+    the paper, too, keeps the problems on which its solver's Avg@16 is below 5/16.
+    """
+    wanted = (q for q in world.questions(split) if world.author_chance(q) < chance_below)
     return tuple(
         Problem(
             id=f"{split}-{index}",
@@ -21,7 +28,7 @@ def problems(world: World, split: Split, count: int) -> tuple[Problem, ...]:
             answer=world.truth(question)[ROOT],
             references=references(world, question),
         )
-        for index, question in enumerate(islice(world.questions(split), count))
+        for index, question in enumerate(islice(wanted, count))
     )
 
 

@@ -154,6 +154,14 @@ class World:
             values.append(self.table[operands(node, question, values)])
         return tuple(values)
 
+    def author_chance(self, question: Sequence[str]) -> float:
+        """Probability that an author without a context believes every look-up of the solution."""
+        values, chance = self.truth(question), 1.0
+        for node in range(len(CHILDREN)):
+            weak = operands(node, question, values) in self.misconceptions
+            chance *= self.beliefs.truth if weak else self.beliefs.known
+        return chance
+
     def solution(self, question: Sequence[str], style: Style) -> list[Line]:
         """The true solution in a style."""
         values = self.truth(question)

@@ -1,0 +1,218 @@
+"""The command line. Every wrong input is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from selfteach.config import Recipe, Study, load_study, validate
+from selfteach.errors import CheckpointError, RecipeError, SelfteachError
+
+app = typer.Typer(
+    help="Train a language model on feedback about its own reasoning.\n\n"
+    "Start with:  selfteach check RECIPE   (what it would do and cost; spends nothing)\n\n"
+    "then:        selfteach study RECIPE --out DIR",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[
+    Path, typer.Argument(help="A TOML file; `name` finds one shipped with the package.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="A new or empty folder for the results.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one value of every arm, e.g. --set train.steps=20; repeatable. "
+        "Keys that begin with study., arms., variants. or sweep. change those tables.",
+    ),
+]
+Arm = Annotated[str | None, typer.Option(help="Which arm of the recipe; needed if it has several.")]
+Seed = Annotated[int, typer.Option(help="Seed of the questions' order and of all sampling.")]
+
+
+@app.command()
+def study(recipe: RecipePath, out: Out, settings: Settings = None) -> None:
+    """Compare arms: every arm, every seed, then one table with intervals and a report.
+
+    Writes OUT/results.json and OUT/report.html. Stopped at any point, it goes on with
+    `selfteach resume OUT`.
+    """
+    _run_study(_load(recipe, settings), out, command=_command())
+
+
+@app.command()
+def train(
+    recipe: RecipePath, out: Out, arm: Arm = None, seed: Seed = 0, settings: Settings = None
+) -> None:
+    """One run: one arm, one seed. The trained model is OUT/model, in Hugging Face format."""
+    _train(_one(_load(recipe, settings), arm, seed), out)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="The --out of a study or of a run.")],
+) -> None:
+    """Go on with a study or a run, however it was stopped; nothing that is on disk is redone."""
+    if (folder / "study.json").exists():
+        from selfteach.study import load_existing
+
+        existing, command = load_existing(folder)
+        _run_study(existing, folder, command=command)
+    else:
+        from selfteach.run_folder import RunFolder
+
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+        _train(validate(Recipe, RunFolder(folder).config(), where=str(folder)), folder)
+
+
+@app.command()
+def evaluate(
+    what: Annotated[str, typer.Argument(help="A run folder, a checkpoint, or a model path or id.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Where problems and sampling come from; by default the run's own."),
+    ] = None,
+    problems: Annotated[
+        str,
+        typer.Option(help="train, validation, test, or a JSONL file with question and answer."),
+    ] = "validation",
+    k: Annotated[int | None, typer.Option("-k", min=1, help="Answers per problem.")] = None,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the evaluation here, as JSON.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Avg@k, Pass@k and Maj@k with 95 % intervals over problems."""
+    from selfteach.api import evaluate_model
+
+    chosen = _one(_load(recipe, settings), None, seed, first=True) if recipe else None
+    result = evaluate_model(what, recipe=chosen, problems=problems, k=k, seed=seed)
+    if out is not None:
+        from selfteach.run_folder import write_json
+
+        write_json(out, result)
+    from selfteach.analysis.console import print_evaluation
+
+    print_evaluation(result, Console())
+
+
+@app.command()
+def check(recipe: RecipePath, settings: Settings = None) -> None:
+    """Validate a recipe and print what it resolves to, its sizes and its budget. Spends nothing."""
+    from selfteach.plan import describe_study
+
+    for line in describe_study(_load(recipe, settings)):
+        typer.echo(line)
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    out: Out,
+    record: Annotated[
+        Path | None, typer.Option(help="Also write the table and the choices to this JSON file.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """The recipe's [sweep]: the same rates and seeds for every arm, judged on validation problems."""
+    from selfteach.progress import StudyProgress
+    from selfteach.run_folder import write_json
+    from selfteach.study import run_sweep, sweep_jobs
+
+    loaded = _load(recipe, settings)
+    with StudyProgress(sweep_jobs(loaded, out)) as progress:
+        result = run_sweep(loaded, out, command=_command(), progress=progress)
+    write_json(out / "sweep.json", result)
+    if record is not None:
+        write_json(record, result)
+    for setting, arms in result["settings"].items():
+        for arm, table in arms.items():
+            means = "  ".join(f"{lr}: {mean:.1f}" for lr, mean in table["mean"].items())
+            typer.echo(f"{setting}/{arm:14s} {means}   chosen {table['chosen']:g}")
+
+
+def main() -> None:
+    """The console script: one line for what a user can mend, a traceback for our own bugs."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet_libraries()
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped; selfteach resume goes on from there", status=130)
+    except SelfteachError as error:
+        _fail(str(error))
+    except Exception as error:
+        # Typer's own click carries usage errors; its class moved between releases.
+        if type(error).__module__.split(".")[0] in ("click", "typer") and hasattr(error, "format_message"):
+            _fail(error.format_message())
+        raise
+
+
+def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
+    from selfteach.analysis.console import print_results
+    from selfteach.analysis.report import write_report
+    from selfteach.progress import StudyProgress
+    from selfteach.study import jobs_of, run_study
+
+    with StudyProgress(jobs_of(loaded, folder)) as progress:
+        results = run_study(loaded, folder, command=command, progress=progress)
+    console = Console()
+    print_results(results, console)
+    console.print(f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True)
+
+
+def _train(recipe: Recipe, folder: Path) -> None:
+    from selfteach.progress import RunProgress
+    from selfteach.train import train as run
+
+    with RunProgress(recipe) as progress:
+        for row in run(recipe, folder):
+            progress(row)
+    typer.echo(f"run:   {folder}\nmodel: {folder / 'model'}" if recipe.train.steps else f"run: {folder}")
+
+
+def _load(path: Path, settings: list[str] | None) -> Study:
+    shipped = Path(__file__).parent / "recipes" / f"{path.name.removesuffix('.toml')}.toml"
+    if not path.exists() and len(path.parts) == 1 and shipped.exists():
+        path = shipped
+    return load_study(path, settings or ())
+
+
+def _one(loaded: Study, arm: str | None, seed: int, *, first: bool = False) -> Recipe:
+    if arm is None:
+        if len(loaded.arms) > 1 and not first:
+            raise RecipeError(f"the recipe has several arms; name one: --arm {'|'.join(loaded.arms)}")
+        arm = next(iter(loaded.arms))
+    return loaded.recipe(arm, seed=seed)
+
+
+def _command() -> str:
+    return shlex.join(["selfteach", *sys.argv[1:]])
+
+
+def _fail(message: str, *, status: int = 2) -> None:
+    sys.stderr.write("selfteach: " + " ".join(message.split()) + "\n")
+    sys.exit(status)
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of the libraries would stand between ours."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+

@@ -1,0 +1,94 @@
+"""Answers to a problem set, judged, and what they come to per problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from selfteach.estimates import avg_at_k, maj_at_k, pass_at_k
+from selfteach.protocols import Engine, Verifier
+from selfteach.run_folder import RunFolder
+from selfteach.sampling import sample
+from selfteach.types import Problem, Sampling
+
+RATES = ("avg", "pass", "maj", "truncated", "format")
+"""Measures given in percent; ``length`` is in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """k judged answers to each of P problems; every list is [P][k]."""
+
+    split: str
+    step: int
+    k: int
+    problem_ids: list[str]
+    correct: list[list[bool]]
+    formatted: list[list[bool]]
+    parsed: list[list[str | None]]
+    finished: list[list[bool]]
+    lengths: list[list[int]]
+
+    def per_problem(self) -> dict[str, np.ndarray]:
+        """avg, pass, maj, truncated and format in percent, length in tokens; each [P]."""
+        correct_PK = np.array(self.correct, dtype=float)
+        values = {
+            "avg": avg_at_k(correct_PK),
+            "pass": pass_at_k(correct_PK, self.k),
+            "maj": maj_at_k(self.parsed, correct_PK),
+            "truncated": 1 - np.array(self.finished, dtype=float).mean(1),
+            "format": np.array(self.formatted, dtype=float).mean(1),
+            "length": np.array(self.lengths, dtype=float).mean(1),
+        }
+        return {name: value * (100 if name in RATES else 1) for name, value in values.items()}
+
+    def means(self) -> dict[str, float]:
+        """The same, averaged over problems."""
+        return {name: float(value.mean()) for name, value in self.per_problem().items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Evaluation:
+        """From `to_json`."""
+        return cls(**data)
+
+
+def evaluate(
+    engine: Engine,
+    verify: Verifier,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    *,
+    split: str = "problems",
+    step: int = 0,
+    batch_answers: int = 256,
+    journal: RunFolder | None = None,
+) -> Evaluation:
+    """Answer each problem ``sampling.samples`` times and judge the answers."""
+    k = sampling.samples
+    rollouts = sample(
+        engine, problems, sampling, batch_answers=batch_answers,
+        journal=journal, name=f"{split}_{step:06d}",
+    )  # fmt: skip
+    verdicts = [verify(rollout.problem, rollout.text) for rollout in rollouts]
+
+    def by_problem(values: Sequence[Any]) -> list[list[Any]]:
+        return [list(values[i : i + k]) for i in range(0, len(values), k)]
+
+    return Evaluation(
+        split=split,
+        step=step,
+        k=k,
+        problem_ids=[problem.id for problem in problems],
+        correct=by_problem([verdict.correct for verdict in verdicts]),
+        formatted=by_problem([verdict.formatted for verdict in verdicts]),
+        parsed=by_problem([verdict.parsed for verdict in verdicts]),
+        finished=by_problem([rollout.finished for rollout in rollouts]),
+        lengths=by_problem([len(rollout.answer_ids) for rollout in rollouts]),
+    )

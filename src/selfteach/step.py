@@ -1,0 +1,207 @@
+"""One training step: sample, mark, teach, learn, publish. The whole method, in the paper's order."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfteach import steps
+from selfteach.collate import collate
+from selfteach.objective import first_error_token
+from selfteach.policy import Policy
+from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
+from selfteach.rendering import Renderer
+from selfteach.run_folder import RunFolder
+from selfteach.sampling import sample
+from selfteach.scores import chunked_sum
+from selfteach.types import Batch, Critique, Lesson, Marked, NoCritique, Problem, Rollout, Sampling
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All that a step is made of; `build.build_parts` makes one from a recipe."""
+
+    engine: Engine
+    verify: Verifier
+    critic: Critic | None
+    context: Context | None
+    teacher: Teacher
+    objective: Objective
+    policy: Policy
+    renderer: Renderer
+    split_steps: steps.Splitter
+    sampling: Sampling
+    batch_answers: int
+    updates_per_batch: int
+    micro_batch_tokens: int
+    chunk_tokens: int
+    max_length: int
+    pad_id: int
+
+
+def train_step(
+    parts: Parts, problems: Sequence[Problem], *, step: int = 0, journal: RunFolder | None = None
+) -> tuple[list[Lesson], Metrics]:
+    """Answer, be marked, re-read with the marks in view, and learn what one would now say."""
+    clock = [time.monotonic()]
+    rollouts = sample(parts.engine, problems, parts.sampling, batch_answers=parts.batch_answers,
+                      journal=journal, name=f"step_{step:06d}")  # fmt: skip
+    clock.append(time.monotonic())
+    marked = mark(parts, rollouts, journal.load_critiques(step) if journal else None)
+    lessons = teach(parts, marked)
+    if journal:
+        journal.save_lessons(step, lessons)
+    clock.append(time.monotonic())
+    learned = learn(parts, lessons)
+    parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
+    clock.append(time.monotonic())
+    phases = ("seconds_sampling", "seconds_marking", "seconds_learning")
+    seconds = {p: b - a for p, a, b in zip(phases, clock[:-1], clock[1:], strict=True)}
+    return lessons, {**describe(lessons), **learned, **seconds}
+
+
+def mark(
+    parts: Parts,
+    rollouts: Sequence[Rollout],
+    known: Sequence[Critique | NoCritique | None] | None = None,
+) -> list[Marked]:
+    """Verdict and critique of each answer; critiques that are known are not asked for again."""
+    verdicts = [parts.verify(rollout.problem, rollout.text) for rollout in rollouts]
+    critiques: Sequence[Critique | NoCritique | None]
+    if known is not None and len(known) == len(rollouts):
+        critiques = known
+    elif parts.critic is not None:
+        critiques = parts.critic(list(zip(rollouts, verdicts, strict=True)))
+    else:
+        critiques = [None] * len(rollouts)
+    return [Marked(*said) for said in zip(rollouts, verdicts, critiques, strict=True)]
+
+
+def teach(parts: Parts, marked: Sequence[Marked]) -> list[Lesson]:
+    """What the self-teacher will be shown of each answer; what cannot be shown is dropped, not cut."""
+    if parts.context is None:
+        own_prompt = parts.objective.needs_teacher
+        return [
+            Lesson(m, teacher_prompt_ids=m.rollout.prompt_ids if own_prompt else None)
+            for m in marked
+        ]
+    shown = parts.context(marked)
+    return [_lesson(parts, m, context) for m, context in zip(marked, shown, strict=True)]
+
+
+def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
+    """Move the policy, which sees only the question, towards what its teacher says."""
+    signals, count = parts.objective.weigh(lessons)
+    batches = [
+        batch.to(parts.policy.device)
+        for batch in collate(
+            lessons, signals, pad_id=parts.pad_id, micro_batch_tokens=parts.micro_batch_tokens
+        )
+    ]
+    if parts.updates_per_batch > 1:
+        batches = [_with_old_logp(parts, batch) for batch in batches]
+    metrics: Metrics = {}
+    for update in range(parts.updates_per_batch):
+        said = [_backward(parts, batch, count) for batch in batches]
+        stepped = parts.policy.optimizer_step()
+        parts.teacher.update()
+        if update == 0:
+            metrics = _summary(said)
+        metrics |= stepped
+    tokens = sum(len(batch.ids_N) for batch in batches) * parts.updates_per_batch
+    return {
+        **metrics,
+        "tokens_trained": tokens,
+        "teacher_tokens": tokens if parts.objective.needs_teacher else 0,
+        "optimizer_steps": parts.updates_per_batch,
+    }
+
+
+def _backward(parts: Parts, batch: Batch, count: float) -> dict[str, Tensor]:
+    """Add one micro-batch's gradient of the whole step's loss; what was said of its tokens."""
+    teacher = parts.teacher.score(batch.teacher) if batch.teacher is not None else None
+    student = parts.policy.score(batch.student)
+
+    def per_token(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
+        with torch.no_grad():
+            teacher_CV = teacher.logits(rows) if teacher is not None else None
+        return dict(parts.objective.per_token(logits_CV, teacher_CV, batch, rows))
+
+    # One denominator for every micro-batch: no split of the step changes loss or gradient.
+    weight_N = batch.weight_N / count
+    loss, said = chunked_sum(per_token, student, weight_N, chunk_tokens=parts.chunk_tokens)
+    loss.backward()
+    return {**said, "total": loss.detach()[None], "mismatch": said["logp"] - batch.sampled_logp_N}
+
+
+def _with_old_logp(parts: Parts, batch: Batch) -> Batch:
+    """The batch with the log-probabilities that the first of several updates starts from."""
+    with torch.no_grad():
+        teacher = parts.teacher.score(batch.teacher) if batch.teacher is not None else None
+        _, said = chunked_sum(
+            lambda logits, rows: parts.objective.per_token(
+                logits, teacher.logits(rows) if teacher else None, batch, rows
+            ),
+            parts.policy.score(batch.student), batch.weight_N, chunk_tokens=parts.chunk_tokens,
+        )  # fmt: skip
+    return dataclasses.replace(batch, old_logp_N=said["logp"])
+
+
+def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
+    if isinstance(context, NoCritique):
+        return Lesson(marked, dropped=context.reason)
+    rollout = marked.rollout
+    prompt = parts.renderer.teacher_prompt(rollout.problem, context)
+    if len(prompt) + len(rollout.answer_ids) > parts.max_length:
+        return Lesson(marked, context=context, dropped="longer than the context window")
+    spans = steps.token_spans(
+        parts.split_steps(rollout.text), parts.renderer.token_ends(rollout.answer_ids)
+    )
+    return Lesson(marked, context, prompt, None, first_error_token(marked.critique, spans))
+
+
+def describe(lessons: Sequence[Lesson]) -> Metrics:
+    """What the step's answers were like: the health of a run."""
+    rollouts = [lesson.rollout for lesson in lessons]
+    tokens = sum(len(rollout.answer_ids) for rollout in rollouts)
+    count = max(1, len(rollouts))
+    dropped = Counter(lesson.dropped for lesson in lessons if lesson.dropped)
+    return {
+        "correct": sum(lesson.marked.verdict.correct for lesson in lessons) / count,
+        "formatted": sum(lesson.marked.verdict.formatted for lesson in lessons) / count,
+        "truncated": sum(not rollout.finished for rollout in rollouts) / count,
+        "length": tokens / count,
+        # The mean of -log p over sampled tokens is an unbiased estimate of the entropy per token.
+        "entropy": -sum(sum(rollout.logps) for rollout in rollouts) / max(1, tokens),
+        "answers_sampled": len(rollouts),
+        "tokens_sampled": tokens,
+        "critiques": sum(isinstance(lesson.marked.critique, Critique) for lesson in lessons),
+        "dropped": sum(dropped.values()) / count,
+        **{f"dropped/{reason}": number / count for reason, number in sorted(dropped.items())},
+    }
+
+
+def _summary(said: Sequence[dict[str, Tensor]]) -> Metrics:
+    """Means over the tokens that were scored."""
+    if not said:
+        return {"loss": 0.0}
+    joined = {name: torch.cat([part[name] for part in said]) for name in said[0]}
+    metrics = {
+        "loss": joined["total"].sum().item(),
+        "mismatch_mean": joined["mismatch"].abs().mean().item(),
+        "mismatch_max": joined["mismatch"].abs().max().item(),
+        "clipped": joined["clipped"].mean().item(),
+    }
+    if "advantage" in joined:
+        metrics["advantage_abs"] = joined["advantage"].abs().mean().item()
+    if "kl" in joined:
+        metrics["kl_initial"] = joined["kl"].mean().item()
+    return metrics

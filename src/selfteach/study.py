@@ -1,0 +1,297 @@
+"""Arms × seeds under one recipe: every run in a folder of its own, one results.json, one report."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import datetime
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfteach.build import build
+from selfteach.config import Recipe, Study, merge, pairs, validate
+from selfteach.errors import CheckpointError, RecipeError
+from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
+from selfteach.inspection import advantages_by_context
+from selfteach.rendering import Templates
+from selfteach.run_folder import RunFolder, read_json, require_empty, write_json
+from selfteach.train import environment, evaluation_of, result_of, run_to_end
+
+BASE = "base"
+MEASURES = ("avg", "pass", "maj", "length", "truncated", "format")
+COMPARED = ("avg", "pass", "maj", "length")
+COLLAPSED_BELOW = 0.5
+"""A run is marked as collapsed when it ends below this share of the base's Avg@k."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of a study."""
+
+    variant: str | None
+    arm: str
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """The arm, and the variant where there is one."""
+        return self.arm if self.variant is None else f"{self.variant}/{self.arm}"
+
+
+Progress = Callable[[Sequence[Job]], None]
+"""Called about twice a second while runs go on, to look at their folders."""
+
+
+def create_study(study: Study, folder: Path, command: str) -> None:
+    """Begin a study in a folder. Raises `CheckpointError` if it holds something else."""
+    marker = folder / "study.json"
+    plain = study.model_dump(mode="json")
+    if marker.exists():
+        if read_json(marker)["study"] != plain:
+            raise CheckpointError(
+                f"{folder} holds another study; choose another --out, "
+                f"or go on with that one: selfteach resume {folder}"
+            )
+        return
+    require_empty(folder)
+    write_json(marker, {"study": plain, "command": command, **environment()})
+
+
+def load_existing(folder: Path) -> tuple[Study, str]:
+    """The study that a folder holds, and the command that began it."""
+    saved = read_json(folder / "study.json")
+    return validate(Study, saved["study"], where=str(folder)), saved["command"]
+
+
+def jobs_of(study: Study, folder: Path) -> list[Job]:
+    """All runs of a study: the main setting first, seed by seed, then the variants."""
+    jobs = []
+    settings: list[tuple[str | None, Sequence[int], Sequence[str]]] = [
+        (None, study.study.seeds, list(study.arms))
+    ]
+    for name, variant in study.variants.items():
+        settings.append((name, variant.seeds, variant.arms or list(study.arms)))
+    for variant_name, seeds, arms in settings:
+        root = folder / ("runs" if variant_name is None else f"variants/{variant_name}")
+        for seed in seeds:
+            base = study.base_recipe(seed=seed, variant=variant_name)
+            jobs.append(Job(variant_name, BASE, seed, base, root / BASE / f"seed_{seed}"))
+            for arm in arms:
+                recipe = study.recipe(arm, seed=seed, variant=variant_name)
+                jobs.append(Job(variant_name, arm, seed, recipe, root / arm / f"seed_{seed}"))
+    return jobs
+
+
+def run_study(study: Study, folder: Path, *, command: str, progress: Progress) -> dict[str, Any]:
+    """Run whatever is not done yet, then write and return results.json."""
+    with RunFolder(folder).lock():
+        create_study(study, folder, command)
+        started = time.monotonic()
+        jobs = jobs_of(study, folder)
+        run_jobs(jobs, study.study.workers, progress)
+        results = gather(study, jobs, command, time.monotonic() - started)
+        example = token_example(study, folder, jobs)
+        if example is not None:
+            write_json(folder / "token_advantages.json", example)
+        write_json(folder / "results.json", results)
+    return results
+
+
+def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> None:
+    """Run jobs side by side, each in a process with as many threads as its recipe says (or one).
+
+    Raises the first error of a run; the others that are under way end first.
+    """
+    waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
+    workers = min(workers or os.cpu_count() or 1, max(1, len(waiting)))
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
+    ) as pool:
+        futures = [pool.submit(run_to_end, _one_thread(job.recipe), job.folder) for job in waiting]
+        try:
+            pending = set(futures)
+            while pending:
+                done, pending = concurrent.futures.wait(pending, timeout=0.5)
+                progress(jobs)
+                for future in done:
+                    future.result()
+        except BrokenProcessPool:
+            raise CheckpointError(
+                "a run's process was killed (out of memory?); selfteach resume goes on from there"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def gather(study: Study, jobs: Sequence[Job], command: str, seconds: float) -> dict[str, Any]:
+    """results.json: estimates per arm, paired differences, variants, and how it was made."""
+    seeds = [str(seed) for seed in study.study.seeds]
+    variants = {
+        name: {
+            "title": variant.title,
+            "seeds": list(variant.seeds),
+            **_compare([job for job in jobs if job.variant == name], study.study.bootstrap),
+        }
+        for name, variant in study.variants.items()
+    }
+    return {
+        "format": 1,
+        "title": study.study.title,
+        "k": study.base_recipe(seed=0).evaluation.test_k,
+        "seeds": [int(seed) for seed in seeds],
+        "headline": list(study.study.headline),
+        **_compare([job for job in jobs if job.variant is None], study.study.bootstrap),
+        "variants": variants,
+        "made": {
+            "command": command,
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            "seconds": seconds,
+            **environment(),
+        },
+    }
+
+
+def token_example(study: Study, folder: Path, jobs: Sequence[Job]) -> dict[str, Any] | None:
+    """The per-token advantages of one wrong validation answer of the base, under each context."""
+    arms = {arm: study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms}
+    contexts = [r.context.type for r in arms.values() if r.context.type != "none"]
+    critical = next((arm for arm, r in arms.items() if r.critic is not None), None)
+    if not contexts or critical is None or arms[critical].train.steps == 0:
+        return None
+    job = next(job for job in jobs if job.arm == critical)
+    built = build(arms[critical])
+    known = {problem.id: problem for problem in built.task.validation}
+    rollouts = RunFolder(job.folder).load_answers("validation_000000.000", known) or []
+    templates = Templates(arms[critical].model.templates or built.task.templates)
+    return advantages_by_context(built, templates, rollouts, contexts)
+
+
+def sweep_jobs(study: Study, folder: Path) -> list[Job]:
+    """Every arm (of every setting) × every rate × every seed of the sweep; test is never scored."""
+    if study.sweep is None:
+        raise RecipeError("the recipe has no [sweep]: add lr = [...] and seeds = [...]")
+    jobs = []
+    for variant in (None, *study.variants):
+        arms = study.variants[variant].arms if variant else None
+        for arm in arms or study.arms:
+            for lr in study.sweep.lr:
+                for seed in study.sweep.seeds:
+                    over = {"optimizer": {"lr": lr}, "evaluation": {"test": False}}
+                    recipe = study.recipe(arm, seed=seed, variant=variant, overrides=over)
+                    name = f"{variant or 'runs'}/{arm}/lr_{lr:g}/seed_{seed}"
+                    jobs.append(Job(variant, arm, seed, recipe, folder / name))
+    return jobs
+
+
+def run_sweep(study: Study, folder: Path, *, command: str, progress: Progress) -> dict[str, Any]:
+    """Run the sweep and choose each arm's rate: the best mean validation Avg@k at the last step."""
+    jobs = sweep_jobs(study, folder)
+    with RunFolder(folder).lock():
+        create_study(study, folder, command)
+        run_jobs(jobs, study.study.workers, progress)
+    chosen: dict[str, Any] = {}
+    for job in jobs:
+        table = chosen.setdefault(job.variant or "main", {}).setdefault(job.arm, {"avg": {}})
+        final = result_of(job.folder)["curve"]["avg"][-1]
+        table["avg"].setdefault(f"{job.recipe.optimizer.lr:g}", {})[str(job.seed)] = final
+    for arms in chosen.values():
+        for table in arms.values():
+            means = {lr: float(np.mean(list(v.values()))) for lr, v in table["avg"].items()}
+            table["mean"] = means
+            table["chosen"] = float(max(means, key=lambda lr: means[lr]))
+    return {"settings": chosen, "command": command, **environment()}
+
+
+def _compare(jobs: Sequence[Job], resamples: int) -> dict[str, Any]:
+    """Arms and paired differences of one setting."""
+    by_arm: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_arm.setdefault(job.arm, []).append(job)
+    tables = {arm: _values(own) for arm, own in by_arm.items()}
+    base_avg = tables[BASE]["avg"].mean()
+    arms = {
+        arm: _arm(own, tables[arm], resamples, base_avg if arm != BASE else None)
+        for arm, own in by_arm.items()
+    }
+    paired = {}
+    for pair in pairs([arm for arm in by_arm if arm != BASE]):
+        a, b = pair.split("-")
+        paired[pair] = {
+            name: _plain(
+                bootstrap_difference(tables[a][name], tables[b][name], resamples=resamples, seed=0)
+            )
+            for name in COMPARED
+        }
+    return {"arms": arms, "paired": paired}
+
+
+def _values(jobs: Sequence[Job]) -> dict[str, np.ndarray]:
+    """Each measure as [seeds, problems], from the saved test evaluations."""
+    tables = [
+        evaluation_of(job.folder, "test", job.recipe.train.steps).per_problem() for job in jobs
+    ]
+    return {name: np.stack([table[name] for table in tables]) for name in MEASURES}
+
+
+def _arm(
+    jobs: Sequence[Job], values: Mapping[str, np.ndarray], resamples: int, base_avg: float | None
+) -> dict[str, Any]:
+    results = [result_of(job.folder) for job in jobs]
+    seeds = [str(job.seed) for job in jobs]
+    arm: dict[str, Any] = {}
+    for name in MEASURES:
+        estimate = bootstrap_mean(values[name], resamples=resamples, seed=0)
+        per_seed = dict(zip(seeds, values[name].mean(1).tolist(), strict=True))
+        arm[name] = {**_plain(estimate), "per_seed": per_seed}
+    arm["budget"] = {
+        key: float(np.mean([result["budget"][key] for result in results]))
+        for key in results[0]["budget"]
+    }
+    if base_avg is not None:
+        curves = {s: r["curve"]["avg"] for s, r in zip(seeds, results, strict=True)}
+        arm["curve"] = {"steps": results[0]["curve"]["steps"], "avg": curves}
+        arm["settings"] = {"optimizer.lr": jobs[0].recipe.optimizer.lr}
+        finals = values["avg"].mean(1)
+        arm["collapsed"] = [
+            job.seed
+            for job, final in zip(jobs, finals, strict=True)
+            if final < COLLAPSED_BELOW * base_avg
+        ]
+    return arm
+
+
+def _plain(interval: Interval) -> dict[str, Any]:
+    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+
+
+def _one_thread(recipe: Recipe) -> Recipe:
+    """Runs side by side take one thread each unless the recipe says otherwise."""
+    if recipe.train.threads is not None:
+        return recipe
+    one = merge(recipe.model_dump(mode="json"), {"train": {"threads": 1}})
+    return validate(Recipe, one, where="recipe")
+
+
+def _end_with_parent(parent: int) -> None:
+    """In a worker: end at once when the study's process is gone, so that a resume finds no one."""
+    import torch
+
+    torch.set_num_threads(1)
+
+    def watch() -> Iterator[None]:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+            yield
+        os._exit(1)
+
+    threading.Thread(target=lambda: list(watch()), daemon=True).start()

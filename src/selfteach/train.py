@@ -1,0 +1,202 @@
+"""One run from a recipe to a result: steps, evaluations, checkpoints; stopped and taken up anywhere."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from selfteach import checkpoint
+from selfteach.build import Built, build, set_threads
+from selfteach.config import Recipe
+from selfteach.data import Split, training_order
+from selfteach.evaluate import Evaluation, evaluate
+from selfteach.loading import resolve
+from selfteach.run_folder import RunFolder, enough_disk, read_json, write_json
+from selfteach.step import train_step
+from selfteach.types import Problem, Sampling
+
+BUDGET = (
+    "answers_sampled",
+    "tokens_sampled",
+    "tokens_trained",
+    "teacher_tokens",
+    "critiques",
+    "optimizer_steps",
+)
+"""What is added up over a run's steps as its cost."""
+
+
+def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
+    """Run a recipe in a folder, from wherever the folder stands; yields each row of metrics.
+
+    An interrupted run goes on from its last checkpoint; answers and critiques that are on disk are
+    used again. The result is, bit for bit on CPU, that of a run that was never stopped.
+    """
+    set_threads(recipe.train.threads)
+    run = RunFolder(folder)
+    with run.lock():
+        run.create(recipe.model_dump(mode="json"), environment())
+        if run.is_complete:
+            return
+        built = build(recipe)
+        step = _take_up(run, built)
+        yield from _steps(run, recipe, built, step)
+        _finish(run, recipe, built)
+
+
+def run_to_end(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """`train` without looking at the rows; returns the result."""
+    for _ in train(recipe, folder):
+        pass
+    return result_of(folder)
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """A complete run's result: budget, learning curve, and the file of its test evaluation."""
+    return read_json(folder / "result.json")
+
+
+def evaluation_of(folder: Path, split: str, step: int) -> Evaluation:
+    """An evaluation that a run has saved."""
+    return Evaluation.from_json(read_json(evaluation_path(folder, split, step)))
+
+
+def evaluation_path(folder: Path, split: str, step: int) -> Path:
+    """Where a run keeps an evaluation."""
+    return folder / "evaluations" / f"{split}_{step:06d}.json"
+
+
+def environment() -> dict[str, Any]:
+    """What a run was made with: commit, versions, machine."""
+    packages = ("selfteach", "torch", "transformers", "peft", "tokenizers", "numpy")
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source tree this runs from; None for an installed package."""
+    here = Path(__file__).resolve().parent
+    if not (here.parents[1] / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _take_up(run: RunFolder, built: Built) -> int:
+    """Load the newest checkpoint if there is one; the number of steps that are done."""
+    saved = checkpoint.checkpoints(run.checkpoints)
+    if not saved:
+        run.keep_metrics_until(-1)
+        return 0
+    step = checkpoint.load(saved[-1], built.parts.policy, built.parts.teacher)
+    run.keep_metrics_until(step)
+    return step
+
+
+def _steps(run: RunFolder, recipe: Recipe, built: Built, done: int) -> Iterator[dict[str, Any]]:
+    """The loop. A step's metrics and evaluation precede its checkpoint, so none is ever missing."""
+    parts, cadence = built.parts, recipe.evaluation
+    train_set = built.task.problems("train")
+    parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
+    if done == 0 and recipe.train.steps > 0:
+        yield _measure(run, recipe, built, "validation", 0)
+    order = training_order(len(train_set), recipe.seed, recipe.train.problems_per_step)
+    for step, indices in enumerate(islice(order, recipe.train.steps), start=1):
+        if step <= done:
+            continue
+        problems: list[Problem] = [train_set[i] for i in indices]
+        _, metrics = train_step(parts, problems, step=step, journal=run)
+        row = {"step": step, "kind": "step", **metrics}
+        run.append_metrics(row)
+        yield row
+        last = step == recipe.train.steps
+        if step % cadence.every == 0 or last:
+            yield _measure(run, recipe, built, "validation", step)
+        if step % recipe.train.checkpoint_every == 0 or last:
+            checkpoint.save(
+                run.checkpoints, step, parts.policy, parts.teacher,
+                keep=recipe.train.keep_checkpoints,
+            )  # fmt: skip
+
+
+def _measure(run: RunFolder, recipe: Recipe, built: Built, split: Split, step: int) -> dict[str, Any]:
+    """Evaluate on a split and write it down."""
+    settings, started = recipe.evaluation, time.monotonic()
+    sampling = Sampling(
+        samples=settings.test_k if split == "test" else settings.validation_k,
+        temperature=settings.temperature,
+        max_tokens=settings.max_tokens or recipe.sampling.max_tokens,
+        seed=recipe.seed,
+    )
+    evaluation = evaluate(
+        built.parts.engine, built.parts.verify, built.task.problems(split), sampling,
+        split=split, step=step, batch_answers=recipe.sampling.batch_answers, journal=run,
+    )  # fmt: skip
+    write_json(evaluation_path(run.path, split, step), evaluation.to_json())
+    row = {
+        "step": step,
+        "kind": split,
+        "k": sampling.samples,
+        **evaluation.means(),
+        "evaluation_answers": sampling.samples * len(evaluation.problem_ids),
+        "seconds_evaluating": time.monotonic() - started,
+    }
+    run.append_metrics(row)
+    return row
+
+
+def _finish(run: RunFolder, recipe: Recipe, built: Built) -> None:
+    """Score the test problems, once; save the model; write the result last."""
+    step = recipe.train.steps
+    if recipe.evaluation.test:
+        _measure(run, recipe, built, "test", step)
+    if step > 0:
+        _export(run, recipe, built)
+    rows = run.metrics()
+    seconds = sum(v for row in rows for k, v in row.items() if k.startswith("seconds_"))
+    budget = {name: sum(row.get(name, 0) for row in rows) for name in (*BUDGET, "evaluation_answers")}
+    curve = [(row["step"], row["avg"]) for row in rows if row["kind"] == "validation"]
+    write_json(
+        run.result_path,
+        {
+            "step": step,
+            "seed": recipe.seed,
+            "budget": {**budget, "seconds": seconds},
+            "curve": {"steps": [s for s, _ in curve], "avg": [avg for _, avg in curve]},
+        },
+    )
+
+
+def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:
+    """The final model as ``transformers`` and PEFT read it, with its tokenizer."""
+    aside, target = run.path / ".model.tmp", run.path / "model"
+    with enough_disk():
+        shutil.rmtree(aside, ignore_errors=True)
+        built.parts.policy.model.save_pretrained(aside)
+        built.tokenizer.save_pretrained(aside)
+        world = Path(resolve(recipe.model.path)) / "world.json"
+        if world.exists():  # a model of the lab stays one
+            shutil.copy(world, aside)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.replace(target)
