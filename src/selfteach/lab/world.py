@@ -112,7 +112,7 @@ class WorldConfig:
     native_styles: tuple[str, ...] = ("plus", "minus")
     pull: float = 0.5
     deviation: float = 0.1
-    """Share of lines outside any habit: another node that is ready, another style."""
+    """Share of lines outside the habit: any node that is ready, any native style."""
     slip: float = 0.1
     """Share of lines in which a writer with a context falls back on the old belief."""
 

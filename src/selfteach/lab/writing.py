@@ -1,6 +1,7 @@
 """The writers whose documents the base model learns from: habits, beliefs, and the pull of style.
 
-One process writes everything. Alone, a writer follows the habit of one native style. With a context
+One process writes everything. Alone, a writer follows the habit of one native style and never uses
+the reference's: what it knows, it knows in its own words. With a context
 in view the writer follows, line by line, the context's next step and phrasing with probability ρ
 (`WorldConfig.pull`) and the own habit otherwise, and takes look-ups from the context where it shows
 them, except for a slip now and then back to the old belief (so that a teacher has seen its own
@@ -191,7 +192,7 @@ def _next_step(
                 return node, style
     if rng.random() < world.config.deviation:
         ready = [node for node in range(len(CHILDREN)) if is_ready(node, done)]
-        styles = list(STYLES.values())
+        styles = world.native_styles
         return ready[rng.integers(len(ready))], styles[rng.integers(len(styles))]
     return next(node for node in habit.order if is_ready(node, done)), habit
 
