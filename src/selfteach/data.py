@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from selfteach.types import Critique, Problem
 Split = Literal["train", "validation", "test"]
 
 
+@runtime_checkable
 class OracleFn(Protocol):
     """A program that can check every step of an answer to its own kind of problem."""
 

@@ -4,6 +4,9 @@ A *template set* is a folder of Jinja files: ``solver.jinja`` (the question as t
 ``teacher.jinja`` (question and context as the self-teacher sees them) and one file per context.
 Sets ship with the package (``lab``, ``steps``); a recipe may name a folder of its own instead, whose
 files override those of ``steps`` one by one.
+
+A template that shows worked examples writes ``{{ turn }}`` between the turns of a conversation: the
+user speaks first, then the assistant, and so on; the last turn is the user's.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from selfteach.errors import EngineError, RecipeError
 from selfteach.types import Critique, Problem
 
 SHIPPED = Path(__file__).parent / "templates"
+TURN = "\x1eturn\x1e"
+"""What ``{{ turn }}`` stands for until the chat template is applied; no text holds it by chance."""
 
 
 class Templates:
@@ -41,6 +46,7 @@ class Templates:
             autoescape=False,  # noqa: S701 - prompts are text for a model, not HTML
             keep_trailing_newline=False,
         )
+        self._environment.globals["turn"] = TURN
 
     def has(self, name: str) -> bool:
         """True if the set (or the shipped one behind it) holds a template of this name."""
@@ -130,7 +136,7 @@ class Renderer:
 
     def _prompt(self, content: str) -> tuple[int, ...]:
         text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            conversation(content), add_generation_prompt=True, tokenize=False
         )
         # The template has written every special token itself: a second BOS would go unseen.
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -139,6 +145,20 @@ class Renderer:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         assert isinstance(text, str)
         return text
+
+
+def conversation(content: str) -> list[dict[str, str]]:
+    """A rendered template as chat messages, user and assistant by turns, the user's last.
+
+    Raises `RecipeError` if the last turn would be the assistant's.
+    """
+    turns = content.split(TURN)
+    if len(turns) % 2 == 0:
+        raise RecipeError("a template's last turn must be the user's: an even number of {{ turn }}")
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": turn.strip()}
+        for i, turn in enumerate(turns)
+    ]
 
 
 def _ends(pieces: Sequence[str], gap: str) -> list[int]:

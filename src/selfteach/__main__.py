@@ -1,0 +1,6 @@
+"""``python -m selfteach``."""
+
+from selfteach.cli import main
+
+if __name__ == "__main__":
+    main()

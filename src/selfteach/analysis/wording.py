@@ -1,0 +1,122 @@
+"""Numbers and comparisons of results.json in words, the same in the report and on the terminal.
+
+The shapes (all rates in percent, lengths in tokens):
+
+    Estimate   {"mean": 35.8, "ci95": [31.2, 40.1]}
+    Setting    {"arms": {name: Arm}, "paired": {"b-a": {"avg": Estimate, ...}}, "seeds": [0, 1]}
+    Results    a Setting with "title", "k", "headline", "variants": {name: Setting}, "made"
+
+A pair ``b-a`` is b minus a, problem by problem and seed by seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Estimate = Mapping[str, Any]
+Setting = Mapping[str, Any]
+Results = Mapping[str, Any]
+
+MEASURES = {
+    "avg": "Avg@{k}, %",
+    "pass": "Pass@{k}, %",
+    "maj": "Maj@{k}, %",
+    "length": "length, tokens",
+    "truncated": "truncated, %",
+    "format": "well formed, %",
+}
+"""Column titles of an arm's measures, in order."""
+
+BUDGET = {
+    "answers_sampled": "answers",
+    "tokens_sampled": "tokens sampled",
+    "tokens_trained": "tokens trained",
+    "teacher_tokens": "teacher tokens",
+    "critiques": "critiques",
+    "optimizer_steps": "updates",
+    "evaluation_answers": "evaluation answers",
+    "seconds": "seconds",
+}
+"""Column titles of an arm's budget, in order."""
+
+
+def measure(name: str, k: int) -> str:
+    """A measure's column title."""
+    return MEASURES[name].format(k=k)
+
+
+def estimate(value: Estimate) -> str:
+    """A mean with its interval: ``35.8 [31.2, 40.1]``."""
+    low, high = value["ci95"]
+    return f"{value['mean']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def difference(value: Estimate) -> str:
+    """A difference with its interval: ``+16.1 [+11.9, +20.2]``."""
+    low, high = value["ci95"]
+    return f"{value['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def count(value: float | int) -> str:
+    """A count, rounded: ``12,345``."""
+    return f"{value:,.0f}"
+
+
+def arms_of(pair: str) -> tuple[str, str]:
+    """The arms (b, a) of a pair ``b-a``."""
+    b, _, a = pair.partition("-")
+    return b, a
+
+
+def pair_title(pair: str) -> str:
+    """A pair as the subtraction that it is: ``step_aligned - grpo``."""
+    return " - ".join(arms_of(pair))
+
+
+def standing(value: Estimate) -> Literal["higher", "lower", "open"]:
+    """What the interval supports of a difference; ``open`` where it includes 0."""
+    low, high = value["ci95"]
+    return "higher" if low > 0 else "lower" if high < 0 else "open"
+
+
+def verdict(pair: str, value: Estimate) -> str:
+    """Whether the interval supports the difference of a pair, in a few plain words."""
+    b = arms_of(pair)[0]
+    return {
+        "higher": f"supported: {b} is higher",
+        "lower": f"supported: {b} is lower",
+        "open": "not supported: includes 0",
+    }[standing(value)]
+
+
+def order(value: Estimate, main: Estimate) -> str:
+    """How a variant's difference compares with the main setting's: same, reversed or undecided."""
+    flipped = value["mean"] * main["mean"] < 0
+    if standing(value) == "open":
+        return "undecided, mean reversed" if flipped else "undecided"
+    return "REVERSED" if flipped else "same order"
+
+
+def headline(results: Results) -> list[str]:
+    """The pairs to speak of first: those the study names, else all without the base, else all."""
+    named = [pair for pair in results["headline"] if pair in results["paired"]]
+    without_base = [pair for pair in results["paired"] if arms_of(pair)[1] != "base"]
+    return named or without_base or list(results["paired"])
+
+
+def pairs(results: Results, setting: Setting) -> list[str]:
+    """A setting's pairs, the headline's first."""
+    first = [pair for pair in headline(results) if pair in setting["paired"]]
+    return [*first, *(pair for pair in setting["paired"] if pair not in first)]
+
+
+def settings(results: Results) -> dict[str, Setting]:
+    """The main setting and the variants, by the title to print."""
+    variants = results.get("variants", {})
+    return {"main": results, **{v["title"] or name: v for name, v in variants.items()}}
+
+
+def compared(results: Results) -> list[str]:
+    """The measures that every pair of the main setting compares."""
+    return [m for m in MEASURES if all(m in pair for pair in results["paired"].values())]

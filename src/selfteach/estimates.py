@@ -1,0 +1,140 @@
+"""What k answers to each of P problems come to, and how far to trust the mean.
+
+Pure functions of numpy arrays; nothing here knows of models, files or arms. Axis letters:
+
+    P  problems        K  answers to one problem        S  seeds (training runs)        R  resamples
+
+Sources: unbiased Pass@k, Chen et al. (arXiv:2107.03374, eq. 1); resampling rows and columns
+independently, Owen ("The pigeonhole bootstrap", Annals of Applied Statistics, 2007).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+TAILS = (2.5, 97.5)
+"""Percentiles that bound a 95 % interval."""
+BLOCK = 1024
+"""Resamples drawn at once, so that memory grows with neither resamples nor problems squared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its 95 % interval, all in the unit of the values.
+
+    Example: ``Interval(mean=35.8, low=31.2, high=40.1)``.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def avg_at_k(correct_PK: np.ndarray) -> np.ndarray:
+    """Avg@k: the share of right answers of each problem, [P] in 0..1."""
+    return _table(correct_PK, "correct_PK").mean(axis=1)
+
+
+def pass_at_k(correct_PK: np.ndarray, k: int) -> np.ndarray:
+    """Pass@k: the chance that k of a problem's n answers, drawn without return, hold a right one.
+
+    1 - C(n-c, k) / C(n, k) with c right answers, [P] in 0..1, as a product of k factors below one,
+    so that no binomial is ever formed. With k = n it is plain any-correct, with k = 1 it is Avg@k.
+    Raises ValueError unless 1 <= k <= n.
+    """
+    correct_PK = _table(correct_PK, "correct_PK")
+    n = correct_PK.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs between 1 and n answers per problem, found n = {n}")
+    wrong_P = n - correct_PK.sum(axis=1)
+    drawn_K = np.arange(k)
+    still_wrong_PK = (wrong_P[:, None] - drawn_K) / (n - drawn_K)
+    return 1.0 - still_wrong_PK.prod(axis=1)  # holds a 0 where fewer than k are wrong
+
+
+def maj_at_k(parsed: Sequence[Sequence[str | None]], correct_PK: np.ndarray) -> np.ndarray:
+    """Maj@k: whether the answer given most often is right, [P] in 0..1.
+
+    ``parsed`` [P][K] is the verifier's canonical form: equal strings are one answer. None is no
+    vote. A tie is split evenly: the value is the share of the top-voted answers that are right. A
+    problem without votes counts 0.
+    """
+    correct_PK = _table(correct_PK, "correct_PK")
+    rows = zip(parsed, correct_PK, strict=True)
+    return np.array([_majority(votes, correct_K) for votes, correct_K in rows])
+
+
+def bootstrap_mean(values_SP: np.ndarray, *, resamples: int, seed: int) -> Interval:
+    """The mean over seeds and problems, with a 95 % interval for new seeds *and* new problems.
+
+    Every resample draws S seeds and, independently, P problems, both with replacement; the interval
+    is that of the resampled means' percentiles. ``values_SP`` holds one value per seed and problem
+    (an Avg@k, say), already averaged over answers.
+
+    How far to trust it. With S seeds the spread *between seeds* comes out too small by a factor of
+    about sqrt((S-1)/S) (0.71 for 2 seeds, 0.89 for 5); with one seed it is not seen at all; and a
+    percentile interval does not widen for small samples as Student's t does. The noise of single
+    cells, on the other hand, enters with (2-1/S)(2-1/P)-1 times its variance (1 for one seed, 3 for
+    many; Owen), so that with few answers per problem several seeds err on the wide side.
+
+    Raises ValueError for an empty table, for values that are not finite, or without resamples.
+    """
+    values_SP = _table(values_SP, "values_SP")
+    if not np.isfinite(values_SP).all():
+        strange = int((~np.isfinite(values_SP)).sum())
+        raise ValueError(f"values_SP holds {strange} values that are not finite")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, found {resamples}")
+    means_R = _resampled_means(values_SP, resamples, np.random.default_rng(seed))
+    low, high = np.percentile(means_R, TAILS)
+    return Interval(float(values_SP.mean()), float(low), float(high))
+
+
+def bootstrap_difference(
+    a_SP: np.ndarray, b_SP: np.ndarray, *, resamples: int, seed: int
+) -> Interval:
+    """The mean of a - b, with the same draws of seeds and of problems for both.
+
+    What both arms share (a hard problem, a lucky order of questions) cancels. The limits are those
+    of `bootstrap_mean`, and the 95 % are of one difference: of twenty such intervals, expect one to
+    miss.
+
+    Raises ValueError unless both have the same seeds and problems, that is, the same shape.
+    """
+    a_SP, b_SP = _table(a_SP, "a_SP"), _table(b_SP, "b_SP")
+    if a_SP.shape != b_SP.shape:
+        raise ValueError(f"a pair needs equal shapes [S, P], found {a_SP.shape} and {b_SP.shape}")
+    return bootstrap_mean(a_SP - b_SP, resamples=resamples, seed=seed)
+
+
+def _majority(votes: Sequence[str | None], correct_K: np.ndarray) -> float:
+    """Top-voted answers have equally many votes, so the share of right votes is that of answers."""
+    counts = Counter(vote for vote in votes if vote is not None)
+    most = max(counts.values(), default=0)
+    winning = [vote is not None and counts[vote] == most for vote in votes]
+    rights = [right for right, wins in zip(correct_K, winning, strict=True) if wins]
+    return float(np.mean(rights)) if rights else 0.0
+
+
+def _resampled_means(values_SP: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of R resamples, [R]; counts say how often each seed and problem is drawn."""
+    num_seeds, num_problems = values_SP.shape
+    means = []
+    for start in range(0, resamples, BLOCK):
+        size = min(BLOCK, resamples - start)
+        seeds_RS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size)
+        problems_RP = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), size)
+        means.append(((seeds_RS @ values_SP) * problems_RP).sum(axis=1) / values_SP.size)
+    return np.concatenate(means)
+
+
+def _table(values: np.ndarray, name: str) -> np.ndarray:
+    """As floats, refused unless two-dimensional and not empty."""
+    table = np.asarray(values, dtype=float)
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError(f"{name} must be a table that is not empty, found shape {table.shape}")
+    return table

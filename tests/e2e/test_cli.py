@@ -1,0 +1,255 @@
+"""The command line as a user meets it: a study end to end, and one clear line for wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from selfteach import cli
+
+RECIPE = """
+[model]
+path = "lab:two_styles"
+[data]
+type = "lab"
+train = 8
+validation = 3
+test = 4
+[sampling]
+max_tokens = 40
+batch_answers = 8
+[train]
+steps = 2
+problems_per_step = 2
+answers_per_problem = 3
+[evaluation]
+every = 1
+validation_k = 2
+test_k = 3
+[study]
+title = "tiny"
+seeds = [0, 1]
+headline = ["step_aligned-grpo"]
+bootstrap = 200
+[arms.grpo]
+objective = { type = "grpo" }
+[arms.step_aligned]
+critic = { type = "oracle" }
+context = { type = "step_aligned" }
+[variants.easy]
+title = "an easy world"
+seeds = [0]
+set = { model = { path = "lab:easy" } }
+[sweep]
+lr = [1e-4, 1e-3]
+seeds = [100]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Run the console script in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["selfteach", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> str:
+    """What a refused call says: exactly one line, exit status 2."""
+    assert call(monkeypatch, *words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("selfteach: ") and said.err.count("\n") == 1, said.err
+    return said.err
+
+
+def test_a_study_from_recipe_to_report(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert call(monkeypatch, "study", recipe, "--out", out) == 0
+    printed = capsys.readouterr().out
+    for word in ("base", "grpo", "step_aligned", "Avg@3", "report.html"):
+        assert word in printed
+    results = json.loads((out / "results.json").read_text())
+    for arm in ("base", "grpo", "step_aligned"):
+        for measure in ("avg", "pass", "maj", "length", "truncated", "format"):
+            estimate = results["arms"][arm][measure]
+            low, high = estimate["ci95"]
+            assert low <= estimate["mean"] <= high
+            assert list(estimate["per_seed"]) == ["0", "1"]
+        assert results["arms"][arm]["budget"]["evaluation_answers"] > 0
+    assert set(results["paired"]) == {"step_aligned-grpo", "grpo-base", "step_aligned-base"}
+    difference = results["paired"]["step_aligned-grpo"]["avg"]["mean"]
+    means = {arm: results["arms"][arm]["avg"]["mean"] for arm in results["arms"]}
+    assert difference == pytest.approx(means["step_aligned"] - means["grpo"])
+    budgets = [results["arms"][arm]["budget"] for arm in ("grpo", "step_aligned")]
+    assert budgets[0]["answers_sampled"] == budgets[1]["answers_sampled"] == 12
+    assert budgets[0]["optimizer_steps"] == budgets[1]["optimizer_steps"] == 2
+    assert results["variants"]["easy"]["title"] == "an easy world"
+    assert (out / "report.html").stat().st_size > 10_000
+    before = (out / "results.json").read_text()
+    assert call(monkeypatch, "resume", out) == 0  # nothing left to do: the same numbers
+    after = json.loads((out / "results.json").read_text())
+    assert after["arms"] == json.loads(before)["arms"]
+
+
+def test_a_killed_study_goes_on(recipe: Path, tmp_path: Path) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    study = [sys.executable, "-m", "selfteach", "study", str(recipe), "--out"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*study, str(out)], env=environment, **quiet)  # type: ignore[call-overload]
+    deadline = time.monotonic() + 120
+    while not list(out.glob("runs/*/seed_0/lessons/step_000001.jsonl")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(
+        [sys.executable, "-m", "selfteach", "resume", str(out)], env=environment, check=True, **quiet
+    )  # type: ignore[call-overload]
+    subprocess.run([*study, str(whole)], env=environment, check=True, **quiet)  # type: ignore[call-overload]
+    ours, theirs = (json.loads((f / "results.json").read_text()) for f in (out, whole))
+    for results in (ours, theirs):
+        for arm in [*results["arms"].values(), *results["variants"]["easy"]["arms"].values()]:
+            arm["budget"].pop("seconds")
+    assert ours["arms"] == theirs["arms"] and ours["variants"] == theirs["variants"]
+
+
+def test_check_tells_sizes_and_budget_and_spends_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    assert call(monkeypatch, "check", recipe) == 0
+    printed = capsys.readouterr().out
+    assert "grpo: 12 answers (at most 480 tokens), 0 critiques, 2 optimizer steps" in printed
+    assert "step_aligned: 12 answers (at most 480 tokens), 12 critiques" in printed
+    assert "8 train, 3 validation, 4 test" in printed
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_train_and_evaluate(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    assert call(monkeypatch, "train", recipe, "--out", out, "--arm", "grpo", "--seed", 3) == 0
+    capsys.readouterr()
+    table = tmp_path / "evaluation.json"
+    for what in (out, out / "checkpoints" / "step_000002", out / "model", "lab:two_styles"):
+        words = ("evaluate", what, "--recipe", recipe, "-k", 2, "--out", table)
+        assert call(monkeypatch, *words) == 0
+        assert "Avg@2" in capsys.readouterr().out
+        result = json.loads(table.read_text())
+        assert result["problems"] == 3 and result["k"] == 2
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"question": "a b c d e f", "answer": "g"}\n')
+    assert call(monkeypatch, "evaluate", out, "--problems", own, "-k", 2, "--out", table) == 0
+    assert json.loads(table.read_text())["problems"] == 1
+
+
+def test_the_sweep_never_scores_test_and_records_its_choice(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "sweep.json"
+    words = ("sweep", recipe, "--out", tmp_path / "sweep", "--record", record)
+    assert call(monkeypatch, *words) == 0
+    table = json.loads(record.read_text())["settings"]["main"]["grpo"]
+    assert set(table["avg"]) == {"0.0001", "0.001"}
+    best = max(table["mean"], key=lambda lr: table["mean"][lr])
+    assert table["chosen"] == float(best)
+    assert not list((tmp_path / "sweep").rglob("test_*"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optimizer.lrr=1", "did you mean 'lr'?"),
+        ("modell.path=x", "did you mean 'model'?"),
+        ("optimizer.lr=-1", "greater than 0"),
+        ("train.answers_per_problem=1", "at least 2 answers_per_problem"),
+        ("data.type=labb", "expected tags"),
+        ("model.path=lab:nowhere", "no such base model"),
+        ("model.path=/no/such/model", "/no/such/model"),
+        ("model.path=package:no_such_package", "not installed"),
+        ("model.templates=nowhere", "no such template set"),
+        ("model.device=mps", "not supported"),
+        ("train.max_length=20", "exceeds the context"),
+        ("train.max_length=4096", "built for 256"),
+        ("data.world=mars", "known worlds"),
+        ("study.headline=['grpo-nothing']", "study.headline"),
+        ("nonsense", "key=value"),
+        ("arms.step_aligned.objective.support=top_k", "top_k"),
+        ("arms.step_aligned.objective.beta=3.0", "beta"),
+    ],
+)
+def test_wrong_values_are_one_line(
+    setting: str,
+    said: str,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert said in refused(monkeypatch, capsys, "check", recipe, "--set", setting)
+
+
+def test_wrong_calls_are_one_line(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*words: object) -> str:
+        return refused(monkeypatch, capsys, *words)
+
+    assert "no such recipe" in said("check", tmp_path / "nothing.toml")
+    assert "name the recipe file" in said("check", tmp_path)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[model\n")
+    assert "not valid TOML" in said("check", broken)
+    assert "--arm grpo|step_aligned" in said("train", recipe, "--out", tmp_path / "x")
+    assert "did you mean 'grpo'?" in said("train", recipe, "--out", tmp_path / "x", "--arm", "grp")
+    assert "no such folder" in said("resume", tmp_path / "nowhere")
+    assert "no run folder" in said("resume", tmp_path)
+    assert "not empty" in said("study", recipe, "--out", tmp_path)
+    assert "is a file" in said("study", recipe, "--out", recipe)
+    assert "Missing option" in said("study", recipe)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    assert "is empty" in said("evaluate", "lab:two_styles", "--problems", empty)
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"question": "a"}\n')
+    assert "wrong.jsonl:1" in said("evaluate", "lab:two_styles", "--problems", wrong)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_with_another_study_is_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "study.json").write_text('{"study": {}}')
+    said = refused(monkeypatch, capsys, "study", recipe, "--out", out)
+    assert "holds another study" in said and "selfteach resume" in said
+
+
+def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--help") == 0
+    printed = capsys.readouterr().out
+    for command in ("study", "train", "resume", "evaluate", "check", "sweep"):
+        assert command in printed

@@ -1,0 +1,186 @@
+"""A run from recipe to result: the same twice, the same after kill -9, nothing sampled twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from selfteach.config import Recipe, merge, validate
+from selfteach.errors import CheckpointError
+from selfteach.run_folder import RunFolder
+from selfteach.train import evaluation_of, result_of, run_to_end, train
+
+TINY = {
+    "model": {"path": "lab:two_styles"},
+    "data": {"type": "lab", "train": 12, "validation": 4, "test": 4},
+    "sampling": {"max_tokens": 40, "batch_answers": 8},
+    "critic": {"type": "oracle"},
+    "context": {"type": "step_aligned"},
+    "train": {
+        "steps": 5, "problems_per_step": 3, "answers_per_problem": 4,
+        "checkpoint_every": 2, "threads": 1,
+    },
+    "evaluation": {"every": 2, "validation_k": 2, "test_k": 3},
+}  # fmt: skip
+ARMS = {
+    "step_aligned": {},
+    "ema": {"teacher": {"type": "ema", "rate": 0.2}},
+    "trust_region": {"teacher": {"type": "trust_region", "live_share": 0.3}},
+    "grpo": {
+        "critic": None, "context": {"type": "none"},
+        "objective": {"type": "grpo", "kl_weight": 0.1}, "train": {"updates_per_batch": 2},
+    },
+    "lora": {"model": {"lora": {"rank": 4, "alpha": 8}}},
+}  # fmt: skip
+
+
+def recipe(arm: str = "step_aligned", **changes: object) -> Recipe:
+    return validate(Recipe, merge(merge(TINY, ARMS[arm]), changes), where="test")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / "weights.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    assert evaluation_of(a, "test", 5) == evaluation_of(b, "test", 5)
+    for row, other in zip(timeless(a), timeless(b), strict=True):
+        assert row == other
+
+
+def timeless(folder: Path) -> list[dict]:
+    rows = RunFolder(folder).metrics()
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    run_to_end(recipe(), folder)
+    return folder
+
+
+def test_a_run_learns_and_writes_what_it_promises(whole: Path) -> None:
+    before, after = evaluation_of(whole, "validation", 0), weights(whole)
+    assert before.k == 2 and len(before.problem_ids) == 4
+    initial = load_file(Path("src/selfteach/lab/bases/two_styles/model.safetensors"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(after[name], initial[name])
+    result = result_of(whole)
+    assert result["budget"]["answers_sampled"] == 5 * 12
+    assert result["budget"]["critiques"] == 5 * 12
+    assert result["budget"]["evaluation_answers"] == 4 * 8 + 12
+    assert result["curve"]["steps"] == [0, 2, 4, 5]
+    assert all(row["mismatch_max"] < 1e-3 for row in timeless(whole) if row["kind"] == "step")
+    lesson = json.loads((whole / "lessons" / "step_000001.jsonl").read_text().splitlines()[0])
+    assert {"question", "answer", "correct", "critique", "context"} <= lesson.keys()
+    assert (whole / "model" / "world.json").exists()
+
+
+def test_the_final_model_loads_with_plain_transformers(whole: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    AutoTokenizer.from_pretrained(whole / "model")
+    trained = weights(whole)
+    for name, param in model.named_parameters():
+        assert torch.equal(param, trained[name])
+
+
+def test_the_same_recipe_and_seed_twice_are_identical(whole: Path, tmp_path: Path) -> None:
+    run_to_end(recipe(), tmp_path / "again")
+    assert_same_run(whole, tmp_path / "again")
+
+
+def test_another_seed_differs(whole: Path, tmp_path: Path) -> None:
+    run_to_end(recipe(seed=1), tmp_path / "other")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(weights(whole)[name], weights(tmp_path / "other")[name])
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "step_aligned"])
+def test_stopped_and_taken_up_equals_never_stopped(arm: str, tmp_path: Path) -> None:
+    run_to_end(recipe(arm), tmp_path / "whole")
+    for rows in (2, 3):  # each time it gets a little further
+        stopping = train(recipe(arm), tmp_path / "stopped")
+        for _ in range(rows):
+            next(stopping)
+        stopping.close()
+    run_to_end(recipe(arm), tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("moment", ["answers/step_000003.000.jsonl", "lessons/step_000004.jsonl",
+                                    "checkpoints/step_000002", "evaluations/test_000005.json"])  # fmt: skip
+def test_kill_9_and_resume(moment: str, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    RunFolder(folder).create(recipe().model_dump(mode="json"), {})
+    command = [sys.executable, "-c", "from selfteach.cli import main; main()", "resume", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (folder / moment).exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    on_disk = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("answers/*.jsonl")}
+    assert on_disk
+    run_to_end(recipe(), folder)
+    assert_same_run(whole, folder)
+    for path, (written, content) in on_disk.items():
+        assert path.stat().st_mtime_ns == written, f"{path.name} was sampled twice"
+        assert path.read_bytes() == content
+
+
+def test_a_folder_with_another_run_is_refused(whole: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds another run"):
+        run_to_end(recipe(seed=7), whole)
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="not empty"):
+        run_to_end(recipe(), tmp_path)
+
+
+def test_two_processes_never_write_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfteach.run_folder.LOCK_PATIENCE_S", 0.2)
+    held = train(recipe(), tmp_path / "run")
+    next(held)
+    with pytest.raises(CheckpointError, match="another process"):
+        run_to_end(recipe(), tmp_path / "run")
+    held.close()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if (folder / "lessons" / "step_000003.jsonl.tmp").exists():
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        run_to_end(recipe(), folder)
+    monkeypatch.setattr(os, "fsync", real)
+    run_to_end(recipe(), folder)
+    assert_same_run(whole, folder)

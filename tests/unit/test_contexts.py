@@ -1,0 +1,130 @@
+"""Contexts and critics: what the self-teacher is shown, and the reasons why it is shown nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from selfteach.config import CONTEXTS
+from selfteach.contexts import TemplateContext
+from selfteach.critics import OracleCritic
+from selfteach.lab import task
+from selfteach.lab.world import STYLES, World, text_of
+from selfteach.rendering import Templates
+from selfteach.types import Critique, Marked, NoCritique, Problem, Rollout, Verdict
+
+WORLD = World()
+PROBLEMS = task.problems(WORLD, "train", 3)
+
+
+def rollout(problem: Problem, text: str, sample: int = 0) -> Rollout:
+    return Rollout(problem, sample, (1,), (5,), (-0.5,), text, True, 0)
+
+
+def wrong_answer(problem: Problem, style: str = "minus", at: int = 2) -> str:
+    """The true solution with another value in one line (and everything after it left as it was)."""
+    lines = WORLD.solution(problem.question.split(), STYLES[style])
+    texts = [str(line) for line in lines]
+    texts[at] = texts[at][:-1] + ("a" if lines[at].c != "a" else "b")
+    return "\n".join([*texts, "# p"])
+
+
+def marked(problem: Problem, sample: int = 0, text: str | None = None) -> Marked:
+    answer = rollout(problem, text or wrong_answer(problem), sample)
+    verdict = task.verify(problem, answer.text)
+    (critique,) = OracleCritic(task.Oracle(WORLD), error_rate=0.0, seed=0)([(answer, verdict)])
+    return Marked(answer, verdict, critique)
+
+
+def context(name: str) -> TemplateContext:
+    return TemplateContext(name, Templates("lab"), seed=0)
+
+
+def show(name: str, *answers: Marked) -> list[str | NoCritique]:
+    return context(name)(answers)
+
+
+def test_step_aligned_keeps_the_right_steps_and_never_quotes_the_wrong_one() -> None:
+    answer = marked(PROBLEMS[0])
+    (shown,) = show("step_aligned", answer)
+    assert isinstance(shown, str)
+    own, told = answer.rollout.text.splitlines(), shown.splitlines()
+    assert told[:2] == own[:2]
+    assert "!" in told[2] and own[2] not in shown
+    assert told[-1] == f"# {PROBLEMS[0].answer}"
+
+
+def test_full_repetition_quotes_the_wrong_step_before_the_correction() -> None:
+    answer = marked(PROBLEMS[0])
+    (shown,) = show("full_repetition", answer)
+    assert isinstance(shown, str)
+    told = shown.splitlines()
+    assert told[2] == answer.rollout.text.splitlines()[2] and "!" in told[3]
+
+
+def test_omission_repeats_no_right_step() -> None:
+    answer = marked(PROBLEMS[0])
+    (shown,) = show("omission", answer)
+    assert isinstance(shown, str)
+    own = answer.rollout.text.splitlines()
+    assert [line.split()[1] for line in shown.splitlines()[:2]] == ["ok", "ok"]
+    assert own[0] not in shown and own[1] not in shown
+
+
+def test_references_are_of_the_problem_and_the_terse_contexts_of_the_verdict() -> None:
+    answer = marked(PROBLEMS[0])
+    assert show("reference", answer) == [PROBLEMS[0].references["reference"]]
+    assert show("aligned_reference", answer) == [PROBLEMS[0].references["aligned_reference"]]
+    assert show("holistic", answer) == [f"wrong\n# {PROBLEMS[0].answer}"]
+    assert show("answer_only", answer) == [f"# {PROBLEMS[0].answer}"]
+    true = text_of(WORLD.solution(PROBLEMS[0].question.split(), STYLES["plus"]), PROBLEMS[0].answer)
+    assert show("holistic", marked(PROBLEMS[0], text=true)) == [f"ok\n# {PROBLEMS[0].answer}"]
+
+
+def test_shuffled_lines_are_the_same_lines_in_another_order_and_repeatable() -> None:
+    answers = [marked(problem) for problem in PROBLEMS]
+    straight, shuffled = show("step_aligned", *answers), show("shuffled_lines", *answers)
+    assert shuffled == show("shuffled_lines", *answers)
+    assert shuffled != straight
+    for a, b in zip(straight, shuffled, strict=True):
+        assert isinstance(a, str) and isinstance(b, str)
+        assert sorted(a.splitlines()) == sorted(b.splitlines())
+
+
+def test_other_answer_is_the_trace_of_another_question() -> None:
+    answers = [marked(problem, sample) for problem in PROBLEMS for sample in (0, 1)]
+    straight, other = show("step_aligned", *answers), show("other_answer", *answers)
+    assert other == [*straight[2:], *straight[:2]]
+    (alone,) = show("other_answer", answers[0])
+    assert alone == NoCritique("no other question in this step")
+
+
+def test_what_is_missing_is_a_reason_not_a_guess() -> None:
+    bare = Marked(
+        rollout(Problem("q", "a b", "c"), "# c"), Verdict(True, True, "c"), NoCritique("refused")
+    )
+    assert show("step_aligned", bare) == [NoCritique("refused")]
+    assert show("reference", bare) == [NoCritique("the problem has no reference")]
+    unasked = Marked(bare.rollout, bare.verdict, None)
+    assert show("step_aligned", unasked) == [NoCritique("no critic was asked")]
+
+
+@pytest.mark.parametrize("name", [name for name in CONTEXTS if name != "none"])
+def test_every_context_of_a_recipe_renders(name: str) -> None:
+    for shown in show(name, *(marked(problem) for problem in PROBLEMS)):
+        assert isinstance(shown, str) and shown
+
+
+def test_a_critic_errs_as_often_as_told_and_the_same_way_each_time() -> None:
+    problems = task.problems(WORLD, "train", 200)
+    judged = [(rollout(p, wrong_answer(p)), Verdict(False, True, "p")) for p in problems]
+
+    def wrong(rate: float) -> list[bool]:
+        critiques = OracleCritic(task.Oracle(WORLD), error_rate=rate, seed=3)(judged)
+        return [
+            isinstance(c, Critique) and c.answer != p.answer
+            for c, p in zip(critiques, problems, strict=True)
+        ]
+
+    assert not any(wrong(0.0))
+    assert 0.2 < sum(wrong(0.3)) / 200 < 0.4
+    assert wrong(0.3) == wrong(0.3)
