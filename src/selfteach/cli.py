@@ -112,7 +112,8 @@ def check(recipe: RecipePath, settings: Settings = None) -> None:
     """Validate a recipe and print what it resolves to, its sizes and its budget. Spends nothing."""
     from selfteach.plan import describe_study
 
-    for line in describe_study(_load(recipe, settings)):
+    # All of it first: a recipe that fails prints its one line of error and nothing else.
+    for line in list(describe_study(_load(recipe, settings))):
         typer.echo(line)
 
 

@@ -54,10 +54,11 @@ def test_the_example_has_something_before_and_after_its_first_error(built) -> No
     assert 0 < at < length and example["steps"][at] == example["steps"][at - 1] + 1
     for context in example["contexts"].values():
         assert len(context["advantage"]) == length
-    # What the paper found: aligned feedback is sharply negative within the failing step.
-    failing = [t for t in range(length) if example["steps"][t] == example["steps"][at]]
+    # What the paper found: aligned feedback leaves right steps alone and denies the failing one.
     aligned = example["contexts"]["step_aligned"]["advantage"]
-    assert min(aligned[t] for t in failing) == min(aligned) < -1
+    failing = [aligned[t] for t in range(length) if example["steps"][t] == example["steps"][at]]
+    before = [abs(a) for a in aligned[:at]]
+    assert min(failing) < -1 and max(map(abs, failing)) > 3 * sum(before) / len(before)
 
 
 def test_no_wrong_answer_no_example(built) -> None:

@@ -61,7 +61,7 @@ def setting(scores):
 
 @pytest.fixture
 def results():
-    flipped = {**SCORES, "reference": 45.0}
+    flipped = {**SCORES, "reference": 45.0, "grpo": 45.0}
     return {
         "format": 1, "title": "The paper in miniature", "k": 12, "seeds": SEEDS,
         "headline": ["step_aligned-grpo", "step_aligned-reference"],
@@ -131,9 +131,9 @@ def printed(results, width=100):
 def test_report_says_what_the_numbers_say(tmp_path, results, example):
     text = " ".join(Page(report(tmp_path, results, example)).text.split())
     assert "step_aligned answers 35.8 % of samples right, grpo 19.7 %" in text
-    assert "+16.1 points of Avg@12 (95 % interval +10.6 to +21.6)" in text
+    assert "+16.1 points of Avg@12 (95 % interval 10.6 to 21.6)" in text
     assert "the data support that step_aligned is better than grpo" in text
-    assert "+5.2 points of Avg@12 (95 % interval −0.3 to +10.7)" in text
+    assert "+5.2 points of Avg@12 (95 % interval −0.3 to 10.7)" in text
     assert "the data do not decide between step_aligned and reference" in text
     assert "not comparable" in text and "16.11" in text and "5.27" in text
     for expected in ("[32.8, 38.8]", "1 of 3 seeds collapsed", "253,440", "abc123", "torch 2.10.0",
@@ -153,8 +153,8 @@ def test_every_measure_of_every_arm_and_seed_is_in_the_report(tmp_path, results)
 def test_variants_say_where_the_order_flips(tmp_path, results):
     text = " ".join(Page(report(tmp_path, results)).text.split())
     no_pull, easy = text.split("no pull of style (ρ = 0) seeds 0, 1")[1].split("easy seeds 0")
-    assert re.search(r"step_aligned − reference: −9.2 .*?: REVERSED", no_pull)
-    assert re.search(r"step_aligned − grpo: \+16.1 .*?: same order", no_pull)
+    assert re.search(r"step_aligned − grpo: −9.2 .*?: REVERSED", no_pull)
+    assert re.search(r"− reference: −9.2 .*?: decided here only, mean reversed", no_pull)
     assert re.search(r"step_aligned − grpo: −0.7 .*?: undecided, mean reversed", easy)
 
 
@@ -320,10 +320,12 @@ def test_console_prints_each_arm_and_each_pair_within_100_columns(results):
         assert re.search(rf"{name} .*{avg} \[{avg - 3:.1f}, {avg + 3:.1f}\]", text), name
     for pair in results["paired"]:
         assert wording.pair_title(pair) in text
-    assert re.search(r"step_aligned - grpo +\+16\.1 \[\+10\.6, \+21\.6\].*Avg@12, Maj@12", text)
-    assert "reference (1 collapsed)" in text
+    assert re.search(
+        r"step_aligned - grpo +\+16\.1 \[10\.6, 21\.6\]\* +\+2\.0 \[-1\.0, 5\.0\]  ", text
+    )
+    assert "collapsed: reference 1 of 3 seeds" in text
     assert "253,440" in text
-    assert re.search(r"step_aligned - reference +-9\.2 .*REVERSED", text)
+    assert re.search(r"step_aligned - grpo +-9\.2 .*REVERSED", text)
 
 
 def test_console_does_not_read_names_as_markup(results):
@@ -359,6 +361,14 @@ def test_only_an_interval_beside_zero_decides(low, high, expected):
 )
 def test_order_compares_with_the_main_setting(mean, expected):
     assert wording.order(estimate(mean), estimate(7.0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("mean", "expected"),
+    [(9, "decided here only"), (2, "undecided"), (-9, "decided here only, mean reversed")],
+)
+def test_an_undecided_main_setting_cannot_be_reversed(mean, expected):
+    assert wording.order(estimate(mean), estimate(2.0)) == expected
 
 
 def test_headline_falls_back_to_what_is_there(results):

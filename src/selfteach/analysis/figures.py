@@ -96,7 +96,7 @@ def learning_curves(results: Results) -> Figure:
             axes.fill_between(steps, low, high, color=style.colour, alpha=0.14, linewidth=0)
     if at_start:
         axes.axhline(
-            float(np.mean(at_start)), color=INK, linestyle=":", linewidth=1.2, label="base"
+            float(np.mean(at_start)), color=INK, linestyle=":", linewidth=1.6, label="base"
         )
     axes.set_xlabel("training step", color=INK, fontsize=SMALL)
     axes.set_ylabel("Avg@k on validation, %", color=INK, fontsize=SMALL)

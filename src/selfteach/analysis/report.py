@@ -80,7 +80,7 @@ def _sentence(results: Results, pair: str) -> dict[str, Any]:
     return {
         "numbers": f"{b} answers {arms[b]['avg']['mean']:.1f} % of samples right, "
         f"{a} {arms[a]['avg']['mean']:.1f} %: a difference of {value['mean']:+.1f} points "
-        f"of Avg@{results['k']} (95 % interval {low:+.1f} to {high:+.1f}).",
+        f"of Avg@{results['k']} (95 % interval {low:.1f} to {high:.1f}).",
         "verdict": verdicts[wording.standing(value)],
         "decided": wording.standing(value) != "open",
     }

@@ -53,9 +53,9 @@ def estimate(value: Estimate) -> str:
 
 
 def difference(value: Estimate) -> str:
-    """A difference with its interval: ``+16.1 [+11.9, +20.2]``."""
+    """A difference with its interval: ``+16.1 [11.9, 20.2]``."""
     low, high = value["ci95"]
-    return f"{value['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{value['mean']:+.1f} [{low:.1f}, {high:.1f}]"
 
 
 def count(value: float | int) -> str:
@@ -91,11 +91,15 @@ def verdict(pair: str, value: Estimate) -> str:
 
 
 def order(value: Estimate, main: Estimate) -> str:
-    """How a variant's difference compares with the main setting's: same, reversed or undecided."""
+    """How a variant's difference compares with the main setting's.
+
+    ``REVERSED`` and ``same order`` are said only where both intervals exclude 0.
+    """
     flipped = value["mean"] * main["mean"] < 0
-    if standing(value) == "open":
-        return "undecided, mean reversed" if flipped else "undecided"
-    return "REVERSED" if flipped else "same order"
+    if "open" not in (standing(value), standing(main)):
+        return "REVERSED" if flipped else "same order"
+    decided = "undecided" if standing(value) == "open" else "decided here only"
+    return f"{decided}, mean reversed" if flipped else decided
 
 
 def headline(results: Results) -> list[str]:
