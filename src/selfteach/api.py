@@ -92,6 +92,8 @@ def _problems(built: Built, name: str) -> tuple[tuple[Problem, ...], str]:
     if name in ("train", "validation", "test"):
         return built.task.problems(name), name
     if not name.endswith(".jsonl"):
-        raise DataError(f"--problems {name!r}: write train, validation, test, or name a .jsonl file")
+        raise DataError(
+            f"--problems {name!r}: write train, validation, test, or name a .jsonl file"
+        )
     path = Path(name)
     return read_jsonl(path), path.stem

@@ -157,10 +157,11 @@ def main() -> None:
     except SelfteachError as error:
         _fail(str(error))
     except Exception as error:
-        # Typer's own click carries usage errors; its class moved between releases.
-        if type(error).__module__.split(".")[0] in ("click", "typer") and hasattr(error, "format_message"):
-            _fail(error.format_message())
-        raise
+        # Usage errors come from Typer's click, whose module moved between releases.
+        told = getattr(error, "format_message", None)
+        if told is None:
+            raise
+        _fail(told())
 
 
 def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
@@ -173,7 +174,9 @@ def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
         results = run_study(loaded, folder, command=command, progress=progress)
     console = Console()
     print_results(results, console)
-    console.print(f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True)
+    console.print(
+        f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True
+    )
 
 
 def _train(recipe: Recipe, folder: Path) -> None:
@@ -183,7 +186,9 @@ def _train(recipe: Recipe, folder: Path) -> None:
     with RunProgress(recipe) as progress:
         for row in run(recipe, folder):
             progress(row)
-    typer.echo(f"run:   {folder}\nmodel: {folder / 'model'}" if recipe.train.steps else f"run: {folder}")
+    typer.echo(
+        f"run:   {folder}\nmodel: {folder / 'model'}" if recipe.train.steps else f"run: {folder}"
+    )
 
 
 def _load(path: Path, settings: list[str] | None) -> Study:
@@ -196,7 +201,9 @@ def _load(path: Path, settings: list[str] | None) -> Study:
 def _one(loaded: Study, arm: str | None, seed: int, *, first: bool = False) -> Recipe:
     if arm is None:
         if len(loaded.arms) > 1 and not first:
-            raise RecipeError(f"the recipe has several arms; name one: --arm {'|'.join(loaded.arms)}")
+            raise RecipeError(
+                f"the recipe has several arms; name one: --arm {'|'.join(loaded.arms)}"
+            )
         arm = next(iter(loaded.arms))
     return loaded.recipe(arm, seed=seed)
 
@@ -216,4 +223,3 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-

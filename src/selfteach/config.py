@@ -45,9 +45,9 @@ class Section(BaseModel):
 class LoraConfig(Section):
     """Low-rank adapters through PEFT; the teacher of the initial policy is then the adapter off."""
 
-    rank: int = Field(64, ge=1)
-    alpha: float = Field(128, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(default=64, ge=1)
+    alpha: float = Field(default=128, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
@@ -76,12 +76,12 @@ class LabData(Section):
 
     type: Literal["lab"] = "lab"
     world: str | None = None
-    chance_below: float = Field(1.0, gt=0, le=1)
+    chance_below: float = Field(default=1.0, gt=0, le=1)
     """Keep only problems that the solver's authors get right with a probability below this (the
     paper keeps those with an Avg@16 of its solver below 5/16)."""
-    train: int = Field(2048, ge=1)
-    validation: int = Field(96, ge=1)
-    test: int = Field(192, ge=1)
+    train: int = Field(default=2048, ge=1)
+    validation: int = Field(default=96, ge=1)
+    test: int = Field(default=192, ge=1)
 
 
 class ChainSumsData(Section):
@@ -89,14 +89,14 @@ class ChainSumsData(Section):
 
     type: Literal["chain_sums"] = "chain_sums"
     seed: int = 0
-    min_terms: int = Field(3, ge=2)
-    max_terms: int = Field(4, ge=2)
-    max_digits: int = Field(2, ge=1)
-    shots: int = Field(2, ge=0)
+    min_terms: int = Field(default=3, ge=2)
+    max_terms: int = Field(default=4, ge=2)
+    max_digits: int = Field(default=2, ge=1)
+    shots: int = Field(default=2, ge=0)
     """Worked examples that stand before every question."""
-    train: int = Field(512, ge=1)
-    validation: int = Field(32, ge=1)
-    test: int = Field(64, ge=1)
+    train: int = Field(default=512, ge=1)
+    validation: int = Field(default=32, ge=1)
+    test: int = Field(default=64, ge=1)
 
 
 class JsonlData(Section):
@@ -115,9 +115,9 @@ DataConfig = Annotated[Union[LabData, ChainSumsData, JsonlData], Field(discrimin
 class SamplingConfig(Section):
     """How the solver answers while it learns."""
 
-    temperature: float = Field(1.0, gt=0)
-    max_tokens: int = Field(64, ge=1)
-    batch_answers: int = Field(256, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=64, ge=1)
+    batch_answers: int = Field(default=256, ge=1)
     """Answers decoded side by side; also the unit that is saved before it is used."""
 
 
@@ -125,7 +125,7 @@ class OracleConfig(Section):
     """A program that can check every step (the lab, chain sums)."""
 
     type: Literal["oracle"] = "oracle"
-    error_rate: float = Field(0.0, ge=0, le=1)
+    error_rate: float = Field(default=0.0, ge=0, le=1)
     """Share of critiques in which the critic errs."""
 
 
@@ -151,7 +151,7 @@ class EmaTeacher(Section):
     """An exponential moving average of the weights, updated after each optimizer step."""
 
     type: Literal["ema"]
-    rate: float = Field(0.05, gt=0, le=1)
+    rate: float = Field(default=0.05, gt=0, le=1)
     """Share of the new weights in each update."""
 
 
@@ -159,7 +159,7 @@ class TrustRegionTeacher(Section):
     """Logits between the initial policy's and the live policy's."""
 
     type: Literal["trust_region"]
-    live_share: float = Field(0.5, ge=0, le=1)
+    live_share: float = Field(default=0.5, ge=0, le=1)
 
 
 TeacherConfig = Annotated[
@@ -178,18 +178,18 @@ class DistillationConfig(Section):
     jsd_scaled: bool = False
     """Divide the JSD by β(1−β): the convention whose ends are the two KLs."""
     support: Literal["full", "top_k", "sampled"] = "full"
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(default=None, ge=1)
     top_k_from: Literal["student", "teacher"] = "student"
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(default=None, gt=0)
     """Upper cap of each vocabulary entry's term (OPSD: 0.05)."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     control_variate: bool = False
     gate: Literal["all", "wrong", "right"] = "all"
     """Which answers teach, by their verdict."""
     from_first_error: bool = False
     """Only tokens from the first wrong step on (ROSD); right answers then teach nothing."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    importance_cap: float | None = Field(None, gt=0)
+    importance_cap: float | None = Field(default=None, gt=0)
     """Truncated importance weight min(π_train/π_engine, cap) on every token."""
 
 
@@ -198,12 +198,12 @@ class GrpoConfig(Section):
 
     type: Literal["grpo"]
     normalise: Literal["std", "none"] = "std"
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.2, ge=0)
-    kl_weight: float = Field(0.0, ge=0)
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    clip_high: float = Field(default=0.2, ge=0)
+    kl_weight: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy‖initial policy)."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    importance_cap: float | None = Field(None, gt=0)
+    importance_cap: float | None = Field(default=None, gt=0)
 
 
 ObjectiveConfig = Annotated[
@@ -215,43 +215,43 @@ ObjectiveConfig = Annotated[
 class OptimizerConfig(Section):
     """AdamW."""
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip: float = Field(1.0, gt=0)
-    warmup_steps: int = Field(0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["constant", "linear"] = "constant"
 
 
 class TrainConfig(Section):
     """The loop."""
 
-    steps: int = Field(60, ge=0)
-    problems_per_step: int = Field(16, ge=1)
-    answers_per_problem: int = Field(8, ge=1)
-    updates_per_batch: int = Field(1, ge=1)
-    micro_batch_tokens: int = Field(16_384, ge=1)
+    steps: int = Field(default=60, ge=0)
+    problems_per_step: int = Field(default=16, ge=1)
+    answers_per_problem: int = Field(default=8, ge=1)
+    updates_per_batch: int = Field(default=1, ge=1)
+    micro_batch_tokens: int = Field(default=16_384, ge=1)
     """Padded tokens (prompt and answer, student and teacher) in one forward pass."""
-    max_length: int | None = Field(None, ge=2)
+    max_length: int | None = Field(default=None, ge=2)
     """Longest prompt with answer, in tokens; by default what the model was built for. A lesson that
     does not fit is dropped and counted, never cut."""
-    checkpoint_every: int = Field(10, ge=1)
-    keep_checkpoints: int = Field(1, ge=1)
-    threads: int | None = Field(None, ge=1)
+    checkpoint_every: int = Field(default=10, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """torch threads of a run; by default all cores for one run, one each in a study."""
 
 
 class EvaluationConfig(Section):
     """What is measured, and when. Nothing is ever selected on the test problems."""
 
-    every: int = Field(10, ge=1)
+    every: int = Field(default=10, ge=1)
     """Steps between points of the learning curve, on validation problems."""
-    validation_k: int = Field(4, ge=1)
-    test_k: int = Field(12, ge=1)
+    validation_k: int = Field(default=4, ge=1)
+    test_k: int = Field(default=12, ge=1)
     """Answers per test problem: Avg@k, Pass@k and Maj@k."""
-    temperature: float = Field(1.0, gt=0)
-    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int | None = Field(default=None, ge=1)
     """By default as in training."""
     test: bool = True
     """Score the test problems once, after the last step."""
@@ -260,7 +260,7 @@ class EvaluationConfig(Section):
 class Recipe(Section):
     """One run: one arm, one seed."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     model: ModelConfig = ModelConfig()
     data: DataConfig = LabData()
     sampling: SamplingConfig = SamplingConfig()
@@ -276,7 +276,9 @@ class Recipe(Section):
     def _sensible(self) -> Recipe:
         needs_critic = self.context.type in CRITIC_CONTEXTS
         if needs_critic and self.critic is None:
-            raise ValueError(f'context "{self.context.type}" needs a critic: add [critic] type = "oracle"')
+            raise ValueError(
+                f'context "{self.context.type}" needs a critic: add [critic] type = "oracle"'
+            )
         if isinstance(self.objective, DistillationConfig):
             if self.context.type == "none" and self.train.steps > 0:
                 raise ValueError(
@@ -293,8 +295,8 @@ class Recipe(Section):
 
 
 CRITIC_CONTEXTS = frozenset(
-    {"step_aligned", "full_repetition", "omission", "holistic", "answer_only", "shuffled_lines", "other_answer"}
-)  # fmt: skip
+    name for name in CONTEXTS if name not in ("none", "reference", "aligned_reference")
+)
 """Contexts that are made from a critique."""
 
 
@@ -316,17 +318,19 @@ class SweepConfig(Section):
 
     lr: tuple[float, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
+    variants: tuple[str, ...] = ()
+    """Settings that are swept as well; the others take the main setting's rates."""
 
 
 class StudyConfig(Section):
     """What a study compares, and how."""
 
     title: str = ""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     headline: tuple[str, ...] = ()
     """Pairs to print first, like ``step_aligned-grpo``."""
-    bootstrap: int = Field(10_000, ge=100)
-    workers: int | None = Field(None, ge=1)
+    bootstrap: int = Field(default=10_000, ge=100)
+    workers: int | None = Field(default=None, ge=1)
     """Runs side by side, one process each; by default one per core."""
 
 
@@ -384,14 +388,20 @@ def load_study(path: Path, settings: Sequence[str] = ()) -> Study:
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     except IsADirectoryError:
-        raise RecipeError(f"{path} is a folder; name the recipe file, {path / 'recipe.toml'}") from None
+        raise RecipeError(
+            f"{path} is a folder; name the recipe file, {path / 'recipe.toml'}"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     return study_from(raw, settings, where=str(path), default_arm=path.stem)
 
 
 def study_from(
-    raw: Mapping[str, Any], settings: Sequence[str] = (), *, where: str = "recipe", default_arm: str = "run"
+    raw: Mapping[str, Any],
+    settings: Sequence[str] = (),
+    *,
+    where: str = "recipe",
+    default_arm: str = "run",
 ) -> Study:
     """A study from parsed TOML, with ``key=value`` settings applied to the common sections.
 
@@ -404,7 +414,9 @@ def study_from(
     special = {key: raw.pop(key) for key in ("study", "arms", "variants", "sweep") if key in raw}
     if settings:
         # A --set reaches every arm, also where an arm has a value of its own.
-        forced = [s for s in settings if s.split(".")[0] not in ("study", "arms", "variants", "sweep")]
+        forced = [
+            s for s in settings if s.split(".")[0] not in ("study", "arms", "variants", "sweep")
+        ]
         for arm in special.get("arms", {}):
             for setting in forced:
                 special["arms"][arm] = merge(special["arms"][arm], parse_setting(setting))
@@ -418,11 +430,24 @@ def study_from(
             if variant.arms is not None:
                 for other in variant.arms:
                     if other not in study.arms:
-                        raise RecipeError(f"{where}: variants.{name}.arms: {other!r}: {_nearest(other, study.arms)}")
+                        raise RecipeError(
+                            f"{where}: variants.{name}.arms: {other!r}: {_nearest(other, study.arms)}"
+                        )
             study.recipe(arm, seed=0, variant=name)
+    if study.sweep is not None:
+        shared = set(study.sweep.seeds) & set(study.study.seeds)
+        if shared:
+            raise RecipeError(f"{where}: sweep.seeds and study.seeds share {sorted(shared)}")
+        for name in study.sweep.variants:
+            if name not in study.variants:
+                raise RecipeError(
+                    f"{where}: sweep.variants: {name!r}: {_nearest(name, study.variants)}"
+                )
     for pair in study.study.headline:
         if pair not in pairs([*study.arms]):
-            raise RecipeError(f"{where}: study.headline: {pair!r}: {_nearest(pair, pairs([*study.arms]))}")
+            raise RecipeError(
+                f"{where}: study.headline: {pair!r}: {_nearest(pair, pairs([*study.arms]))}"
+            )
     return study
 
 
@@ -439,8 +464,10 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     merged = deepcopy(dict(low))
     for key, value in high.items():
         old = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        merged[key] = merge(old, value) if both else deepcopy(value)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = deepcopy(value)
     return merged
 
 
@@ -448,14 +475,17 @@ def parse_setting(setting: str) -> dict[str, Any]:
     """``a.b=3`` as nested dictionaries; the value is TOML, or a string if it is not valid TOML."""
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set {setting!r}: write key=value, for example --set optimizer.lr=5e-4")
+        raise RecipeError(
+            f"--set {setting!r}: write key=value, for example --set optimizer.lr=5e-4"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    for part in reversed(key.strip().split(".")):
+    first, *inner = key.strip().split(".")
+    for part in reversed(inner):
         value = {part: value}
-    return value
+    return {first: value}
 
 
 def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
@@ -474,7 +504,9 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
         known = _fields_at(model, first["loc"][:-1])
         return f"unknown key {path!r}; {_nearest(str(first['loc'][-1]), known)}{more}"
     message = first["msg"].removeprefix("Value error, ")
-    found = f", found {first['input']!r}" if not isinstance(first["input"], dict | BaseModel) else ""
+    found = (
+        f", found {first['input']!r}" if not isinstance(first["input"], dict | BaseModel) else ""
+    )
     return f"{path + ': ' if path else ''}{message[0].lower() + message[1:]}{found}{more}"
 
 

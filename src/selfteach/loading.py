@@ -80,13 +80,13 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise EngineError(_cannot_load("model", config, error)) from error
+    assert isinstance(model, PreTrainedModel)
     if config.gguf_file:
         # The weights are plain tensors by now; the mark would forbid training and saving them.
-        model.config.quantization_config = None
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
-    return model.to(device).eval()
+        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+    torch.nn.Module.to(model, device)
+    return model.eval()
 
 
 def choose_device(name: str) -> torch.device:

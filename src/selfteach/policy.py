@@ -60,6 +60,7 @@ class Policy:
         self.version = 0
         self._schedule, self._grad_clip, self._autocast = schedule, grad_clip, autocast
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(causal, PreTrainedModel)
         self._backbone: nn.Module = getattr(causal, causal.base_model_prefix)
         self._head = head_of(causal)
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -122,7 +123,13 @@ class Policy:
 
 
 def add_adapters(
-    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: tuple[str, ...], seed: int
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: tuple[str, ...],
+    seed: int,
 ) -> PeftModel:
     """Low-rank adapters on the named modules, initialised from ``seed``.
 
@@ -158,7 +165,9 @@ def head_of(model: PreTrainedModel) -> Head:
     if getattr(config, "logits_scaling", None):
         scale /= config.logits_scaling
     head = Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
-    ids = torch.arange(min(8, config.get_text_config().vocab_size), device=linear.weight.device)[None]
+    ids = torch.arange(min(8, config.get_text_config().vocab_size), device=linear.weight.device)[
+        None
+    ]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float()
         hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)[0]

@@ -92,7 +92,10 @@ class Teacher(Protocol):
 class Objective(Protocol):
     """What is minimised, per token."""
 
-    needs_teacher: bool
+    @property
+    def needs_teacher(self) -> bool:
+        """True if the teacher's scores are asked for."""
+        ...
 
     def weigh(self, lessons: Sequence[Lesson]) -> tuple[list[Signal], float]:
         """How much each token of each lesson counts, and the denominator: the local count that the

@@ -43,7 +43,7 @@ class Templates:
         self._environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader([folder, SHIPPED / "steps"]),
             undefined=jinja2.StrictUndefined,
-            autoescape=False,  # noqa: S701 - prompts are text for a model, not HTML
+            autoescape=False,
             keep_trailing_newline=False,
         )
         self._environment.globals["turn"] = TURN
@@ -118,7 +118,9 @@ class Renderer:
         A sampled answer is never encoded again: other ids can spell the same text.
         """
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return (*ids, self._tokenizer.eos_token_id)
+        end = self._tokenizer.eos_token_id
+        assert isinstance(end, int)
+        return (*ids, end)
 
     def token_ends(self, answer_ids: Sequence[int]) -> list[int]:
         """Where each token of an answer ends in its text, in characters.
@@ -138,6 +140,7 @@ class Renderer:
         text = self._tokenizer.apply_chat_template(
             conversation(content), add_generation_prompt=True, tokenize=False
         )
+        assert isinstance(text, str)
         # The template has written every special token itself: a second BOS would go unseen.
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -229,5 +229,3 @@ def _critique(row: dict[str, Any] | None) -> Critique | NoCritique | None:
         answer=row["answer"],
         first_error=row["first_error"],
     )
-
-

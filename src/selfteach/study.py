@@ -181,7 +181,7 @@ def sweep_jobs(study: Study, folder: Path) -> list[Job]:
     if study.sweep is None:
         raise RecipeError("the recipe has no [sweep]: add lr = [...] and seeds = [...]")
     jobs = []
-    for variant in (None, *study.variants):
+    for variant in (None, *study.sweep.variants):
         arms = study.variants[variant].arms if variant else None
         for arm in arms or study.arms:
             for lr in study.sweep.lr:

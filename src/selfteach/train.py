@@ -140,7 +140,9 @@ def _steps(run: RunFolder, recipe: Recipe, built: Built, done: int) -> Iterator[
             )  # fmt: skip
 
 
-def _measure(run: RunFolder, recipe: Recipe, built: Built, split: Split, step: int) -> dict[str, Any]:
+def _measure(
+    run: RunFolder, recipe: Recipe, built: Built, split: Split, step: int
+) -> dict[str, Any]:
     """Evaluate on a split and write it down."""
     settings, started = recipe.evaluation, time.monotonic()
     sampling = Sampling(
@@ -175,7 +177,9 @@ def _finish(run: RunFolder, recipe: Recipe, built: Built) -> None:
         _export(run, recipe, built)
     rows = run.metrics()
     seconds = sum(v for row in rows for k, v in row.items() if k.startswith("seconds_"))
-    budget = {name: sum(row.get(name, 0) for row in rows) for name in (*BUDGET, "evaluation_answers")}
+    budget = {
+        name: sum(row.get(name, 0) for row in rows) for name in (*BUDGET, "evaluation_answers")
+    }
     curve = [(row["step"], row["avg"]) for row in rows if row["kind"] == "validation"]
     write_json(
         run.result_path,
@@ -193,7 +197,7 @@ def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:
     aside, target = run.path / ".model.tmp", run.path / "model"
     with enough_disk():
         shutil.rmtree(aside, ignore_errors=True)
-        built.parts.policy.model.save_pretrained(aside)
+        built.parts.policy.model.save_pretrained(str(aside))
         built.tokenizer.save_pretrained(aside)
         world = Path(resolve(recipe.model.path)) / "world.json"
         if world.exists():  # a model of the lab stays one

@@ -125,7 +125,10 @@ def test_a_killed_study_goes_on(recipe: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     subprocess.run(
-        [sys.executable, "-m", "selfteach", "resume", str(out)], env=environment, check=True, **quiet
+        [sys.executable, "-m", "selfteach", "resume", str(out)],
+        env=environment,
+        check=True,
+        **quiet,
     )  # type: ignore[call-overload]
     subprocess.run([*study, str(whole)], env=environment, check=True, **quiet)  # type: ignore[call-overload]
     ours, theirs = (json.loads((f / "results.json").read_text()) for f in (out, whole))
@@ -212,7 +215,10 @@ def test_wrong_values_are_one_line(
 
 
 def test_wrong_calls_are_one_line(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def said(*words: object) -> str:
         return refused(monkeypatch, capsys, *words)
@@ -239,7 +245,10 @@ def test_wrong_calls_are_one_line(
 
 
 def test_a_folder_with_another_study_is_refused(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()

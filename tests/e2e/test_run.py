@@ -123,12 +123,25 @@ def test_stopped_and_taken_up_equals_never_stopped(arm: str, tmp_path: Path) -> 
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("moment", ["answers/step_000003.000.jsonl", "lessons/step_000004.jsonl",
-                                    "checkpoints/step_000002", "evaluations/test_000005.json"])  # fmt: skip
+MOMENTS = [
+    "answers/step_000003.000.jsonl",
+    "lessons/step_000004.jsonl",
+    "checkpoints/step_000002",
+    "evaluations/test_000005.json",
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_and_resume(moment: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     RunFolder(folder).create(recipe().model_dump(mode="json"), {})
-    command = [sys.executable, "-c", "from selfteach.cli import main; main()", "resume", str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        "from selfteach.cli import main; main()",
+        "resume",
+        str(folder),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL)  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def results():
 
 @pytest.fixture
 def example():
-    lines = ["0 + c a = d", "1 < f f : b $ $", f"2 {HOSTILE} k", "3 > e = c d f", "= k \n"]
+    lines = ["0 + c a = d", "1 < f f : b $x$ 中", f"2 {HOSTILE} k", "3 > e = c d f", "= k \n"]
     tokens = [token for line in lines for token in line.split(" ")]
     steps = [i for i, line in enumerate(lines) for _ in line.split(" ")]
     rng, error = np.random.default_rng(0), steps.index(2)
@@ -129,12 +130,16 @@ def printed(results, width=100):
 
 
 def test_report_says_what_the_numbers_say(tmp_path, results, example):
-    text = " ".join(Page(report(tmp_path, results, example)).text.split())
+    page = Page(report(tmp_path, results, example))
+    text = " ".join(page.text.split())
     assert "step_aligned answers 35.8 % of samples right, grpo 19.7 %" in text
     assert "+16.1 points of Avg@12 (95 % interval 10.6 to 21.6)" in text
     assert "the data support that step_aligned is better than grpo" in text
     assert "+5.2 points of Avg@12 (95 % interval −0.3 to 10.7)" in text
     assert "the data do not decide between step_aligned and reference" in text
+    leads = [attrs["class"] for tag, attrs in page.tags if "lead" in attrs.get("class", "").split()]
+    assert leads == ["lead decided", "lead"]
+    assert "step_aligned − grpo +16.1 [10.6, 21.6] +2.0 [−1.0, 5.0]" in text
     assert "not comparable" in text and "16.11" in text and "5.27" in text
     for expected in ("[32.8, 38.8]", "1 of 3 seeds collapsed", "253,440", "abc123", "torch 2.10.0",
                      "5,123 seconds", "optimizer.lr = 0.001", "seeds 0, 1, 2"):  # fmt: skip
@@ -164,7 +169,7 @@ def test_answers_are_text_and_nothing_else(tmp_path, results, example):
     page = Page(report(tmp_path, results, example))
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "img", "b", "link", "iframe"}
-    assert page.text.count(HOSTILE) >= 5  # title, heading, figure labels, tokens, contexts
+    assert page.text.count(HOSTILE) == 6  # title, heading, two tokens, two contexts
     assert "<b>bold</b>" in page.text
 
 
@@ -191,6 +196,21 @@ def test_report_can_be_read_without_eyes(tmp_path, results, example):
     assert f"token {error}, step 3: −8.8000 nats" in titles
 
 
+def test_tokens_are_coloured_by_side_and_strength(tmp_path, results, example):
+    example["contexts"] = {
+        "step_aligned": {"text": "", "advantage": [0.0] * len(example["tokens"])}
+    }
+    example["contexts"]["step_aligned"]["advantage"][:3] = [2.0, -1.0, -400.0]
+    page = Page(report(tmp_path, results, example))
+    spans = [a for tag, a in page.tags if tag == "span" and "title" in a]
+    look = [(a["class"], a["style"]) for a in spans[:3]]
+    # A quarter of the strongest colour (0.55) per nat, and never more than it.
+    assert look == [("up", "--a: 0.28"), ("down", "--a: 0.14"), ("down", "--a: 0.55")]
+    assert [i for i, a in enumerate(spans) if "error" in a["class"]] == [
+        example["first_error_token"]
+    ]
+
+
 def test_same_results_same_bytes_and_no_leftovers(tmp_path, results, example):
     first = report(tmp_path, results, example)
     assert report(tmp_path, copy.deepcopy(results), example) == first
@@ -203,6 +223,19 @@ def test_a_failure_leaves_the_old_report_alone(tmp_path, results):
     del results["arms"]["grpo"]["avg"]
     with pytest.raises(KeyError, match="avg"):
         report(tmp_path, results)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
+
+
+def test_a_failed_move_leaves_nothing_behind(tmp_path, results, monkeypatch):
+    before = report(tmp_path, results)
+
+    def refuse(source, target):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="no space"):
+        report(tmp_path, {**results, "title": "Another"})
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "results.json"}
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
 
 
@@ -259,6 +292,12 @@ def test_forest_draws_every_pair_and_fills_what_is_decided(results):
     assert marks[labels.index("step_aligned − reference")] == "none"
 
 
+def test_variants_of_one_title_are_all_drawn(results):
+    results["variants"]["easy"]["title"] = results["variants"]["no_pull"]["title"] = "main"
+    labels = [label.get_text() for label in figures.forest(results).axes[0].get_yticklabels()]
+    assert labels.count("main") == labels.count("grpo − base") == 3
+
+
 def test_token_figure_has_a_panel_per_context_on_one_scale(example):
     figure = figures.token_advantages(example)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["reference", "step_aligned"]
@@ -266,7 +305,8 @@ def test_token_figure_has_a_panel_per_context_on_one_scale(example):
     np.testing.assert_allclose(heights, example["contexts"]["step_aligned"]["advantage"])
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
     drawn = figures.svg(figure)
-    assert drawn.count("first error") == 2 and ">$<" in drawn and "&lt;script&gt;" in drawn
+    assert drawn.count("first error") == 2 and ">$x$<" in drawn and ">&lt;script&gt;" in drawn
+    assert f">{HOSTILE[:13]}…<".replace("<script>", "&lt;script&gt;") in drawn
 
 
 def test_a_long_answer_is_drawn_without_naming_its_tokens(example):

@@ -32,6 +32,9 @@ SMALL, TINY = 9, 7.5
 LABELLED_TOKENS = 96
 """Up to so many tokens are named under the axis; of longer answers only positions are."""
 
+LONGEST_NAME = 14
+"""Characters of a token's name under the axis; longer ones are cut there (never in the report)."""
+
 Dash = str | tuple[int, tuple[int, ...]]
 
 
@@ -134,29 +137,27 @@ def forest(results: Results) -> Figure:
 
     A filled marker's interval excludes 0, a hollow one's does not.
     """
-    rows = [
-        (title, pair, setting["paired"][pair]["avg"])
-        for title, setting in settings(results).items()
-        for pair in pairs(results, setting)
-    ]
-    titles = list(dict.fromkeys(title for title, _, _ in rows))
-    headed = titles if len(titles) > 1 else []
-    figure = Figure(figsize=(7.2, 0.8 + 0.24 * (len(rows) + len(headed))), layout="constrained")
+    shown = settings(results)
+    groups = [(title, setting["paired"], pairs(results, setting)) for title, setting in shown]
+    num_rows = sum(len(names) + (len(groups) > 1) for _, _, names in groups)
+    figure = Figure(figsize=(7.2, 0.8 + 0.24 * num_rows), layout="constrained")
     axes = figure.add_subplot()
     _bare(axes, grid="x")
     axes.axvline(0, color=INK, linewidth=0.9)
-    look, labels = styles(results["arms"]), []
-    for title in titles:
-        if headed:
+    look, labels, heads = styles(results["arms"]), [], []
+    for title, paired, names in groups:
+        if len(groups) > 1:
+            heads.append(len(labels))
             labels.append(title)
-        for _, pair, value in (row for row in rows if row[0] == title):
-            _interval(axes, len(labels), value, look.get(arms_of(pair)[0], SPARE[0]))
-            labels.append("  " + " − ".join(arms_of(pair)))
+        for pair in names:
+            style = look.get(arms_of(pair)[0], SPARE[0])
+            _interval(axes, len(labels), paired[pair]["avg"], style)
+            labels.append(" − ".join(arms_of(pair)))
     axes.set_yticks(range(len(labels)), labels, color=INK, fontsize=SMALL, parse_math=False)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    for label in axes.get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() in headed else "normal")
+    for row in heads:
+        axes.get_yticklabels()[row].set_fontweight("bold")
     axes.set_xlabel(f"difference in Avg@{results['k']}, points", color=INK, fontsize=SMALL)
     return figure
 
@@ -225,7 +226,8 @@ def _mark_steps(axes: Axes, steps: Sequence[int], first_error: int | None) -> No
 def _name_tokens(axes: Axes, tokens: Sequence[str]) -> None:
     axes.set_xlim(-0.8, max(len(tokens), 1) - 0.2)
     if len(tokens) <= LABELLED_TOKENS:
-        names = [visible(token) for token in tokens]
+        seen = [visible(token) for token in tokens]
+        names = [s if len(s) <= LONGEST_NAME else s[: LONGEST_NAME - 1] + "…" for s in seen]
         turn = 90 if max(map(len, names), default=0) > 2 else 0
         axes.set_xticks(
             range(len(names)), names, color=INK, fontsize=TINY, rotation=turn, parse_math=False

@@ -115,10 +115,10 @@ def pairs(results: Results, setting: Setting) -> list[str]:
     return [*first, *(pair for pair in setting["paired"] if pair not in first)]
 
 
-def settings(results: Results) -> dict[str, Setting]:
-    """The main setting and the variants, by the title to print."""
+def settings(results: Results) -> list[tuple[str, Setting]]:
+    """The main setting and the variants, each with the title to print."""
     variants = results.get("variants", {})
-    return {"main": results, **{v["title"] or name: v for name, v in variants.items()}}
+    return [("main", results), *((v["title"] or name, v) for name, v in variants.items())]
 
 
 def compared(results: Results) -> list[str]:

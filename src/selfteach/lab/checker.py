@@ -91,7 +91,9 @@ def style_of(steps: Sequence[CheckedStep], default: Style) -> Style:
     return max(styles, key=styles.count) if styles else default
 
 
-def _error(line: Line, question: Sequence[str], truth: Sequence[str], done: dict[int, str]) -> str | None:
+def _error(
+    line: Line, question: Sequence[str], truth: Sequence[str], done: dict[int, str]
+) -> str | None:
     needed = [int(name[1]) for name in CHILDREN[line.node] if name[0] == "n"]
     if line.node in done or any(node not in done for node in needed):
         return "bookkeeping"

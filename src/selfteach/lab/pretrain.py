@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from selfteach.lab.probe import measure, write_card
 from selfteach.lab.tokenizer import build_tokenizer
 from selfteach.lab.world import World
 from selfteach.lab.worlds import WORLDS
@@ -27,6 +28,8 @@ from selfteach.lab.writing import CONTEXT_SHARES, Document, document
 from selfteach.rendering import Templates
 
 IGNORED = -100
+STEPS = 2600
+"""Optimizer steps of the shipped bases."""
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -41,12 +44,19 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=special_id(tokenizer, "pad"),
+        bos_token_id=special_id(tokenizer, "bos"),
+        eos_token_id=special_id(tokenizer, "eos"),
         initializer_range=0.05,
     )
     return LlamaForCausalLM(config)
+
+
+def special_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
+    """The id of a special token: ``pad``, ``bos`` or ``eos``."""
+    token = tokenizer.convert_tokens_to_ids(f"<{name}>")
+    assert isinstance(token, int)
+    return token
 
 
 def documents(world: World, templates: Templates, seed: int) -> Iterator[Document]:
@@ -57,7 +67,9 @@ def documents(world: World, templates: Templates, seed: int) -> Iterator[Documen
         yield document(world, templates, question, str(rng.choice(kinds, p=shares)), rng)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, templates: Templates, doc: Document) -> tuple[list[int], int]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, templates: Templates, doc: Document
+) -> tuple[list[int], int]:
     """Token ids of a document, and where its answer begins."""
     question = " ".join(doc.question)
     if doc.context is None:
@@ -66,6 +78,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, templates: Templates, doc: Docume
         content = templates.render("teacher", question=question, context=doc.context)
     messages = [{"role": "user", "content": content}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert isinstance(prompt, str)
     answer = f" {doc.answer} {tokenizer.eos_token}"
     ids = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
     return ids, len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
@@ -92,7 +105,7 @@ def pretrain(
     world: World,
     out: Path,
     *,
-    steps: int = 2400,
+    steps: int = 2600,
     batch_size: int = 64,
     lr: float = 2e-3,
     seed: int = 0,
@@ -106,10 +119,10 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
     )
-    assert tokenizer.pad_token_id is not None
+    pad_id = special_id(tokenizer, "pad")
     stream = (encode(tokenizer, templates, doc) for doc in documents(world, templates, seed))
     started = time.monotonic()
-    for step, (ids_BT, target_BT) in enumerate(batches(stream, batch_size, tokenizer.pad_token_id)):
+    for step, (ids_BT, target_BT) in enumerate(batches(stream, batch_size, pad_id)):
         if step == steps:
             break
         # Right padding needs no mask under causal attention: no answer token looks to its right.
@@ -124,33 +137,39 @@ def pretrain(
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             print(  # noqa: T201 - a command of its own
-                f"step {step:5d}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True
+                f"step {step:5d}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s",
+                flush=True,
             )
     save(model, tokenizer, world, out, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
     return out
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World, out: Path, **training: object) -> None:
-    """Write model, tokenizer and the world's configuration in Hugging Face format."""
+def save(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    out: Path,
+    **training: object,
+) -> None:
+    """Write model, tokenizer and world in Hugging Face format, and a model card with measurements."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     facts = {"world": asdict(world.config), "training": training, "context_shares": CONTEXT_SHARES}
     (out / "world.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_card(out, measure(out))
 
 
 def main() -> None:
     """Command line: rebuild one shipped base, or build one for a fresh world."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Train a base model of the lab.")
     parser.add_argument("--world", default="two_styles", choices=sorted(WORLDS))
     parser.add_argument("--world-seed", type=int, help="another table and other misconceptions")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the documents")
     args = parser.parse_args()
     config = WORLDS[args.world]
     if args.world_seed is not None:
-        from dataclasses import replace
-
         config = replace(config, seed=args.world_seed)
     pretrain(World(config), args.out, steps=args.steps, seed=args.seed)
 

@@ -188,7 +188,9 @@ class World:
                 yield question
 
 
-def operands(node: int, question: Sequence[str], values: Mapping[int, str] | Sequence[str]) -> tuple[str, str]:
+def operands(
+    node: int, question: Sequence[str], values: Mapping[int, str] | Sequence[str]
+) -> tuple[str, str]:
     """The operand pair of a node, given the question and the values of the nodes below it."""
     a, b = (
         question[int(name[1])] if name[0] == "x" else values[int(name[1])]

