@@ -83,7 +83,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     assert isinstance(model, PreTrainedModel)
     if config.gguf_file:
         # The weights are plain tensors by now; the mark would forbid training and saving them.
-        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+        vars(model.config).pop("quantization_config", None)
         vars(model).update(hf_quantizer=None, is_quantized=False)
     torch.nn.Module.to(model, device)
     return model.eval()

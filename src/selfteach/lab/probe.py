@@ -191,13 +191,7 @@ def model_card(facts: Mapping[str, Any], reading: Reading) -> str:
     """The README of a base model, in Hugging Face form: what it is, and what was measured."""
     world, training = facts["world"], facts["training"]
     config = WorldConfig(**{**world, "native_styles": tuple(world["native_styles"])})
-    name, named = next((n, c) for n, c in WORLDS.items() if replace(config, seed=c.seed) == c)
-    command = (
-        f"python -m selfteach.lab.pretrain --world {name}"
-        + (f" --world-seed {world['seed']}" if config.seed != named.seed else "")
-        + f" --steps {training['steps']} --seed {training['seed']}"
-        + f" --out src/selfteach/lab/bases/{name}"
-    )
+    name, command = _rebuilt_by(config, training)
     beliefs = World(config).beliefs
     documents = "\n".join(f"| {k} | {100 * v:.0f} |" for k, v in facts["context_shares"].items())
     settings = "\n".join(f"| {k} | {_plain(v)} |" for k, v in world.items())
@@ -285,6 +279,18 @@ def _first_error(answer: CheckedAnswer) -> str | None:
     return None if answer.answer is not None else "form"
 
 
+def _rebuilt_by(config: WorldConfig, training: Mapping[str, Any]) -> tuple[str, str]:
+    """A world's name, and the command that trains a base for it."""
+    for name, named in WORLDS.items():
+        if replace(config, seed=named.seed) == named:
+            other = "" if config.seed == named.seed else f" --world-seed {config.seed}"
+            return name, (
+                f"python -m selfteach.lab.pretrain --world {name}{other} --steps {training['steps']} "
+                f"--seed {training['seed']} --out src/selfteach/lab/bases/{name}"
+            )
+    return "a world of its own", f"selfteach.lab.pretrain.pretrain(World({config}), out)"
+
+
 def _plain(value: object) -> str:
     return ", ".join(value) if isinstance(value, list | tuple) else str(value)
 
@@ -297,7 +303,7 @@ def write_card(folder: Path, reading: Reading) -> None:
 
 def main() -> None:
     """Command line: measure a base and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Measure what a base model of the lab reads.")
     parser.add_argument("folder", type=Path, help="a base model with its world.json")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the sampled answers")

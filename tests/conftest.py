@@ -1,0 +1,48 @@
+"""What all tests share: one thread, fixed seeds, and a tiny model with the lab's tokenizer."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from selfteach.lab.tokenizer import build_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def lab_tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture
+def tiny_llama(lab_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A random Llama of 10 k parameters, the same in every test, in evaluation mode."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(lab_tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        tie_word_embeddings=True,
+        pad_token_id=lab_tokenizer.pad_token_id,
+        bos_token_id=lab_tokenizer.bos_token_id,
+        eos_token_id=lab_tokenizer.eos_token_id,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()

@@ -1,0 +1,166 @@
+"""The oracle: whatever an answer holds, the corrected trace is a derivation of the truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfteach.lab import oracle
+from selfteach.lab.checker import check, parse_line
+from selfteach.lab.world import ROOT, STYLES, SYMBOLS, World, text_of
+from selfteach.lab.writing import Believer, write
+from selfteach.types import Critique
+
+WORLD = World()
+WORDS = [*SYMBOLS, *"01234", *(m for s in STYLES.values() for m in s.marks), "!", "#", "ok"]
+
+questions = st.tuples(*[st.sampled_from(SYMBOLS)] * 6)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def written(draw) -> tuple[tuple[str, ...], str]:
+    """A question and an answer as a writer of the world gives it, perhaps cut or garbled."""
+    question = draw(questions)
+    rng = np.random.default_rng(draw(seeds))
+    words = write(WORLD, question, Believer(WORLD, rng), rng).split()
+    damage = draw(st.sampled_from(["none", "cut", "word", "two words"]))
+    if damage == "cut":
+        words = words[: draw(st.integers(0, len(words)))]
+    for _ in range({"word": 1, "two words": 2}.get(damage, 0)):
+        words[draw(st.integers(0, len(words) - 1))] = draw(st.sampled_from(WORDS))
+    return question, " ".join(words)
+
+
+def unflagged(critique: Critique) -> str:
+    """The trace as a solver would write it."""
+    texts = []
+    for step in critique.steps:
+        words = step.text.split()
+        words[4] = next(s.marks[1] for s in STYLES.values() if s.marks[0] == words[1])
+        texts.append(" ".join(words))
+    return "\n".join([*texts, f"# {critique.answer}"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(written())
+def test_the_trace_is_right_and_complete(case: tuple[tuple[str, ...], str]) -> None:
+    question, text = case
+    critique = oracle.criticise(WORLD, question, text)
+    again = check(WORLD, question, unflagged(critique))
+    assert again.first_error is None
+    assert len(again.steps) == 5
+    assert critique.answer == again.answer == WORLD.truth(question)[ROOT]
+
+
+@settings(max_examples=300, deadline=None)
+@given(written())
+def test_right_steps_stay_verbatim_up_to_the_first_error(case: tuple[tuple[str, ...], str]) -> None:
+    question, text = case
+    critique = oracle.criticise(WORLD, question, text)
+    found = check(WORLD, question, text)
+    stop = len(found.steps) if found.first_error is None else found.first_error
+    kept = [step.text for step in critique.steps if step.status == "kept"]
+    assert kept == [step.text for step in found.steps[:stop]]
+    assert [step.status for step in critique.steps[:stop]] == ["kept"] * stop
+    fixed = [i for i, step in enumerate(critique.steps) if step.status == "fixed"]
+    assert fixed == ([] if found.first_error is None else [stop])
+    assert critique.first_error == found.first_error
+
+
+@settings(max_examples=300, deadline=None)
+@given(written())
+def test_the_corrected_line_is_flagged_and_does_not_quote_the_wrong_value(
+    case: tuple[tuple[str, ...], str],
+) -> None:
+    question, text = case
+    critique = oracle.criticise(WORLD, question, text)
+    for step in critique.steps:
+        assert ("!" in step.text.split()) == (step.status == "fixed")
+        if step.status == "fixed":
+            assert step.original is not None
+            wrong = parse_line(step.original)
+            if wrong is not None and check(WORLD, question, text).steps[
+                critique.first_error or 0
+            ].error == "value":  # fmt: skip
+                assert step.text.split()[-1] != wrong.c
+                assert step.text.split()[:4] == step.original.split()[:4], "same node and operands"
+
+
+@settings(max_examples=100, deadline=None)
+@given(written())
+def test_criticising_the_trace_finds_nothing(case: tuple[tuple[str, ...], str]) -> None:
+    question, text = case
+    trace = unflagged(oracle.criticise(WORLD, question, text))
+    again = oracle.criticise(WORLD, question, trace)
+    assert (again.case, again.first_error) == ("A", None)
+    assert "\n".join([*(s.text for s in again.steps), f"# {again.answer}"]) == trace
+
+
+@settings(max_examples=300, deadline=None)
+@given(written(), seeds)
+def test_a_critic_that_always_errs_is_wrong_at_the_step_it_marks(
+    case: tuple[tuple[str, ...], str], seed: int
+) -> None:
+    question, text = case
+    found = check(WORLD, question, text)
+    rng = np.random.default_rng(seed)
+    critique = oracle.criticise(WORLD, question, text, error_rate=1.0, rng=rng)
+    assert critique.first_error is not None
+    if found.first_error is not None:
+        assert critique.first_error == found.first_error
+    fixed = next(step for step in critique.steps if step.status == "fixed")
+    node, _, *operands, _, value = fixed.text.split()
+    if fixed.text.split()[1] == "<":
+        operands.reverse()
+    assert value != WORLD.table[operands[0], operands[1]]
+    assert value != WORLD.truth(question)[int(node)]
+    # It goes on from the wrong value by right look-ups, and its answer is the trace's own.
+    last = next(step for step in critique.steps if step.text.split()[0] == str(ROOT))
+    assert critique.answer == last.text.split()[-1]
+
+
+def test_an_error_rate_in_between_is_a_share() -> None:
+    question = next(WORLD.questions("train"))
+    text = text_of(WORLD.solution(question, STYLES["plus"]), WORLD.truth(question)[ROOT])
+    rng = np.random.default_rng(0)
+    erred = [
+        oracle.criticise(WORLD, question, text, error_rate=0.3, rng=rng).first_error is not None
+        for _ in range(1000)
+    ]
+    assert np.mean(erred) == pytest.approx(0.3, abs=0.05)  # standard deviation 0.014
+
+
+def test_the_four_cases() -> None:
+    question = next(WORLD.questions("train"))
+    truth = WORLD.truth(question)
+    lines = WORLD.solution(question, STYLES["minus"])
+    right = text_of(lines, truth[ROOT])
+    wrong = "a" if truth[ROOT] != "a" else "b"
+
+    def case(text: str, finished: bool = True) -> str:
+        return oracle.criticise(WORLD, question, text, finished=finished).case
+
+    assert case(right) == "A"
+    assert case(text_of(lines, wrong)) == "D", "right steps, wrong answer"
+    assert case(text_of(lines[:3], None), finished=False) == "C"
+    assert case(text_of(lines, None)) == "D", "no answer is no right answer"
+
+
+@pytest.mark.parametrize("style", ["plus", "minus", "angle"])
+def test_the_continuation_keeps_the_answer_s_style_and_order(style: str) -> None:
+    question = next(WORLD.questions("train"))
+    lines = WORLD.solution(question, STYLES[style])
+    critique = oracle.criticise(WORLD, question, text_of(lines[:2], None), finished=False)
+    assert [step.text for step in critique.steps] == [str(line) for line in lines]
+    assert [step.status for step in critique.steps] == ["kept"] * 2 + ["new"] * 3
+
+
+@pytest.mark.parametrize("text", ["", "nothing of use", "# k", "0", "\n\n"])
+def test_an_answer_without_a_line_gets_a_whole_solution(text: str) -> None:
+    question = next(WORLD.questions("train"))
+    critique = oracle.criticise(WORLD, question, text)
+    assert check(WORLD, question, unflagged(critique)).first_error is None
+    assert len(critique.steps) == 5 and critique.case == "D"
