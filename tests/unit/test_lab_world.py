@@ -107,7 +107,7 @@ def test_streams_are_reproducible_and_differ_by_seed_and_split() -> None:
 
 def test_one_question_in_eight_is_validation_and_one_in_eight_test() -> None:
     pool = [(a, b, c, "a", d, "p") for a in SYMBOLS for b in SYMBOLS for c in SYMBOLS for d in "ab"]
-    counts = {split: 0 for split in ("train", "validation", "test")}
+    counts = dict.fromkeys(("train", "validation", "test"), 0)
     for question in pool:
         counts[split_of(question)] += 1
     # 8,192 draws of 1/8: 1,024, standard deviation 30.

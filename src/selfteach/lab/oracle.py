@@ -53,7 +53,8 @@ def _trace(
     steps = [CritiqueStep(step.text, "kept", step.text) for step in kept]
     done = {step.line.node: step.line.c for step in kept if step.line is not None}
 
-    if stop is not None:
+    # A wrong line after the root (a sixth one) has nothing in its place: the trace just ends.
+    if stop is not None and len(done) <= ROOT:
         wrong = checked.steps[stop] if stop < len(checked.steps) else None
         node = _node_to_fix(wrong.line if wrong else None, style.order, done)
         line_style = wrong.line.style if wrong and wrong.line else style

@@ -1,0 +1,243 @@
+"""Recipes: what is wrong is one line that names the nearest right thing; layers merge in order."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from selfteach.config import (
+    CONTEXTS,
+    CRITIC_CONTEXTS,
+    Recipe,
+    load_study,
+    merge,
+    pairs,
+    parse_setting,
+    study_from,
+    validate,
+)
+from selfteach.errors import RecipeError
+
+ALIGNED = 'critic = { type = "oracle" }\ncontext = { type = "step_aligned" }\n'
+TWO_ARMS = (
+    '[arms.grpo]\nobjective = { type = "grpo" }\n'
+    '[arms.aligned]\ncritic = { type = "oracle" }\ncontext = { type = "step_aligned" }\n'
+)
+
+
+def error_of(toml: str, *settings: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        study_from(tomllib.loads(toml), settings)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(("recipe: ", "arm '"))
+    return message
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        # An unknown key, at every depth, and the nearest right one.
+        ("sed = 1", "unknown key 'sed'; did you mean 'seed'?"),
+        ("[optimizer]\nlrr = 1", "unknown key 'optimizer.lrr'; did you mean 'lr'?"),
+        ("[train]\nstep = 1", "did you mean 'steps'?"),
+        ("[model.lora]\nrnk = 1", "did you mean 'rank'?"),
+        ("[objective]\ntype = 'grpo'\nclip_hi = 1", "did you mean 'clip_high'?"),
+        ("[objective]\ntype = 'distillation'\ndivergense = 'jsd'", "did you mean 'divergence'?"),
+        ("[teacher]\ntype = 'ema'\nrat = 0.1", "did you mean 'rate'?"),
+        ("[data]\ntype = 'lab'\nchance_bellow = 0.1", "did you mean 'chance_below'?"),
+        ("[critic]\ntype = 'oracle'\nerror = 0.1", "did you mean 'error_rate'?"),
+        ("[sampling]\ntop_p = 0.9", "known: temperature, max_tokens, batch_answers"),
+        # A wrong value: the key, what is allowed, what was found.
+        ("[optimizer]\nlr = -1", "optimizer.lr: input should be greater than 0, found -1"),
+        ("[optimizer]\nlr = 'fast'", "optimizer.lr: "),
+        ("[train]\nsteps = 1.5", "train.steps: "),
+        ("[context]\ntype = 'aligned'", "'step_aligned'"),
+        ("[objective]\ntype = 'ppo'", "'grpo'"),
+        ("[teacher]\ntype = 'frozen'", "'initial'"),
+        ("[data]\ntype = 'math'", "'jsonl'"),
+        ("[sampling]\ntemperature = 0", "sampling.temperature: "),
+        # Combinations that make no sense.
+        ("[context]\ntype = 'step_aligned'", 'needs a critic: add [critic] type = "oracle"'),
+        ("[train]\nsteps = 1", 'context "none" has nothing to teach'),
+        ("[context]\ntype = 'reference'\n[objective]\ntype = 'grpo'", "grpo takes no context"),
+        ("[objective]\ntype = 'grpo'\n[train]\nanswers_per_problem = 1", "at least 2"),
+        (
+            "[context]\ntype = 'reference'\n[objective]\ntype = 'distillation'\n"
+            "from_first_error = true",
+            "from_first_error needs a critic",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line(toml: str, said: str) -> None:
+    assert said in error_of(toml)
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ("[study]\nseed = [1]\n", "did you mean 'seeds'?"),
+        ("[study]\nheadline = ['aligned-grop']\n", "did you mean 'aligned-grpo'?"),
+        ("[study]\nheadline = ['grpo-aligned']\n", "did you mean 'aligned-grpo'?"),
+        ("[sweep]\nlr = [1e-3]\nseeds = [0]\n", "sweep.seeds and study.seeds share [0]"),
+        ("[sweep]\nlr = []\nseeds = [9]\n", "sweep.lr: "),
+        ("[sweep]\nlr = [1e-3]\nseeds = [9]\nvariants = ['esy']\n", "sweep.variants: 'esy'"),
+        ("[variants.x]\ntitle = 'x'\nseeds = [0]\narms = ['grop']\n", "did you mean 'grpo'?"),
+        ("[variants.x]\ntitle = 'x'\nseeds = [0]\nset = { train = { step = 1 } }\n", "'steps'?"),
+        ("[arms.bad]\ncontxt = { type = 'reference' }\n", "did you mean 'context'?"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_one_line(toml: str, said: str) -> None:
+    assert said in error_of(TWO_ARMS + toml)
+
+
+def test_several_mistakes_are_counted() -> None:
+    assert "(and 1 more)" in error_of("[optimizer]\nlr = -1\neps = -1\n")
+
+
+def test_an_empty_table_of_arms() -> None:
+    assert "[arms] is empty" in error_of(ALIGNED + "[arms]\n")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text("a = = 1")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    for path, said in [
+        (tmp_path / "nowhere.toml", "no such recipe"),
+        (tmp_path, "is a folder; name the recipe file"),
+        (tmp_path / "broken.toml", "not valid TOML"),
+        (tmp_path / "binary.toml", "not valid TOML"),
+    ]:
+        with pytest.raises(RecipeError, match=said):
+            load_study(path)
+
+
+def test_a_file_without_arms_is_a_study_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(ALIGNED + "seed = 3\n")
+    study = load_study(path)
+    assert list(study.arms) == ["mine"]
+    assert study.recipe("mine").seed == 3 and study.recipe("mine", seed=5).seed == 5
+    with pytest.raises(RecipeError, match="no arm 'mind'; did you mean 'mine'"):
+        study.recipe("mind")
+
+
+def test_layers_apply_from_common_to_overrides() -> None:
+    study = study_from(
+        tomllib.loads(
+            "[optimizer]\nlr = 1e-1\nwarmup_steps = 1\n" + TWO_ARMS + "optimizer = { lr = 3e-1 }\n"
+            "[variants.v]\ntitle = 'v'\nseeds = [0]\n"
+            "set = { optimizer = { lr = 2e-1, eps = 1e-3 } }\n"
+            "arm_overrides = { aligned = { optimizer = { lr = 4e-1 } } }\n"
+        )
+    )
+
+    def lr(arm: str, **more: object) -> float:
+        return study.recipe(arm, **more).optimizer.lr  # type: ignore[arg-type]
+
+    assert lr("grpo") == 0.1
+    assert lr("aligned") == 0.3, "the arm over the common sections"
+    assert lr("grpo", variant="v") == 0.2, "the variant over the common sections"
+    assert lr("aligned", variant="v") == 0.4, "the variant's choice for the arm over the arm"
+    assert lr("aligned", variant="v", overrides={"optimizer": {"lr": 0.5}}) == 0.5
+    other = study.recipe("aligned", variant="v").optimizer
+    assert (other.warmup_steps, other.eps) == (1, 1e-3), "what no layer names stays"
+
+
+def test_the_base_row_has_the_arms_model_and_evaluation_and_trains_nothing() -> None:
+    toml = TWO_ARMS.replace("[arms.aligned]", "model = { path = 'lab:easy' }\n[arms.aligned]")
+    base = study_from(tomllib.loads("[evaluation]\ntest_k = 7\n" + toml)).base_recipe(seed=4)
+    assert (base.train.steps, base.context.type, base.critic) == (0, "none", None)
+    assert (base.model.path, base.evaluation.test_k, base.seed) == ("lab:easy", 7, 4)
+
+
+def test_merge_replaces_a_table_of_another_type() -> None:
+    low = {"objective": {"type": "distillation", "beta": 0.3}, "seed": 1}
+    assert merge(low, {"objective": {"type": "grpo"}}) == {"objective": {"type": "grpo"}, "seed": 1}
+    same = merge(low, {"objective": {"type": "distillation", "top_k": 3}})
+    assert same["objective"] == {"type": "distillation", "beta": 0.3, "top_k": 3}
+    without = merge(low, {"objective": {"beta": 0.7}})
+    assert without["objective"] == {"type": "distillation", "beta": 0.7}
+    assert low == {"objective": {"type": "distillation", "beta": 0.3}, "seed": 1}, "not changed"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("seed=3", {"seed": 3}),
+        ("optimizer.lr=5e-4", {"optimizer": {"lr": 5e-4}}),
+        ("model.path=lab:easy", {"model": {"path": "lab:easy"}}),
+        ("model.path='lab:easy'", {"model": {"path": "lab:easy"}}),
+        ("a.b = [1, 2]", {"a": {"b": [1, 2]}}),
+        ("a={type = 'x', b = 2}", {"a": {"type": "x", "b": 2}}),
+        ("a=b=c", {"a": "b=c"}),
+        ("evaluation.test=false", {"evaluation": {"test": False}}),
+    ],
+)
+def test_settings_are_toml_or_plain_text(setting: str, value: object) -> None:
+    assert parse_setting(setting) == value
+
+
+@pytest.mark.parametrize("setting", ["seed", "=3", " =3", ""])
+def test_a_setting_without_key_or_value(setting: str) -> None:
+    with pytest.raises(RecipeError, match="write key=value"):
+        parse_setting(setting)
+
+
+def test_a_setting_reaches_every_arm_also_one_with_a_value_of_its_own() -> None:
+    toml = "[optimizer]\nlr = 1e-1\n" + TWO_ARMS + "optimizer = { lr = 3e-1 }\n"
+    study = study_from(tomllib.loads(toml), ["optimizer.lr=0.7"])
+    assert [study.recipe(arm).optimizer.lr for arm in study.arms] == [0.7, 0.7]
+    one = study_from(tomllib.loads(toml), ["arms.grpo.optimizer.lr=0.9", "study.seeds=[4]"])
+    assert [one.recipe(arm).optimizer.lr for arm in one.arms] == [0.9, 0.3]
+    assert one.study.seeds == (4,)
+
+
+def test_a_wrong_setting_is_the_same_line_as_a_wrong_file() -> None:
+    assert "did you mean 'lr'?" in error_of(TWO_ARMS, "optimizer.lrr=1")
+    assert "did you mean 'seeds'?" in error_of(TWO_ARMS, "study.seed=[1]")
+
+
+def test_pairs_are_later_minus_earlier_and_each_minus_base() -> None:
+    assert pairs(["a", "b", "c"]) == ["b-a", "c-a", "c-b", "a-base", "b-base", "c-base"]
+
+
+def test_every_critic_context_asks_for_a_critic_and_no_other() -> None:
+    assert set(CONTEXTS) - CRITIC_CONTEXTS == {"none", "reference", "aligned_reference"}
+    for name in CONTEXTS:
+        values = {"context": {"type": name}, "train": {"steps": 0}}
+        if name in CRITIC_CONTEXTS:
+            with pytest.raises(RecipeError, match="needs a critic"):
+                validate(Recipe, values, where="test")
+        else:
+            validate(Recipe, values, where="test")
+
+
+def test_a_resolved_recipe_reads_back_from_json() -> None:
+    study = study_from(tomllib.loads(TWO_ARMS))
+    for arm in study.arms:
+        recipe = study.recipe(arm, seed=2)
+        again = Recipe.model_validate(json.loads(recipe.model_dump_json()))
+        assert again == recipe
+
+
+def test_values_do_not_change_once_read() -> None:
+    recipe = study_from(tomllib.loads(TWO_ARMS)).recipe("grpo")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+
+
+def test_reading_a_recipe_imports_no_torch() -> None:
+    code = (
+        "import sys, selfteach.config\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(' '.join(sorted(heavy)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr

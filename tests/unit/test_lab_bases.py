@@ -1,0 +1,149 @@
+"""The shipped base models: plain transformers loads them, they belong to their worlds, and their
+cards say how they were made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selfteach.errors import DataError
+from selfteach.lab import probe
+from selfteach.lab.pretrain import pretrain, save
+from selfteach.lab.world import ROOT, World, WorldConfig
+from selfteach.lab.worlds import BASES, WORLDS, world_of
+from selfteach.lab.writing import CONTEXT_SHARES
+
+FOLDERS = sorted(path.parent for path in BASES.glob("*/model.safetensors"))
+
+
+def facts(folder: Path) -> dict:
+    return json.loads((folder / "world.json").read_text())
+
+
+def test_every_base_belongs_to_a_named_world_and_the_main_ones_are_there() -> None:
+    names = {folder.name for folder in FOLDERS}
+    assert {"two_styles", "no_pull", "easy"} <= names <= set(WORLDS)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_base_loads_with_plain_transformers_and_writes_well_formed_answers(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert 500_000 < model.num_parameters() < 800_000
+    world = world_of(folder)
+    asked = [q for q, _ in zip(world.questions("validation"), range(16), strict=False)]
+    for question in asked[:4]:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": " ".join(question)}],
+            add_generation_prompt=True, return_tensors="pt", return_dict=True,
+        )  # fmt: skip
+        ids = prompt["input_ids"]
+        assert ids[0, 0] == tokenizer.bos_token_id != ids[0, 1]
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids),
+                do_sample=False, max_new_tokens=40,
+            )  # fmt: skip
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        found = probe.check(world, question, text)
+        assert found.answer is not None and len(found.steps) == 5
+        assert {step.error for step in found.steps} <= {None, "value"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_world_beside_the_weights_is_the_named_one(folder: Path) -> None:
+    world = world_of(folder)
+    assert world.config == WORLDS[folder.name]
+    assert world.table == World(WORLDS[folder.name]).table
+    assert facts(folder)["context_shares"] == CONTEXT_SHARES
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_card_says_what_the_base_is_and_what_was_measured(folder: Path) -> None:
+    card, training = (folder / "README.md").read_text(), facts(folder)["training"]
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert (
+        f"--world {folder.name} --steps {training['steps']} --seed {training['seed']} "
+        f"--out src/selfteach/lab/bases/{folder.name}" in card
+    )
+    for kind in ("nothing", "nothing, asked again", *probe.CONTEXTS):
+        (row,) = [line for line in card.splitlines() if line.startswith(f"| {kind} | ") and line.count("|") == 9]  # fmt: skip
+        assert all(float(cell) >= 0 for cell in row.split("|")[2:-1])
+
+
+def test_a_folder_without_a_world_is_no_base(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no world\.json"):
+        world_of(tmp_path)
+    (tmp_path / "world.json").write_text("{}")
+    with pytest.raises(DataError, match=r"has no world\.json"):
+        world_of(tmp_path)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> probe.Reading:
+    """Keeps `save` from asking thousands of questions."""
+    some = probe.Shares(10, 0.2, 0.7, 0.1, 0.0, 0.3)
+    reading = probe.Reading(0, 0.25, some, {kind: some for kind in probe.CONTEXTS})  # noqa: C420
+    monkeypatch.setattr("selfteach.lab.pretrain.measure", lambda out: reading)
+    return reading
+
+
+def test_training_is_reproducible_and_saves_all_that_a_base_needs(
+    tmp_path: Path, unmeasured: probe.Reading
+) -> None:
+    world = World(replace(WORLDS["two_styles"], seed=7))
+    for name in ("a", "b"):
+        pretrain(world, tmp_path / name, steps=2, batch_size=2, seed=3)
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("a", "b"))
+    for name, param in a.named_parameters():
+        assert torch.equal(param, b.get_parameter(name)), name
+    assert world_of(tmp_path / "a").table == world.table
+    assert facts(tmp_path / "a")["training"] == {"steps": 2, "batch_size": 2, "lr": 2e-3, "seed": 3}
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "--world two_styles --world-seed 7 --steps 2 --seed 3" in card
+
+
+def test_a_world_of_its_own_has_a_card_too(
+    tmp_path: Path, unmeasured: probe.Reading, tiny_llama, lab_tokenizer
+) -> None:
+    world = World(WorldConfig(weak_share=0.1))
+    save(tiny_llama, lab_tokenizer, world, tmp_path, steps=1, batch_size=1, lr=1.0, seed=0)
+    assert "weak_share=0.1" in (tmp_path / "README.md").read_text()
+
+
+def test_the_probe_counts_by_hand() -> None:
+    world = World()
+    question = next(world.questions("validation"))
+    truth = world.truth(question)[ROOT]
+    lines = [str(line) for line in world.solution(question, world.native_styles[0])]
+    wrong = [lines[0][:-1] + ("a" if lines[0][-1] != "a" else "b"), *lines[1:]]
+    texts = [
+        "\n".join([*lines, f"# {truth}"]),  # right
+        "\n".join([*wrong, f"# {truth}"]),  # right by luck, a value wrong
+        "\n".join([lines[1], lines[1]]),  # bookkeeping
+        "\n".join(lines),  # no answer line: form
+        "nonsense",  # form
+    ]
+    checked = [probe.check(world, question, text) for text in texts]
+    found = probe.shares(world, [question] * 5, checked)
+    assert found == probe.Shares(5, 0.4, 0.2, 0.2, 0.4, 0.0)
+
+
+def test_the_null_control_shows_what_was_said_of_another_question() -> None:
+    assert probe._subjects("other_answer", [4, 7, 9]) == [7, 9, 4]
+    assert probe._subjects("step_aligned", [4, 7, 9]) == [4, 7, 9]
+
+
+def test_the_probe_asks_validation_questions_in_every_context() -> None:
+    reading = probe.measure(BASES / "two_styles", questions=12)
+    assert reading == probe.measure(BASES / "two_styles", questions=12), "a seed of its own"
+    assert set(reading.shown) == {"nothing, asked again", *CONTEXT_SHARES} - {"none"}
+    missed = round(12 * (1 - reading.alone.correct))
+    assert {shares.answers for shares in reading.shown.values()} == {missed}
+    assert reading.alone.reference_lines < 0.2
+    assert probe.table(reading).count("\n") == 2 + 10 + 1 - 1 + 1 - 1

@@ -1,0 +1,76 @@
+"""The lab's tokenizer: one id per word, a chat template, and the same again after saving."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from selfteach.lab.tokenizer import SPECIAL, WORDS
+from selfteach.lab.world import ROOT, STYLES, World, text_of
+from selfteach.lab.writing import CONTEXT_SHARES, references
+from selfteach.rendering import SHIPPED
+
+QUESTION = [{"role": "user", "content": "a b c d e f"}]
+ANSWERED = [*QUESTION, {"role": "assistant", "content": "# k"}]
+
+
+def test_one_id_per_word(lab_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(lab_tokenizer) == len(SPECIAL) + len(WORDS) == len({*SPECIAL, *WORDS})
+    for word in WORDS:
+        ids = lab_tokenizer(word, add_special_tokens=False)["input_ids"]
+        assert len(ids) == 1 and lab_tokenizer.decode(ids) == word
+
+
+def test_solutions_come_back_word_for_word(lab_tokenizer: PreTrainedTokenizerFast) -> None:
+    world = World()
+    for question in islice(world.questions("train"), 20):
+        for style in STYLES.values():
+            text = text_of(world.solution(question, style), world.truth(question)[ROOT])
+            ids = lab_tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert lab_tokenizer.unk_token_id not in ids
+            assert lab_tokenizer.decode(ids).split() == text.split()
+        for text in references(world, question).values():
+            assert lab_tokenizer.unk_token_id not in lab_tokenizer(text)["input_ids"]
+
+
+def test_templates_hold_only_words_of_the_vocabulary() -> None:
+    literal = {"ok", "wrong", "#", "<see>"}
+    assert literal <= set(WORDS)
+    names = {path.stem for path in (SHIPPED / "lab").glob("*.jinja")}
+    assert set(CONTEXT_SHARES) - {"none", "shuffled_lines", "other_answer"} <= names
+
+
+def test_chat_template_by_hand(lab_tokenizer: PreTrainedTokenizerFast) -> None:
+    def chat(messages, header: bool) -> str:
+        text = lab_tokenizer.apply_chat_template(
+            messages, add_generation_prompt=header, tokenize=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    assert chat(QUESTION, True) == "<bos> a b c d e f <say>"
+    assert chat(ANSWERED, False) == "<bos> a b c d e f <say> # k <eos>"
+    # What the model is trained on continues what it is asked with.
+    assert chat(ANSWERED, False).startswith(chat(QUESTION, True))
+
+
+def test_unknown_words_are_marked(lab_tokenizer: PreTrainedTokenizerFast) -> None:
+    (only,) = lab_tokenizer("q", add_special_tokens=False)["input_ids"]
+    assert only == lab_tokenizer.unk_token_id
+
+
+@pytest.mark.parametrize("text", ["a b\nc", "0 + a b = c\n# k", "<bos> a <say>"])
+def test_the_same_after_saving(
+    lab_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, text: str
+) -> None:
+    lab_tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(text)["input_ids"] == lab_tokenizer(text)["input_ids"]
+    assert again.get_vocab() == lab_tokenizer.get_vocab()
+    assert again.chat_template == lab_tokenizer.chat_template
+    for name in ("pad", "bos", "eos", "unk"):
+        token = f"{name}_token_id"
+        assert getattr(again, token) == getattr(lab_tokenizer, token) is not None

@@ -1,0 +1,202 @@
+"""Prompts and answers: ids that add up, one BOS, and templates that fail in one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from selfteach.config import CONTEXTS
+from selfteach.errors import EngineError, RecipeError
+from selfteach.rendering import TURN, Renderer, Templates, conversation
+from selfteach.types import Critique, CritiqueStep, Problem
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CORPUS = ["the sum of two and two is four", "naïve café 東京 🙂 ≤ ≥ × ‖", "<step_1>a</step_1>"] * 3
+
+
+def byte_level(
+    chat_template: str | None = CHAT, eos: str | None = "</s>"
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE, which splits many characters over several tokens, and adds BOS by itself."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet,
+        show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+BYTES = Renderer(byte_level(), Templates("steps"))
+PROBLEM = Problem("p", "What is 2 + 2?", "4")
+
+
+def test_the_tokenizer_of_these_tests_does_what_they_need() -> None:
+    assert byte_level()("a")["input_ids"][0] == byte_level().bos_token_id
+    assert len(BYTES.encode_answer("語")) == 4, "three bytes and the end token"
+
+
+def test_a_prompt_has_one_bos_and_ends_in_the_header() -> None:
+    tokenizer = byte_level()
+    for ids in (BYTES.solver_prompt(PROBLEM), BYTES.teacher_prompt(PROBLEM, "look: 4")):
+        assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(ids).endswith("[assistant]")
+        assert tokenizer.eos_token_id not in ids
+
+
+def test_both_prompts_hold_the_question_and_only_the_teacher_s_the_context() -> None:
+    tokenizer = byte_level()
+    solver = tokenizer.decode(BYTES.solver_prompt(PROBLEM))
+    teacher = tokenizer.decode(BYTES.teacher_prompt(PROBLEM, "LOOK HERE"))
+    assert PROBLEM.question in solver and PROBLEM.question in teacher
+    assert "LOOK HERE" in teacher and "LOOK HERE" not in solver
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text(st.sampled_from("ab c東京🙂é≤\n"), min_size=1, max_size=12))
+def test_token_ends_equal_decoding_every_prefix(text: str) -> None:
+    ids = BYTES.encode_answer(text)
+    ends = BYTES.token_ends(ids)
+    assert BYTES.decode(ids) == text
+    assert len(ends) == len(ids) and ends[-1] == len(text)
+    assert ends == sorted(ends), "positions never go back"
+    pieces = [BYTES.decode([token]) for token in ids]
+    whole = "".join(pieces) == text
+    for i, end in enumerate(ends):
+        prefix = BYTES.decode(ids[: i + 1])
+        assert end == len(prefix)
+        if whole:
+            assert prefix == text[:end]
+
+
+def test_the_end_token_has_no_text() -> None:
+    ids = BYTES.encode_answer("abc")
+    ends = BYTES.token_ends(ids)
+    assert ends[-1] == ends[-2] == 3
+
+
+def test_token_ends_of_the_lab(lab_tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(lab_tokenizer, Templates("lab"))
+    ids = renderer.encode_answer("0 + a b = c\n# k")
+    # Words are joined by one space: "0 + a b = c # k" and the end token, which is no text.
+    assert renderer.decode(ids) == "0 + a b = c # k"
+    assert renderer.token_ends(ids) == [1, 3, 5, 7, 9, 11, 13, 15, 15]
+    assert renderer.token_ends(()) == []
+
+
+def test_lab_prompts_by_hand(lab_tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(lab_tokenizer, Templates("lab"))
+    problem = Problem("p", "a b c d e f", "k")
+    assert lab_tokenizer.decode(renderer.solver_prompt(problem)) == "<bos> a b c d e f <say>"
+    told = lab_tokenizer.decode(renderer.teacher_prompt(problem, "# k"))
+    assert told == "<bos> a b c d e f <see> # k <say>"
+
+
+def test_a_tokenizer_without_chat_template_or_end_token() -> None:
+    with pytest.raises(EngineError, match="no chat template"):
+        Renderer(byte_level(chat_template=None), Templates())
+    with pytest.raises(EngineError, match="no end token"):
+        Renderer(byte_level(eos=None), Templates())
+
+
+CRITIQUE = Critique(
+    "D",
+    (
+        CritiqueStep("RIGHT ONE", "kept", "RIGHT ONE"),
+        CritiqueStep("MENDED TWO", "fixed", "WRONG TWO"),
+        CritiqueStep("THREE", "new"),
+    ),
+    "FOUR",
+    1,
+)
+
+
+def shown(templates: str, context: str) -> str:
+    return Templates(templates).context(
+        context,
+        critique=CRITIQUE,
+        references={"reference": "REFERENCE", "aligned_reference": "ALIGNED"},
+        correct=False,
+    )
+
+
+@pytest.mark.parametrize("templates", ["steps", "lab", "chain_sums"])
+def test_what_each_context_shows(templates: str) -> None:
+    for context in set(CONTEXTS) - {"none", "shuffled_lines", "other_answer"}:
+        assert Templates(templates).has(context)
+    aligned, full = shown(templates, "step_aligned"), shown(templates, "full_repetition")
+    assert "RIGHT ONE" in aligned and "WRONG TWO" not in aligned
+    assert aligned.index("RIGHT ONE") < aligned.index("MENDED TWO") < aligned.index("THREE")
+    assert full.index("WRONG TWO") < full.index("MENDED TWO")
+    omission = shown(templates, "omission")
+    assert "RIGHT ONE" not in omission and "MENDED TWO" in omission
+    for context in ("holistic", "answer_only"):
+        only = shown(templates, context)
+        assert "FOUR" in only
+        assert not any(word in only for word in ("ONE", "TWO", "THREE", "REFERENCE"))
+    assert "REFERENCE" in shown(templates, "reference")
+    assert "ALIGNED" in shown(templates, "aligned_reference")
+
+
+def test_a_folder_overrides_the_shipped_set_file_by_file(tmp_path: Path) -> None:
+    (tmp_path / "solver.jinja").write_text("Please: {{ question }}\n")
+    own = Templates(f"{tmp_path}/")
+    assert own.render("solver", question="2 + 2") == "Please: 2 + 2"
+    shipped = Templates("steps").render("teacher", question="q", context="c")
+    assert own.render("teacher", question="q", context="c") == shipped
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ nothing_like_it }}", "template solver.jinja: 'nothing_like_it' is undefined"),
+        ("{% if %}", "template solver.jinja: "),
+        ("{{ question.nowhere.to_be }}", "template solver.jinja: "),
+    ],
+)
+def test_a_template_that_fails_says_which_and_why(tmp_path: Path, template: str, said: str) -> None:
+    (tmp_path / "solver.jinja").write_text(template)
+    with pytest.raises(RecipeError) as caught:
+        Templates(f"{tmp_path}/").render("solver", question="q")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_template_or_set_is_one_line() -> None:
+    with pytest.raises(RecipeError, match="no such template set; shipped: chain_sums, lab, steps"):
+        Templates("stepz")
+    with pytest.raises(RecipeError, match="no such template set"):
+        Templates("/nowhere/at/all")
+    with pytest.raises(RecipeError, match=r"template mystery\.jinja"):
+        Templates("steps").render("mystery")
+    assert not Templates("steps").has("mystery")
+
+
+def test_a_question_is_text_and_never_a_template() -> None:
+    assert Templates("lab").render("solver", question="{{ 7 * 6 }} & <b>") == "{{ 7 * 6 }} & <b>"
+
+
+def test_turns_alternate_and_the_user_has_the_last_word() -> None:
+    assert conversation(f" q1 {TURN} a1 {TURN} q2 ") == [
+        {"role": "user", "content": "q1"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "q2"},
+    ]
+    assert conversation("q") == [{"role": "user", "content": "q"}]
+    with pytest.raises(RecipeError, match="last turn must be the user's"):
+        conversation(f"q1{TURN}a1")
