@@ -79,7 +79,8 @@ def test_right_steps_stay_verbatim_up_to_the_first_error(case: Case) -> None:
     assert kept == [step.text for step in found.steps[:stop]]
     assert [step.status for step in critique.steps[:stop]] == ["kept"] * stop
     fixed = [i for i, step in enumerate(critique.steps) if step.status == "fixed"]
-    assert fixed == ([] if found.first_error is None else [stop])
+    # Five right lines are the whole derivation: a wrong one after them has nothing in its place.
+    assert fixed == ([] if found.first_error is None or stop == 5 else [stop])
     assert critique.first_error == found.first_error
 
 
@@ -120,7 +121,7 @@ def test_a_critic_that_always_errs_is_wrong_at_the_step_it_marks(case: Case, see
     rng = np.random.default_rng(seed)
     critique = oracle.criticise(WORLD, question, text, error_rate=1.0, rng=rng)
     assert critique.first_error is not None
-    if found.first_error is not None:
+    if found.first_error is not None and found.first_error < 5:
         assert critique.first_error == found.first_error
     fixed = next(step for step in critique.steps if step.status == "fixed")
     node, _, *operands, _, value = fixed.text.split()
@@ -185,3 +186,18 @@ def test_a_line_after_the_root_is_left_out() -> None:
     assert critique.first_error == len(lines)
     assert [step.text for step in critique.steps] == [str(line) for line in lines]
     assert critique.answer == WORLD.truth(question)[ROOT]
+
+
+@pytest.mark.parametrize("sixth", ["4 + a b = c", "0 + a", "2"])
+def test_a_line_after_the_whole_derivation_ends_the_trace(sixth: str) -> None:
+    question = next(WORLD.questions("train"))
+    lines = list(map(str, WORLD.solution(question, STYLES["plus"])))
+    text = "\n".join([*lines, sixth, f"# {WORLD.truth(question)[ROOT]}"])
+    critique = oracle.criticise(WORLD, question, text)
+    assert [step.text for step in critique.steps] == lines
+    assert {step.status for step in critique.steps} == {"kept"}
+    assert (critique.case, critique.first_error) == ("D", 5)
+    rng = np.random.default_rng(0)
+    erring = oracle.criticise(WORLD, question, text, error_rate=1.0, rng=rng)
+    assert [step.status for step in erring.steps].count("fixed") == 1
+    assert erring.answer != critique.answer or [s.text for s in erring.steps] != lines

@@ -115,6 +115,18 @@ def test_one_question_in_eight_is_validation_and_one_in_eight_test() -> None:
     assert counts["test"] == pytest.approx(1024, abs=150)
 
 
+def test_every_symbol_of_a_question_has_a_say_in_its_split() -> None:
+    for position in range(6):
+        varied = [["a"] * position + [s] + ["a"] * (5 - position) for s in SYMBOLS]
+        assert len({split_of(question) for question in varied}) > 1, position
+
+
+def test_a_stream_repeats_no_question() -> None:
+    # 15,000 draws from 12.6 million would repeat about nine.
+    questions = list(islice(WORLD.questions("train"), 15_000))
+    assert len(set(questions)) == len(questions)
+
+
 def test_the_tree_is_the_documented_one() -> None:
     assert CHILDREN[ROOT] == ("n2", "n3") and CHILDREN[2] == ("n0", "n1")
     assert not is_ready(2, {0: "a"}) and is_ready(2, {0: "a", 1: "b"})

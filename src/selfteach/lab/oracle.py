@@ -24,8 +24,8 @@ def criticise(
 
     The trace keeps the answer's style and, up to the error, its order; the corrected line carries
     the flag and does not quote the wrong value. With probability ``error_rate`` the critic errs
-    instead: it writes a wrong value at the first error (of a right answer: at a random step) and
-    goes on from that value.
+    instead: it writes a wrong value at the first error (where no step needs a correction: at a random
+    step) and goes on from that value.
     """
     checked = check(world, question, text)
     error_at = None
@@ -33,8 +33,8 @@ def criticise(
         assert rng is not None, "a critic that errs needs a random stream"
         if rng.random() < error_rate:
             error_at = checked.first_error
-            if error_at is None:
-                error_at = int(rng.integers(max(len(checked.steps), 1)))
+            if error_at is None or error_at > ROOT:
+                error_at = int(rng.integers(min(max(len(checked.steps), 1), ROOT + 1)))
     return _trace(world, question, checked, finished, error_at, rng)
 
 

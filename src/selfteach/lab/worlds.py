@@ -1,4 +1,4 @@
-"""The named worlds, each with a base model in the package."""
+"""The named worlds; those with a folder in `BASES` have a base model in the package."""
 
 from __future__ import annotations
 
