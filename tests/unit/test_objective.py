@@ -21,10 +21,17 @@ VOCABULARY = 11
 
 
 def lesson(
-    question: str, length: int, *, correct: bool = False, told: bool = True, error: int | None = None
+    question: str,
+    length: int,
+    *,
+    correct: bool = False,
+    told: bool = True,
+    error: int | None = None,
 ) -> Lesson:
     answer = tuple((3 * i + len(question)) % VOCABULARY for i in range(length))
-    rollout = Rollout(Problem(question, question, "x"), 0, (1, 2), answer, (-0.7,) * length, "", True, 0)
+    rollout = Rollout(
+        Problem(question, question, "x"), 0, (1, 2), answer, (-0.7,) * length, "", True, 0
+    )
     return Lesson(
         Marked(rollout, Verdict(correct, True, "x"), None),
         teacher_prompt_ids=(1, 2, 3, 4) if told else None,
@@ -106,8 +113,12 @@ def gradient_of(
         side = batch.student
         hidden = embedding[side.ids_BT[side.rows_N, side.columns_N]]
         teacher = Scores.single(hidden, teacher_head)
+
+        def told(logits, rows, batch=batch, teacher=teacher):
+            return objective.per_token(logits, teacher.logits(rows), batch, rows)
+
         total, _ = chunked_sum(
-            lambda logits, rows, b=batch, t=teacher: objective.per_token(logits, t.logits(rows), b, rows),
+            told,
             Scores.single(hidden, Head(head)),
             batch.weight_N.double() / count,
             chunk_tokens=3,
@@ -128,9 +139,7 @@ def gradient_of(
 @settings(max_examples=40, deadline=None)
 def test_any_split_has_the_same_loss_and_gradient(shape: list, micro: int, kind: str) -> None:
     lessons = [lesson("q", n, correct=c, told=t or kind == "grpo") for n, c, t in shape]
-    objective = (
-        Grpo(1.0, kl_weight=0.1) if kind == "grpo" else distillation(aggregation=kind)
-    )
+    objective = Grpo(1.0, kl_weight=0.1) if kind == "grpo" else distillation(aggregation=kind)
     if not any(any(signal.weights) for signal in objective.weigh(lessons)[0]):
         return
     whole, whole_gradient = gradient_of(objective, lessons, 10_000)

@@ -147,8 +147,8 @@ def forest(results: Results) -> Figure:
     look, labels, heads = styles(results["arms"]), [], []
     for title, paired, names in groups:
         if len(groups) > 1:
-            heads.append(len(labels))
-            labels.append(title)
+            heads.append((len(labels), title))
+            labels.append("")
         for pair in names:
             style = look.get(arms_of(pair)[0], SPARE[0])
             _interval(axes, len(labels), paired[pair]["avg"], style)
@@ -156,8 +156,11 @@ def forest(results: Results) -> Figure:
     axes.set_yticks(range(len(labels)), labels, color=INK, fontsize=SMALL, parse_math=False)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    for row in heads:
-        axes.get_yticklabels()[row].set_fontweight("bold")
+    for row, title in heads:  # inside the axes: as a tick label a long title would leave no room
+        axes.text(
+            0.0, row, title, transform=axes.get_yaxis_transform(), va="center", color=INK,
+            fontsize=SMALL, fontweight="bold", parse_math=False,
+        )  # fmt: skip
     axes.set_xlabel(f"difference in Avg@{results['k']}, points", color=INK, fontsize=SMALL)
     return figure
 
