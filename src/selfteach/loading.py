@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from selfteach.config import ModelConfig
 from selfteach.errors import EngineError
@@ -72,12 +75,13 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
 
         extra = {"gguf_file": config.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve(config.path),
-            dtype=DTYPES[config.weights_dtype],
-            trust_remote_code=config.trust_remote_code,
-            **extra,
-        )
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                resolve(config.path),
+                dtype=DTYPES[config.weights_dtype],
+                trust_remote_code=config.trust_remote_code,
+                **extra,
+            )
     except (OSError, ValueError, ImportError) as error:
         raise EngineError(_cannot_load("model", config, error)) from error
     assert isinstance(model, PreTrainedModel)
@@ -104,6 +108,18 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Loading takes a moment; its bars would stand between ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:

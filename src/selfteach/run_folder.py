@@ -68,9 +68,16 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder: two processes never write one run. Raises `CheckpointError`."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as handle:
+        """Hold the folder: two processes never write one run.
+
+        Raises `CheckpointError` if another one does, or if the folder is somebody else's.
+        """
+        if not any((self.path / own).exists() for own in ("config.json", "study.json")):
+            require_empty(self.path)  # before the lock file, so that nothing is left in it
+        with enough_disk():
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("w")
+        with handle:
             _acquire(handle, self.path)
             yield
 
