@@ -283,7 +283,8 @@ def test_curves_are_means_and_bands_are_extremes(results):
 def test_forest_draws_every_pair_and_fills_what_is_decided(results):
     axes = figures.forest(results).axes[0]
     labels = [label.get_text().strip() for label in axes.get_yticklabels()]
-    assert labels.count("step_aligned − grpo") == 3 and "no pull of style (ρ = 0)" in labels
+    titles = [text.get_text() for text in axes.texts]
+    assert labels.count("step_aligned − grpo") == 3 and "no pull of style (ρ = 0)" in titles
     marks = {
         int(line.get_ydata()[0]): line.get_markerfacecolor()
         for line in axes.get_lines() if line.get_linestyle() == "None"
@@ -294,8 +295,10 @@ def test_forest_draws_every_pair_and_fills_what_is_decided(results):
 
 def test_variants_of_one_title_are_all_drawn(results):
     results["variants"]["easy"]["title"] = results["variants"]["no_pull"]["title"] = "main"
-    labels = [label.get_text() for label in figures.forest(results).axes[0].get_yticklabels()]
-    assert labels.count("main") == labels.count("grpo − base") == 3
+    axes = figures.forest(results).axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    titles = [text.get_text() for text in axes.texts]
+    assert titles.count("main") == labels.count("grpo − base") == 3
 
 
 def test_token_figure_has_a_panel_per_context_on_one_scale(example):
