@@ -99,7 +99,10 @@ def run_study(study: Study, folder: Path, *, command: str, progress: Progress) -
         started = time.monotonic()
         jobs = jobs_of(study, folder)
         run_jobs(jobs, study.study.workers, progress)
-        results = gather(study, jobs, command, time.monotonic() - started)
+        # What it was made with is what it was begun with, not what the tree holds by now.
+        begun = read_json(folder / "study.json")
+        made = {name: value for name, value in begun.items() if name != "study"}
+        results = gather(study, jobs, {**made, "seconds": time.monotonic() - started})
         example = token_example(study, folder, jobs)
         if example is not None:
             write_json(folder / "token_advantages.json", example)
@@ -133,7 +136,7 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> No
             pool.shutdown(cancel_futures=True)
 
 
-def gather(study: Study, jobs: Sequence[Job], command: str, seconds: float) -> dict[str, Any]:
+def gather(study: Study, jobs: Sequence[Job], made: Mapping[str, Any]) -> dict[str, Any]:
     """results.json: estimates per arm, paired differences, variants, and how it was made."""
     seeds = [str(seed) for seed in study.study.seeds]
     variants = {
@@ -152,12 +155,7 @@ def gather(study: Study, jobs: Sequence[Job], command: str, seconds: float) -> d
         "headline": list(study.study.headline),
         **_compare([job for job in jobs if job.variant is None], study.study.bootstrap),
         "variants": variants,
-        "made": {
-            "command": command,
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-            "seconds": seconds,
-            **environment(),
-        },
+        "made": {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), **made},
     }
 
 
