@@ -308,6 +308,9 @@ class Recipe(Section):
         return self
 
 
+TABLES = ("study", "arms", "variants", "sweep")
+"""What a recipe file holds besides the common sections of its runs."""
+
 CRITIC_CONTEXTS = frozenset(
     name for name in CONTEXTS if name not in ("none", "reference", "aligned_reference")
 )
@@ -425,12 +428,10 @@ def study_from(
     raw = deepcopy(dict(raw))
     for setting in settings:
         raw = merge(raw, parse_setting(setting))
-    special = {key: raw.pop(key) for key in ("study", "arms", "variants", "sweep") if key in raw}
+    special = {key: raw.pop(key) for key in TABLES if key in raw}
     if settings:
         # A --set reaches every arm, also where an arm has a value of its own.
-        forced = [
-            s for s in settings if s.split(".")[0] not in ("study", "arms", "variants", "sweep")
-        ]
+        forced = [s for s in settings if next(iter(parse_setting(s))) not in TABLES]
         for arm in special.get("arms", {}):
             for setting in forced:
                 special["arms"][arm] = merge(special["arms"][arm], parse_setting(setting))
