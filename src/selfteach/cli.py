@@ -6,7 +6,6 @@ import logging
 import os
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -225,8 +224,6 @@ def _fail(message: str, *, status: int = 2) -> None:
 def _quiet_libraries() -> None:
     """Progress bars and advice of the libraries would stand between ours."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    # PEFT asks transformers for something by its old name; the user can do nothing about it.
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")

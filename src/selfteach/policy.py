@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -144,7 +145,10 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT asks transformers for something by its old name; nobody here can mend that.
+            warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise EngineError(f"model.lora.targets = {list(targets)}: {error}") from error
     assert isinstance(adapted, PeftModel)

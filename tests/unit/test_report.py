@@ -360,7 +360,9 @@ def test_console_prints_each_arm_and_each_pair_within_100_columns(results):
     text = printed(results)
     assert max(map(len, text.splitlines())) <= 100
     for name, avg in SCORES.items():
-        assert re.search(rf"{name} .*{avg} \[{avg - 3:.1f}, {avg + 3:.1f}\]", text), name
+        # Means on one line, the intervals of all six measures below them.
+        row = re.search(rf"^ {name} +{avg} .*\n +\[{avg - 3:.1f}, {avg + 3:.1f}\](.*)", text, re.M)
+        assert row and row.group(1).count("[") == 5, name
     for pair in results["paired"]:
         assert wording.pair_title(pair) in text
     assert re.search(

@@ -27,7 +27,7 @@ from selfteach.analysis.wording import (
 )
 
 SCORES = ("avg", "pass", "maj")
-"""Shown with their interval; the other measures as means only."""
+"""What arms are compared by."""
 SHORT = {"length": "tokens", "truncated": "cut", "format": "form"}
 COLOURS = {"higher": "green", "lower": "red", "open": "dim"}
 
@@ -60,9 +60,8 @@ def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
 def _arms(setting: Setting, k: int) -> Table:
     table = _table(["arm", *(_short(name, k) for name in MEASURES)])
     for name, arm in setting["arms"].items():
-        cells = [
-            estimate(arm[key]) if key in SCORES else f"{arm[key]['mean']:.1f}" for key in MEASURES
-        ]
+        # The interval stands below its mean, so that six measures fit a narrow terminal.
+        cells = [estimate(arm[key]).replace(" [", "\n[", 1) for key in MEASURES]
         _row(table, [name, *cells])
     return table
 
