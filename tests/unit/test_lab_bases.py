@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfteach.errors import DataError
 from selfteach.lab import probe
 from selfteach.lab.pretrain import pretrain, save
+from selfteach.lab.tokenizer import build_tokenizer
 from selfteach.lab.world import ROOT, World, WorldConfig
 from selfteach.lab.worlds import BASES, WORLDS, world_of
 from selfteach.lab.writing import CONTEXT_SHARES
@@ -35,6 +36,7 @@ def test_a_base_loads_with_plain_transformers_and_writes_well_formed_answers(fol
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert 500_000 < model.num_parameters() < 800_000
+    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
     world = world_of(folder)
     asked = [q for q, _ in zip(world.questions("validation"), range(16), strict=False)]
     for question in asked[:4]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from selfteach.lab.tokenizer import SPECIAL, WORDS
 from selfteach.lab.world import ROOT, STYLES, World, text_of
-from selfteach.lab.writing import CONTEXT_SHARES, references
-from selfteach.rendering import SHIPPED
+from selfteach.lab.writing import CONTEXT_SHARES, Believer, context_for, references
+from selfteach.rendering import SHIPPED, Templates
 
 QUESTION = [{"role": "user", "content": "a b c d e f"}]
 ANSWERED = [*QUESTION, {"role": "assistant", "content": "# k"}]
@@ -34,6 +35,17 @@ def test_solutions_come_back_word_for_word(lab_tokenizer: PreTrainedTokenizerFas
             assert lab_tokenizer.decode(ids).split() == text.split()
         for text in references(world, question).values():
             assert lab_tokenizer.unk_token_id not in lab_tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONTEXT_SHARES if kind != "none"])
+def test_contexts_are_words_of_the_vocabulary(
+    lab_tokenizer: PreTrainedTokenizerFast, kind: str
+) -> None:
+    world, templates = World(), Templates("lab")
+    for i, question in enumerate(islice(world.questions("train"), 20)):
+        rng = np.random.default_rng(i)
+        shown = context_for(world, templates, question, kind, Believer(world, rng), rng)
+        assert lab_tokenizer.unk_token_id not in lab_tokenizer(shown)["input_ids"]
 
 
 def test_templates_hold_only_words_of_the_vocabulary() -> None:

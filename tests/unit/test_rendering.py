@@ -100,6 +100,25 @@ def test_token_ends_of_the_lab(lab_tokenizer: PreTrainedTokenizerFast) -> None:
     assert renderer.token_ends(()) == []
 
 
+def test_the_usual_tokenizer_decodes_each_token_once(
+    lab_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Decoding every prefix would be quadratic in the answer's length.
+    for renderer, text in (
+        (BYTES, "plain words"),
+        (Renderer(lab_tokenizer, Templates("lab")), "a b"),
+    ):
+        ids, decode, calls = renderer.encode_answer(text), renderer._decode, []
+
+        def counted(part, decode=decode, calls=calls):
+            calls.append(len(part))
+            return decode(part)
+
+        monkeypatch.setattr(renderer, "_decode", counted)
+        renderer.token_ends(ids)
+        assert sorted(calls) == [1] * len(ids) + [len(ids)]
+
+
 def test_lab_prompts_by_hand(lab_tokenizer: PreTrainedTokenizerFast) -> None:
     renderer = Renderer(lab_tokenizer, Templates("lab"))
     problem = Problem("p", "a b c d e f", "k")
