@@ -71,6 +71,15 @@ def test_seed_sample_and_version_each_change_the_draw(built) -> None:
     assert {r.policy_version for r in again} == {1}
 
 
+def test_questions_do_not_share_their_random_numbers(built) -> None:
+    # The same question under two names: only the name tells their streams apart.
+    one = built.task.train[0]
+    twin = Problem("twin", one.question, one.answer)
+    sampling = Sampling(8, 1.0, 40, 5)
+    first, second = (engine_of(built).generate([p], sampling) for p in (one, twin))
+    assert [r.answer_ids for r in first] != [r.answer_ids for r in second]
+
+
 def test_nearly_zero_temperature_is_greedy_generate(built) -> None:
     model, pad = built.parts.policy.model, built.parts.pad_id
     for rollout in engine_of(built).generate(built.task.train, Sampling(1, 1e-6, 40, 0)):

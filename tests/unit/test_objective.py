@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from selfteach.collate import check_same_tokens, collate
 from selfteach.divergence import Divergence
 from selfteach.errors import AlignmentError
-from selfteach.objective import Distillation, Grpo
+from selfteach.objective import Distillation, Grpo, first_error_token
 from selfteach.protocols import Objective
 from selfteach.scores import Head, Scores, chunked_sum
-from selfteach.types import Lesson, Marked, Problem, Rollout, Verdict
+from selfteach.types import Critique, Lesson, Marked, NoCritique, Problem, Rollout, Verdict
 
 VOCABULARY = 11
 
@@ -184,3 +184,28 @@ def test_a_teacher_that_scores_other_tokens_is_found_out() -> None:
     broken = dataclasses.replace(batch, teacher=dataclasses.replace(batch.teacher, ids_BT=ids))
     with pytest.raises(AlignmentError, match="teacher"):
         check_same_tokens(broken)
+
+
+def test_the_penalty_towards_the_initial_policy_is_weighed_and_added() -> None:
+    lessons = [lesson("a", 3, correct=True), lesson("a", 2)]
+    plain, penalised = Grpo(1.0), Grpo(1.0, kl_weight=0.3)
+    signals, _ = penalised.weigh(lessons)
+    (batch,) = collate(lessons, signals, pad_id=0, micro_batch_tokens=1000)
+    logits, initial = torch.randn(5, VOCABULARY), torch.randn(5, VOCABULARY)
+    rows, index = slice(None), batch.ids_N[:, None]
+    delta = (initial.log_softmax(-1) - logits.log_softmax(-1)).gather(1, index)[:, 0]
+    said = penalised.per_token(logits, initial, batch, rows)
+    expected = plain.per_token(logits, None, batch, rows)["loss"] + 0.3 * (delta.exp() - delta - 1)
+    assert torch.allclose(said["loss"], expected, atol=1e-6)
+
+
+def test_the_first_error_s_token_begins_its_step() -> None:
+    spans = [(0, 6), (6, 12), (12, 14)]
+
+    def at(first_error: int | None) -> int | None:
+        return first_error_token(Critique("D", (), "k", first_error), spans)
+
+    assert (at(0), at(1), at(2)) == (0, 6, 12)
+    assert at(None) is None and at(3) is None, "no wrong step, or none that stands in the answer"
+    assert first_error_token(NoCritique("asleep"), spans) is None
+    assert first_error_token(None, spans) is None

@@ -100,9 +100,17 @@ def test_state_survives_a_round_trip(config: object, policy: Policy) -> None:
     assert torch.equal(other.score(SIDE).logits(ALL), expected)
 
 
-def test_scores_read_later_are_still_the_teachers() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        InitialTeacher(),
+        EmaTeacher(type="ema", rate=0.1),
+        TrustRegionTeacher(type="trust_region", live_share=0.0),
+    ],
+)
+def test_scores_read_later_are_still_the_teachers(config: object) -> None:
     policy = policy_of()
-    teacher, before = build_teacher(InitialTeacher(), policy), logits(policy)
+    teacher, before = build_teacher(config, policy), logits(policy)  # type: ignore[arg-type]
     move(policy)
     scores = teacher.score(SIDE)
     move(policy)
