@@ -318,14 +318,16 @@ def test_the_worked_examples_are_right_and_as_declared(name: str) -> None:
     prompt = Templates("chain_sums").render(name, question="Q?", context="C")
     turns = conversation(prompt)
     assert [turn["role"] for turn in turns[:2]] == ["user", "assistant"]
-    shots = [turn["content"].split(chain_sums.PREFIX)[1] for turn in turns[:-1:2]]
+    asked = [turn["content"].removeprefix(chain_sums.PREFIX) for turn in turns[:-1:2]]
+    shots = [text.splitlines()[0] for text in asked]  # the teacher's context follows its question
     assert shots == [f"{shot} =" for shot in chain_sums.SHOTS]
     for shot, reply in zip(shots, turns[1::2], strict=True):
         chain = chain_sums.parse_question(shot)
         meta = {"terms": chain.terms, "signs": chain.signs}
         problem = Problem("shot", shot, str(chain.value()), {}, meta)
         assert chain_sums.criticise(problem, reply["content"], finished=True).case == "A"
-    assert turns[-1]["content"].endswith("Q?")
+    question, *context = turns[-1]["content"].splitlines()
+    assert question == "Q?" and ("C" in context) == (name == "teacher")
 
 
 def test_student_and_teacher_answer_after_the_same_examples() -> None:
