@@ -7,12 +7,13 @@ from typing import Any
 
 from selfteach import checkpoint
 from selfteach.build import Built, build
-from selfteach.config import Recipe, merge, validate
+from selfteach.config import Recipe
 from selfteach.data import read_jsonl
 from selfteach.errors import CheckpointError, DataError
 from selfteach.estimates import bootstrap_mean
 from selfteach.evaluate import Evaluation, evaluate
 from selfteach.run_folder import RunFolder
+from selfteach.settings import merge, validate
 from selfteach.types import Problem, Sampling
 
 RESAMPLES = 10_000

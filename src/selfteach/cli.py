@@ -12,8 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from selfteach.config import Recipe, Study, load_study, validate
+from selfteach.config import Recipe
 from selfteach.errors import CheckpointError, RecipeError, SelfteachError
+from selfteach.recipes import TABLES, Study, load_study
+from selfteach.settings import validate
 
 app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
@@ -194,7 +196,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
 def _load(path: Path, settings: list[str] | None, arm: str | None = None) -> Study:
     """A recipe by path or shipped name; with one arm in view, plain settings are that arm's."""
     if arm is not None:
-        tables = ("arms.", "study.", "variants.", "sweep.")
+        tables = tuple(f"{table}." for table in TABLES)
         settings = [s if s.startswith(tables) else f"arms.{arm}.{s}" for s in settings or ()]
     shipped = Path(__file__).parent / "recipes" / f"{path.name.removesuffix('.toml')}.toml"
     if not path.exists() and len(path.parts) == 1 and shipped.exists():

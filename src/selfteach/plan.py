@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfteach.build import Built, build
-from selfteach.config import Recipe, Study
+from selfteach.config import Recipe
+from selfteach.recipes import Study
 
 
 @dataclass(frozen=True, slots=True)

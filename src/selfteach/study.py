@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 
 from selfteach.build import build
-from selfteach.config import Recipe, Study, merge, pairs, validate
+from selfteach.config import Recipe
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
 from selfteach.inspection import advantages_by_context
+from selfteach.recipes import BASE, Study, pairs
 from selfteach.rendering import Templates
 from selfteach.run_folder import RunFolder, read_json, require_empty, write_json
+from selfteach.settings import merge, validate
 from selfteach.train import environment, evaluation_of, result_of, run_to_end
 
-BASE = "base"
 MEASURES = ("avg", "pass", "maj", "length", "truncated", "format")
 COMPARED = ("avg", "pass", "maj", "length")
 COLLAPSED_BELOW = 0.5

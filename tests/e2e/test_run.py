@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfteach.config import Recipe, merge, validate
+from selfteach.config import Recipe
 from selfteach.errors import CheckpointError
 from selfteach.run_folder import RunFolder
+from selfteach.settings import merge, validate
 from selfteach.train import evaluation_of, result_of, run_to_end, train
 
 TINY = {

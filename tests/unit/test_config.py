@@ -10,18 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from selfteach.config import (
-    CONTEXTS,
-    CRITIC_CONTEXTS,
-    Recipe,
-    load_study,
-    merge,
-    pairs,
-    parse_setting,
-    study_from,
-    validate,
-)
+from selfteach.config import CONTEXTS, CRITIC_CONTEXTS, Recipe
 from selfteach.errors import RecipeError
+from selfteach.recipes import load_study, pairs, study_from
+from selfteach.settings import merge, parse_setting, validate
 
 ALIGNED = 'critic = { type = "oracle" }\ncontext = { type = "step_aligned" }\n'
 TWO_ARMS = (
@@ -34,7 +26,7 @@ def error_of(toml: str, *settings: str) -> str:
     with pytest.raises(RecipeError) as caught:
         study_from(tomllib.loads(toml), settings)
     message = str(caught.value)
-    assert "\n" not in message and message.startswith(("recipe: ", "arm '"))
+    assert "\n" not in message and message.startswith("recipe: ")
     return message
 
 
@@ -241,3 +233,16 @@ def test_reading_a_recipe_imports_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stderr
+
+
+def test_the_line_names_the_file_the_arm_and_the_key_as_it_is_written() -> None:
+    with pytest.raises(RecipeError) as caught:
+        study_from(tomllib.loads(TWO_ARMS), ["arms.grpo.objective.clip_hi=1"], where="my.toml")
+    assert str(caught.value) == (
+        "my.toml: arm 'grpo': unknown key 'objective.clip_hi'; did you mean 'clip_high'?"
+    )
+
+
+@pytest.mark.parametrize("name", ["a-b", "base", "a b", "../x"])
+def test_names_of_arms_are_folders_and_parts_of_differences(name: str) -> None:
+    assert "a name is letters" in error_of(f'[arms."{name}"]\n{ALIGNED}')

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from selfteach.config import load_study
+from selfteach.recipes import load_study
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 RECIPES = sorted(EXPERIMENTS.glob("*/*.toml"))

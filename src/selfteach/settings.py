@@ -1,0 +1,115 @@
+"""Settings as data: strict sections, nested overrides, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from selfteach.errors import RecipeError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries, ``high`` over ``low``; a table with another ``type`` replaces the whole."""
+    if "type" in high and "type" in low and high["type"] != low["type"]:
+        return deepcopy(dict(high))
+    merged = deepcopy(dict(low))
+    for key, value in high.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = deepcopy(value)
+    return merged
+
+
+def parse_setting(setting: str) -> dict[str, Any]:
+    """``a.b=3`` as nested dictionaries; the value is TOML, or a string if it is not valid TOML."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(
+            f"--set {setting!r}: write key=value, for example --set optimizer.lr=5e-4"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    first, *inner = key.strip().split(".")
+    for part in reversed(inner):
+        value = {part: value}
+    return {first: value}
+
+
+def validate(model: type[M], values: Mapping[str, Any], *, where: str = "") -> M:
+    """Validate, turning pydantic's report into one line with the nearest right key.
+
+    Raises `RecipeError`; ``where`` stands before the line.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        line = _one_line(model, error)
+        raise RecipeError(f"{where}: {line}" if where else line) from None
+
+
+def nearest(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """A hint: the known word that is most like ``word``, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def _one_line(model: type[BaseModel], error: ValidationError) -> str:
+    first, count = error.errors()[0], error.error_count()
+    path, owners = _walk(model, first["loc"])
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = [name for owner in owners for name in owner.model_fields]
+        return f"unknown key {path!r}; {nearest(str(first['loc'][-1]), known)}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(first["input"], dict | BaseModel) else f", found {first['input']!r}"
+    return f"{path + ': ' if path else ''}{message[0].lower() + message[1:]}{found}{more}"
+
+
+def _walk(
+    model: type[BaseModel], loc: Sequence[int | str]
+) -> tuple[str, Sequence[type[BaseModel]]]:
+    """The dotted key of an error's location as a user writes it, and the sections that own its end.
+
+    pydantic puts the ``type`` of a section into the location; nobody writes that.
+    """
+    owners: list[type[BaseModel]] = [model]
+    written: list[str] = []
+    for at, part in enumerate(loc):
+        tagged = [owner for owner in owners if _tag(owner) == part]
+        if tagged and at > 0:
+            owners = tagged
+            continue
+        written.append(str(part))
+        fields = [owner.model_fields[str(part)] for owner in owners if part in owner.model_fields]
+        inner = [section for field in fields for section in _models_in(field.annotation)]
+        owners = inner if inner and at < len(loc) - 1 else owners
+    return ".".join(written), owners
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
+
+
+def _tag(model: type[BaseModel]) -> object:
+    field = model.model_fields.get("type")
+    return getattr(field.annotation, "__args__", (None,))[0] if field else None
