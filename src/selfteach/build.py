@@ -65,31 +65,16 @@ def build(recipe: Recipe) -> Built:
     model = load_model(recipe.model, device)
     max_length = context_length(recipe, model)
     check_lengths(renderer, task, max_length, recipe)
-    solver = _adapted(recipe, model)
-    autocast = DTYPES[recipe.model.autocast] if recipe.model.autocast else None
-    policy = Policy(
-        solver,
-        Schedule(
-            recipe.optimizer.lr,
-            recipe.optimizer.warmup_steps,
-            recipe.optimizer.decay,
-            recipe.train.steps * recipe.train.updates_per_batch,
-        ),
-        betas=recipe.optimizer.betas,
-        eps=recipe.optimizer.eps,
-        weight_decay=recipe.optimizer.weight_decay,
-        grad_clip=recipe.optimizer.grad_clip,
-        autocast=autocast,
-    )
+    policy = _policy(recipe, _adapted(recipe, model))
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     engine = TransformersEngine(
-        solver,
+        policy.model,
         renderer,
         end_ids=end_ids(model, tokenizer),
         pad_id=pad_id,
         max_length=max_length,
-        autocast=autocast,
+        autocast=_autocast(recipe),
     )
     parts = Parts(
         engine=engine,
@@ -200,6 +185,24 @@ def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMo
         targets=lora.targets,
         seed=recipe.seed,
     )
+
+
+def _policy(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Policy:
+    optimizer, train = recipe.optimizer, recipe.train
+    updates = train.steps * train.updates_per_batch
+    return Policy(
+        model,
+        Schedule(optimizer.lr, optimizer.warmup_steps, optimizer.decay, updates),
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        grad_clip=optimizer.grad_clip,
+        autocast=_autocast(recipe),
+    )
+
+
+def _autocast(recipe: Recipe) -> torch.dtype | None:
+    return DTYPES[recipe.model.autocast] if recipe.model.autocast else None
 
 
 def _critic(recipe: Recipe, task: Task) -> OracleCritic | None:

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -69,8 +69,9 @@ def resume(
     if (folder / "study.json").exists():
         from selfteach.study import load_existing
 
-        existing, command = load_existing(folder)
-        _run_study(existing, folder, command=command)
+        existing, command, kind = load_existing(folder)
+        run = _run_sweep if kind == "sweep" else _run_study
+        run(existing, folder, command=command)
     else:
         from selfteach.run_folder import RunFolder
 
@@ -129,20 +130,11 @@ def sweep(
     settings: Settings = None,
 ) -> None:
     """The recipe's [sweep]: the same rates and seeds for every arm, judged on validation problems."""
-    from selfteach.progress import StudyProgress
     from selfteach.run_folder import write_json
-    from selfteach.study import run_sweep, sweep_jobs
 
-    loaded = _load(recipe, settings)
-    with StudyProgress(sweep_jobs(loaded, out)) as progress:
-        result = run_sweep(loaded, out, command=_command(), progress=progress)
-    write_json(out / "sweep.json", result)
+    result = _run_sweep(_load(recipe, settings), out, command=_command())
     if record is not None:
         write_json(record, result)
-    for setting, arms in result["settings"].items():
-        for arm, table in arms.items():
-            means = "  ".join(f"{lr}: {mean:.1f}" for lr, mean in table["mean"].items())
-            typer.echo(f"{setting}/{arm:14s} {means}   chosen {table['chosen']:g}")
 
 
 def main() -> None:
@@ -169,10 +161,10 @@ def main() -> None:
 def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
     from selfteach.analysis.console import print_results
     from selfteach.analysis.report import write_report
-    from selfteach.progress import StudyProgress
+    from selfteach.progress import study_progress
     from selfteach.study import jobs_of, run_study
 
-    with StudyProgress(jobs_of(loaded, folder)) as progress:
+    with study_progress(jobs_of(loaded, folder)) as progress:
         results = run_study(loaded, folder, command=command, progress=progress)
     console = Console()
     print_results(results, console)
@@ -181,11 +173,24 @@ def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
     )
 
 
+def _run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
+    from selfteach.progress import study_progress
+    from selfteach.study import run_sweep, sweep_jobs
+
+    with study_progress(sweep_jobs(loaded, folder)) as progress:
+        result = run_sweep(loaded, folder, command=command, progress=progress)
+    for setting, arms in result["settings"].items():
+        for arm, table in arms.items():
+            means = "  ".join(f"{lr}: {mean:.1f}" for lr, mean in table["mean"].items())
+            typer.echo(f"{setting}/{arm:14s} {means}   chosen {table['chosen']:g}")
+    return result
+
+
 def _train(recipe: Recipe, folder: Path) -> None:
-    from selfteach.progress import RunProgress
+    from selfteach.progress import run_progress
     from selfteach.train import train as run
 
-    with RunProgress(recipe) as progress:
+    with run_progress(recipe) as progress:
         for row in run(recipe, folder):
             progress(row)
     typer.echo(

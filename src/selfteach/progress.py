@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +21,61 @@ from selfteach.run_folder import RunFolder
 from selfteach.study import Job
 
 
+@contextmanager
+def run_progress(recipe: Recipe) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """One bar for one run; gives a function that shows a row of metrics."""
+    console = Console(stderr=True)
+    with _bars(console) as bars:
+        task = bars.add_task("training", total=recipe.train.steps, note="")
+
+        def show(row: Mapping[str, Any]) -> None:
+            if row["kind"] == "step":
+                note = f"right {row['correct']:.0%}  length {row['length']:.0f}  loss {row['loss']:.3f}"
+                bars.update(task, completed=row["step"], note=note)
+            else:
+                line = (
+                    f"step {row['step']:>4}  {row['kind']:<10}  Avg@{row['k']} {row['avg']:.1f} %"
+                )
+                console.print(line, highlight=False)
+
+        yield show
+
+
+@contextmanager
+def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], None]]:
+    """A bar for the whole study and one per arm; gives a function that looks at the runs' folders.
+
+    Runs that end while it watches are announced in a line each, so that a log file shows them too.
+    """
+    console = Console(stderr=True)
+    training = [job for job in jobs if job.recipe.train.steps > 0]
+    labels = list(dict.fromkeys(job.label for job in training))
+    done = {job.folder: _steps_done(job) for job in training}
+    announced = {job.folder for job in jobs if RunFolder(job.folder).is_complete}
+
+    def steps(label: str | None) -> tuple[int, int]:
+        own = [job for job in training if label in (None, job.label)]
+        return sum(done[job.folder] for job in own), sum(job.recipe.train.steps for job in own)
+
+    with _bars(console) as bars:
+        tasks = {}
+        for label in (None, *labels):
+            so_far, total = steps(label)
+            name = label or "whole study"
+            tasks[label] = bars.add_task(name, total=total, completed=so_far, note="")
+
+        def look(jobs: Sequence[Job]) -> None:
+            done.update({job.folder: _steps_done(job) for job in training})
+            for label, task in tasks.items():
+                bars.update(task, completed=steps(label)[0])
+            for job in jobs:
+                if job.folder not in announced and RunFolder(job.folder).is_complete:
+                    announced.add(job.folder)
+                    _announce(job, console)
+
+        yield look
+
+
 def _bars(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description:<30}"),
@@ -36,92 +91,12 @@ def _bars(console: Console) -> Progress:
     )
 
 
-class RunProgress:
-    """One bar for one run."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._console = Console(stderr=True)
-        self._bars = _bars(self._console)
-        self._task = self._bars.add_task("training", total=recipe.train.steps, note="")
-
-    def __enter__(self) -> RunProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.stop()
-
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        """Show one row of metrics."""
-        if row["kind"] == "step":
-            note = f"right {row['correct']:.0%}  length {row['length']:.0f}  loss {row['loss']:.3f}"
-            self._bars.update(self._task, completed=row["step"], note=note)
-        else:
-            line = f"step {row['step']:>4}  {row['kind']:<10}  Avg@{row['k']} {row['avg']:.1f} %"
-            self._console.print(line, highlight=False)
-
-
-class StudyProgress:
-    """A bar per arm and one for the whole study, read from the runs' own metrics."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._console = Console(stderr=True)
-        self._bars = _bars(self._console)
-        self._jobs = [job for job in jobs if job.recipe.train.steps > 0]
-        steps = sum(job.recipe.train.steps for job in self._jobs)
-        done = sum(_steps_done(job) for job in self._jobs)
-        self._all = self._bars.add_task("whole study", total=steps, completed=done, note="")
-        self._arms = {
-            label: self._bars.add_task(
-                label,
-                total=sum(j.recipe.train.steps for j in self._jobs if j.label == label),
-                note="",
-            )
-            for label in dict.fromkeys(job.label for job in self._jobs)
-        }
-        self._finished = {job.folder for job in jobs if RunFolder(job.folder).is_complete}
-
-    def __enter__(self) -> StudyProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.stop()
-
-    def __call__(self, jobs: Sequence[Job]) -> None:
-        """Look at the runs' folders."""
-        total = 0
-        by_arm: dict[str, int] = dict.fromkeys(self._arms, 0)
-        for job in self._jobs:
-            done = _steps_done(job)
-            total += done
-            by_arm[job.label] += done
-        self._bars.update(self._all, completed=total)
-        for label, task in self._arms.items():
-            self._bars.update(task, completed=by_arm[label])
-        for job in jobs:
-            if job.folder not in self._finished and RunFolder(job.folder).is_complete:
-                self._finished.add(job.folder)
-                self._announce(job)
-
-    def _announce(self, job: Job) -> None:
-        scored = [row for row in RunFolder(job.folder).metrics() if row["kind"] != "step"]
-        if scored:
-            row = scored[-1]
-            self._console.print(
-                f"{job.label} seed {job.seed}: {row['kind']} Avg@{row['k']} {row['avg']:.1f} %",
-                highlight=False,
-            )
+def _announce(job: Job, console: Console) -> None:
+    scored = [row for row in RunFolder(job.folder).metrics() if row["kind"] != "step"]
+    if scored:
+        row = scored[-1]
+        line = f"{job.label} seed {job.seed}: {row['kind']} Avg@{row['k']} {row['avg']:.1f} %"
+        console.print(line, highlight=False)
 
 
 def _steps_done(job: Job) -> int:

@@ -15,6 +15,7 @@ from selfteach import steps
 from selfteach.collate import collate
 from selfteach.objective import first_error_token
 from selfteach.policy import Policy
+from selfteach.policy_gradient import token_logp
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
 from selfteach.rendering import Renderer
 from selfteach.run_folder import RunFolder
@@ -144,15 +145,15 @@ def _backward(parts: Parts, batch: Batch, count: float) -> dict[str, Tensor]:
 
 def _with_old_logp(parts: Parts, batch: Batch) -> Batch:
     """The batch with the log-probabilities that the first of several updates starts from."""
+
+    def per_token(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
+        logp_C = token_logp(logits_CV, batch.ids_N[rows], parts.sampling.temperature)
+        return {"loss": logp_C}
+
     with torch.no_grad():
-        teacher = parts.teacher.score(batch.teacher) if batch.teacher is not None else None
-        _, said = chunked_sum(
-            lambda logits, rows: parts.objective.per_token(
-                logits, teacher.logits(rows) if teacher else None, batch, rows
-            ),
-            parts.policy.score(batch.student), batch.weight_N, chunk_tokens=parts.chunk_tokens,
-        )  # fmt: skip
-    return dataclasses.replace(batch, old_logp_N=said["logp"])
+        student = parts.policy.score(batch.student)
+        _, said = chunked_sum(per_token, student, batch.weight_N, chunk_tokens=parts.chunk_tokens)
+    return dataclasses.replace(batch, old_logp_N=said["loss"])
 
 
 def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:

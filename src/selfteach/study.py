@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,29 +49,32 @@ class Job:
         return self.arm if self.variant is None else f"{self.variant}/{self.arm}"
 
 
+Kind = Literal["study", "sweep"]
+
 Progress = Callable[[Sequence[Job]], None]
 """Called about twice a second while runs go on, to look at their folders."""
 
 
-def create_study(study: Study, folder: Path, command: str) -> None:
-    """Begin a study in a folder. Raises `CheckpointError` if it holds something else."""
+def create_study(study: Study, folder: Path, command: str, kind: Kind) -> None:
+    """Begin a study (or sweep) here. Raises `CheckpointError` if the folder holds something else."""
     marker = folder / "study.json"
     plain = study.model_dump(mode="json")
     if marker.exists():
-        if read_json(marker)["study"] != plain:
+        saved = read_json(marker)
+        if (saved["study"], saved.get("kind")) != (plain, kind):
             raise CheckpointError(
                 f"{folder} holds another study; choose another --out, "
                 f"or go on with that one: selfteach resume {folder}"
             )
         return
     require_empty(folder)
-    write_json(marker, {"study": plain, "command": command, **environment()})
+    write_json(marker, {"kind": kind, "study": plain, "command": command, **environment()})
 
 
-def load_existing(folder: Path) -> tuple[Study, str]:
-    """The study that a folder holds, and the command that began it."""
+def load_existing(folder: Path) -> tuple[Study, str, Kind]:
+    """The study that a folder holds, the command that began it, and whether it is a sweep."""
     saved = read_json(folder / "study.json")
-    return validate(Study, saved["study"], where=str(folder)), saved["command"]
+    return validate(Study, saved["study"], where=str(folder)), saved["command"], saved["kind"]
 
 
 def jobs_of(study: Study, folder: Path) -> list[Job]:
@@ -96,13 +99,13 @@ def jobs_of(study: Study, folder: Path) -> list[Job]:
 def run_study(study: Study, folder: Path, *, command: str, progress: Progress) -> dict[str, Any]:
     """Run whatever is not done yet, then write and return results.json."""
     with RunFolder(folder).lock():
-        create_study(study, folder, command)
+        create_study(study, folder, command, "study")
         started = time.monotonic()
         jobs = jobs_of(study, folder)
         run_jobs(jobs, study.study.workers, progress)
         # What it was made with is what it was begun with, not what the tree holds by now.
         begun = read_json(folder / "study.json")
-        made = {name: value for name, value in begun.items() if name != "study"}
+        made = {name: value for name, value in begun.items() if name not in ("study", "kind")}
         results = gather(study, jobs, {**made, "seconds": time.monotonic() - started})
         example = token_example(study, folder, jobs)
         if example is not None:
@@ -196,7 +199,7 @@ def run_sweep(study: Study, folder: Path, *, command: str, progress: Progress) -
     """Run the sweep and choose each arm's rate: the best mean validation Avg@k at the last step."""
     jobs = sweep_jobs(study, folder)
     with RunFolder(folder).lock():
-        create_study(study, folder, command)
+        create_study(study, folder, command, "sweep")
         run_jobs(jobs, study.study.workers, progress)
     chosen: dict[str, Any] = {}
     for job in jobs:
@@ -208,7 +211,10 @@ def run_sweep(study: Study, folder: Path, *, command: str, progress: Progress) -
             means = {lr: float(np.mean(list(v.values()))) for lr, v in table["avg"].items()}
             table["mean"] = means
             table["chosen"] = float(max(means, key=lambda lr: means[lr]))
-    return {"settings": chosen, "command": command, **environment()}
+    begun = read_json(folder / "study.json")
+    result = {"settings": chosen, "command": command, "commit": begun["commit"]}
+    write_json(folder / "sweep.json", result)
+    return result
 
 
 def _compare(jobs: Sequence[Job], resamples: int) -> dict[str, Any]:

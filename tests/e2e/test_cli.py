@@ -180,6 +180,10 @@ def test_the_sweep_never_scores_test_and_records_its_choice(
     best = max(table["mean"], key=lambda lr: table["mean"][lr])
     assert table["chosen"] == float(best)
     assert not list((tmp_path / "sweep").rglob("test_*"))
+    before = (tmp_path / "sweep" / "sweep.json").read_text()
+    assert call(monkeypatch, "resume", tmp_path / "sweep") == 0  # as a sweep, not as a study
+    assert (tmp_path / "sweep" / "sweep.json").read_text() == before
+    assert not list((tmp_path / "sweep").rglob("test_*"))
 
 
 @pytest.mark.parametrize(
