@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from selfteach.settings import Section
 
@@ -49,8 +49,15 @@ class ModelConfig(Section):
     autocast: Literal["bfloat16"] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     lora: LoraConfig | None = None
+    """``lora = false`` in an arm or variant takes adapters away again: full weights."""
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: object) -> object:
+        """TOML has no null, and an override must be able to say none."""
+        return None if value is False else value
 
 
 class LabData(Section):

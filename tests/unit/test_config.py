@@ -246,3 +246,14 @@ def test_the_line_names_the_file_the_arm_and_the_key_as_it_is_written() -> None:
 @pytest.mark.parametrize("name", ["a-b", "base", "a b", "../x"])
 def test_names_of_arms_are_folders_and_parts_of_differences(name: str) -> None:
     assert "a name is letters" in error_of(f'[arms."{name}"]\n{ALIGNED}')
+
+
+def test_an_override_can_take_adapters_away() -> None:
+    study = study_from(
+        tomllib.loads(
+            f"model = {{ lora = {{ rank = 2 }} }}\n{ALIGNED}[variants.full]\ntitle = 'full weights'\n"
+            "seeds = [0]\nset = { model = { lora = false } }"
+        )
+    )
+    assert study.recipe("run").model.lora is not None
+    assert study.recipe("run", variant="full").model.lora is None

@@ -215,7 +215,7 @@ def test_same_results_same_bytes_and_no_leftovers(tmp_path, results, example):
     first = report(tmp_path, results, example)
     assert report(tmp_path, copy.deepcopy(results), example) == first
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["report.html", "results.json", "token_advantages.json"]
+    assert names == ["figures", "report.html", "results.json", "token_advantages.json"]
 
 
 def test_a_failure_leaves_the_old_report_alone(tmp_path, results):
@@ -235,7 +235,8 @@ def test_a_failed_move_leaves_nothing_behind(tmp_path, results, monkeypatch):
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OSError, match="no space"):
         report(tmp_path, {**results, "title": "Another"})
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "results.json"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"figures", "report.html", "results.json"}
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
 
 
@@ -421,3 +422,13 @@ def test_headline_falls_back_to_what_is_there(results):
     results["headline"] = ["gone-grpo"]
     assert "step_aligned-reference" in wording.headline(results)
     assert not any(pair.endswith("-base") for pair in wording.headline(results))
+
+
+def test_figures_are_files_of_their_own_and_the_same_each_time(results, example, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "token_advantages.json").write_text(json.dumps(example))
+    write_report(tmp_path)
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert set(drawn) == {"forest.svg", "learning_curves.svg", "token_advantages.svg"}
+    write_report(tmp_path)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "figures").iterdir()} == drawn

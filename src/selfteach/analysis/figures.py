@@ -11,9 +11,11 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -170,6 +172,14 @@ _DRAWING = threading.Lock()
 """matplotlib takes these settings from globals only."""
 
 
+@contextmanager
+def _drawing(style: Any) -> Iterator[None]:
+    """matplotlib's global settings, held for one drawing; a glyph it lacks is drawn as a box."""
+    with _DRAWING, matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
 def svg(figure: Figure) -> str:
     """A figure as an ``<svg>`` element to stand inside a page; the same figure, the same text.
 
@@ -178,14 +188,20 @@ def svg(figure: Figure) -> str:
     """
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     sink = io.StringIO()
-    with _DRAWING, matplotlib.rc_context(SVG), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with _drawing(SVG):
         figure.savefig(sink, format="svg", transparent=True, metadata=nothing)
     drawn = sink.getvalue()
     drawn = drawn[drawn.index("<svg") :].strip()
     drawn = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", drawn)  # running numbers, not unique in a page
     drawn = re.sub(r"<!--.*?-->\s*", "", drawn, flags=re.DOTALL)
     return re.sub(INK, "currentColor", drawn, flags=re.IGNORECASE)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """A figure as a vector file of its own, on white; the same figure, the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _drawing({**SVG, "svg.fonttype": "path"}):
+        figure.savefig(path, facecolor="white", metadata={"Date": None})
 
 
 def visible(token: str) -> str:

@@ -32,6 +32,8 @@ STRONGEST = 0.55
 def write_report(folder: Path) -> Path:
     """Write folder/report.html from the results in the folder; the same results, the same bytes.
 
+    Its figures are also written as files of their own, folder/figures/*.svg.
+
     The file appears whole or not at all. Raises `CheckpointError` if the results are missing,
     broken, or of another format.
     """
@@ -43,6 +45,8 @@ def write_report(folder: Path) -> Path:
     example = _read(example_path) if example_path.exists() else None
     path = folder / "report.html"
     _write_whole(path, render(results, example))
+    for name, figure in _drawn(results, example).items():
+        figures.save(figure, folder / "figures" / f"{name}.svg")
     return path
 
 
@@ -86,27 +90,44 @@ def _sentence(results: Results, pair: str) -> dict[str, Any]:
     }
 
 
+def _drawn(results: Results, example: Mapping[str, Any] | None) -> dict[str, figures.Figure]:
+    """The figures that these results have something to show for."""
+    drawn = {}
+    if results["paired"]:
+        drawn["forest"] = figures.forest(results)
+    if any("curve" in arm for arm in results["arms"].values()):
+        drawn["learning_curves"] = figures.learning_curves(results)
+    if example and example["contexts"]:
+        drawn["token_advantages"] = figures.token_advantages(example)
+    return drawn
+
+
 def _figures(results: Results, example: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Each figure as SVG, with what it shows in words for those who do not see it."""
-    shown = {}
-    if results["paired"]:
-        pairs = [
+    titles = {
+        "forest": "Differences with intervals",
+        "learning_curves": "Learning curves",
+        "token_advantages": "Advantage of each token",
+    }
+    facts = {
+        "forest": [
             f"{wording.pair_title(pair)} {wording.difference(values['avg'])}"
             for pair, values in results["paired"].items()
-        ]
-        shown["forest"] = _figure(figures.forest(results), "Differences with intervals", pairs)
-    curves = {name: arm["curve"] for name, arm in results["arms"].items() if "curve" in arm}
-    if curves:
-        ends = [f"{name} {_ends(curve)}" for name, curve in curves.items()]
-        shown["curves"] = _figure(figures.learning_curves(results), "Learning curves", ends)
-    if example and example["contexts"]:
-        ranges = [
+        ],
+        "learning_curves": [
+            f"{name} {_ends(arm['curve'])}"
+            for name, arm in results["arms"].items()
+            if "curve" in arm
+        ],
+        "token_advantages": [
             f"{name} from {min(context['advantage']):+.1f} to {max(context['advantage']):+.1f} nats"
-            for name, context in example["contexts"].items()
-        ]
-        drawn = figures.token_advantages(example)
-        shown["tokens"] = _figure(drawn, "Advantage of each token", ranges)
-    return shown
+            for name, context in (example or {"contexts": {}})["contexts"].items()
+        ],
+    }
+    return {
+        name: _figure(figure, titles[name], facts[name])
+        for name, figure in _drawn(results, example).items()
+    }
 
 
 def _figure(figure: figures.Figure, title: str, facts: list[str]) -> dict[str, Any]:
