@@ -52,7 +52,7 @@ smollm2: $(READY) ## the same loop on SmolLM2-135M-Instruct
 	fi
 
 bases: $(READY) ## rebuild the lab's base models (about ten minutes each on one core)
-	for world in two_styles no_pull easy; do \
+	for world in two_styles no_pull one_style easy; do \
 		$(BIN)/python -m selfteach.lab.pretrain --world $$world --out src/selfteach/lab/bases/$$world || exit 1; \
 	done
 

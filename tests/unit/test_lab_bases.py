@@ -28,7 +28,7 @@ def facts(folder: Path) -> dict:
 
 def test_every_base_belongs_to_a_named_world_and_the_main_ones_are_there() -> None:
     names = {folder.name for folder in FOLDERS}
-    assert {"two_styles", "no_pull", "easy"} <= names <= set(WORLDS)
+    assert {"two_styles", "no_pull", "one_style", "easy"} <= names <= set(WORLDS)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
