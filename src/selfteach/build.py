@@ -28,7 +28,7 @@ from selfteach.engines.transformers import TransformersEngine
 from selfteach.errors import DataError, RecipeError
 from selfteach.loading import DTYPES, choose_device, load_model, load_tokenizer, resolve
 from selfteach.objective import Distillation, Grpo
-from selfteach.policy import Policy, Schedule, add_adapters
+from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
 from selfteach.protocols import Objective, Teacher
 from selfteach.rendering import Renderer, Templates
 from selfteach.step import Parts
@@ -173,7 +173,7 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
     if recipe.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     lora = recipe.model.lora
     if lora is None:
         return model.requires_grad_(True)

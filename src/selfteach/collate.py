@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from selfteach.errors import AlignmentError
+from selfteach.prefixes import shared_length
 from selfteach.types import Batch, Lesson, Sequences, Signal
 
 
@@ -50,7 +51,7 @@ def sequences(
         ids_BT[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
         rows.append(torch.full((len(answer),), row))
         columns.append(torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1))
-    return Sequences(ids_BT, torch.cat(rows), torch.cat(columns))
+    return Sequences(ids_BT, torch.cat(rows), torch.cat(columns), shared_length(prompts))
 
 
 def check_same_tokens(batch: Batch) -> None:

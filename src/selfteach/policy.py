@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfteach import prefixes
 from selfteach.errors import EngineError
 from selfteach.scores import Head, Scores
 from selfteach.types import Sequences
@@ -64,6 +65,10 @@ class Policy:
         assert isinstance(causal, PreTrainedModel)
         self._backbone: nn.Module = getattr(causal, causal.base_model_prefix)
         self._head = head_of(causal)
+        # Recomputing activations and keeping keys and values exclude each other in transformers.
+        self._shares_prefixes = not any(
+            getattr(module, "gradient_checkpointing", False) for module in causal.modules()
+        )
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(), lr=schedule(0), betas=betas, eps=eps, weight_decay=weight_decay
@@ -83,9 +88,23 @@ class Policy:
         """Logits of the answers' tokens, on demand. Prompt tokens never meet the head."""
         self.model.train(torch.is_grad_enabled())
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
-            hidden_BTH = self._backbone(input_ids=sequences.ids_BT, use_cache=False)[0]
-        hidden_NH = hidden_BTH[sequences.rows_N, sequences.columns_N]
+            hidden_BTH = self._hidden(sequences)
+        hidden_NH = hidden_BTH[sequences.rows_N, sequences.columns_N - sequences.shared]
         return Scores.single(hidden_NH.to(self._autocast or hidden_NH.dtype), self._head)
+
+    def _hidden(self, sequences: Sequences) -> Tensor:
+        """The last layer's states from the first token that rows do not share, [B, T − shared, H]."""
+        shared, ids_BT = sequences.shared, sequences.ids_BT
+        if shared == 0:
+            return self._backbone(input_ids=ids_BT, use_cache=False)[0]
+        if not self._shares_prefixes:
+            return self._backbone(input_ids=ids_BT, use_cache=False)[0][:, shared:]
+        cache = prefixes.fill(self._backbone, ids_BT[0, :shared], len(ids_BT))
+        return self._backbone(
+            input_ids=ids_BT[:, shared:],
+            use_cache=True,
+            **{prefixes.cache_argument(self._backbone): cache},
+        )[0]
 
     def optimizer_step(self) -> dict[str, float]:
         """One AdamW step on the gradients that have been added up; returns what it did.
@@ -153,6 +172,13 @@ def add_adapters(
         raise EngineError(f"model.lora.targets = {list(targets)}: {error}") from error
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Trade time for memory: keep no activations of the layers, run them again going backward."""
+    # transformers renames this one too; the old name warns and goes with its version 6.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -197,7 +197,10 @@ def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:
     aside, target = run.path / ".model.tmp", run.path / "model"
     with enough_disk():
         shutil.rmtree(aside, ignore_errors=True)
-        built.parts.policy.model.save_pretrained(str(aside))
+        model = built.parts.policy.model
+        # Adapters never touch the embeddings; PEFT would go and look for the base's config to see.
+        extra = {"save_embedding_layers": False} if built.parts.policy.has_adapters else {}
+        model.save_pretrained(str(aside), **extra)
         built.tokenizer.save_pretrained(aside)
         world = Path(resolve(recipe.model.path)) / "world.json"
         if world.exists():  # a model of the lab stays one

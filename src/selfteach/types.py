@@ -176,6 +176,13 @@ class Sequences:
     ids_BT: Tensor
     rows_N: Tensor
     columns_N: Tensor
+    shared: int = 0
+    """Leading tokens that are the same in every row, before any that is read: run once."""
+
+    def to(self, device: torch.device) -> Sequences:
+        """The same sequences on another device."""
+        ids, rows, columns = (x.to(device) for x in (self.ids_BT, self.rows_N, self.columns_N))
+        return Sequences(ids, rows, columns, self.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +205,6 @@ class Batch:
         """The same batch on another device."""
 
         def move(value: object) -> object:
-            if isinstance(value, Tensor):
-                return value.to(device)
-            if isinstance(value, Sequences):
-                return Sequences(*(getattr(value, name).to(device) for name in value.__slots__))
-            return value
+            return value.to(device) if isinstance(value, Tensor | Sequences) else value
 
         return Batch(**{name: move(getattr(self, name)) for name in self.__slots__})  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfteach import protocols
+from selfteach import prefixes, protocols
 from selfteach.build import build
 from selfteach.config import Recipe
 from selfteach.divergence import Divergence, per_token
@@ -124,8 +124,20 @@ def test_what_is_said_of_an_answer_stays_with_it(parts: Parts) -> None:
     assert [lesson.first_error_token for lesson in lessons[:4]] == [6, 6, 6, 6]
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [1, 60, 10_000])
-def test_learning_is_the_slow_loss_and_its_gradient(parts: Parts, micro_batch_tokens: int) -> None:
+@pytest.mark.parametrize(
+    "micro_batch_tokens, min_shared, recompute",
+    [(1, 32, False), (60, 32, False), (10_000, 32, False), (10_000, 1, False), (10_000, 1, True)],
+)
+def test_learning_is_the_slow_loss_and_its_gradient(
+    parts: Parts, monkeypatch, micro_batch_tokens: int, min_shared: int, recompute: bool
+) -> None:
+    monkeypatch.setattr(prefixes, "MIN_SHARED", min_shared)
+    if recompute:
+        data = {"type": "lab", "train": 1, "validation": 1, "test": 1}
+        checkpointed = {"gradient_checkpointing": True}
+        recipe = {"model": checkpointed, "data": data, "train": {"steps": 0}}
+        built = build(Recipe.model_validate(recipe)).parts
+        parts = dataclasses.replace(parts, policy=built.policy, teacher=built.teacher)
     spec = Divergence("reverse_kl")
     parts = dataclasses.replace(
         parts, objective=Distillation(spec, 1.0), micro_batch_tokens=micro_batch_tokens,

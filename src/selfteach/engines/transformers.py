@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from selfteach import prefixes
 from selfteach.errors import EngineError
 from selfteach.rendering import Renderer
 from selfteach.types import Problem, Rollout, Sampling
@@ -41,9 +41,9 @@ class TransformersEngine:
         self._autocast = autocast
         self._version = 0
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
-        # transformers renames this argument in 5.2x; the old name warns there and is about to go.
-        named = inspect.signature(causal.forward).parameters
-        self._cache_name = "cache" if "cache" in named else "past_key_values"
+        assert isinstance(causal, PreTrainedModel)
+        self._backbone = getattr(causal, causal.base_model_prefix)
+        self._cache_name = prefixes.cache_argument(causal)
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy weights into the model (those it already shares stay as they are)."""
@@ -97,8 +97,7 @@ class TransformersEngine:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """The sampled ids and their log-probabilities, row by row."""
         device = uniforms_BT.device
-        cache = DynamicCache()
-        mask, logits_BV = self._prefill(prompts, cache, device)
+        cache, mask, logits_BV = self._prefill(prompts, device)
         cache.batch_repeat_interleave(sampling.samples)
         mask = mask.repeat_interleave(sampling.samples, dim=0)
         logits_BV = logits_BV.repeat_interleave(sampling.samples, dim=0)
@@ -138,24 +137,35 @@ class TransformersEngine:
         return ids, logps
 
     def _prefill(
-        self, prompts: Sequence[Sequence[int]], cache: DynamicCache, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Left-padded prompts into the cache: their mask, and the logits of the first token."""
+        self, prompts: Sequence[Sequence[int]], device: torch.device
+    ) -> tuple[DynamicCache, Tensor, Tensor]:
+        """Prompts in the cache, their mask, and the logits of each answer's first token.
+
+        What all prompts begin with is run once; the rest is padded on the left:
+        ``[shared | padding | rest]``.
+        """
+        shared = prefixes.shared_length(prompts)
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad_id, device=device)
         mask = torch.zeros((len(prompts), width), dtype=torch.long, device=device)
         for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-            mask[row, width - len(prompt) :] = 1
+            rest = torch.tensor(prompt[shared:], device=device)
+            ids[row, width - len(rest) :] = rest
+            mask[row, width - len(rest) :] = 1
+        cache = DynamicCache()
+        if shared:
+            common = torch.tensor(prompts[0][:shared], device=device)
+            cache = prefixes.fill(self._backbone, common, rows=len(prompts))
+            mask[:, :shared] = 1
         logits_BV = self._model(
-            input_ids=ids,
+            input_ids=ids[:, shared:],
             attention_mask=mask if not bool(mask.all()) else None,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, shared:],
             **{self._cache_name: cache},
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        return mask, logits_BV
+        return cache, mask, logits_BV
 
     def _uniforms(self, problem: Problem, sample: int, sampling: Sampling) -> np.ndarray:
         """The random stream of one answer: a uniform number in [0, 1) per token."""
