@@ -199,7 +199,9 @@ def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         model = built.parts.policy.model
         # Adapters never touch the embeddings; PEFT would go and look for the base's config to see.
-        extra = {"save_embedding_layers": False} if built.parts.policy.has_adapters else {}
+        extra: dict[str, Any] = (
+            {"save_embedding_layers": False} if built.parts.policy.has_adapters else {}
+        )
         model.save_pretrained(str(aside), **extra)
         built.tokenizer.save_pretrained(aside)
         world = Path(resolve(recipe.model.path)) / "world.json"
