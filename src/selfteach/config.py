@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from selfteach.config_critic import CriticConfig
 from selfteach.settings import Section
 
 ContextName = Literal[
@@ -108,14 +109,6 @@ class SamplingConfig(Section):
     max_tokens: int = Field(default=64, ge=1)
     batch_answers: int = Field(default=256, ge=1)
     """Answers decoded side by side; also the unit that is saved before it is used."""
-
-
-class OracleConfig(Section):
-    """A program that can check every step (the lab, chain sums)."""
-
-    type: Literal["oracle"] = "oracle"
-    error_rate: float = Field(default=0.0, ge=0, le=1)
-    """Share of critiques in which the critic errs."""
 
 
 class ContextConfig(Section):
@@ -253,7 +246,7 @@ class Recipe(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = LabData()
     sampling: SamplingConfig = SamplingConfig()
-    critic: OracleConfig | None = None
+    critic: CriticConfig | None = None
     context: ContextConfig = ContextConfig(type="none")
     teacher: TeacherConfig = InitialTeacher()
     objective: ObjectiveConfig = DistillationConfig()
@@ -267,7 +260,7 @@ class Recipe(Section):
         """A section that names no ``type`` is of the default one: ``objective.gate=wrong`` suffices."""
         if not isinstance(values, Mapping):
             return values
-        defaults = {"data": "lab", "teacher": "initial", "objective": "distillation"}
+        defaults = {"data": "lab", "critic": "oracle", "teacher": "initial", "objective": "distillation"}
         typed = {
             name: {"type": kind, **values[name]}
             for name, kind in defaults.items()

@@ -11,7 +11,7 @@ import numpy as np
 from selfteach.estimates import avg_at_k, maj_at_k, pass_at_k
 from selfteach.protocols import Engine, Verifier
 from selfteach.run_folder import RunFolder
-from selfteach.sampling import sample
+from selfteach.sampling import batches
 from selfteach.types import Problem, Sampling
 
 RATES = ("avg", "pass", "maj", "truncated", "format")
@@ -72,10 +72,11 @@ def evaluate(
 ) -> Evaluation:
     """Answer each problem ``sampling.samples`` times and judge the answers."""
     k = sampling.samples
-    rollouts = sample(
+    sampled = batches(
         engine, problems, sampling, batch_answers=batch_answers,
         journal=journal, name=f"{split}_{step:06d}",
     )  # fmt: skip
+    rollouts = [rollout for batch in sampled for rollout in batch]
     verdicts = [verify(rollout.problem, rollout.text) for rollout in rollouts]
 
     def by_problem(values: Sequence[Any]) -> list[list[Any]]:

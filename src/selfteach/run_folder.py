@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from selfteach.errors import CheckpointError
-from selfteach.types import Critique, CritiqueStep, Lesson, NoCritique, Problem, Rollout
+from selfteach.types import Critique, CritiqueStep, Lesson, NoCritique, Problem, Rollout, Usage
 
 LOCK_PATIENCE_S = 5.0
 """How long to wait for a folder whose owner may just have been killed."""
@@ -108,13 +108,13 @@ class RunFolder:
         """What was said of a step's answers."""
         write_lines(self.path / "lessons" / f"step_{step:06d}.jsonl", map(lesson_row, lessons))
 
-    def load_critiques(self, step: int) -> list[Critique | NoCritique | None] | None:
-        """The critiques of a step's answers, in order, or None if they were not saved."""
+    def load_critiques(self, step: int) -> dict[tuple[str, int], Critique | NoCritique | None]:
+        """The critiques of a step's answers by their key; empty if they were not saved."""
         path = self.path / "lessons" / f"step_{step:06d}.jsonl"
         if not path.exists():
-            return None
+            return {}
         rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        return [_critique(row["critique"]) for row in rows]
+        return {(row["problem_id"], row["sample"]): critique_from(row["critique"]) for row in rows}
 
     # -- metrics -----------------------------------------------------------------------------
 
@@ -154,6 +154,7 @@ def lesson_row(lesson: Lesson) -> dict[str, Any]:
         "context": lesson.context,
         "dropped": lesson.dropped,
         "first_error_token": lesson.first_error_token,
+        "first_change": None if lesson.change is None else asdict(lesson.change),
     }
 
 
@@ -225,14 +226,17 @@ def _acquire(handle: TextIO, path: Path) -> None:
             time.sleep(0.1)
 
 
-def _critique(row: dict[str, Any] | None) -> Critique | NoCritique | None:
+def critique_from(row: dict[str, Any] | None) -> Critique | NoCritique | None:
+    """A critique, or the reason for none, from a row of ``lessons/``."""
     if row is None:
         return None
+    usage = Usage(**row.get("usage", {}))
     if "reason" in row:
-        return NoCritique(row["reason"])
+        return NoCritique(row["reason"], row.get("detail", ""), usage)
     return Critique(
         case=row["case"],
         steps=tuple(CritiqueStep(**step) for step in row["steps"]),
         answer=row["answer"],
         first_error=row["first_error"],
+        usage=usage,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from selfteach.data import known_ids
 from selfteach.protocols import Engine
@@ -10,7 +10,7 @@ from selfteach.run_folder import RunFolder
 from selfteach.types import Problem, Rollout, Sampling
 
 
-def sample(
+def batches(
     engine: Engine,
     problems: Sequence[Problem],
     sampling: Sampling,
@@ -18,7 +18,7 @@ def sample(
     batch_answers: int,
     journal: RunFolder | None = None,
     name: str = "",
-) -> list[Rollout]:
+) -> Iterator[list[Rollout]]:
     """``sampling.samples`` answers to each problem; with a journal, none that it already holds.
 
     Batches hold whole problems and at most ``batch_answers`` answers (or one problem). A resumed run
@@ -26,7 +26,6 @@ def sample(
     """
     per_batch = max(1, batch_answers // sampling.samples)
     known = known_ids(problems)
-    rollouts: list[Rollout] = []
     for number, start in enumerate(range(0, len(problems), per_batch)):
         part = f"{name}.{number:03d}"
         batch = journal.load_answers(part, known) if journal else None
@@ -34,5 +33,4 @@ def sample(
             batch = engine.generate(problems[start : start + per_batch], sampling)
             if journal:
                 journal.save_answers(part, batch)
-        rollouts += batch
-    return rollouts
+        yield batch

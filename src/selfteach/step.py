@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from selfteach import steps
+from selfteach.alignment import first_change
+from selfteach.background import later
 from selfteach.collate import collate
 from selfteach.objective import first_error_token
 from selfteach.policy import Policy
@@ -19,9 +21,19 @@ from selfteach.policy_gradient import token_logp
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
 from selfteach.rendering import Renderer
 from selfteach.run_folder import RunFolder
-from selfteach.sampling import sample
+from selfteach.sampling import batches
 from selfteach.scores import chunked_sum
-from selfteach.types import Batch, Critique, Lesson, Marked, NoCritique, Problem, Rollout, Sampling
+from selfteach.types import (
+    Batch,
+    Critique,
+    Lesson,
+    Marked,
+    NoCritique,
+    Problem,
+    Rollout,
+    Sampling,
+    Usage,
+)
 
 Metrics = dict[str, float]
 
@@ -41,6 +53,8 @@ class Parts:
     split_steps: steps.Splitter
     sampling: Sampling
     batch_answers: int
+    critic_threads: int
+    """Batches that are marked while others are sampled; 0 for a critic that needs this machine."""
     updates_per_batch: int
     micro_batch_tokens: int
     chunk_tokens: int
@@ -53,10 +67,13 @@ def train_step(
 ) -> tuple[list[Lesson], Metrics]:
     """Answer, be marked, re-read with the marks in view, and learn what one would now say."""
     clock = [time.monotonic()]
-    rollouts = sample(parts.engine, problems, parts.sampling, batch_answers=parts.batch_answers,
-                      journal=journal, name=f"step_{step:06d}")  # fmt: skip
-    clock.append(time.monotonic())
-    marked = mark(parts, rollouts, journal.load_critiques(step) if journal else None)
+    known = journal.load_critiques(step) if journal else {}
+    with later(parts.critic_threads) as soon:  # a served critic marks a batch while the next is sampled
+        marking = [soon(mark, parts, batch, known) for batch in batches(
+            parts.engine, problems, parts.sampling, batch_answers=parts.batch_answers,
+            journal=journal, name=f"step_{step:06d}")]  # fmt: skip
+        clock.append(time.monotonic())
+        marked = [answer for batch in marking for answer in batch()]
     lessons = teach(parts, marked)
     if journal:
         journal.save_lessons(step, lessons)
@@ -72,13 +89,13 @@ def train_step(
 def mark(
     parts: Parts,
     rollouts: Sequence[Rollout],
-    known: Sequence[Critique | NoCritique | None] | None = None,
+    known: Mapping[tuple[str, int], Critique | NoCritique | None] | None = None,
 ) -> list[Marked]:
     """Verdict and critique of each answer; critiques that are known are not asked for again."""
     verdicts = [parts.verify(rollout.problem, rollout.text) for rollout in rollouts]
     critiques: Sequence[Critique | NoCritique | None]
-    if known is not None and len(known) == len(rollouts):
-        critiques = known
+    if known and all(rollout.key in known for rollout in rollouts):
+        critiques = [known[rollout.key] for rollout in rollouts]
     elif parts.critic is not None:
         critiques = parts.critic(list(zip(rollouts, verdicts, strict=True)))
     else:
@@ -163,10 +180,10 @@ def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
     prompt = parts.renderer.teacher_prompt(rollout.problem, context)
     if len(prompt) + len(rollout.answer_ids) > parts.max_length:
         return Lesson(marked, context=context, dropped="longer than the context window")
-    spans = steps.token_spans(
-        parts.split_steps(rollout.text), parts.renderer.token_ends(rollout.answer_ids)
-    )
-    return Lesson(marked, context, prompt, None, first_error_token(marked.critique, spans))
+    spans, ends = parts.split_steps(rollout.text), parts.renderer.token_ends(rollout.answer_ids)
+    first_error = first_error_token(marked.critique, steps.token_spans(spans, ends))
+    change = first_change(marked, spans, ends)
+    return Lesson(marked, context, prompt, None, first_error, change)
 
 
 def describe(lessons: Sequence[Lesson]) -> Metrics:
@@ -175,6 +192,10 @@ def describe(lessons: Sequence[Lesson]) -> Metrics:
     tokens = sum(len(rollout.answer_ids) for rollout in rollouts)
     count = max(1, len(rollouts))
     dropped = Counter(lesson.dropped for lesson in lessons if lesson.dropped)
+    critiques = [lesson.marked.critique for lesson in lessons if lesson.marked.critique]
+    refused = Counter(c.reason for c in critiques if isinstance(c, NoCritique))
+    fidelity = [lesson.change.fidelity for lesson in lessons if lesson.change]
+    usage = sum((critique.usage for critique in critiques), Usage())
     return {
         "correct": sum(lesson.marked.verdict.correct for lesson in lessons) / count,
         "formatted": sum(lesson.marked.verdict.formatted for lesson in lessons) / count,
@@ -184,7 +205,10 @@ def describe(lessons: Sequence[Lesson]) -> Metrics:
         "entropy": -sum(sum(rollout.logps) for rollout in rollouts) / max(1, tokens),
         "answers_sampled": len(rollouts),
         "tokens_sampled": tokens,
-        "critiques": sum(isinstance(lesson.marked.critique, Critique) for lesson in lessons),
+        "critiques": len(critiques) - sum(refused.values()),
+        **({"fidelity": sum(fidelity) / len(fidelity)} if fidelity else {}),
+        **{f"critic_{name}": value for name, value in asdict(usage).items()},
+        **{f"no_critique/{reason}": number / count for reason, number in sorted(refused.items())},
         "dropped": sum(dropped.values()) / count,
         **{f"dropped/{reason}": number / count for reason, number in sorted(dropped.items())},
     }

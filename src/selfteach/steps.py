@@ -15,6 +15,7 @@ Splitter = Callable[[str], list[Span]]
 """From an answer's text to its steps as spans of characters, in order, the final answer last."""
 
 TAG = re.compile(r"<(step_\d+|answer)>.*?(?:</\1>|(?=<step_\d+>|<answer>)|$)", re.DOTALL)
+OUTER_TAGS = re.compile(r"^\s*<(?:step_\d+|answer)>|</(?:step_\d+|answer)>\s*$")
 
 
 def lines(text: str) -> list[Span]:
@@ -43,3 +44,8 @@ def token_spans(char_spans: Sequence[Span], token_ends: Sequence[int]) -> list[S
     starts = [bisect_right(token_ends, start) for start, _ in char_spans]
     ends = [*starts[1:], len(token_ends)] if starts else []
     return list(zip(starts, ends, strict=True))
+
+
+def content(text: str, span: Span) -> str:
+    """What a step says, without the tags around it."""
+    return OUTER_TAGS.sub("", text[slice(*span)]).strip()

@@ -23,6 +23,10 @@ from torch import Tensor
 
 StepStatus = Literal["kept", "fixed", "new"]
 Case = Literal["A", "B", "C", "D"]
+Outcome = Literal["empty", "truncated", "malformed", "misaligned", "wrong_answer", "unavailable"]
+"""Why a critic's text is no critique: nothing was written; it was cut at the token limit; it has not
+the form of an answer; it is about something else; its own final answer is wrong; or there was no
+reply at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,11 @@ class Rollout:
     def __post_init__(self) -> None:
         assert len(self.answer_ids) == len(self.logps) > 0
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """Which answer of a step this is: problem id and sample."""
+        return self.problem.id, self.sample
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -102,6 +111,24 @@ class CritiqueStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a critique took; every field is zero for a critic that is a program."""
+
+    asked: int = 0
+    """Requests that were sent and answered, repeated ones too."""
+    reused: int = 0
+    """Requests whose reply was already in the store."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """Tokens of the requests that were sent; a reply from the store costs nothing again."""
+    cost: float = 0.0
+    """At the recipe's prices, in their currency."""
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(getattr(self, f) + getattr(other, f) for f in self.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
 class Critique:
     """A critic's corrected trace of one answer (paper, step-aligned feedback)."""
 
@@ -111,6 +138,7 @@ class Critique:
     answer: str
     first_error: int | None
     """Index of the answer's first wrong step; None when no step is wrong."""
+    usage: Usage = Usage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +146,10 @@ class NoCritique:
     """Why there is no critique of an answer."""
 
     reason: str
+    """One of a few, counted as a metric; `Outcome` for what a critic wrote."""
+    detail: str = ""
+    """What exactly was wrong, for a person to read."""
+    usage: Usage = Usage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +160,22 @@ class Marked:
     verdict: Verdict
     critique: Critique | NoCritique | None
     """None when no critic was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstChange:
+    """Where a critique departs from the answer that it marks.
+
+    Example: an answer of steps of 5, 5, 5 tokens whose second step is repeated for three tokens and
+    then changed gives ``FirstChange(step=1, token=8, fidelity=8 / 15)``.
+    """
+
+    step: int | None
+    """Index of the first step that is not repeated verbatim; None when all are."""
+    token: int | None
+    """Index of the first token that is not; None when all are."""
+    fidelity: float
+    """Share of the answer's tokens that stand before it, from 0 to 1; 1 when all are repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +193,8 @@ class Lesson:
     dropped: str | None = None
     first_error_token: int | None = None
     """Index into ``answer_ids`` where the first wrong step begins; None when there is none."""
+    change: FirstChange | None = None
+    """Where the critique departs from the answer; None without a critique."""
 
     @property
     def rollout(self) -> Rollout:

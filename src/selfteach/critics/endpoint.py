@@ -1,0 +1,149 @@
+"""Any OpenAI-compatible server as a chat model: vLLM, SGLang, llama.cpp, Ollama, hosted APIs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import openai
+from aiolimiter import AsyncLimiter
+
+from selfteach.critics.chat import Keep, NoReply, Reply, Request
+from selfteach.errors import CriticError
+
+LONGEST_REPLY = 1_000_000
+"""Characters; what is longer is no critique, and is cut before it is stored."""
+UNREADABLE_RETRIES = 2
+"""How often a reply that is no JSON, or not a completion, is asked for again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a server is and how it is treated."""
+
+    base_url: str
+    model: str
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is written nowhere."""
+    concurrency: int = 16
+    timeout_s: float = 600.0
+    """Of one request."""
+    max_retries: int = 12
+    """After a refusal, a time-out, 408, 409, 429 or 5xx, with growing pauses (half a second to eight
+    seconds, with jitter) or as long as the server's Retry-After says."""
+    requests_per_minute: float | None = None
+    extra_body: tuple[tuple[str, object], ...] = ()
+    """What a server takes beyond OpenAI's own parameters."""
+
+
+class EndpointModel:
+    """A served chat model, through OpenAI's client.
+
+    Raises `CriticError` when it is built without its key or with a URL that holds one.
+    """
+
+    remote = True
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        parts = urlsplit(endpoint.base_url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise CriticError(
+                f"critic.base_url = {endpoint.base_url!r}: write it like http://localhost:8000/v1"
+            )
+        if parts.username or parts.password or parts.query:
+            raise CriticError(
+                "critic.base_url holds credentials, which would be written into the run: "
+                "put the key into an environment variable and name it in critic.api_key_env"
+            )
+        key = "none"
+        if endpoint.api_key_env is not None:
+            key = os.environ.get(endpoint.api_key_env, "")
+            if not key:
+                raise CriticError(
+                    f"critic.api_key_env: the environment variable {endpoint.api_key_env} "
+                    "is not set"
+                )
+        # Requests are awaited in a thread of their own, whoever asks; connections are kept.
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
+        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        rate = endpoint.requests_per_minute
+        self._pace = AsyncLimiter(1, 60 / rate) if rate else None
+        self._client = openai.AsyncOpenAI(
+            base_url=endpoint.base_url,
+            api_key=key,
+            timeout=endpoint.timeout_s,
+            max_retries=endpoint.max_retries,
+        )
+
+    @property
+    def identity(self) -> str:
+        """The model's name and what else the request body holds; not the address, which may move."""
+        extra = self._endpoint.extra_body
+        return f"endpoint:{self._endpoint.model}" + (f":{extra!r}" if extra else "")
+
+    def complete(self, requests: Sequence[Request], keep: Keep) -> list[Reply | NoReply]:
+        """All requests side by side, as far as the limits allow; may be called from any thread."""
+        all_of_them = self._complete(requests, keep)
+        return asyncio.run_coroutine_threadsafe(all_of_them, self._loop).result()
+
+    async def _complete(self, requests: Sequence[Request], keep: Keep) -> list[Reply | NoReply]:
+        async def one(index: int, request: Request) -> Reply | NoReply:
+            async with self._slots, self._pace or contextlib.nullcontext():
+                reply = await self._ask(request)
+            if isinstance(reply, Reply):
+                await asyncio.to_thread(keep, index, reply)
+            return reply
+
+        return await asyncio.gather(*(one(i, r) for i, r in enumerate(requests)))
+
+    async def _ask(self, request: Request) -> Reply | NoReply:
+        for _ in range(1 + UNREADABLE_RETRIES):
+            try:
+                return _reply(await self._send(request))
+            except openai.APIStatusError as error:
+                if error.status_code in (401, 403, 404):
+                    raise CriticError(
+                        f"critic: {self._endpoint.base_url} says {error.status_code} for model "
+                        f"{self._endpoint.model!r}: check critic.model, critic.base_url and the key"
+                    ) from None
+                reason = f"the server says {error.status_code}"
+                break
+            except openai.APITimeoutError:
+                reason = f"no reply within {self._endpoint.timeout_s:g} s"
+                break
+            except openai.APIConnectionError as error:
+                reason = f"{self._endpoint.base_url}: {error.__cause__ or error}"
+                break
+            except (openai.OpenAIError, ValueError) as error:
+                reason = f"a reply that cannot be read: {str(error)[:100]}"
+        return NoReply(" ".join(reason.split()))
+
+    async def _send(self, request: Request) -> object:
+        endpoint = self._endpoint
+        return await self._client.chat.completions.create(
+            model=endpoint.model,
+            messages=[{"role": role, "content": text} for role, text in request.messages],  # type: ignore[misc]
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            seed=request.attempt,
+            extra_body=dict(endpoint.extra_body) or None,
+        )
+
+
+def _reply(completion: object) -> Reply:
+    """The first choice of a completion. Raises ValueError if it is not what a server should send."""
+    try:
+        choice, usage = completion.choices[0], completion.usage  # type: ignore[attr-defined]
+        text = choice.message.content or ""
+        finished = choice.finish_reason != "length"
+        prompt, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+        return Reply(str(text)[:LONGEST_REPLY], finished, int(prompt), int(written))
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"not a chat completion: {error}") from None

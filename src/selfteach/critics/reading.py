@@ -1,0 +1,153 @@
+"""From a critic's text to a `Critique`, or to the typed reason why there is none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+
+from selfteach.alignment import same_words
+from selfteach.protocols import Verifier
+from selfteach.rendering import split_thinking
+from selfteach.steps import Splitter, content
+from selfteach.types import (
+    Case,
+    Critique,
+    CritiqueStep,
+    NoCritique,
+    Outcome,
+    Problem,
+    Rollout,
+    StepStatus,
+    Verdict,
+)
+
+NUMBERED = re.compile(r"<step_(\d+)>")
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a text in the solver's format says: its steps, and its final answer in canonical form."""
+
+    steps: tuple[str, ...]
+    answer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads critiques of answers to one kind of problem.
+
+    A critique is a text in the format of an answer, so the task's own splitter and verifier read it.
+    """
+
+    split_steps: Splitter
+    verify: Verifier
+    min_similarity: float = 0.3
+    """A critique that keeps no step must share this much of the words of the first step with the
+    answer's first step (ratio of `difflib.SequenceMatcher`); else it is about something else."""
+    must_solve: bool = True
+    """Refuse a critique whose own final answer is wrong; False where no answer is known."""
+
+    def __call__(
+        self, text: str, rollout: Rollout, verdict: Verdict, *, finished: bool = True
+    ) -> Critique | NoCritique:
+        """A critic's whole reply about an answer; ``finished`` is False if the reply was cut.
+
+        A thought before the trace is stripped. The four cases are the paper's: A all right, B right
+        but something was missing, C cut at the token limit, D wrong.
+        """
+        _, said = split_thinking(text)
+        if not text.strip():
+            return _none("empty", "the critic wrote nothing")
+        if not finished:
+            return _none("truncated", "the critic's reply was cut at its token limit")
+        if not said.strip():
+            return _none("empty", "the critic wrote a thought and nothing after it")
+        problem = rollout.problem
+        own = self.trace(problem, rollout.text)
+        told = self.trace(problem, said)
+        if told.answer is None:
+            return _none("malformed", "no final answer in the critique")
+        if not told.steps:
+            return _none("malformed", "no step in the critique")
+        if (wrong := _misnumbered(said)) is not None:
+            return _none("malformed", wrong)
+        kept = _kept(own.steps, told.steps)
+        if kept == 0 and own.steps:
+            likeness = _likeness(own.steps[0], told.steps[0])
+            if likeness < self.min_similarity:
+                return _none("misaligned", f"the first steps share {likeness:.0%} of their words")
+        if self.must_solve and not self.verify(problem, said).correct:
+            return _none("wrong_answer", f"the critic's own answer is {told.answer}")
+        return _critique(own, told, kept, rollout, verdict)
+
+    def trace(self, problem: Problem, text: str) -> Trace:
+        """Steps and final answer of a text in the solver's format."""
+        parsed = self.verify(problem, text).parsed
+        spans = self.split_steps(text)
+        steps = [content(text, span) for span in (spans[:-1] if parsed is not None else spans)]
+        return Trace(tuple(steps), parsed)
+
+
+def _critique(
+    own: Trace, told: Trace, kept: int, rollout: Rollout, verdict: Verdict
+) -> Critique:
+    assert told.answer is not None
+    repeated_later = kept < len(own.steps) and any(
+        same_words(own.steps[kept], step) for step in told.steps[kept:]
+    )
+    changed = kept < len(own.steps) and not repeated_later
+    case: Case
+    if not rollout.finished:
+        case = "C"
+        # The step that was cut off is no error; one before it that was changed is.
+        first_error = kept if changed and kept < len(own.steps) - 1 else None
+    elif verdict.correct:
+        untouched = kept == len(own.steps) == len(told.steps)
+        case, first_error = ("A" if untouched else "B"), (kept if changed else None)
+    else:
+        case, first_error = "D", kept
+    steps = tuple(_statuses(own.steps, told.steps, kept, changed))
+    return Critique(case, steps, told.answer, first_error)
+
+
+def _statuses(
+    own: Sequence[str], told: Sequence[str], kept: int, changed: bool
+) -> list[CritiqueStep]:
+    steps = [CritiqueStep(text, "kept", text) for text in told[:kept]]
+    left = list(own[kept + changed :])
+    for index, text in enumerate(told[kept:]):
+        status: StepStatus = "fixed" if index == 0 and changed else "new"
+        original = own[kept] if index == 0 and changed else None
+        if status == "new" and left and same_words(left[0], text):
+            status, original = "kept", left.pop(0)
+        steps.append(CritiqueStep(text, status, original))
+    return steps
+
+
+def _kept(own: Sequence[str], told: Sequence[str]) -> int:
+    """How many leading steps are repeated verbatim, white space apart."""
+    pairs = enumerate(zip(own, told, strict=False))
+    return next((i for i, (a, b) in pairs if not same_words(a, b)), min(len(own), len(told)))
+
+
+def _likeness(a: str, b: str) -> float:
+    return SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()
+
+
+def _misnumbered(text: str) -> str | None:
+    """What is wrong with the numbers of tagged steps; None if nothing is, or if there are no tags."""
+    found = [int(number) for number in NUMBERED.findall(text)]
+    if found == list(range(1, len(found) + 1)):
+        return None
+    return f"steps are numbered {', '.join(map(str, found[:12]))}"
+
+
+def _none(outcome: Outcome, detail: str) -> NoCritique:
+    return NoCritique(outcome, detail)
+
+
+def with_usage(said: Critique | NoCritique, usage: object) -> Critique | NoCritique:
+    """The same critique with what it took."""
+    return replace(said, usage=usage)  # type: ignore[arg-type]
