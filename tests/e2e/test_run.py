@@ -115,11 +115,13 @@ def test_another_seed_differs(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "step_aligned"])
 def test_stopped_and_taken_up_equals_never_stopped(arm: str, tmp_path: Path) -> None:
     run_to_end(recipe(arm), tmp_path / "whole")
-    for rows in (2, 3):  # each time it gets a little further
+    # Before the first checkpoint (at step 2), after it, and a step further on from it.
+    for rows in (2, 5, 2):
         stopping = train(recipe(arm), tmp_path / "stopped")
         for _ in range(rows):
-            next(stopping)
+            row = next(stopping)
         stopping.close()
+    assert row["step"] == 4, "it went on from step 2, not from the start"
     run_to_end(recipe(arm), tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 

@@ -61,6 +61,10 @@ def test_training_order(count: int, per_step: int, seed: int) -> None:
     assert steps == list(islice(training_order(count, seed, per_step), 12))
 
 
+def test_another_seed_is_another_order() -> None:
+    assert next(training_order(100, 0, 50)) != next(training_order(100, 1, 50))
+
+
 def test_lab_splits_are_disjoint_and_filtered_by_difficulty() -> None:
     world = World()
     sets = {
