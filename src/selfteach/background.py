@@ -33,9 +33,7 @@ def later(threads: int) -> Iterator[Later]:
         return
     with ThreadPoolExecutor(threads) as pool:
 
-        def soon(
-            function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-        ) -> Callable[[], T]:
+        def soon(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Callable[[], T]:
             return pool.submit(function, *args, **kwargs).result
 
         try:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfteach.build_critic import Solver, build_critic, critic_threads
 from selfteach.config import (
     DistillationConfig,
     EmaTeacher,
@@ -20,16 +21,25 @@ from selfteach.config import (
     TeacherConfig,
     TrustRegionTeacher,
 )
-from selfteach.contexts import TemplateContext
-from selfteach.critics import OracleCritic
+from selfteach.config_critic import TextCriticConfig
+from selfteach.contexts import FallBack, TemplateContext
 from selfteach.data import Task, load_task
 from selfteach.divergence import Divergence
 from selfteach.engines.transformers import TransformersEngine
 from selfteach.errors import DataError, RecipeError
-from selfteach.loading import DTYPES, choose_device, load_model, load_tokenizer, resolve
+from selfteach.loading import (
+    DTYPES,
+    choose_device,
+    context_length,
+    end_ids,
+    load_model,
+    load_tokenizer,
+    pad_id,
+    resolve,
+)
 from selfteach.objective import Distillation, Grpo
 from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
-from selfteach.protocols import Objective, Teacher
+from selfteach.protocols import Context, Objective, Teacher
 from selfteach.rendering import Renderer, Templates
 from selfteach.step import Parts
 from selfteach.teacher import EmaTeacher as Ema
@@ -63,23 +73,21 @@ def build(recipe: Recipe) -> Built:
     templates = Templates(recipe.model.templates or task.templates)
     renderer = Renderer(tokenizer, templates)
     model = load_model(recipe.model, device)
-    max_length = context_length(recipe, model)
+    max_length = longest(recipe, model)
     check_lengths(renderer, task, max_length, recipe)
     policy = _policy(recipe, _adapted(recipe, model))
-    pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)
+    ends, pad, autocast = end_ids(model, tokenizer), pad_id(tokenizer), _autocast(recipe)
+    solver = Solver(policy, renderer, ends, pad, max_length, autocast)
     engine = TransformersEngine(
-        policy.model,
-        renderer,
-        end_ids=end_ids(model, tokenizer),
-        pad_id=pad_id,
-        max_length=max_length,
-        autocast=_autocast(recipe),
-    )
+        policy.model, renderer,
+        end_ids=ends, pad_id=pad, max_length=max_length, autocast=autocast,
+    )  # fmt: skip
     parts = Parts(
         engine=engine,
         verify=task.verify,
-        critic=_critic(recipe, task),
+        critic=build_critic(recipe.critic, task, templates, solver, seed=recipe.seed)
+        if recipe.critic
+        else None,
         context=_context(recipe, templates),
         teacher=build_teacher(recipe.teacher, policy),
         objective=objective,
@@ -93,11 +101,12 @@ def build(recipe: Recipe) -> Built:
             recipe.seed,
         ),
         batch_answers=recipe.sampling.batch_answers,
+        critic_threads=critic_threads(recipe.critic),
         updates_per_batch=recipe.train.updates_per_batch,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         chunk_tokens=max(1, CHUNK_ENTRIES // model.config.get_text_config().vocab_size),
         max_length=max_length,
-        pad_id=pad_id,
+        pad_id=pad,
     )
     return Built(parts, task, tokenizer)
 
@@ -142,13 +151,12 @@ def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
             return TrustRegion(policy, config.live_share)
 
 
-def context_length(recipe: Recipe, model: PreTrainedModel) -> int:
+def longest(recipe: Recipe, model: PreTrainedModel) -> int:
     """Longest sequence in tokens: the recipe's, or what the model was built for."""
-    built_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    asked = recipe.train.max_length
-    if asked is not None and built_for is not None and asked > built_for:
+    built_for, asked = context_length(model), recipe.train.max_length
+    if asked is not None and asked > built_for:
         raise RecipeError(f"train.max_length = {asked}: the model was built for {built_for} tokens")
-    return asked or built_for or 4096
+    return asked or built_for
 
 
 def check_lengths(renderer: Renderer, task: Task, max_length: int, recipe: Recipe) -> None:
@@ -162,13 +170,6 @@ def check_lengths(renderer: Renderer, task: Task, max_length: int, recipe: Recip
                 f"problem {problem.id!r} has a prompt of {length} tokens; with an answer of up to "
                 f"{needed} (sampling.max_tokens) it exceeds the context of {max_length}"
             )
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an answer: the tokenizer's, and what the model's own settings add."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    extra = own if isinstance(own, list) else [own]
-    return sorted({i for i in (tokenizer.eos_token_id, *extra) if isinstance(i, int)})
 
 
 def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
@@ -205,17 +206,16 @@ def _autocast(recipe: Recipe) -> torch.dtype | None:
     return DTYPES[recipe.model.autocast] if recipe.model.autocast else None
 
 
-def _critic(recipe: Recipe, task: Task) -> OracleCritic | None:
-    if recipe.critic is None:
+def _context(recipe: Recipe, templates: Templates) -> Context | None:
+    name, critic = recipe.context.type, recipe.critic
+    if name == "none":
         return None
-    if task.oracle is None:
-        raise RecipeError(f'data.type = "{recipe.data.type}" has no oracle critic')
-    return OracleCritic(task.oracle, error_rate=recipe.critic.error_rate, seed=recipe.seed)
-
-
-def _context(recipe: Recipe, templates: Templates) -> TemplateContext | None:
-    name = recipe.context.type
-    return None if name == "none" else TemplateContext(name, templates, seed=recipe.seed)
+    context = TemplateContext(name, templates, seed=recipe.seed)
+    if not isinstance(critic, TextCriticConfig):
+        return context
+    reasons = {reason for reason, policy in critic.on.model_dump().items() if policy == "fall_back"}
+    other = TemplateContext(critic.fall_back, templates, seed=recipe.seed)
+    return FallBack(context, other, frozenset(reasons)) if reasons else context
 
 
 def set_threads(threads: int | None) -> None:

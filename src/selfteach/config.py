@@ -260,7 +260,12 @@ class Recipe(Section):
         """A section that names no ``type`` is of the default one: ``objective.gate=wrong`` suffices."""
         if not isinstance(values, Mapping):
             return values
-        defaults = {"data": "lab", "critic": "oracle", "teacher": "initial", "objective": "distillation"}
+        defaults = {
+            "data": "lab",
+            "critic": "oracle",
+            "teacher": "initial",
+            "objective": "distillation",
+        }
         typed = {
             name: {"type": kind, **values[name]}
             for name, kind in defaults.items()

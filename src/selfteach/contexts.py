@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from selfteach.config import CRITIC_CONTEXTS
+from selfteach.protocols import Context
 from selfteach.rendering import Templates
 from selfteach.types import Critique, Marked, NoCritique
 
@@ -72,4 +73,19 @@ class TemplateContext:
         following = dict(zip(ids, [*ids[1:], ids[0]], strict=True)) if len(ids) > 1 else {}
         return [
             by_key.get((following.get(m.rollout.problem.id, ""), m.rollout.sample)) for m in marked
+        ]
+
+
+class FallBack:
+    """Another context for answers whose critique failed in one of some ways."""
+
+    def __init__(self, context: Context, other: Context, reasons: frozenset[str]) -> None:
+        self._context, self._other, self._reasons = context, other, reasons
+
+    def __call__(self, marked: Sequence[Marked]) -> list[str | NoCritique]:
+        """The first context of each answer, or the other where its critique failed so."""
+        shown, instead = self._context(marked), self._other(marked)
+        return [
+            b if isinstance(m.critique, NoCritique) and m.critique.reason in self._reasons else a
+            for m, a, b in zip(marked, shown, instead, strict=True)
         ]

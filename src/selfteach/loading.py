@@ -93,6 +93,24 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     return model.eval()
 
 
+def context_length(model: PreTrainedModel) -> int:
+    """Longest sequence in tokens that a model was built for; 4,096 where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end an answer: the tokenizer's, and what the model's own settings add."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    extra = own if isinstance(own, list) else [own]
+    return sorted({i for i in (tokenizer.eos_token_id, *extra) if isinstance(i, int)})
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up rows; `load_tokenizer` sees to it that there is one."""
+    assert isinstance(tokenizer.pad_token_id, int)
+    return tokenizer.pad_token_id
+
+
 def choose_device(name: str) -> torch.device:
     """The device a recipe asks for; ``auto`` takes CUDA where there is one, else the CPU.
 

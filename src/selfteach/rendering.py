@@ -171,3 +171,11 @@ def _ends(pieces: Sequence[str], gap: str) -> list[int]:
             at += len(piece) + (len(gap) if at else 0)
         ends.append(at)
     return ends
+
+
+def split_thinking(text: str) -> tuple[str, str]:
+    """A thought and what follows it; the thought is empty where there is none."""
+    thought, end, said = text.rpartition("</think>")
+    if end:
+        return thought, said
+    return (text, "") if "<think>" in text else ("", text)

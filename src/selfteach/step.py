@@ -68,7 +68,9 @@ def train_step(
     """Answer, be marked, re-read with the marks in view, and learn what one would now say."""
     clock = [time.monotonic()]
     known = journal.load_critiques(step) if journal else {}
-    with later(parts.critic_threads) as soon:  # a served critic marks a batch while the next is sampled
+    with later(
+        parts.critic_threads
+    ) as soon:  # a served critic marks a batch while the next is sampled
         marking = [soon(mark, parts, batch, known) for batch in batches(
             parts.engine, problems, parts.sampling, batch_answers=parts.batch_answers,
             journal=journal, name=f"step_{step:06d}")]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 
 from selfteach.config import CONTEXTS
 from selfteach.contexts import TemplateContext
-from selfteach.critics import OracleCritic
+from selfteach.critics.oracle import OracleCritic
 from selfteach.lab import task
 from selfteach.lab.world import STYLES, World, text_of
 from selfteach.rendering import Templates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import pytest
@@ -222,6 +223,34 @@ def test_later_updates_are_measured_from_the_first(parts: Parts) -> None:
 
 def test_known_critiques_are_not_asked_for_again(parts: Parts) -> None:
     rollouts = parts.engine.generate(PROBLEMS[:1], parts.sampling)
-    known = [NoCritique("kept"), NoCritique("too")]
+    known = {("q0", 1): NoCritique("too"), ("q0", 0): NoCritique("kept"), ("q1", 0): None}
     marked = mark(dataclasses.replace(parts, critic=None), rollouts, known)
-    assert [m.critique for m in marked] == known
+    assert [m.critique for m in marked] == [known["q0", 0], known["q0", 1]]
+
+
+def test_a_served_critic_marks_a_batch_while_the_next_is_sampled(parts: Parts) -> None:
+    began, seen = threading.Event(), list[str]()
+
+    def served(judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | NoCritique]:
+        seen.append(judged[0][0].problem.id)
+        began.set()
+        return [NoCritique("late") for _ in judged]
+
+    class Waiting(Scripted):
+        def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
+            if problems[0].id == "q1":
+                assert began.wait(20), "nobody reads the first batch"
+            return super().generate(problems, sampling)
+
+    assert isinstance(parts.engine, Scripted)
+    parts = dataclasses.replace(
+        parts, critic=served, engine=Waiting(parts.engine.encode), batch_answers=1, critic_threads=1
+    )
+    lessons, metrics = train_step(parts, PROBLEMS[:2])
+    assert [lesson.rollout.key for lesson in lessons] == [
+        ("q0", 0),
+        ("q0", 1),
+        ("q1", 0),
+        ("q1", 1),
+    ]
+    assert metrics["no_critique/late"] == 1.0 and seen == ["q0", "q1"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import openai
@@ -37,7 +38,7 @@ class Endpoint:
     """After a refusal, a time-out, 408, 409, 429 or 5xx, with growing pauses (half a second to eight
     seconds, with jitter) or as long as the server's Retry-After says."""
     requests_per_minute: float | None = None
-    extra_body: tuple[tuple[str, object], ...] = ()
+    extra_body: Mapping[str, object] = field(default_factory=dict)
     """What a server takes beyond OpenAI's own parameters."""
 
 
@@ -85,8 +86,8 @@ class EndpointModel:
     @property
     def identity(self) -> str:
         """The model's name and what else the request body holds; not the address, which may move."""
-        extra = self._endpoint.extra_body
-        return f"endpoint:{self._endpoint.model}" + (f":{extra!r}" if extra else "")
+        extra = json.dumps(self._endpoint.extra_body, sort_keys=True)
+        return f"endpoint:{self._endpoint.model}:{extra}"
 
     def complete(self, requests: Sequence[Request], keep: Keep) -> list[Reply | NoReply]:
         """All requests side by side, as far as the limits allow; may be called from any thread."""
@@ -104,6 +105,7 @@ class EndpointModel:
         return await asyncio.gather(*(one(i, r) for i, r in enumerate(requests)))
 
     async def _ask(self, request: Request) -> Reply | NoReply:
+        reason = ""
         for _ in range(1 + UNREADABLE_RETRIES):
             try:
                 return _reply(await self._send(request))

@@ -63,9 +63,7 @@ class LocalModel:
         return [replies[index] for index in range(len(requests))]
 
     @torch.no_grad()
-    def _write(
-        self, prompts: Sequence[Sequence[int]], requests: Sequence[Request]
-    ) -> list[Reply]:
+    def _write(self, prompts: Sequence[Sequence[int]], requests: Sequence[Request]) -> list[Reply]:
         temperature, max_tokens = _mode(requests[0])
         device = next(self._model.parameters()).device
         ids_BT, mask_BT = self._padded(prompts, device)

@@ -90,9 +90,7 @@ class Reader:
         return Trace(tuple(steps), parsed)
 
 
-def _critique(
-    own: Trace, told: Trace, kept: int, rollout: Rollout, verdict: Verdict
-) -> Critique:
+def _critique(own: Trace, told: Trace, kept: int, rollout: Rollout, verdict: Verdict) -> Critique:
     assert told.answer is not None
     repeated_later = kept < len(own.steps) and any(
         same_words(own.steps[kept], step) for step in told.steps[kept:]

@@ -112,9 +112,7 @@ class Stored:
         self._model, self._store = model, store
         self.remote = model.remote
 
-    def complete(
-        self, requests: Sequence[Request]
-    ) -> list[tuple[Reply | NoReply, bool]]:
+    def complete(self, requests: Sequence[Request]) -> list[tuple[Reply | NoReply, bool]]:
         """One reply or the reason for none per request, and whether it came from the store."""
         identity = self._model.identity
         keys = [key_of(identity, request) for request in requests]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from selfteach.critics.chat import NoReply, Reply, Request
 from selfteach.critics.reading import Reader
@@ -12,11 +11,7 @@ from selfteach.critics.store import Stored
 from selfteach.errors import CriticError
 from selfteach.rendering import Templates, conversation
 from selfteach.steps import content
-from selfteach.types import Critique, NoCritique, Outcome, Rollout, Usage, Verdict
-
-Policy = Literal["retry", "drop", "fall_back", "stop"]
-"""What becomes of an answer without a usable critique: ask again (then drop it), drop it, teach it
-with another context, or end the run."""
+from selfteach.types import Critique, NoCritique, Rollout, Usage, Verdict
 
 Judged = tuple[Rollout, Verdict]
 
@@ -46,8 +41,10 @@ class TextCritic:
         templates: Templates,
         reader: Reader,
         asking: Asking,
-        policies: Mapping[Outcome, Policy],
+        policies: Mapping[str, str],
     ) -> None:
+        """``policies`` says for every `Outcome`: ``retry`` (then drop), ``drop``, ``fall_back`` (to
+        another context, which is not decided here) or ``stop``."""
         self._model, self._templates, self._reader = model, templates, reader
         self._asking, self._policies = asking, policies
 
@@ -78,8 +75,8 @@ class TextCritic:
                 )
         return [said[index] for index in range(len(judged))]
 
-    def _policy(self, said: Critique | NoCritique) -> Policy | None:
-        return None if isinstance(said, Critique) else self._policies[said.reason]  # type: ignore[index]
+    def _policy(self, said: Critique | NoCritique) -> str | None:
+        return None if isinstance(said, Critique) else self._policies[said.reason]
 
     def _request(self, rollout: Rollout, verdict: Verdict, attempt: int) -> Request:
         asking, problem = self._asking, rollout.problem

@@ -1,0 +1,192 @@
+"""From a recipe's critic section to a critic."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from selfteach.config import ModelConfig
+from selfteach.config_critic import (
+    CriticConfig,
+    EndpointConfig,
+    LocalCriticConfig,
+    OracleConfig,
+    PolicyCriticConfig,
+    RecordedConfig,
+    TextCriticConfig,
+)
+from selfteach.critics.chat import ChatModel
+from selfteach.critics.local import LocalModel
+from selfteach.critics.oracle import OracleCritic
+from selfteach.critics.reading import Reader
+from selfteach.critics.recorded import RecordedCritic
+from selfteach.critics.store import ReplyStore, Stored, default_path
+from selfteach.critics.text import Asking, TextCritic
+from selfteach.data import Task
+from selfteach.errors import CriticError, RecipeError
+from selfteach.loading import (
+    choose_device,
+    context_length,
+    end_ids,
+    load_model,
+    load_tokenizer,
+    pad_id,
+)
+from selfteach.policy import Policy
+from selfteach.protocols import Critic
+from selfteach.rendering import Renderer, Templates
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """The model that answers, for a critic that is the same model; None where there is none."""
+
+    policy: Policy
+    renderer: Renderer
+    end_ids: list[int]
+    pad_id: int
+    max_length: int
+    autocast: torch.dtype | None
+
+
+def build_critic(
+    config: CriticConfig, task: Task, templates: Templates, solver: Solver | None, *, seed: int
+) -> Critic:
+    """The critic of a recipe; must be built while the policy is still the initial one.
+
+    Raises `CriticError` or `RecipeError` before anything is asked.
+    """
+    match config:
+        case OracleConfig():
+            if task.oracle is None:
+                raise RecipeError('critic.type = "oracle": these problems have no oracle critic')
+            return OracleCritic(task.oracle, error_rate=config.error_rate, seed=seed)
+        case RecordedConfig():
+            return RecordedCritic(Path(config.run))
+        case _:
+            if not templates.has("critic"):
+                raise RecipeError(
+                    f'critic.type = "{config.type}": the template set has no critic.jinja'
+                )
+            store = ReplyStore(Path(config.store).expanduser() if config.store else default_path())
+            return TextCritic(
+                Stored(_chat_model(config, templates, solver), store),
+                templates,
+                Reader(task.split_steps, task.verify, config.min_similarity),
+                _asking(config),
+                config.on.model_dump(),
+            )
+
+
+def critic_threads(config: CriticConfig | None) -> int:
+    """Batches that may be marked while others are sampled: only a server leaves this machine free."""
+    return 4 if isinstance(config, EndpointConfig) else 0
+
+
+def _asking(config: TextCriticConfig) -> Asking:
+    paid = isinstance(config, EndpointConfig)
+    return Asking(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        retry_temperature=config.retry_temperature,
+        retries=config.retries,
+        sees_reference=config.sees_reference,
+        price_prompt=config.price_prompt if paid else 0.0,
+        price_completion=config.price_completion if paid else 0.0,
+    )
+
+
+def _chat_model(
+    config: EndpointConfig | LocalCriticConfig | PolicyCriticConfig,
+    templates: Templates,
+    solver: Solver | None,
+) -> ChatModel:
+    match config:
+        case EndpointConfig():
+            return _endpoint(config)
+        case LocalCriticConfig():
+            return _local(config, templates)
+        case PolicyCriticConfig():
+            if solver is None:
+                raise RecipeError('critic.type = "policy" needs a solver: name a recipe with one')
+            return LocalModel(
+                solver.policy.model,
+                solver.renderer,
+                identity=f"policy:{config.thinking}:{fingerprint(solver.policy.model)}",
+                end_ids=solver.end_ids,
+                pad_id=solver.pad_id,
+                max_length=solver.max_length,
+                batch=config.batch,
+                weights=initial_weights(solver.policy),
+                autocast=solver.autocast,
+            )
+
+
+def _endpoint(config: EndpointConfig) -> ChatModel:
+    try:
+        from selfteach.critics.endpoint import Endpoint, EndpointModel
+    except ImportError:
+        raise CriticError(
+            'critic.type = "endpoint" needs OpenAI\'s client: pip install "selfteach[endpoint]"'
+        ) from None
+    thinking = {"enable_thinking": config.thinking}
+    asked = {} if config.thinking is None else {"chat_template_kwargs": thinking}
+    return EndpointModel(
+        Endpoint(
+            base_url=config.base_url,
+            model=config.model,
+            api_key_env=config.api_key_env,
+            concurrency=config.concurrency,
+            timeout_s=config.timeout_seconds,
+            max_retries=config.max_retries,
+            requests_per_minute=config.requests_per_minute,
+            extra_body={**asked, **config.extra_body},
+        )
+    )
+
+
+def _local(config: LocalCriticConfig, templates: Templates) -> ChatModel:
+    own = ModelConfig(
+        path=config.path,
+        gguf_file=config.gguf_file,
+        weights_dtype=config.weights_dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    tokenizer = load_tokenizer(own)
+    model = load_model(own, choose_device(config.device)).requires_grad_(False)
+    return LocalModel(
+        model,
+        Renderer(tokenizer, templates),
+        identity=f"local:{config.path}:{config.thinking}:{fingerprint(model)}",
+        end_ids=end_ids(model, tokenizer),
+        pad_id=pad_id(tokenizer),
+        max_length=context_length(model),
+        batch=config.batch,
+        weights=contextlib.nullcontext,
+    )
+
+
+def initial_weights(policy: Policy) -> Callable[[], AbstractContextManager[object]]:
+    """A context in which the policy's model has its initial weights: adapters off, or a copy."""
+    if policy.has_adapters:
+        return policy.adapters_off
+    copies = {name: weight.detach().clone() for name, weight in policy.trainable.items()}
+    return lambda: policy.weights_swapped(copies)
+
+
+def fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """Names a model's weights: a folder whose weights change is another critic."""
+    sums = [
+        (name, tuple(weight.shape), weight.detach().double().sum().item())
+        for name, weight in sorted(model.named_parameters())
+        if "lora_" not in name
+    ]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
