@@ -1,29 +1,70 @@
 """Text in, token ids out: the only caller of templates, tokenizer and chat template.
 
 A *template set* is a folder of Jinja files: ``solver.jinja`` (the question as the student sees it),
-``teacher.jinja`` (question and context as the self-teacher sees them) and one file per context.
-Sets ship with the package (``lab``, ``steps``); a recipe may name a folder of its own instead, whose
-files override those of ``steps`` one by one.
+``teacher.jinja`` (question and context as the self-teacher sees them), ``critic.jinja`` (what a
+critic is asked) and one file per context. Sets ship with the package; a recipe may name a folder of
+its own instead, whose files override those of ``steps`` one by one.
 
 A template that shows worked examples writes ``{{ turn }}`` between the turns of a conversation: the
 user speaks first, then the assistant, and so on; the last turn is the user's.
+
+Questions, answers, critiques and references are *data*: they are passed as values and never read as
+templates, they cannot write ``{{ turn }}``, and a control token in them (``<|im_end|>``) is encoded
+as the text it looks like. Two filters keep data inside what a template puts around it: ``fence`` and
+``untagged``.
 """
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from selfteach.control_tokens import NONCHARACTERS, ControlTokens
 from selfteach.errors import EngineError, RecipeError
 from selfteach.types import Critique, Problem
 
 SHIPPED = Path(__file__).parent / "templates"
-TURN = "\x1eturn\x1e"
-"""What ``{{ turn }}`` stands for until the chat template is applied; no text holds it by chance."""
+
+Message = dict[str, str]
+"""One turn of a chat: ``role`` and ``content``."""
+
+TURN = "\ufdd1"
+"""What ``{{ turn }}`` stands for until the chat template is applied; data cannot hold it."""
+
+TODAY = datetime(2024, 7, 26)
+"""What a chat template that writes the date is told: a resumed run must repeat itself."""
+
+_STEP_TAG = re.compile(r"</?(?:step_\d+|answer)>")
+_PROBE = "probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """How a model that can think before it answers is asked, and what of it is scored.
+
+    The student's answer is scored behind the self-teacher's prompt. If one is asked to think and the
+    other is not, the teacher expects another first token than the student wrote (``<think>``, or the
+    answer itself), and all that the first tokens teach is that. So the teacher's prompt ends, by
+    default, in the student's own header: with Qwen3 and ``student=False`` in an empty thought.
+    """
+
+    student: bool | None = None
+    """Passed to the chat template as ``enable_thinking``; None passes nothing."""
+    teacher: bool | None = None
+    boundary: Literal["student", "own"] = "student"
+    """Whose header ends the teacher's prompt where both differ."""
+    scored: bool = True
+    """False: only tokens behind the thought count."""
+    marks: tuple[str, str] = ("<think>", "</think>")
+    """What the model writes around a thought."""
 
 
 class Templates:
@@ -47,15 +88,17 @@ class Templates:
             keep_trailing_newline=False,
         )
         self._environment.globals["turn"] = TURN
+        self._environment.filters |= {"fence": fence, "untagged": untagged}
 
     def has(self, name: str) -> bool:
         """True if the set (or the shipped one behind it) holds a template of this name."""
         return f"{name}.jinja" in self._environment.list_templates()
 
     def render(self, name: str, **values: Any) -> str:
-        """Render one template."""
+        """Render one template; values are data."""
+        data = {key: _without_turns(value) for key, value in values.items()}
         try:
-            return self._environment.get_template(f"{name}.jinja").render(**values).strip()
+            return self._environment.get_template(f"{name}.jinja").render(**data).strip()
         except jinja2.TemplateError as error:
             raise RecipeError(f"template {name}.jinja: {error}") from error
 
@@ -78,14 +121,46 @@ class Templates:
             correct=correct,
         )
 
+    def critic(
+        self,
+        question: str,
+        answer: str,
+        *,
+        steps: Sequence[str],
+        finished: bool,
+        reference: str | None = None,
+    ) -> list[Message]:
+        """What a critic is asked about an answer, as chat messages (for one that is served).
+
+        ``steps`` are the answer's steps one by one; ``finished`` is False for one that was cut off.
+        """
+        return conversation(
+            self.render(
+                "critic",
+                question=question,
+                answer=answer,
+                steps=tuple(steps),
+                finished=finished,
+                reference=reference,
+            )
+        )
+
 
 class Renderer:
     """Prompts as token ids and answers as text, for one tokenizer and one template set.
 
-    Raises `EngineError` for a tokenizer without a chat template or without an end token.
+    Raises `EngineError` for a tokenizer without a chat template or without an end token, and for a
+    chat template that refuses a conversation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, templates: Templates) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        templates: Templates,
+        *,
+        system: str | None = None,
+        thinking: Thinking | None = None,
+    ) -> None:
         if tokenizer.chat_template is None:
             raise EngineError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
@@ -94,19 +169,61 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise EngineError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self._tokenizer, self._templates = tokenizer, templates
+        self._thinking = thinking or Thinking()
+        self._control = ControlTokens(tokenizer)
+        self._system = system
+        self._system_has_role = system is not None and self._places_system()
+        self._headers = self._headers_of_both()
+        asked = self._chat([_user(_PROBE)], self._thinking.student)
+        self._opens_thought = asked.rstrip().endswith(self._thinking.marks[0])
+        self.end_id = self._end_of_turn()
+        """The token that ends an answer in this chat template."""
 
     def solver_prompt(self, problem: Problem) -> tuple[int, ...]:
         """What the student sees: the question, and the header of the answer."""
-        return self._prompt(self._templates.render("solver", question=problem.question))
+        messages = self._messages("solver", question=problem.question)
+        return self._encode(self._chat(messages, self._thinking.student))
 
     def teacher_prompt(self, problem: Problem, context: str) -> tuple[int, ...]:
-        """What the self-teacher sees: question, context, and the same header."""
-        content = self._templates.render("teacher", question=problem.question, context=context)
-        return self._prompt(content)
+        """What the self-teacher sees: question, context, and the student's header (`Thinking`)."""
+        messages = self._messages("teacher", question=problem.question, context=context)
+        text = self._chat(messages, self._thinking.teacher)
+        if self._headers is not None:
+            own, student = self._headers
+            assert text.endswith(own)
+            text = text.removesuffix(own) + student
+        return self._encode(text)
+
+    def critic_prompt(
+        self,
+        problem: Problem,
+        answer: str,
+        *,
+        steps: Sequence[str],
+        finished: bool,
+        reference: str | None = None,
+    ) -> tuple[int, ...]:
+        """`Templates.critic` as token ids, where this renderer's tokenizer is the critic's own."""
+        cut = self._control.cut
+        messages = self._templates.critic(
+            cut(problem.question),
+            cut(answer),
+            steps=[cut(step) for step in steps],
+            finished=finished,
+            reference=cut(reference) if reference is not None else None,
+        )
+        return self._encode(self._chat(self._with_system(messages), self._thinking.student))
+
+    def encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """A conversation as token ids, ready for the reply; all content is data."""
+        cut = [
+            {**message, "content": self._control.cut(message["content"])} for message in messages
+        ]
+        return self._encode(self._chat(self._with_system(cut), self._thinking.student))
 
     def decode(self, answer_ids: Sequence[int]) -> str:
-        """An answer's text, without special tokens."""
-        return self._decode(answer_ids)
+        """An answer's text, without special tokens and without a thought before it."""
+        return self._split(self._decode(answer_ids))[1]
 
     def token_text(self, token: int) -> str:
         """One token as text, special tokens by name."""
@@ -117,18 +234,28 @@ class Renderer:
 
         A sampled answer is never encoded again: other ids can spell the same text.
         """
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        end = self._tokenizer.eos_token_id
-        assert isinstance(end, int)
-        return (*ids, end)
+        return (*self._tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id)
 
     def token_ends(self, answer_ids: Sequence[int]) -> list[int]:
-        """Where each token of an answer ends in its text, in characters.
+        """Where each token of an answer ends in its text, in characters; 0 for those of a thought.
 
         Decoding token by token is exact for most tokenizers and is checked; where pieces do not add
         up to the text (characters split over tokens) every prefix is decoded instead.
         """
         text = self._decode(answer_ids)
+        thought = len(text) - len(self._split(text)[1])
+        return [max(0, end - thought) for end in self._ends(answer_ids, text)]
+
+    def scored_from(self, answer_ids: Sequence[int]) -> int:
+        """Index of the first token that counts: past the thought where thoughts are not scored.
+
+        A thought that never ends leaves no token to score.
+        """
+        if self._thinking.scored or not self._split(self._decode(answer_ids))[0]:
+            return 0
+        return bisect_right(self.token_ends(answer_ids), 0)
+
+    def _ends(self, answer_ids: Sequence[int], text: str) -> list[int]:
         pieces = [self._decode([token]) for token in answer_ids]
         for gap in ("", " "):
             ends = _ends(pieces, gap)
@@ -136,21 +263,84 @@ class Renderer:
                 return ends
         return [len(self._decode(answer_ids[: i + 1])) for i in range(len(answer_ids))]
 
-    def _prompt(self, content: str) -> tuple[int, ...]:
-        text = self._tokenizer.apply_chat_template(
-            conversation(content), add_generation_prompt=True, tokenize=False
-        )
+    def _split(self, text: str) -> tuple[str, str]:
+        return split_thinking(text, self._thinking.marks, opened=self._opens_thought)
+
+    def _messages(self, template: str, **data: str) -> list[Message]:
+        cut = {name: self._control.cut(text) for name, text in data.items()}
+        return self._with_system(conversation(self._templates.render(template, **cut)))
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        """The recipe's system prompt first; in the user's turn where there is no such role."""
+        if self._system is None:
+            return messages
+        if self._system_has_role:
+            return [{"role": "system", "content": self._system}, *messages]
+        first, *rest = messages
+        return [_user(f"{self._system}\n\n{first['content']}"), *rest]
+
+    def _places_system(self) -> bool:
+        """True if the chat template knows the role; some raise, some leave the text out."""
+        try:
+            probe = self._chat([{"role": "system", "content": _PROBE}, _user("?")], None)
+        except EngineError:
+            return False
+        return _PROBE in probe
+
+    def _headers_of_both(self) -> tuple[str, str] | None:
+        """The teacher's header and the student's that replaces it; None where none is replaced."""
+        asked = self._thinking
+        if asked.boundary == "own" or asked.student == asked.teacher:
+            return None
+        headers = []
+        for switch in (asked.teacher, asked.student):
+            body = self._chat([_user(_PROBE)], switch, header=False)
+            whole = self._chat([_user(_PROBE)], switch)
+            if not whole.startswith(body):
+                raise EngineError(
+                    f"the chat template of {self._tokenizer.name_or_path!r} does not end in a header "
+                    'of its own: set model.thinking.boundary = "own"'
+                )
+            headers.append(whole.removeprefix(body))
+        return headers[0], headers[1]
+
+    def _end_of_turn(self) -> int:
+        """What the chat template writes behind an answer; the tokenizer's end token if nothing."""
+        answered = [_user("?"), {"role": "assistant", "content": _PROBE}]
+        behind = self._chat(answered, None, header=False).rpartition(_PROBE)[2]
+        end = self._tokenizer.eos_token_id
+        assert isinstance(end, int)
+        return next((i for i in self._encode(behind) if i in self._control.ids), end)
+
+    def _chat(self, messages: list[Message], thinking: bool | None, *, header: bool = True) -> str:
+        # Families call the switch by different names; a template ignores what it does not know.
+        switches = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=header,
+                tokenize=False,
+                strftime_now=TODAY.strftime,
+                **switches,
+            )
+        except jinja2.TemplateError as error:
+            raise EngineError(
+                f"the chat template of {self._tokenizer.name_or_path!r} fails: {error}"
+            ) from error
         assert isinstance(text, str)
-        # The template has written every special token itself: a second BOS would go unseen.
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._control.encode(text))
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        shown = self._control.without(ids, kept=self._thinking.marks)
+        text = self._tokenizer.decode(shown, skip_special_tokens=False)
         assert isinstance(text, str)
         return text
 
 
-def conversation(content: str) -> list[dict[str, str]]:
+def conversation(content: str) -> list[Message]:
     """A rendered template as chat messages, user and assistant by turns, the user's last.
 
     Raises `RecipeError` if the last turn would be the assistant's.
@@ -164,6 +354,49 @@ def conversation(content: str) -> list[dict[str, str]]:
     ]
 
 
+def split_thinking(
+    text: str, marks: tuple[str, str] = ("<think>", "</think>"), *, opened: bool = False
+) -> tuple[str, str]:
+    """A thought and the answer after it: ``"<think>hm</think> 4"`` is ``("<think>hm</think> ", "4")``.
+
+    Both together are the text. The answer is what follows the last closing mark. A thought that was
+    begun (by the text, or by the prompt: ``opened``) and not closed leaves no answer; a text without
+    a thought is all answer.
+    """
+    begin, end = marks
+    closed = text.rfind(end)
+    if closed < 0:
+        begun = opened or text.lstrip().startswith(begin)
+        return (text, "") if begun else ("", text)
+    answer = text[closed + len(end) :].lstrip()
+    return text[: len(text) - len(answer)], answer
+
+
+def fence(data: str, character: str, least: int = 3) -> str:
+    """A run of a character that is longer than any in the data, so that no data can end it."""
+    runs = re.findall(f"{re.escape(character)}+", NONCHARACTERS.sub("", data))
+    return character * max(least, 1 + max(map(len, runs), default=0))
+
+
+def untagged(data: str) -> str:
+    """Data without the tags that structure an answer: it stands inside such tags itself."""
+    while (bare := _STEP_TAG.sub("", data)) != data:
+        data = bare
+    return data
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _without_turns(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(TURN, "")
+    if isinstance(value, tuple):
+        return tuple(map(_without_turns, value))
+    return value
+
+
 def _ends(pieces: Sequence[str], gap: str) -> list[int]:
     ends, at = [], 0
     for piece in pieces:
@@ -171,11 +404,3 @@ def _ends(pieces: Sequence[str], gap: str) -> list[int]:
             at += len(piece) + (len(gap) if at else 0)
         ends.append(at)
     return ends
-
-
-def split_thinking(text: str) -> tuple[str, str]:
-    """A thought and what follows it; the thought is empty where there is none."""
-    thought, end, said = text.rpartition("</think>")
-    if end:
-        return thought, said
-    return (text, "") if "<think>" in text else ("", text)

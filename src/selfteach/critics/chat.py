@@ -66,6 +66,11 @@ class ChatModel(Protocol):
         ...
 
 
+def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages as chat templates and servers take them."""
+    return [{"role": role, "content": content} for role, content in messages]
+
+
 def key_of(identity: str, request: Request) -> str:
     """The name under which a reply is stored: model, prompt and sampling parameters, hashed."""
     plain = json.dumps([identity, asdict(request)], sort_keys=True, ensure_ascii=False)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import openai
 from aiolimiter import AsyncLimiter
 
-from selfteach.critics.chat import Keep, NoReply, Reply, Request
+from selfteach.critics.chat import Keep, NoReply, Reply, Request, as_dicts
 from selfteach.errors import CriticError
 
 LONGEST_REPLY = 1_000_000
@@ -131,7 +131,7 @@ class EndpointModel:
         endpoint = self._endpoint
         return await self._client.chat.completions.create(
             model=endpoint.model,
-            messages=[{"role": role, "content": text} for role, text in request.messages],  # type: ignore[misc]
+            messages=as_dicts(request.messages),  # type: ignore[arg-type]
             temperature=request.temperature,
             max_tokens=request.max_tokens,
             seed=request.attempt,

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfteach.critics.chat import Keep, NoReply, Reply, Request, key_of
+from selfteach.critics.chat import Keep, NoReply, Reply, Request, as_dicts, key_of
 from selfteach.rendering import Renderer
 
 
@@ -41,7 +41,9 @@ class LocalModel:
     def complete(self, requests: Sequence[Request], keep: Keep) -> list[Reply | NoReply]:
         """Reply to all; a prompt that leaves no room for a reply gets none, and nothing is cut."""
         replies: dict[int, Reply | NoReply] = {}
-        prompts = [self._renderer.encode_messages(request.messages) for request in requests]
+        prompts = [
+            self._renderer.encode_messages(as_dicts(request.messages)) for request in requests
+        ]
         fitting = []
         for index, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
             if len(prompt) + request.max_tokens > self._max_length:

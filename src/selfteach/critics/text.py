@@ -9,7 +9,7 @@ from selfteach.critics.chat import NoReply, Reply, Request
 from selfteach.critics.reading import Reader
 from selfteach.critics.store import Stored
 from selfteach.errors import CriticError
-from selfteach.rendering import Templates, conversation
+from selfteach.rendering import Templates
 from selfteach.steps import content
 from selfteach.types import Critique, NoCritique, Rollout, Usage, Verdict
 
@@ -80,15 +80,14 @@ class TextCritic:
 
     def _request(self, rollout: Rollout, verdict: Verdict, attempt: int) -> Request:
         asking, problem = self._asking, rollout.problem
-        rendered = self._templates.render(
-            "critic",
-            question=problem.question,
-            answer=rollout.text,
+        rendered = self._templates.critic(
+            problem.question,
+            rollout.text,
             steps=[content(rollout.text, s) for s in self._reader.split_steps(rollout.text)],
             finished=rollout.finished,
             reference=problem.references.get("reference") if asking.sees_reference else None,
         )
-        messages = tuple((m["role"], m["content"]) for m in conversation(rendered))
+        messages = tuple((m["role"], m["content"]) for m in rendered)
         temperature = asking.retry_temperature if attempt else asking.temperature
         return Request(messages, temperature, asking.max_tokens, attempt)
 
