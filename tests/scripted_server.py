@@ -1,0 +1,134 @@
+"""An OpenAI-compatible server that does what it is told, well or badly."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Behaviour = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
+"""Answers one request, whose parsed body it is given."""
+
+
+class Server:
+    """What was asked, and what is done about it: one behaviour after another, the last for ever."""
+
+    def __init__(self, *behaviours: Behaviour, port: int = 0) -> None:
+        self.behaviours = list(behaviours)
+        self.asked: list[dict[str, Any]] = []
+        self.at_once = self.most_at_once = 0
+        self._lock = threading.Lock()
+        script = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                behave = script.begin(
+                    {**body, "headers": {k.lower(): v for k, v in self.headers.items()}}
+                )
+                try:
+                    behave(self, body)
+                finally:
+                    script.end()
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._http.daemon_threads = True
+        self._http.handle_error = lambda *_: (
+            None
+        )  # a client that hangs up is what some tests are for
+        self.port = self._http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def begin(self, body: dict[str, Any]) -> Behaviour:
+        with self._lock:
+            self.asked.append(body)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+            return self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
+
+    def end(self) -> None:
+        with self._lock:
+            self.at_once -= 1
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@contextmanager
+def serving(*behaviours: Behaviour) -> Iterator[Server]:
+    """A server for the length of a block."""
+    server = Server(*behaviours)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def completion(text: str | None, finish: str = "stop") -> dict[str, Any]:
+    """What a server that works sends."""
+    return {
+        "id": "1", "object": "chat.completion", "created": 1, "model": "m",
+        "choices": [
+            {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
+        ],
+        "usage": {"prompt_tokens": 20, "completion_tokens": 7, "total_tokens": 27},
+    }  # fmt: skip
+
+
+def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
+    """One whole response."""
+    handler.send_response(status)
+    for name, value in {"Content-Type": "application/json", **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def says(text: str | Callable[[dict[str, Any]], str] | None, finish: str = "stop") -> Behaviour:
+    """A completion with this text, or with what a function makes of the request."""
+    return lambda handler, body: send(
+        handler,
+        200,
+        json.dumps(completion(text(body) if callable(text) else text, finish)).encode(),
+    )
+
+
+def refuses(status: int, **headers: str) -> Behaviour:
+    """An error, with headers."""
+    return lambda handler, _: send(handler, status, b'{"error": {"message": "no"}}', **headers)
+
+
+def raw(body: bytes) -> Behaviour:
+    """These bytes as a success."""
+    return lambda handler, _: send(handler, 200, body)
+
+
+def stalls(seconds: float) -> Behaviour:
+    """Says nothing for so long, then something."""
+
+    def behave(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        time.sleep(seconds)
+        says("late")(handler, body)
+
+    return behave
+
+
+def cuts(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Promises more than it sends, and closes the connection."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", "5000")
+    handler.end_headers()
+    handler.wfile.write(b'{"id": "1", "choi')
+    handler.wfile.flush()
+    handler.connection.close()
