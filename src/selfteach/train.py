@@ -28,6 +28,11 @@ BUDGET = (
     "tokens_trained",
     "teacher_tokens",
     "critiques",
+    "critic_asked",
+    "critic_reused",
+    "critic_prompt_tokens",
+    "critic_completion_tokens",
+    "critic_cost",
     "optimizer_steps",
 )
 """What is added up over a run's steps as its cost."""

@@ -185,7 +185,7 @@ def test_stopping_keeps_what_was_answered_and_a_resume_asks_for_the_rest(store: 
 
     with serving(some) as server:
         stops = critic(model(server, max_retries=0), store, {"unavailable": "stop"})
-        with pytest.raises(CriticError, match="503.*resume asks only for the rest"):
+        with pytest.raises(CriticError, match=r"503.*resume asks only for the rest"):
             stops(judged("a", "b", "c"))
         server.behaviours = [says(RIGHT)]
         server.asked.clear()
