@@ -106,7 +106,9 @@ def run_study(study: Study, folder: Path, *, command: str, progress: Progress) -
         # What it was made with is what it was begun with, not what the tree holds by now.
         begun = read_json(folder / "study.json")
         made = {name: value for name, value in begun.items() if name not in ("study", "kind")}
-        results = gather(study, jobs, {**made, "seconds": time.monotonic() - started})
+        earlier = folder / "results.json"
+        spent = read_json(earlier)["made"]["seconds"] if earlier.exists() else 0.0
+        results = gather(study, jobs, {**made, "seconds": spent + time.monotonic() - started})
         example = token_example(study, folder, jobs)
         if example is not None:
             write_json(folder / "token_advantages.json", example)

@@ -110,6 +110,9 @@ def test_a_study_from_recipe_to_report(
     assert call(monkeypatch, "resume", out) == 0  # nothing left to do: the same numbers
     after = json.loads((out / "results.json").read_text())
     assert after["arms"] == json.loads(before)["arms"]
+    assert after["made"]["seconds"] > json.loads(before)["made"]["seconds"], (
+        "what it took is added up"
+    )
 
 
 def test_a_killed_study_goes_on(recipe: Path, tmp_path: Path) -> None:
