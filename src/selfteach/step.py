@@ -68,12 +68,10 @@ def train_step(
     """Answer, be marked, re-read with the marks in view, and learn what one would now say."""
     clock = [time.monotonic()]
     known = journal.load_critiques(step) if journal else {}
-    with later(
-        parts.critic_threads
-    ) as soon:  # a served critic marks a batch while the next is sampled
-        marking = [soon(mark, parts, batch, known) for batch in batches(
-            parts.engine, problems, parts.sampling, batch_answers=parts.batch_answers,
-            journal=journal, name=f"step_{step:06d}")]  # fmt: skip
+    sampled = batches(parts.engine, problems, parts.sampling, batch_answers=parts.batch_answers,
+                      journal=journal, name=f"step_{step:06d}")  # fmt: skip
+    with later(parts.critic_threads) as soon:  # a server marks one batch while the next is sampled
+        marking = [soon(mark, parts, batch, known) for batch in sampled]
         clock.append(time.monotonic())
         marked = [answer for batch in marking for answer in batch()]
     lessons = teach(parts, marked)
