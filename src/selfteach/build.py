@@ -15,6 +15,7 @@ from selfteach.config import (
     GrpoConfig,
     InitialTeacher,
     LiveTeacher,
+    ModelConfig,
     ObjectiveConfig,
     Recipe,
     TeacherConfig,
@@ -30,7 +31,7 @@ from selfteach.loading import DTYPES, choose_device, load_model, load_tokenizer,
 from selfteach.objective import Distillation, Grpo
 from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
 from selfteach.protocols import Objective, Teacher
-from selfteach.rendering import Renderer, Templates
+from selfteach.rendering import Renderer, Templates, Thinking
 from selfteach.step import Parts
 from selfteach.teacher import EmaTeacher as Ema
 from selfteach.teacher import InitialTeacher as Initial
@@ -61,7 +62,7 @@ def build(recipe: Recipe) -> Built:
     task = load_task(recipe.data, resolve(recipe.model.path))
     tokenizer = load_tokenizer(recipe.model)
     templates = Templates(recipe.model.templates or task.templates)
-    renderer = Renderer(tokenizer, templates)
+    renderer = build_renderer(recipe.model, tokenizer, templates)
     model = load_model(recipe.model, device)
     max_length = context_length(recipe, model)
     check_lengths(renderer, task, max_length, recipe)
@@ -71,7 +72,7 @@ def build(recipe: Recipe) -> Built:
     engine = TransformersEngine(
         policy.model,
         renderer,
-        end_ids=end_ids(model, tokenizer),
+        end_ids=end_ids(model, tokenizer, renderer),
         pad_id=pad_id,
         max_length=max_length,
         autocast=_autocast(recipe),
@@ -100,6 +101,14 @@ def build(recipe: Recipe) -> Built:
         pad_id=pad_id,
     )
     return Built(parts, task, tokenizer)
+
+
+def build_renderer(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, templates: Templates
+) -> Renderer:
+    """The solver's and the teacher's prompts as a recipe wants them."""
+    thinking = Thinking(**config.thinking.model_dump())
+    return Renderer(tokenizer, templates, system=config.system, thinking=thinking)
 
 
 def build_objective(config: ObjectiveConfig, sampling_temperature: float) -> Objective:
@@ -164,11 +173,15 @@ def check_lengths(renderer: Renderer, task: Task, max_length: int, recipe: Recip
             )
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an answer: the tokenizer's, and what the model's own settings add."""
+def end_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, renderer: Renderer
+) -> list[int]:
+    """Token ids that end an answer: the tokenizer's, what the model's own settings add, and what its
+    chat template writes behind an answer, lest a model whose settings forget it never stops."""
     own = getattr(model.generation_config, "eos_token_id", None)
     extra = own if isinstance(own, list) else [own]
-    return sorted({i for i in (tokenizer.eos_token_id, *extra) if isinstance(i, int)})
+    known = (tokenizer.eos_token_id, renderer.end_id, *extra)
+    return sorted({i for i in known if isinstance(i, int)})
 
 
 def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:

@@ -40,7 +40,7 @@ class ControlTokens:
             i: token.content for i, token in added.items() if not _is_ordinary(token.content)
         }
         # Words that a tokenizer does not know become its unknown token.
-        self.ids = frozenset(steering.keys() - {tokenizer.unk_token_id})
+        self.ids = frozenset(i for i in steering if i != tokenizer.unk_token_id)
         either = "|".join(re.escape(content) for content in steering.values() if content)
         self._first_character = re.compile(f"(?={either})." if either else "(?!)", re.DOTALL)
 

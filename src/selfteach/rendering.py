@@ -307,7 +307,9 @@ class Renderer:
 
     def _chat(self, messages: list[Message], thinking: bool | None, *, header: bool = True) -> str:
         # Families call the switch by different names; a template ignores what it does not know.
-        switches = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+        switches: dict[str, Any] = (
+            {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+        )
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,

@@ -91,7 +91,11 @@ def teach(parts: Parts, marked: Sequence[Marked]) -> list[Lesson]:
     if parts.context is None:
         own_prompt = parts.objective.needs_teacher
         return [
-            Lesson(m, teacher_prompt_ids=m.rollout.prompt_ids if own_prompt else None)
+            Lesson(
+                m,
+                teacher_prompt_ids=m.rollout.prompt_ids if own_prompt else None,
+                scored_from=parts.renderer.scored_from(m.rollout.answer_ids),
+            )
             for m in marked
         ]
     shown = parts.context(marked)
@@ -166,7 +170,13 @@ def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
     spans = steps.token_spans(
         parts.split_steps(rollout.text), parts.renderer.token_ends(rollout.answer_ids)
     )
-    return Lesson(marked, context, prompt, None, first_error_token(marked.critique, spans))
+    return Lesson(
+        marked,
+        context=context,
+        teacher_prompt_ids=prompt,
+        first_error_token=first_error_token(marked.critique, spans),
+        scored_from=parts.renderer.scored_from(rollout.answer_ids),
+    )
 
 
 def describe(lessons: Sequence[Lesson]) -> Metrics:

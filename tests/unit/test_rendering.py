@@ -197,7 +197,9 @@ def test_a_template_that_fails_says_which_and_why(tmp_path: Path, template: str,
 
 
 def test_an_unknown_template_or_set_is_one_line() -> None:
-    with pytest.raises(RecipeError, match="no such template set; shipped: chain_sums, lab, steps"):
+    with pytest.raises(
+        RecipeError, match="no such template set; shipped: chain_sums, free, lab, steps"
+    ):
         Templates("stepz")
     with pytest.raises(RecipeError, match="no such template set"):
         Templates("/nowhere/at/all")
