@@ -53,7 +53,7 @@ class ControlTokens:
         # A normaliser has made one of another spelling, for example of full-width letters.
         return CUT.join(bare)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered text, no token across a cut; nothing is added at the ends."""
         first, *rest = text.split(CUT)
         ids, newline = self._encode(first), self._encode("\n")
@@ -62,7 +62,7 @@ class ControlTokens:
             behind = self._encode("\n" + piece)
             is_behind = behind[: len(newline)] == newline
             ids += behind[len(newline) :] if is_behind else self._encode(piece)
-        return ids
+        return tuple(ids)
 
     def _encode(self, text: str) -> list[int]:
         # The chat template has written every special token itself: a second BOS would go unseen.
