@@ -11,6 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 CHAT_TEMPLATES = Path(__file__).parent / "fixtures" / "chat_templates"
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 CORPUS = ["the sum of two and two is four", "naïve café 東京 🙂 ≤ ≥ × ‖", "<step_1>a</step_1>"] * 3
 
 
@@ -75,7 +79,7 @@ FAMILIES = {
 def byte_level(
     special: tuple[str, ...] = ("<s>", "</s>"),
     *,
-    chat_template: str | None,
+    chat_template: str | None = CHAT,
     eos: str | None = "</s>",
     bos: str | None = "<s>",
     added: tuple[str, ...] = (),

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from selfteach import prefixes, protocols
@@ -14,7 +16,7 @@ from selfteach.build import build
 from selfteach.config import Recipe
 from selfteach.divergence import Divergence, per_token
 from selfteach.objective import Distillation, Grpo
-from selfteach.step import Parts, learn, mark, teach, train_step
+from selfteach.step import Parts, describe, learn, mark, teach, train_step
 from selfteach.types import (
     Critique,
     CritiqueStep,
@@ -199,6 +201,35 @@ def test_a_lesson_that_does_not_fit_is_dropped_whole(parts: Parts) -> None:
         lesson = lessons_of(dataclasses.replace(parts, max_length=room))[0]
         assert lesson.dropped == dropped
         assert (lesson.teacher_prompt_ids is None) == (dropped is not None)
+
+
+# The parts are read only; built anew for every example they would take seconds each.
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(max_length=st.integers(2, 60))
+def test_nothing_of_a_lesson_is_ever_cut(parts: Parts, max_length: int) -> None:
+    """Question, critique, header and end token are whole in every lesson that is taught."""
+    lessons = lessons_of(dataclasses.replace(parts, max_length=max_length))
+    header, end = parts.renderer.solver_prompt(PROBLEMS[0])[-1], parts.renderer.end_id
+    for lesson in lessons:
+        rollout, prompt = lesson.rollout, lesson.teacher_prompt_ids
+        if lesson.context is None:
+            assert lesson.dropped == "refused"
+            continue
+        whole = parts.renderer.teacher_prompt(rollout.problem, lesson.context)
+        fits = len(whole) + len(rollout.answer_ids) <= max_length
+        assert (lesson.dropped is None) == fits
+        if prompt is not None:
+            assert prompt == whole and len(prompt) + len(rollout.answer_ids) <= max_length
+            text = " ".join(map(parts.renderer.token_text, prompt))
+            assert rollout.problem.question in text and lesson.context in text
+            assert prompt[-1] == header and rollout.answer_ids[-1] == end
+            assert parts.renderer.decode(rollout.answer_ids) == rollout.text
+    lost = sum(lesson.dropped == "longer than the context window" for lesson in lessons)
+    told = describe(lessons)
+    assert told.get("dropped/longer than the context window", 0) == pytest.approx(lost / 6)
+    assert told["dropped"] == pytest.approx((lost + 2) / 6)
 
 
 def test_later_updates_are_measured_from_the_first(parts: Parts) -> None:
