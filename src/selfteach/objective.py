@@ -55,8 +55,7 @@ class Distillation:
             return [0.0] * length
         begin = lesson.scored_from
         if self.from_first_error:
-            error = lesson.first_error_token
-            begin = length if error is None else max(begin, error)
+            begin = length if lesson.first_error_token is None else lesson.first_error_token
         return [0.0] * begin + [1.0] * (length - begin)
 
     def per_token(

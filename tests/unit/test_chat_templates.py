@@ -6,7 +6,8 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from families import FAMILIES, Family, byte_level, smollm2, tokenizer_of
-from selfteach.build import end_ids
+from selfteach.build import build_renderer, end_ids
+from selfteach.config import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.rendering import Renderer, Templates
 from selfteach.types import Problem
@@ -29,7 +30,7 @@ def texts(name: str, templates: str = "lab", **settings: str) -> tuple[str, str]
 
 
 def renderer_of(name: str, templates: str = "lab", **settings: str) -> Renderer:
-    return Renderer(tokenizer_of(name), Templates(templates), system=settings.get("system"))
+    return build_renderer(ModelConfig(**settings), tokenizer_of(name), Templates(templates))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from selfteach import prefixes, protocols
 from selfteach.build import build
 from selfteach.config import Recipe
 from selfteach.divergence import Divergence, per_token
 from selfteach.objective import Distillation, Grpo
+from selfteach.rendering import Renderer, Templates, Thinking
 from selfteach.step import Parts, describe, learn, mark, teach, train_step
 from selfteach.types import (
     Critique,
@@ -191,6 +193,20 @@ def test_nothing_to_learn_leaves_the_weights(parts: Parts) -> None:
         assert metrics["tokens_trained"] == 0 and metrics["loss"] == 0
     for name, param in parts.policy.trainable.items():
         assert torch.equal(param, before[name])
+
+
+def test_a_thought_counts_as_the_recipe_says(
+    parts: Parts, lab_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # As if "0 + a b =" were a thought: five tokens of the first answer, none of the last.
+    unscored = Thinking(scored=False, marks=("0", "="))
+    renderer = Renderer(lab_tokenizer, Templates("lab"), thinking=unscored)
+    for shown in (context, None):
+        changed = dataclasses.replace(parts, renderer=renderer, context=shown)
+        by_question = {m.rollout.problem.id: m.scored_from for m in lessons_of(changed)}
+        assert by_question["q0"] == 5 and (shown is not None or by_question["q2"] == 0)
+        plain = dataclasses.replace(parts, context=shown)
+        assert {lesson.scored_from for lesson in lessons_of(plain)} == {0}
 
 
 def test_a_lesson_that_does_not_fit_is_dropped_whole(parts: Parts) -> None:
