@@ -16,6 +16,7 @@ from selfteach.config import (
     GrpoConfig,
     InitialTeacher,
     LiveTeacher,
+    ModelConfig,
     ObjectiveConfig,
     Recipe,
     TeacherConfig,
@@ -40,7 +41,7 @@ from selfteach.loading import (
 from selfteach.objective import Distillation, Grpo
 from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
 from selfteach.protocols import Context, Objective, Teacher
-from selfteach.rendering import Renderer, Templates
+from selfteach.rendering import Renderer, Templates, Thinking
 from selfteach.step import Parts
 from selfteach.teacher import EmaTeacher as Ema
 from selfteach.teacher import InitialTeacher as Initial
@@ -71,12 +72,12 @@ def build(recipe: Recipe) -> Built:
     task = load_task(recipe.data, resolve(recipe.model.path))
     tokenizer = load_tokenizer(recipe.model)
     templates = Templates(recipe.model.templates or task.templates)
-    renderer = Renderer(tokenizer, templates)
+    renderer = build_renderer(recipe.model, tokenizer, templates)
     model = load_model(recipe.model, device)
     max_length = longest(recipe, model)
     check_lengths(renderer, task, max_length, recipe)
     policy = _policy(recipe, _adapted(recipe, model))
-    ends, pad, autocast = end_ids(model, tokenizer), pad_id(tokenizer), _autocast(recipe)
+    ends, pad, autocast = end_ids(model, tokenizer, renderer), pad_id(tokenizer), _autocast(recipe)
     solver = Solver(policy, renderer, ends, pad, max_length, autocast)
     engine = TransformersEngine(
         policy.model, renderer,
@@ -109,6 +110,14 @@ def build(recipe: Recipe) -> Built:
         pad_id=pad,
     )
     return Built(parts, task, tokenizer)
+
+
+def build_renderer(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, templates: Templates
+) -> Renderer:
+    """The solver's and the teacher's prompts as a recipe wants them."""
+    thinking = Thinking(**config.thinking.model_dump())
+    return Renderer(tokenizer, templates, system=config.system, thinking=thinking)
 
 
 def build_objective(config: ObjectiveConfig, sampling_temperature: float) -> Objective:

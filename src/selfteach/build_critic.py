@@ -42,7 +42,7 @@ from selfteach.loading import (
 )
 from selfteach.policy import Policy
 from selfteach.protocols import Critic
-from selfteach.rendering import Renderer, Templates
+from selfteach.rendering import Renderer, Templates, Thinking
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,10 @@ def _chat_model(
         case PolicyCriticConfig():
             if solver is None:
                 raise RecipeError('critic.type = "policy" needs a solver: name a recipe with one')
+            if config.thinking is not None:
+                raise RecipeError(
+                    "critic.thinking: the solver as critic thinks as model.thinking.student says"
+                )
             return LocalModel(
                 solver.policy.model,
                 solver.renderer,
@@ -162,11 +166,12 @@ def _local(config: LocalCriticConfig, templates: Templates) -> ChatModel:
     )
     tokenizer = load_tokenizer(own)
     model = load_model(own, choose_device(config.device)).requires_grad_(False)
+    renderer = Renderer(tokenizer, templates, thinking=Thinking(config.thinking, config.thinking))
     return LocalModel(
         model,
-        Renderer(tokenizer, templates),
+        renderer,
         identity=f"local:{config.path}:{config.thinking}:{fingerprint(model)}",
-        end_ids=end_ids(model, tokenizer),
+        end_ids=end_ids(model, tokenizer, renderer),
         pad_id=pad_id(tokenizer),
         max_length=context_length(model),
         batch=config.batch,

@@ -36,6 +36,26 @@ class LoraConfig(Section):
     )  # fmt: skip
 
 
+class ThinkingConfig(Section):
+    """For models that can think before they answer; others take no notice.
+
+    With ``student = false`` and ``teacher = true`` the teacher expects a thought where the student
+    wrote its answer: see ``boundary``.
+    """
+
+    student: bool | None = None
+    """None: whatever the model's chat template does by itself."""
+    teacher: bool | None = None
+    boundary: Literal["student", "own"] = "student"
+    """What stands between the teacher's prompt and the answer it scores, where the two are asked
+    differently: the student's header (with Qwen3 and ``student = false`` an empty thought), or the
+    teacher's own, after which it expects another first token than the student's."""
+    scored: bool = True
+    """False: only tokens behind the thought count."""
+    marks: tuple[str, str] = ("<think>", "</think>")
+    """What the model writes around a thought. Verifier, critic and steps see what follows it."""
+
+
 class ModelConfig(Section):
     """The solver."""
 
@@ -45,7 +65,12 @@ class ModelConfig(Section):
     gguf_file: str | None = None
     """Name of a GGUF file inside ``path``; its weights are dequantised."""
     templates: str | None = None
-    """Template set (``lab``, ``steps``, or a folder with a slash); by default what the data needs."""
+    """Template set (``steps``, ``free``, ``chain_sums``, ``lab``, or a folder of your own, named with
+    a slash, whose files override those of ``steps``); by default what the data needs."""
+    system: str | None = None
+    """System prompt of solver and teacher, in place of the chat template's own. Where a chat template
+    has no such role it stands before the first question."""
+    thinking: ThinkingConfig = ThinkingConfig()
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: Literal["bfloat16"] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -97,6 +122,9 @@ class JsonlData(Section):
     validation: str | None = None
     test: str | None = None
     verifier: Literal["exact", "math"] = "exact"
+    steps: Literal["tags", "lines", "paragraphs", "sentences"] = "tags"
+    """What a step of an answer is: a tag ``<step_1>…</step_1>``, or for models that will not use tags
+    (template set ``free``) a line, a paragraph or a sentence."""
 
 
 DataConfig = Annotated[Union[LabData, ChainSumsData, JsonlData], Field(discriminator="type")]  # noqa: UP007

@@ -40,7 +40,7 @@ class ControlTokens:
             i: token.content for i, token in added.items() if not _is_ordinary(token.content)
         }
         # Words that a tokenizer does not know become its unknown token.
-        self.ids = frozenset(steering.keys() - {tokenizer.unk_token_id})
+        self.ids = frozenset(i for i in steering if i != tokenizer.unk_token_id)
         either = "|".join(re.escape(content) for content in steering.values() if content)
         self._first_character = re.compile(f"(?={either})." if either else "(?!)", re.DOTALL)
 
@@ -53,7 +53,7 @@ class ControlTokens:
         # A normaliser has made one of another spelling, for example of full-width letters.
         return CUT.join(bare)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered text, no token across a cut; nothing is added at the ends."""
         first, *rest = text.split(CUT)
         ids, newline = self._encode(first), self._encode("\n")
@@ -62,7 +62,7 @@ class ControlTokens:
             behind = self._encode("\n" + piece)
             is_behind = behind[: len(newline)] == newline
             ids += behind[len(newline) :] if is_behind else self._encode(piece)
-        return ids
+        return tuple(ids)
 
     def _encode(self, text: str) -> list[int]:
         # The chat template has written every special token itself: a second BOS would go unseen.

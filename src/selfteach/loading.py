@@ -20,6 +20,7 @@ from transformers.utils import logging
 from selfteach.config import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.lab.worlds import BASES
+from selfteach.rendering import Renderer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -98,11 +99,15 @@ def context_length(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an answer: the tokenizer's, and what the model's own settings add."""
+def end_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, renderer: Renderer
+) -> list[int]:
+    """Token ids that end an answer: the tokenizer's, what the model's own settings add, and what its
+    chat template writes behind an answer, lest a model whose settings forget it never stops."""
     own = getattr(model.generation_config, "eos_token_id", None)
     extra = own if isinstance(own, list) else [own]
-    return sorted({i for i in (tokenizer.eos_token_id, *extra) if isinstance(i, int)})
+    known = (tokenizer.eos_token_id, renderer.end_id, *extra)
+    return sorted({i for i in known if isinstance(i, int)})
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -53,7 +53,7 @@ class Distillation:
         shut_out = (self.gate == "wrong" and correct) or (self.gate == "right" and not correct)
         if lesson.teacher_prompt_ids is None or shut_out:
             return [0.0] * length
-        begin = 0
+        begin = lesson.scored_from
         if self.from_first_error:
             begin = length if lesson.first_error_token is None else lesson.first_error_token
         return [0.0] * begin + [1.0] * (length - begin)
@@ -108,7 +108,10 @@ class Grpo:
             [lesson.rollout.problem.id for lesson in lessons],
             normalise=self.normalise,
         )
-        masks = [[1.0] * len(lesson.rollout.answer_ids) for lesson in lessons]
+        masks = [
+            [float(i >= lesson.scored_from) for i in range(len(lesson.rollout.answer_ids))]
+            for lesson in lessons
+        ]
         signals, denominator = _aggregate(masks, advantages, self.aggregation)
         if not self.needs_teacher:
             signals = [s if s.advantage else Signal((0.0,) * len(s.weights)) for s in signals]

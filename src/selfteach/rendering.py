@@ -40,9 +40,10 @@ TURN = "\ufdd1"
 """What ``{{ turn }}`` stands for until the chat template is applied; data cannot hold it."""
 
 TODAY = datetime(2024, 7, 26)
-"""What a chat template that writes the date is told: a resumed run must repeat itself."""
+"""The date that chat templates write: a resumed run must repeat itself."""
 
 _STEP_TAG = re.compile(r"</?(?:step_\d+|answer)>")
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "probe"
 
 
@@ -134,16 +135,8 @@ class Templates:
 
         ``steps`` are the answer's steps one by one; ``finished`` is False for one that was cut off.
         """
-        return conversation(
-            self.render(
-                "critic",
-                question=question,
-                answer=answer,
-                steps=tuple(steps),
-                finished=finished,
-                reference=reference,
-            )
-        )
+        said = {"answer": answer, "steps": tuple(steps), "finished": finished}
+        return conversation(self.render("critic", question=question, reference=reference, **said))
 
 
 class Renderer:
@@ -169,6 +162,7 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise EngineError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self._tokenizer, self._templates = tokenizer, templates
+        self._chat_template = _dated(tokenizer.get_chat_template())
         self._thinking = thinking or Thinking()
         self._control = ControlTokens(tokenizer)
         self._system = system
@@ -182,7 +176,7 @@ class Renderer:
     def solver_prompt(self, problem: Problem) -> tuple[int, ...]:
         """What the student sees: the question, and the header of the answer."""
         messages = self._messages("solver", question=problem.question)
-        return self._encode(self._chat(messages, self._thinking.student))
+        return self._control.encode(self._chat(messages, self._thinking.student))
 
     def teacher_prompt(self, problem: Problem, context: str) -> tuple[int, ...]:
         """What the self-teacher sees: question, context, and the student's header (`Thinking`)."""
@@ -192,7 +186,7 @@ class Renderer:
             own, student = self._headers
             assert text.endswith(own)
             text = text.removesuffix(own) + student
-        return self._encode(text)
+        return self._control.encode(text)
 
     def critic_prompt(
         self,
@@ -212,14 +206,14 @@ class Renderer:
             finished=finished,
             reference=cut(reference) if reference is not None else None,
         )
-        return self._encode(self._chat(self._with_system(messages), self._thinking.student))
+        return self._control.encode(self._chat(self._with_system(messages), self._thinking.student))
 
     def encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """A conversation as token ids, ready for the reply; all content is data."""
         cut = [
             {**message, "content": self._control.cut(message["content"])} for message in messages
         ]
-        return self._encode(self._chat(self._with_system(cut), self._thinking.student))
+        return self._control.encode(self._chat(self._with_system(cut), self._thinking.student))
 
     def decode(self, answer_ids: Sequence[int]) -> str:
         """An answer's text, without special tokens and without a thought before it."""
@@ -310,31 +304,31 @@ class Renderer:
         behind = self._chat(answered, None, header=False).rpartition(_PROBE)[2]
         end = self._tokenizer.eos_token_id
         assert isinstance(end, int)
-        return next((i for i in self._encode(behind) if i in self._control.ids), end)
+        return next((i for i in self._control.encode(behind) if i in self._control.ids), end)
 
     def _chat(self, messages: list[Message], thinking: bool | None, *, header: bool = True) -> str:
         # Families call the switch by different names; a template ignores what it does not know.
-        switches = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+        switches: dict[str, Any] = (
+            {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+        )
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
+                chat_template=self._chat_template,
                 add_generation_prompt=header,
                 tokenize=False,
-                strftime_now=TODAY.strftime,
                 **switches,
             )
         except jinja2.TemplateError as error:
-            raise EngineError(
-                f"the chat template of {self._tokenizer.name_or_path!r} fails: {error}"
-            ) from error
+            name = self._tokenizer.name_or_path
+            raise EngineError(f"the chat template of {name!r} fails: {error}") from error
         assert isinstance(text, str)
         return text
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._control.encode(text))
-
     def _decode(self, ids: Sequence[int]) -> str:
-        shown = self._control.without(ids, kept=self._thinking.marks)
+        # Some families' end of a turn is not special by name, and is no text all the same.
+        said = [token for token in ids if token != self.end_id]
+        shown = self._control.without(said, kept=self._thinking.marks)
         text = self._tokenizer.decode(shown, skip_special_tokens=False)
         assert isinstance(text, str)
         return text
@@ -383,6 +377,10 @@ def untagged(data: str) -> str:
     while (bare := _STEP_TAG.sub("", data)) != data:
         data = bare
     return data
+
+
+def _dated(chat_template: str) -> str:
+    return _DATE_CALL.sub(lambda call: repr(TODAY.strftime(call[2])), chat_template)
 
 
 def _user(content: str) -> Message:

@@ -108,7 +108,11 @@ def teach(parts: Parts, marked: Sequence[Marked]) -> list[Lesson]:
     if parts.context is None:
         own_prompt = parts.objective.needs_teacher
         return [
-            Lesson(m, teacher_prompt_ids=m.rollout.prompt_ids if own_prompt else None)
+            Lesson(
+                m,
+                teacher_prompt_ids=m.rollout.prompt_ids if own_prompt else None,
+                scored_from=parts.renderer.scored_from(m.rollout.answer_ids),
+            )
             for m in marked
         ]
     shown = parts.context(marked)
@@ -181,9 +185,14 @@ def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
     if len(prompt) + len(rollout.answer_ids) > parts.max_length:
         return Lesson(marked, context=context, dropped="longer than the context window")
     spans, ends = parts.split_steps(rollout.text), parts.renderer.token_ends(rollout.answer_ids)
-    first_error = first_error_token(marked.critique, steps.token_spans(spans, ends))
-    change = first_change(marked, spans, ends)
-    return Lesson(marked, context, prompt, None, first_error, change)
+    return Lesson(
+        marked,
+        context=context,
+        teacher_prompt_ids=prompt,
+        first_error_token=first_error_token(marked.critique, steps.token_spans(spans, ends)),
+        change=first_change(marked, spans, ends),
+        scored_from=parts.renderer.scored_from(rollout.answer_ids),
+    )
 
 
 def describe(lessons: Sequence[Lesson]) -> Metrics:

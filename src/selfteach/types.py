@@ -61,7 +61,7 @@ class Rollout:
     logps: tuple[float, ...]
     """Log-probability of each sampled token under the sampling distribution (nats)."""
     text: str
-    """The answer decoded, without special tokens."""
+    """The answer decoded, without special tokens and without a thought before it."""
     finished: bool
     """False if the answer was cut at the token limit."""
     policy_version: int
@@ -195,6 +195,8 @@ class Lesson:
     """Index into ``answer_ids`` where the first wrong step begins; None when there is none."""
     change: FirstChange | None = None
     """Where the critique departs from the answer; None without a critique."""
+    scored_from: int = 0
+    """Index into ``answer_ids`` of the first token that counts: behind a thought that is not scored."""
 
     @property
     def rollout(self) -> Rollout:

@@ -7,42 +7,16 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from families import byte_level
+from selfteach import chain_sums
 from selfteach.config import CONTEXTS
 from selfteach.errors import EngineError, RecipeError
 from selfteach.rendering import TURN, Renderer, Templates, conversation
 from selfteach.types import Critique, CritiqueStep, Problem
 
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-CORPUS = ["the sum of two and two is four", "naïve café 東京 🙂 ≤ ≥ × ‖", "<step_1>a</step_1>"] * 3
-
-
-def byte_level(
-    chat_template: str | None = CHAT, eos: str | None = "</s>"
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, which splits many characters over several tokens, and adds BOS by itself."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet,
-        show_progress=False,
-    )  # fmt: skip
-    backend.train_from_iterator(CORPUS, trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos)
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
+PROMPTS = Path(__file__).parents[1] / "fixtures" / "prompts"
 BYTES = Renderer(byte_level(), Templates("steps"))
 PROBLEM = Problem("p", "What is 2 + 2?", "4")
 
@@ -155,7 +129,7 @@ def shown(templates: str, context: str) -> str:
     )
 
 
-@pytest.mark.parametrize("templates", ["steps", "lab", "chain_sums"])
+@pytest.mark.parametrize("templates", ["steps", "free", "lab", "chain_sums"])
 def test_what_each_context_shows(templates: str) -> None:
     for context in set(CONTEXTS) - {"none", "shuffled_lines", "other_answer"}:
         assert Templates(templates).has(context)
@@ -171,6 +145,86 @@ def test_what_each_context_shows(templates: str) -> None:
         assert not any(word in only for word in ("ONE", "TWO", "THREE", "REFERENCE"))
     assert "REFERENCE" in shown(templates, "reference")
     assert "ALIGNED" in shown(templates, "aligned_reference")
+
+
+SUM = Critique(
+    "D",
+    (
+        CritiqueStep("1 + 2 = 3", "kept", "1 + 2 = 3"),
+        CritiqueStep("3 - 1 = 2", "fixed", "3 - 1 = 1"),
+        CritiqueStep("2 + 4 = 6", "new"),
+    ),
+    "6",
+    1,
+)
+
+
+@pytest.mark.parametrize("templates", ["steps", "chain_sums"])
+def test_prompts_are_to_the_byte_those_that_results_were_measured_with(templates: str) -> None:
+    shown, question = Templates(templates), "1 + 2 - 1 + 4 ="
+    references = {
+        "reference": "Added: 1, 2, 4.\nAnswer: 6",
+        "aligned_reference": "1 + 2 = 3\nAnswer: 6",
+    }
+    prompts = [shown.render("solver", question=question)]
+    for name in ("step_aligned", "full_repetition", "omission", "holistic", "answer_only",
+                 "reference", "aligned_reference"):  # fmt: skip
+        context = shown.context(name, critique=SUM, references=references, correct=False)
+        prompts.append(shown.render("teacher", question=question, context=context))
+    golden = (PROMPTS / f"{templates}.txt").read_text(encoding="utf-8")
+    assert "\n%%%%\n".join(prompts).replace(TURN, "{{ turn }}") + "\n" == golden
+
+
+@pytest.mark.parametrize("templates", ["steps", "free", "chain_sums"])
+def test_a_critic_sees_question_answer_and_reference(templates: str) -> None:
+    asked = Templates(templates).critic(
+        "QUESTION", "STEP ONE\n\nSTEP TWO", steps=["STEP ONE", "STEP TWO"], finished=True,
+        reference="REFERENCE",
+    )  # fmt: skip
+    assert [turn["role"] for turn in asked] == ["user", "assistant"] * (len(asked) // 2) + ["user"]
+    content = asked[-1]["content"]
+    assert content.index("QUESTION") < content.index("STEP ONE") < content.index("STEP TWO")
+    # A small critic is shown no second solution to copy from.
+    assert ("REFERENCE" in content) == (templates != "chain_sums")
+    assert "REFERENCE" not in _asked(templates)[-1]["content"]
+
+
+def _asked(templates: str, *, finished: bool = True) -> list[dict[str, str]]:
+    return Templates(templates).critic("q", "a", steps=["a"], finished=finished)
+
+
+@pytest.mark.parametrize("templates", ["steps", "free"])
+def test_a_critic_is_told_the_four_cases_and_of_a_cut(templates: str) -> None:
+    content = _asked(templates)[-1]["content"]
+    assert all(f"Case {case}." in content for case in "ABCD")
+    assert "cut off at its end" not in content
+    assert "cut off at its end" in _asked(templates, finished=False)[-1]["content"]
+
+
+def test_the_worked_examples_of_the_chain_sums_critic_are_right_and_show_each_kind() -> None:
+    """What the examples' critic says is what the program says that checks every line."""
+    turns = Templates("chain_sums").critic("q", "a", steps=["a"], finished=True)[:-1]
+    cases = []
+    for asked, told in zip(turns[::2], turns[1::2], strict=True):
+        question, attempt = asked["content"].split("\nAttempt:\n```\n")
+        text = attempt.split("\n```\n")[0]
+        chain = chain_sums.parse_question(question)
+        meta = {"terms": list(chain.terms), "signs": chain.signs}
+        problem = Problem("p", question, str(chain.value()), {}, meta)
+        critique = chain_sums.criticise(problem, text, finished="Answer" in text)
+        lines = [*(step.text for step in critique.steps), f"Answer: {critique.answer}"]
+        assert told["content"] == "\n".join(lines)
+        cases.append(critique.case)
+    assert set(cases) == set("ABCD")
+
+
+def test_a_local_critic_is_asked_in_its_own_tokens() -> None:
+    tokenizer, renderer = byte_level(), Renderer(byte_level(), Templates("chain_sums"))
+    ids = renderer.critic_prompt(PROBLEM, "2 + 2 = 5", steps=["2 + 2 = 5"], finished=True)
+    (*_, asked) = Templates("chain_sums").critic(
+        PROBLEM.question, "2 + 2 = 5", steps=["2 + 2 = 5"], finished=True
+    )
+    assert str(tokenizer.decode(ids)).endswith(f"[user]{asked['content']}[assistant]")
 
 
 def test_a_folder_overrides_the_shipped_set_file_by_file(tmp_path: Path) -> None:
@@ -197,7 +251,9 @@ def test_a_template_that_fails_says_which_and_why(tmp_path: Path, template: str,
 
 
 def test_an_unknown_template_or_set_is_one_line() -> None:
-    with pytest.raises(RecipeError, match="no such template set; shipped: chain_sums, lab, steps"):
+    with pytest.raises(
+        RecipeError, match="no such template set; shipped: chain_sums, free, lab, steps"
+    ):
         Templates("stepz")
     with pytest.raises(RecipeError, match="no such template set"):
         Templates("/nowhere/at/all")

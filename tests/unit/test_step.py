@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from selfteach import prefixes, protocols
 from selfteach.build import build
 from selfteach.config import Recipe
 from selfteach.divergence import Divergence, per_token
 from selfteach.objective import Distillation, Grpo
-from selfteach.step import Parts, learn, mark, teach, train_step
+from selfteach.rendering import Renderer, Templates, Thinking
+from selfteach.step import Parts, describe, learn, mark, teach, train_step
 from selfteach.types import (
     Critique,
     CritiqueStep,
@@ -192,6 +196,20 @@ def test_nothing_to_learn_leaves_the_weights(parts: Parts) -> None:
         assert torch.equal(param, before[name])
 
 
+def test_a_thought_counts_as_the_recipe_says(
+    parts: Parts, lab_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # As if "0 + a b =" were a thought: five tokens of the first answer, none of the last.
+    unscored = Thinking(scored=False, marks=("0", "="))
+    renderer = Renderer(lab_tokenizer, Templates("lab"), thinking=unscored)
+    for shown in (context, None):
+        changed = dataclasses.replace(parts, renderer=renderer, context=shown)
+        by_question = {m.rollout.problem.id: m.scored_from for m in lessons_of(changed)}
+        assert by_question["q0"] == 5 and (shown is not None or by_question["q2"] == 0)
+        plain = dataclasses.replace(parts, context=shown)
+        assert {lesson.scored_from for lesson in lessons_of(plain)} == {0}
+
+
 def test_a_lesson_that_does_not_fit_is_dropped_whole(parts: Parts) -> None:
     fits = lessons_of(parts)[0]
     assert fits.teacher_prompt_ids is not None
@@ -200,6 +218,35 @@ def test_a_lesson_that_does_not_fit_is_dropped_whole(parts: Parts) -> None:
         lesson = lessons_of(dataclasses.replace(parts, max_length=room))[0]
         assert lesson.dropped == dropped
         assert (lesson.teacher_prompt_ids is None) == (dropped is not None)
+
+
+# The parts are read only; built anew for every example they would take seconds each.
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(max_length=st.integers(2, 60))
+def test_nothing_of_a_lesson_is_ever_cut(parts: Parts, max_length: int) -> None:
+    """Question, critique, header and end token are whole in every lesson that is taught."""
+    lessons = lessons_of(dataclasses.replace(parts, max_length=max_length))
+    header, end = parts.renderer.solver_prompt(PROBLEMS[0])[-1], parts.renderer.end_id
+    for lesson in lessons:
+        rollout, prompt = lesson.rollout, lesson.teacher_prompt_ids
+        if lesson.context is None:
+            assert lesson.dropped == "refused"
+            continue
+        whole = parts.renderer.teacher_prompt(rollout.problem, lesson.context)
+        fits = len(whole) + len(rollout.answer_ids) <= max_length
+        assert (lesson.dropped is None) == fits
+        if prompt is not None:
+            assert prompt == whole and len(prompt) + len(rollout.answer_ids) <= max_length
+            text = " ".join(map(parts.renderer.token_text, prompt))
+            assert rollout.problem.question in text and lesson.context in text
+            assert prompt[-1] == header and rollout.answer_ids[-1] == end
+            assert parts.renderer.decode(rollout.answer_ids) == rollout.text
+    lost = sum(lesson.dropped == "longer than the context window" for lesson in lessons)
+    told = describe(lessons)
+    assert told.get("dropped/longer than the context window", 0) == pytest.approx(lost / 6)
+    assert told["dropped"] == pytest.approx((lost + 2) / 6)
 
 
 def test_later_updates_are_measured_from_the_first(parts: Parts) -> None:

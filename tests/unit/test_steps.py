@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import get_args
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from selfteach import steps
+from selfteach.config import JsonlData
 from selfteach.lab import checker
 from selfteach.lab.world import ROOT, STYLES, World, text_of
 
@@ -19,6 +23,44 @@ def test_lines_skip_blank_ones_and_keep_their_own_spaces() -> None:
     text = "one\n\n  two \n \nthree"
     assert pieces(text, steps.lines(text)) == ["one", "  two ", "three"]
     assert steps.lines("") == steps.lines(" \n ") == []
+
+
+def test_paragraphs_are_parted_by_blank_lines() -> None:
+    text = "\n\none\nstill one\n \t\ntwo \n\n\n\\boxed{3}\n"
+    assert pieces(text, steps.paragraphs(text)) == ["one\nstill one", "two ", "\\boxed{3}\n"]
+    assert steps.paragraphs("") == steps.paragraphs(" \n\n ") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("We add. Then we stop.", ["We add.", "Then we stop."]),
+        ("Pi is 3.14, e.g. about 3. So 5! = 120 holds! Is it?",
+         ["Pi is 3.14, e.g. about 3.", "So 5! = 120 holds!", "Is it?"]),
+        ("It is 4. $x = 2$ then. \\(y\\) too.", ["It is 4.", "$x = 2$ then.", "\\(y\\) too."]),
+        ("1. First this. 2) Then that.\n3. End",
+         ["1. First this.", "2) Then that.", "3. End"]),
+        ("**Done.** (Yes.)\n\nx", ["**Done.**", "(Yes.)", "x"]),
+        ("no stop\n  next line", ["no stop", "next line"]),
+        ("a", ["a"]),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_sentences(text: str, expected: list[str]) -> None:
+    assert pieces(text, steps.sentences(text)) == expected
+
+
+@pytest.mark.parametrize("name", ["lines", "paragraphs", "sentences"])
+@given(text=st.text(st.sampled_from("aB1 .!?\n$*)"), max_size=40))
+def test_free_form_steps_leave_out_only_white_space(name: str, text: str) -> None:
+    spans = steps.SPLITTERS[name](text)
+    outside = [text[a:b] for a, b in itertools.pairwise([0, *itertools.chain(*spans), len(text)])]
+    assert not any(gap.strip() for gap in outside[::2]) and all(p.strip() for p in outside[1::2])
+
+
+def test_a_recipe_names_every_splitter_there_is() -> None:
+    (field,) = [f for name, f in JsonlData.model_fields.items() if name == "steps"]
+    assert set(get_args(field.annotation)) == set(steps.SPLITTERS)
 
 
 @pytest.mark.parametrize(

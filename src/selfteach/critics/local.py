@@ -77,7 +77,7 @@ class LocalModel:
         ):
             torch.manual_seed(int(key_of("seed", requests[0])[:15], 16))
             self._model.eval()
-            out_BT = self._model.generate(
+            out_BT = self._model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 max_new_tokens=max_tokens,
