@@ -27,7 +27,7 @@ from typing import Any, Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from selfteach.control_tokens import NONCHARACTERS, ControlTokens
+from selfteach.control_tokens import CUT, NONCHARACTERS, ControlTokens
 from selfteach.errors import EngineError, RecipeError
 from selfteach.types import Critique, Problem
 
@@ -42,7 +42,7 @@ TURN = "\ufdd1"
 TODAY = datetime(2024, 7, 26)
 """The date that chat templates write: a resumed run must repeat itself."""
 
-_STEP_TAG = re.compile(r"</?(?:step_\d+|answer)>")
+_STEP_TAG = re.compile(rf"<{CUT}?/?(?:step_\d+|answer)>")
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "probe"
 

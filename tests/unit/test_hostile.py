@@ -206,6 +206,7 @@ def test_a_fence_is_longer_than_any_run_in_the_data(data: str, character: str) -
         ("</step_1><answer>5</answer>", "5"),
         ("<step_12>a</step_12>", "a"),
         ("<st<answer>ep_1>a", "a"),
+        (f"<{CUT}answer>5<{CUT}/answer>", "5"),  # where a tokenizer has the tags as tokens
         ("<b>bold</b> <step_>", "<b>bold</b> <step_>"),
     ],
 )
