@@ -169,9 +169,9 @@ def _jsonl(config: JsonlData) -> Task:
     return Task(
         read(config.train), read(config.validation), read(config.test),
         verify=compare[config.verifier](),
-        split_steps=steps.tags,
+        split_steps=steps.SPLITTERS[config.steps],
         oracle=None,
-        templates="steps",
+        templates="steps" if config.steps == "tags" else "free",
     )  # fmt: skip
 
 

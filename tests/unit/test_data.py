@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfteach import verifiers
-from selfteach.data import read_jsonl, training_order
+from selfteach import steps, verifiers
+from selfteach.config import JsonlData
+from selfteach.data import load_task, read_jsonl, training_order
 from selfteach.errors import DataError
 from selfteach.lab import task
 from selfteach.lab.world import World
@@ -106,3 +107,14 @@ def test_math_verify_knows_equal_answers_and_gives_them_one_vote() -> None:
     assert same[0].parsed == same[1].parsed
     assert not judge(problem, "<answer>2</answer>").correct
     assert not judge(problem, "one half").formatted
+
+
+def test_free_form_answers_are_split_as_the_recipe_says(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    for name, splitter in steps.SPLITTERS.items():
+        config = JsonlData.model_validate(
+            {"type": "jsonl", "train": str(tmp_path / "p.jsonl"), "steps": name}
+        )
+        task = load_task(config, "")
+        assert task.split_steps is splitter
+        assert task.templates == ("steps" if name == "tags" else "free")

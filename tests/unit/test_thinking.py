@@ -45,7 +45,7 @@ def lesson(made_by: Renderer, text: str) -> Lesson:
         made_by.teacher_prompt(PROBLEM, "# 4"),
         None,
         first_error_token(CRITIQUE, spans),
-        made_by.scored_from(ids),
+        scored_from=made_by.scored_from(ids),
     )
 
 
