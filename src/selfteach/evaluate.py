@@ -11,7 +11,7 @@ import numpy as np
 from selfteach.estimates import avg_at_k, maj_at_k, pass_at_k
 from selfteach.protocols import Engine, Verifier
 from selfteach.run_folder import RunFolder
-from selfteach.sampling import batches
+from selfteach.sampling import sample_batches
 from selfteach.types import Problem, Sampling
 
 RATES = ("avg", "pass", "maj", "truncated", "format")
@@ -72,7 +72,7 @@ def evaluate(
 ) -> Evaluation:
     """Answer each problem ``sampling.samples`` times and judge the answers."""
     k = sampling.samples
-    sampled = batches(
+    sampled = sample_batches(
         engine, problems, sampling, batch_answers=batch_answers,
         journal=journal, name=f"{split}_{step:06d}",
     )  # fmt: skip

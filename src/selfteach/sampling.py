@@ -10,7 +10,7 @@ from selfteach.run_folder import RunFolder
 from selfteach.types import Problem, Rollout, Sampling
 
 
-def batches(
+def sample_batches(
     engine: Engine,
     problems: Sequence[Problem],
     sampling: Sampling,

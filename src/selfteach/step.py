@@ -21,7 +21,7 @@ from selfteach.policy_gradient import token_logp
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
 from selfteach.rendering import Renderer
 from selfteach.run_folder import RunFolder
-from selfteach.sampling import batches
+from selfteach.sampling import sample_batches
 from selfteach.scores import chunked_sum
 from selfteach.types import (
     Batch,
@@ -68,8 +68,10 @@ def train_step(
     """Answer, be marked, re-read with the marks in view, and learn what one would now say."""
     clock = [time.monotonic()]
     known = journal.load_critiques(step) if journal else {}
-    sampled = batches(parts.engine, problems, parts.sampling, batch_answers=parts.batch_answers,
-                      journal=journal, name=f"step_{step:06d}")  # fmt: skip
+    sampled = sample_batches(
+        parts.engine, problems, parts.sampling, batch_answers=parts.batch_answers,
+        journal=journal, name=f"step_{step:06d}",
+    )  # fmt: skip
     with later(parts.critic_threads) as soon:  # a server marks one batch while the next is sampled
         marking = [soon(mark, parts, batch, known) for batch in sampled]
         clock.append(time.monotonic())
