@@ -247,6 +247,7 @@ def test_wrong_calls_are_one_line(
     assert "is empty" in said("evaluate", "lab:two_styles", "--problems", empty)
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"question": "a"}\n')
+    assert "no such folder" in said("evaluate", tmp_path / "nowhere")
     assert "wrong.jsonl:1" in said("evaluate", "lab:two_styles", "--problems", wrong)
     assert not (tmp_path / "x").exists()
 
