@@ -41,12 +41,14 @@ from selfteach.loading import (
 from selfteach.objective import Distillation, Grpo
 from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
 from selfteach.protocols import Context, Objective, Teacher
-from selfteach.rendering import Renderer, Templates, Thinking
+from selfteach.rendering import Renderer
 from selfteach.step import Parts
 from selfteach.teacher import EmaTeacher as Ema
 from selfteach.teacher import InitialTeacher as Initial
 from selfteach.teacher import LiveTeacher as Live
 from selfteach.teacher import TrustRegionTeacher as TrustRegion
+from selfteach.template_sets import Templates
+from selfteach.thinking import Thinking
 from selfteach.types import Problem, Sampling
 
 CHUNK_ENTRIES = 2**23

@@ -42,7 +42,9 @@ from selfteach.loading import (
 )
 from selfteach.policy import Policy
 from selfteach.protocols import Critic
-from selfteach.rendering import Renderer, Templates, Thinking
+from selfteach.rendering import Renderer
+from selfteach.template_sets import Templates
+from selfteach.thinking import Thinking
 
 
 @dataclass(frozen=True, slots=True)

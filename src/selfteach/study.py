@@ -22,9 +22,9 @@ from selfteach.errors import CheckpointError, RecipeError
 from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
 from selfteach.inspection import advantages_by_context
 from selfteach.recipes import BASE, Study, pairs
-from selfteach.rendering import Templates
 from selfteach.run_folder import RunFolder, read_json, require_empty, write_json
 from selfteach.settings import merge, validate
+from selfteach.template_sets import Templates
 from selfteach.train import environment, evaluation_of, result_of, run_to_end
 
 MEASURES = ("avg", "pass", "maj", "length", "truncated", "format")

@@ -17,7 +17,7 @@ from selfteach.critics.reading import Reader
 from selfteach.critics.store import ReplyStore, Stored
 from selfteach.critics.text import Asking, TextCritic
 from selfteach.errors import CriticError
-from selfteach.rendering import Templates
+from selfteach.template_sets import Templates
 from selfteach.types import Critique, NoCritique, Problem, Rollout, Usage
 
 POLICIES = {

@@ -9,8 +9,8 @@ from difflib import SequenceMatcher
 
 from selfteach.alignment import same_words
 from selfteach.protocols import Verifier
-from selfteach.rendering import split_thinking
 from selfteach.steps import Splitter, content
+from selfteach.thinking import split_thinking
 from selfteach.types import (
     Case,
     Critique,

@@ -9,8 +9,8 @@ from selfteach.critics.chat import NoReply, Reply, Request
 from selfteach.critics.reading import Reader
 from selfteach.critics.store import Stored
 from selfteach.errors import CriticError
-from selfteach.rendering import Templates
 from selfteach.steps import content
+from selfteach.template_sets import Templates
 from selfteach.types import Critique, NoCritique, Rollout, Usage, Verdict
 
 Judged = tuple[Rollout, Verdict]
