@@ -111,12 +111,26 @@ def evaluate(
 
 
 @app.command()
-def check(recipe: RecipePath, settings: Settings = None) -> None:
+def check(
+    recipe: RecipePath,
+    settings: Settings = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not ask whether a served critic is there.")
+    ] = False,
+) -> None:
     """Validate a recipe and print what it resolves to, its sizes and its budget. Spends nothing."""
     from selfteach.plan import describe_study
 
+    loaded = _load(recipe, settings)
     # All of it first: a recipe that fails prints its one line of error and nothing else.
-    for line in list(describe_study(_load(recipe, settings))):
+    lines = list(describe_study(loaded))
+    if not offline:
+        from selfteach.build_critic import require_critic
+        from selfteach.study import critics_of
+
+        for critic in critics_of(loaded):
+            require_critic(critic)
+    for line in lines:
         typer.echo(line)
 
 

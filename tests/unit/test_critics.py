@@ -12,7 +12,7 @@ import pytest
 from scripted_server import Server, cuts, raw, refuses, says, serving, stalls
 from selfteach import steps, verifiers
 from selfteach.critics.chat import Keep, NoReply, Reply, Request, key_of
-from selfteach.critics.endpoint import LONGEST_REPLY, Endpoint, EndpointModel
+from selfteach.critics.endpoint import Endpoint, EndpointModel
 from selfteach.critics.reading import Reader
 from selfteach.critics.store import ReplyStore, Stored
 from selfteach.critics.text import Asking, TextCritic
@@ -209,7 +209,7 @@ def test_a_wrong_key_or_model_ends_the_run_whatever_the_policy(store: Path, stat
         (RIGHT, "length", "truncated", 1),
         (WRONG, "stop", "wrong_answer", 1),
         ("<step_1>Seven wheels turn round.</step_1><answer>4</answer>", "stop", "misaligned", 1),
-        ("x" * 10_000_000, "stop", "malformed", 2),
+        ("x" * 10_000_000, "stop", "truncated", 1),
     ],
 )
 def test_useless_critiques_are_typed_and_retried_where_the_policy_says_so(
@@ -220,8 +220,7 @@ def test_useless_critiques_are_typed_and_retried_where_the_policy_says_so(
         assert isinstance(said, NoCritique) and said.reason == reason
         assert len(server.asked) == asked == said.usage.asked
         assert [body["temperature"] for body in server.asked] == [0.0, 0.7][:asked]
-    if text and len(text) > LONGEST_REPLY:
-        assert store.stat().st_size < 4 * LONGEST_REPLY
+    assert store.stat().st_size < 100_000
 
 
 def test_a_retry_can_succeed_and_both_are_paid_for(store: Path) -> None:

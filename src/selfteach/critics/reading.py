@@ -24,6 +24,8 @@ from selfteach.types import (
 )
 
 NUMBERED = re.compile(r"<step_(\d+)>")
+COMPARED = 1_000
+"""Words of two steps that are compared, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Reader:
         if not text.strip():
             return _none("empty", "the critic wrote nothing")
         if not finished:
-            return _none("truncated", "the critic's reply was cut at its token limit")
+            return _none("truncated", "the critic's reply was cut off before its end")
         if not said.strip():
             return _none("empty", "the critic wrote a thought and nothing after it")
         problem = rollout.problem
@@ -79,7 +81,7 @@ class Reader:
             if likeness < self.min_similarity:
                 return _none("misaligned", f"the first steps share {likeness:.0%} of their words")
         if self.must_solve and not self.verify(problem, said).correct:
-            return _none("wrong_answer", f"the critic's own answer is {told.answer}")
+            return _none("wrong_answer", f"the critic's own answer is {_shown(told.answer)}")
         return _critique(own, told, kept, rollout, verdict)
 
     def trace(self, problem: Problem, text: str) -> Trace:
@@ -131,7 +133,13 @@ def _kept(own: Sequence[str], told: Sequence[str]) -> int:
 
 
 def _likeness(a: str, b: str) -> float:
-    return SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()
+    # Beyond these words nothing changes the verdict but the time it takes, which is quadratic.
+    begin = [text.split(maxsplit=COMPARED)[:COMPARED] for text in (a, b)]
+    return SequenceMatcher(None, *begin, autojunk=False).ratio()
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _misnumbered(text: str) -> str | None:
