@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from selfteach.alignment import same_words
@@ -48,8 +48,6 @@ class Reader:
     min_similarity: float = 0.3
     """A critique that keeps no step must share this much of the words of the first step with the
     answer's first step (ratio of `difflib.SequenceMatcher`); else it is about something else."""
-    must_solve: bool = True
-    """Refuse a critique whose own final answer is wrong; False where no answer is known."""
 
     def __call__(
         self, text: str, rollout: Rollout, verdict: Verdict, *, finished: bool = True
@@ -79,9 +77,11 @@ class Reader:
         if kept == 0 and own.steps:
             likeness = _likeness(own.steps[0], told.steps[0])
             if likeness < self.min_similarity:
-                return _none("misaligned", f"the first steps share {likeness:.0%} of their words")
-        if self.must_solve and not self.verify(problem, said).correct:
-            return _none("wrong_answer", f"the critic's own answer is {_shown(told.answer)}")
+                why = f"the first steps share {likeness:.0%} of their words"
+                return _none("misaligned", why, told.answer)
+        if not self.verify(problem, said).correct:
+            why = f"the critic's own answer is {_shown(told.answer)}"
+            return _none("wrong_answer", why, told.answer)
         return _critique(own, told, kept, rollout, verdict)
 
     def trace(self, problem: Problem, text: str) -> Trace:
@@ -150,10 +150,5 @@ def _misnumbered(text: str) -> str | None:
     return f"steps are numbered {', '.join(map(str, found[:12]))}"
 
 
-def _none(outcome: Outcome, detail: str) -> NoCritique:
-    return NoCritique(outcome, detail)
-
-
-def with_usage(said: Critique | NoCritique, usage: object) -> Critique | NoCritique:
-    """The same critique with what it took."""
-    return replace(said, usage=usage)  # type: ignore[arg-type]
+def _none(outcome: Outcome, detail: str, answer: str | None = None) -> NoCritique:
+    return NoCritique(outcome, detail, answer=None if answer is None else _shown(answer))

@@ -14,6 +14,8 @@ from selfteach.template_sets import Templates
 from selfteach.types import Critique, NoCritique, Rollout, Usage, Verdict
 
 Judged = tuple[Rollout, Verdict]
+SHOWN = 2_000
+"""Characters of a text that is no critique that are kept with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,8 @@ class TextCritic:
     ) -> Critique | NoCritique:
         if isinstance(reply, NoReply):
             return NoCritique("unavailable", reply.reason)
-        return self._reader(reply.text, rollout, verdict, finished=reply.finished)
+        said = self._reader(reply.text, rollout, verdict, finished=reply.finished)
+        return said if isinstance(said, Critique) else replace(said, said=reply.text[:SHOWN])
 
     def _usage(self, reply: Reply | NoReply, reused: bool) -> Usage:
         if isinstance(reply, NoReply):
