@@ -128,7 +128,10 @@ def summarise(rows: Iterable[Row]) -> Summary:
         false_alarms=sum(c["first_error"] is not None for c in right),
         added=sum(c["first_error"] is None and c["case"] == "B" for c in right),
         misses=sum(map(_missed, asked)),
-        usage={n: sum(row["critique"].get("usage", {}).get(n, 0) for row in asked) for n in names},
+        usage={
+            n: float(sum(row["critique"].get("usage", {}).get(n, 0) for row in asked))
+            for n in names
+        },
     )
 
 

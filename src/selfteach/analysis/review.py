@@ -13,7 +13,7 @@ from rich.text import Text
 from selfteach.analysis.critics import CASES, OUTCOMES, QUANTILES, Row, Summary, summarise
 from selfteach.analysis.plain_text import plain
 
-BAR = 30
+BAR = 20
 """Width of the longest bar of a histogram."""
 LONGEST = 800
 """Characters of a step, a question or a reply that are shown."""
@@ -124,13 +124,13 @@ def _agreement(summary: Summary) -> Table:
 
 
 def _fidelity(summary: Summary) -> Table:
-    table = _table("fidelity (share of tokens before the first change)", "critiques", "", "")
+    table = _table("fidelity: tokens before the first change", "critiques", "", "")
     if not summary.fidelity:
         _row(table, "no critique to measure", "0")
         return table
-    told = [f"mean {summary.mean_fidelity:.2f}"]
-    told += [f"{share:.0%} {summary.quantile(share):.2f}" for share in QUANTILES]
-    _row(table, ", ".join(told), f"{len(summary.fidelity):,}")
+    _row(table, f"mean {summary.mean_fidelity:.2f}", f"{len(summary.fidelity):,}")
+    for share in QUANTILES:
+        _row(table, f"{share:.0%} have at most {summary.quantile(share):.2f}", "")
     for index, count in enumerate(summary.histogram()):
         name = f"{index / 10:.1f} to {(index + 1) / 10:.1f}"
         _row(table, f"  {name}", f"{count:,}", _bar(count, max(summary.histogram())))
