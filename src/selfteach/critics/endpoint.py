@@ -90,8 +90,8 @@ class EndpointModel:
         async def one(index: int, request: Request) -> Reply | NoReply:
             async with self._slots, self._pace or contextlib.nullcontext():
                 reply = await self._ask(request)
-            if isinstance(reply, Reply):
-                await asyncio.to_thread(keep, index, reply)
+                if isinstance(reply, Reply):  # on disk before the next request is sent
+                    await asyncio.to_thread(keep, index, reply)
             return reply
 
         return await asyncio.gather(*(one(i, r) for i, r in enumerate(requests)))
@@ -116,7 +116,8 @@ class EndpointModel:
                 reason = f"the connection was cut in the middle of a reply: {error.__cause__}"
             except (openai.OpenAIError, ValueError) as error:
                 reason = f"a reply that cannot be read: {error}"
-            await asyncio.sleep(PAUSE_S * 2**attempt)
+            if attempt < UNREADABLE_RETRIES:
+                await asyncio.sleep(PAUSE_S * 2**attempt)
         return NoReply(_one_line(reason))
 
     async def _send(self, request: Request) -> Reply:
