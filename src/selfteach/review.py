@@ -112,8 +112,10 @@ def _mark(marker: Marker, answers: Sequence[Answered]) -> list[dict[str, Any]]:
             verdict = replace(verdict, correct=answer.correct)
         judged.append((answer.rollout, verdict))
     said = marker.critic(judged)
-    marked = [Marked(*pair, critique) for pair, critique in zip(judged, said, strict=True)]
-    return [_row(marker, answer) for answer in marked]
+    return [
+        _row(marker, Marked(rollout, verdict, critique))
+        for (rollout, verdict), critique in zip(judged, said, strict=True)
+    ]
 
 
 def _row(marker: Marker, marked: Marked) -> dict[str, Any]:

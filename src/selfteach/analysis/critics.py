@@ -152,7 +152,7 @@ def read_runs(folders: Sequence[Path]) -> Record:
     return Record(
         summarise(row for step in sorted(by_step) for row in by_step[step]),
         {step: summarise(rows) for step, rows in sorted(by_step.items())},
-        sum(row.get("seconds_marking", 0.0) for row in metrics),
+        sum((row.get("seconds_marking", 0.0) for row in metrics), 0.0),
     )
 
 
