@@ -98,14 +98,16 @@ class Templates:
         answer: str,
         *,
         steps: Sequence[str],
+        final: str | None = None,
         finished: bool,
         reference: str | None = None,
     ) -> list[Message]:
-        """What a critic is asked about an answer, as chat messages (for one that is served).
+        """What a critic is asked about an answer, as chat messages.
 
-        ``steps`` are the answer's steps one by one; ``finished`` is False for one that was cut off.
+        ``steps`` are the answer's steps one by one, ``final`` its final answer, None without one;
+        ``finished`` is False for an answer that was cut off.
         """
-        said = {"answer": answer, "steps": tuple(steps), "finished": finished}
+        said = {"answer": answer, "steps": tuple(steps), "final": final, "finished": finished}
         return conversation(self.render("critic", question=question, reference=reference, **said))
 
 

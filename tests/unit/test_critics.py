@@ -277,3 +277,24 @@ def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):
         with pytest.raises(CriticError, match=r"critic\.store"):
             ReplyStore(path)
+
+
+def test_an_answer_without_tags_is_shown_in_numbered_ones_and_told_from_its_end(
+    store: Path,
+) -> None:
+    said = "<case>A</case>\n<step_1>2 and 2 make 4.</step_1>\n<answer>4</answer>"
+    problem = Problem("f", "What is 2 + 2?", "4")
+    with serving(says(said)) as server:
+        free = TextCritic(
+            Stored(model(server), ReplyStore(store)),
+            Templates("free"),
+            Reader(steps.lines, verifiers.exact),
+            Asking(max_tokens=64),
+            POLICIES,
+        )
+        text = "2 and 2 make 4.\n<answer>4</answer>"
+        answer = Rollout(problem, 0, (1,), (5,), (-0.5,), text, True, 0)
+        (critique,) = free([(answer, verifiers.exact(problem, text))])
+        (*_, asked) = server.asked[0]["messages"]
+    assert "\n<step_1>2 and 2 make 4.</step_1>\n<answer>4</answer>\n===" in asked["content"]
+    assert isinstance(critique, Critique) and critique.case == "A"

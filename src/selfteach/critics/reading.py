@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 
 from selfteach.alignment import same_words
 from selfteach.protocols import Verifier
-from selfteach.steps import Splitter, content
+from selfteach.steps import Splitter, content, tags
 from selfteach.thinking import split_thinking
 from selfteach.types import (
     Case,
@@ -23,6 +23,8 @@ from selfteach.types import (
     Verdict,
 )
 
+CASE = re.compile(r"\s*<case>[^<]*</case>\s*")
+"""The letter that a critic is asked for; what counts is what it then writes."""
 NUMBERED = re.compile(r"<step_(\d+)>")
 COMPARED = 1_000
 """Words of two steps that are compared, at most."""
@@ -40,7 +42,8 @@ class Trace:
 class Reader:
     """Reads critiques of answers to one kind of problem.
 
-    A critique is a text in the format of an answer, so the task's own splitter and verifier read it.
+    A critique is a text in the format of an answer, so the task's own splitter and verifier read it
+    (or its tags, where it has some).
     """
 
     split_steps: Splitter
@@ -57,7 +60,7 @@ class Reader:
         A thought before the trace is stripped. The four cases are the paper's: A all right, B right
         but something was missing, C cut at the token limit, D wrong.
         """
-        _, said = split_thinking(text)
+        said = CASE.sub("", split_thinking(text)[1], count=1)
         if not text.strip():
             return _none("empty", "the critic wrote nothing")
         if not finished:
@@ -85,9 +88,12 @@ class Reader:
         return _critique(own, told, kept, rollout, verdict)
 
     def trace(self, problem: Problem, text: str) -> Trace:
-        """Steps and final answer of a text in the solver's format."""
+        """Steps and final answer of a text in the solver's format, or in the tags of ``free``.
+
+        An answer without tags is shown to the critic in numbered ones, and comes back in them.
+        """
         parsed = self.verify(problem, text).parsed
-        spans = self.split_steps(text)
+        spans = (tags if NUMBERED.search(text) else self.split_steps)(text)
         steps = [content(text, span) for span in (spans[:-1] if parsed is not None else spans)]
         return Trace(tuple(steps), parsed)
 

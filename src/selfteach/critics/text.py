@@ -82,10 +82,13 @@ class TextCritic:
 
     def _request(self, rollout: Rollout, verdict: Verdict, attempt: int) -> Request:
         asking, problem = self._asking, rollout.problem
+        steps = [content(rollout.text, span) for span in self._reader.split_steps(rollout.text)]
+        final = steps.pop() if steps and verdict.parsed is not None else None
         rendered = self._templates.critic(
             problem.question,
             rollout.text,
-            steps=[content(rollout.text, s) for s in self._reader.split_steps(rollout.text)],
+            steps=steps,
+            final=final,
             finished=rollout.finished,
             reference=problem.references.get("reference") if asking.sees_reference else None,
         )
