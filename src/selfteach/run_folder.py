@@ -155,6 +155,7 @@ def lesson_row(lesson: Lesson) -> dict[str, Any]:
         "sample": rollout.sample,
         "question": rollout.problem.question,
         "answer": rollout.text,
+        "finished": rollout.finished,
         **asdict(lesson.marked.verdict),
         "critique": None if critique is None else asdict(critique),
         "context": lesson.context,
@@ -238,7 +239,8 @@ def critique_from(row: dict[str, Any] | None) -> Critique | NoCritique | None:
         return None
     usage = Usage(**row.get("usage", {}))
     if "reason" in row:
-        return NoCritique(row["reason"], row.get("detail", ""), usage)
+        said, answer = row.get("said", ""), row.get("answer")
+        return NoCritique(row["reason"], row.get("detail", ""), usage, said, answer)
     return Critique(
         case=row["case"],
         steps=tuple(CritiqueStep(**step) for step in row["steps"]),

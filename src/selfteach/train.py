@@ -14,6 +14,7 @@ from typing import Any
 
 from selfteach import checkpoint
 from selfteach.build import Built, build, set_threads
+from selfteach.build_critic import require_critic
 from selfteach.config import Recipe
 from selfteach.data import Split, training_order
 from selfteach.evaluate import Evaluation, evaluate
@@ -50,6 +51,7 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
         run.create(recipe.model_dump(mode="json"), environment())
         if run.is_complete:
             return
+        require_critic(recipe.critic)
         built = build(recipe)
         step = _take_up(run, built)
         yield from _steps(run, recipe, built, step)

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from families import CHAT, CORPUS, FAMILIES, byte_level, tokenizer_of
 from selfteach.control_tokens import CUT, ControlTokens
-from selfteach.rendering import TURN, Renderer, Templates, conversation, fence, untagged
+from selfteach.rendering import Renderer
+from selfteach.template_sets import TURN, Templates, conversation, fence, untagged
 from selfteach.types import Critique, CritiqueStep, Problem
 
 CONTROL = {
@@ -41,13 +42,15 @@ def prompts(name: str, data: str) -> list[tuple[int, ...]]:
     """All prompts that hold data, of every set, with the data in every place."""
     found = []
     for templates in ("steps", "free", "chain_sums"):
-        renderer = Renderer(tokenizer_of(name), Templates(templates))
+        shown = Templates(templates)
+        renderer = Renderer(tokenizer_of(name), shown)
         problem = Problem("p", f"q {data} q", "4")
         told = f"c {data} c"
+        asked = shown.critic(problem.question, told, steps=[told], finished=True, reference=told)
         found += [
             renderer.solver_prompt(problem),
             renderer.teacher_prompt(problem, told),
-            renderer.critic_prompt(problem, told, steps=[told], finished=True, reference=told),
+            renderer.encode_messages(asked),
         ]
     return found
 

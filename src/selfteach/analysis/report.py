@@ -17,7 +17,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from selfteach.analysis import critics as critic_words
 from selfteach.analysis import figures, wording
+from selfteach.analysis.critics import Record, read_study
 from selfteach.analysis.wording import Results, arms_of
 from selfteach.errors import CheckpointError
 
@@ -44,13 +46,17 @@ def write_report(folder: Path) -> Path:
     example_path = folder / "token_advantages.json"
     example = _read(example_path) if example_path.exists() else None
     path = folder / "report.html"
-    _write_whole(path, render(results, example))
+    _write_whole(path, render(results, example, read_study(folder)))
     for name, figure in _drawn(results, example).items():
         figures.save(figure, folder / "figures" / f"{name}.svg")
     return path
 
 
-def render(results: Results, example: Mapping[str, Any] | None = None) -> str:
+def render(
+    results: Results,
+    example: Mapping[str, Any] | None = None,
+    critics: Mapping[str, Record] | None = None,
+) -> str:
     """The report as HTML text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -64,6 +70,8 @@ def render(results: Results, example: Mapping[str, Any] | None = None) -> str:
     return template.render(
         r=results,
         example=example,
+        critics=critics or {},
+        critic_words=critic_words,
         w=wording,
         figures=_figures(results, example),
         sentences=[_sentence(results, pair) for pair in wording.headline(results)],
