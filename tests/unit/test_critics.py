@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
 import threading
 import time
@@ -301,3 +302,20 @@ def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):
         with pytest.raises(CriticError, match=r"critic\.store"):
             ReplyStore(path)
+
+
+def test_a_model_that_nobody_holds_leaves_no_thread() -> None:
+    def endpoints() -> int:
+        return sum(thread.name == "endpoint" for thread in threading.enumerate())
+
+    gc.collect()
+    with serving(says(RIGHT)) as server:
+        before, held = endpoints(), model(server)
+        held.complete([request()], lambda *_: None)
+        assert endpoints() > 0
+        del held
+        gc.collect()
+        deadline = time.monotonic() + 10
+        while endpoints() > before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert endpoints() <= before
