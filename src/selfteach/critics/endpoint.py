@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import threading
+import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -64,7 +65,7 @@ class EndpointModel:
         key = key_of_server(endpoint)
         # Requests are awaited in a thread of their own, whoever asks; connections are kept.
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
+        threading.Thread(target=_run, args=(self._loop,), name="endpoint", daemon=True).start()
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         rate = endpoint.requests_per_minute
         self._pace = AsyncLimiter(1, 60 / rate) if rate else None
@@ -74,6 +75,7 @@ class EndpointModel:
             timeout=endpoint.timeout_s,
             max_retries=endpoint.max_retries,
         )
+        weakref.finalize(self, _shut_down, self._loop, self._client).atexit = False
 
     @property
     def identity(self) -> str:
@@ -175,6 +177,23 @@ async def _read(pieces: AsyncIterator[bytes]) -> bytes:
     except Exception as error:  # the client's transport has a type of its own, which changes
         raise _CutOff from error
     return bytes(body)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """A thread's life: the loop until it is stopped, and once more for what closes behind it."""
+    loop.run_forever()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+def _shut_down(loop: asyncio.AbstractEventLoop, client: openai.AsyncOpenAI) -> None:
+    """Close the connections and end the thread of a model that nobody holds any more."""
+
+    async def close() -> None:
+        await client.close()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), loop)
 
 
 def _reply(body: bytes) -> Reply:
