@@ -84,11 +84,10 @@ def load_task(config: DataConfig, model_folder: str) -> Task:
         case FilesData() | HubData():
             config = with_mapping(config)
             splits, counts = read_problem_sets(config)
-            world = config.world if isinstance(config, FilesData) else None
-            kind = _kind(config.verifier, config, world, model_folder)
         case GymData():
             splits, counts = generate(config), {}
-            kind = _kind(config.verifier, config, None, model_folder)
+    world = config.world if isinstance(config, FilesData) else None
+    kind = _kind(config.verifier, config, world, model_folder)
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
     task = Task(train, validation, test, counts=counts, **kind)
     return task if config.unsound == "warn" else _sound(task, drop=config.unsound == "drop")
@@ -97,6 +96,24 @@ def load_task(config: DataConfig, model_folder: str) -> Task:
 def check_answers(task: Task) -> Audit:
     """Whether the task's verifier accepts every problem's own answer and rejects it corrupted."""
     return audit([*task.train, *task.validation, *task.test], task.verify, task.form.write)
+
+
+def describe_problems(task: Task, *, most: int = 5) -> Iterator[str]:
+    """Lines for a person: what was read and left out, and what the audit of the answers found."""
+    if task.counts:
+        yield "source: " + ", ".join(f"{count:,} {name}" for name, count in task.counts.items())
+    found = check_answers(task)
+    without = f", {found.without_answer:,} have none" if found.without_answer else ""
+    yield (
+        f"answers: {found.checked:,} tried{without}; the verifier misjudges "
+        f"{len(found.unsound):,} of the problems"
+    )
+    for finding in found.findings[:most]:
+        yield f"warning: {finding}"
+    if len(found.findings) > most:
+        yield f"warning: and {len(found.findings) - most:,} more"
+    if found.findings:
+        yield 'data.unsound = "drop" leaves such problems out, "stop" refuses to begin'
 
 
 def training_order(count: int, seed: int, problems_per_step: int) -> Iterator[list[int]]:

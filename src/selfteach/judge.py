@@ -18,8 +18,8 @@ from typing import Any
 CHILD = Path(__file__).with_name("judge_child.py")
 TIMEOUT_S = 5.0
 """For one comparison; math-verify's own default."""
-FIRST_TIMEOUT_S = 120.0
-"""For the first, which imports sympy or reasoning-gym."""
+START_S = 120.0
+"""For importing sympy or reasoning-gym before the first."""
 
 
 class Judge:
@@ -48,20 +48,15 @@ class Judge:
 
     def _reply(self, what: str, line: str) -> dict[str, Any]:
         process = self._running()
-        limit = self._timeout_s if what in self._warm else FIRST_TIMEOUT_S + self._timeout_s
-        try:
-            assert process.stdin is not None
-            process.stdin.write(line.encode() + b"\n")
-            process.stdin.flush()
-            said = _read_line(process, limit)
-        except (OSError, TimeoutError):
-            said = b""
-        if not said.endswith(b"\n"):
+        if what not in self._warm:
+            _exchange(process, json.dumps({"what": "ready", "library": what}), START_S)
+            self._warm.add(what)
+        said = _exchange(process, line, self._timeout_s)
+        if said is None:
             self.timeouts += 1
             self.close()
             return {"error": "gave up"}
-        self._warm.add(what)
-        return json.loads(said)
+        return said
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
@@ -81,6 +76,18 @@ class Judge:
         if self._process is not None:
             _end(self._process)
             self._process = None
+
+
+def _exchange(process: subprocess.Popen[bytes], line: str, limit_s: float) -> dict[str, Any] | None:
+    """The reply to a line; None if it did not come in time or the child died of it."""
+    try:
+        assert process.stdin is not None
+        process.stdin.write(line.encode() + b"\n")
+        process.stdin.flush()
+        said = _read_line(process, limit_s)
+    except (OSError, TimeoutError):
+        return None
+    return json.loads(said) if said.endswith(b"\n") else None
 
 
 def _read_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:

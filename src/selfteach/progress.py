@@ -18,6 +18,7 @@ from rich.progress import (
 
 from selfteach.config import Recipe
 from selfteach.run_folder import RunFolder
+from selfteach.selection import Standing
 from selfteach.study import Job
 
 
@@ -37,6 +38,19 @@ def run_progress(recipe: Recipe) -> Iterator[Callable[[Mapping[str, Any]], None]
                     f"step {row['step']:>4}  {row['kind']:<10}  Avg@{row['k']} {row['avg']:.1f} %"
                 )
                 console.print(line, highlight=False)
+
+        yield show
+
+
+@contextmanager
+def selection_progress() -> Iterator[Callable[[Standing], None]]:
+    """One bar for a selection; gives a function that shows how far it has come."""
+    with _bars(Console(stderr=True)) as bars:
+        task = bars.add_task("selecting", total=None, note="")
+
+        def show(standing: Standing) -> None:
+            note = f"kept {standing.kept:,}"
+            bars.update(task, completed=standing.judged, total=standing.total, note=note)
 
         yield show
 

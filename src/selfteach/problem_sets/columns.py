@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from selfteach.config_data import Columns, HubData, RowsData
 from selfteach.errors import DataError, RecipeError
@@ -23,6 +23,9 @@ SOURCES = ("train", "validation", "test", "pool")
 REFERENCES = ("reference", "aligned_reference")
 
 
+R = TypeVar("R", bound=RowsData)
+
+
 class Missing(Exception):
     """A row lacks what a column names; the message says what."""
 
@@ -34,7 +37,7 @@ def ready_mappings() -> Mapping[str, Mapping[str, Any]]:
     return tomllib.loads(text)
 
 
-def with_mapping(config: RowsData) -> RowsData:
+def with_mapping(config: R) -> R:
     """The section with its ready-made mapping filled in; what the recipe says goes before it.
 
     Raises `RecipeError` for a mapping of another name.
@@ -46,6 +49,8 @@ def with_mapping(config: RowsData) -> RowsData:
         raise RecipeError(f"data.mapping = {config.mapping!r}; {nearest(config.mapping, known)}")
     told = config.model_dump(exclude_unset=True)
     ready = {k: v for k, v in known[config.mapping].items() if k in type(config).model_fields}
+    if "path" in told:
+        ready.pop("name", None)  # a configuration of the mapping's own data set
     if not isinstance(config, HubData) or told.keys() & set(SOURCES):
         # The hub's splits; and whoever names one source means these and no others.
         ready = {k: v for k, v in ready.items() if k not in SOURCES}

@@ -26,8 +26,13 @@ def read_hub(
         rows = _from_disk(datasets, path, split)
     else:
         rows = _load(datasets, path, split, name=name, revision=revision, streaming=streaming)
-    for number, values in enumerate(rows, start=1):
-        yield Row(dict(values), f"{path} ({split}): row {number}", f"{split}-{number}")
+    number = 0
+    try:
+        for values in rows:
+            number += 1
+            yield Row(dict(values), f"{path} ({split}): row {number}", f"{split}-{number}")
+    except OSError as error:  # the network, while rows stream in
+        raise DataError(f"data.path = {path!r}: {_explained(error)}") from None
 
 
 def _from_disk(datasets: Any, path: str, split: str) -> Any:
