@@ -87,6 +87,7 @@ def select(recipe: Recipe, chosen: SelectConfig, folder: Path) -> Iterator[Stand
             return
         built = build(recipe)
         pool, duplicates = candidates(built, chosen)
+        split_pool(pool, chosen.split)  # too few of them is said before anything is sampled
         tallies: list[Tally] = []
         for batch in _tallies(run, recipe, chosen, built, pool):
             tallies += batch
@@ -232,9 +233,12 @@ def _write(
     """The selected problems by split, the card for people, and the card for programs last."""
     kept = [tally for tally in tallies if reasons_against(tally, chosen) is None]
     card = make_card(recipe, chosen, tallies, duplicates=duplicates, counts=built.task.counts)
-    if not kept:
-        raise DataError(f"no problem is left: {card['filters']}; loosen [select]")
-    splits = split_pool([tally.problem for tally in kept], chosen.split)
+    try:
+        if not kept:
+            raise DataError(f"no problem is left ({card['filters']})")
+        splits = split_pool([tally.problem for tally in kept], chosen.split)
+    except DataError as error:
+        raise DataError(f"{error}; the answers are kept: loosen [select] and call again") from None
     by_id = {tally.problem.id: tally for tally in kept}
     for name in ("train", "validation", "test"):
         rows = (problem_row(by_id[problem.id]) for problem in splits[name])
