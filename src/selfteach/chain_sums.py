@@ -174,6 +174,11 @@ def parse_answer(text: str) -> str | None:
     return _canonical(stated[-1].group(1)) if stated else None
 
 
+def write_answer(answer: str) -> str:
+    """The shortest text that states an answer."""
+    return f"Answer: {answer}"
+
+
 def verify(problem: Problem, text: str) -> Verdict:
     """Right if reasoning-gym's scorer gives the stated answer full marks."""
     parsed = parse_answer(text)

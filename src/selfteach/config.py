@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args
 from pydantic import Field, field_validator, model_validator
 
 from selfteach.config_critic import CriticConfig
+from selfteach.config_data import DataConfig, LabData
 from selfteach.settings import Section
 
 ContextName = Literal[
@@ -84,50 +85,6 @@ class ModelConfig(Section):
     def _false_is_none(cls, value: object) -> object:
         """TOML has no null, and an override must be able to say none."""
         return None if value is False else value
-
-
-class LabData(Section):
-    """Problems of the lab; the world is the model's own unless named."""
-
-    type: Literal["lab"] = "lab"
-    world: str | None = None
-    chance_below: float = Field(default=1.0, gt=0, le=1)
-    """Keep only problems that the solver's authors get right with a probability below this (the
-    paper keeps those with an Avg@16 of its solver below 5/16)."""
-    train: int = Field(default=2048, ge=1)
-    validation: int = Field(default=96, ge=1)
-    test: int = Field(default=192, ge=1)
-
-
-class ChainSumsData(Section):
-    """``chain_sum`` of reasoning-gym: add and subtract from left to right, one step per line."""
-
-    type: Literal["chain_sums"] = "chain_sums"
-    seed: int = 0
-    min_terms: int = Field(default=3, ge=2)
-    max_terms: int = Field(default=4, ge=2)
-    max_digits: int = Field(default=2, ge=1)
-    shots: int = Field(default=2, ge=0)
-    """Worked examples that stand before every question."""
-    train: int = Field(default=512, ge=1)
-    validation: int = Field(default=32, ge=1)
-    test: int = Field(default=64, ge=1)
-
-
-class JsonlData(Section):
-    """Problem sets as JSON lines: ``question`` and ``answer``, optionally ``id`` and ``reference``."""
-
-    type: Literal["jsonl"]
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    verifier: Literal["exact", "math"] = "exact"
-    steps: Literal["tags", "lines", "paragraphs", "sentences"] = "tags"
-    """What a step of an answer is: a tag ``<step_1>…</step_1>``, or for models that will not use tags
-    (template set ``free``) a line, a paragraph or a sentence."""
-
-
-DataConfig = Annotated[Union[LabData, ChainSumsData, JsonlData], Field(discriminator="type")]  # noqa: UP007
 
 
 class SamplingConfig(Section):

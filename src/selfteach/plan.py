@@ -9,6 +9,7 @@ from typing import Any
 
 from selfteach.build import Built, build
 from selfteach.config import Recipe
+from selfteach.data import describe_problems
 from selfteach.recipes import Study
 
 
@@ -67,6 +68,7 @@ def describe_study(study: Study) -> Iterator[str]:
         if arm == first:
             yield "# sizes"
             yield from _sizes(built, sizes)
+            yield from describe_problems(built.task)
             yield "# budget per seed"
         yield (
             f"{arm}: {budget.answers:,} answers (at most {budget.tokens:,} tokens), "

@@ -1,7 +1,8 @@
 """Recipe files: TOML in, the resolved recipe of every run out.
 
 A recipe file holds the sections of one run (`config.Recipe`). A study adds ``[study]``, one table of
-overrides per arm (``[arms.NAME]``), optionally per variant (``[variants.NAME]``) and a ``[sweep]``.
+overrides per arm (``[arms.NAME]``), optionally per variant (``[variants.NAME]``), a ``[sweep]``
+and a ``[select]``.
 What differs between arms stands in the arms; everything else is written once and is the same for all.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from selfteach.config import Recipe
+from selfteach.config_data import SelectConfig
 from selfteach.errors import RecipeError
 from selfteach.settings import Section, merge, nearest, parse_setting, validate
 
@@ -26,7 +28,7 @@ BASE = "base"
 NAME = re.compile(r"\w+")
 """Names of arms and variants: they become folders, and ``a-b`` is a difference of two."""
 
-TABLES = ("study", "arms", "variants", "sweep")
+TABLES = ("study", "arms", "variants", "sweep", "select")
 """What a recipe file holds besides the common sections of its runs."""
 
 
@@ -72,6 +74,7 @@ class Study(Section):
     arms: dict[str, dict[str, Any]]
     variants: dict[str, VariantConfig] = Field(default_factory=dict)
     sweep: SweepConfig | None = None
+    select: SelectConfig = SelectConfig()
 
     def recipe(
         self, arm: str, *, seed: int | None = None, variant: str | None = None,
@@ -135,8 +138,8 @@ def study_from(
 ) -> Study:
     """A study from parsed TOML, with ``key=value`` settings applied to the common sections.
 
-    A setting whose key begins with ``arms.``, ``study.``, ``sweep.`` or ``variants.`` changes those;
-    any other reaches every arm, also where an arm has a value of its own. Raises `RecipeError`.
+    A setting whose key begins with the name of a table of `TABLES` changes that; any other reaches
+    every arm, also where an arm has a value of its own. Raises `RecipeError`.
     """
     values = deepcopy(dict(raw))
     for setting in map(parse_setting, settings):

@@ -51,7 +51,7 @@ def error_of(toml: str, *settings: str) -> str:
         ("[context]\ntype = 'aligned'", "'step_aligned'"),
         ("[objective]\ntype = 'ppo'", "'grpo'"),
         ("[teacher]\ntype = 'frozen'", "'initial'"),
-        ("[data]\ntype = 'math'", "'jsonl'"),
+        ("[data]\ntype = 'math'", "'files'"),
         ("[sampling]\ntemperature = 0", "sampling.temperature: "),
         # Combinations that make no sense.
         ("[context]\ntype = 'step_aligned'", 'needs a critic: add [critic] type = "oracle"'),

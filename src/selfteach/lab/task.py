@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 
 from selfteach.lab import checker, oracle
-from selfteach.lab.world import ROOT, Split, World
+from selfteach.lab.world import ANSWER_MARK, ROOT, Split, World
 from selfteach.lab.writing import references
 from selfteach.types import Critique, Problem, Verdict
 
@@ -36,6 +36,11 @@ def verify(problem: Problem, text: str) -> Verdict:
     """Right if the symbol after the answer mark is the root's true value."""
     parsed = checker.parse_answer(text)
     return Verdict(correct=parsed == problem.answer, formatted=parsed is not None, parsed=parsed)
+
+
+def write_answer(answer: str) -> str:
+    """The shortest text that states an answer."""
+    return f"{ANSWER_MARK} {answer}"
 
 
 class Oracle:
