@@ -136,7 +136,7 @@ def _lab(config: LabData, model_folder: str) -> Task:
         train=lab_task.problems(world, "train", config.train, chance_below=below),
         validation=lab_task.problems(world, "validation", config.validation, chance_below=below),
         test=lab_task.problems(world, "test", config.test, chance_below=below),
-        verify=lab_task.verify,
+        verify=lab_task.StepVerifier(world),
         split_steps=steps.lab,
         oracle=lab_task.Oracle(world),
         templates="lab",

@@ -21,7 +21,7 @@ def exact(problem: Problem, text: str) -> Verdict:
     """Right if the tagged answer is the problem's, white space apart."""
     parsed = final_answer(text)
     parsed = " ".join(parsed.split()) if parsed is not None else None
-    return Verdict(parsed == " ".join(problem.answer.split()), parsed is not None, parsed)
+    return Verdict.of_final(parsed == " ".join(problem.answer.split()), parsed)
 
 
 def math() -> Verifier:
@@ -39,11 +39,11 @@ def math() -> Verifier:
     def judge(problem: Problem, text: str) -> Verdict:
         tagged = final_answer(text)
         if tagged is None:
-            return Verdict(False, False, None)
+            return Verdict.of_final(False, None)
         found = parse(f"${tagged}$")
         correct = bool(verify(parse(f"${problem.answer}$"), found))
         # The canonical form makes equal answers vote together, however they are written.
         canonical = problem.answer if correct else str(found[0]) if found else tagged
-        return Verdict(correct, True, canonical)
+        return Verdict.of_final(correct, canonical)
 
     return judge
