@@ -255,6 +255,12 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @field_validator("critic", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: object) -> object:
+        """``critic = false`` in an arm takes away the critic that others share."""
+        return None if value is False else value
+
     @model_validator(mode="before")
     @classmethod
     def _default_types(cls, values: Any) -> Any:
