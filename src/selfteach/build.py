@@ -73,7 +73,7 @@ def build(recipe: Recipe) -> Built:
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, tokenizer, templates)
     model = load_model(recipe.model, device)
-    max_length = longest(recipe, model)
+    max_length = longest(recipe, context_length(model))
     check_lengths(renderer, task, max_length, recipe)
     policy = _policy(recipe, _adapted(recipe, model))
     ends, pad, autocast = end_ids(model, tokenizer, renderer), pad_id(tokenizer), _autocast(recipe)
@@ -177,9 +177,9 @@ def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
             return TrustRegion(policy, config.live_share)
 
 
-def longest(recipe: Recipe, model: PreTrainedModel) -> int:
+def longest(recipe: Recipe, built_for: int) -> int:
     """Longest sequence in tokens: the recipe's, or what the model was built for."""
-    built_for, asked = context_length(model), recipe.train.max_length
+    asked = recipe.train.max_length
     if asked is not None and asked > built_for:
         raise RecipeError(f"train.max_length = {asked}: the model was built for {built_for} tokens")
     return asked or built_for

@@ -111,12 +111,22 @@ def evaluate(
 
 
 @app.command()
-def check(recipe: RecipePath, settings: Settings = None) -> None:
-    """Validate a recipe and print what it resolves to, its sizes and its budget. Spends nothing."""
+def check(
+    recipe: RecipePath,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline",
+            help="Load no weights and ask no server; list what cannot be had here instead of failing.",
+        ),
+    ] = False,
+    settings: Settings = None,
+) -> None:
+    """Validate a recipe and print what it resolves to, its sizes, memory and budget. Spends nothing."""
     from selfteach.plan import describe_study
 
     # All of it first: a recipe that fails prints its one line of error and nothing else.
-    for line in list(describe_study(_load(recipe, settings))):
+    for line in list(describe_study(_load(recipe, settings), offline=offline)):
         typer.echo(line)
 
 

@@ -120,7 +120,7 @@ def load_study(path: Path, settings: Sequence[str] = ()) -> Study:
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's tables over the common sections of what it extends; ``above`` are the files that extend it."""
+    """A file over the common sections of what it extends; ``above`` are the files extending it."""
     raw = _parse(path)
     base = raw.pop("extends", None)
     if base is None:
