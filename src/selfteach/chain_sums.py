@@ -183,7 +183,7 @@ def verify(problem: Problem, text: str) -> Verdict:
     """Right if reasoning-gym's scorer gives the stated answer full marks."""
     parsed = parse_answer(text)
     score = _scorer().score_answer(parsed, {"answer": problem.answer})
-    return Verdict(correct=score == 1.0, formatted=parsed is not None, parsed=parsed)
+    return Verdict.of_final(score == 1.0, parsed)
 
 
 def check(problem: Problem, text: str) -> CheckedAnswer:

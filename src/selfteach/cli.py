@@ -122,17 +122,21 @@ def evaluate(
 @app.command()
 def check(
     recipe: RecipePath,
-    settings: Settings = None,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Do not ask whether a served critic is there.")
+        bool,
+        typer.Option(
+            "--offline",
+            help="Load no weights and ask no server; list what cannot be had here instead of failing.",
+        ),
     ] = False,
+    settings: Settings = None,
 ) -> None:
-    """Validate a recipe and print what it resolves to, its sizes and its budget. Spends nothing."""
+    """Validate a recipe and print what it resolves to, its sizes, memory and budget. Spends nothing."""
     from selfteach.plan import describe_study
 
     loaded = _load(recipe, settings)
     # All of it first: a recipe that fails prints its one line of error and nothing else.
-    lines = list(describe_study(loaded))
+    lines = list(describe_study(loaded, offline=offline))
     if not offline:
         from selfteach.build_critic import require_critic
         from selfteach.study import critics_of

@@ -145,7 +145,7 @@ def _lab(config: LabData, model_folder: str) -> Task:
 
 def _of_lab(world: World) -> dict[str, Any]:
     return {
-        "verify": lab_task.verify,
+        "verify": lab_task.StepVerifier(world),
         "form": verifiers.Form(lab_task.write_answer),
         "split_steps": steps.lab,
         "oracle": lab_task.Oracle(world),

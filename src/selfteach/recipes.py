@@ -4,6 +4,9 @@ A recipe file holds the sections of one run (`config.Recipe`). A study adds ``[s
 overrides per arm (``[arms.NAME]``), optionally per variant (``[variants.NAME]``), a ``[sweep]``
 and a ``[select]``.
 What differs between arms stands in the arms; everything else is written once and is the same for all.
+
+``extends = "../paper/recipe.toml"`` begins with the common sections of another file, named from where
+this one is; its study, arms, variants and sweep stay its own.
 """
 
 from __future__ import annotations
@@ -116,8 +119,28 @@ def load_study(path: Path, settings: Sequence[str] = ()) -> Study:
 
     Raises `RecipeError` in one line for whatever is wrong with the file.
     """
+    return study_from(_read(path), settings, where=str(path), default_arm=path.stem)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file over the common sections of what it extends; ``above`` are the files extending it."""
+    raw = _parse(path)
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends names another recipe file, found {base!r}")
+    chain = (*above, path.resolve())
+    extended = path.parent / base
+    if extended.resolve() in chain:
+        raise RecipeError(f"{path}: extends = {base!r} leads back to itself")
+    inherited = _read(extended, chain)
+    return merge({k: v for k, v in inherited.items() if k not in TABLES}, raw)
+
+
+def _parse(path: Path) -> dict[str, Any]:
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     except IsADirectoryError:
@@ -126,7 +149,6 @@ def load_study(path: Path, settings: Sequence[str] = ()) -> Study:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
-    return study_from(raw, settings, where=str(path), default_arm=path.stem)
 
 
 def study_from(

@@ -68,7 +68,7 @@ class Exact:
         """Judge an answer's text."""
         found = READERS[self.answer_in](text)
         parsed = " ".join(found.split()) if found is not None else None
-        return Verdict(parsed == " ".join(problem.answer.split()), parsed is not None, parsed)
+        return Verdict.of_final(parsed == " ".join(problem.answer.split()), parsed)
 
 
 exact = Exact()
@@ -93,9 +93,9 @@ class Math:
         """Judge an answer's text. Right answers have one canonical form, the problem's own."""
         found = self._read(text)
         if found is None:
-            return Verdict(False, False, None)
+            return Verdict.of_final(False, None)
         correct = self.same(problem.answer, found)
-        return Verdict(correct, True, problem.answer if correct else " ".join(found.split()))
+        return Verdict.of_final(correct, problem.answer if correct else " ".join(found.split()))
 
     def same(self, a: str, b: str) -> bool:
         """Whether two final answers are one. Not symmetric for sets and relations: ``a`` is gold."""
@@ -128,7 +128,7 @@ class Gym:
             )
         found = self._read(text)
         if found is None:
-            return Verdict(False, False, None)
+            return Verdict.of_final(False, None)
         entry = {
             "question": problem.question,
             "answer": problem.answer or None,
@@ -139,7 +139,7 @@ class Gym:
         )
         correct = said.get("score", 0.0) >= 1.0
         told = problem.answer if correct and problem.answer else " ".join(found.split())
-        return Verdict(correct, True, told)
+        return Verdict.of_final(correct, told)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,24 @@ def error_of(toml: str, *settings: str) -> str:
             "from_first_error = true",
             "from_first_error needs a critic",
         ),
+        (
+            "[context]\ntype = 'reference'\n[objective]\nspans = 0.25",
+            "spans needs a critic",
+        ),
+        ("[context]\ntype = 'peer'\n[train]\nanswers_per_problem = 1", '"peer" needs at least 2'),
+        ("[context]\ntype = 'peer'\nfall_back = 'peer'", "fall_back is another context"),
+        ("[context]\ntype = 'peer'\nfall_back = 'none'", "fall_back is another context"),
+        ("[context]\ntype = 'peer'\nfall_back = 'holistic'", "needs a critic"),
+        ("[objective]\ntype = 'hybrid'", 'context "none" has nothing to teach'),
+        (
+            "[context]\ntype = 'reference'\n[objective]\ntype = 'hybrid'\n"
+            "[train]\nanswers_per_problem = 1",
+            "grpo needs at least 2",
+        ),
+        ("[objective]\ntype = 'hybrid'\nweight = 1.5", "a mixture goes from 0 to 1"),
+        ("[objective]\ntype = 'hybrid'\nweight = { start = 1, end = 0, step = 9 }", "'steps'?"),
+        ("[objective]\ntype = 'hybrid'\ngrpo = { kl_weight = 0.1 }", "kl_weight must be 0"),
+        ("[objective]\ntype = 'hybrid'\ndistillation = { betta = 1 }", "did you mean 'beta'?"),
     ],
 )
 def test_what_is_wrong_is_one_line(toml: str, said: str) -> None:
@@ -199,7 +217,8 @@ def test_pairs_are_later_minus_earlier_and_each_minus_base() -> None:
 
 
 def test_every_critic_context_asks_for_a_critic_and_no_other() -> None:
-    assert set(CONTEXTS) - CRITIC_CONTEXTS == {"none", "reference", "aligned_reference"}
+    without = {"none", "reference", "aligned_reference", "peer", "environment"}
+    assert set(CONTEXTS) - CRITIC_CONTEXTS == without
     for name in CONTEXTS:
         values = {"context": {"type": name}, "train": {"steps": 0}}
         if name in CRITIC_CONTEXTS:
