@@ -26,7 +26,7 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
     def print_line(line: str) -> None:
         with capture.global_and_fixture_disabled():
-            print(f"\n{line}", flush=True)
+            print(f"\n{line}", flush=True)  # noqa: T201 - what the target is doing
 
     return print_line
 
