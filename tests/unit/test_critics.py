@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripted_server import Server, cuts, raw, refuses, says, serving, stalls
+from scripted_server import Server, cuts, raw, refuses, says, serving, stalls, trickles
 from selfteach import steps, verifiers
 from selfteach.critics.chat import Keep, NoReply, Reply, Request, key_of
 from selfteach.critics.endpoint import Endpoint, EndpointModel
@@ -163,8 +163,9 @@ def test_a_server_that_says_when_is_not_asked_before(store: Path) -> None:
         (cuts, {}, ""),
         (raw(b"{]"), {}, "cannot be read"),
         (stalls(3), {"timeout_s": 0.3, "max_retries": 0}, "no reply within 0.3 s"),
+        (trickles, {"timeout_s": 0.3, "max_retries": 0}, "no reply within 0.3 s"),
     ],
-    ids=["500", "400", "cut", "no json", "stalls"],
+    ids=["500", "400", "cut", "no json", "stalls", "trickles"],
 )
 def test_what_does_not_pass_is_typed(store: Path, misbehaviour, settings, said_why) -> None:
     with serving(misbehaviour) as server:
