@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import openai
 from aiolimiter import AsyncLimiter
 
+from selfteach.control_tokens import defused, restored
 from selfteach.critics.chat import Keep, NoReply, Reply, Request, as_dicts
 from selfteach.errors import CriticError
 
@@ -125,7 +126,7 @@ class EndpointModel:
         create = self._client.chat.completions.with_streaming_response.create
         async with create(
             model=endpoint.model,
-            messages=as_dicts(request.messages),  # type: ignore[arg-type]
+            messages=as_dicts([(r, defused(c)) for r, c in request.messages]),  # type: ignore[arg-type]
             temperature=request.temperature,
             max_tokens=request.max_tokens,
             seed=request.attempt,
@@ -186,7 +187,7 @@ def _reply(body: bytes) -> Reply:
         prompt, written = (
             int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")
         )
-        return Reply("" if text is None else str(text), finished, prompt, written)
+        return Reply("" if text is None else restored(str(text)), finished, prompt, written)
     except (AttributeError, IndexError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a chat completion: {error!r}") from None
 
