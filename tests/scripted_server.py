@@ -134,6 +134,17 @@ def stalls(seconds: float) -> Behaviour:
     return behave
 
 
+def trickles(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Sends a byte now and then, for as long as anybody reads."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
 def cuts(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
     """Promises more than it sends, and closes the connection."""
     handler.send_response(200)

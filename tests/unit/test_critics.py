@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripted_server import Server, cuts, raw, refuses, says, serving, stalls
+from scripted_server import Server, cuts, raw, refuses, says, serving, stalls, trickles
 from selfteach import steps, verifiers
 from selfteach.control_tokens import Spellings
 from selfteach.critics.chat import Keep, NoReply, Reply, Request, key_of
@@ -189,8 +189,9 @@ def test_a_server_that_says_when_is_not_asked_before(store: Path) -> None:
         (cuts, {}, ""),
         (raw(b"{]"), {}, "cannot be read"),
         (stalls(3), {"timeout_s": 0.3, "max_retries": 0}, "no reply within 0.3 s"),
+        (trickles, {"timeout_s": 0.3, "max_retries": 0}, "no reply within 0.3 s"),
     ],
-    ids=["500", "400", "cut", "no json", "stalls"],
+    ids=["500", "400", "cut", "no json", "stalls", "trickles"],
 )
 def test_what_does_not_pass_is_typed(store: Path, misbehaviour, settings, said_why) -> None:
     with serving(misbehaviour) as server:
@@ -235,6 +236,7 @@ def test_a_wrong_key_or_model_ends_the_run_whatever_the_policy(store: Path, stat
         (None, "stop", "empty", 2),
         ("I like it.", "stop", "malformed", 2),
         (RIGHT, "length", "truncated", 1),
+        (None, "length", "truncated", 1),
         (WRONG, "stop", "wrong_answer", 1),
         ("<step_1>Seven wheels turn round.</step_1><answer>4</answer>", "stop", "misaligned", 1),
         ("x" * 10_000_000, "stop", "truncated", 1),
@@ -341,3 +343,23 @@ def test_a_model_that_nobody_holds_leaves_no_thread() -> None:
         while endpoints() > before and time.monotonic() < deadline:
             time.sleep(0.02)
         assert endpoints() <= before
+
+
+def test_a_reply_without_end_is_not_read_to_the_end(store: Path) -> None:
+    sent = []
+
+    def endless(handler, body) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b" " * 1_000_000)  # fails once nobody listens
+            sent.append(1)
+
+    with serving(endless) as server:
+        (said,) = critic(model(server), store)(judged("a"))
+        assert isinstance(said, NoCritique) and said.reason == "truncated"
+        deadline = time.monotonic() + 10
+        while server.at_once and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(sent) < 50 and len(server.asked) == 1

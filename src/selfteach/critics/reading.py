@@ -61,10 +61,10 @@ class Reader:
         but something was missing, C cut at the token limit, D wrong.
         """
         said = CASE.sub("", split_thinking(text)[1], count=1)
+        if not finished:  # also where a server keeps the thought to itself and nothing is left
+            return _none("truncated", "the critic's reply was cut off before its end")
         if not text.strip():
             return _none("empty", "the critic wrote nothing")
-        if not finished:
-            return _none("truncated", "the critic's reply was cut off before its end")
         if not said.strip():
             return _none("empty", "the critic wrote a thought and nothing after it")
         problem = rollout.problem
