@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import socket
@@ -38,7 +39,7 @@ STOPS_WITHIN_S = 20.0
 """Then it is killed."""
 
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB: 23,000 tokens
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -126,7 +127,7 @@ class Server:
         return f"{self.address}/v1"
 
     def start(self) -> None:
-        """Start and wait until it answers. Raises RuntimeError with the end of its log if it dies."""
+        """Start and wait until it answers. Raises RuntimeError with its error if it dies."""
         command = [
             str(self._python), "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(self._model), "--served-model-name", NAME, "--dtype", "float32",
@@ -140,7 +141,7 @@ class Server:
         try:
             while not self._answers():
                 if self._group.ended or time.monotonic() > started + STARTS_WITHIN_S:
-                    raise RuntimeError(f"vLLM does not start:\n{self._end_of_log()}")
+                    raise RuntimeError(f"vLLM does not start: {self._last_error()} ({self.log})")
                 time.sleep(0.5)
         except BaseException:
             self.stop(at_once=True)
@@ -166,8 +167,11 @@ class Server:
         except (OSError, urllib.error.URLError):
             return False
 
-    def _end_of_log(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+    def _last_error(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()
+        said = [line for line in lines if re.match(r"\w*(Error|Exception): ", line)]
+        # The first is the cause, the later ones are those who waited for it.
+        return said[0][:300] if said else "no error in its log"
 
 
 @contextmanager
@@ -235,6 +239,8 @@ def main() -> int:
             return subprocess.run(asked.command).returncode
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

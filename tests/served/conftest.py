@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
     def print_line(line: str) -> None:
         with capture.global_and_fixture_disabled():
-            print(f"\n{line}", flush=True)  # noqa: T201 - what the target is doing
+            sys.stdout.write(f"\n{line}\n")
+            sys.stdout.flush()
 
     return print_line
 

@@ -9,11 +9,11 @@ SAMPLE = re.compile(r"^vllm:(\w+)(?:\{[^}]*\})? ([\d.e+-]+)$", re.MULTILINE)
 
 
 class Meter:
-    """Counters since this meter was made (or the server started again)."""
+    """Counters since this meter was made, or since the server was started."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, since_start: bool = False) -> None:
         self._address = address
-        self._before = self._read()
+        self._before = {} if since_start else self._read()
 
     def count(self, name: str) -> int:
         """How much a counter has grown."""
