@@ -89,6 +89,7 @@ def load_task(config: DataConfig, model_folder: str) -> Task:
     world = config.world if isinstance(config, FilesData) else None
     kind = _kind(config.verifier, config, world, model_folder)
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
+    _check_meta(config.verifier, [*train, *validation, *test])
     task = Task(train, validation, test, counts=counts, **kind)
     return task if config.unsound == "warn" else _sound(task, drop=config.unsound == "drop")
 
@@ -198,6 +199,18 @@ def _kind(
     }
 
 
+def _check_meta(verifier: str, problems: Sequence[Problem]) -> None:
+    """Raises `DataError` for the first problem that lacks what its verifier or oracle reads."""
+    needed = {"reasoning_gym": ("reasoning_gym",), "chain_sums": ("terms", "signs")}
+    for problem in problems:
+        for key in needed.get(verifier, ()):
+            if key not in problem.meta:
+                raise DataError(
+                    f'data.verifier = "{verifier}": problem {problem.id!r} did not come from there; '
+                    f"its meta has no {key!r}"
+                )
+
+
 def _sound(task: Task, *, drop: bool) -> Task:
     """The task without the problems its verifier cannot judge. Raises `DataError` unless they may
     be left out."""
@@ -210,7 +223,7 @@ def _sound(task: Task, *, drop: bool) -> Task:
             'data.unsound = "drop" leaves them out'
         )
     kept = {
-        name: tuple(p for p in getattr(task, name) if p.id not in found.unsound)
+        name: tuple(p for p in getattr(task, name) if p.question not in found.unsound)
         for name in ("train", "validation", "test")
     }
     return replace(task, **kept, counts={**task.counts, "unsound": len(found.unsound)})

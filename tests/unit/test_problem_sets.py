@@ -110,6 +110,7 @@ def test_references_and_meta_survive(tmp_path: Path) -> None:
         ({"train": "a.jsonl", "mapping": "gsm9k"}, "did you mean 'gsm8k'?"),
         ({"pool": "a.jsonl", "split": {"validation": 20, "test": 20}}, "30 problems are too few"),
         ({"train": "empty.jsonl"}, "is empty"),
+        ({"train": "a.jsonl", "verifier": "reasoning_gym"}, "'a-1' did not come from there"),
         ({"train": "a.jsonl", "verifier": "lab", "world": "mars"}, "known worlds"),
     ],
 )  # fmt: skip
@@ -151,7 +152,7 @@ def test_only_and_limit_and_bad_rows_are_counted(tmp_path: Path) -> None:
         ("a | before:## | before:##", "x "),
         ("b.c.1", "two"),
         ("b.c.-1", "three"),
-        ("b.c | first", "one"),
+        ("b.c|first", "one"),
         ("b.c | last", "three"),
         ("b.c | join:; ", "one; two; three"),
         ("s | boxed", r"\frac{1}{2}"),
@@ -473,9 +474,9 @@ def test_a_verifier_that_accepts_everything_is_found() -> None:
 
     found = audit(pool_of(3), lambda problem, text: Verdict(True, True, text), str)
     assert [f.kind for f in found.findings] == ["accepted"] * 3 and found.unsound == {
-        "p0",
-        "p1",
-        "p2",
+        "Question 0?",
+        "Question 1?",
+        "Question 2?",
     }
 
 

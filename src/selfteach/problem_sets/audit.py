@@ -18,7 +18,7 @@ LETTER = re.compile(r"[A-Za-z](?=[^A-Za-z]*$)")
 class Finding:
     """A problem that its verifier cannot judge."""
 
-    problem_id: str
+    problem: Problem
     kind: Literal["rejected", "accepted"]
     """``rejected``: its own answer; ``accepted``: its answer corrupted."""
     answer: str
@@ -27,7 +27,7 @@ class Finding:
     def __str__(self) -> str:
         told = self.answer if len(self.answer) <= 60 else self.answer[:60] + "…"
         what = "own answer" if self.kind == "rejected" else "corrupted answer"
-        return f"problem {self.problem_id!r}: the {what} {told!r} is {self.kind}"
+        return f"problem {self.problem.id!r}: the {what} {told!r} is {self.kind}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Audit:
 
     @property
     def unsound(self) -> frozenset[str]:
-        """Ids of the problems that were found."""
-        return frozenset(finding.problem_id for finding in self.findings)
+        """Questions of the problems that were found (ids may be the same in two files)."""
+        return frozenset(finding.problem.question for finding in self.findings)
 
 
 def audit(problems: Iterable[Problem], verify: Verifier, write: Callable[[str], str]) -> Audit:
@@ -57,10 +57,10 @@ def audit(problems: Iterable[Problem], verify: Verifier, write: Callable[[str], 
             continue
         checked += 1
         if not verify(problem, write(problem.answer)).correct:
-            findings.append(Finding(problem.id, "rejected", problem.answer))
+            findings.append(Finding(problem, "rejected", problem.answer))
         wrong = corrupt(problem.answer)
         if verify(problem, write(wrong)).correct:
-            findings.append(Finding(problem.id, "accepted", wrong))
+            findings.append(Finding(problem, "accepted", wrong))
     return Audit(checked, without, tuple(findings))
 
 

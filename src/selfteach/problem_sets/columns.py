@@ -78,7 +78,7 @@ def column_value(values: Mapping[str, Any], column: str) -> Any:
     """
     if FIELD.search(column):
         return FIELD.sub(lambda match: _text(_at(values, match[1])), column)
-    path, *rules = re.split(r" *\| ", column)
+    path, *rules = re.split(r" *\| *", column)
     value = _at(values, path)
     for rule in rules:
         value = _apply(rule, value)
