@@ -159,11 +159,11 @@ def _logits(load: Load) -> tuple[Item, ...]:
     if load.compute_bytes != load.weight_bytes:
         copy = 2 * head * load.compute_bytes  # the student's and the teacher's
         items.append(Item("head, cast", copy, f"2 × {head:,} × {load.compute_bytes} bytes"))
+        inner = load.parameters - head * (1 if shape.tied else 2)
+        how = f"{inner:,} × {load.compute_bytes} bytes"
+        items.append(Item("layers' weights, cast", inner * load.compute_bytes, how))
     if not load.adapters:
         items.append(Item("head's gradient", 2 * head * FLOAT, f"2 × {head:,} × {FLOAT} bytes"))
-        if load.compute_bytes != load.weight_bytes:
-            how = f"{load.parameters:,} × {load.compute_bytes} bytes"
-            items.append(Item("weights, cast", load.parameters * load.compute_bytes, how))
     return tuple(items)
 
 

@@ -14,6 +14,11 @@ from selfteach.memory import Item, Memory, gib, memory
 from selfteach.recipes import Study
 from selfteach.survey import Survey, load_of, look, survey
 
+UNREADABLE = (
+    "note: the lab's bases do not read environment feedback: it teaches next to nothing there"
+)
+"""Measured: docs/concepts.md."""
+
 
 def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
     """Lines that tell the resolved recipe, sizes, memory and budget.
@@ -32,6 +37,8 @@ def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
         yield json.dumps(differences(plain[first], plain[arm]), indent=2)
     known = {arm: _know(recipe, offline) for arm, recipe in resolved.items()}
     yield from _unchecked(known)
+    if any(unreadable(recipe) for recipe in resolved.values()):
+        yield UNREADABLE
     yield "# sizes"
     yield from _sizes(known[first])
     if (task := known[first].task) is not None:
@@ -55,6 +62,11 @@ def differences(a: Any, b: Any) -> Any:
     if isinstance(a, dict) and isinstance(b, dict):
         return {k: differences(a.get(k), v) for k, v in b.items() if a.get(k) != v}
     return b
+
+
+def unreadable(recipe: Recipe) -> bool:
+    """True where a context is shown to a model that was never taught to read it."""
+    return "environment" in recipe.context.names and recipe.data.type == "lab"
 
 
 def _know(recipe: Recipe, offline: bool) -> Survey:

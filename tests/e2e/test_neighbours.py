@@ -15,7 +15,7 @@ from selfteach import survey
 from selfteach.config import Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.plan import describe_study
-from selfteach.recipes import load_study
+from selfteach.recipes import load_study, study_from
 from selfteach.run_folder import RunFolder
 from selfteach.settings import merge, validate
 from selfteach.train import run_to_end, train
@@ -174,3 +174,15 @@ def test_offline_forgives_what_is_absent_and_not_what_is_named_wrongly(tmp_path:
     assert "memory" not in told and "sampled: 65,536" in told
     with pytest.raises((EngineError, DataError)):
         list(describe_study(study()))
+
+
+def test_check_says_what_the_lab_cannot_read() -> None:
+    few = {"train": 2, "validation": 1, "test": 1}
+    told = [
+        "\n".join(
+            describe_study(study_from({"context": {"type": name}, "data": few}), offline=True)
+        )
+        for name in ("environment", "peer")
+    ]
+    assert "do not read environment feedback" in told[0]
+    assert "do not read" not in told[1], "a peer is like an aligned reference"

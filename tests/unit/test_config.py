@@ -276,3 +276,46 @@ def test_an_override_can_take_adapters_away() -> None:
     )
     assert study.recipe("run").model.lora is not None
     assert study.recipe("run", variant="full").model.lora is None
+
+
+def test_a_recipe_extends_the_common_sections_of_another(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "one.toml").write_text(
+        "[train]\nsteps = 7\nproblems_per_step = 3\n[critic]\ntype = 'oracle'\n"
+        "[objective]\ntype = 'distillation'\nbeta = 0.3\n[study]\ntitle = 'base'\n"
+        "[arms.a]\ncontext = { type = 'step_aligned' }\n"
+    )
+    (tmp_path / "two.toml").write_text(
+        "extends = 'base/one.toml'\ncritic = false\ncontext = { type = 'reference' }\n"
+        "[train]\nsteps = 9\n"
+    )
+    (tmp_path / "three.toml").write_text("extends = 'two.toml'\n[objective]\ntype = 'hybrid'\n")
+    two, three = (load_study(tmp_path / f"{name}.toml") for name in ("two", "three"))
+    assert list(two.arms) == ["two"] and two.study.title == "", "arms and study are a file's own"
+    recipe = two.recipe("two")
+    assert (recipe.train.steps, recipe.train.problems_per_step) == (9, 3)
+    assert recipe.critic is None and recipe.objective.beta == 0.3
+    assert three.recipe("three").objective.type == "hybrid"
+    assert three.recipe("three").context.type == "reference"
+
+
+@pytest.mark.parametrize(
+    ("extends", "said"),
+    [
+        ("'me.toml'", "leads back to itself"),
+        ("'other.toml'", "leads back to itself"),
+        ("'missing.toml'", "missing.toml: no such recipe"),
+        ("3", "extends names another recipe file, found 3"),
+    ],
+)
+def test_extends_that_leads_nowhere_is_one_line(tmp_path: Path, extends: str, said: str) -> None:
+    (tmp_path / "me.toml").write_text(f"extends = {extends}\n")
+    (tmp_path / "other.toml").write_text("extends = 'me.toml'\n")
+    with pytest.raises(RecipeError, match=said):
+        load_study(tmp_path / "me.toml")
+
+
+def test_the_base_row_of_a_gated_study_asks_for_no_critic() -> None:
+    toml = ALIGNED + "[objective]\nfrom_first_error = true\nspans = 0.5\n"
+    base = study_from(tomllib.loads(toml)).base_recipe(seed=0)
+    assert base.critic is None and base.train.steps == 0

@@ -170,6 +170,13 @@ def test_adapters_in_float32_over_weights_in_bfloat16_by_hand() -> None:
     assert recomputed["activations"] == 10 * (2 * 8 * 2 + 396)
 
 
+def test_autocast_keeps_a_copy_of_what_it_casts() -> None:
+    found = by_hand(compute_bytes=2)
+    assert found["head, cast"] == 2 * 256 * 2
+    assert found["layers' weights, cast"] == (1576 - 256) * 2
+    assert not {"head, cast", "layers' weights, cast"} & by_hand().keys()
+
+
 def test_the_optimizer_holds_what_the_budget_says() -> None:
     for lora in (False, True):
         model = built(tiny("llama"), lora=lora, weights=torch.float32)
