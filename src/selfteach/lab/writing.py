@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from selfteach.lab import oracle
-from selfteach.lab.checker import CheckedStep, check, parse_line
+from selfteach.lab.checker import CheckedStep, check, parse_line, unflagged
 from selfteach.lab.world import (
     CHILDREN,
     REFERENCE_STYLE,
     ROOT,
-    STYLES,
     SYMBOLS,
     Line,
     Style,
@@ -96,7 +95,7 @@ def view_of(context: str) -> View:
     facts: dict[tuple[str, str], str] = {}
     answer = None
     for text in context.splitlines():
-        line = parse_line(_unflag(text))
+        line = parse_line(unflagged(text))
         if line is not None:
             order.append((line.node, line.style))
             facts[line.a, line.b] = line.c
@@ -205,13 +204,3 @@ def _next_step(
         styles = world.native_styles
         return ready[rng.integers(len(ready))], styles[rng.integers(len(styles))]
     return next(node for node in habit.order if is_ready(node, done)), habit
-
-
-def _unflag(text: str) -> str:
-    """A critic's flagged line in the phrasing of its style."""
-    words = text.split()
-    if len(words) == 6 and words[4] == "!":
-        for style in STYLES.values():
-            if words[1] == style.marks[0]:
-                words[4] = style.marks[1]
-    return " ".join(words)
