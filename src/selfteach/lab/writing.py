@@ -18,6 +18,7 @@ import numpy as np
 
 from selfteach.lab import oracle
 from selfteach.lab.checker import CheckedStep, check, parse_line, unflagged
+from selfteach.lab.dial import partly_aligned
 from selfteach.lab.world import (
     CHILDREN,
     REFERENCE_STYLE,
@@ -46,6 +47,25 @@ CONTEXT_SHARES: dict[str, float] = {
     "other_answer": 0.03,
 }
 """Share of each context among the base model's documents: every context a study tests is readable."""
+
+DIAL_SHARES: dict[str, float] = {
+    "none": 0.30,
+    "reference": 0.12,
+    "step_aligned": 0.12,
+    "partly_aligned": 0.14,
+    "aligned_reference": 0.06,
+    "full_repetition": 0.05,
+    "omission": 0.05,
+    "shuffled_lines": 0.05,
+    "other_answer": 0.05,
+    "holistic": 0.04,
+    "answer_only": 0.02,
+}
+"""The same for bases that are shown every position of the dial (`lab.dial`): a base that has seen
+only its ends reads them, but not what lies between."""
+
+DOCUMENTS = {"study": CONTEXT_SHARES, "dial": DIAL_SHARES}
+"""Shares by the name that `lab.pretrain` gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +182,15 @@ def context_for(
     if kind == "shuffled_lines":
         shuffled = tuple(critique.steps[i] for i in rng.permutation(len(critique.steps)))
         critique = Critique(critique.case, shuffled, critique.answer, critique.first_error)
+    known = references(world, question)
+    if kind == "partly_aligned":
+        kept = rng.permutation(len(critique.steps)) < rng.integers(len(critique.steps) + 1)
+        return partly_aligned(critique, known["reference"], kept.tolist())
     template = "step_aligned" if kind in ("shuffled_lines", "other_answer") else kind
     return templates.context(
         template,
         critique=critique,
-        references=references(world, question),
+        references=known,
         correct=check(world, about, draft).answer == world.truth(about)[ROOT],
     )
 
