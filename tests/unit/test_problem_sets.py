@@ -418,11 +418,14 @@ def test_a_generator_gives_disjoint_problems_with_its_worked_solutions() -> None
     assert task.train != gym(task="gsm_symbolic", seed=4).train
     first = task.train[0]
     assert f"#### {first.answer}" in first.references["reference"]
-    other = gym(task="gsm_symbolic", seed=5, train=40, validation=8, test=8)
+
+
+def test_two_seeds_of_a_generator_share_no_question_between_train_and_test() -> None:
+    few = {"min_terms": 2, "max_terms": 2, "max_digits": 1}  # so few that seeds do share questions
     ours, theirs = (
-        questions(gym(task="gsm_symbolic", train=40, validation=8, test=8)),
-        questions(other),
+        questions(gym(task="chain_sum", config=few, train=60, test=8, seed=seed)) for seed in (0, 5)
     )
+    assert ours["train"] & theirs["train"] and ours["train"] != theirs["train"]
     assert not ours["train"] & theirs["test"] and not ours["test"] & theirs["train"]
 
 
