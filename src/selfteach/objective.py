@@ -253,9 +253,8 @@ def first_error_token(lesson_critique: object, step_spans: Sequence[tuple[int, i
 
 def total(masks: Masks, aggregation: Aggregation) -> float:
     """The denominator of a mean over tokens, or over answers that have a token that counts."""
-    if aggregation == "token_mean":
-        return sum(map(sum, masks))
-    return float(sum(any(mask) for mask in masks))
+    counted = (sum(mask) if aggregation == "token_mean" else any(mask) for mask in masks)
+    return float(sum(counted))
 
 
 def share_out(masks: Masks, count: float, aggregation: Aggregation) -> list[list[float]]:
