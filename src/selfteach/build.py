@@ -132,7 +132,7 @@ def build_marker(recipe: Recipe) -> Marker:
         built = build(recipe)
         assert built.parts.critic is not None
         return Marker(built.parts.critic, built.task, built.parts.renderer)
-    task = load_task(recipe.data, resolve(recipe.model.path))
+    task = load_task(recipe.data, resolve(recipe.model.path), may_be_empty=True)
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
     critic = build_critic(recipe.critic, task, templates, None, seed=recipe.seed)

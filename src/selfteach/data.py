@@ -74,8 +74,11 @@ class Task:
         return chosen
 
 
-def load_task(config: DataConfig, model_folder: str) -> Task:
-    """The task a recipe names. Raises `DataError` in one line for whatever is wrong with it."""
+def load_task(config: DataConfig, model_folder: str, *, may_be_empty: bool = False) -> Task:
+    """The task a recipe names. Raises `DataError` in one line for whatever is wrong with it.
+
+    A task that ``may_be_empty`` needs no source: it only says how answers are read.
+    """
     match config:
         case LabData():
             return _lab(config, model_folder)
@@ -83,7 +86,7 @@ def load_task(config: DataConfig, model_folder: str) -> Task:
             return _chain_sums(config)
         case FilesData() | HubData():
             config = with_mapping(config)
-            splits, counts = read_problem_sets(config)
+            splits, counts = read_problem_sets(config, may_be_none=may_be_empty)
         case GymData():
             splits, counts = generate(config), {}
     world = config.world if isinstance(config, FilesData) else None
