@@ -153,6 +153,9 @@ def lesson_row(lesson: Lesson) -> dict[str, Any]:
         "critique": None if critique is None else asdict(critique),
         "context": lesson.context,
         "dropped": lesson.dropped,
+        "steps": lesson.steps,
+        "finished": rollout.finished,
+        "gold": rollout.problem.answer,
         "first_error_token": lesson.first_error_token,
         "first_change": None if lesson.change is None else asdict(lesson.change),
     }

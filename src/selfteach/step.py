@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from selfteach import steps
+from selfteach import habits, steps
 from selfteach.alignment import first_change
 from selfteach.background import later
 from selfteach.collate import collate
@@ -114,6 +114,7 @@ def teach(parts: Parts, marked: Sequence[Marked]) -> list[Lesson]:
                 m,
                 teacher_prompt_ids=m.rollout.prompt_ids if own_prompt else None,
                 scored_from=parts.renderer.scored_from(m.rollout.answer_ids),
+                steps=tuple(parts.split_steps(m.rollout.text)),
             )
             for m in marked
         ]
@@ -141,8 +142,11 @@ def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
             metrics = _summary(said)
         metrics |= stepped
     tokens = sum(len(batch.ids_N) for batch in batches) * parts.updates_per_batch
+    ended = habits.end_supervised(lessons, signals)
     return {
         **metrics,
+        "taught": habits.taught(signals),
+        **({} if ended is None else {"end_supervised": ended}),
         "tokens_trained": tokens,
         "teacher_tokens": tokens if parts.objective.needs_teacher else 0,
         "optimizer_steps": parts.updates_per_batch,
@@ -180,13 +184,16 @@ def _with_old_logp(parts: Parts, batch: Batch) -> Batch:
 
 
 def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
-    if isinstance(context, NoCritique):
-        return Lesson(marked, dropped=context.reason)
     rollout = marked.rollout
+    spans = tuple(parts.split_steps(rollout.text))
+    if isinstance(context, NoCritique):
+        return Lesson(marked, dropped=context.reason, steps=spans)
     prompt = parts.renderer.teacher_prompt(rollout.problem, context)
     if len(prompt) + len(rollout.answer_ids) > parts.max_length:
-        return Lesson(marked, context=context, dropped="longer than the context window")
-    spans, ends = parts.split_steps(rollout.text), parts.renderer.token_ends(rollout.answer_ids)
+        return Lesson(
+            marked, context=context, dropped="longer than the context window", steps=spans
+        )
+    ends = parts.renderer.token_ends(rollout.answer_ids)
     return Lesson(
         marked,
         context=context,
@@ -194,6 +201,7 @@ def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
         first_error_token=first_error_token(marked.critique, steps.token_spans(spans, ends)),
         change=first_change(marked, spans, ends),
         scored_from=parts.renderer.scored_from(rollout.answer_ids),
+        steps=spans,
     )
 
 
@@ -214,6 +222,8 @@ def describe(lessons: Sequence[Lesson]) -> Metrics:
         "length": tokens / count,
         # The mean of -log p over sampled tokens is an unbiased estimate of the entropy per token.
         "entropy": -sum(sum(rollout.logps) for rollout in rollouts) / max(1, tokens),
+        "repetition": sum(habits.repetition(rollout.answer_ids) for rollout in rollouts) / count,
+        "hesitations": sum(habits.hesitations(rollout.text) for rollout in rollouts) / count,
         "answers_sampled": len(rollouts),
         "tokens_sampled": tokens,
         "critiques": len(critiques) - sum(refused.values()),

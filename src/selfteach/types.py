@@ -197,6 +197,8 @@ class Lesson:
     """Where the critique departs from the answer; None without a critique."""
     scored_from: int = 0
     """Index into ``answer_ids`` of the first token that counts: behind a thought that is not scored."""
+    steps: tuple[tuple[int, int], ...] = ()
+    """The answer's steps as half-open ranges of characters of its text, the final answer last."""
 
     @property
     def rollout(self) -> Rollout:
