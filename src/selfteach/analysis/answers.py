@@ -1,0 +1,185 @@
+"""Answers for the report's browser: from an inspection, or from what a run has saved of its lessons.
+
+A record holds all that is said of one answer, as plain JSON:
+
+    problem, sample, source, step    which answer; ``step`` of training it was sampled at, or null
+    question, gold, text, parsed, correct, finished
+    spans         the text's steps as [begin, end) in characters, the final answer last
+    first_error   index of the first wrong step, or null
+    critique      {case, answer, steps: [{text, status}]}, or {reason, detail}, or null
+    fidelity      share of the answer repeated before the critique's first change, or null
+    contexts      by name: {text, dropped, advantage}; what the teacher read, or why it read nothing;
+                  advantages in units of `UNIT` nats, one per token, or null
+    tokens        {text, step, kind, logp} with one entry per token, or null; logp is the student's, in
+                  `UNIT` nats, kind an index into ``kinds``
+
+Everything is read from files; nothing is computed but what is rounded for display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from selfteach.analysis.reading import Groups, Run, read_rows
+
+Record = dict[str, Any]
+
+UNIT = 1e-4
+"""Nats: values are shown to four decimals; tokens.parquet holds all of them."""
+MOST = 5_000
+"""Answers in one report; of more, an even selection. The file stays small enough to send."""
+TOKEN_COLUMNS = (
+    "problem_id", "sample", "context", "position", "text", "step", "student_logp", "advantage",
+)  # fmt: skip
+
+
+def inspected(folder: Path) -> list[Record]:
+    """Answers of folder/inspection, with the advantage of every token under every context."""
+    rows = read_rows(folder / "inspection" / "answers.jsonl")
+    keep = _evenly(len(rows), MOST)
+    scored = dict(_token_tables(folder / "inspection" / "tokens.parquet"))
+    return [_inspected(rows[i], scored.get((rows[i]["problem_id"], rows[i]["sample"]), {}))
+            for i in keep]  # fmt: skip
+
+
+def learned_from(groups: Groups) -> tuple[list[Record], int]:
+    """Answers that runs have learned from, and how many there are in all.
+
+    Of each arm the first seed; if there are more than `MOST`, whole steps are left out, evenly.
+    """
+    first = {name: runs[0] for name, runs in groups.items() if runs[0].of_kind("step")}
+    files = {name: sorted((run.folder / "lessons").glob("step_*.jsonl")) for name, run in first.items()}
+    answers = {
+        name: run.of_kind("step")[-1].get("answers_sampled", 0) for name, run in first.items()
+    }
+    total = sum(len(files[name]) * answers[name] for name in first)
+    share = min(1.0, MOST / max(1, total))
+    records = []
+    for name, run in first.items():
+        for i in _evenly(len(files[name]), max(1, int(share * len(files[name])))):
+            step = int(files[name][i].stem.rpartition("_")[2])
+            records += [_lesson(row, run, name, step) for row in read_rows(files[name][i])]
+    return records, int(total)
+
+
+def example(found: Mapping[str, Any]) -> Record:
+    """The one answer of token_advantages.json, as a study without an inspection has it."""
+    tokens = found["tokens"]
+    ends = np.cumsum([len(token) for token in tokens])
+    starts = [t for t, step in enumerate(found["steps"]) if t == 0 or step != found["steps"][t - 1]]
+    spans = [
+        [int(ends[a - 1]) if a else 0, int(ends[b - 1])]
+        for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)
+        if found["steps"][a] >= 0
+    ]
+    at = found["first_error_token"]
+    return {
+        "problem": found["problem"], "sample": 0, "source": "one answer of the base", "step": None,
+        "question": found["question"], "gold": None, "text": "".join(tokens), "parsed": None,
+        "correct": found["correct"], "finished": True, "spans": spans,
+        "first_error": None if at is None else found["steps"][at],
+        "critique": None, "fidelity": None, "tokens": {
+            "text": tokens, "step": found["steps"], "kind": None, "logp": None,
+        },
+        "contexts": {
+            name: {"text": own["text"], "dropped": None, "advantage": _units(own["advantage"])}
+            for name, own in found["contexts"].items()
+        },
+    }  # fmt: skip
+
+
+def kinds_of(records: Iterable[Record]) -> list[str]:
+    """The kinds of tokens that records name, in order of appearance; they become indices."""
+    names = {k: None for r in records if r["tokens"] for k in r["tokens"]["kind"] or ()}
+    return list(names)
+
+
+def _inspected(row: Mapping[str, Any], scored: Mapping[str, Any]) -> Record:
+    contexts = {
+        name: {
+            "text": text, "dropped": row["dropped"].get(name),
+            "advantage": scored.get("advantage", {}).get(name),
+        }
+        for name, text in row["contexts"].items()
+    }  # fmt: skip
+    for name, reason in row["dropped"].items():
+        contexts.setdefault(name, {"text": None, "dropped": reason, "advantage": None})
+    return {
+        "problem": row["problem_id"], "sample": row["sample"], "source": "inspection", "step": None,
+        "question": row["question"], "gold": row["gold"], "text": row["text"],
+        "parsed": row["parsed"], "correct": row["correct"], "finished": row["finished"],
+        "spans": row["steps"], "first_error": row["first_error"],
+        "critique": _critique(row["critique"]), "fidelity": row["fidelity"],
+        "contexts": contexts, "tokens": scored.get("tokens"),
+    }  # fmt: skip
+
+
+def _lesson(row: Mapping[str, Any], run: Run, name: str, step: int) -> Record:
+    critique, change = row["critique"], row.get("first_change")
+    context = run.config["context"]["type"]
+    shown = {"text": row["context"], "dropped": row["dropped"], "advantage": None}
+    return {
+        "problem": row["problem_id"], "sample": row["sample"], "source": name, "step": step,
+        "question": row["question"], "gold": row.get("gold"), "text": row["answer"],
+        "parsed": row["parsed"], "correct": row["correct"], "finished": row.get("finished", True),
+        "spans": row.get("steps") or [[0, len(row["answer"])]],
+        "first_error": critique.get("first_error") if critique else None,
+        "critique": _critique(critique), "fidelity": change["fidelity"] if change else None,
+        "contexts": {} if context == "none" else {context: shown}, "tokens": None,
+    }  # fmt: skip
+
+
+def _critique(row: Mapping[str, Any] | None) -> Record | None:
+    if row is None:
+        return None
+    if "reason" in row:
+        return {"reason": row["reason"], "detail": row.get("detail", "")}
+    steps = [{"text": step["text"], "status": step["status"]} for step in row["steps"]]
+    return {"case": row["case"], "answer": row["answer"], "steps": steps}
+
+
+def _token_tables(path: Path) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+    """Per answer: its tokens, and its advantages under each context."""
+    if not path.exists():
+        return
+    names = pq.read_schema(path).names
+    table = pq.read_table(path, columns=[*TOKEN_COLUMNS, *({"kind"} & set(names))])
+    order = [(name, "ascending") for name in ("problem_id", "sample", "context", "position")]
+    columns = {name: table.sort_by(order)[name] for name in table.column_names}
+    problem, sample = columns["problem_id"].to_pylist(), columns["sample"].to_pylist()
+    context, kinds = columns["context"].to_pylist(), columns.get("kind")
+    text, step = columns["text"].to_pylist(), columns["step"].to_pylist()
+    kind = kinds.to_pylist() if kinds is not None else None
+    advantage = _units(columns["advantage"].to_numpy())
+    logp = _units(columns["student_logp"].to_numpy())
+    answers: dict[tuple[str, int], dict[str, Any]] = {}
+    for a, b in _stretches(list(zip(problem, sample, context, strict=True))):
+        own = answers.setdefault((problem[a], sample[a]), {"advantage": {}})
+        own["advantage"][context[a]] = advantage[a:b]
+        own["tokens"] = {
+            "text": text[a:b], "step": [-1 if s is None else s for s in step[a:b]],
+            "kind": kind[a:b] if kind else None, "logp": logp[a:b],
+        }  # fmt: skip
+    yield from answers.items()
+
+
+def _stretches(keys: Sequence[object]) -> Iterator[tuple[int, int]]:
+    """Half-open ranges over which a key stays the same."""
+    starts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
+    yield from zip(starts, [*starts[1:], len(keys)], strict=True)
+
+
+def _units(values: Any) -> list[int]:
+    return np.rint(np.asarray(values, dtype=float) / UNIT).astype(int).tolist()
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """Up to ``most`` of ``count`` indices, evenly spread, first and last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i) for i in np.linspace(0, count - 1, most)})
