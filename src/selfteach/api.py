@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ from selfteach.data import read_jsonl
 from selfteach.errors import CheckpointError, DataError
 from selfteach.estimates import bootstrap_mean
 from selfteach.evaluate import Evaluation, evaluate
-from selfteach.run_folder import RunFolder
-from selfteach.settings import merge, validate
+from selfteach.inspection import request as asking
+from selfteach.inspection.folder import Progress, check_contexts
+from selfteach.inspection.request import Request
+from selfteach.run_folder import RunFolder, require_empty
+from selfteach.settings import merge, parse_setting, validate
+from selfteach.train import environment
 from selfteach.types import Problem, Sampling
 
 RESAMPLES = 10_000
+ORACLES = ("lab", "chain_sums")
+"""Kinds of data whose answers a program can mark."""
 
 
 def evaluate_model(
@@ -49,6 +56,47 @@ def evaluate_model(
     return summary(result, what)
 
 
+def inspect_model(
+    what: str,
+    request: Request,
+    folder: Path,
+    *,
+    recipe: Recipe | None = None,
+    settings: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score the same answers of a model under several contexts and write them to a folder.
+
+    ``what`` as in `evaluate_model`; ``settings`` are ``key=value`` on the recipe, a run's own too.
+    Without a critic in the recipe the task's oracle is asked. Returns what ``inspection.json`` holds;
+    ``docs/inspection.md`` describes the folder. Raises one of `selfteach.errors`.
+    """
+    check_contexts(request.contexts)
+    require_empty(folder)
+    run = Path(what).parent.parent if (Path(what) / "state.json").exists() else Path(what)
+
+    def adapt(own: Recipe) -> Recipe:
+        plain = own.model_dump(mode="json")
+        for setting in map(parse_setting, settings):
+            plain = merge(plain, setting)
+        if plain["critic"] is None and plain["data"]["type"] in ORACLES and not request.labelled:
+            plain["critic"] = {"type": "oracle"}
+        plain["teacher"] = {"type": "initial"} if request.teacher == "initial" else {"type": "live"}
+        return validate(Recipe, plain, where="recipe")
+
+    built, resolved = _open(Path(what), what, recipe, adapt)
+    lost: dict[str, int] = {}
+    if request.labelled:
+        answers, lost = asking.labelled(built, request)
+    elif request.recorded:
+        answers = asking.recorded(built, request, RunFolder(run))
+    else:
+        problems, _ = _problems(built, request.problems)
+        answers = asking.sampled(built, resolved, request, problems)
+    made = {"model": what, "lost": lost, **environment()}
+    return asking.inspect(built, resolved, request, answers, folder, made=made, progress=progress)
+
+
 def summary(evaluation: Evaluation, what: str) -> dict[str, Any]:
     """An evaluation's measures with 95 % bootstrap intervals over problems."""
     measures = {}
@@ -65,25 +113,31 @@ def summary(evaluation: Evaluation, what: str) -> dict[str, Any]:
     }
 
 
-def _open(path: Path, what: str, recipe: Recipe | None) -> tuple[Built, Recipe]:
+def _open(
+    path: Path, what: str, recipe: Recipe | None, adapt: Callable[[Recipe], Recipe] = lambda r: r
+) -> tuple[Built, Recipe]:
+    """The parts behind a run, a checkpoint or a model; ``adapt`` has the last say on the recipe."""
     if (path / "state.json").exists():
-        return _from_checkpoint(path, path.parent.parent, recipe)
+        return _from_checkpoint(path, path.parent.parent, recipe, adapt)
     if (path / "study.json").exists():
         raise CheckpointError(f"{path} is a study; name one of its runs, {path}/runs/ARM/seed_N")
     if (path / "environment.json").exists():
         saved = checkpoint.checkpoints(RunFolder(path).checkpoints)
         if not saved:
             raise CheckpointError(f"{path} has no checkpoint yet")
-        return _from_checkpoint(saved[-1], path, recipe)
+        return _from_checkpoint(saved[-1], path, recipe, adapt)
     resolved = recipe or Recipe.model_validate({"train": {"steps": 0}})
     changed = {"model": {"path": what}, "train": {"steps": 0}}
     resolved = validate(Recipe, merge(resolved.model_dump(mode="json"), changed), where="recipe")
+    resolved = adapt(resolved)
     return build(resolved), resolved
 
 
-def _from_checkpoint(saved: Path, run: Path, recipe: Recipe | None) -> tuple[Built, Recipe]:
+def _from_checkpoint(
+    saved: Path, run: Path, recipe: Recipe | None, adapt: Callable[[Recipe], Recipe]
+) -> tuple[Built, Recipe]:
     own = validate(Recipe, RunFolder(run).config(), where=str(run))
-    resolved = recipe.model_copy(update={"model": own.model}) if recipe else own
+    resolved = adapt(recipe.model_copy(update={"model": own.model}) if recipe else own)
     built = build(resolved)
     checkpoint.load_weights(saved, built.parts.policy)
     return built, resolved

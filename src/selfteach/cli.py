@@ -111,6 +111,71 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    what: Annotated[str, typer.Argument(help="A run folder, a checkpoint, or a model path or id.")],
+    contexts: Annotated[
+        str, typer.Option(help="What the self-teacher is shown: names with commas, or `all`.")
+    ],
+    out: Out,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where problems, critic and sampling come from; by default the run's own."
+        ),
+    ] = None,
+    arm: Arm = None,
+    problems: Annotated[
+        str,
+        typer.Option(help="train, validation, test, or a JSONL file with question and answer."),
+    ] = "validation",
+    answers: Annotated[int, typer.Option("--answers", "-k", min=1, help="Per problem.")] = 4,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first so many problems only.")
+    ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(help="Take these answers, whose steps are labelled (ProcessBench's JSONL)."),
+    ] = None,
+    recorded: Annotated[
+        str | None, typer.Option(help="Take a run's recorded answers, e.g. step_000010.")
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(help="given: the model itself; initial: what its training began with.")
+    ] = "given",
+    seed: Seed = 0,
+    settings: Settings = None,
+) -> None:
+    """Score the same answers under several contexts: what does each change, and where?
+
+    Writes OUT/tokens.parquet (a row per token), OUT/answers.jsonl and OUT/localisation.json.
+    """
+    from selfteach.api import inspect_model
+    from selfteach.config import CONTEXTS
+    from selfteach.inspection.request import Request
+    from selfteach.progress import answers_progress
+
+    if teacher not in ("given", "initial"):
+        raise RecipeError(f"--teacher {teacher!r}: write given or initial")
+    every = [name for name in CONTEXTS if name != "none"]
+    names = every if contexts == "all" else [name.strip() for name in contexts.split(",")]
+    request = Request(
+        tuple(names),
+        problems,
+        answers,
+        limit,
+        seed,
+        teacher,
+        labelled,
+        recorded,  # type: ignore[arg-type]
+    )
+    chosen = _with_critic(_load(recipe, None), arm, seed) if recipe else None
+    with answers_progress() as progress:
+        inspect_model(
+            what, request, out, recipe=chosen, settings=settings or (), progress=progress
+        )  # fmt: skip
+
+
+@app.command()
 def check(recipe: RecipePath, settings: Settings = None) -> None:
     """Validate a recipe and print what it resolves to, its sizes and its budget. Spends nothing."""
     from selfteach.plan import describe_study
@@ -217,6 +282,14 @@ def _one(loaded: Study, arm: str | None, seed: int, *, first: bool = False) -> R
             )
         arm = next(iter(loaded.arms))
     return loaded.recipe(arm, seed=seed)
+
+
+def _with_critic(loaded: Study, arm: str | None, seed: int) -> Recipe:
+    """An arm, or the first one that has a critic, or the first."""
+    if arm is not None:
+        return loaded.recipe(arm, seed=seed)
+    arms = [loaded.recipe(name, seed=seed) for name in loaded.arms]
+    return next((own for own in arms if own.critic is not None), arms[0])
 
 
 def _command() -> str:

@@ -76,6 +76,18 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
         yield look
 
 
+@contextmanager
+def answers_progress() -> Iterator[Callable[[int, int], None]]:
+    """One bar for answers that are scored; gives a function: so many, of so many."""
+    with _bars(Console(stderr=True)) as bars:
+        task = bars.add_task("scoring", total=None, note="answers")
+
+        def show(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        yield show
+
+
 def _bars(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description:<30}"),

@@ -183,14 +183,27 @@ def write_lines(path: Path, rows: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write aside, flush to disk, rename. Raises `CheckpointError` when the disk is full."""
+    with written_whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; put in its place on leaving, and gone on an error.
+
+    Raises `CheckpointError` when the disk is full.
+    """
+    aside = path.with_name(path.name + ".tmp")
     with enough_disk():
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
-        with aside.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        aside.replace(path)
+        try:
+            yield aside
+            with aside.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            aside.replace(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from selfteach.build import build
 from selfteach.config import Recipe
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
-from selfteach.inspection import advantages_by_context
+from selfteach.inspection.example import advantages_by_context
 from selfteach.recipes import BASE, Study, pairs
 from selfteach.rendering import Templates
 from selfteach.run_folder import RunFolder, read_json, require_empty, write_json
