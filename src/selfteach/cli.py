@@ -186,6 +186,40 @@ def check(recipe: RecipePath, settings: Settings = None) -> None:
 
 
 @app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="A study, a run, or several of them.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="By default DIR/report.html; for several folders, report.html here."),
+    ] = None,
+) -> None:
+    """One HTML file with results, answers, health and budget, also of what still goes on.
+
+    Figures are written beside it, as SVG and PNG. An inspection in DIR/inspection is shown too.
+    """
+    from selfteach.analysis.report import write_report
+
+    typer.echo(f"report: {write_report(*folders, out=out)}")
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="The --out of a study or of a run.")],
+    once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+) -> None:
+    """Look on while a study or a run goes on: step, time left, and the numbers that matter.
+
+    Reads what the runs write and touches nothing; ends when all runs are complete.
+    """
+    from selfteach.analysis.watch import watch as look
+
+    look(folder, Console(), once=once, every=every)
+
+
+@app.command()
 def sweep(
     recipe: RecipePath,
     out: Out,
@@ -258,9 +292,10 @@ def _train(recipe: Recipe, folder: Path) -> None:
     with run_progress(recipe) as progress:
         for row in run(recipe, folder):
             progress(row)
-    typer.echo(
-        f"run:   {folder}\nmodel: {folder / 'model'}" if recipe.train.steps else f"run: {folder}"
-    )
+    from selfteach.analysis.report import write_report
+
+    model = f"\nmodel:  {folder / 'model'}" if recipe.train.steps else ""
+    typer.echo(f"run:    {folder}{model}\nreport: {write_report(folder)}")
 
 
 def _load(path: Path, settings: list[str] | None, arm: str | None = None) -> Study:

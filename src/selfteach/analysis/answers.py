@@ -33,18 +33,14 @@ UNIT = 1e-4
 """Nats: values are shown to four decimals; tokens.parquet holds all of them."""
 MOST = 5_000
 """Answers in one report; of more, an even selection. The file stays small enough to send."""
-TOKEN_COLUMNS = (
-    "problem_id", "sample", "context", "position", "text", "step", "student_logp", "advantage",
-)  # fmt: skip
+TOKEN_COLUMNS = ("answer", "context", "text", "step", "kind", "student_logp", "advantage")
 
 
 def inspected(folder: Path) -> list[Record]:
     """Answers of folder/inspection, with the advantage of every token under every context."""
     rows = read_rows(folder / "inspection" / "answers.jsonl")
-    keep = _evenly(len(rows), MOST)
-    scored = dict(_token_tables(folder / "inspection" / "tokens.parquet"))
-    return [_inspected(rows[i], scored.get((rows[i]["problem_id"], rows[i]["sample"]), {}))
-            for i in keep]  # fmt: skip
+    scored = _scored(folder / "inspection" / "tokens.parquet")
+    return [_inspected(rows[i], scored.get(i, {})) for i in _evenly(len(rows), MOST)]
 
 
 def learned_from(groups: Groups) -> tuple[list[Record], int]:
@@ -53,7 +49,9 @@ def learned_from(groups: Groups) -> tuple[list[Record], int]:
     Of each arm the first seed; if there are more than `MOST`, whole steps are left out, evenly.
     """
     first = {name: runs[0] for name, runs in groups.items() if runs[0].of_kind("step")}
-    files = {name: sorted((run.folder / "lessons").glob("step_*.jsonl")) for name, run in first.items()}
+    files = {
+        name: sorted((run.folder / "lessons").glob("step_*.jsonl")) for name, run in first.items()
+    }
     answers = {
         name: run.of_kind("step")[-1].get("answers_sampled", 0) for name, run in first.items()
     }
@@ -100,20 +98,18 @@ def kinds_of(records: Iterable[Record]) -> list[str]:
 
 
 def _inspected(row: Mapping[str, Any], scored: Mapping[str, Any]) -> Record:
+    advantages = scored.get("advantage", {})
     contexts = {
-        name: {
-            "text": text, "dropped": row["dropped"].get(name),
-            "advantage": scored.get("advantage", {}).get(name),
-        }
+        name: {"text": text, "dropped": None, "advantage": advantages.get(name)}
         for name, text in row["contexts"].items()
-    }  # fmt: skip
+    }
     for name, reason in row["dropped"].items():
-        contexts.setdefault(name, {"text": None, "dropped": reason, "advantage": None})
+        contexts[name] = {"text": None, "dropped": reason, "advantage": None}
     return {
         "problem": row["problem_id"], "sample": row["sample"], "source": "inspection", "step": None,
-        "question": row["question"], "gold": row["gold"], "text": row["text"],
+        "question": row["question"], "gold": row["gold_answer"], "text": row["text"],
         "parsed": row["parsed"], "correct": row["correct"], "finished": row["finished"],
-        "spans": row["steps"], "first_error": row["first_error"],
+        "spans": row["step_spans"]["characters"], "first_error": row["first_error"],
         "critique": _critique(row["critique"]), "fidelity": row["fidelity"],
         "contexts": contexts, "tokens": scored.get("tokens"),
     }  # fmt: skip
@@ -143,29 +139,22 @@ def _critique(row: Mapping[str, Any] | None) -> Record | None:
     return {"case": row["case"], "answer": row["answer"], "steps": steps}
 
 
-def _token_tables(path: Path) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
-    """Per answer: its tokens, and its advantages under each context."""
+def _scored(path: Path) -> dict[int, dict[str, Any]]:
+    """Per line of answers.jsonl: its tokens, and their advantages under each context."""
     if not path.exists():
-        return
-    names = pq.read_schema(path).names
-    table = pq.read_table(path, columns=[*TOKEN_COLUMNS, *({"kind"} & set(names))])
-    order = [(name, "ascending") for name in ("problem_id", "sample", "context", "position")]
-    columns = {name: table.sort_by(order)[name] for name in table.column_names}
-    problem, sample = columns["problem_id"].to_pylist(), columns["sample"].to_pylist()
-    context, kinds = columns["context"].to_pylist(), columns.get("kind")
-    text, step = columns["text"].to_pylist(), columns["step"].to_pylist()
-    kind = kinds.to_pylist() if kinds is not None else None
-    advantage = _units(columns["advantage"].to_numpy())
-    logp = _units(columns["student_logp"].to_numpy())
-    answers: dict[tuple[str, int], dict[str, Any]] = {}
-    for a, b in _stretches(list(zip(problem, sample, context, strict=True))):
-        own = answers.setdefault((problem[a], sample[a]), {"advantage": {}})
-        own["advantage"][context[a]] = advantage[a:b]
+        return {}
+    # A writer keeps answer, context and position in order: one stretch of rows per context.
+    columns = pq.read_table(path, columns=list(TOKEN_COLUMNS)).to_pydict()
+    advantage, logp = _units(columns["advantage"]), _units(columns["student_logp"])
+    answers: dict[int, dict[str, Any]] = {}
+    for a, b in _stretches(list(zip(columns["answer"], columns["context"], strict=True))):
+        own = answers.setdefault(columns["answer"][a], {"advantage": {}})
+        own["advantage"][columns["context"][a]] = advantage[a:b]
         own["tokens"] = {
-            "text": text[a:b], "step": [-1 if s is None else s for s in step[a:b]],
-            "kind": kind[a:b] if kind else None, "logp": logp[a:b],
+            "text": columns["text"][a:b], "step": columns["step"][a:b],
+            "kind": columns["kind"][a:b], "logp": logp[a:b],
         }  # fmt: skip
-    yield from answers.items()
+    return answers
 
 
 def _stretches(keys: Sequence[object]) -> Iterator[tuple[int, int]]:

@@ -25,6 +25,8 @@ from selfteach.estimates import bootstrap_mean, pass_at_k
 MARKS = 6
 """Markers on a line of many points."""
 RESAMPLES = 2_000
+LEAST_SPAN = 0.3
+"""Share of the largest value that a y axis spans at least."""
 PHASES = {
     "seconds_sampling": ("sampling", ""),
     "seconds_marking": ("marking", "//"),
@@ -52,7 +54,12 @@ def check_curve(groups: Groups, check: Check) -> Figure:
     axes = figure.add_subplot()
     _panel(axes, groups, check.metric, check.unit)
     if check.limit is not None:
-        axes.axhline(check.limit, color=ALERT, linestyle=(0, (1, 2)), linewidth=1.4, label="warning")
+        axes.axhline(
+            check.limit, color=ALERT, linestyle=(0, (1, 2)), linewidth=1.4, label="warning"
+        )
+        axes.relim()
+        axes.autoscale(axis="y")
+        _calm(axes)
     legend(axes, columns=3)
     return figure
 
@@ -131,9 +138,10 @@ def _side_by_side(groups: Groups, metrics: dict[str, str]) -> Figure:
         _panel(axes, groups, metric, label)
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
+        lines = -(-len(handles) // 4)
         shown = figure.legend(
-            handles, labels, loc="outside upper left", ncols=min(len(handles), 4), frameon=False,
-            fontsize=SMALL, labelcolor=INK, handlelength=3.4,
+            handles, labels, loc="outside upper left", ncols=-(-len(handles) // lines),
+            frameon=False, fontsize=SMALL, labelcolor=INK, handlelength=3.4,
         )  # fmt: skip
         for text in shown.get_texts():
             text.set_parse_math(False)
@@ -155,6 +163,21 @@ def _panel(axes: Axes, groups: Groups, metric: str, label: str) -> None:
             )  # fmt: skip
     axes.set_xlabel(f"training step (means of {WINDOW})", color=INK, fontsize=SMALL)
     axes.set_ylabel(label, color=INK, fontsize=SMALL)
+    _calm(axes)
+
+
+def _calm(axes: Axes) -> None:
+    """A y axis that makes no mountain of noise: at least `LEAST_SPAN` of its height, from 0 if near."""
+    low, high = axes.get_ylim()
+    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()]
+    values = np.concatenate(drawn) if drawn else np.zeros(1)
+    values = values[np.isfinite(values)]
+    least, most = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+    missing = max(0.0, LEAST_SPAN * max(abs(least), abs(most), 1e-3) - (high - low)) / 2
+    low, high = low - missing, high + missing
+    if least >= 0 and (low < 0 or low < LEAST_SPAN * high):
+        low = 0.0
+    axes.set_ylim(low, high)
 
 
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: Style, name: str) -> None:

@@ -195,8 +195,15 @@ def svg(figure: Figure, name: str = "figure") -> str:
     drawn = drawn[drawn.index("<svg") :].strip()
     drawn = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", drawn)  # running numbers that nothing refers to
     drawn = re.sub(r"<!--.*?-->\s*", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r"<[^>]*>", lambda tag: _shorter(tag[0]), drawn)
     drawn = re.sub(r'(?<= id=")(?=\w)|(?<=href="#)|(?<=url\(#)', f"{name}-", drawn)
     return re.sub(INK, "currentColor", drawn, flags=re.IGNORECASE)
+
+
+def _shorter(tag: str) -> str:
+    """A tag with coordinates to a hundredth of a point, on one line, its font left to the page."""
+    tag = re.sub(r"(\.\d\d)\d+", r"\1", tag.replace("\n", " "))
+    return re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", tag)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -228,8 +235,9 @@ def legend(axes: Axes, columns: int = 4) -> None:
     handles, _ = axes.get_legend_handles_labels()
     if not handles:
         return
+    lines = -(-len(handles) // columns)
     shown = axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=min(len(handles), columns), frameon=False,
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=-(-len(handles) // lines), frameon=False,
         fontsize=SMALL, labelcolor=INK, handlelength=3.4, borderaxespad=0.2,
     )  # fmt: skip
     for text in shown.get_texts():

@@ -41,6 +41,9 @@ is near a half; below a tenth the critic writes an answer of its own (the paper'
 MISMATCH_ABOVE = 0.05
 """Nats per token between trainer and sampler. bf16 alone gives 0.01 to 0.02; at 0.05 importance
 weights of a hundred tokens no longer stay near one."""
+GAIN_LEFT, GAIN_FLOOR = 0.7, 0.1
+"""Share of the best that should be left at the end, judged where at least a tenth was right once. The
+spread of one window of some hundred answers is far smaller."""
 
 Judge = Callable[[np.ndarray], tuple[int, str] | None]
 """From a run's values, averaged over `WINDOW` steps, to where it shows and what; None if all is well."""
@@ -102,6 +105,8 @@ def checks() -> tuple[Check, ...]:
               "log-probabilities of the sampled tokens. They should be the same model.",
               "nats per token", _above(MISMATCH_ABOVE, "nats per token lie between trainer and "
               "sampler", "{:.3f}"), MISMATCH_ABOVE),
+        Check("correct", "Right answers", "What was learned can be lost again with the same recipe, a "
+              "few steps on.", "share right while training", _lost),
         Check("loss", "Finite loss", "A loss that is no number ends all learning, silently.", "loss",
               _finite),
     )  # fmt: skip
@@ -179,6 +184,13 @@ def _entropy(values: np.ndarray) -> tuple[int, str] | None:
     if values[low] >= ENTROPY_BELOW or values[low] >= ENTROPY_LEFT * start:
         return None
     return low, f"entropy fell from {start:.2f} to {values[low]:.3f} nats per token"
+
+
+def _lost(values: np.ndarray) -> tuple[int, str] | None:
+    best, end = int(values.argmax()), len(values) - 1
+    if values[best] < GAIN_FLOOR or values[end] >= GAIN_LEFT * values[best]:
+        return None
+    return end, f"right answers fell from {values[best]:.0%} at their best to {values[end]:.0%}"
 
 
 def _finite(values: np.ndarray) -> tuple[int, str] | None:

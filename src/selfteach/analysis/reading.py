@@ -34,6 +34,11 @@ class Run:
     """metrics.jsonl, whole lines only."""
 
     @property
+    def label(self) -> str:
+        """The arm, with its variant where there is one."""
+        return self.arm if self.variant is None else f"{self.variant}/{self.arm}"
+
+    @property
     def seed(self) -> int:
         """The recipe's."""
         return self.config["seed"]
@@ -88,11 +93,13 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """
     by_recipe: dict[str, list[Run]] = {}
     for run in runs:
-        recipe = {key: value for key, value in run.config.items() if key not in ("seed", "tracking")}
+        recipe = {
+            key: value for key, value in run.config.items() if key not in ("seed", "tracking")
+        }
         by_recipe.setdefault(json.dumps(recipe, sort_keys=True), []).append(run)
     groups: dict[str, list[Run]] = {}
     for own in by_recipe.values():
-        name = own[0].arm.replace("-", "_")
+        name = own[0].label.replace("-", "_")
         taken = sum(1 for other in groups if other == name or other.startswith(f"{name} ("))
         groups[f"{name} ({taken + 1})" if taken else name] = own
     return groups
