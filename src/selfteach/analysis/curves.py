@@ -1,4 +1,4 @@
-"""Figures over training and over k: an arm's line is the mean over its seeds, its band worst to best."""
+"""Figures over training and over k: a line is the mean over an arm's seeds, its band worst to best."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ HESITATION_LEFT, HESITATION_FLOOR = 0.5, 0.2
 it in five answers."""
 REPETITION_ABOVE, REPETITION_GROWTH = 0.3, 1.5
 """Share of 4-grams seen before in the same answer. Worked solutions repeat their formulas, up to a
-quarter; loops lie far above. Formats that repeat by nature are judged by growth over the first steps."""
+quarter; loops lie far above. Formats that repeat by nature are judged by growth."""
 ENTROPY_BELOW, ENTROPY_LEFT = 0.05, 0.25
 """Nats per token. At 0.05 the likeliest token has about 99 %: eight answers to a question are one
 answer. A model that began there is judged by what is left of its own start."""
@@ -46,7 +46,7 @@ GAIN_LEFT, GAIN_FLOOR = 0.7, 0.1
 spread of one window of some hundred answers is far smaller."""
 
 Judge = Callable[[np.ndarray], tuple[int, str] | None]
-"""From a run's values, averaged over `WINDOW` steps, to where it shows and what; None if all is well."""
+"""From a run's values, averaged over `WINDOW` steps, to where it shows and what; None if it does not."""
 
 
 @dataclass(frozen=True, slots=True)
