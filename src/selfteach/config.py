@@ -267,6 +267,14 @@ class EvaluationConfig(Section):
     """Score the test problems once, after the last step."""
 
 
+class TrackingConfig(Section):
+    """Where numbers go besides metrics.jsonl; nothing leaves the machine unless it is asked for here."""
+
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    project: str = Field(default="selfteach", min_length=1)
+    """Under which Weights & Biases and trackio file their runs."""
+
+
 class Recipe(Section):
     """One run: one arm, one seed."""
 
@@ -281,6 +289,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -3,6 +3,7 @@
     config.json            the resolved recipe
     environment.json       commit, versions, machine
     metrics.jsonl          one line per step, and per evaluation
+    tracking.json          how much of it each sink has been given; only where there are sinks
     answers/               sampled answers, a file per batch, written before they are used
     lessons/               what was said of them: verdict, critique, context; a file per step
     evaluations/           per-problem results, a file per evaluation
@@ -49,9 +50,13 @@ class RunFolder:
         return self.result_path.exists()
 
     def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Begin a run here. Raises `CheckpointError` if the folder holds something else."""
+        """Begin a run here. Raises `CheckpointError` if the folder holds something else.
+
+        Where a run's numbers are copied to is no part of what it is.
+        """
         if (self.path / "config.json").exists():
-            if self.config() != json.loads(json.dumps(config)):
+            old, new = self.config(), json.loads(json.dumps(config))
+            if old | {"tracking": None} != new | {"tracking": None}:
                 raise CheckpointError(
                     f"{self.path} holds another run; choose another --out, "
                     f"or go on with that one: selfteach resume {self.path}"

@@ -1,4 +1,4 @@
-"""The report as a reader meets it: opened from a file in a headless Chromium, by pointer and keyboard."""
+"""The report as a reader meets it: opened from a file in a headless Chromium, with pointer and keys."""
 
 from __future__ import annotations
 
@@ -87,10 +87,7 @@ def write_inspection(folder: Path, count: int) -> None:
             tables.append(own)
     columns = {name: list(chain.from_iterable(t[name] for t in tables)) for name in tables[0]}
     nothing = np.zeros(len(columns["answer"]))
-    arrays = [
-        pa.array(columns[field.name] if field.name in columns else nothing).cast(field.type)
-        for field in SCHEMA
-    ]
+    arrays = [pa.array(columns.get(field.name, nothing)).cast(field.type) for field in SCHEMA]
     pq.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), folder / "tokens.parquet")
 
 

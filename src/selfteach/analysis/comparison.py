@@ -1,4 +1,4 @@
-"""Results of runs that no study has gathered: the same shape as results.json, from saved evaluations."""
+"""Results of runs that no study has gathered: in the shape of results.json, from saved evaluations."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ GAIN_LEFT, GAIN_FLOOR = 0.7, 0.1
 spread of one window of some hundred answers is far smaller."""
 
 Judge = Callable[[np.ndarray], tuple[int, str] | None]
-"""From a run's values, averaged over `WINDOW` steps, to where it shows and what; None if it does not."""
+"""From a run's values, averaged over `WINDOW` steps, to where it shows and what, or None."""
 
 
 @dataclass(frozen=True, slots=True)
