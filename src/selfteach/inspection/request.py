@@ -69,11 +69,7 @@ def inspect(
     about = {
         "contexts": list(contexts),
         "problems": str(request.labelled or request.problems),
-        "answers_are": "labelled"
-        if request.labelled
-        else "recorded"
-        if request.recorded
-        else "sampled",
+        "answers_are": _origin(request),
         "recorded": request.recorded,
         "k": request.k,
         "limit": request.limit,
@@ -131,6 +127,12 @@ def labelled(built: Built, request: Request) -> tuple[list[Told], dict[str, int]
     assert request.labelled is not None
     require_critic(check_contexts(request.contexts), built.parts.critic is not None)
     return as_answers(built, read_labelled(request.labelled)[: request.limit])
+
+
+def _origin(request: Request) -> str:
+    if request.labelled:
+        return "labelled"
+    return "recorded" if request.recorded else "sampled"
 
 
 def _one_of(names: Sequence[str]) -> str | None:
