@@ -20,7 +20,8 @@ PER_ROW = 3
 """Panels side by side."""
 FEWEST = 20
 """Answers behind a point of the aligned curve; with fewer it is not drawn."""
-JUDGES = (("auroc", "area under the ROC curve", 0.5), ("f1", "F1, %", None))
+JUDGES = (("auroc", "area under the ROC curve", 1.0, 0.5), ("f1", "F1, %", 100.0, None))
+"""Measure, title, its largest value, and what guessing gives."""
 
 
 def aligned_advantage(localisation: Mapping[str, Any]) -> Figure:
@@ -52,6 +53,7 @@ def mass_by_region(localisation: Mapping[str, Any]) -> Figure:
     for axes, (region, title) in zip(panels, titles.items(), strict=True):
         for row, (name, context) in enumerate(contexts.items()):
             _bar(axes, row, context["mass"][region], look[name].colour, hatch="")
+        axes.set_xlim(0, 100)
         axes.set_title(title, loc="left", color=INK, fontsize=SMALL, pad=3)
     figure.supxlabel("share of |advantage|, %", color=INK, fontsize=SMALL)
     return figure
@@ -67,11 +69,12 @@ def judges(localisation: Mapping[str, Any]) -> Figure:
     names = [f"{n} †" if c["tells"] in ("where", "whether") else n for n, c in contexts.items()]
     figure, panels = _rows_of_panels([*names, *baselines], len(JUDGES))
     look = figures.styles(contexts)
-    for axes, (measure, title, chance) in zip(panels, JUDGES, strict=True):
+    for axes, (measure, title, most, chance) in zip(panels, JUDGES, strict=True):
         for row, (name, judge) in enumerate([*contexts.items(), *baselines.items()]):
             known = name in contexts
             colour = look[name].colour if known else "#8a8f98"
             _bar(axes, row, judge[measure], colour, hatch="" if known else "///")
+        axes.set_xlim(0, 1.02 * most)
         if chance is not None:
             axes.axvline(chance, color=INK, linestyle=":", linewidth=1.2)
         axes.set_xlabel(title, color=INK, fontsize=SMALL)
