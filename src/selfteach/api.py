@@ -18,12 +18,11 @@ from selfteach.inspection.folder import Progress, check_contexts
 from selfteach.inspection.request import Request
 from selfteach.run_folder import RunFolder, require_empty
 from selfteach.settings import merge, parse_setting, validate
+from selfteach.study import MARKED_BY_PROGRAM
 from selfteach.train import environment
 from selfteach.types import Problem, Sampling
 
 RESAMPLES = 10_000
-ORACLES = ("lab", "chain_sums")
-"""Kinds of data whose answers a program can mark."""
 
 
 def evaluate_model(
@@ -79,7 +78,11 @@ def inspect_model(
         plain = own.model_dump(mode="json")
         for setting in map(parse_setting, settings):
             plain = merge(plain, setting)
-        if plain["critic"] is None and plain["data"]["type"] in ORACLES and not request.labelled:
+        if (
+            plain["critic"] is None
+            and plain["data"]["type"] in MARKED_BY_PROGRAM
+            and not request.labelled
+        ):
             plain["critic"] = {"type": "oracle"}
         plain["teacher"] = {"type": "initial"} if request.teacher == "initial" else {"type": "live"}
         return validate(Recipe, plain, where="recipe")

@@ -230,6 +230,8 @@ def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
 
     with study_progress(jobs_of(loaded, folder)) as progress:
         results = run_study(loaded, folder, command=command, progress=progress)
+    if (folder / "inspection" / "inspection.json").exists():
+        _sum_up(folder / "inspection", None)
     console = Console()
     print_results(results, console)
     console.print(

@@ -43,7 +43,7 @@ Estimate = dict[str, Any] | None
 """``{"mean": 35.8, "ci95": [31.2, 40.1]}``; None where there is nothing to measure."""
 
 Sums = np.ndarray
-"""[..., J]: see `_columns`."""
+"""[R, J]: sums of tokens in the order of `_AT`, a row per resample (one row: the estimate itself)."""
 
 QUANTITIES = ("tokens", "sum", "abs", "denied")
 _AT = {
@@ -216,8 +216,7 @@ def _measured(table: Table, context: int, resamples: int) -> dict[str, Estimate]
     sums_PJ = table.by_problem(context, table.scored_CA[context])
     totals_RJ = resampled_totals(sums_PJ, resamples=resamples, seed=SEED)
     return {
-        name: plain(percentile_interval(float(measure(sums_PJ.sum(0))), measure(totals_RJ)))
-        for name, measure in MEASURES.items()
+        name: plain(_interval(measure, sums_PJ, totals_RJ)) for name, measure in MEASURES.items()
     }
 
 
@@ -236,7 +235,8 @@ def _difference(table: Table, b: int, a: int, resamples: int) -> dict[str, Estim
     draws = [resampled_totals(own, resamples=resamples, seed=SEED) for own in sums]
     told = {}
     for name, measure in MEASURES.items():
-        here = float(measure(sums[0].sum(0)) - measure(sums[1].sum(0)))
+        ours, theirs = (measure(own.sum(0, keepdims=True)) for own in sums)
+        here = (ours - theirs).item()
         told[name] = plain(percentile_interval(here, measure(draws[0]) - measure(draws[1])))
     return told
 
@@ -310,7 +310,7 @@ def _verbatim(found: Inspection, table: Table, context: int, resamples: int) -> 
     for name, inside_A in bins.items():
         sums_PJ = table.by_problem(context, known_A & inside_A)
         totals_RJ = resampled_totals(sums_PJ, resamples=resamples, seed=SEED)
-        value = percentile_interval(float(concentration(sums_PJ.sum(0))), concentration(totals_RJ))
+        value = _interval(concentration, sums_PJ, totals_RJ)
         pooled[name] = {"answers": int((known_A & inside_A).sum()), "concentration": plain(value)}
     problem = found.problem_A[known_A]
     x, y = share_A[known_A], own_A[known_A]
@@ -335,13 +335,13 @@ def _moments(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)
 
 
-def _pearson(m: np.ndarray) -> np.ndarray:
+def _pearson(m: Sums) -> np.ndarray:
     n, x, y, xx, yy, xy = (m[..., i] for i in range(6))
     spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0)
     return np.where(spread > 1e-9, _ratio(n * xy - x * y, np.sqrt(spread)), np.nan)
 
 
-def _mean(m: np.ndarray) -> np.ndarray:
+def _mean(m: Sums) -> np.ndarray:
     return _ratio(m[..., 1], m[..., 0])
 
 
@@ -349,13 +349,20 @@ def _clustered(
     rows: np.ndarray,
     problem: np.ndarray,
     problems: int,
-    statistic: Callable[[np.ndarray], np.ndarray],
+    statistic: Callable[[Sums], np.ndarray],
     resamples: int,
 ) -> Interval | None:
     sums_PJ = np.zeros((problems, rows.shape[1]))
     np.add.at(sums_PJ, problem, rows)
     totals_RJ = resampled_totals(sums_PJ, resamples=resamples, seed=SEED)
-    return percentile_interval(float(statistic(sums_PJ.sum(0))), statistic(totals_RJ))
+    return _interval(statistic, sums_PJ, totals_RJ)
+
+
+def _interval(
+    statistic: Callable[[Sums], np.ndarray], sums_PJ: np.ndarray, totals_RJ: np.ndarray
+) -> Interval | None:
+    here = statistic(sums_PJ.sum(0, keepdims=True)).item()
+    return percentile_interval(here, statistic(totals_RJ))
 
 
 def _or_nan(value: float | None) -> float:

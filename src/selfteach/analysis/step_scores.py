@@ -261,14 +261,12 @@ def _judge(
     total_J = counts_PJ.sum(0)
 
     def rate(solved: int, of: int) -> Any:
-        here, values_R = (
-            100 * np.divide(t[..., solved], t[..., of], where=t[..., of] > 0,
-                            out=np.full(t.shape[:-1], np.nan))
-            for t in (total_J.astype(float), totals_RJ)
-        )  # fmt: skip
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values_R = 100 * totals_RJ[:, solved] / totals_RJ[:, of]
+        here = 100 * total_J[solved] / total_J[of] if total_J[of] else float("nan")
         return plain(percentile_interval(float(here), values_R))
 
-    f1_R = f1(totals_RJ[:, :4])
+    f1_R = f1(totals_RJ)
     report = {
         "pooling": pooling,
         "threshold": threshold,
@@ -276,7 +274,7 @@ def _judge(
         "locates": rate(4, 0),
         "accuracy_erroneous": rate(1, 0),
         "accuracy_sound": rate(3, 2),
-        "f1": plain(percentile_interval(float(f1(total_J[:4])), f1_R)),
+        "f1": plain(percentile_interval(f1(total_J[None]).item(), f1_R)),
         "erroneous": int(total_J[0]),
         "sound": int(total_J[2]),
         "poolings": {name: {"choosing": a, "judged": b} for name, (a, b) in usable.items()},
