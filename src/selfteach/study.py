@@ -193,8 +193,8 @@ def inspection_of(study: Study) -> tuple[Recipe, Request] | None:
     """How a study's untrained model is inspected; None where it is not.
 
     Under the contexts of the main setting's arms and `CONTROLS`, in as far as they need nothing that
-    the arms have not. A program marks the answers where there is one; a critic that writes is asked
-    only if ``study.inspect_answers`` says how often.
+    the arms have not. The answers are marked by a program where there is one (erring as in the first
+    arm that has it); a critic that writes is asked only if ``study.inspect_answers`` says how often.
     """
     arms = [study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms]
     taught = {own.context.type for own in arms} - {"none"}

@@ -19,7 +19,6 @@ from selfteach.inspection.folder import (
     sample_and_mark,
     write_inspection,
 )
-from selfteach.inspection.labelled import as_answers, read_labelled, require_critic
 from selfteach.rendering import Templates
 from selfteach.run_folder import RunFolder
 from selfteach.step import mark
@@ -120,13 +119,6 @@ def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
         first = list(dict.fromkeys(m.rollout.problem.id for m in marked))[: request.limit]
         marked = [m for m in marked if m.rollout.problem.id in first]
     return tell(built, marked)
-
-
-def labelled(built: Built, request: Request) -> tuple[list[Told], dict[str, int]]:
-    """The answers of a file of labelled steps, and how many of them were lost, by reason."""
-    assert request.labelled is not None
-    require_critic(check_contexts(request.contexts), built.parts.critic is not None)
-    return as_answers(built, read_labelled(request.labelled)[: request.limit])
 
 
 def _origin(request: Request) -> str:
