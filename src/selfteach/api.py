@@ -15,15 +15,15 @@ from selfteach.estimates import bootstrap_mean
 from selfteach.evaluate import Evaluation, evaluate
 from selfteach.inspection import request as asking
 from selfteach.inspection.folder import Progress, check_contexts
+from selfteach.inspection.labelled import as_answers, read_labelled, require_critic
 from selfteach.inspection.request import Request
 from selfteach.run_folder import RunFolder, require_empty
 from selfteach.settings import merge, parse_setting, validate
+from selfteach.study import MARKED_BY_PROGRAM
 from selfteach.train import environment
 from selfteach.types import Problem, Sampling
 
 RESAMPLES = 10_000
-ORACLES = ("lab", "chain_sums")
-"""Kinds of data whose answers a program can mark."""
 
 
 def evaluate_model(
@@ -73,22 +73,16 @@ def inspect_model(
     """
     check_contexts(request.contexts)
     require_empty(folder)
-    run = Path(what).parent.parent if (Path(what) / "state.json").exists() else Path(what)
-
-    def adapt(own: Recipe) -> Recipe:
-        plain = own.model_dump(mode="json")
-        for setting in map(parse_setting, settings):
-            plain = merge(plain, setting)
-        if plain["critic"] is None and plain["data"]["type"] in ORACLES and not request.labelled:
-            plain["critic"] = {"type": "oracle"}
-        plain["teacher"] = {"type": "initial"} if request.teacher == "initial" else {"type": "live"}
-        return validate(Recipe, plain, where="recipe")
-
-    built, resolved = _open(Path(what), what, recipe, adapt)
+    rows = read_labelled(request.labelled)[: request.limit] if request.labelled else []
+    built, resolved = _open(
+        Path(what), what, recipe, lambda own: _for_inspection(own, request, settings)
+    )
     lost: dict[str, int] = {}
     if request.labelled:
-        answers, lost = asking.labelled(built, request)
+        answers, lost = as_answers(built, rows)
     elif request.recorded:
+        checkpoint_of_it = (Path(what) / "state.json").exists()
+        run = Path(what).parent.parent if checkpoint_of_it else Path(what)
         answers = asking.recorded(built, request, RunFolder(run))
     else:
         problems, _ = _problems(built, request.problems)
@@ -111,6 +105,19 @@ def summary(evaluation: Evaluation, what: str) -> dict[str, Any]:
         **measures,
         "evaluation": evaluation.to_json(),
     }
+
+
+def _for_inspection(own: Recipe, request: Request, settings: Sequence[str]) -> Recipe:
+    """A recipe with what the caller sets, a critic if a program can be one, and the teacher's weights."""
+    plain = own.model_dump(mode="json")
+    for setting in map(parse_setting, settings):
+        plain = merge(plain, setting)
+    if request.labelled:
+        require_critic(request.contexts, plain["critic"] is not None)
+    elif plain["critic"] is None and plain["data"]["type"] in MARKED_BY_PROGRAM:
+        plain["critic"] = {"type": "oracle"}
+    plain["teacher"] = {"type": "initial" if request.teacher == "initial" else "live"}
+    return validate(Recipe, plain, where="recipe")
 
 
 def _open(

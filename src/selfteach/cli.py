@@ -170,9 +170,8 @@ def inspect(
     )
     chosen = _with_critic(_load(recipe, None), arm, seed) if recipe else None
     with answers_progress() as progress:
-        inspect_model(
-            what, request, out, recipe=chosen, settings=settings or (), progress=progress
-        )  # fmt: skip
+        inspect_model(what, request, out, recipe=chosen, settings=settings or (), progress=progress)
+    _sum_up(out, Console())
 
 
 @app.command()
@@ -265,11 +264,26 @@ def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
 
     with study_progress(jobs_of(loaded, folder)) as progress:
         results = run_study(loaded, folder, command=command, progress=progress)
+    if (folder / "inspection" / "inspection.json").exists():
+        _sum_up(folder / "inspection", None)
     console = Console()
     print_results(results, console)
     console.print(
         f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True
     )
+
+
+def _sum_up(folder: Path, console: Console | None) -> None:
+    """An inspection's localisation.json and figures, and on a console its tables."""
+    from selfteach.analysis.inspection import draw, print_localisation, summarise
+    from selfteach.run_folder import write_json
+
+    localisation = summarise(folder)
+    write_json(folder / "localisation.json", localisation)
+    draw(folder, localisation)
+    if console is not None:
+        print_localisation(localisation, console)
+        console.print(f"inspection: {folder}", soft_wrap=True)
 
 
 def _run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from selfteach.build import Built, build
 from selfteach.config import Recipe
 from selfteach.recipes import Study
+from selfteach.study import inspection_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,12 @@ def describe_study(study: Study) -> Iterator[str]:
         for arm in variant.arms or study.arms:
             build(study.recipe(arm, seed=variant.seeds[0], variant=name))
         yield f"variant {name}: {variant.title}; {len(variant.seeds)} seeds"
+    if (asked := inspection_of(study)) is not None:
+        recipe, request = asked
+        yield (
+            f"inspection of the untrained model: {(request.limit or 0) * request.k:,} answers "
+            f"under {', '.join(request.contexts)}"
+        )
     yield f"main setting, {len(seeds)} seeds: {total:,} answers in all; nothing has been spent"
 
 

@@ -38,6 +38,7 @@ title = "tiny"
 seeds = [0, 1]
 headline = ["step_aligned-grpo"]
 bootstrap = 200
+inspect_answers = 8
 [arms.grpo]
 objective = { type = "grpo" }
 [arms.step_aligned]

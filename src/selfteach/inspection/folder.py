@@ -41,7 +41,7 @@ class Scorers:
 
 def check_contexts(names: Sequence[str]) -> tuple[ContextName, ...]:
     """Contexts by name, each once. Raises `RecipeError` for a name that is none."""
-    known = [name for name in CONTEXTS if name != "none"]
+    known: list[ContextName] = [name for name in CONTEXTS if name != "none"]
     for name in names:
         if name == "none":
             raise RecipeError('context "none" shows nothing: the advantage would be 0')

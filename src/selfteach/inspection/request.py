@@ -19,7 +19,6 @@ from selfteach.inspection.folder import (
     sample_and_mark,
     write_inspection,
 )
-from selfteach.inspection.labelled import as_answers, read_labelled, require_critic
 from selfteach.rendering import Templates
 from selfteach.run_folder import RunFolder
 from selfteach.step import mark
@@ -69,11 +68,7 @@ def inspect(
     about = {
         "contexts": list(contexts),
         "problems": str(request.labelled or request.problems),
-        "answers_are": "labelled"
-        if request.labelled
-        else "recorded"
-        if request.recorded
-        else "sampled",
+        "answers_are": _origin(request),
         "recorded": request.recorded,
         "k": request.k,
         "limit": request.limit,
@@ -126,11 +121,10 @@ def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
     return tell(built, marked)
 
 
-def labelled(built: Built, request: Request) -> tuple[list[Told], dict[str, int]]:
-    """The answers of a file of labelled steps, and how many of them were lost, by reason."""
-    assert request.labelled is not None
-    require_critic(check_contexts(request.contexts), built.parts.critic is not None)
-    return as_answers(built, read_labelled(request.labelled)[: request.limit])
+def _origin(request: Request) -> str:
+    if request.labelled:
+        return "labelled"
+    return "recorded" if request.recorded else "sampled"
 
 
 def _one_of(names: Sequence[str]) -> str | None:
