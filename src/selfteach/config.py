@@ -268,7 +268,7 @@ class EvaluationConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where numbers go besides metrics.jsonl; nothing leaves the machine unless it is asked for here."""
+    """Where numbers go besides metrics.jsonl; nothing leaves the machine unless it is asked for."""
 
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     project: str = Field(default="selfteach", min_length=1)

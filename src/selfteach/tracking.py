@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from selfteach.errors import RecipeError
 from selfteach.run_folder import read_json, write_json
@@ -27,6 +27,7 @@ from selfteach.run_folder import read_json, write_json
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where the numbers of a row go."""
 

@@ -115,7 +115,7 @@ def test_a_sink_that_cannot_be_opened_is_one_line(tmp_path: Path):
 
     memory = Memory()
     with (
-        pytest.raises(RecipeError, match="tracking.sinks: wandb cannot be opened: not logged in"),
+        pytest.raises(RecipeError, match=r"tracking\.sinks: wandb cannot be opened: not logged in"),
         sending({"m": memory(), "wandb": shut()}, tmp_path, []),
     ):
         pass
