@@ -104,7 +104,7 @@ def sending(
 def values_of(row: Mapping[str, Any]) -> dict[str, float]:
     """A row's numbers under the names that sinks get: ``kind/name``."""
     return {
-        f"{row['kind']}/{name}": value
+        f"{row['kind']}/{name}": float(value)
         for name, value in row.items()
         if name not in ("kind", "step") and isinstance(value, int | float)
     }

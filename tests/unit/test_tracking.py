@@ -37,8 +37,10 @@ class Memory:
     @contextmanager
     def __call__(self):
         self.open += 1
-        yield self.take
-        self.open -= 1
+        try:
+            yield self.take
+        finally:
+            self.open -= 1
 
     def take(self, step, values):
         if self.broken:

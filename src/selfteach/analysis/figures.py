@@ -206,12 +206,14 @@ def _shorter(tag: str) -> str:
     return re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", tag)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """A figure as files of its own, ``path`` with .svg and .png, on white; the same bytes each time."""
+def save(figure: Figure, path: Path) -> list[Path]:
+    """A figure as ``path`` with .svg and with .png, on white, the same bytes each time; both paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    vector, pixels = path.with_suffix(".svg"), path.with_suffix(".png")
     with _drawing({**SVG, "svg.fonttype": "path"}):
-        figure.savefig(path.with_suffix(".svg"), facecolor="white", metadata={"Date": None})
-        figure.savefig(path.with_suffix(".png"), facecolor="white", dpi=PNG_DPI)
+        figure.savefig(vector, facecolor="white", metadata={"Date": None})
+        figure.savefig(pixels, facecolor="white", dpi=PNG_DPI)
+    return [vector, pixels]
 
 
 def visible(token: str) -> str:

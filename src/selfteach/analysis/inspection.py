@@ -17,8 +17,6 @@ from selfteach.analysis.localisation_figures import aligned_advantage, judges, m
 from selfteach.analysis.step_scores import score_steps
 
 FORMAT = 1
-FORMATS = ("svg", "png")
-"""What each figure is saved as."""
 
 LOCALISED = (
     ("mass on error, %", ("mass", "failing"), 1),
@@ -52,12 +50,8 @@ def draw(folder: Path, localisation: Mapping[str, Any]) -> list[Path]:
     shown = example(folder)
     if shown is not None:
         drawn["token_advantages"] = figures.token_advantages(shown)
-    paths = []
-    for name, figure in drawn.items():
-        for kind in FORMATS:
-            paths.append(folder / "figures" / f"{name}.{kind}")
-            figures.save(figure, paths[-1])
-    return paths
+    return [path for name, own in drawn.items()
+            for path in figures.save(own, folder / "figures" / name)]  # fmt: skip
 
 
 def print_localisation(localisation: Mapping[str, Any], console: Console) -> None:

@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfteach.analysis import figures
-from selfteach.analysis.figures import ALERT, INK, SMALL, TINY, Style
-from selfteach.analysis.figures import _bare as bare
+from selfteach.analysis.figures import ALERT, INK, SMALL, TINY, Style, bare
 
 PER_ROW = 3
 """Panels side by side."""
