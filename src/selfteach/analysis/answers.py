@@ -36,33 +36,38 @@ MOST = 5_000
 TOKEN_COLUMNS = ("answer", "context", "text", "step", "kind", "student_logp", "advantage")
 
 
-def inspected(folder: Path) -> list[Record]:
-    """Answers of folder/inspection, with the advantage of every token under every context."""
+def inspected(folder: Path) -> tuple[list[Record], int]:
+    """Answers of folder/inspection with the advantage of every token under every context.
+
+    Up to `MOST` of them, evenly chosen, and how many there are.
+    """
     rows = read_rows(folder / "inspection" / "answers.jsonl")
     scored = _scored(folder / "inspection" / "tokens.parquet")
-    return [_inspected(rows[i], scored.get(i, {})) for i in _evenly(len(rows), MOST)]
+    chosen = _evenly(len(rows), MOST)
+    return [_inspected(rows[i], scored.get(i, {})) for i in chosen], len(rows)
 
 
-def learned_from(groups: Groups) -> tuple[list[Record], int]:
-    """Answers that runs have learned from, and how many there are in all.
+def learned_from(groups: Groups, most: int = MOST) -> tuple[list[Record], int]:
+    """Answers that runs have learned from, of each arm the first seed, and how many there are in all.
 
-    Of each arm the first seed; if there are more than `MOST`, whole steps are left out, evenly.
+    Up to ``most``, the same number from each arm: whole steps are left out, evenly.
     """
-    first = {name: runs[0] for name, runs in groups.items() if runs[0].of_kind("step")}
-    files = {
-        name: sorted((run.folder / "lessons").glob("step_*.jsonl")) for name, run in first.items()
-    }
-    answers = {
-        name: run.of_kind("step")[-1].get("answers_sampled", 0) for name, run in first.items()
-    }
-    total = sum(len(files[name]) * answers[name] for name in first)
-    share = min(1.0, MOST / max(1, total))
-    records = []
-    for name, run in first.items():
-        for i in _evenly(len(files[name]), max(1, int(share * len(files[name])))):
-            step = int(files[name][i].stem.rpartition("_")[2])
-            records += [_lesson(row, run, name, step) for row in read_rows(files[name][i])]
-    return records, int(total)
+    steps = {name: _lesson_files(runs[0]) for name, runs in groups.items()}
+    steps = {name: files for name, files in steps.items() if files}
+    share = max(0, most) // max(1, len(steps))
+    records, total = [], 0
+    for name, files in steps.items():
+        run = groups[name][0]
+        first = read_rows(files[0])
+        total += len(first) * len(files)
+        for i in _evenly(len(files), share // max(1, len(first))):
+            step = int(files[i].stem.rpartition("_")[2])
+            records += [_lesson(row, run, name, step) for row in read_rows(files[i])]
+    return records, total
+
+
+def _lesson_files(run: Run) -> list[Path]:
+    return sorted((run.folder / "lessons").glob("step_*.jsonl"))
 
 
 def example(found: Mapping[str, Any]) -> Record:
@@ -171,4 +176,6 @@ def _evenly(count: int, most: int) -> list[int]:
     """Up to ``most`` of ``count`` indices, evenly spread, first and last among them."""
     if count <= most:
         return list(range(count))
+    if most <= 1:
+        return [count - 1] * most
     return sorted({round(i) for i in np.linspace(0, count - 1, most)})

@@ -88,7 +88,7 @@ def pass_at_each_k(groups: Groups) -> Figure | None:
         shapes = {(e["k"], len(e["problem_ids"])) for e in tables}
         if len(shapes) != 1 or (n := tables[0]["k"]) < 2:
             continue
-        ks = np.arange(1, n)
+        ks = range(1, n)
         estimates = [
             bootstrap_mean(
                 np.stack([100 * pass_at_k(np.array(e["correct"], dtype=float), k) for e in tables]),
@@ -96,7 +96,7 @@ def pass_at_each_k(groups: Groups) -> Figure | None:
             )
             for k in ks
         ]  # fmt: skip
-        _line(axes, ks, np.array([e.mean for e in estimates]), look[name], name)
+        _line(axes, np.array(ks), np.array([e.mean for e in estimates]), look[name], name)
         low, high = [e.low for e in estimates], [e.high for e in estimates]
         axes.fill_between(ks, low, high, color=look[name].colour, alpha=0.12, linewidth=0)
         drawn = True

@@ -18,9 +18,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from selfteach.analysis import answers, comparison, curves, figures, health, wording
+from selfteach.analysis import (
+    answers,
+    comparison,
+    curves,
+    drawings,
+    figures,
+    health,
+    inspected,
+    wording,
+)
+from selfteach.analysis.drawings import Drawing
 from selfteach.analysis.packing import pack
-from selfteach.analysis.reading import Run, grouped, read_json, read_runs
+from selfteach.analysis.reading import Groups, Run, grouped, read_json, read_runs
 from selfteach.analysis.wording import Results
 from selfteach.errors import CheckpointError
 
@@ -41,36 +51,37 @@ def write_report(*folders: Path, out: Path | None = None) -> Path:
     page, drawn = render(folders)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_whole(path, page)
-    for name, figure in drawn.items():
-        if not name.startswith("health_"):  # twelve small ones, for the page alone
-            figures.save(figure, path.parent / "figures" / name)
+    for name, drawing in drawn.items():
+        if drawing.filed:
+            figures.save(drawing.figure, path.parent / "figures" / name)
     return path
 
 
-def render(folders: Sequence[Path]) -> tuple[str, dict[str, figures.Figure]]:
+def render(folders: Sequence[Path]) -> tuple[str, dict[str, Drawing]]:
     """The report as HTML text, and the figures that stand in it."""
     runs = [run for folder in folders if _has_runs(folder) for run in read_runs(folder)]
     results = _results(folders, runs)
-    example = _example(folders)
     main = _in_order(grouped([run for run in runs if run.variant is None]), results)
-    drawn = _drawn(results, example, main)
+    example, localisation = _example(folders), _localisation(folders)
+    drawn = _drawn(results, main, example, localisation)
     records, total = _records(folders, main, example)
-    told = pack(records) if records else None
     script = (HERE / "report.js").read_text(encoding="utf-8")
-    findings = health.findings_of(grouped(runs))
     page = _environment().get_template("report.html.jinja").render(
         r=results,
         w=wording,
         sentences=wording.claims(results, {n: comparison.gain(own) for n, own in main.items()}),
-        figures=_described(drawn, results, example),
-        health=health.summary(findings),
+        figures={name: drawing.inline(name) for name, drawing in drawn.items()},
+        health=health.summary(health.findings_of(grouped(runs))),
         checks=[(check, health.logged(main, check.metric)) for check in health.checks()],
         spent={name: comparison.mean_spent(own) for name, own in main.items()},
         phases=curves.PHASES,
         unfinished=[run for run in runs if not run.is_complete],
-        answers=told,
-        answers_total=total,
+        feedback=localisation is not None or example is not None,
+        localisation=localisation,
         example=example,
+        critics={},
+        answers=pack(records) if records else None,
+        answers_total=total,
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -103,62 +114,48 @@ def _in_order(groups: dict[str, list[Run]], results: Results) -> dict[str, list[
 
 
 def _example(folders: Sequence[Path]) -> dict[str, Any] | None:
-    paths = [folder / "token_advantages.json" for folder in folders]
+    """One answer under several contexts: a study's own, or from an inspection."""
+    for folder in folders:
+        if (path := folder / "token_advantages.json").exists():
+            return read_json(path)
+    for folder in folders:
+        if (folder / "inspection" / "inspection.json").exists():
+            return inspected.example(folder / "inspection")
+    return None
+
+
+def _localisation(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """The first folder's that has one: an inspection's measures do not add up."""
+    paths = [folder / "inspection" / "localisation.json" for folder in folders]
     return next((read_json(path) for path in paths if path.exists()), None)
 
 
+def _drawn(
+    results: Results,
+    groups: Groups,
+    example: Mapping[str, Any] | None,
+    localisation: Mapping[str, Any] | None,
+) -> dict[str, Drawing]:
+    return {
+        **drawings.of_results(results, groups),
+        **drawings.of_feedback(example, localisation),
+        **drawings.of_health(groups),
+        **drawings.of_budget(groups),
+    }
+
+
 def _records(
-    folders: Sequence[Path], groups: Mapping[str, list[Run]], example: Mapping[str, Any] | None
+    folders: Sequence[Path], groups: Groups, example: Mapping[str, Any] | None
 ) -> tuple[list[answers.Record], int]:
     """What the browser shows first and then, and how many answers there are in all."""
-    inspected = [record for folder in folders for record in answers.inspected(folder)]
-    if not inspected and example and example["contexts"]:
-        inspected = [answers.example(example)]
-    learned, total = answers.learned_from(groups)
-    return [*inspected, *learned], len(inspected) + total
-
-
-def _drawn(
-    results: Results, example: Mapping[str, Any] | None, groups: Mapping[str, list[Run]]
-) -> dict[str, figures.Figure]:
-    """The figures that there is something to show for."""
-    drawn: dict[str, figures.Figure | None] = {}
-    if results["paired"]:
-        drawn["forest"] = figures.forest(results)
-    if any("curve" in arm for arm in results["arms"].values()):
-        drawn["learning_curves"] = figures.learning_curves(results)
-    if health.logged(groups, "correct"):
-        drawn["training"] = curves.training(groups)
-        drawn["length_and_entropy"] = curves.length_and_entropy(groups)
-    drawn["pass_at_k"] = curves.pass_at_each_k(groups) if groups else None
-    if example and example["contexts"]:
-        drawn["token_advantages"] = figures.token_advantages(example)
-    for check in health.checks():
-        if health.logged(groups, check.metric):
-            drawn[f"health_{check.metric}"] = curves.check_curve(groups, check)
-    drawn["seconds"] = curves.seconds_by_phase(groups) if groups else None
-    return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def _described(
-    drawn: Mapping[str, figures.Figure], results: Results, example: Mapping[str, Any] | None
-) -> dict[str, dict[str, Any]]:
-    """Each figure as SVG, with what it shows in words for those who do not see it."""
-    labels = {
-        "forest": "Differences with intervals: " + "; ".join(wording.pair_lines(results)),
-        "learning_curves": "Learning curves: " + "; ".join(wording.curve_lines(results)),
-        "token_advantages": "Advantage of each token: "
-        + "; ".join(wording.advantage_lines(example or {"contexts": {}})),
-        "training": "Share of right answers and loss over training",
-        "length_and_entropy": "Length and entropy of answers over training",
-        "pass_at_k": "Pass at k on test problems against k",
-        "seconds": "Seconds by phase and arm; the table has the numbers",
-    }
-    titles = {f"health_{check.metric}": f"{check.title} over training" for check in health.checks()}
-    return {
-        name: {"svg": Markup(figures.svg(figure, name)), "label": f"{(labels | titles)[name]}."}
-        for name, figure in drawn.items()
-    }
+    inspected_ones, total = [], 0
+    for folder in folders:
+        own, there = answers.inspected(folder)
+        inspected_ones, total = [*inspected_ones, *own], total + there
+    if not inspected_ones and example and example["contexts"]:
+        inspected_ones, total = [answers.example(example)], 1
+    learned, all_learned = answers.learned_from(groups, answers.MOST - len(inspected_ones))
+    return [*inspected_ones, *learned], total + all_learned
 
 
 def _environment() -> Environment:
