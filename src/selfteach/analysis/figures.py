@@ -191,6 +191,7 @@ def svg(figure: Figure, name: str = "figure") -> str:
     sink = io.StringIO()
     with _drawing(SVG):
         figure.savefig(sink, format="svg", transparent=True, metadata=nothing)
+    figure.set_layout_engine("none")  # laid out once: what is drawn of it later keeps its places
     drawn = sink.getvalue()
     drawn = drawn[drawn.index("<svg") :].strip()
     drawn = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", drawn)  # running numbers that nothing refers to
