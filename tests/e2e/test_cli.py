@@ -114,6 +114,13 @@ def test_a_study_from_recipe_to_report(
     assert after["made"]["seconds"] > json.loads(before)["made"]["seconds"], (
         "what it took is added up"
     )
+    capsys.readouterr()
+    assert call(monkeypatch, "watch", out, "--once") == 0
+    told = capsys.readouterr().out
+    assert "9 of 9 runs complete" in told and "easy step_aligned 0" in told
+    two = [out / "runs" / arm / "seed_0" for arm in ("grpo", "step_aligned")]
+    assert call(monkeypatch, "report", *two, "--out", out / "two.html") == 0
+    assert "step_aligned − grpo" in (out / "two.html").read_text(encoding="utf-8")
 
 
 def test_a_killed_study_goes_on(recipe: Path, tmp_path: Path) -> None:
@@ -240,6 +247,8 @@ def test_wrong_calls_are_one_line(
     assert "did you mean 'grpo'?" in said("train", recipe, "--out", tmp_path / "x", "--arm", "grp")
     assert "no such folder" in said("resume", tmp_path / "nowhere")
     assert "no run folder" in said("resume", tmp_path)
+    assert "results.json: not there" in said("report", tmp_path)
+    assert "neither a run nor a study" in said("watch", tmp_path)
     assert "not empty" in said("study", recipe, "--out", tmp_path)
     assert "is a file" in said("study", recipe, "--out", recipe)
     assert "Missing option" in said("study", recipe)
