@@ -20,7 +20,6 @@ from selfteach.config import Recipe
 from selfteach.run_folder import RunFolder
 from selfteach.study import Job
 
-
 NOTED = {
     "correct": ("right", "{:.0%}"),
     "length": ("length", "{:.0f}"),
