@@ -41,9 +41,10 @@ is near a half; below a tenth the critic writes an answer of its own (the paper'
 MISMATCH_ABOVE = 0.05
 """Nats per token between trainer and sampler. bf16 alone gives 0.01 to 0.02; at 0.05 importance
 weights of a hundred tokens no longer stay near one."""
-GAIN_LEFT, GAIN_FLOOR = 0.7, 0.1
-"""Share of the best that should be left at the end, judged where at least a tenth was right once. The
-spread of one window of some hundred answers is far smaller."""
+GAIN_LEFT, GAIN_FLOOR = 0.6, 0.2
+"""Share of the best that should be left at the end, judged where at least a fifth was right once. Five
+steps of 32 answers to 4 questions each have a standard error of about 6 points there, and the best of
+many windows is a lucky one."""
 
 Judge = Callable[[np.ndarray], tuple[int, str] | None]
 """From a run's values, averaged over `WINDOW` steps, to where it shows and what, or None."""

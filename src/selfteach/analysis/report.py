@@ -37,6 +37,8 @@ from selfteach.errors import CheckpointError
 FORMAT = 1
 """The results.json that is understood."""
 HERE = Path(__file__).parent
+SCRIPTS = ("report.js", "browser.js", "answer.js")
+"""One script in the page, in this order."""
 
 
 def write_report(*folders: Path, out: Path | None = None) -> Path:
@@ -65,7 +67,7 @@ def render(folders: Sequence[Path]) -> tuple[str, dict[str, Drawing]]:
     example, localisation = _example(folders), _localisation(folders)
     drawn = _drawn(results, main, example, localisation)
     records, total = _records(folders, main, example)
-    script = (HERE / "report.js").read_text(encoding="utf-8")
+    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     page = _environment().get_template("report.html.jinja").render(
         r=results,
         w=wording,

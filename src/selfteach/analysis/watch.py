@@ -145,7 +145,7 @@ def _table(folder: Path, found: list[Look]) -> Group:
         style = {"waiting": "dim", "quiet": "yellow"}.get(look.state, "")
         table.add_row(*(Text(cell) for cell in _cells(look)), style=style)
     done = sum(look.state == "done" for look in found)
-    head = Text(f"{folder}: {done} of {len(found)} runs complete", style="bold")
+    head = Text(f"{done} of {len(found)} runs complete: {folder}", style="bold", no_wrap=True)
     return Group(head, table)
 
 
