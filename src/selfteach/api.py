@@ -108,7 +108,7 @@ def summary(evaluation: Evaluation, what: str) -> dict[str, Any]:
 
 
 def _for_inspection(own: Recipe, request: Request, settings: Sequence[str]) -> Recipe:
-    """A recipe with what the caller sets, a critic if a program can be one, and the teacher's weights."""
+    """A recipe with what the caller sets, a critic where a program can be one, the teacher wanted."""
     plain = own.model_dump(mode="json")
     for setting in map(parse_setting, settings):
         plain = merge(plain, setting)

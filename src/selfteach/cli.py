@@ -264,8 +264,9 @@ def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
 
     with study_progress(jobs_of(loaded, folder)) as progress:
         results = run_study(loaded, folder, command=command, progress=progress)
-    if (folder / "inspection" / "inspection.json").exists():
-        _sum_up(folder / "inspection", None)
+    inspected = folder / "inspection"
+    if (inspected / "inspection.json").exists() and not (inspected / "localisation.json").exists():
+        _sum_up(inspected, None)
     console = Console()
     print_results(results, console)
     console.print(

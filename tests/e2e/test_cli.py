@@ -107,10 +107,15 @@ def test_a_study_from_recipe_to_report(
     assert budgets[0]["optimizer_steps"] == budgets[1]["optimizer_steps"] == 2
     assert results["variants"]["easy"]["title"] == "an easy world"
     assert (out / "report.html").stat().st_size > 10_000
+    inspected = json.loads((out / "inspection" / "inspection.json").read_text())
+    assert inspected["answers"] == 8 and "step_aligned" in inspected["contexts"]
+    assert (out / "inspection" / "localisation.json").exists()
+    scored_at = (out / "inspection" / "tokens.parquet").stat().st_mtime_ns
     before = (out / "results.json").read_text()
     assert call(monkeypatch, "resume", out) == 0  # nothing left to do: the same numbers
     after = json.loads((out / "results.json").read_text())
     assert after["arms"] == json.loads(before)["arms"]
+    assert (out / "inspection" / "tokens.parquet").stat().st_mtime_ns == scored_at
     assert after["made"]["seconds"] > json.loads(before)["made"]["seconds"], (
         "what it took is added up"
     )
@@ -277,5 +282,5 @@ def test_a_folder_with_another_study_is_refused(
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "--help") == 0
     printed = capsys.readouterr().out
-    for command in ("study", "train", "resume", "evaluate", "check", "sweep"):
+    for command in ("study", "train", "resume", "evaluate", "inspect", "check", "sweep"):
         assert command in printed

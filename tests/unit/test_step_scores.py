@@ -159,16 +159,17 @@ def test_a_planted_signal_is_found_and_noise_is_not(tmp_path: Path) -> None:
 
 
 def test_what_is_judged_had_no_say_in_the_choice(tmp_path: Path) -> None:
-    """Spoiling the judged half changes neither pooling nor threshold."""
-    folder = planted(tmp_path, {"x": 3.0})
-    found = load(folder)
+    """Where only ``last`` would do on the judged half, the choice stays what it was."""
+    found = load(planted(tmp_path, {"x": 3.0}))
     found = dataclasses.replace(found, advantage_N=found.advantage_N.copy())
     before = score_steps(found)["contexts"]["x"]
     judged = ~choosing(found)[found.problem_A][found.answer_N]
-    found.advantage_N[judged] *= -1
+    first = judged & (found.position_N % 2 == 0)
+    found.advantage_N[first] = -10 - np.random.default_rng(1).random(first.sum())
     after = score_steps(found)["contexts"]["x"]
     assert (after["pooling"], after["threshold"]) == (before["pooling"], before["threshold"])
-    assert after["auroc"]["mean"] < 0.5 and before["auroc"]["mean"] == 1
+    assert before["auroc"]["mean"] == 1 and after["auroc"]["mean"] < 0.8
+    assert after["poolings"]["advantage.last"] == {"choosing": 1, "judged": 1}
 
 
 def test_too_few_problems_judge_nothing(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def example(
     if answer is None:
         return None
     tokens = pq.read_table(folder / "tokens.parquet", filters=[("answer", "=", answer)])
-    own = {name: tokens.filter(pc.equal(tokens["context"], name)).to_pydict()
+    own = {name: tokens.filter(pc.field("context") == name).to_pydict()
            for name in contexts or about["contexts"]}  # fmt: skip
     own = {name: columns for name, columns in own.items() if columns["position"]}
     if not own:
@@ -158,7 +158,8 @@ def _about(folder: Path) -> dict[str, Any]:
 
 def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
     """Index of each value in ``names``; −1 for null."""
-    found = pc.index_in(column, pa.array(names))
+    options = pc.SetLookupOptions(pa.array(names))
+    found = pc.call_function("index_in", [column], options)
     return found.fill_null(-1).to_numpy().astype(np.int64)
 
 
