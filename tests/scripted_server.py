@@ -20,11 +20,16 @@ class Server:
     def __init__(self, *behaviours: Behaviour, port: int = 0) -> None:
         self.behaviours = list(behaviours)
         self.asked: list[dict[str, Any]] = []
+        self.listing: Behaviour = lists("m", "oracle")
+        """What it says of its models; that question is no request and is not counted."""
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
         script = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                script.listing(self, {})
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 behave = script.begin(
@@ -113,6 +118,12 @@ def raw(body: bytes) -> Behaviour:
     return lambda handler, _: send(handler, 200, body)
 
 
+def lists(*models: str) -> Behaviour:
+    """The models that the server says it has."""
+    data = [{"id": name, "object": "model", "created": 1, "owned_by": "us"} for name in models]
+    return raw(json.dumps({"object": "list", "data": data}).encode())
+
+
 def stalls(seconds: float) -> Behaviour:
     """Says nothing for so long, then something."""
 
@@ -121,6 +132,17 @@ def stalls(seconds: float) -> Behaviour:
         says("late")(handler, body)
 
     return behave
+
+
+def trickles(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Sends a byte now and then, for as long as anybody reads."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.05)
 
 
 def cuts(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:

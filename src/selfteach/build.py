@@ -25,7 +25,7 @@ from selfteach.config import (
     TrackingConfig,
     TrustRegionTeacher,
 )
-from selfteach.config_critic import TextCriticConfig
+from selfteach.config_critic import PolicyCriticConfig, TextCriticConfig
 from selfteach.contexts import FallBack, TemplateContext
 from selfteach.data import Task, load_task
 from selfteach.divergence import Divergence
@@ -43,13 +43,15 @@ from selfteach.loading import (
 )
 from selfteach.objective import Distillation, Grpo
 from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
-from selfteach.protocols import Context, Objective, Teacher
-from selfteach.rendering import Renderer, Templates, Thinking
+from selfteach.protocols import Context, Critic, Objective, Teacher
+from selfteach.rendering import Renderer
 from selfteach.step import Parts
 from selfteach.teacher import EmaTeacher as Ema
 from selfteach.teacher import InitialTeacher as Initial
 from selfteach.teacher import LiveTeacher as Live
 from selfteach.teacher import TrustRegionTeacher as TrustRegion
+from selfteach.template_sets import Templates
+from selfteach.thinking import Thinking
 from selfteach.types import Problem, Sampling
 
 CHUNK_ENTRIES = 2**23
@@ -114,6 +116,32 @@ def build(recipe: Recipe) -> Built:
         pad_id=pad,
     )
     return Built(parts, task, tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """A recipe's critic with all that reads answers, and no model to train."""
+
+    critic: Critic
+    task: Task
+    renderer: Renderer
+
+
+def build_marker(recipe: Recipe) -> Marker:
+    """The critic of a recipe by itself; the solver's weights are loaded only if they are the critic.
+
+    Raises what `build` raises.
+    """
+    assert recipe.critic is not None
+    if isinstance(recipe.critic, PolicyCriticConfig):
+        built = build(recipe)
+        assert built.parts.critic is not None
+        return Marker(built.parts.critic, built.task, built.parts.renderer)
+    task = load_task(recipe.data, resolve(recipe.model.path))
+    templates = Templates(recipe.model.templates or task.templates)
+    renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
+    critic = build_critic(recipe.critic, task, templates, None, seed=recipe.seed)
+    return Marker(critic, task, renderer)
 
 
 def build_renderer(

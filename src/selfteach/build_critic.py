@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -42,7 +43,12 @@ from selfteach.loading import (
 )
 from selfteach.policy import Policy
 from selfteach.protocols import Critic
-from selfteach.rendering import Renderer, Templates, Thinking
+from selfteach.rendering import Renderer
+from selfteach.template_sets import Templates
+from selfteach.thinking import Thinking
+
+if TYPE_CHECKING:
+    from selfteach.critics.endpoint import Endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +117,10 @@ def _chat_model(
 ) -> ChatModel:
     match config:
         case EndpointConfig():
-            return _endpoint(config)
+            endpoint = _endpoint(config)
+            from selfteach.critics.endpoint import EndpointModel
+
+            return EndpointModel(endpoint)
         case LocalCriticConfig():
             return _local(config, templates)
         case PolicyCriticConfig():
@@ -134,26 +143,36 @@ def _chat_model(
             )
 
 
-def _endpoint(config: EndpointConfig) -> ChatModel:
+def require_critic(config: CriticConfig | None) -> None:
+    """Ask a served critic once whether it is there; any other is found wanting when it is built.
+
+    Raises `CriticError` in one line.
+    """
+    if isinstance(config, EndpointConfig) and config.ask_first:
+        endpoint = _endpoint(config)
+        from selfteach.critics.reachable import require_server
+
+        require_server(endpoint)
+
+
+def _endpoint(config: EndpointConfig) -> Endpoint:
     try:
-        from selfteach.critics.endpoint import Endpoint, EndpointModel
+        from selfteach.critics.endpoint import Endpoint
     except ImportError:
         raise CriticError(
             'critic.type = "endpoint" needs OpenAI\'s client: pip install "selfteach[endpoint]"'
         ) from None
     thinking = {"enable_thinking": config.thinking}
     asked = {} if config.thinking is None else {"chat_template_kwargs": thinking}
-    return EndpointModel(
-        Endpoint(
-            base_url=config.base_url,
-            model=config.model,
-            api_key_env=config.api_key_env,
-            concurrency=config.concurrency,
-            timeout_s=config.timeout_seconds,
-            max_retries=config.max_retries,
-            requests_per_minute=config.requests_per_minute,
-            extra_body={**asked, **config.extra_body},
-        )
+    return Endpoint(
+        base_url=config.base_url,
+        model=config.model,
+        api_key_env=config.api_key_env,
+        concurrency=config.concurrency,
+        timeout_s=config.timeout_seconds,
+        max_retries=config.max_retries,
+        requests_per_minute=config.requests_per_minute,
+        extra_body={**asked, **config.extra_body},
     )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from selfteach.analysis.plain_text import plain
 from selfteach.config import Recipe
 from selfteach.errors import CheckpointError, RecipeError, SelfteachError
 from selfteach.recipes import TABLES, Study, load_study
@@ -175,12 +176,26 @@ def inspect(
 
 
 @app.command()
-def check(recipe: RecipePath, settings: Settings = None) -> None:
+def check(
+    recipe: RecipePath,
+    settings: Settings = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not ask whether a served critic is there.")
+    ] = False,
+) -> None:
     """Validate a recipe and print what it resolves to, its sizes and its budget. Spends nothing."""
     from selfteach.plan import describe_study
 
+    loaded = _load(recipe, settings)
     # All of it first: a recipe that fails prints its one line of error and nothing else.
-    for line in list(describe_study(_load(recipe, settings))):
+    lines = list(describe_study(loaded))
+    if not offline:
+        from selfteach.build_critic import require_critic
+        from selfteach.study import critics_of
+
+        for critic in critics_of(loaded):
+            require_critic(critic)
+    for line in lines:
         typer.echo(line)
 
 
@@ -216,6 +231,45 @@ def watch(
     from selfteach.analysis.watch import watch as look
 
     look(folder, Console(), once=once, every=every)
+
+
+@app.command()
+def critique(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="JSON lines with question, text (the answer to be marked) and answer (the right "
+            "one); or a run's answers/*.jsonl or lessons/*.jsonl."
+        ),
+    ],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Whose critic and problems; by default those of the run FILE lies in."),
+    ] = None,
+    arm: Arm = None,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the critiques here, as JSON lines.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Examples to show side by side.")] = 4,
+) -> None:
+    """Let a critic mark answers from a file, and show what it takes to judge its prompt."""
+    from selfteach.analysis.review import print_review
+    from selfteach.build_critic import require_critic
+    from selfteach.progress import review_progress
+    from selfteach.review import recipe_beside, recipe_of, review
+    from selfteach.run_folder import write_lines
+
+    chosen = (
+        recipe_of(_load(recipe, settings, arm), arm) if recipe else recipe_beside(file, settings)
+    )
+    require_critic(chosen.critic)
+    with review_progress() as progress:
+        rows, seconds = review(chosen, file, progress)
+    print_review(rows, seconds, Console(), show=show)
+    if out is not None:
+        write_lines(out, rows)
+        typer.echo(f"critiques: {out}")
 
 
 @app.command()
@@ -257,7 +311,8 @@ def main() -> None:
 
 
 def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
-    from selfteach.analysis.console import print_results
+    from selfteach.analysis.console import print_critics, print_results
+    from selfteach.analysis.critics import read_study
     from selfteach.analysis.report import write_report
     from selfteach.progress import study_progress
     from selfteach.study import jobs_of, run_study
@@ -269,6 +324,7 @@ def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
         _sum_up(inspected, None)
     console = Console()
     print_results(results, console)
+    print_critics(read_study(folder), console)
     console.print(
         f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True
     )
@@ -347,7 +403,8 @@ def _command() -> str:
 
 
 def _fail(message: str, *, status: int = 2) -> None:
-    sys.stderr.write("selfteach: " + " ".join(message.split()) + "\n")
+    # A message may quote a server.
+    sys.stderr.write("selfteach: " + " ".join(plain(message).split()) + "\n")
     sys.exit(status)
 
 

@@ -68,6 +68,8 @@ class EndpointConfig(TextCriticConfig):
     concurrency: int = Field(default=16, ge=1)
     timeout_seconds: float = Field(default=600.0, gt=0)
     max_retries: int = Field(default=12, ge=0)
+    ask_first: bool = True
+    """Ask at the start whether the server is there; false for a run whose replies are all stored."""
     requests_per_minute: float | None = Field(default=None, gt=0)
     price_prompt: float = Field(default=0.0, ge=0)
     """Per million tokens sent, for the budget."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from selfteach.config import CRITIC_CONTEXTS
 from selfteach.protocols import Context
-from selfteach.rendering import Templates
+from selfteach.template_sets import Templates
 from selfteach.types import Critique, Marked, NoCritique
 
 SHARED_TEMPLATE = {"shuffled_lines": "step_aligned", "other_answer": "step_aligned"}

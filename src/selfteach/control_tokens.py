@@ -19,6 +19,29 @@ chat templates strip."""
 
 NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 
+BREAK = "\u200b"
+"""A zero-width space: stands inside what would be a control token to a tokenizer that is not ours."""
+
+FOREIGN = re.compile(
+    r"""(?x) < (?= [|｜] [^<>|｜\n]{1,60} [|｜] > | /? s > | (?:start|end)_of_turn > | /?(?:bos|eos) >
+            | /?tool_(?:call|response) > )
+        | \[ (?= /? (?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS) \] )"""
+)
+"""The first character of a control token as the known families write them."""
+
+
+def defused(text: str) -> str:
+    """Text for a server, which reads control tokens in whatever it is sent: none is whole.
+
+    Only the known families' spellings are found; other text is left as it is.
+    """
+    return FOREIGN.sub(rf"\g<0>{BREAK}", text)
+
+
+def restored(text: str) -> str:
+    """What a server says of defused text, as if nothing had been done to it."""
+    return text.replace(f"<{BREAK}", "<").replace(f"[{BREAK}", "[")
+
 
 class ControlTokens:
     """The control tokens of one tokenizer.

@@ -147,6 +147,8 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
     reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason and not config.trust_remote_code:
+        reason = "it brings code of its own, which runs only with model.trust_remote_code = true"
     if len(reason) > 200:
         reason = reason[:200] + "…"
     return f"model.path = {config.path!r}: cannot load the {what}: {reason}"

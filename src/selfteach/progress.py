@@ -55,6 +55,14 @@ def run_progress(recipe: Recipe) -> Iterator[Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
+def review_progress() -> Iterator[Callable[[int, int], None]]:
+    """One bar over answers that are marked; gives a function that takes how many of how many are."""
+    with _bars(Console(stderr=True)) as bars:
+        task = bars.add_task("marking", total=None, note="")
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
 def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], None]]:
     """A bar for the whole study and one per arm; gives a function that looks at the runs' folders.
 

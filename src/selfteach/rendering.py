@@ -1,142 +1,27 @@
-"""Text in, token ids out: the only caller of templates, tokenizer and chat template.
-
-A *template set* is a folder of Jinja files: ``solver.jinja`` (the question as the student sees it),
-``teacher.jinja`` (question and context as the self-teacher sees them), ``critic.jinja`` (what a
-critic is asked) and one file per context. Sets ship with the package; a recipe may name a folder of
-its own instead, whose files override those of ``steps`` one by one.
-
-A template that shows worked examples writes ``{{ turn }}`` between the turns of a conversation: the
-user speaks first, then the assistant, and so on; the last turn is the user's.
-
-Questions, answers, critiques and references are *data*: they are passed as values and never read as
-templates, they cannot write ``{{ turn }}``, and a control token in them (``<|im_end|>``) is encoded
-as the text it looks like. Two filters keep data inside what a template puts around it: ``fence`` and
-``untagged``.
-"""
+"""Text in, token ids out: the only caller of tokenizer and chat template."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from selfteach.control_tokens import CUT, NONCHARACTERS, ControlTokens
-from selfteach.errors import EngineError, RecipeError
-from selfteach.types import Critique, Problem
-
-SHIPPED = Path(__file__).parent / "templates"
-
-Message = dict[str, str]
-"""One turn of a chat: ``role`` and ``content``."""
-
-TURN = "\ufdd1"
-"""What ``{{ turn }}`` stands for until the chat template is applied; data cannot hold it."""
+from selfteach.control_tokens import ControlTokens
+from selfteach.errors import EngineError
+from selfteach.template_sets import Message, Templates, conversation
+from selfteach.thinking import Thinking, split_thinking
+from selfteach.types import Problem
 
 TODAY = datetime(2024, 7, 26)
 """The date that chat templates write: a resumed run must repeat itself."""
 
-_STEP_TAG = re.compile(rf"<{CUT}?/?(?:step_\d+|answer)>")
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "probe"
-
-
-@dataclass(frozen=True, slots=True)
-class Thinking:
-    """How a model that can think before it answers is asked, and what of it is scored.
-
-    The student's answer is scored behind the self-teacher's prompt. If one is asked to think and the
-    other is not, the teacher expects another first token than the student wrote (``<think>``, or the
-    answer itself), and all that the first tokens teach is that. So the teacher's prompt ends, by
-    default, in the student's own header: with Qwen3 and ``student=False`` in an empty thought.
-    """
-
-    student: bool | None = None
-    """Passed to the chat template as ``enable_thinking``; None passes nothing."""
-    teacher: bool | None = None
-    boundary: Literal["student", "own"] = "student"
-    """Whose header ends the teacher's prompt where both differ."""
-    scored: bool = True
-    """False: only tokens behind the thought count."""
-    marks: tuple[str, str] = ("<think>", "</think>")
-    """What the model writes around a thought."""
-
-
-class Templates:
-    """A template set by name or folder.
-
-    Raises `RecipeError` if the set does not exist, or a template fails on what it is given.
-    """
-
-    def __init__(self, name_or_folder: str = "steps") -> None:
-        folder = SHIPPED / name_or_folder if "/" not in name_or_folder else Path(name_or_folder)
-        if not folder.is_dir():
-            shipped = ", ".join(sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()))
-            raise RecipeError(
-                f"templates = {name_or_folder!r}: no such template set; "
-                f"shipped: {shipped}; a folder of your own is named by a path with a slash"
-            )
-        self._environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader([folder, SHIPPED / "steps"]),
-            undefined=jinja2.StrictUndefined,
-            autoescape=False,
-            keep_trailing_newline=False,
-        )
-        self._environment.globals["turn"] = TURN
-        self._environment.filters |= {"fence": fence, "untagged": untagged}
-
-    def has(self, name: str) -> bool:
-        """True if the set (or the shipped one behind it) holds a template of this name."""
-        return f"{name}.jinja" in self._environment.list_templates()
-
-    def render(self, name: str, **values: Any) -> str:
-        """Render one template; values are data."""
-        data = {key: _without_turns(value) for key, value in values.items()}
-        try:
-            return self._environment.get_template(f"{name}.jinja").render(**data).strip()
-        except jinja2.TemplateError as error:
-            raise RecipeError(f"template {name}.jinja: {error}") from error
-
-    def context(
-        self,
-        name: str,
-        *,
-        critique: Critique | None,
-        references: Mapping[str, str],
-        correct: bool,
-    ) -> str:
-        """Render a context from what is known of an answer."""
-        return self.render(
-            name,
-            steps=critique.steps if critique else (),
-            answer=critique.answer if critique else None,
-            first_error=critique.first_error if critique else None,
-            case=critique.case if critique else None,
-            references=references,
-            correct=correct,
-        )
-
-    def critic(
-        self,
-        question: str,
-        answer: str,
-        *,
-        steps: Sequence[str],
-        finished: bool,
-        reference: str | None = None,
-    ) -> list[Message]:
-        """What a critic is asked about an answer, as chat messages (for one that is served).
-
-        ``steps`` are the answer's steps one by one; ``finished`` is False for one that was cut off.
-        """
-        said = {"answer": answer, "steps": tuple(steps), "finished": finished}
-        return conversation(self.render("critic", question=question, reference=reference, **said))
 
 
 class Renderer:
@@ -187,26 +72,6 @@ class Renderer:
             assert text.endswith(own)
             text = text.removesuffix(own) + student
         return self._control.encode(text)
-
-    def critic_prompt(
-        self,
-        problem: Problem,
-        answer: str,
-        *,
-        steps: Sequence[str],
-        finished: bool,
-        reference: str | None = None,
-    ) -> tuple[int, ...]:
-        """`Templates.critic` as token ids, where this renderer's tokenizer is the critic's own."""
-        cut = self._control.cut
-        messages = self._templates.critic(
-            cut(problem.question),
-            cut(answer),
-            steps=[cut(step) for step in steps],
-            finished=finished,
-            reference=cut(reference) if reference is not None else None,
-        )
-        return self._control.encode(self._chat(self._with_system(messages), self._thinking.student))
 
     def encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """A conversation as token ids, ready for the reply; all content is data."""
@@ -334,65 +199,12 @@ class Renderer:
         return text
 
 
-def conversation(content: str) -> list[Message]:
-    """A rendered template as chat messages, user and assistant by turns, the user's last.
-
-    Raises `RecipeError` if the last turn would be the assistant's.
-    """
-    turns = content.split(TURN)
-    if len(turns) % 2 == 0:
-        raise RecipeError("a template's last turn must be the user's: an even number of {{ turn }}")
-    return [
-        {"role": "assistant" if i % 2 else "user", "content": turn.strip()}
-        for i, turn in enumerate(turns)
-    ]
-
-
-def split_thinking(
-    text: str, marks: tuple[str, str] = ("<think>", "</think>"), *, opened: bool = False
-) -> tuple[str, str]:
-    """A thought and the answer after it: ``"<think>hm</think> 4"`` is ``("<think>hm</think> ", "4")``.
-
-    Both together are the text. The answer is what follows the last closing mark. A thought that was
-    begun (by the text, or by the prompt: ``opened``) and not closed leaves no answer; a text without
-    a thought is all answer.
-    """
-    begin, end = marks
-    closed = text.rfind(end)
-    if closed < 0:
-        begun = opened or text.lstrip().startswith(begin)
-        return (text, "") if begun else ("", text)
-    answer = text[closed + len(end) :].lstrip()
-    return text[: len(text) - len(answer)], answer
-
-
-def fence(data: str, character: str, least: int = 3) -> str:
-    """A run of a character that is longer than any in the data, so that no data can end it."""
-    runs = re.findall(f"{re.escape(character)}+", NONCHARACTERS.sub("", data))
-    return character * max(least, 1 + max(map(len, runs), default=0))
-
-
-def untagged(data: str) -> str:
-    """Data without the tags that structure an answer: it stands inside such tags itself."""
-    while (bare := _STEP_TAG.sub("", data)) != data:
-        data = bare
-    return data
-
-
 def _dated(chat_template: str) -> str:
     return _DATE_CALL.sub(lambda call: repr(TODAY.strftime(call[2])), chat_template)
 
 
 def _user(content: str) -> Message:
     return {"role": "user", "content": content}
-
-
-def _without_turns(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace(TURN, "")
-    if isinstance(value, tuple):
-        return tuple(map(_without_turns, value))
-    return value
 
 
 def _ends(pieces: Sequence[str], gap: str) -> list[int]:

@@ -154,12 +154,12 @@ def lesson_row(lesson: Lesson) -> dict[str, Any]:
         "sample": rollout.sample,
         "question": rollout.problem.question,
         "answer": rollout.text,
+        "finished": rollout.finished,
         **asdict(lesson.marked.verdict),
         "critique": None if critique is None else asdict(critique),
         "context": lesson.context,
         "dropped": lesson.dropped,
         "steps": lesson.steps,
-        "finished": rollout.finished,
         "gold": rollout.problem.answer,
         "first_error_token": lesson.first_error_token,
         "first_change": None if lesson.change is None else asdict(lesson.change),
@@ -253,7 +253,8 @@ def critique_from(row: dict[str, Any] | None) -> Critique | NoCritique | None:
         return None
     usage = Usage(**row.get("usage", {}))
     if "reason" in row:
-        return NoCritique(row["reason"], row.get("detail", ""), usage)
+        said, answer = row.get("said", ""), row.get("answer")
+        return NoCritique(row["reason"], row.get("detail", ""), usage, said, answer)
     return Critique(
         case=row["case"],
         steps=tuple(CritiqueStep(**step) for step in row["steps"]),

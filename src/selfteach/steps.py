@@ -30,18 +30,27 @@ SENTENCE = re.compile(
 
 
 def lines(text: str) -> list[Span]:
-    """One step per line that is not blank."""
-    return [match.span() for match in re.finditer(r"[^\n]*\S[^\n]*", text)]
+    """One step per line that is not blank, and the tag of the final answer."""
+    return _with_answer(re.compile(r"[^\n]*\S[^\n]*"), text)
 
 
 def paragraphs(text: str) -> list[Span]:
-    """One step per run of lines without a blank one between them."""
-    return [match.span() for match in re.finditer(r"\S(?:(?!\n[^\S\n]*\n).)*", text, re.DOTALL)]
+    """One step per run of lines without a blank one between them, and the tag of the final answer."""
+    return _with_answer(re.compile(r"\S(?:(?!\n[^\S\n]*\n).)*", re.DOTALL), text)
 
 
 def sentences(text: str) -> list[Span]:
-    """One step per sentence; a line break ends one too."""
-    return [match.span() for match in SENTENCE.finditer(text)]
+    """One step per sentence; a line break ends one too; and the tag of the final answer."""
+    return _with_answer(SENTENCE, text)
+
+
+def _with_answer(step: re.Pattern[str], text: str) -> list[Span]:
+    """Steps up to the last ``<answer>``, which is a span by itself wherever it stands."""
+    begin = text.rfind("<answer>")
+    if begin < 0:
+        return [match.span() for match in step.finditer(text)]
+    before = [match.span() for match in step.finditer(text[:begin])]
+    return [*before, (begin, len(text.rstrip()))]
 
 
 def tags(text: str) -> list[Span]:

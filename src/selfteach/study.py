@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +18,17 @@ from typing import Any, Literal
 import numpy as np
 
 from selfteach.build import build
+from selfteach.build_critic import require_critic
 from selfteach.config import CRITIC_CONTEXTS, Recipe
+from selfteach.config_critic import CriticConfig
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
 from selfteach.inspection.example import advantages_by_context
 from selfteach.inspection.request import Request, inspect, sampled
 from selfteach.recipes import BASE, Study, pairs
-from selfteach.rendering import Templates
 from selfteach.run_folder import RunFolder, read_json, require_empty, write_json
 from selfteach.settings import merge, validate
+from selfteach.template_sets import Templates
 from selfteach.train import environment, evaluation_of, result_of, run_to_end
 
 MEASURES = ("avg", "pass", "maj", "length", "truncated", "format")
@@ -131,6 +133,8 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> No
     Raises the first error of a run; the others that are under way end first.
     """
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
+    for critic in _distinct(job.recipe.critic for job in waiting):
+        require_critic(critic)  # before another run spends anything
     workers = min(workers or os.cpu_count() or 1, max(1, len(waiting)))
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
@@ -149,6 +153,24 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> No
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def critics_of(study: Study) -> list[CriticConfig]:
+    """Every critic that a study asks, once."""
+    settings = [(None, list(study.arms)), *((n, v.arms) for n, v in study.variants.items())]
+    return _distinct(
+        study.recipe(arm, variant=name).critic
+        for name, arms in settings
+        for arm in arms or study.arms
+    )
+
+
+def _distinct(critics: Iterable[CriticConfig | None]) -> list[CriticConfig]:
+    found: list[CriticConfig] = []
+    for critic in critics:
+        if critic is not None and critic not in found:
+            found.append(critic)
+    return found
 
 
 def gather(study: Study, jobs: Sequence[Job], made: Mapping[str, Any]) -> dict[str, Any]:

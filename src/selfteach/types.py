@@ -150,6 +150,10 @@ class NoCritique:
     detail: str = ""
     """What exactly was wrong, for a person to read."""
     usage: Usage = Usage()
+    said: str = ""
+    """The beginning of what the critic wrote, for a person to read."""
+    answer: str | None = None
+    """The critic's own final answer, where it gave one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,8 @@ def test_a_study_from_recipe_to_report(
     assert budgets[0]["answers_sampled"] == budgets[1]["answers_sampled"] == 12
     assert budgets[0]["optimizer_steps"] == budgets[1]["optimizer_steps"] == 2
     assert results["variants"]["easy"]["title"] == "an easy world"
-    assert (out / "report.html").stat().st_size > 10_000
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert len(report) > 10_000 and "Outcomes: answers, critiques by case" in report
     inspected = json.loads((out / "inspection" / "inspection.json").read_text())
     assert inspected["answers"] == 8 and "step_aligned" in inspected["contexts"]
     assert (out / "inspection" / "localisation.json").exists()
@@ -282,5 +283,9 @@ def test_a_folder_with_another_study_is_refused(
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "--help") == 0
     printed = capsys.readouterr().out
-    for command in ("study", "train", "resume", "evaluate", "inspect", "check", "sweep"):
+    commands = (
+        "study", "train", "resume", "evaluate", "inspect", "critique", "check", "report", "watch",
+        "sweep",
+    )  # fmt: skip
+    for command in commands:
         assert command in printed

@@ -14,7 +14,7 @@ from selfteach import chain_sums
 from selfteach.config import CONTEXTS
 from selfteach.contexts import SHARED_TEMPLATE
 from selfteach.errors import DataError, RecipeError
-from selfteach.rendering import SHIPPED, TURN, Templates, conversation
+from selfteach.template_sets import SHIPPED, TURN, Templates, conversation
 from selfteach.types import Critique, CritiqueStep, Problem
 
 pytest.importorskip("reasoning_gym")

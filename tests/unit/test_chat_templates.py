@@ -9,7 +9,8 @@ from families import FAMILIES, Family, byte_level, smollm2, tokenizer_of
 from selfteach.build import build_renderer, end_ids
 from selfteach.config import ModelConfig
 from selfteach.errors import EngineError
-from selfteach.rendering import Renderer, Templates
+from selfteach.rendering import Renderer
+from selfteach.template_sets import Templates
 from selfteach.types import Problem
 
 QUESTION = Problem("p", "What is 2 + 2?", "4")

@@ -9,7 +9,7 @@ from selfteach.contexts import TemplateContext
 from selfteach.critics.oracle import OracleCritic
 from selfteach.lab import task
 from selfteach.lab.world import STYLES, World, text_of
-from selfteach.rendering import Templates
+from selfteach.template_sets import Templates
 from selfteach.types import Critique, Marked, NoCritique, Problem, Rollout, Verdict
 
 WORLD = World()

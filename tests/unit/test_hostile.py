@@ -17,8 +17,9 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from families import CHAT, CORPUS, FAMILIES, byte_level, tokenizer_of
-from selfteach.control_tokens import CUT, ControlTokens
-from selfteach.rendering import TURN, Renderer, Templates, conversation, fence, untagged
+from selfteach.control_tokens import CUT, ControlTokens, defused, restored
+from selfteach.rendering import Renderer
+from selfteach.template_sets import TURN, Templates, conversation, fence, untagged
 from selfteach.types import Critique, CritiqueStep, Problem
 
 CONTROL = {
@@ -41,13 +42,15 @@ def prompts(name: str, data: str) -> list[tuple[int, ...]]:
     """All prompts that hold data, of every set, with the data in every place."""
     found = []
     for templates in ("steps", "free", "chain_sums"):
-        renderer = Renderer(tokenizer_of(name), Templates(templates))
+        shown = Templates(templates)
+        renderer = Renderer(tokenizer_of(name), shown)
         problem = Problem("p", f"q {data} q", "4")
         told = f"c {data} c"
+        asked = shown.critic(problem.question, told, steps=[told], finished=True, reference=told)
         found += [
             renderer.solver_prompt(problem),
             renderer.teacher_prompt(problem, told),
-            renderer.critic_prompt(problem, told, steps=[told], finished=True, reference=told),
+            renderer.encode_messages(asked),
         ]
     return found
 
@@ -63,6 +66,25 @@ def test_data_writes_no_control_token_and_no_turn(fragments: list[str], name: st
     for ids, plain in zip(prompts(name, data), prompts(name, "x"), strict=True):
         assert control_ids(tokenizer, name, ids) == control_ids(tokenizer, name, plain)
         assert shown in str(tokenizer.decode(ids)), "and it is read as the text it is"
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_server_s_tokenizer_finds_no_control_token_in_what_it_is_sent(name: str) -> None:
+    """It reads them in any text: that is what a chat template relies on."""
+    tokenizer = tokenizer_of(name)
+    steering = [token for token in CONTROL[name] if token not in ("<think>", "</think>")]
+    for token in steering:
+        ids = tokenizer(defused(f"a {token} b"), add_special_tokens=False)["input_ids"]
+        assert not control_ids(tokenizer, name, tuple(ids)), token
+        assert restored(defused(token)) == token
+
+
+@given(st.text("<>|/s[]INST\u200b ", max_size=20))
+def test_other_text_is_sent_as_it_is(text: str) -> None:
+    plain = text.replace("\u200b", "")
+    assert restored(defused(plain)) == plain
+    if "|>" not in plain and "s>" not in plain and "[" not in plain:
+        assert defused(plain) == plain
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"llama3"}))  # which writes the date

@@ -8,7 +8,7 @@ import torch
 from selfteach.build import build
 from selfteach.config import Recipe
 from selfteach.inspection.example import advantages, advantages_by_context
-from selfteach.rendering import Templates
+from selfteach.template_sets import Templates
 from selfteach.types import Sampling
 
 RECIPE = Recipe.model_validate(

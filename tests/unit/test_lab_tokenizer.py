@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from selfteach.lab.tokenizer import SPECIAL, WORDS
 from selfteach.lab.world import ROOT, STYLES, World, text_of
 from selfteach.lab.writing import CONTEXT_SHARES, Believer, context_for, references
-from selfteach.rendering import SHIPPED, Templates
+from selfteach.template_sets import SHIPPED, Templates
 
 QUESTION = [{"role": "user", "content": "a b c d e f"}]
 ANSWERED = [*QUESTION, {"role": "assistant", "content": "# k"}]

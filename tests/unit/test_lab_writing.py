@@ -21,7 +21,7 @@ from selfteach.lab.writing import (
     view_of,
     write,
 )
-from selfteach.rendering import Templates
+from selfteach.template_sets import Templates
 
 WORLD = World()
 TEMPLATES = Templates("lab")

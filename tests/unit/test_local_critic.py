@@ -12,7 +12,8 @@ from selfteach.build_critic import fingerprint, initial_weights
 from selfteach.critics.chat import NoReply, Reply, Request
 from selfteach.critics.local import LocalModel
 from selfteach.policy import Policy, Schedule, add_adapters
-from selfteach.rendering import Renderer, Templates
+from selfteach.rendering import Renderer
+from selfteach.template_sets import Templates
 
 REQUESTS = [
     Request((("user", text),), 0.0, 8) for text in ("a b c", "d", "a b c d e f a b", "f e", "a a")

@@ -130,6 +130,27 @@ def test_lines_are_read_by_the_task_s_own_splitter() -> None:
     assert [s.status for s in said.steps] == ["fixed", "new"]
 
 
+@pytest.mark.parametrize("name", ["lines", "paragraphs", "sentences"])
+@pytest.mark.parametrize(
+    "end", ["\n<answer>9</answer>", " <answer>9</answer>", "\n\n<answer>9</answer>\n"]
+)
+def test_an_answer_without_tags_is_criticised_in_tags(name: str, end: str) -> None:
+    """The template set ``free`` shows the steps to the critic in numbered tags."""
+    gap = "\n\n" if name == "paragraphs" else "\n"
+    text = f"3 bags of 4 are 12 apples.{gap}He eats 2, so 12 - 2 = 9.{end}"
+    split = steps.SPLITTERS[name]
+    answer, verdict = rollout(text), verifiers.exact(PROBLEM, text)
+    said = Reader(split, verifiers.exact)(f"<case>D</case>\n{RIGHT}", answer, verdict)
+    assert isinstance(said, Critique), said
+    assert [s.status for s in said.steps] == ["kept", "fixed"]
+    assert (said.case, said.first_error, said.answer) == ("D", 1, "10")
+    found = first_change(Marked(answer, verdict, said), split(text), range(1, len(text) + 1))
+    assert found is not None and (found.step, found.token) == (1, text.index("9."))
+    # A critique in the answer's own form is as good.
+    plain = text.replace("= 9", "= 10").replace("<answer>9", "<answer>10")
+    assert Reader(split, verifiers.exact)(plain, answer, verdict) == said
+
+
 @given(st.text(max_size=300), st.booleans(), st.booleans())
 def test_no_text_breaks_the_reader(text: str, finished: bool, cut: bool) -> None:
     assert isinstance(read(text, finished=finished, cut=cut), Critique | NoCritique)

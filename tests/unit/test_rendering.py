@@ -13,7 +13,8 @@ from families import byte_level
 from selfteach import chain_sums
 from selfteach.config import CONTEXTS
 from selfteach.errors import EngineError, RecipeError
-from selfteach.rendering import TURN, Renderer, Templates, conversation
+from selfteach.rendering import Renderer
+from selfteach.template_sets import TURN, Templates, conversation
 from selfteach.types import Critique, CritiqueStep, Problem
 
 PROMPTS = Path(__file__).parents[1] / "fixtures" / "prompts"
@@ -219,12 +220,10 @@ def test_the_worked_examples_of_the_chain_sums_critic_are_right_and_show_each_ki
 
 
 def test_a_local_critic_is_asked_in_its_own_tokens() -> None:
-    tokenizer, renderer = byte_level(), Renderer(byte_level(), Templates("chain_sums"))
-    ids = renderer.critic_prompt(PROBLEM, "2 + 2 = 5", steps=["2 + 2 = 5"], finished=True)
-    (*_, asked) = Templates("chain_sums").critic(
-        PROBLEM.question, "2 + 2 = 5", steps=["2 + 2 = 5"], finished=True
-    )
-    assert str(tokenizer.decode(ids)).endswith(f"[user]{asked['content']}[assistant]")
+    tokenizer, templates = byte_level(), Templates("chain_sums")
+    asked = templates.critic(PROBLEM.question, "2 + 2 = 5", steps=["2 + 2 = 5"], finished=True)
+    ids = Renderer(tokenizer, templates).encode_messages(asked)
+    assert str(tokenizer.decode(ids)).endswith(f"[user]{asked[-1]['content']}[assistant]")
 
 
 def test_a_folder_overrides_the_shipped_set_file_by_file(tmp_path: Path) -> None:

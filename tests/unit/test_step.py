@@ -18,8 +18,10 @@ from selfteach.build import build
 from selfteach.config import Recipe
 from selfteach.divergence import Divergence, per_token
 from selfteach.objective import Distillation, Grpo
-from selfteach.rendering import Renderer, Templates, Thinking
+from selfteach.rendering import Renderer
 from selfteach.step import Parts, describe, learn, mark, teach, train_step
+from selfteach.template_sets import Templates
+from selfteach.thinking import Thinking
 from selfteach.types import (
     Critique,
     CritiqueStep,

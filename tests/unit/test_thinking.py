@@ -14,7 +14,9 @@ from selfteach.config import ModelConfig
 from selfteach.divergence import Divergence
 from selfteach.errors import EngineError
 from selfteach.objective import Distillation, Grpo, first_error_token
-from selfteach.rendering import Renderer, Templates, Thinking, split_thinking
+from selfteach.rendering import Renderer
+from selfteach.template_sets import Templates
+from selfteach.thinking import Thinking, split_thinking
 from selfteach.types import Critique, CritiqueStep, Lesson, Marked, Problem, Rollout, Verdict
 
 QWEN3 = tokenizer_of("qwen3")

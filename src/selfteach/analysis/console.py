@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from selfteach.analysis.critics import Record, in_words
 from selfteach.analysis.wording import (
     BUDGET,
     MEASURES,
@@ -57,6 +58,14 @@ def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
     for name in MEASURES:
         _row(table, [measure(name, result["k"]), estimate(result[name])])
     console.print(table)
+
+
+def print_critics(records: Mapping[str, Record], console: Console) -> None:
+    """One line for each arm whose critic writes: what came back, and what it took, over all seeds."""
+    for arm, record in records.items():
+        if record.total.writes:
+            line = f" critic of {arm}: {in_words(record.total)}; {count(record.seconds)} seconds"
+            console.print(Text(line))
 
 
 def _arms(setting: Setting, k: int) -> Table:

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from selfteach.analysis import (
     answers,
     comparison,
+    critics,
     curves,
     drawings,
     figures,
@@ -65,6 +66,7 @@ def render(folders: Sequence[Path]) -> tuple[str, dict[str, Drawing]]:
     results = _results(folders, runs)
     main = _in_order(grouped([run for run in runs if run.variant is None]), results)
     example, localisation = _example(folders), _localisation(folders)
+    asked = critics.read_groups({n: [run.folder for run in own] for n, own in main.items()})
     drawn = _drawn(results, main, example, localisation)
     records, total = _records(folders, main, example)
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -78,10 +80,11 @@ def render(folders: Sequence[Path]) -> tuple[str, dict[str, Drawing]]:
         spent={name: comparison.mean_spent(own) for name, own in main.items()},
         phases=curves.PHASES,
         unfinished=[run for run in runs if not run.is_complete],
-        feedback=localisation is not None or example is not None,
+        feedback=bool(localisation or example or asked),
         localisation=localisation,
         example=example,
-        critics={},
+        critics=asked,
+        critic_words=critics,
         answers=pack(records) if records else None,
         answers_total=total,
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),

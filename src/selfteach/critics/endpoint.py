@@ -7,20 +7,26 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import openai
 from aiolimiter import AsyncLimiter
 
+from selfteach.control_tokens import defused, restored
 from selfteach.critics.chat import Keep, NoReply, Reply, Request, as_dicts
 from selfteach.errors import CriticError
 
-LONGEST_REPLY = 1_000_000
-"""Characters; what is longer is no critique, and is cut before it is stored."""
+LONGEST_BODY = 2_000_000
+"""Bytes of a response that are read. What is longer is no critique: the connection is closed, and the
+reply counts as truncated, of unknown length."""
+SHOWN = 2_000
+"""Bytes of such a response that are kept, for a person to see what it was."""
 UNREADABLE_RETRIES = 2
-"""How often a reply that is no JSON, or not a completion, is asked for again."""
+"""How often a reply that is no JSON, not a completion, or cut off half-way is asked for again."""
+PAUSE_S = 0.2
+"""Before the first of these; each pause is twice the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +42,14 @@ class Endpoint:
     """Of one request."""
     max_retries: int = 12
     """After a refusal, a time-out, 408, 409, 429 or 5xx, with growing pauses (half a second to eight
-    seconds, with jitter) or as long as the server's Retry-After says."""
+    seconds, with jitter) or as long as the server's Retry-After says, up to two minutes."""
     requests_per_minute: float | None = None
     extra_body: Mapping[str, object] = field(default_factory=dict)
     """What a server takes beyond OpenAI's own parameters."""
+
+
+class _CutOff(Exception):
+    """The connection ended before the reply did."""
 
 
 class EndpointModel:
@@ -52,24 +62,7 @@ class EndpointModel:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        parts = urlsplit(endpoint.base_url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise CriticError(
-                f"critic.base_url = {endpoint.base_url!r}: write it like http://localhost:8000/v1"
-            )
-        if parts.username or parts.password or parts.query:
-            raise CriticError(
-                "critic.base_url holds credentials, which would be written into the run: "
-                "put the key into an environment variable and name it in critic.api_key_env"
-            )
-        key = "none"
-        if endpoint.api_key_env is not None:
-            key = os.environ.get(endpoint.api_key_env, "")
-            if not key:
-                raise CriticError(
-                    f"critic.api_key_env: the environment variable {endpoint.api_key_env} "
-                    "is not set"
-                )
+        key = key_of_server(endpoint)
         # Requests are awaited in a thread of their own, whoever asks; connections are kept.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
@@ -98,54 +91,106 @@ class EndpointModel:
         async def one(index: int, request: Request) -> Reply | NoReply:
             async with self._slots, self._pace or contextlib.nullcontext():
                 reply = await self._ask(request)
-            if isinstance(reply, Reply):
-                await asyncio.to_thread(keep, index, reply)
+                if isinstance(reply, Reply):  # on disk before the next request is sent
+                    await asyncio.to_thread(keep, index, reply)
             return reply
 
         return await asyncio.gather(*(one(i, r) for i, r in enumerate(requests)))
 
     async def _ask(self, request: Request) -> Reply | NoReply:
         reason = ""
-        for _ in range(1 + UNREADABLE_RETRIES):
+        for attempt in range(1 + UNREADABLE_RETRIES):
             try:
-                return _reply(await self._send(request))
+                return await self._send(request)
             except openai.APIStatusError as error:
                 if error.status_code in (401, 403, 404):
                     raise CriticError(
                         f"critic: {self._endpoint.base_url} says {error.status_code} for model "
                         f"{self._endpoint.model!r}: check critic.model, critic.base_url and the key"
                     ) from None
-                reason = f"the server says {error.status_code}"
-                break
-            except openai.APITimeoutError:
-                reason = f"no reply within {self._endpoint.timeout_s:g} s"
-                break
+                return NoReply(f"the server says {error.status_code}")
+            except (openai.APITimeoutError, TimeoutError):
+                return NoReply(f"no reply within {self._endpoint.timeout_s:g} s")
             except openai.APIConnectionError as error:
-                reason = f"{self._endpoint.base_url}: {error.__cause__ or error}"
-                break
+                return NoReply(_one_line(f"{self._endpoint.base_url}: {error.__cause__ or error}"))
+            except _CutOff as error:
+                reason = f"the connection was cut in the middle of a reply: {error.__cause__}"
             except (openai.OpenAIError, ValueError) as error:
-                reason = f"a reply that cannot be read: {str(error)[:100]}"
-        return NoReply(" ".join(reason.split()))
+                reason = f"a reply that cannot be read: {error}"
+            if attempt < UNREADABLE_RETRIES:
+                await asyncio.sleep(PAUSE_S * 2**attempt)
+        return NoReply(_one_line(reason))
 
-    async def _send(self, request: Request) -> object:
+    async def _send(self, request: Request) -> Reply:
         endpoint = self._endpoint
-        return await self._client.chat.completions.create(
+        create = self._client.chat.completions.with_streaming_response.create
+        async with create(
             model=endpoint.model,
-            messages=as_dicts(request.messages),  # type: ignore[arg-type]
+            messages=as_dicts([(r, defused(c)) for r, c in request.messages]),  # type: ignore[arg-type]
             temperature=request.temperature,
             max_tokens=request.max_tokens,
             seed=request.attempt,
             extra_body=dict(endpoint.extra_body) or None,
+        ) as response:
+            # The client's own time-out is for each piece: a reply may not trickle in for ever.
+            async with asyncio.timeout(endpoint.timeout_s):
+                body = await _read(response.iter_bytes())
+        if len(body) > LONGEST_BODY:
+            return Reply(body[:SHOWN].decode(errors="replace"), False, 0, 0)
+        return _reply(body)
+
+
+def key_of_server(endpoint: Endpoint) -> str:
+    """The key to show the server; "none" where none is named.
+
+    Raises `CriticError` for an address that cannot be one or holds a key, and for a key that is named
+    and not there.
+    """
+    parts = urlsplit(endpoint.base_url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise CriticError(
+            f"critic.base_url = {endpoint.base_url!r}: write it like http://localhost:8000/v1"
         )
+    if parts.username or parts.password or parts.query:
+        raise CriticError(
+            "critic.base_url holds credentials, which would be written into the run: "
+            "put the key into an environment variable and name it in critic.api_key_env"
+        )
+    if endpoint.api_key_env is None:
+        return "none"
+    if not (key := os.environ.get(endpoint.api_key_env, "")):
+        raise CriticError(
+            f"critic.api_key_env: the environment variable {endpoint.api_key_env} is not set"
+        )
+    return key
 
 
-def _reply(completion: object) -> Reply:
+async def _read(pieces: AsyncIterator[bytes]) -> bytes:
+    """A whole body, or a little more than `LONGEST_BODY` of it. Raises `_CutOff`."""
+    body = bytearray()
+    try:
+        async for piece in pieces:
+            body += piece
+            if len(body) > LONGEST_BODY:
+                break
+    except Exception as error:  # the client's transport has a type of its own, which changes
+        raise _CutOff from error
+    return bytes(body)
+
+
+def _reply(body: bytes) -> Reply:
     """The first choice of a completion. Raises ValueError if it is not what a server should send."""
     try:
-        choice, usage = completion.choices[0], completion.usage  # type: ignore[attr-defined]
-        text = choice.message.content or ""
-        finished = choice.finish_reason != "length"
-        prompt, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        return Reply(str(text)[:LONGEST_REPLY], finished, int(prompt), int(written))
-    except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"not a chat completion: {error}") from None
+        completion = json.loads(body)
+        choice, usage = completion["choices"][0], completion.get("usage") or {}
+        text, finished = choice["message"].get("content"), choice.get("finish_reason") != "length"
+        prompt, written = (
+            int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")
+        )
+        return Reply("" if text is None else restored(str(text)), finished, prompt, written)
+    except (AttributeError, IndexError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a chat completion: {error!r}") from None
+
+
+def _one_line(reason: str) -> str:
+    return " ".join(reason.split())[:200]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from selfteach.alignment import same_words
 from selfteach.protocols import Verifier
-from selfteach.rendering import split_thinking
-from selfteach.steps import Splitter, content
+from selfteach.steps import Splitter, content, tags
+from selfteach.thinking import split_thinking
 from selfteach.types import (
     Case,
     Critique,
@@ -23,7 +23,11 @@ from selfteach.types import (
     Verdict,
 )
 
+CASE = re.compile(r"\s*<case>[^<]*</case>\s*")
+"""The letter that a critic is asked for; what counts is what it then writes."""
 NUMBERED = re.compile(r"<step_(\d+)>")
+COMPARED = 1_000
+"""Words of two steps that are compared, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class Trace:
 class Reader:
     """Reads critiques of answers to one kind of problem.
 
-    A critique is a text in the format of an answer, so the task's own splitter and verifier read it.
+    A critique is a text in the format of an answer, so the task's own splitter and verifier read it
+    (or its tags, where it has some).
     """
 
     split_steps: Splitter
@@ -46,8 +51,6 @@ class Reader:
     min_similarity: float = 0.3
     """A critique that keeps no step must share this much of the words of the first step with the
     answer's first step (ratio of `difflib.SequenceMatcher`); else it is about something else."""
-    must_solve: bool = True
-    """Refuse a critique whose own final answer is wrong; False where no answer is known."""
 
     def __call__(
         self, text: str, rollout: Rollout, verdict: Verdict, *, finished: bool = True
@@ -57,11 +60,11 @@ class Reader:
         A thought before the trace is stripped. The four cases are the paper's: A all right, B right
         but something was missing, C cut at the token limit, D wrong.
         """
-        _, said = split_thinking(text)
+        said = CASE.sub("", split_thinking(text)[1], count=1)
+        if not finished:  # also where a server keeps the thought to itself and nothing is left
+            return _none("truncated", "the critic's reply was cut off before its end")
         if not text.strip():
             return _none("empty", "the critic wrote nothing")
-        if not finished:
-            return _none("truncated", "the critic's reply was cut at its token limit")
         if not said.strip():
             return _none("empty", "the critic wrote a thought and nothing after it")
         problem = rollout.problem
@@ -77,15 +80,20 @@ class Reader:
         if kept == 0 and own.steps:
             likeness = _likeness(own.steps[0], told.steps[0])
             if likeness < self.min_similarity:
-                return _none("misaligned", f"the first steps share {likeness:.0%} of their words")
-        if self.must_solve and not self.verify(problem, said).correct:
-            return _none("wrong_answer", f"the critic's own answer is {told.answer}")
+                why = f"the first steps share {likeness:.0%} of their words"
+                return _none("misaligned", why, told.answer)
+        if not self.verify(problem, said).correct:
+            why = f"the critic's own answer is {_shown(told.answer)}"
+            return _none("wrong_answer", why, told.answer)
         return _critique(own, told, kept, rollout, verdict)
 
     def trace(self, problem: Problem, text: str) -> Trace:
-        """Steps and final answer of a text in the solver's format."""
+        """Steps and final answer of a text in the solver's format, or in the tags of ``free``.
+
+        An answer without tags is shown to the critic in numbered ones, and comes back in them.
+        """
         parsed = self.verify(problem, text).parsed
-        spans = self.split_steps(text)
+        spans = (tags if NUMBERED.search(text) else self.split_steps)(text)
         steps = [content(text, span) for span in (spans[:-1] if parsed is not None else spans)]
         return Trace(tuple(steps), parsed)
 
@@ -131,7 +139,13 @@ def _kept(own: Sequence[str], told: Sequence[str]) -> int:
 
 
 def _likeness(a: str, b: str) -> float:
-    return SequenceMatcher(None, a.split(), b.split(), autojunk=False).ratio()
+    # Beyond these words nothing changes the verdict but the time it takes, which is quadratic.
+    begin = [text.split(maxsplit=COMPARED)[:COMPARED] for text in (a, b)]
+    return SequenceMatcher(None, *begin, autojunk=False).ratio()
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _misnumbered(text: str) -> str | None:
@@ -142,10 +156,5 @@ def _misnumbered(text: str) -> str | None:
     return f"steps are numbered {', '.join(map(str, found[:12]))}"
 
 
-def _none(outcome: Outcome, detail: str) -> NoCritique:
-    return NoCritique(outcome, detail)
-
-
-def with_usage(said: Critique | NoCritique, usage: object) -> Critique | NoCritique:
-    """The same critique with what it took."""
-    return replace(said, usage=usage)  # type: ignore[arg-type]
+def _none(outcome: Outcome, detail: str, answer: str | None = None) -> NoCritique:
+    return NoCritique(outcome, detail, answer=None if answer is None else _shown(answer))

@@ -129,7 +129,8 @@ class Stored:
                 del waiting[key]
             if waiting:
                 time.sleep(POLL_S)
-        return [found[key] for key in keys]
+        # Of the same request twice only the first is paid for.
+        return [(found[k][0], found[k][1] or k in keys[:i]) for i, k in enumerate(keys)]
 
     def _ask(self, requests: Sequence[Request], keys: Sequence[str]) -> list[Reply | NoReply]:
         if not requests:

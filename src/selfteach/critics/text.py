@@ -9,11 +9,13 @@ from selfteach.critics.chat import NoReply, Reply, Request
 from selfteach.critics.reading import Reader
 from selfteach.critics.store import Stored
 from selfteach.errors import CriticError
-from selfteach.rendering import Templates
 from selfteach.steps import content
+from selfteach.template_sets import Templates
 from selfteach.types import Critique, NoCritique, Rollout, Usage, Verdict
 
 Judged = tuple[Rollout, Verdict]
+SHOWN = 2_000
+"""Characters of a text that is no critique that are kept with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +82,13 @@ class TextCritic:
 
     def _request(self, rollout: Rollout, verdict: Verdict, attempt: int) -> Request:
         asking, problem = self._asking, rollout.problem
+        steps = [content(rollout.text, span) for span in self._reader.split_steps(rollout.text)]
+        final = steps.pop() if steps and verdict.parsed is not None else None
         rendered = self._templates.critic(
             problem.question,
             rollout.text,
-            steps=[content(rollout.text, s) for s in self._reader.split_steps(rollout.text)],
+            steps=steps,
+            final=final,
             finished=rollout.finished,
             reference=problem.references.get("reference") if asking.sees_reference else None,
         )
@@ -96,7 +101,8 @@ class TextCritic:
     ) -> Critique | NoCritique:
         if isinstance(reply, NoReply):
             return NoCritique("unavailable", reply.reason)
-        return self._reader(reply.text, rollout, verdict, finished=reply.finished)
+        said = self._reader(reply.text, rollout, verdict, finished=reply.finished)
+        return said if isinstance(said, Critique) else replace(said, said=reply.text[:SHOWN])
 
     def _usage(self, reply: Reply | NoReply, reused: bool) -> Usage:
         if isinstance(reply, NoReply):

@@ -15,8 +15,8 @@ from selfteach.contexts import TemplateContext
 from selfteach.data import OracleFn
 from selfteach.inspection.kinds import Kind, Language, kinds
 from selfteach.inspection.token_scores import Asked
-from selfteach.rendering import Templates
 from selfteach.steps import Span
+from selfteach.template_sets import Templates
 from selfteach.types import Critique, FirstChange, Marked, NoCritique
 
 Region = Literal["before", "failing", "after", "right"]

@@ -12,9 +12,9 @@ from selfteach.build import Built
 from selfteach.collate import sequences
 from selfteach.contexts import TemplateContext
 from selfteach.policy_gradient import token_logp
-from selfteach.rendering import Templates
 from selfteach.scores import Scores
 from selfteach.step import mark
+from selfteach.template_sets import Templates
 from selfteach.types import Critique, Marked, NoCritique, Rollout
 
 

@@ -19,9 +19,9 @@ from selfteach.inspection.folder import (
     sample_and_mark,
     write_inspection,
 )
-from selfteach.rendering import Templates
 from selfteach.run_folder import RunFolder
 from selfteach.step import mark
+from selfteach.template_sets import Templates
 from selfteach.types import Marked, Problem, Sampling
 
 TeacherWeights = Literal["given", "initial"]

@@ -25,7 +25,7 @@ from selfteach.lab.tokenizer import build_tokenizer
 from selfteach.lab.world import World
 from selfteach.lab.worlds import WORLDS
 from selfteach.lab.writing import CONTEXT_SHARES, Document, document
-from selfteach.rendering import Templates
+from selfteach.template_sets import Templates
 
 IGNORED = -100
 STEPS = 2600

@@ -27,7 +27,8 @@ from selfteach.lab.checker import CheckedAnswer, check
 from selfteach.lab.world import REFERENCE_STYLE, ROOT, World, WorldConfig
 from selfteach.lab.worlds import WORLDS, world_of
 from selfteach.lab.writing import CONTEXT_SHARES, Believer, references, write
-from selfteach.rendering import Renderer, Templates
+from selfteach.rendering import Renderer
+from selfteach.template_sets import Templates
 from selfteach.types import Problem
 
 QUESTION_STREAM = 77

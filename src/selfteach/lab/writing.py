@@ -31,7 +31,7 @@ from selfteach.lab.world import (
     operands,
     text_of,
 )
-from selfteach.rendering import Templates
+from selfteach.template_sets import Templates
 from selfteach.types import Critique
 
 CONTEXT_SHARES: dict[str, float] = {

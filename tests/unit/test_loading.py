@@ -1,0 +1,69 @@
+"""Weights are data: nothing that comes with a model runs unless the recipe says so."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from selfteach.config import ModelConfig
+from selfteach.errors import EngineError
+from selfteach.loading import load_model, load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+class Acts:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.write_text, (self.path, "ran")
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, tiny_llama: LlamaForCausalLM, lab_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    path = tmp_path / "model"
+    tiny_llama.save_pretrained(path)
+    lab_tokenizer.save_pretrained(path)
+    return path
+
+
+def test_weights_come_from_safetensors_only(folder: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Acts(ran)}))
+    assert load_model(ModelConfig(path=str(folder)), CPU), "a pickle beside them is not looked at"
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(EngineError, match=r"cannot load the model: .*safetensors") as told:
+        load_model(ModelConfig(path=str(folder)), CPU)
+    assert "\n" not in str(told.value) and not ran.exists()
+
+
+def test_a_model_s_own_code_runs_only_if_the_recipe_says_so(folder: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(ran)!r}).write_text('ran')\n"
+        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "of_their_own",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in (lambda c: load_model(c, CPU), load_tokenizer):
+        try:
+            load(ModelConfig(path=str(folder)))
+        except EngineError as told:
+            assert "\n" not in str(told)
+        assert not ran.exists()
+    with pytest.raises(EngineError, match=r"code of its own.*trust_remote_code = true"):
+        load_model(ModelConfig(path=str(folder)), CPU)
