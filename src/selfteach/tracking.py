@@ -138,7 +138,7 @@ def tensorboard(run: Tracked) -> Iterator[Sink]:
 @contextmanager
 def wandb(run: Tracked) -> Iterator[Sink]:
     """A run of Weights & Biases; online unless ``WANDB_MODE=offline`` says otherwise."""
-    import wandb as package
+    import wandb as package  # type: ignore[import-not-found]
 
     opened = package.init(
         project=run.project, name=run.name, id=run.id, resume="allow", dir=str(run.folder),
@@ -153,7 +153,7 @@ def wandb(run: Tracked) -> Iterator[Sink]:
 @contextmanager
 def trackio(run: Tracked) -> Iterator[Sink]:
     """A run of trackio: in its local database unless ``TRACKIO_SPACE_ID`` names a Space."""
-    import trackio as package
+    import trackio as package  # type: ignore[import-not-found]
 
     # It resumes by name: another run of the same name must not be taken for this one.
     opened = package.init(

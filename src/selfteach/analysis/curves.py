@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from selfteach.analysis.comparison import mean_spent
 from selfteach.analysis.figures import (
@@ -102,7 +103,7 @@ def pass_at_each_k(groups: Groups) -> Figure | None:
         drawn = True
     axes.set_xlabel("k", color=INK, fontsize=SMALL)
     axes.set_ylabel("Pass@k on test, %", color=INK, fontsize=SMALL)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend(axes)
     return figure if drawn else None
 
