@@ -255,7 +255,7 @@ def _mark_steps(axes: Axes, steps: Sequence[int], first_error: int | None) -> No
         axes.axvline(first_error - 0.5, color=ALERT, linestyle="--", linewidth=1.3, zorder=4)
         axes.annotate(
             "first error", (first_error - 0.5, 1), xycoords=("data", "axes fraction"),
-            xytext=(3, 3), textcoords="offset points", color=ALERT, fontsize=TINY,
+            xytext=(3, 3), textcoords="offset points", color=INK, fontsize=TINY,
         )  # fmt: skip
 
 
