@@ -78,15 +78,6 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
         own = [job for job in training if label in (None, job.label)]
         return sum(done[job.folder] for job in own), sum(job.recipe.train.steps for job in own)
 
-    def newest(label: str | None) -> str:
-        """The numbers of an arm's run that wrote last."""
-        own = [RunFolder(job.folder).metrics_path for job in training if label == job.label]
-        begun = [path for path in own if path.exists()]
-        if not begun:
-            return ""
-        run = RunFolder(max(begun, key=lambda path: path.stat().st_mtime).parent)
-        return note({row["kind"]: row for row in run.metrics()})
-
     with _bars(console) as bars:
         tasks = {}
         for label in (None, *labels):
@@ -97,7 +88,7 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
         def look(jobs: Sequence[Job]) -> None:
             done.update({job.folder: _steps_done(job) for job in training})
             for label, task in tasks.items():
-                bars.update(task, completed=steps(label)[0], note=newest(label))
+                bars.update(task, completed=steps(label)[0], note=_newest(training, label))
             for job in jobs:
                 if job.folder not in announced and RunFolder(job.folder).is_complete:
                     announced.add(job.folder)
@@ -144,6 +135,16 @@ def _bars(console: Console) -> Progress:
         # A log file gets a line per finished run instead of redrawn bars.
         disable=not console.is_terminal,
     )
+
+
+def _newest(jobs: Sequence[Job], label: str | None) -> str:
+    """The numbers of an arm's run that wrote last; none for the study as a whole."""
+    own = [RunFolder(job.folder).metrics_path for job in jobs if label == job.label]
+    begun = [path for path in own if path.exists()]
+    if not begun:
+        return ""
+    run = RunFolder(max(begun, key=lambda path: path.stat().st_mtime).parent)
+    return note({row["kind"]: row for row in run.metrics()})
 
 
 def _announce(job: Job, console: Console) -> None:

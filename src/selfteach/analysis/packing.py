@@ -70,45 +70,38 @@ def _index(
     records: Sequence[Record], places: Sequence[tuple[int, int]], kinds: Sequence[str]
 ) -> dict[str, Any]:
     """Columns over records; names that repeat stand in lists of their own and are pointed at."""
-    problems, sources, reasons = _Names(), _Names(), _Names()
-    contexts = _Names()
-    excerpts: dict[str, str] = {}
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("problem", "source", "sample", "step", "correct", "finished", "case",
-                              "first_error", "dropped", "length", "block", "place")
-    }  # fmt: skip
+    problems, sources, reasons = dict[str, int](), dict[str, int](), dict[str, int]()
+    rows = []
     for record, (block, place) in zip(records, places, strict=True):
-        critique = record["critique"] or {}
-        for name in record["contexts"]:
-            contexts[name]
-        excerpts.setdefault(record["problem"], " ".join(record["question"].split())[:EXCERPT])
-        dropped = next((c["dropped"] for c in record["contexts"].values() if c["dropped"]), None)
-        dropped = dropped or critique.get("reason")
-        row = {
-            "problem": problems[record["problem"]], "source": sources[record["source"]],
+        reason = _reason(record)
+        rows.append({
+            "problem": _number(problems, record["problem"]),
+            "source": _number(sources, record["source"]),
             "sample": record["sample"], "step": record["step"], "correct": int(record["correct"]),
-            "finished": int(record["finished"]), "case": critique.get("case"),
+            "finished": int(record["finished"]), "case": (record["critique"] or {}).get("case"),
             "first_error": record["first_error"],
-            "dropped": -1 if dropped is None else reasons[dropped],
+            "dropped": -1 if reason is None else _number(reasons, reason),
             "length": len(record["tokens"]["text"]) if record["tokens"] else None,
             "block": block, "place": place,
-        }  # fmt: skip
-        for name, value in row.items():
-            columns[name].append(value)
+        })  # fmt: skip
+    questions = {record["problem"]: record["question"] for record in reversed(records)}
     return {
         "unit": UNIT, "full_colour": FULL_COLOUR, "strongest": STRONGEST, "kinds": list(kinds),
-        "problems": list(problems), "excerpts": [excerpts[p] for p in problems],
-        "sources": list(sources), "reasons": list(reasons), "contexts": list(contexts),
-        "columns": columns,
+        "problems": list(problems), "sources": list(sources), "reasons": list(reasons),
+        "excerpts": [" ".join(questions[name].split())[:EXCERPT] for name in problems],
+        "columns": {name: [row[name] for row in rows] for name in (rows[0] if rows else ())},
     }  # fmt: skip
 
 
-class _Names(dict[str, int]):
-    """Names and their numbers, in order of appearance."""
+def _number(names: dict[str, int], name: str) -> int:
+    """A name's number, in order of appearance."""
+    return names.setdefault(name, len(names))
 
-    def __missing__(self, name: str) -> int:
-        self[name] = len(self)
-        return self[name]
+
+def _reason(record: Record) -> str | None:
+    """Why an answer taught nothing, under the first context that has a reason."""
+    told = [own["dropped"] for own in record["contexts"].values() if own["dropped"]]
+    return told[0] if told else (record["critique"] or {}).get("reason")
 
 
 def _with_kind_numbers(record: Record, kinds: Sequence[str]) -> Record:

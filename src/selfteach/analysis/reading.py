@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 Groups = Mapping[str, Sequence["Run"]]
 """Runs of one arm each, one per seed, by the name to print."""
 
-SEED_FOLDER = re.compile(r"seed_\d+")
+SEED_FOLDER, RATE_FOLDER = re.compile(r"seed_\d+"), re.compile(r"lr_.+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Run:
 
     folder: Path
     arm: str
-    """What its folder calls it: ``runs/grpo/seed_0`` is ``grpo``, ``runs/first`` is ``first``."""
+    """What its folder calls it: ``runs/grpo/seed_0`` is ``grpo``, ``runs/first`` is ``first``, and a
+    sweep's ``runs/grpo/lr_0.001/seed_0`` is ``grpo lr_0.001``."""
     variant: str | None
     config: Mapping[str, Any]
     rows: Sequence[Row]
@@ -66,9 +67,9 @@ class Run:
 
 def read_run(folder: Path, variant: str | None = None) -> Run:
     """A run's folder. Raises `CheckpointError` if it holds none."""
-    arm = folder.resolve().name
-    if SEED_FOLDER.fullmatch(arm):
-        arm = folder.resolve().parent.name
+    path = folder.resolve()
+    inner = path.parent if SEED_FOLDER.fullmatch(path.name) else path
+    arm = f"{inner.parent.name} {inner.name}" if RATE_FOLDER.fullmatch(inner.name) else inner.name
     config = read_json(folder / "config.json")
     return Run(folder, arm, variant, config, read_rows(folder / "metrics.jsonl"))
 
