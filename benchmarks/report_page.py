@@ -26,10 +26,6 @@ from selfteach.analysis.report import write_report
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 WORDS = [*"let x be the sum of two terms so that we have".split(), *"=+-123456789().x"]  # noqa: SIM905
 STEPS = 6
-RESULTS = {
-    "format": 1, "title": "benchmark", "k": 1, "seeds": [0], "headline": [], "arms": {}, "paired": {},
-    "variants": {}, "made": {"seconds": 0, "versions": {}},
-}  # fmt: skip
 
 
 def write_answers(folder: Path, answers: int, tokens: int, contexts: int) -> None:
@@ -48,7 +44,7 @@ def write_answers(folder: Path, answers: int, tokens: int, contexts: int) -> Non
         rows.append({
             "problem_id": f"problem-{i // 8}", "sample": i % 8, "question": f"What is {i // 8}?",
             "gold_answer": "7", "text": " ".join(words), "correct": bool(i % 3 == 0), "parsed": "7",
-            "finished": True, "step_spans": {"characters": spans},
+            "finished": True, "step_spans": {"characters": spans, "tokens": []},
             "first_error": None if i % 3 == 0 else 2, "fidelity": 0.4,
             "critique": {"case": "D", "answer": "7", "steps": steps},
             "contexts": dict.fromkeys(names, " ".join(rng.choice(WORDS, tokens))), "dropped": {},
@@ -69,6 +65,8 @@ def write_answers(folder: Path, answers: int, tokens: int, contexts: int) -> Non
         "kind": np.tile(rng.choice(["style", "task", "other"], tokens), whole),
     })  # fmt: skip
     pq.write_table(table, folder / "tokens.parquet")
+    about = {"format": 1, "contexts": names, "model": "made up"}
+    (folder / "inspection.json").write_text(json.dumps(about))
 
 
 def look(path: Path) -> None:
@@ -110,9 +108,8 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=9)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        write_answers(root / "inspection", asked.answers, asked.tokens, asked.contexts)
-        (root / "results.json").write_text(json.dumps(RESULTS))
+        root = Path(folder) / "inspected"
+        write_answers(root, asked.answers, asked.tokens, asked.contexts)
         start = time.perf_counter()
         path = write_report(root)
         print(f"{asked.answers:,} answers of {asked.tokens} tokens under {asked.contexts} contexts")

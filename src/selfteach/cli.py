@@ -202,7 +202,8 @@ def check(
 @app.command()
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="A study, a run, or several of them.")
+        list[Path],
+        typer.Argument(metavar="DIR...", help="A study, a run, an inspection, or several."),
     ],
     out: Annotated[
         Path | None,

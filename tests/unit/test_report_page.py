@@ -89,6 +89,8 @@ def write_inspection(folder: Path, count: int) -> None:
     nothing = np.zeros(len(columns["answer"]))
     arrays = [pa.array(columns.get(field.name, nothing)).cast(field.type) for field in SCHEMA]
     pq.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), folder / "tokens.parquet")
+    about = {"format": 1, "contexts": ["reference", "step_aligned"], "model": "a-model"}
+    (folder / "inspection.json").write_text(json.dumps(about))
 
 
 def write_run(folder: Path, lessons: int = 3) -> None:
@@ -342,6 +344,17 @@ def test_lessons_alone_fill_the_browser(open_page, tmp_path):
     assert "2 + 2 = 5;" in text and "cut at the token limit" in text
     page.get_by_role("button", name="First error: step 2").click()
     assert "error" in page.locator(":focus").get_attribute("class")
+
+
+def test_an_inspection_alone_has_a_report(open_page, tmp_path):
+    write_inspection(tmp_path / "inspected", 16)
+    page = open_page(written(tmp_path / "inspected"))
+    assert "a-model" in page.locator("h1").inner_text()
+    links = page.locator("nav a").all_inner_texts()
+    assert links == ["Overview", "Answers"]
+    page.get_by_role("link", name="Answers").click()
+    page.locator("#answer-title", has_text="problem p-0, answer 1").wait_for()
+    assert counted(page) == "16 of 16 answers"
 
 
 CONTRAST = """() => {

@@ -37,12 +37,12 @@ TOKEN_COLUMNS = ("answer", "context", "text", "step", "kind", "student_logp", "a
 
 
 def inspected(folder: Path) -> tuple[list[Record], int]:
-    """Answers of folder/inspection with the advantage of every token under every context.
+    """Answers of an inspection with the advantage of every token under every context.
 
     Up to `MOST` of them, evenly chosen, and how many there are.
     """
-    rows = read_rows(folder / "inspection" / "answers.jsonl")
-    scored = _scored(folder / "inspection" / "tokens.parquet")
+    rows = read_rows(folder / "answers.jsonl")
+    scored = _scored(folder / "tokens.parquet")
     chosen = _evenly(len(rows), MOST)
     return [_inspected(rows[i], scored.get(i, {})) for i in chosen], len(rows)
 

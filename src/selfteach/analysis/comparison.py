@@ -41,6 +41,14 @@ def results_of(groups: Groups, title: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def nothing(title: str, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Results without an arm: where there is only an inspection to show."""
+    return {
+        "format": 1, "title": title, "split": "test", "k": 0, "seeds": [], "headline": [],
+        "arms": {}, "paired": {}, "variants": {}, "notes": [], "made": made,
+    }  # fmt: skip
+
+
 def gain(runs: Sequence[Run]) -> dict[str, Any] | None:
     """What training changed: last against first validation, the same problems, paired.
 

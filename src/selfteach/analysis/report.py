@@ -79,6 +79,7 @@ def render(folders: Sequence[Path]) -> tuple[str, dict[str, Drawing]]:
         checks=[(check, health.logged(main, check.metric)) for check in health.checks()],
         spent={name: comparison.mean_spent(own) for name, own in main.items()},
         phases=curves.PHASES,
+        has_runs=bool(runs),
         unfinished=[run for run in runs if not run.is_complete],
         feedback=bool(localisation or example or asked),
         localisation=localisation,
@@ -98,10 +99,22 @@ def _has_runs(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "study.json"))
 
 
+def _inspection(folder: Path) -> Path | None:
+    """Where a study's or a run's finished inspection lies, or the folder if it is one itself."""
+    paths = (folder, folder / "inspection")
+    return next((path for path in paths if (path / "inspection.json").exists()), None)
+
+
 def _results(folders: Sequence[Path], runs: Sequence[Run]) -> dict[str, Any]:
-    """A study's own results where it has them, else what its runs have come to so far."""
-    if len(folders) == 1 and (not runs or (folders[0] / "results.json").exists()):
-        path = folders[0] / "results.json"
+    """A study's own results where it has them, else what its runs have come to so far.
+
+    Of an inspection alone there are none, only how it was made.
+    """
+    path = folders[0] / "results.json"
+    if len(folders) == 1 and not runs and (folders[0] / "inspection.json").exists():
+        made = {"versions": {}, "seconds": 0.0, **read_json(folders[0] / "inspection.json")}
+        return comparison.nothing(title=str(made.get("model") or folders[0].name), made=made)
+    if len(folders) == 1 and (not runs or path.exists()):
         results = read_json(path)
         if results.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {results.get('format')!r}, known is {FORMAT}")
@@ -123,15 +136,13 @@ def _example(folders: Sequence[Path]) -> dict[str, Any] | None:
     for folder in folders:
         if (path := folder / "token_advantages.json").exists():
             return read_json(path)
-    for folder in folders:
-        if (folder / "inspection" / "inspection.json").exists():
-            return inspected.example(folder / "inspection")
-    return None
+    found = filter(None, map(_inspection, folders))
+    return next((inspected.example(folder) for folder in found), None)
 
 
 def _localisation(folders: Sequence[Path]) -> dict[str, Any] | None:
     """The first folder's that has one: an inspection's measures do not add up."""
-    paths = [folder / "inspection" / "localisation.json" for folder in folders]
+    paths = [folder / "localisation.json" for folder in filter(None, map(_inspection, folders))]
     return next((read_json(path) for path in paths if path.exists()), None)
 
 
@@ -154,7 +165,7 @@ def _records(
 ) -> tuple[list[answers.Record], int]:
     """What the browser shows first and then, and how many answers there are in all."""
     inspected_ones, total = [], 0
-    for folder in folders:
+    for folder in filter(None, map(_inspection, folders)):
         own, there = answers.inspected(folder)
         inspected_ones, total = [*inspected_ones, *own], total + there
     if not inspected_ones and example and example["contexts"]:
