@@ -225,6 +225,22 @@ def test_filters_over_five_thousand_answers(answers):
     page.locator("#answer-title", has_text="problem p-62,").wait_for()
 
 
+@pytest.mark.parametrize(
+    ("menu", "value", "left"),
+    [
+        ("#f-verdict", "right", "1,250"),
+        ("#f-case", "D", "2,500"),  # wrong, and neither sample 5 nor 6
+        ("#f-dropped", "dropped", "1,250"),
+        ("#f-dropped", "usable", "3,750"),
+        ("#f-dropped", "reason 1", "625"),
+        ("#f-source", "0", "5,000"),
+    ],
+)
+def test_each_filter_by_itself(answers, menu, value, left):
+    answers.locator(menu).select_option(value)
+    assert counted(answers) == f"{left} of 5,000 answers"
+
+
 def test_only_the_rows_in_view_exist_and_keys_move_through_all(answers):
     page = answers
     assert page.locator(".row").count() < 40
