@@ -67,13 +67,14 @@ def render(folders: Sequence[Path]) -> tuple[str, dict[str, Drawing]]:
     main = _in_order(grouped([run for run in runs if run.variant is None]), results)
     example, localisation = _example(folders), _localisation(folders)
     asked = critics.read_groups({n: [run.folder for run in own] for n, own in main.items()})
+    gains = {} if results["paired"] else {n: comparison.gain(own) for n, own in main.items()}
     drawn = _drawn(results, main, example, localisation)
     records, total = _records(folders, main, example)
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     page = _environment().get_template("report.html.jinja").render(
         r=results,
         w=wording,
-        sentences=wording.claims(results, {n: comparison.gain(own) for n, own in main.items()}),
+        sentences=wording.claims(results, gains),
         figures={name: drawing.inline(name) for name, drawing in drawn.items()},
         health=health.summary(health.findings_of(grouped(runs))),
         checks=[(check, health.logged(main, check.metric)) for check in health.checks()],
