@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfteach import tracking
 from selfteach.build_critic import Solver, build_critic, critic_threads
 from selfteach.config import (
     EmaTeacher,
@@ -17,6 +19,7 @@ from selfteach.config import (
     ModelConfig,
     Recipe,
     TeacherConfig,
+    TrackingConfig,
     TrustRegionTeacher,
 )
 from selfteach.config_critic import PolicyCriticConfig, TextCriticConfig
@@ -68,6 +71,7 @@ def build(recipe: Recipe) -> Built:
 
     Raises `RecipeError`, `EngineError` or `DataError` in one line.
     """
+    tracking.require(recipe.tracking.sinks)
     objective = build_objective(recipe)
     device = choose_device(recipe.model.device)
     task = load_task(recipe.data, resolve(recipe.model.path))
@@ -203,6 +207,25 @@ def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
             return Ema(policy, config.rate)
         case TrustRegionTeacher():
             return TrustRegion(policy, config.live_share)
+
+
+def build_sinks(
+    config: TrackingConfig, run: tracking.Tracked
+) -> dict[str, AbstractContextManager[tracking.Sink]]:
+    """The sinks of a recipe by name, not yet opened."""
+    return {name: _sink(name, run) for name in config.sinks}
+
+
+def _sink(name: str, run: tracking.Tracked) -> AbstractContextManager[tracking.Sink]:
+    match name:
+        case "tensorboard":
+            return tracking.tensorboard(run)
+        case "wandb":
+            return tracking.wandb(run)
+        case "trackio":
+            return tracking.trackio(run)
+        case _:
+            raise AssertionError(name)
 
 
 def longest(recipe: Recipe, built_for: int) -> int:

@@ -120,6 +120,70 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    what: Annotated[str, typer.Argument(help="A run folder, a checkpoint, or a model path or id.")],
+    contexts: Annotated[
+        str, typer.Option(help="What the self-teacher is shown: names with commas, or `all`.")
+    ],
+    out: Out,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where problems, critic and sampling come from; by default the run's own."
+        ),
+    ] = None,
+    arm: Arm = None,
+    problems: Annotated[
+        str,
+        typer.Option(help="train, validation, test, or a JSONL file with question and answer."),
+    ] = "validation",
+    answers: Annotated[int, typer.Option("--answers", "-k", min=1, help="Per problem.")] = 4,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first so many problems only.")
+    ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(help="Take these answers, whose steps are labelled (ProcessBench's JSONL)."),
+    ] = None,
+    recorded: Annotated[
+        str | None, typer.Option(help="Take a run's recorded answers, e.g. step_000010.")
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(help="given: the model itself; initial: what its training began with.")
+    ] = "given",
+    seed: Seed = 0,
+    settings: Settings = None,
+) -> None:
+    """Score the same answers under several contexts: what does each change, and where?
+
+    Writes OUT/tokens.parquet (a row per token), OUT/answers.jsonl and OUT/localisation.json.
+    """
+    from selfteach.api import inspect_model
+    from selfteach.config import CONTEXTS
+    from selfteach.inspection.request import Request
+    from selfteach.progress import answers_progress
+
+    if teacher not in ("given", "initial"):
+        raise RecipeError(f"--teacher {teacher!r}: write given or initial")
+    every = [name for name in CONTEXTS if name != "none"]
+    names = every if contexts == "all" else [name.strip() for name in contexts.split(",")]
+    request = Request(
+        tuple(names),
+        problems,
+        answers,
+        limit,
+        seed,
+        teacher,
+        labelled,
+        recorded,  # type: ignore[arg-type]
+    )
+    chosen = _with_critic(_load(recipe, None), arm, seed) if recipe else None
+    with answers_progress() as progress:
+        inspect_model(what, request, out, recipe=chosen, settings=settings or (), progress=progress)
+    _sum_up(out, Console())
+
+
+@app.command()
 def check(
     recipe: RecipePath,
     offline: Annotated[
@@ -145,6 +209,41 @@ def check(
             require_critic(critic)
     for line in lines:
         typer.echo(line)
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="A study, a run, an inspection, or several."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="By default DIR/report.html; for several folders, report.html here."),
+    ] = None,
+) -> None:
+    """One HTML file with results, answers, health and budget, also of what still goes on.
+
+    Figures are written beside it, as SVG and PNG. An inspection in DIR/inspection is shown too.
+    """
+    from selfteach.analysis.report import write_report
+
+    typer.echo(f"report: {write_report(*folders, out=out)}")
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="The --out of a study or of a run.")],
+    once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+) -> None:
+    """Look on while a study or a run goes on: step, time left, and the numbers that matter.
+
+    Reads what the runs write and touches nothing; ends when all runs are complete.
+    """
+    from selfteach.analysis.watch import watch as look
+
+    look(folder, Console(), once=once, every=every)
 
 
 @app.command()
@@ -244,12 +343,28 @@ def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
 
     with study_progress(jobs_of(loaded, folder)) as progress:
         results = run_study(loaded, folder, command=command, progress=progress)
+    inspected = folder / "inspection"
+    if (inspected / "inspection.json").exists() and not (inspected / "localisation.json").exists():
+        _sum_up(inspected, None)
     console = Console()
     print_results(results, console)
     print_critics(read_study(folder), console)
     console.print(
         f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True
     )
+
+
+def _sum_up(folder: Path, console: Console | None) -> None:
+    """An inspection's localisation.json and figures, and on a console its tables."""
+    from selfteach.analysis.inspection import draw, print_localisation, summarise
+    from selfteach.run_folder import write_json
+
+    localisation = summarise(folder)
+    write_json(folder / "localisation.json", localisation)
+    draw(folder, localisation)
+    if console is not None:
+        print_localisation(localisation, console)
+        console.print(f"inspection: {folder}", soft_wrap=True)
 
 
 def _run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
@@ -272,9 +387,10 @@ def _train(recipe: Recipe, folder: Path) -> None:
     with run_progress(recipe) as progress:
         for row in run(recipe, folder):
             progress(row)
-    typer.echo(
-        f"run:   {folder}\nmodel: {folder / 'model'}" if recipe.train.steps else f"run: {folder}"
-    )
+    from selfteach.analysis.report import write_report
+
+    model = f"\nmodel:  {folder / 'model'}" if recipe.train.steps else ""
+    typer.echo(f"run:    {folder}{model}\nreport: {write_report(folder)}")
 
 
 def _select(recipe: Recipe, chosen: SelectConfig, folder: Path) -> None:
@@ -311,6 +427,14 @@ def _one(loaded: Study, arm: str | None, seed: int, *, first: bool = False) -> R
             )
         arm = next(iter(loaded.arms))
     return loaded.recipe(arm, seed=seed)
+
+
+def _with_critic(loaded: Study, arm: str | None, seed: int) -> Recipe:
+    """An arm, or the first one that has a critic, or the first."""
+    if arm is not None:
+        return loaded.recipe(arm, seed=seed)
+    arms = [loaded.recipe(name, seed=seed) for name in loaded.arms]
+    return next((own for own in arms if own.critic is not None), arms[0])
 
 
 def _command() -> str:

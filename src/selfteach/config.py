@@ -197,6 +197,14 @@ class EvaluationConfig(Section):
     """Score the test problems once, after the last step."""
 
 
+class TrackingConfig(Section):
+    """Where numbers go besides metrics.jsonl; nothing leaves the machine unless it is asked for."""
+
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    project: str = Field(default="selfteach", min_length=1)
+    """Under which Weights & Biases and trackio file their runs."""
+
+
 class Recipe(Section):
     """One run: one arm, one seed."""
 
@@ -211,6 +219,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("critic", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ independently, Owen ("The pigeonhole bootstrap", Annals of Applied Statistics, 2
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,6 +109,41 @@ def bootstrap_difference(
     if a_SP.shape != b_SP.shape:
         raise ValueError(f"a pair needs equal shapes [S, P], found {a_SP.shape} and {b_SP.shape}")
     return bootstrap_mean(a_SP - b_SP, resamples=resamples, seed=seed)
+
+
+def resampled_counts(clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of P clusters is drawn in each resample, in blocks of [r, P] with r ≤ `BLOCK`.
+
+    The same arguments give the same draws: what is computed from them for two conditions is paired.
+    """
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples, BLOCK):
+        size = min(BLOCK, resamples - start)
+        yield rng.multinomial(clusters, np.full(clusters, 1 / clusters), size)
+
+
+def resampled_totals(sums_PJ: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
+    """Totals of additive quantities over clusters drawn with replacement, [R, J].
+
+    ``sums_PJ`` holds one row per cluster: a problem with all its answers, say. Any statistic that is
+    a function of totals (a mean is a sum over a count) has its bootstrap distribution from these rows.
+    """
+    sums_PJ = _table(sums_PJ, "sums_PJ")
+    blocks = resampled_counts(len(sums_PJ), resamples, seed)
+    return np.concatenate([counts_RP @ sums_PJ for counts_RP in blocks])
+
+
+def percentile_interval(estimate: float, values_R: np.ndarray) -> Interval | None:
+    """An estimate with the 95 % of its resampled values.
+
+    Resamples without a value (a ratio over nothing) are left out; None where the estimate itself has
+    none, or fewer than half of the resamples do.
+    """
+    finite = values_R[np.isfinite(values_R)]
+    if not np.isfinite(estimate) or 2 * len(finite) < len(values_R):
+        return None
+    low, high = np.percentile(finite, TAILS)
+    return Interval(float(estimate), float(low), float(high))
 
 
 def _majority(votes: Sequence[str | None], correct_K: np.ndarray) -> float:

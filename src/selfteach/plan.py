@@ -12,6 +12,7 @@ from selfteach.config import Recipe
 from selfteach.data import describe_problems
 from selfteach.memory import Item, Memory, gib, memory
 from selfteach.recipes import Study
+from selfteach.study import inspection_of
 from selfteach.survey import Survey, load_of, look, survey
 
 UNREADABLE = (
@@ -54,6 +55,12 @@ def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
         for arm in variant.arms or study.arms:
             _know(study.recipe(arm, seed=variant.seeds[0], variant=name), offline)
         yield f"variant {name}: {variant.title}; {len(variant.seeds)} seeds"
+    if (asked := inspection_of(study)) is not None:
+        recipe, request = asked
+        yield (
+            f"inspection of the untrained model: {(request.limit or 0) * request.k:,} answers "
+            f"under {', '.join(request.contexts)}"
+        )
     yield _total(resolved, known, len(seeds))
 
 

@@ -21,6 +21,18 @@ from selfteach.run_folder import RunFolder
 from selfteach.selection import Standing
 from selfteach.study import Job
 
+NOTED = {
+    "correct": ("right", "{:.0%}"),
+    "length": ("length", "{:.0f}"),
+    "loss": ("loss", "{:.3f}"),
+    "fidelity": ("fidelity", "{:.2f}"),
+    "dropped": ("dropped", "{:.0%}"),
+    "truncated": ("cut", "{:.0%}"),
+}
+"""Metrics that stand beside a bar: title and form."""
+ONLY_IF_ANY = ("dropped", "truncated")
+"""Troubles: not worth their place while there are none."""
+
 
 @contextmanager
 def run_progress(recipe: Recipe) -> Iterator[Callable[[Mapping[str, Any]], None]]:
@@ -28,11 +40,12 @@ def run_progress(recipe: Recipe) -> Iterator[Callable[[Mapping[str, Any]], None]
     console = Console(stderr=True)
     with _bars(console) as bars:
         task = bars.add_task("training", total=recipe.train.steps, note="")
+        rows: dict[str, Mapping[str, Any]] = {}
 
         def show(row: Mapping[str, Any]) -> None:
+            rows[row["kind"]] = row
             if row["kind"] == "step":
-                note = f"right {row['correct']:.0%}  length {row['length']:.0f}  loss {row['loss']:.3f}"
-                bars.update(task, completed=row["step"], note=note)
+                bars.update(task, completed=row["step"], note=note(rows))
             else:
                 line = (
                     f"step {row['step']:>4}  {row['kind']:<10}  Avg@{row['k']} {row['avg']:.1f} %"
@@ -89,13 +102,38 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
         def look(jobs: Sequence[Job]) -> None:
             done.update({job.folder: _steps_done(job) for job in training})
             for label, task in tasks.items():
-                bars.update(task, completed=steps(label)[0])
+                bars.update(task, completed=steps(label)[0], note=_newest(training, label))
             for job in jobs:
                 if job.folder not in announced and RunFolder(job.folder).is_complete:
                     announced.add(job.folder)
                     _announce(job, console)
 
         yield look
+
+
+@contextmanager
+def answers_progress() -> Iterator[Callable[[int, int], None]]:
+    """One bar for answers that are scored; gives a function: so many, of so many."""
+    with _bars(Console(stderr=True)) as bars:
+        task = bars.add_task("scoring", total=None, note="answers")
+
+        def show(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        yield show
+
+
+def note(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The numbers that matter, from the last row of each kind; what is not logged is left out."""
+    step, validation = rows.get("step", {}), rows.get("validation")
+    said = [
+        f"{title} {form.format(step[name])}"
+        for name, (title, form) in NOTED.items()
+        if name in step and (step[name] or name not in ONLY_IF_ANY)
+    ]
+    if validation is not None:
+        said.append(f"Avg@{validation['k']} {validation['avg']:.1f} %")
+    return "  ".join(said)
 
 
 def _bars(console: Console) -> Progress:
@@ -111,6 +149,16 @@ def _bars(console: Console) -> Progress:
         # A log file gets a line per finished run instead of redrawn bars.
         disable=not console.is_terminal,
     )
+
+
+def _newest(jobs: Sequence[Job], label: str | None) -> str:
+    """The numbers of an arm's run that wrote last; none for the study as a whole."""
+    own = [RunFolder(job.folder).metrics_path for job in jobs if label == job.label]
+    begun = [path for path in own if path.exists()]
+    if not begun:
+        return ""
+    run = RunFolder(max(begun, key=lambda path: path.stat().st_mtime).parent)
+    return note({row["kind"]: row for row in run.metrics()})
 
 
 def _announce(job: Job, console: Console) -> None:

@@ -67,6 +67,10 @@ class StudyConfig(Section):
     bootstrap: int = Field(default=10_000, ge=100)
     workers: int | None = Field(default=None, ge=1)
     """Runs side by side, one process each; by default one per core."""
+    inspect_answers: int | None = Field(default=None, ge=0)
+    """Answers of the untrained model to validation problems that are scored token by token under the
+    arms' contexts and some controls when the study ends; 0 for none. By default 512 where a program
+    can mark them, none where a critic writes."""
 
 
 class Study(Section):

@@ -3,6 +3,7 @@
     config.json            the resolved recipe
     environment.json       commit, versions, machine
     metrics.jsonl          one line per step, and per evaluation
+    tracking.json          how much of it each sink has been given; only where there are sinks
     answers/               sampled answers, a file per batch, written before they are used
     lessons/               what was said of them: verdict, critique, context; a file per step
     evaluations/           per-problem results, a file per evaluation
@@ -55,9 +56,13 @@ class RunFolder:
         return self.result_path.exists()
 
     def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-        """Begin a run here. Raises `CheckpointError` if the folder holds something else."""
+        """Begin a run here. Raises `CheckpointError` if the folder holds something else.
+
+        Where a run's numbers are copied to is no part of what it is.
+        """
         if (self.path / "config.json").exists():
-            if self.config() != json.loads(json.dumps(config)):
+            old, new = self.config(), json.loads(json.dumps(config))
+            if old | {"tracking": None} != new | {"tracking": None}:
                 raise CheckpointError(
                     f"{self.path} holds another run; choose another --out, "
                     f"or go on with that one: selfteach resume {self.path}"
@@ -160,6 +165,8 @@ def lesson_row(lesson: Lesson) -> dict[str, Any]:
         "critique": None if critique is None else asdict(critique),
         "context": lesson.context,
         "dropped": lesson.dropped,
+        "steps": lesson.steps,
+        "gold": rollout.problem.answer,
         "first_error_token": lesson.first_error_token,
         "first_change": None if lesson.change is None else asdict(lesson.change),
     }
@@ -187,14 +194,27 @@ def write_lines(path: Path, rows: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write aside, flush to disk, rename. Raises `CheckpointError` when the disk is full."""
+    with written_whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; put in its place on leaving, and gone on an error.
+
+    Raises `CheckpointError` when the disk is full.
+    """
+    aside = path.with_name(path.name + ".tmp")
     with enough_disk():
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
-        with aside.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        aside.replace(path)
+        try:
+            yield aside
+            with aside.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            aside.replace(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from selfteach import steps
+from selfteach import habits, steps
 from selfteach.alignment import changed_steps, first_change
 from selfteach.background import later
 from selfteach.collate import collate
@@ -114,6 +114,7 @@ def teach(parts: Parts, marked: Sequence[Marked]) -> list[Lesson]:
                 m,
                 teacher_prompt_ids=m.rollout.prompt_ids if own_prompt else None,
                 scored_from=parts.renderer.scored_from(m.rollout.answer_ids),
+                steps=tuple(parts.split_steps(m.rollout.text)),
             )
             for m in marked
         ]
@@ -144,8 +145,11 @@ def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
         metrics |= stepped
     scored = [len(batch.ids_N) * parts.updates_per_batch for batch in batches]
     told = [number for number, batch in zip(scored, batches, strict=True) if batch.teacher]
+    ended = habits.end_supervised(lessons, signals)
     return {
         **metrics,
+        "taught": habits.taught(signals),
+        **({} if ended is None else {"end_supervised": ended}),
         "tokens_trained": sum(scored),
         "teacher_tokens": sum(told),
         "optimizer_steps": parts.updates_per_batch,
@@ -182,23 +186,25 @@ def _with_old_logp(parts: Parts, batch: Batch) -> Batch:
 
 def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
     rollout = marked.rollout
+    spans, ends = (
+        tuple(parts.split_steps(rollout.text)),
+        parts.renderer.token_ends(rollout.answer_ids),
+    )
     scored_from = parts.renderer.scored_from(rollout.answer_ids)
+    bare = Lesson(marked, steps=spans, scored_from=scored_from)
     if isinstance(context, NoCritique):
-        return Lesson(marked, dropped=context.reason, scored_from=scored_from)
+        return dataclasses.replace(bare, dropped=context.reason)
     prompt = parts.renderer.teacher_prompt(rollout.problem, context)
+    shown = dataclasses.replace(bare, context=context)
     if len(prompt) + len(rollout.answer_ids) > parts.max_length:
-        reason = "longer than the context window"
-        return Lesson(marked, context=context, dropped=reason, scored_from=scored_from)
-    spans, ends = parts.split_steps(rollout.text), parts.renderer.token_ends(rollout.answer_ids)
+        return dataclasses.replace(shown, dropped="longer than the context window")
     in_tokens = steps.token_spans(spans, ends)
-    return Lesson(
-        marked,
-        context=context,
+    return dataclasses.replace(
+        shown,
         teacher_prompt_ids=prompt,
         first_error_token=first_error_token(marked.critique, in_tokens),
         change=first_change(marked, spans, ends),
         changed_spans=tuple(in_tokens[index] for index, _ in changed_steps(marked, spans)),
-        scored_from=scored_from,
     )
 
 
@@ -219,6 +225,8 @@ def describe(lessons: Sequence[Lesson]) -> Metrics:
         "length": tokens / count,
         # The mean of -log p over sampled tokens is an unbiased estimate of the entropy per token.
         "entropy": -sum(sum(rollout.logps) for rollout in rollouts) / max(1, tokens),
+        "repetition": sum(habits.repetition(rollout.answer_ids) for rollout in rollouts) / count,
+        "hesitations": sum(habits.hesitations(rollout.text) for rollout in rollouts) / count,
         "answers_sampled": len(rollouts),
         "tokens_sampled": tokens,
         "critiques": len(critiques) - sum(refused.values()),

@@ -6,6 +6,7 @@ import concurrent.futures
 import datetime
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +19,12 @@ import numpy as np
 
 from selfteach.build import build
 from selfteach.build_critic import require_critic
-from selfteach.config import Recipe
+from selfteach.config import CRITIC_CONTEXTS, Recipe
 from selfteach.config_critic import CriticConfig
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
-from selfteach.inspection import advantages_by_context
+from selfteach.inspection.example import advantages_by_context
+from selfteach.inspection.request import Request, inspect, sampled
 from selfteach.recipes import BASE, Study, pairs
 from selfteach.run_folder import RunFolder, read_json, require_empty, write_json
 from selfteach.settings import merge, validate
@@ -31,6 +33,12 @@ from selfteach.train import environment, evaluation_of, result_of, run_to_end
 
 MEASURES = ("avg", "pass", "maj", "length", "truncated", "format")
 COMPARED = ("avg", "pass", "maj", "length")
+INSPECTED = 512
+"""Answers that a study inspects by default."""
+CONTROLS = ("reference", "aligned_reference", "answer_only", "shuffled_lines", "other_answer")
+"""Contexts under which a study's untrained model is inspected beside those of the arms."""
+MARKED_BY_PROGRAM = ("lab", "chain_sums")
+"""Kinds of data whose answers a program can mark."""
 COLLAPSED_BELOW = 0.5
 """A run is marked as collapsed when it ends below this share of the base's Avg@k."""
 
@@ -114,6 +122,7 @@ def run_study(study: Study, folder: Path, *, command: str, progress: Progress) -
         example = token_example(study, folder, jobs)
         if example is not None:
             write_json(folder / "token_advantages.json", example)
+        inspect_base(study, folder, begun["commit"])
         write_json(folder / "results.json", results)
     return results
 
@@ -200,6 +209,49 @@ def token_example(study: Study, folder: Path, jobs: Sequence[Job]) -> dict[str, 
     rollouts = RunFolder(job.folder).load_answers("validation_000000.000", known) or []
     templates = Templates(arms[critical].model.templates or built.task.templates)
     return advantages_by_context(built, templates, rollouts, contexts)
+
+
+def inspection_of(study: Study) -> tuple[Recipe, Request] | None:
+    """How a study's untrained model is inspected; None where it is not.
+
+    Under the contexts of the main setting's arms and `CONTROLS`, in as far as they need nothing that
+    the arms have not. The answers are marked by a program where there is one (erring as in the first
+    arm that has it); a critic that writes is asked only if ``study.inspect_answers`` says how often.
+    """
+    arms = [study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms]
+    taught = {own.context.type for own in arms} - {"none"}
+    model = next((own for own in arms if own.critic is not None), arms[0])
+    wanted, programs = study.study.inspect_answers, model.data.type in MARKED_BY_PROGRAM
+    if wanted is None:
+        wanted = INSPECTED if programs or model.critic is None else 0
+    if not taught or wanted == 0:
+        return None
+    k = model.evaluation.validation_k
+    problems = -(-wanted // k)
+    changes: dict[str, Any] = {"train": {"steps": 0}, "teacher": {"type": "live"}}
+    if programs:
+        changes["critic"] = {"type": "oracle"}
+    if model.data.type == "lab":  # as many as are asked for, the arms' own first
+        changes["data"] = {"validation": max(model.data.validation, problems)}
+    recipe = validate(Recipe, merge(model.model_dump(mode="json"), changes), where="inspection")
+    possible = [
+        name for name in CONTROLS if recipe.critic is not None or name not in CRITIC_CONTEXTS
+    ]
+    contexts = tuple(sorted({*taught, *possible}))
+    return recipe, Request(contexts, k=k, limit=problems, seed=study.study.seeds[0])
+
+
+def inspect_base(study: Study, folder: Path, commit: str | None) -> None:
+    """Inspect the untrained model in folder/inspection, unless that is done."""
+    asked, target = inspection_of(study), folder / "inspection"
+    if asked is None or (target / "inspection.json").exists():
+        return
+    shutil.rmtree(target, ignore_errors=True)  # what a kill has left
+    recipe, request = asked
+    built = build(recipe)
+    answers = sampled(built, recipe, request, built.task.problems("validation"))
+    made = {**environment(), "model": recipe.model.path, "commit": commit}
+    inspect(built, recipe, request, answers, target, made=made)
 
 
 def sweep_jobs(study: Study, folder: Path) -> list[Job]:

@@ -6,14 +6,15 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from selfteach import checkpoint
-from selfteach.build import Built, build, set_threads
+from selfteach import checkpoint, tracking
+from selfteach.build import Built, build, build_sinks, set_threads
 from selfteach.build_critic import require_critic
 from selfteach.config import Recipe
 from selfteach.data import Split, training_order
@@ -38,6 +39,9 @@ BUDGET = (
 )
 """What is added up over a run's steps as its cost."""
 
+Record = Callable[[Mapping[str, Any]], None]
+"""Writes a row of metrics down."""
+
 
 def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
     """Run a recipe in a folder, from wherever the folder stands; yields each row of metrics.
@@ -54,8 +58,9 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
         require_critic(recipe.critic)
         built = build(recipe)
         step = _take_up(run, built)
-        yield from _steps(run, recipe, built, step)
-        _finish(run, recipe, built)
+        with _recording(run, recipe) as record:
+            yield from _steps(run, recipe, built, step, record)
+            _finish(run, recipe, built, record)
 
 
 def run_to_end(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -121,13 +126,31 @@ def _take_up(run: RunFolder, built: Built) -> int:
     return step
 
 
-def _steps(run: RunFolder, recipe: Recipe, built: Built, done: int) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _recording(run: RunFolder, recipe: Recipe) -> Iterator[Record]:
+    """What writes a row down: into metrics.jsonl first, then to the sinks that the recipe names."""
+    config, sinks = recipe.tracking, {}
+    if config.sinks:
+        known = tracking.identify(run.path, config.project, recipe.model_dump(mode="json"))
+        sinks = build_sinks(config, known)
+    with tracking.sending(sinks, run.path, run.metrics()) as send:
+
+        def record(row: Mapping[str, Any]) -> None:
+            run.append_metrics(row)
+            send(row)
+
+        yield record
+
+
+def _steps(
+    run: RunFolder, recipe: Recipe, built: Built, done: int, record: Record
+) -> Iterator[dict[str, Any]]:
     """The loop. A step's metrics and evaluation precede its checkpoint, so none is ever missing."""
     parts, cadence = built.parts, recipe.evaluation
     train_set = built.task.problems("train")
     parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
     if done == 0 and recipe.train.steps > 0:
-        yield _measure(run, recipe, built, "validation", 0)
+        yield _measure(run, recipe, built, "validation", 0, record)
     order = training_order(len(train_set), recipe.seed, recipe.train.problems_per_step)
     for step, indices in enumerate(islice(order, recipe.train.steps), start=1):
         if step <= done:
@@ -135,11 +158,11 @@ def _steps(run: RunFolder, recipe: Recipe, built: Built, done: int) -> Iterator[
         problems: list[Problem] = [train_set[i] for i in indices]
         _, metrics = train_step(parts, problems, step=step, journal=run)
         row = {"step": step, "kind": "step", **metrics}
-        run.append_metrics(row)
+        record(row)
         yield row
         last = step == recipe.train.steps
         if step % cadence.every == 0 or last:
-            yield _measure(run, recipe, built, "validation", step)
+            yield _measure(run, recipe, built, "validation", step, record)
         if step % recipe.train.checkpoint_every == 0 or last:
             checkpoint.save(
                 run.checkpoints, step, parts.policy, parts.teacher,
@@ -148,7 +171,7 @@ def _steps(run: RunFolder, recipe: Recipe, built: Built, done: int) -> Iterator[
 
 
 def _measure(
-    run: RunFolder, recipe: Recipe, built: Built, split: Split, step: int
+    run: RunFolder, recipe: Recipe, built: Built, split: Split, step: int, record: Record
 ) -> dict[str, Any]:
     """Evaluate on a split and write it down."""
     settings, started = recipe.evaluation, time.monotonic()
@@ -172,15 +195,15 @@ def _measure(
         "evaluation_answers": sampling.samples * len(evaluation.problem_ids),
         "seconds_evaluating": time.monotonic() - started,
     }
-    run.append_metrics(row)
+    record(row)
     return row
 
 
-def _finish(run: RunFolder, recipe: Recipe, built: Built) -> None:
+def _finish(run: RunFolder, recipe: Recipe, built: Built, record: Record) -> None:
     """Score the test problems, once; save the model; write the result last."""
     step = recipe.train.steps
     if recipe.evaluation.test:
-        _measure(run, recipe, built, "test", step)
+        _measure(run, recipe, built, "test", step, record)
     if step > 0:
         _export(run, recipe, built)
     rows = run.metrics()

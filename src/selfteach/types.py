@@ -214,6 +214,8 @@ class Lesson:
     """The steps that the critique does not repeat, as half-open ranges of ``answer_ids``."""
     scored_from: int = 0
     """Index into ``answer_ids`` of the first token that counts: behind a thought that is not scored."""
+    steps: tuple[tuple[int, int], ...] = ()
+    """The answer's steps as half-open ranges of characters of its text, the final answer last."""
 
     @property
     def rollout(self) -> Rollout:

@@ -38,6 +38,7 @@ title = "tiny"
 seeds = [0, 1]
 headline = ["step_aligned-grpo"]
 bootstrap = 200
+inspect_answers = 8
 [arms.grpo]
 objective = { type = "grpo" }
 [arms.step_aligned]
@@ -105,15 +106,27 @@ def test_a_study_from_recipe_to_report(
     assert budgets[0]["answers_sampled"] == budgets[1]["answers_sampled"] == 12
     assert budgets[0]["optimizer_steps"] == budgets[1]["optimizer_steps"] == 2
     assert results["variants"]["easy"]["title"] == "an easy world"
-    report = (out / "report.html").read_text()
+    report = (out / "report.html").read_text(encoding="utf-8")
     assert len(report) > 10_000 and "Outcomes: answers, critiques by case" in report
+    inspected = json.loads((out / "inspection" / "inspection.json").read_text())
+    assert inspected["answers"] == 8 and "step_aligned" in inspected["contexts"]
+    assert (out / "inspection" / "localisation.json").exists()
+    scored_at = (out / "inspection" / "tokens.parquet").stat().st_mtime_ns
     before = (out / "results.json").read_text()
     assert call(monkeypatch, "resume", out) == 0  # nothing left to do: the same numbers
     after = json.loads((out / "results.json").read_text())
     assert after["arms"] == json.loads(before)["arms"]
+    assert (out / "inspection" / "tokens.parquet").stat().st_mtime_ns == scored_at
     assert after["made"]["seconds"] > json.loads(before)["made"]["seconds"], (
         "what it took is added up"
     )
+    capsys.readouterr()
+    assert call(monkeypatch, "watch", out, "--once") == 0
+    told = capsys.readouterr().out
+    assert "9 of 9 runs complete" in told and "easy step_aligned 0" in told
+    two = [out / "runs" / arm / "seed_0" for arm in ("grpo", "step_aligned")]
+    assert call(monkeypatch, "report", *two, "--out", out / "two.html") == 0
+    assert "step_aligned − grpo" in (out / "two.html").read_text(encoding="utf-8")
 
 
 def test_a_killed_study_goes_on(recipe: Path, tmp_path: Path) -> None:
@@ -241,6 +254,8 @@ def test_wrong_calls_are_one_line(
     assert "did you mean 'grpo'?" in said("train", recipe, "--out", tmp_path / "x", "--arm", "grp")
     assert "no such folder" in said("resume", tmp_path / "nowhere")
     assert "no run folder" in said("resume", tmp_path)
+    assert "results.json: not there" in said("report", tmp_path)
+    assert "neither a run nor a study" in said("watch", tmp_path)
     assert "not empty" in said("study", recipe, "--out", tmp_path)
     assert "is a file" in said("study", recipe, "--out", recipe)
     assert "Missing option" in said("study", recipe)
@@ -270,5 +285,9 @@ def test_a_folder_with_another_study_is_refused(
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "--help") == 0
     printed = capsys.readouterr().out
-    for command in ("study", "train", "resume", "evaluate", "critique", "check", "sweep"):
+    commands = (
+        "study", "train", "resume", "evaluate", "inspect", "critique", "check", "report", "watch",
+        "sweep",
+    )  # fmt: skip
+    for command in commands:
         assert command in printed

@@ -16,6 +16,8 @@ from selfteach.estimates import (
     bootstrap_mean,
     maj_at_k,
     pass_at_k,
+    percentile_interval,
+    resampled_totals,
 )
 
 answers = st.integers(1, 7).flatmap(
@@ -248,3 +250,34 @@ def test_the_bootstrap_refuses_what_has_no_mean():
 def test_pairs_need_the_same_seeds_and_problems():
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 3\)"):
         bootstrap_difference(np.ones((2, 3)), np.ones((3, 3)), resamples=10, seed=0)
+
+
+def test_totals_are_those_of_drawn_clusters():
+    sums_PJ = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+    totals_RJ = resampled_totals(sums_PJ, resamples=1500, seed=3)
+    assert totals_RJ.shape == (1500, 2)
+    np.testing.assert_array_equal(totals_RJ[:, 1], 10 * totals_RJ[:, 0])
+    # every total is one of three draws with return out of 1, 2, 4; their mean is that of the sums
+    possible = {a + b + c for a in (1, 2, 4) for b in (1, 2, 4) for c in (1, 2, 4)}
+    assert set(totals_RJ[:, 0]) == possible
+    assert totals_RJ[:, 0].mean() == pytest.approx(7, abs=0.2)
+    again = resampled_totals(sums_PJ[:, :1], resamples=1500, seed=3)
+    np.testing.assert_array_equal(again, totals_RJ[:, :1])
+
+
+def test_a_mean_of_totals_has_the_interval_of_bootstrap_mean():
+    """With one seed both are the plain bootstrap over problems."""
+    values_P = np.random.default_rng(0).normal(size=60)
+    rows = np.stack([values_P, np.ones(60)], axis=1)
+    totals_RJ = resampled_totals(rows, resamples=20_000, seed=0)
+    ours = percentile_interval(values_P.mean(), totals_RJ[:, 0] / totals_RJ[:, 1])
+    theirs = bootstrap_mean(values_P[None], resamples=20_000, seed=1)
+    assert ours is not None
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+
+
+def test_resamples_without_a_value_are_left_out():
+    values = np.array([1.0, np.nan, 1.0, np.inf])
+    assert percentile_interval(1.0, values) == Interval(1.0, 1.0, 1.0)
+    assert percentile_interval(1.0, np.array([1.0, np.nan, np.nan])) is None
+    assert percentile_interval(float("nan"), values) is None

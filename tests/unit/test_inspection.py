@@ -7,7 +7,7 @@ import torch
 
 from selfteach.build import build
 from selfteach.config import Recipe
-from selfteach.inspection import advantages, advantages_by_context
+from selfteach.inspection.example import advantages, advantages_by_context
 from selfteach.template_sets import Templates
 from selfteach.types import Sampling
 

@@ -1,6 +1,7 @@
 """Figures, report and terminal tables of a made-up study."""
 
-import copy
+import base64
+import hashlib
 import io
 import json
 import re
@@ -14,7 +15,8 @@ from rich.console import Console
 
 from selfteach.analysis import figures, wording
 from selfteach.analysis.console import print_evaluation, print_results
-from selfteach.analysis.report import write_report
+from selfteach.analysis.packing import unpacked
+from selfteach.analysis.report import render, write_report
 from selfteach.errors import CheckpointError
 
 SEEDS = [0, 1, 2]
@@ -60,8 +62,7 @@ def setting(scores):
     return {"arms": {name: arm(name, avg) for name, avg in scores.items()}, "paired": paired}
 
 
-@pytest.fixture
-def results():
+def made_up_results():
     flipped = {**SCORES, "reference": 45.0, "grpo": 45.0}
     return {
         "format": 1, "title": "The paper in miniature", "k": 12, "seeds": SEEDS,
@@ -79,8 +80,7 @@ def results():
     }  # fmt: skip
 
 
-@pytest.fixture
-def example():
+def made_up_example():
     lines = ["0 + c a = d", "1 < f f : b $x$ 中", f"2 {HOSTILE} k", "3 > e = c d f", "= k \n"]
     tokens = [token for line in lines for token in line.split(" ")]
     steps = [i for i, line in enumerate(lines) for _ in line.split(" ")]
@@ -95,6 +95,16 @@ def example():
             for name, values in noisy.items()
         },
     }  # fmt: skip
+
+
+@pytest.fixture
+def results():
+    return made_up_results()
+
+
+@pytest.fixture
+def example():
+    return made_up_example()
 
 
 class Page(HTMLParser):
@@ -113,11 +123,33 @@ class Page(HTMLParser):
         self.text += data
 
 
-def report(folder, results, example=None):
+def saved(folder, results, example=None):
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     if example is not None:
         (folder / "token_advantages.json").write_text(json.dumps(example), encoding="utf-8")
-    return write_report(folder).read_text(encoding="utf-8")
+    return folder
+
+
+def report(folder, results, example=None):
+    return render([saved(folder, results, example)])[0]
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    """The report of the made-up study, rendered once for the tests that only look at it."""
+    return report(tmp_path_factory.mktemp("study"), made_up_results(), made_up_example())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No figures, for tests that look at words: drawing is what takes the time."""
+    monkeypatch.setattr("selfteach.analysis.report._drawn", lambda *_: {})
+
+
+def records_in(html):
+    """All records that a page holds, block by block."""
+    blocks = re.findall(r'<script type="text/plain" class="block">(.*?)</script>', html)
+    return [record for block in blocks for record in unpacked(block)]
 
 
 def printed(results, width=100):
@@ -129,8 +161,8 @@ def printed(results, width=100):
 # -- report ----------------------------------------------------------------------------------
 
 
-def test_report_says_what_the_numbers_say(tmp_path, results, example):
-    page = Page(report(tmp_path, results, example))
+def test_report_says_what_the_numbers_say(html):
+    page = Page(html)
     text = " ".join(page.text.split())
     assert "step_aligned answers 35.8 % of samples right, grpo 19.7 %" in text
     assert "+16.1 points of Avg@12 (95 % interval 10.6 to 21.6)" in text
@@ -138,7 +170,7 @@ def test_report_says_what_the_numbers_say(tmp_path, results, example):
     assert "+5.2 points of Avg@12 (95 % interval −0.3 to 10.7)" in text
     assert "the data do not decide between step_aligned and reference" in text
     leads = [attrs["class"] for tag, attrs in page.tags if "lead" in attrs.get("class", "").split()]
-    assert leads == ["lead decided", "lead"]
+    assert leads[:2] == ["lead decided", "lead"]
     assert "step_aligned − grpo +16.1 [10.6, 21.6] +2.0 [−1.0, 5.0]" in text
     assert "not comparable" in text and "16.11" in text and "5.27" in text
     for expected in ("[32.8, 38.8]", "1 of 3 seeds collapsed", "253,440", "abc123", "torch 2.10.0",
@@ -146,8 +178,8 @@ def test_report_says_what_the_numbers_say(tmp_path, results, example):
         assert expected in text, expected
 
 
-def test_every_measure_of_every_arm_and_seed_is_in_the_report(tmp_path, results):
-    text = Page(report(tmp_path, results)).text
+def test_every_measure_of_every_arm_and_seed_is_in_the_report(html, results):
+    text = Page(html).text
     for name in SCORES:
         assert f"{results['arms'][name]['pass']['mean']:.1f}" in text
         for value in results["arms"][name]["maj"]["per_seed"].values():
@@ -155,8 +187,8 @@ def test_every_measure_of_every_arm_and_seed_is_in_the_report(tmp_path, results)
     assert "collapsed: ended far below the base" in text
 
 
-def test_variants_say_where_the_order_flips(tmp_path, results):
-    text = " ".join(Page(report(tmp_path, results)).text.split())
+def test_variants_say_where_the_order_flips(html):
+    text = " ".join(Page(html).text.split())
     no_pull, easy = text.split("no pull of style (ρ = 0) seeds 0, 1")[1].split("easy seeds 0")
     assert re.search(r"step_aligned − grpo: −9.2 .*?: REVERSED", no_pull)
     assert re.search(r"− reference: −9.2 .*?: decided here only, mean reversed", no_pull)
@@ -166,15 +198,27 @@ def test_variants_say_where_the_order_flips(tmp_path, results):
 def test_answers_are_text_and_nothing_else(tmp_path, results, example):
     results["title"] = f"A & B {HOSTILE}"
     results["arms"]["<b>bold</b>"] = results["arms"]["reference"]
-    page = Page(report(tmp_path, results, example))
-    tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "img", "b", "link", "iframe"}
-    assert page.text.count(HOSTILE) == 6  # title, heading, two tokens, two contexts
-    assert "<b>bold</b>" in page.text
-
-
-def test_report_needs_no_network(tmp_path, results, example):
     html = report(tmp_path, results, example)
+    page = Page(html)
+    tags = [tag for tag, _ in page.tags]
+    assert not {"img", "b", "link", "iframe"} & set(tags)
+    scripts = [attrs for tag, attrs in page.tags if tag == "script"]
+    assert [a.get("type") for a in scripts] == ["text/plain"] * (len(scripts) - 1) + [None]
+    assert page.text.count(HOSTILE) == 2 and "<b>bold</b>" in page.text  # title and heading
+    (record,) = records_in(html)
+    assert HOSTILE in record["text"] and HOSTILE in record["contexts"]["reference"]["text"]
+
+
+def test_only_the_packages_own_script_may_run(html):
+    policy = next(a for tag, a in Page(html).tags if "http-equiv" in a)["content"]
+    script = re.search(r"<script>(.*?)</script>", html, re.DOTALL).group(1)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'")
+    assert "unsafe-inline" not in policy.replace("style-src 'unsafe-inline'", "")
+    assert "innerHTML" not in script and "insertAdjacentHTML" not in script
+
+
+def test_report_needs_no_network(html):
     assert all(link.startswith("#") for link in Page(html).links)
     assert all(target.startswith("#") for target in re.findall(r"url\(\s*['\"]?([^)'\"]*)", html))
     assert "@import" not in html
@@ -183,60 +227,61 @@ def test_report_needs_no_network(tmp_path, results, example):
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 
 
-def test_report_can_be_read_without_eyes(tmp_path, results, example):
-    page = Page(report(tmp_path, results, example))
+def test_report_can_be_read_without_eyes(html):
+    page = Page(html)
     assert ("html", {"lang": "en"}) in page.tags
     drawings = [a for tag, a in page.tags if tag == "div" and a.get("role") == "img"]
     assert len(drawings) == [tag for tag, _ in page.tags].count("svg") == 3
     assert "step_aligned from 12.0 to 35.8 %" in drawings[1]["aria-label"]
+    assert "reference from −" in drawings[2]["aria-label"]
     assert all("scope" in attrs for tag, attrs in page.tags if tag == "th")
-    titles = [a["title"] for tag, a in page.tags if tag == "span" and "title" in a]
-    assert len(titles) == 2 * len(example["tokens"])
-    error = example["first_error_token"]
-    assert f"token {error}, step 3: −8.8000 nats" in titles
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)), "an id stands twice"
+    for _, attrs in page.tags:
+        assert attrs.get("aria-labelledby", ids[0]) in ids
 
 
-def test_tokens_are_coloured_by_side_and_strength(tmp_path, results, example):
-    example["contexts"] = {
-        "step_aligned": {"text": "", "advantage": [0.0] * len(example["tokens"])}
-    }
-    example["contexts"]["step_aligned"]["advantage"][:3] = [2.0, -1.0, -400.0]
-    page = Page(report(tmp_path, results, example))
-    spans = [a for tag, a in page.tags if tag == "span" and "title" in a]
-    look = [(a["class"], a["style"]) for a in spans[:3]]
-    # A quarter of the strongest colour (0.55) per nat, and never more than it.
-    assert look == [("up", "--a: 0.28"), ("down", "--a: 0.14"), ("down", "--a: 0.55")]
-    assert [i for i, a in enumerate(spans) if "error" in a["class"]] == [
-        example["first_error_token"]
-    ]
+def test_the_study_example_is_in_the_browser_with_its_values(html, example):
+    (record,) = records_in(html)
+    assert record["tokens"]["text"] == example["tokens"]
+    assert record["first_error"] == 2 and record["problem"] == "validation-3"
+    told = np.array(record["contexts"]["step_aligned"]["advantage"]) * 1e-4
+    np.testing.assert_allclose(told, example["contexts"]["step_aligned"]["advantage"], atol=5e-5)
+    # Its steps are the text from one step's first token to the next one's.
+    begin, end = record["spans"][2]
+    assert record["text"][begin:end] == "".join(
+        t for t, s in zip(example["tokens"], example["steps"], strict=True) if s == 2
+    )
 
 
-def test_same_results_same_bytes_and_no_leftovers(tmp_path, results, example):
-    first = report(tmp_path, results, example)
-    assert report(tmp_path, copy.deepcopy(results), example) == first
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["figures", "report.html", "results.json", "token_advantages.json"]
+def test_same_results_same_bytes_and_no_leftovers(tmp_path, results):
+    saved(tmp_path, results)
+    first = write_report(tmp_path).read_bytes()
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert set(drawn) == {f"{n}.{k}" for n in ("forest", "learning_curves") for k in ("svg", "png")}
+    assert write_report(tmp_path).read_bytes() == first
+    assert {p.name: p.read_bytes() for p in (tmp_path / "figures").iterdir()} == drawn
+    assert {path.name for path in tmp_path.iterdir()} == {"figures", "report.html", "results.json"}
 
 
-def test_a_failure_leaves_the_old_report_alone(tmp_path, results):
-    before = report(tmp_path, results)
+def test_a_failure_leaves_the_old_report_alone(tmp_path, results, undrawn):
+    before = write_report(saved(tmp_path, results)).read_text(encoding="utf-8")
     del results["arms"]["grpo"]["avg"]
     with pytest.raises(KeyError, match="avg"):
-        report(tmp_path, results)
+        write_report(saved(tmp_path, results))
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
 
 
-def test_a_failed_move_leaves_nothing_behind(tmp_path, results, monkeypatch):
-    before = report(tmp_path, results)
+def test_a_failed_move_leaves_nothing_behind(tmp_path, results, undrawn, monkeypatch):
+    before = write_report(saved(tmp_path, results)).read_text(encoding="utf-8")
 
     def refuse(source, target):
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OSError, match="no space"):
-        report(tmp_path, {**results, "title": "Another"})
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"figures", "report.html", "results.json"}
+        write_report(saved(tmp_path, {**results, "title": "Another"}))
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "results.json"}
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
 
 
@@ -249,11 +294,12 @@ def test_small_studies_have_a_report_too(tmp_path, results):
     assert "svg" not in {tag for tag, _ in page.tags}
 
 
-def test_an_example_without_contexts_or_error_is_shown(tmp_path, results, example):
+def test_an_example_without_contexts_or_error_is_shown(tmp_path, results, example, undrawn):
     example["first_error_token"] = None
-    assert "step_aligned" in report(tmp_path, results, example)
+    (record,) = records_in(report(tmp_path, results, example))
+    assert record["first_error"] is None and "step_aligned" in record["contexts"]
     example["contexts"] = {}
-    assert "validation-3" in report(tmp_path, results, example)
+    assert records_in(report(tmp_path, results, example)) == []
 
 
 @pytest.mark.parametrize(
@@ -422,13 +468,3 @@ def test_headline_falls_back_to_what_is_there(results):
     results["headline"] = ["gone-grpo"]
     assert "step_aligned-reference" in wording.headline(results)
     assert not any(pair.endswith("-base") for pair in wording.headline(results))
-
-
-def test_figures_are_files_of_their_own_and_the_same_each_time(results, example, tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    (tmp_path / "token_advantages.json").write_text(json.dumps(example))
-    write_report(tmp_path)
-    drawn = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
-    assert set(drawn) == {"forest.svg", "learning_curves.svg", "token_advantages.svg"}
-    write_report(tmp_path)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "figures").iterdir()} == drawn

@@ -19,6 +19,7 @@ from selfteach.config import Recipe
 from selfteach.divergence import Divergence, per_token
 from selfteach.objective import Distillation, Grpo
 from selfteach.rendering import Renderer
+from selfteach.run_folder import lesson_row
 from selfteach.step import Parts, describe, learn, mark, teach, train_step
 from selfteach.template_sets import Templates
 from selfteach.thinking import Thinking
@@ -185,6 +186,17 @@ def test_a_step_publishes_and_tells_the_teacher(parts: Parts) -> None:
     assert parts.engine.versions == [3] and updates == [1, 2, 3]
     assert metrics["answers_sampled"] == 6 and metrics["critiques"] == 4
     assert metrics["dropped"] == metrics["dropped/refused"] == pytest.approx(1 / 3)
+    assert metrics["taught"] == pytest.approx(2 / 3) and metrics["end_supervised"] == 1.0
+    assert 0 <= metrics["repetition"] < 1 and metrics["hesitations"] == 0
+
+
+def test_a_lesson_says_where_the_steps_of_its_answer_are(parts: Parts) -> None:
+    for shown in (context, None):
+        for lesson in lessons_of(dataclasses.replace(parts, context=shown)):
+            text = lesson.rollout.text
+            assert list(lesson.steps) == parts.split_steps(text)
+            assert lesson_row(lesson)["steps"] == lesson.steps
+            assert "".join(text[a:b] for a, b in lesson.steps) == text
 
 
 def test_nothing_to_learn_leaves_the_weights(parts: Parts) -> None:
@@ -194,6 +206,7 @@ def test_nothing_to_learn_leaves_the_weights(parts: Parts) -> None:
         changed = dataclasses.replace(parts, objective=objective, context=shown)
         _, metrics = train_step(changed, alike)
         assert metrics["tokens_trained"] == 0 and metrics["loss"] == 0
+        assert metrics["taught"] == 0 and "end_supervised" not in metrics
     for name, param in parts.policy.trainable.items():
         assert torch.equal(param, before[name])
 

@@ -16,6 +16,8 @@ from selfteach.analysis.wording import (
     Estimate,
     Results,
     Setting,
+    budget_columns,
+    budgets,
     count,
     difference,
     estimate,
@@ -92,7 +94,8 @@ def _pairs(results: Results) -> Table:
 
 
 def _budget(setting: Setting) -> Table:
-    shown = [key for key in BUDGET if key != "evaluation_answers"]  # the same for every arm
+    columns = budget_columns(budgets(setting))
+    shown = [key for key in columns if key != "evaluation_answers"]  # the same for every arm
     table = _table(["per seed", *(BUDGET[key] for key in shown)])
     for name, arm in setting["arms"].items():
         spent = arm["budget"]

@@ -138,7 +138,12 @@ def summarise(rows: Iterable[Row]) -> Summary:
 def read_study(folder: Path) -> dict[str, Record]:
     """The critic of every arm of a study's main setting, by arm; arms without one are left out."""
     arms = sorted((folder / "runs").glob("*/"))
-    found = {arm.name: read_runs(sorted(arm.glob("seed_*/"))) for arm in arms}
+    return read_groups({arm.name: sorted(arm.glob("seed_*/")) for arm in arms})
+
+
+def read_groups(groups: Mapping[str, Sequence[Path]]) -> dict[str, Record]:
+    """The critic of every arm, from its runs' folders; arms without one are left out."""
+    found = {name: read_runs(folders) for name, folders in groups.items()}
     return {name: record for name, record in found.items() if record.total.answers}
 
 

@@ -34,6 +34,8 @@ SMALL, TINY = 9, 7.5
 LABELLED_TOKENS = 96
 """Up to so many tokens are named under the axis; of longer answers only positions are."""
 
+PNG_DPI = 160
+
 LONGEST_NAME = 14
 """Characters of a token's name under the axis; longer ones are cut there (never in the report)."""
 
@@ -84,7 +86,7 @@ def learning_curves(results: Results) -> Figure:
     arms = {name: arm for name, arm in results["arms"].items() if "curve" in arm}
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    _bare(axes)
+    bare(axes)
     look = styles(results["arms"])
     at_start = []
     for name, arm in arms.items():
@@ -105,8 +107,7 @@ def learning_curves(results: Results) -> Figure:
         )
     axes.set_xlabel("training step", color=INK, fontsize=SMALL)
     axes.set_ylabel("Avg@k on validation, %", color=INK, fontsize=SMALL)
-    if arms:
-        _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -122,7 +123,7 @@ def token_advantages(example: Mapping[str, Any]) -> Figure:
     panels = figure.subplots(max(len(contexts), 1), 1, sharex=True, sharey=True, squeeze=False)
     look = styles(contexts)
     for axes, (name, context) in zip(panels[:, 0], contexts.items(), strict=False):
-        _bare(axes)
+        bare(axes)
         axes.bar(
             range(len(tokens)), context["advantage"], width=0.8, color=look[name].colour, zorder=2
         )
@@ -144,7 +145,7 @@ def forest(results: Results) -> Figure:
     num_rows = sum(len(names) + (len(groups) > 1) for _, _, names in groups)
     figure = Figure(figsize=(7.2, 0.8 + 0.24 * num_rows), layout="constrained")
     axes = figure.add_subplot()
-    _bare(axes, grid="x")
+    bare(axes, grid="x")
     axes.axvline(0, color=INK, linewidth=0.9)
     look, labels, heads = styles(results["arms"]), [], []
     for title, paired, names in groups:
@@ -180,28 +181,40 @@ def _drawing(style: Any) -> Iterator[None]:
         yield
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: Figure, name: str = "figure") -> str:
     """A figure as an ``<svg>`` element to stand inside a page; the same figure, the same text.
 
-    Text stays text, the background is left to the page, `INK` becomes ``currentColor``, and nothing
-    in it refers to anything outside.
+    Text stays text, the background is left to the page, `INK` becomes ``currentColor``, nothing in it
+    refers to anything outside, and all ids begin with ``name``, so that a page may hold several.
     """
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     sink = io.StringIO()
     with _drawing(SVG):
         figure.savefig(sink, format="svg", transparent=True, metadata=nothing)
+    figure.set_layout_engine("none")  # laid out once: what is drawn of it later keeps its places
     drawn = sink.getvalue()
     drawn = drawn[drawn.index("<svg") :].strip()
-    drawn = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", drawn)  # running numbers, not unique in a page
+    drawn = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", drawn)  # running numbers that nothing refers to
     drawn = re.sub(r"<!--.*?-->\s*", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r"<[^>]*>", lambda tag: _shorter(tag[0]), drawn)
+    drawn = re.sub(r'(?<= id=")(?=\w)|(?<=href="#)|(?<=url\(#)', f"{name}-", drawn)
     return re.sub(INK, "currentColor", drawn, flags=re.IGNORECASE)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """A figure as a vector file of its own, on white; the same figure, the same bytes."""
+def _shorter(tag: str) -> str:
+    """A tag with coordinates to a hundredth of a point, on one line, its font left to the page."""
+    tag = re.sub(r"(\.\d\d)\d+", r"\1", tag.replace("\n", " "))
+    return re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", tag)
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """A figure as ``path`` with .svg and with .png, on white, the same bytes each time; both paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    vector, pixels = path.with_suffix(".svg"), path.with_suffix(".png")
     with _drawing({**SVG, "svg.fonttype": "path"}):
-        figure.savefig(path, facecolor="white", metadata={"Date": None})
+        figure.savefig(vector, facecolor="white", metadata={"Date": None})
+        figure.savefig(pixels, facecolor="white", dpi=PNG_DPI)
+    return [vector, pixels]
 
 
 def visible(token: str) -> str:
@@ -211,7 +224,7 @@ def visible(token: str) -> str:
     return token.translate({**controls, **seen})
 
 
-def _bare(axes: Axes, grid: str = "y") -> None:
+def bare(axes: Axes, grid: str = "y") -> None:
     """Two spines, a faint grid, quiet ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
@@ -220,13 +233,17 @@ def _bare(axes: Axes, grid: str = "y") -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes, columns: int = 4) -> None:
+    """Above the axes, without a frame; nothing for axes without labels."""
     handles, _ = axes.get_legend_handles_labels()
-    legend = axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=min(len(handles), 4), frameon=False,
+    if not handles:
+        return
+    lines = -(-len(handles) // columns)
+    shown = axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=-(-len(handles) // lines), frameon=False,
         fontsize=SMALL, labelcolor=INK, handlelength=3.4, borderaxespad=0.2,
     )  # fmt: skip
-    for text in legend.get_texts():
+    for text in shown.get_texts():
         text.set_parse_math(False)
 
 
@@ -238,7 +255,7 @@ def _mark_steps(axes: Axes, steps: Sequence[int], first_error: int | None) -> No
         axes.axvline(first_error - 0.5, color=ALERT, linestyle="--", linewidth=1.3, zorder=4)
         axes.annotate(
             "first error", (first_error - 0.5, 1), xycoords=("data", "axes fraction"),
-            xytext=(3, 3), textcoords="offset points", color=ALERT, fontsize=TINY,
+            xytext=(3, 3), textcoords="offset points", color=INK, fontsize=TINY,
         )  # fmt: skip
 
 

@@ -1,186 +1,195 @@
-"""A study's report: one HTML file that needs nothing else, neither network nor scripts.
+"""The report: one HTML file that needs nothing else, for a study, one run, or runs side by side.
 
-All words and numbers come from results.json and token_advantages.json and are escaped; only figures
-drawn here go into the page as they are.
+All words and numbers come from files and are escaped; only figures drawn here, and the script and
+style sheet of this package, go into the page as they are.
 """
 
 from __future__ import annotations
 
-import json
+import base64
+import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from selfteach.analysis import critics as critic_words
-from selfteach.analysis import figures, wording
-from selfteach.analysis.critics import Record, read_study
-from selfteach.analysis.wording import Results, arms_of
+from selfteach.analysis import (
+    answers,
+    comparison,
+    critics,
+    curves,
+    drawings,
+    figures,
+    health,
+    inspected,
+    wording,
+)
+from selfteach.analysis.drawings import Drawing
+from selfteach.analysis.packing import pack
+from selfteach.analysis.reading import Groups, Run, grouped, read_json, read_runs
+from selfteach.analysis.wording import Results
 from selfteach.errors import CheckpointError
 
 FORMAT = 1
 """The results.json that is understood."""
-FULL_COLOUR = 4.0
-"""Nats per token at which a token's colour is at its strongest."""
-STRONGEST = 0.55
-"""Opacity of the strongest colour: text on it stays readable in light and dark."""
+HERE = Path(__file__).parent
+SCRIPTS = ("report.js", "browser.js", "answer.js")
+"""One script in the page, in this order."""
 
 
-def write_report(folder: Path) -> Path:
-    """Write folder/report.html from the results in the folder; the same results, the same bytes.
+def write_report(*folders: Path, out: Path | None = None) -> Path:
+    """Write the report of a study or a run, or of several side by side; its path.
 
-    Its figures are also written as files of their own, folder/figures/*.svg.
-
-    The file appears whole or not at all. Raises `CheckpointError` if the results are missing,
-    broken, or of another format.
+    By default folder/report.html, for several folders report.html in the working directory. Its
+    figures are also written as SVG and PNG, into ``figures`` beside it. The file appears whole or not
+    at all; the same files read give the same bytes. Raises `CheckpointError` if there is nothing to
+    report of, or if it is broken or of another format.
     """
-    results = _read(folder / "results.json")
-    if results.get("format") != FORMAT:
-        found = results.get("format")
-        raise CheckpointError(f"{folder / 'results.json'}: format {found!r}, known is {FORMAT}")
-    example_path = folder / "token_advantages.json"
-    example = _read(example_path) if example_path.exists() else None
-    path = folder / "report.html"
-    _write_whole(path, render(results, example, read_study(folder)))
-    for name, figure in _drawn(results, example).items():
-        figures.save(figure, folder / "figures" / f"{name}.svg")
+    path = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+    page, drawn = render(folders)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, page)
+    for name, drawing in drawn.items():
+        if drawing.filed:
+            figures.save(drawing.figure, path.parent / "figures" / name)
     return path
 
 
-def render(
+def render(folders: Sequence[Path]) -> tuple[str, dict[str, Drawing]]:
+    """The report as HTML text, and the figures that stand in it."""
+    runs = [run for folder in folders if _has_runs(folder) for run in read_runs(folder)]
+    results = _results(folders, runs)
+    main = _in_order(grouped([run for run in runs if run.variant is None]), results)
+    example, localisation = _example(folders), _localisation(folders)
+    asked = critics.read_groups({n: [run.folder for run in own] for n, own in main.items()})
+    gains = {} if results["paired"] else {n: comparison.gain(own) for n, own in main.items()}
+    drawn = _drawn(results, main, example, localisation)
+    records, total = _records(folders, main, example)
+    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    page = _environment().get_template("report.html.jinja").render(
+        r=results,
+        w=wording,
+        sentences=wording.claims(results, gains),
+        figures={name: drawing.inline(name) for name, drawing in drawn.items()},
+        health=health.summary(health.findings_of(grouped(runs))),
+        checks=[(check, health.logged(main, check.metric)) for check in health.checks()],
+        spent={name: comparison.mean_spent(own) for name, own in main.items()},
+        phases=curves.PHASES,
+        has_runs=bool(runs),
+        unfinished=[run for run in runs if not run.is_complete],
+        feedback=bool(localisation or example or asked),
+        localisation=localisation,
+        example=example,
+        critics=asked,
+        critic_words=critics,
+        answers=pack(records) if records else None,
+        answers_total=total,
+        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )  # fmt: skip
+    return page, drawn
+
+
+def _has_runs(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "study.json"))
+
+
+def _inspection(folder: Path) -> Path | None:
+    """Where a study's or a run's finished inspection lies, or the folder if it is one itself."""
+    paths = (folder, folder / "inspection")
+    return next((path for path in paths if (path / "inspection.json").exists()), None)
+
+
+def _results(folders: Sequence[Path], runs: Sequence[Run]) -> dict[str, Any]:
+    """A study's own results where it has them, else what its runs have come to so far.
+
+    Of an inspection alone there are none, only how it was made.
+    """
+    path = folders[0] / "results.json"
+    if len(folders) == 1 and not runs and (folders[0] / "inspection.json").exists():
+        made = {"versions": {}, "seconds": 0.0, **read_json(folders[0] / "inspection.json")}
+        return comparison.nothing(title=str(made.get("model") or folders[0].name), made=made)
+    if len(folders) == 1 and (not runs or path.exists()):
+        results = read_json(path)
+        if results.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format {results.get('format')!r}, known is {FORMAT}")
+        return {"split": "test", "notes": [], **results}
+    if not runs:
+        raise CheckpointError(f"{folders[0]} is neither a run nor a study: name the --out of one")
+    own = grouped([run for run in runs if run.variant is None])
+    return comparison.results_of(own, title=", ".join(own))
+
+
+def _in_order(groups: dict[str, list[Run]], results: Results) -> dict[str, list[Run]]:
+    """Arms as the results have them, so that an arm looks the same in every figure."""
+    known = [name for name in results["arms"] if name in groups]
+    return {name: groups[name] for name in [*known, *(n for n in groups if n not in known)]}
+
+
+def _example(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """One answer under several contexts: a study's own, or from an inspection."""
+    for folder in folders:
+        if (path := folder / "token_advantages.json").exists():
+            return read_json(path)
+    found = filter(None, map(_inspection, folders))
+    return next((inspected.example(folder) for folder in found), None)
+
+
+def _localisation(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """The first folder's that has one: an inspection's measures do not add up."""
+    paths = [folder / "localisation.json" for folder in filter(None, map(_inspection, folders))]
+    return next((read_json(path) for path in paths if path.exists()), None)
+
+
+def _drawn(
     results: Results,
-    example: Mapping[str, Any] | None = None,
-    critics: Mapping[str, Record] | None = None,
-) -> str:
-    """The report as HTML text."""
+    groups: Groups,
+    example: Mapping[str, Any] | None,
+    localisation: Mapping[str, Any] | None,
+) -> dict[str, Drawing]:
+    return {
+        **drawings.of_results(results, groups),
+        **drawings.of_feedback(example, localisation),
+        **drawings.of_health(groups),
+        **drawings.of_budget(groups),
+    }
+
+
+def _records(
+    folders: Sequence[Path], groups: Groups, example: Mapping[str, Any] | None
+) -> tuple[list[answers.Record], int]:
+    """What the browser shows first and then, and how many answers there are in all."""
+    inspected_ones, total = [], 0
+    for folder in filter(None, map(_inspection, folders)):
+        own, there = answers.inspected(folder)
+        inspected_ones, total = [*inspected_ones, *own], total + there
+    if not inspected_ones and example and example["contexts"]:
+        inspected_ones, total = [answers.example(example)], 1
+    learned, all_learned = answers.learned_from(groups, answers.MOST - len(inspected_ones))
+    return [*inspected_ones, *learned], total + all_learned
+
+
+def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(HERE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["typeset"] = _typeset
-    template = environment.get_template("report.html.jinja")
-    return template.render(
-        r=results,
-        example=example,
-        critics=critics or {},
-        critic_words=critic_words,
-        w=wording,
-        figures=_figures(results, example),
-        sentences=[_sentence(results, pair) for pair in wording.headline(results)],
-        spans=_spans(example) if example else {},
-    )
-
-
-def _sentence(results: Results, pair: str) -> dict[str, Any]:
-    """One headline comparison, in numbers and as a plain verdict."""
-    b, a = arms_of(pair)
-    value, arms = results["paired"][pair]["avg"], results["arms"]
-    low, high = value["ci95"]
-    verdicts = {
-        "higher": f"The interval excludes 0: the data support that {b} is better than {a}.",
-        "lower": f"The interval excludes 0, the other way: {b} is worse than {a}.",
-        "open": f"The interval includes 0: the data do not decide between {b} and {a}.",
-    }
-    return {
-        "numbers": f"{b} answers {arms[b]['avg']['mean']:.1f} % of samples right, "
-        f"{a} {arms[a]['avg']['mean']:.1f} %: a difference of {value['mean']:+.1f} points "
-        f"of Avg@{results['k']} (95 % interval {low:.1f} to {high:.1f}).",
-        "verdict": verdicts[wording.standing(value)],
-        "decided": wording.standing(value) != "open",
-    }
-
-
-def _drawn(results: Results, example: Mapping[str, Any] | None) -> dict[str, figures.Figure]:
-    """The figures that these results have something to show for."""
-    drawn = {}
-    if results["paired"]:
-        drawn["forest"] = figures.forest(results)
-    if any("curve" in arm for arm in results["arms"].values()):
-        drawn["learning_curves"] = figures.learning_curves(results)
-    if example and example["contexts"]:
-        drawn["token_advantages"] = figures.token_advantages(example)
-    return drawn
-
-
-def _figures(results: Results, example: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Each figure as SVG, with what it shows in words for those who do not see it."""
-    titles = {
-        "forest": "Differences with intervals",
-        "learning_curves": "Learning curves",
-        "token_advantages": "Advantage of each token",
-    }
-    facts = {
-        "forest": [
-            f"{wording.pair_title(pair)} {wording.difference(values['avg'])}"
-            for pair, values in results["paired"].items()
-        ],
-        "learning_curves": [
-            f"{name} {_ends(arm['curve'])}"
-            for name, arm in results["arms"].items()
-            if "curve" in arm
-        ],
-        "token_advantages": [
-            f"{name} from {min(context['advantage']):+.1f} to {max(context['advantage']):+.1f} nats"
-            for name, context in (example or {"contexts": {}})["contexts"].items()
-        ],
-    }
-    return {
-        name: _figure(figure, titles[name], facts[name])
-        for name, figure in _drawn(results, example).items()
-    }
-
-
-def _figure(figure: figures.Figure, title: str, facts: list[str]) -> dict[str, Any]:
-    return {"svg": Markup(figures.svg(figure)), "label": f"{title}: {'; '.join(facts)}."}
-
-
-def _ends(curve: Mapping[str, Any]) -> str:
-    first, last = (
-        sum(seed[i] for seed in curve["avg"].values()) / len(curve["avg"]) for i in (0, -1)
-    )
-    return f"from {first:.1f} to {last:.1f} %"
-
-
-def _spans(example: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Per context: each token with its colour, its exact value, and where steps begin."""
-    return {
-        name: [
-            {
-                "text": figures.visible(token),
-                "title": f"token {t}, step {step + 1 if step >= 0 else '–'}: {advantage:+.4f} nats",
-                "side": "up" if advantage > 0 else "down",
-                "opacity": f"{min(abs(advantage) / FULL_COLOUR, 1) * STRONGEST:.2f}",
-                "begins": t > 0 and step != example["steps"][t - 1],
-                "error": t == example["first_error_token"],
-            }
-            for t, (token, step, advantage) in enumerate(
-                zip(example["tokens"], example["steps"], context["advantage"], strict=True)
-            )
-        ]
-        for name, context in example["contexts"].items()
-    }
+    return environment
 
 
 def _typeset(text: str) -> str:
     """With a true minus sign before numbers and between arms; hyphens in words stay."""
     return re.sub(r"(?<!\w)-(?=\d| )", "−", text)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not there; run selfteach study, or resume it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
 
 
 def _write_whole(path: Path, text: str) -> None:

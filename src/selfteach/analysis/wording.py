@@ -34,11 +34,26 @@ BUDGET = {
     "tokens_trained": "tokens trained",
     "teacher_tokens": "teacher tokens",
     "critiques": "critiques",
+    "critic_asked": "critic requests",
+    "critic_reused": "of these reused",
+    "critic_prompt_tokens": "critic tokens read",
+    "critic_completion_tokens": "critic tokens written",
+    "critic_cost": "critic cost",
     "optimizer_steps": "updates",
     "evaluation_answers": "evaluation answers",
     "seconds": "seconds",
 }
 """Column titles of an arm's budget, in order."""
+
+
+def budgets(results: Results) -> dict[str, Mapping[str, Any]]:
+    """Each arm's budget as the results have it."""
+    return {name: arm["budget"] for name, arm in results["arms"].items()}
+
+
+def budget_columns(budgets: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Columns in which some arm has spent anything, with their titles."""
+    return {k: v for k, v in BUDGET.items() if any(own.get(k) for own in budgets.values())}
 
 
 def measure(name: str, k: int) -> str:
@@ -124,3 +139,73 @@ def settings(results: Results) -> list[tuple[str, Setting]]:
 def compared(results: Results) -> list[str]:
     """The measures that every pair of the main setting compares."""
     return [m for m in MEASURES if all(m in pair for pair in results["paired"].values())]
+
+
+def claims(results: Results, gains: Mapping[str, Mapping[str, Any] | None]) -> list[dict[str, Any]]:
+    """What the numbers say, in a sentence each, and whether the intervals support it.
+
+    The headline's pairs, and where nothing is paired what each arm's training changed
+    (`comparison.gain`).
+    """
+    said = [_comparison(results, pair) for pair in headline(results)]
+    alone = {} if said else gains
+    return [*said, *(_gain(name, own) for name, own in alone.items() if own is not None)]
+
+
+def pair_lines(results: Results) -> list[str]:
+    """Each pair with its difference in Avg@k."""
+    pairs = results["paired"].items()
+    return [f"{pair_title(pair)} {difference(values['avg'])}" for pair, values in pairs]
+
+
+def curve_lines(results: Results) -> list[str]:
+    """Where each arm's learning curve begins and ends, in percent."""
+    curves = {name: arm["curve"]["avg"] for name, arm in results["arms"].items() if "curve" in arm}
+
+    def mean(seeds: Mapping[str, list[float]], at: int) -> float:
+        return sum(own[at] for own in seeds.values()) / len(seeds)
+
+    return [f"{n} from {mean(own, 0):.1f} to {mean(own, -1):.1f} %" for n, own in curves.items()]
+
+
+def advantage_lines(example: Mapping[str, Any]) -> list[str]:
+    """The range of the tokens' advantages under each context, in nats."""
+    return [
+        f"{name} from {min(own['advantage']):+.1f} to {max(own['advantage']):+.1f} nats"
+        for name, own in example["contexts"].items()
+    ]
+
+
+def _comparison(results: Results, pair: str) -> dict[str, Any]:
+    b, a = arms_of(pair)
+    value, arms = results["paired"][pair]["avg"], results["arms"]
+    low, high = value["ci95"]
+    verdicts = {
+        "higher": f"The interval excludes 0: the data support that {b} is better than {a}.",
+        "lower": f"The interval excludes 0, the other way: {b} is worse than {a}.",
+        "open": f"The interval includes 0: the data do not decide between {b} and {a}.",
+    }
+    return {
+        "numbers": f"{b} answers {arms[b]['avg']['mean']:.1f} % of samples right, "
+        f"{a} {arms[a]['avg']['mean']:.1f} %: a difference of {value['mean']:+.1f} points "
+        f"of Avg@{results['k']} (95 % interval {low:.1f} to {high:.1f}).",
+        "verdict": verdicts[standing(value)],
+        "decided": standing(value) != "open",
+    }
+
+
+def _gain(name: str, gain: Mapping[str, Any]) -> dict[str, Any]:
+    value = gain["difference"]
+    low, high = value["ci95"]
+    verdicts = {
+        "higher": "The interval excludes 0: the data support that training helped on these problems.",
+        "lower": "The interval excludes 0, the other way: training did harm on these problems.",
+        "open": "The interval includes 0: the data do not decide whether training helped.",
+    }
+    return {
+        "numbers": f"{name} answers {gain['last']:.1f} % of validation samples right after step "
+        f"{gain['steps']}, {gain['first']:.1f} % before: a difference of {value['mean']:+.1f} points "
+        f"of Avg@{gain['k']} (95 % interval {low:.1f} to {high:.1f}).",
+        "verdict": verdicts[standing(value)],
+        "decided": standing(value) != "open",
+    }

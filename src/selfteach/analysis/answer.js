@@ -1,0 +1,239 @@
+// One answer: its steps beside its critique, its tokens in the colours of the chosen context.
+
+// -- one answer --------------------------------------------------------------------------------
+
+async function showAnswer(row) {
+  const found = await recordOf(row);
+  if (shown[chosen] !== row) return; // another was chosen meanwhile
+  record = found;
+  const names = Object.keys(record.contexts);
+  const scored = names.filter((name) => record.contexts[name].advantage);
+  if (!names.includes(context)) context = scored[0] ?? names[0] ?? null;
+  history.replaceState(null, "", `#answers/${row}`);
+  hideTip();
+  byId("answer").replaceChildren(heading(), facts(), node("h4", {}, "Question"),
+    node("pre", { class: "question" }, record.question), contextChoice(names), tools(),
+    node("div", { id: "strip" }), stepTable(), node("div", { id: "read" }));
+  paint();
+}
+
+function heading() {
+  const verdict = record.correct ? "✓ right" : "✗ wrong";
+  return node("h3", { id: "answer-title" },
+    node("span", { class: record.correct ? "yes" : "no" }, verdict),
+    ` · problem ${record.problem}, answer ${record.sample + 1}`);
+}
+
+function facts() {
+  const list = node("dl", { class: "facts" });
+  const fact = (name, value) =>
+    value === null || value === undefined || list.append(node("dt", {}, name), node("dd", {}, value));
+  fact("expected", record.gold);
+  fact("answered", record.parsed ?? "nothing that can be read");
+  fact("from", record.step === null ? record.source : `${record.source}, training step ${record.step}`);
+  const { critique } = record;
+  if (critique && critique.reason) fact("critique", `none: ${critique.reason}${critique.detail ? ` – ${critique.detail}` : ""}`);
+  else fact("case", critique && CASES[critique.case]);
+  fact("fidelity", record.fidelity === null ? null : `${(100 * record.fidelity).toFixed(0)} % repeated before the first change`);
+  if (!record.finished) fact("ended", "no: cut at the token limit");
+  return list;
+}
+
+function contextChoice(names) {
+  if (!names.length) return node("p", { class: "quiet" }, "No teacher read anything: this answer was learned from its verdict.");
+  const choices = names.map((name) => {
+    const { dropped } = record.contexts[name];
+    const radio = node("input", {
+      type: "radio", name: "context", value: name, checked: name === context,
+      onchange: () => { context = name; paint(); },
+    });
+    return node("label", {}, radio, ` ${name}`, dropped ? node("small", {}, ` dropped: ${dropped}`) : null);
+  });
+  return node("fieldset", { class: "contexts" }, node("legend", {}, "What the teacher read"), ...choices);
+}
+
+function tools() {
+  const error = record.first_error;
+  const numbers = node("input", {
+    type: "checkbox", id: "numbers", checked: showNumbers,
+    onchange: (event) => { showNumbers = event.target.checked; paint(); },
+  });
+  return node("div", { class: "tools" },
+    node("button", { type: "button", id: "to-error", disabled: error === null, onclick: toFirstError },
+      error === null ? "No wrong step" : `First error: step ${error + 1}`),
+    node("button", { type: "button", onclick: () => choose(chosen - 1) }, "← Previous answer"),
+    node("button", { type: "button", onclick: () => choose(chosen + 1) }, "Next answer →"),
+    record.tokens ? node("label", {}, numbers, " numbers") : null);
+}
+
+let showNumbers = false;
+
+/** Go to the first wrong step: its first token if there are tokens, else its row. */
+function toFirstError() {
+  const row = document.querySelector("#steps tr.error");
+  const token = row.querySelector(".token");
+  row.scrollIntoView({ block: "center" });
+  if (token) focusToken(token);
+  else row.focus();
+}
+
+/** Rows of answer and critique, side by side: steps by number, the final answers last. */
+function stepTable() {
+  const { spans, critique, tokens } = record;
+  const said = critique && critique.steps ? critique.steps : [];
+  const final = record.parsed !== null && spans.length > 0 ? spans.length - 1 : null;
+  const own = final === null ? spans.length : final;
+  const body = node("tbody");
+  if (tokens && tokens.step.includes(-1)) body.append(stepRow("–", answerCell(-1), critiqueCell(null)));
+  for (let i = 0; i < Math.max(own, said.length); i++) {
+    const mine = i < own ? answerCell(i) : node("td", {}, node("span", { class: "quiet" }, "not written"));
+    body.append(stepRow(String(i + 1), mine, critiqueCell(said[i]), i === record.first_error));
+  }
+  if (final !== null || (critique && critique.answer)) {
+    const told = critique && critique.answer ? { text: critique.answer, status: null } : null;
+    const mine = final === null ? node("td") : answerCell(final);
+    body.append(stepRow("answer", mine, critiqueCell(told), final !== null && final === record.first_error));
+  }
+  const head = ["step", "answer", ...(critique && critique.steps ? ["critique"] : [])];
+  return node("table", { id: "steps", onkeydown: moveInTokens, onmouseover: pointed, onmouseout: hideTip,
+    onfocusin: pointed, onfocusout: hideTip },
+    node("thead", {}, node("tr", {}, ...head.map((title) => node("th", { scope: "col" }, title)))), body);
+}
+
+function stepRow(name, mine, told, isError = false) {
+  const label = node("th", { scope: "row" }, name, isError ? node("strong", { class: "flag" }, "first error") : null);
+  return node("tr", { class: isError ? "error" : null, tabindex: isError ? -1 : null }, label, mine, told);
+}
+
+function answerCell(step) {
+  const { tokens, text, spans } = record;
+  if (!tokens) return node("td", { class: "text" }, text.slice(...spans[step]));
+  const cell = node("td", { class: "tokens" });
+  const gaps = gapsBefore(tokens.text, text);
+  tokens.text.forEach((token, i) => {
+    if (tokens.step[i] !== step) return;
+    const visible = token.replaceAll("\n", "↵\n").replaceAll("\t", "⇥");
+    if (cell.childNodes.length) cell.append(gaps[i]);
+    cell.append(node("span", { class: "token", tabindex: i === 0 ? 0 : -1, "data-i": i }, visible));
+  });
+  return cell;
+}
+
+/** White space that stands before each token in the text: some tokenizers leave it to the decoder. */
+function gapsBefore(tokens, text) {
+  let end = 0;
+  return tokens.map((token) => {
+    const at = token ? text.indexOf(token, end) : -1;
+    if (at < 0 || text.slice(end, at).trim()) return "";
+    const gap = text.slice(end, at);
+    end = at + token.length;
+    return gap;
+  });
+}
+
+function critiqueCell(step) {
+  if (!record.critique || !record.critique.steps) return null;
+  if (!step) return node("td");
+  const words = { kept: "kept", fixed: "corrected", new: "written anew" };
+  return node("td", { class: `text ${step.status ?? ""}` },
+    step.status ? node("small", { class: "status" }, words[step.status] ?? step.status) : null, step.text);
+}
+
+/** Colours, numbers, strip and text of the chosen context, without moving the focus. */
+function paint() {
+  const shownContext = context === null ? null : record.contexts[context];
+  const advantage = shownContext && shownContext.advantage;
+  byId("steps").classList.toggle("numbers", showNumbers);
+  for (const token of document.querySelectorAll("#steps .token")) {
+    const value = advantage ? advantage[token.dataset.i] * index.unit : 0;
+    token.classList.toggle("down", value < 0);
+    token.classList.toggle("up", value > 0);
+    const strength = Math.min(Math.abs(value) / index.full_colour, 1) * index.strongest;
+    token.style.setProperty("--a", strength.toFixed(3));
+    token.dataset.a = advantage ? signed(value, 1) : "";
+  }
+  byId("strip").replaceChildren(...(advantage ? [strip(advantage)] : []));
+  const read = shownContext && shownContext.text;
+  byId("read").replaceChildren(...(read === null || read === undefined ? [] : [
+    node("details", {}, node("summary", {}, `What the teacher read under ${context}`), node("pre", {}, read))]));
+}
+
+/** All advantages of the answer as bars, the first error as a dashed line. */
+function strip(advantage) {
+  const values = advantage.map((value) => value * index.unit);
+  const low = Math.min(0, ...values), high = Math.max(0, ...values), span = high - low || 1;
+  const make = (tag, attributes) => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    return made;
+  };
+  const y = (value) => (100 * (high - value)) / span;
+  const at = record.tokens.step.indexOf(record.first_error);
+  const label = `Advantage of ${values.length} tokens, from ${signed(low, 1)} to ${signed(high, 1)} nats` +
+    (at >= 0 && record.first_error !== null ? `; the first error begins at token ${at}` : "");
+  const drawn = make("svg", { viewBox: `0 0 ${values.length} 100`, preserveAspectRatio: "none", role: "img", "aria-label": label });
+  values.forEach((value, i) => drawn.append(make("rect", {
+    x: i + 0.1, width: 0.8, y: y(Math.max(value, 0)), height: Math.max(Math.abs(y(value) - y(0)), 0.4),
+    class: value < 0 ? "down" : "up",
+  })));
+  if (at >= 0 && record.first_error !== null)
+    drawn.append(make("line", { x1: at, x2: at, y1: 0, y2: 100, class: "error" }));
+  const scale = node("div", { class: "scale", "aria-hidden": "true" },
+    node("span", {}, `${signed(high, 1)} nats`), node("span", {}, signed(low, 1)));
+  return node("div", { class: "strip" }, drawn, scale);
+}
+
+// -- tokens: exact values by pointer and by keyboard -------------------------------------------
+
+function pointed(event) {
+  const token = event.target.closest(".token");
+  if (token) showTip(token);
+}
+
+function showTip(token) {
+  const i = Number(token.dataset.i), { tokens } = record;
+  const step = tokens.step[i] < 0 ? "outside the steps" : `step ${tokens.step[i] + 1}`;
+  const kind = tokens.kind ? `, ${index.kinds[tokens.kind[i]]}` : "";
+  const lines = [node("div", { class: "quiet" }, `token ${i} “${tokens.text[i]}”, ${step}${kind}`)];
+  for (const [name, { advantage }] of Object.entries(record.contexts)) {
+    if (!advantage) continue;
+    const value = `${signed(advantage[i] * index.unit, 4)} nats`;
+    lines.push(node(name === context ? "strong" : "div", { class: "value" }, `${name}: ${value}`));
+  }
+  const advantage = context === null ? null : record.contexts[context].advantage;
+  if (tokens.logp && advantage) {
+    const student = tokens.logp[i] * index.unit, teacher = student + advantage[i] * index.unit;
+    lines.push(node("div", { class: "quiet" },
+      `log p: student ${signed(student, 4)}, teacher ${signed(teacher, 4)}`));
+  }
+  const tip = byId("tip");
+  tip.replaceChildren(...lines);
+  tip.hidden = false;
+  token.setAttribute("aria-describedby", "tip");
+  const box = token.getBoundingClientRect();
+  const above = box.bottom + tip.offsetHeight + 12 > innerHeight;
+  tip.style.top = `${above ? box.top - tip.offsetHeight - 6 : box.bottom + 6}px`;
+  tip.style.left = `${Math.max(6, Math.min(box.left, innerWidth - tip.offsetWidth - 6))}px`;
+}
+
+function hideTip() {
+  byId("tip").hidden = true;
+}
+
+function focusToken(token) {
+  for (const other of document.querySelectorAll("#steps .token[tabindex='0']")) other.tabIndex = -1;
+  token.tabIndex = 0;
+  token.focus();
+}
+
+function moveInTokens(event) {
+  const token = event.target.closest(".token");
+  if (!token) return;
+  if (event.key === "Escape") hideTip();
+  const all = [...document.querySelectorAll("#steps .token")].sort((a, b) => a.dataset.i - b.dataset.i);
+  const at = all.indexOf(token);
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 }[event.key];
+  if (to === undefined || !all[to]) return;
+  event.preventDefault();
+  focusToken(all[to]);
+}

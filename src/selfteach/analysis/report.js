@@ -1,0 +1,71 @@
+"use strict";
+// The report's pages and theme. browser.js and answer.js stand behind it in one script.
+// What comes from data only ever becomes text: nodes are made here, their content set by textContent.
+
+const byId = (id) => document.getElementById(id);
+
+/** A node with attributes (and listeners, as onclick: f) and children; strings become text. */
+function node(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+/** With a true minus sign and a sign in front. */
+const signed = (value, digits) =>
+  (value < 0 ? "−" : value > 0 ? "+" : "") + Math.abs(value).toFixed(digits);
+const count = (value) => value.toLocaleString("en");
+
+// -- pages and theme ---------------------------------------------------------------------------
+
+/** Show the page that the address names, or that holds what it names. */
+function turnPage() {
+  const [name, detail] = location.hash.slice(1).split("/");
+  const target = (name && byId(name)) || byId("overview");
+  const page = target.closest(".page") || byId("overview");
+  for (const other of document.querySelectorAll(".page")) other.hidden = other !== page;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.hash === "#" + page.id) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  if (target === page) scrollTo(0, 0);
+  else target.scrollIntoView();
+  if (page.id === "answers") openAnswers(detail === undefined ? 0 : Number(detail));
+}
+
+const THEMES = ["system", "light", "dark"];
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  byId("theme").textContent = `Theme: ${theme}`;
+  try {
+    localStorage.setItem("selfteach-theme", theme);
+  } catch {} // a page opened from a file may have no storage
+}
+
+function savedTheme() {
+  try {
+    return THEMES.find((theme) => theme === localStorage.getItem("selfteach-theme")) || "system";
+  } catch {
+    return "system";
+  }
+}
+
+// -- begin, once all three files are read ------------------------------------------------------
+
+addEventListener("DOMContentLoaded", () => {
+  byId("theme").hidden = false;
+  byId("theme").addEventListener("click", () => {
+    const now = document.documentElement.dataset.theme;
+    setTheme(THEMES[(THEMES.indexOf(now) + 1) % THEMES.length]);
+  });
+  setTheme(savedTheme());
+  if (byId("index")) listen();
+  addEventListener("hashchange", turnPage);
+  turnPage();
+});

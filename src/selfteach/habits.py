@@ -1,0 +1,52 @@
+"""What answers are like, beyond right and wrong: the quiet ways in which training goes bad.
+
+Pure functions of ids, words and weights, cheap enough to be logged at every step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from selfteach.types import Lesson, Signal
+
+NGRAM = 4
+"""Length of the runs of tokens that `repetition` looks for: long enough that prose rarely repeats one,
+short enough to catch a loop of a few words."""
+
+HESITATION = re.compile(
+    r"\b(?:wait|hmm+|hold on|actually|alternatively|let me (?:re)?check|let me see|let me think"
+    r"|double[- ]check|on second thought|maybe|perhaps|not sure|but what if)\b",
+    re.IGNORECASE,
+)
+"""Words with which a solver stops to doubt (the self-correction that distilled models lose first)."""
+
+
+def repetition(ids: Sequence[int], n: int = NGRAM) -> float:
+    """Share of an answer's n-grams that stood in it before, from 0 to 1; 0 for fewer than two.
+
+    Example: ``repetition([1, 2, 1, 2, 1], n=2)`` is 0.5: of (1 2) (2 1) (1 2) (2 1) two are new.
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def hesitations(text: str) -> int:
+    """How often an answer stops to doubt itself, in words of `HESITATION`."""
+    return len(HESITATION.findall(text))
+
+
+def taught(signals: Sequence[Signal]) -> float:
+    """Share of the answers of which some token counts in the loss; 0 for no answers."""
+    return sum(any(s.weights) for s in signals) / max(1, len(signals))
+
+
+def end_supervised(lessons: Sequence[Lesson], signals: Sequence[Signal]) -> float | None:
+    """Of the answers that count in the loss, the share whose end token counts too.
+
+    An answer that was cut at the token limit has no end token. None if no answer counts: a model
+    whose end token is never supervised forgets to stop.
+    """
+    counted = [(x, s) for x, s in zip(lessons, signals, strict=True) if any(s.weights)]
+    ended = sum(x.rollout.finished and s.weights[-1] != 0 for x, s in counted)
+    return ended / len(counted) if counted else None

@@ -1,0 +1,131 @@
+"""What an inspection is asked for, and from it to a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from selfteach.build import Built
+from selfteach.config import Recipe
+from selfteach.data import known_ids
+from selfteach.errors import CheckpointError, DataError
+from selfteach.inspection.answers import Told, prepare, tell
+from selfteach.inspection.folder import (
+    Progress,
+    Scorers,
+    check_contexts,
+    sample_and_mark,
+    write_inspection,
+)
+from selfteach.run_folder import RunFolder
+from selfteach.step import mark
+from selfteach.template_sets import Templates
+from selfteach.types import Marked, Problem, Sampling
+
+TeacherWeights = Literal["given", "initial"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Which answers are scored, and under which contexts."""
+
+    contexts: tuple[str, ...]
+    problems: str = "validation"
+    """Split or file, as a name for the record; the problems themselves are handed over."""
+    k: int = 4
+    """Answers per problem."""
+    limit: int | None = None
+    """So many problems at most (of labelled steps: answers); the first ones."""
+    seed: int = 0
+    teacher: TeacherWeights = "given"
+    """Weights behind the self-teacher: the model as given, or those its training began with."""
+    labelled: Path | None = None
+    """Take answers with labelled steps from this file instead of sampling."""
+    recorded: str | None = None
+    """Take a run's recorded answers of this name, like ``step_000010`` or ``validation_000000``."""
+
+
+def inspect(
+    built: Built,
+    recipe: Recipe,
+    request: Request,
+    answers: Sequence[Told],
+    folder: Path,
+    *,
+    made: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score answers under the contexts that are asked for and write the folder; its inspection.json."""
+    contexts = check_contexts(request.contexts)
+    prepared = prepare(
+        built, Templates(recipe.model.templates or built.task.templates), answers, contexts,
+        seed=request.seed, language="lab" if recipe.data.type == "lab" else "english",
+    )  # fmt: skip
+    student = built.parts.policy.score
+    teacher = built.parts.teacher.score if request.teacher == "initial" else student
+    about = {
+        "contexts": list(contexts),
+        "problems": str(request.labelled or request.problems),
+        "answers_are": _origin(request),
+        "recorded": request.recorded,
+        "k": request.k,
+        "limit": request.limit,
+        "seed": request.seed,
+        "teacher": request.teacher,
+        "critic": None if recipe.critic is None else recipe.critic.model_dump(mode="json"),
+        "first_error_from": _one_of(sorted({told.source for told in answers if told.source})),
+        "sampling_temperature": recipe.sampling.temperature,
+        "made": dict(made),
+    }
+    return write_inspection(built, prepared, Scorers(student, teacher), folder, about, progress)
+
+
+def sampled(
+    built: Built, recipe: Recipe, request: Request, problems: Sequence[Problem]
+) -> list[Told]:
+    """Fresh answers to the first problems, marked."""
+    sampling = Sampling(
+        request.k, recipe.sampling.temperature, recipe.sampling.max_tokens, request.seed
+    )
+    chosen = problems[: request.limit]
+    batch = recipe.sampling.batch_answers
+    return tell(built, sample_and_mark(built, chosen, sampling, batch_answers=batch))
+
+
+def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
+    """A run's recorded answers, with the critiques that it has of them.
+
+    Raises `CheckpointError` if there are no answers of this name, `DataError` if the problems are
+    not the recipe's.
+    """
+    name, task = str(request.recorded), built.task
+    known = known_ids([*task.train, *task.validation, *task.test])
+    critiques = run.load_critiques(int(name[5:])) if name.removeprefix("step_").isdigit() else {}
+    marked: list[Marked] = []
+    for path in sorted((run.path / "answers").glob(f"{name}.*.jsonl")):
+        try:
+            rollouts = run.load_answers(path.stem, known) or []
+        except KeyError as missing:
+            raise DataError(f"{path}: the recipe's data has no problem {missing}") from None
+        marked += mark(built.parts, rollouts, critiques)
+    if not marked:
+        have = sorted({p.name.split(".")[0] for p in (run.path / "answers").glob("*.jsonl")})
+        raise CheckpointError(
+            f"{run.path} has no answers {name!r}; it has: {', '.join(have[:3] + have[-3:]) or 'none'}"
+        )
+    if request.limit is not None:
+        first = list(dict.fromkeys(m.rollout.problem.id for m in marked))[: request.limit]
+        marked = [m for m in marked if m.rollout.problem.id in first]
+    return tell(built, marked)
+
+
+def _origin(request: Request) -> str:
+    if request.labelled:
+        return "labelled"
+    return "recorded" if request.recorded else "sampled"
+
+
+def _one_of(names: Sequence[str]) -> str | None:
+    return " and ".join(names) or None

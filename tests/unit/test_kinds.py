@@ -1,0 +1,58 @@
+"""Style and task: by the word that a token belongs to."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+
+from selfteach.inspection.kinds import LISTS, STYLE_WORDS, kinds
+from selfteach.lab.world import STYLES, SYMBOLS
+
+
+def told(*pieces: str, language: str = "english") -> list[str]:
+    ends = list(accumulate(map(len, pieces)))
+    return [kind[0] for kind in kinds("".join(pieces), ends, language)]  # type: ignore[arg-type]
+
+
+def test_words_numbers_and_signs() -> None:
+    pieces = ["So", ",", " 3", " +", " x", " equals", " 12", ".", "5", " apples", "."]
+    assert "".join(told(*pieces)) == "sotttotttoo"
+
+
+def test_a_split_word_is_one_word() -> None:
+    assert told("Wa", "it") == ["s", "s"]
+    assert told(" there", "fore", " the", "refore", "d") == ["s", "s", "o", "o", "o"]
+    assert told("let", "'", "s", " go") == ["s", "s", "s", "o"]
+    assert told("let’", "s") == ["s", "s"]
+
+
+def test_white_space_special_tokens_and_tags_are_other() -> None:
+    assert told("<", "step", "_", "1", ">", "\n", "so", "", " ") == [*"ooooo", "o", "s", "o", "o"]
+    assert told("a", " I", " b") == ["o", "s", "t"]  # an article, a person, a variable
+
+
+def test_latex() -> None:
+    assert told("$", "\\", "frac", "{", "1", "}", "{", "2", "}$") == ["t"] * 9
+
+
+def test_tokens_of_a_thought_are_other() -> None:
+    assert kinds("so 1", [0, 0, 2, 4]) == ["other", "other", "style", "task"]
+    assert kinds("", []) == []
+
+
+def test_the_labs_marks_are_its_styles() -> None:
+    marks = {mark for style in STYLES.values() for mark in style.marks}
+    assert set(LISTS["lab"]["marks"]) == {*marks, "!"}
+    assert "".join(LISTS["lab"]["symbols"]) == SYMBOLS
+    assert told("0", " +", " a", " b", " =", " c", " #", " c", language="lab") == [*"osttstot"]
+
+
+@pytest.mark.parametrize("word", ["wait", "so", "let", "therefore", "because", "hmm"])
+def test_the_words_of_the_papers_are_listed(word: str) -> None:
+    assert word in STYLE_WORDS
+
+
+def test_no_word_is_listed_twice() -> None:
+    words = [w for name in ("hesitation", "connective", "manner") for w in LISTS["english"][name]]
+    assert len(words) == len(set(words)) and all(w == w.casefold() for w in words)
