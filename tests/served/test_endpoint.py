@@ -25,7 +25,8 @@ from selfteach.critics.reading import Reader
 from selfteach.critics.store import ReplyStore, Stored
 from selfteach.critics.text import Asking, TextCritic
 from selfteach.errors import CriticError
-from selfteach.rendering import Renderer, Templates
+from selfteach.rendering import Renderer
+from selfteach.template_sets import Templates
 from selfteach.types import NoCritique, Problem, Rollout
 from vllm_server import Server
 
