@@ -24,7 +24,7 @@ from selfteach.config import (
 )
 from selfteach.config_critic import PolicyCriticConfig, TextCriticConfig
 from selfteach.config_objective import DistillationConfig, GrpoConfig, HybridConfig
-from selfteach.contexts import FallBack, TemplateContext
+from selfteach.contexts import FallBack, PartlyAligned, TemplateContext
 from selfteach.data import Task, load_task
 from selfteach.divergence import Divergence
 from selfteach.engines.transformers import TransformersEngine
@@ -94,7 +94,7 @@ def build(recipe: Recipe) -> Built:
         critic=build_critic(recipe.critic, task, templates, solver, seed=recipe.seed)
         if recipe.critic
         else None,
-        context=_context(recipe, templates),
+        context=_context(recipe, task, templates),
         teacher=build_teacher(recipe.teacher, policy),
         objective=objective,
         policy=policy,
@@ -283,18 +283,38 @@ def _autocast(recipe: Recipe) -> torch.dtype | None:
     return DTYPES[recipe.model.autocast] if recipe.model.autocast else None
 
 
-def _context(recipe: Recipe, templates: Templates) -> Context | None:
+def build_context(
+    name: str, task: Task, templates: Templates, *, seed: int, alignment: float
+) -> Context:
+    """One context by name. Raises `RecipeError` for one that these problems cannot have."""
+    if name != "partly_aligned":
+        return TemplateContext(name, templates, seed=seed)
+    if task.blend is None:
+        raise RecipeError(
+            'context "partly_aligned": only the lab knows which step of a reference is which of an '
+            "answer; choose step_aligned or reference"
+        )
+    trace = TemplateContext(name, templates, seed=seed)
+    return PartlyAligned(trace, task.blend, alignment, seed=seed)
+
+
+def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:
     name, instead, critic = recipe.context.type, recipe.context.fall_back, recipe.critic
     if name == "none":
         return None
-    context: Context = TemplateContext(name, templates, seed=recipe.seed)
+
+    def named(name: str) -> Context:
+        alignment = recipe.context.alignment
+        return build_context(name, task, templates, seed=recipe.seed, alignment=alignment)
+
+    context = named(name)
     if isinstance(critic, TextCriticConfig):
         policies = critic.on.model_dump()
         reasons = {reason for reason, policy in policies.items() if policy == "fall_back"}
-        other = TemplateContext(critic.fall_back, templates, seed=recipe.seed)
+        other = named(critic.fall_back)
         context = FallBack(context, other, frozenset(reasons)) if reasons else context
     if instead is not None:
-        context = FallBack(context, TemplateContext(instead, templates, seed=recipe.seed))
+        context = FallBack(context, named(instead))
     return context
 
 

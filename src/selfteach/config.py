@@ -17,6 +17,7 @@ ContextName = Literal[
     "reference",
     "aligned_reference",
     "step_aligned",
+    "partly_aligned",
     "full_repetition",
     "omission",
     "holistic",
@@ -106,6 +107,9 @@ class ContextConfig(Section):
     fall_back: ContextName | None = None
     """What is shown of an answer that has no context of this type (SDPO: ``environment`` where no
     ``peer`` is right)."""
+    alignment: float = Field(default=0.5, ge=0, le=1)
+    """Of ``partly_aligned`` (the lab): the share of the critique's steps that keep the answer's own
+    words and place; the others stand in the reference's. 1 is step_aligned, 0 the reference."""
 
     @property
     def names(self) -> tuple[ContextName, ...]:

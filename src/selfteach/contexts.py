@@ -11,9 +11,13 @@ import numpy as np
 from selfteach.config import CRITIC_CONTEXTS
 from selfteach.protocols import Context
 from selfteach.template_sets import Templates
-from selfteach.types import Critique, Marked, NoCritique
+from selfteach.types import Blend, Critique, Marked, NoCritique
 
-SHARED_TEMPLATE = {"shuffled_lines": "step_aligned", "other_answer": "step_aligned"}
+SHARED_TEMPLATE = {
+    "shuffled_lines": "step_aligned",
+    "other_answer": "step_aligned",
+    "partly_aligned": "step_aligned",
+}
 """Contexts that are another context with something done to its critique."""
 
 
@@ -58,7 +62,7 @@ class TemplateContext:
         ]
         if not peers:
             return NoCritique("no other answer is right")
-        peer = peers[self._rng(answer).integers(len(peers))]
+        peer = peers[stream(self._seed, answer).integers(len(peers))]
         return self._show(answer, correct=answer.verdict.correct, peer=peer)
 
     def _environment(self, answer: Marked) -> str | NoCritique:
@@ -99,13 +103,8 @@ class TemplateContext:
             critique = self._shuffled(critique, about)
         return self._show(answer, critique=critique, correct=about.verdict.correct)
 
-    def _rng(self, about: Marked) -> np.random.Generator:
-        key = repr((self._seed, about.rollout.problem.id, about.rollout.sample))
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        return np.random.default_rng(int.from_bytes(digest, "little"))
-
     def _shuffled(self, critique: Critique, about: Marked) -> Critique:
-        order = self._rng(about).permutation(len(critique.steps))
+        order = stream(self._seed, about).permutation(len(critique.steps))
         return dataclasses.replace(critique, steps=tuple(critique.steps[i] for i in order))
 
     @staticmethod
@@ -117,6 +116,40 @@ class TemplateContext:
         return [
             by_key.get((following.get(m.rollout.problem.id, ""), m.rollout.sample)) for m in marked
         ]
+
+
+class PartlyAligned:
+    """A critique of which a share of the steps gives way to the reference's: the dial of alignment.
+
+    ``alignment`` is the share that is kept, to the nearest step. Which steps is drawn once per answer:
+    what is kept at one position is kept at all higher ones.
+    """
+
+    def __init__(self, context: Context, blend: Blend, alignment: float, *, seed: int) -> None:
+        self._context, self._blend, self._alignment, self._seed = context, blend, alignment, seed
+
+    def __call__(self, marked: Sequence[Marked]) -> list[str | NoCritique]:
+        """What ``context`` makes of each answer's blended critique, or the reason for none."""
+        return self._context([self._blended(answer) for answer in marked])
+
+    def _blended(self, answer: Marked) -> Marked:
+        critique, references = answer.critique, answer.rollout.problem.references
+        if not isinstance(critique, Critique):
+            return answer
+        if "reference" not in references:
+            missing = NoCritique("the problem has no reference")
+            return dataclasses.replace(answer, critique=missing)
+        count = len(critique.steps)
+        kept = stream(self._seed, answer).permutation(count) < round(self._alignment * count)
+        blended = self._blend(critique, references["reference"], kept.tolist())
+        return dataclasses.replace(answer, critique=blended)
+
+
+def stream(seed: int, about: Marked) -> np.random.Generator:
+    """The random stream of an answer: the same for the same seed, question and sample."""
+    key = repr((seed, about.rollout.problem.id, about.rollout.sample))
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
 class FallBack:

@@ -20,6 +20,7 @@ from selfteach.config_data import (
 )
 from selfteach.errors import DataError
 from selfteach.lab import task as lab_task
+from selfteach.lab.dial import partly_aligned
 from selfteach.lab.world import World
 from selfteach.lab.worlds import WORLDS, world_of
 from selfteach.problem_sets.audit import Audit, audit
@@ -27,7 +28,7 @@ from selfteach.problem_sets.columns import with_mapping
 from selfteach.problem_sets.gym import generate
 from selfteach.problem_sets.reading import read_problem_sets
 from selfteach.protocols import Verifier
-from selfteach.types import Critique, Problem
+from selfteach.types import Blend, Critique, Problem
 
 Split = Literal["train", "validation", "test"]
 
@@ -63,6 +64,8 @@ class Task:
     """The template set that suits these problems, unless the recipe names another."""
     form: verifiers.Form = field(default_factory=verifiers.Form)
     """How an answer to these problems is written, and when two of them are one."""
+    blend: Blend | None = None
+    """Puts a reference's steps in the place of a critique's, where the two can be told apart."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Rows read, and what was left out of the problem set, by reason."""
 
@@ -153,6 +156,7 @@ def _of_lab(world: World) -> dict[str, Any]:
         "form": verifiers.Form(lab_task.write_answer),
         "split_steps": steps.lab,
         "oracle": lab_task.Oracle(world),
+        "blend": partly_aligned,
         "templates": "lab",
     }
 

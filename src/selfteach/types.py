@@ -14,7 +14,7 @@ Axis letters, used as suffixes everywhere (``logp_NV`` is indexed by answer toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -150,6 +150,10 @@ class Critique:
     first_error: int | None
     """Index of the answer's first wrong step; None when no step is wrong."""
     usage: Usage = Usage()
+
+
+Blend = Callable[[Critique, str, Sequence[bool]], Critique]
+"""From a critique, a reference and which steps are kept to the critique with the others replaced."""
 
 
 @dataclass(frozen=True, slots=True)

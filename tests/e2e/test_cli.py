@@ -265,6 +265,13 @@ def test_wrong_calls_are_one_line(
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"question": "a"}\n')
     assert "no such folder" in said("evaluate", tmp_path / "nowhere")
+    dial = (
+        "--set",
+        "arms.step_aligned.context.type=partly_aligned",
+        "--set",
+        "data.type=chain_sums",
+    )
+    assert "only the lab" in said("check", recipe, *dial, "--set", "model.templates=lab")
     assert "wrong.jsonl:1" in said("evaluate", "lab:two_styles", "--problems", wrong)
     assert not (tmp_path / "x").exists()
 

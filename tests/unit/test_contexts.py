@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from itertools import pairwise
+
 import pytest
 
 from selfteach import verifiers
 from selfteach.config import CONTEXTS
-from selfteach.contexts import FallBack, TemplateContext
+from selfteach.contexts import FallBack, PartlyAligned, TemplateContext
 from selfteach.critics.oracle import OracleCritic
 from selfteach.lab import task
+from selfteach.lab.dial import partly_aligned
 from selfteach.lab.world import STYLES, World, text_of
 from selfteach.template_sets import Templates
 from selfteach.types import Critique, Marked, NoCritique, Problem, Rollout, Verdict
@@ -193,6 +197,48 @@ def test_every_context_of_a_recipe_renders(name: str) -> None:
     right = [marked(problem, 1, right_answer(problem)) for problem in PROBLEMS]
     for shown in show(name, *answers, *right)[: len(answers)]:
         assert isinstance(shown, str) and shown
+
+
+def dial(alignment: float, *answers: Marked) -> list[str]:
+    context = PartlyAligned(
+        TemplateContext("partly_aligned", Templates("lab"), seed=0),
+        partly_aligned,
+        alignment,
+        seed=3,
+    )
+    shown = context(answers)
+    assert all(isinstance(text, str) for text in shown)
+    return [str(text) for text in shown]
+
+
+def test_the_dial_goes_from_the_reference_to_the_critique_step_by_step() -> None:
+    answers = [marked(problem, sample) for problem in PROBLEMS for sample in range(4)]
+    assert dial(1.0, *answers) == show("step_aligned", *answers)
+    assert dial(0.0, *answers) == show("reference", *answers)
+    kept: list[list[set[str]]] = []
+    for steps in range(6):
+        lines = [set(text.splitlines()[:-1]) for text in dial(steps / 5, *answers)]
+        own = [set(str(text).splitlines()) for text in show("step_aligned", *answers)]
+        kept.append([a & b for a, b in zip(lines, own, strict=True)])
+        assert all(len(both) == steps for both in kept[-1])
+    for low, high in pairwise(kept):
+        assert all(a < b for a, b in zip(low, high, strict=True)), "what is kept stays kept"
+    first = {frozenset(dial(0.4, answer)[0].splitlines()) for answer in answers[:4]}
+    assert len(first) > 1, "other answers keep other steps"
+
+
+def test_the_dial_needs_a_critique_and_a_reference() -> None:
+    answer = marked(PROBLEMS[0])
+    context = PartlyAligned(
+        TemplateContext("partly_aligned", Templates("lab"), seed=0), partly_aligned, 0.5, seed=0
+    )
+    bare = dataclasses.replace(
+        answer, rollout=dataclasses.replace(answer.rollout, problem=Problem("x", "a", "b"))
+    )
+    silent = dataclasses.replace(answer, critique=NoCritique("malformed"))
+    assert context([bare, silent]) == [
+        NoCritique("the problem has no reference"), NoCritique("malformed"),
+    ]  # fmt: skip
 
 
 def test_a_critic_errs_as_often_as_told_and_the_same_way_each_time() -> None:

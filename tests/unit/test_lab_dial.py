@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfteach.lab import oracle
+from selfteach.lab import dial, oracle
 from selfteach.lab.checker import check, parse_line, unflagged
-from selfteach.lab.dial import partly_aligned
 from selfteach.lab.world import REFERENCE_STYLE, STYLES, World, text_of
 from selfteach.lab.writing import references
 from selfteach.types import Critique
@@ -28,6 +27,12 @@ def critique(style: str, at: int | None) -> Critique:
 
 def kept(*steps: int) -> list[bool]:
     return [bool(step) for step in steps]
+
+
+def partly_aligned(told: Critique, reference: str, keeps: list[bool]) -> str:
+    """As a context shows it."""
+    steps = dial.partly_aligned(told, reference, keeps).steps
+    return "\n".join([*(step.text for step in steps), f"# {told.answer}"])
 
 
 def own_lines(shown: str) -> list[str]:

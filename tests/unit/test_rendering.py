@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from families import byte_level
 from selfteach import chain_sums
 from selfteach.config import CONTEXTS
+from selfteach.contexts import SHARED_TEMPLATE
 from selfteach.errors import EngineError, RecipeError
 from selfteach.rendering import Renderer
 from selfteach.template_sets import TURN, Templates, conversation
@@ -132,7 +133,7 @@ def shown(templates: str, context: str) -> str:
 
 @pytest.mark.parametrize("templates", ["steps", "free", "lab", "chain_sums"])
 def test_what_each_context_shows(templates: str) -> None:
-    for context in set(CONTEXTS) - {"none", "shuffled_lines", "other_answer"}:
+    for context in set(CONTEXTS) - {"none", *SHARED_TEMPLATE}:
         assert Templates(templates).has(context)
     aligned, full = shown(templates, "step_aligned"), shown(templates, "full_repetition")
     assert "RIGHT ONE" in aligned and "WRONG TWO" not in aligned

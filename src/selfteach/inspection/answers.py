@@ -11,12 +11,11 @@ import numpy as np
 from selfteach import steps
 from selfteach.alignment import first_change
 from selfteach.build import Built
-from selfteach.contexts import TemplateContext
 from selfteach.data import OracleFn
 from selfteach.inspection.kinds import Kind, Language, kinds
 from selfteach.inspection.token_scores import Asked
+from selfteach.protocols import Context
 from selfteach.steps import Span
-from selfteach.template_sets import Templates
 from selfteach.types import Critique, FirstChange, Marked, NoCritique
 
 Region = Literal["before", "failing", "after", "right"]
@@ -124,16 +123,14 @@ def _ends_wrong(marked: Marked) -> bool:
 
 def prepare(
     built: Built,
-    templates: Templates,
     answers: Sequence[Told],
-    contexts: Sequence[str],
+    contexts: Mapping[str, Context],
     *,
-    seed: int,
     language: Language,
 ) -> list[Inspected]:
     """What the self-teacher is shown of each answer under each context, and each token's kind."""
     marked = [told.marked for told in answers]
-    shown = {name: TemplateContext(name, templates, seed=seed)(marked) for name in contexts}
+    shown = {name: context(marked) for name, context in contexts.items()}
     return [
         _inspected(built, told, {name: texts[i] for name, texts in shown.items()}, language)
         for i, told in enumerate(answers)

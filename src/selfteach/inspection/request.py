@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from selfteach.build import Built
+from selfteach.build import Built, build_context
 from selfteach.config import Recipe
 from selfteach.data import known_ids
 from selfteach.errors import CheckpointError, DataError
@@ -58,15 +58,19 @@ def inspect(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score answers under the contexts that are asked for and write the folder; its inspection.json."""
-    contexts = check_contexts(request.contexts)
-    prepared = prepare(
-        built, Templates(recipe.model.templates or built.task.templates), answers, contexts,
-        seed=request.seed, language="lab" if recipe.data.type == "lab" else "english",
-    )  # fmt: skip
+    templates = Templates(recipe.model.templates or built.task.templates)
+    alignment = recipe.context.alignment
+    contexts = {
+        name: build_context(name, built.task, templates, seed=request.seed, alignment=alignment)
+        for name in check_contexts(request.contexts)
+    }
+    language = "lab" if recipe.data.type == "lab" else "english"
+    prepared = prepare(built, answers, contexts, language=language)
     student = built.parts.policy.score
     teacher = built.parts.teacher.score if request.teacher == "initial" else student
     about = {
         "contexts": list(contexts),
+        "alignment": alignment if "partly_aligned" in contexts else None,
         "problems": str(request.labelled or request.problems),
         "answers_are": _origin(request),
         "recorded": request.recorded,

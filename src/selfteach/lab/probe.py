@@ -135,7 +135,8 @@ def context(
     critique = oracle.criticise(world, about, text)
     if kind.startswith(DIAL):
         kept = rng.permutation(len(critique.steps)) < int(kind.split()[1])
-        return partly_aligned(critique, references(world, question)["reference"], kept.tolist())
+        reference = references(world, question)["reference"]
+        critique, kind = partly_aligned(critique, reference, kept.tolist()), "step_aligned"
     if kind == "shuffled_lines":
         order = rng.permutation(len(critique.steps))
         critique = replace(critique, steps=tuple(critique.steps[i] for i in order))

@@ -185,8 +185,9 @@ def context_for(
     known = references(world, question)
     if kind == "partly_aligned":
         kept = rng.permutation(len(critique.steps)) < rng.integers(len(critique.steps) + 1)
-        return partly_aligned(critique, known["reference"], kept.tolist())
-    template = "step_aligned" if kind in ("shuffled_lines", "other_answer") else kind
+        critique = partly_aligned(critique, known["reference"], kept.tolist())
+    traces = ("shuffled_lines", "other_answer", "partly_aligned")
+    template = "step_aligned" if kind in traces else kind
     return templates.context(
         template,
         critique=critique,
