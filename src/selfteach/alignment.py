@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from selfteach.steps import Span, content
 from selfteach.types import Critique, FirstChange, Marked
@@ -12,29 +12,40 @@ from selfteach.types import Critique, FirstChange, Marked
 def first_change(
     marked: Marked, spans: Sequence[Span], token_ends: Sequence[int]
 ) -> FirstChange | None:
-    """Compare an answer's steps, white space apart, with its critique's, in order.
+    """Where an answer's first step begins to differ from its critique's; see `changed_steps`.
 
-    ``spans`` are the steps in the answer's text, the final answer last if it has one; ``token_ends``
-    says where each of its tokens ends in the text. The final answer is repeated if the verifier
-    reads the same one in both. None without a critique.
+    ``token_ends`` says where each of the answer's tokens ends in its text. None without a critique.
     """
-    critique, text, parsed = marked.critique, marked.rollout.text, marked.verdict.parsed
-    if not isinstance(critique, Critique):
+    if not isinstance(marked.critique, Critique):
         return None
-    steps = [step.text for step in critique.steps]
-    for index, span in enumerate(spans):
-        own = content(text, span)
-        final = index == len(spans) - 1 and parsed is not None
-        if final and parsed == critique.answer:
-            continue
-        told = steps[index] if index < len(steps) and not final else ""
-        if same_words(own, told):
-            continue
+    text = marked.rollout.text
+    for index, told in changed_steps(marked, spans):
+        span, own = spans[index], content(text, spans[index])
         begin = text.index(own, span[0]) if own else span[0]
         changed_at = begin + _common_length(own, told) if told else span[0]
         token = min(bisect_right(token_ends, changed_at), len(token_ends) - 1)
         return FirstChange(index, token, token / len(token_ends))
     return FirstChange(None, None, 1.0)
+
+
+def changed_steps(marked: Marked, spans: Sequence[Span]) -> Iterator[tuple[int, str]]:
+    """The steps of an answer that its critique does not repeat, and what it says in their places.
+
+    Steps are compared in order, white space apart. ``spans`` are those of the answer's text, the
+    final answer last if it has one; that is repeated if the verifier reads the same one in both. A
+    step with nothing in its place has "". Nothing without a critique.
+    """
+    critique, text, parsed = marked.critique, marked.rollout.text, marked.verdict.parsed
+    if not isinstance(critique, Critique):
+        return
+    steps = [step.text for step in critique.steps]
+    for index, span in enumerate(spans):
+        final = index == len(spans) - 1 and parsed is not None
+        if final and parsed == critique.answer:
+            continue
+        told = steps[index] if index < len(steps) and not final else ""
+        if not same_words(content(text, span), told):
+            yield index, told
 
 
 def same_words(a: str, b: str) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 from selfteach import checkpoint
 from selfteach.build import Built, build
 from selfteach.config import Recipe
-from selfteach.data import read_jsonl
 from selfteach.errors import CheckpointError, DataError
 from selfteach.estimates import bootstrap_mean
 from selfteach.evaluate import Evaluation, evaluate
@@ -17,6 +16,7 @@ from selfteach.inspection import request as asking
 from selfteach.inspection.folder import Progress, check_contexts
 from selfteach.inspection.labelled import as_answers, read_labelled, require_critic
 from selfteach.inspection.request import Request
+from selfteach.problem_sets.reading import read_file
 from selfteach.run_folder import RunFolder, require_empty
 from selfteach.settings import merge, parse_setting, validate
 from selfteach.study import MARKED_BY_PROGRAM
@@ -34,7 +34,7 @@ def evaluate_model(
     k: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate a run, a checkpoint, or a plain model on a split or a JSONL file.
+    """Evaluate a run, a checkpoint, or a plain model on a split or a file of problems.
 
     ``what`` is a run folder (its newest checkpoint, or its final model), one of its checkpoints, or
     whatever ``model.path`` of a recipe may be; a plain model of the lab needs no recipe. Returns the
@@ -51,7 +51,7 @@ def evaluate_model(
     )
     result = evaluate(
         built.parts.engine, built.parts.verify, chosen, sampling,
-        split=split, batch_answers=resolved.sampling.batch_answers,
+        split=split, batch_answers=resolved.sampling.batch_answers, same=built.task.form.same,
     )  # fmt: skip
     return summary(result, what)
 
@@ -153,9 +153,9 @@ def _from_checkpoint(
 def _problems(built: Built, name: str) -> tuple[tuple[Problem, ...], str]:
     if name in ("train", "validation", "test"):
         return built.task.problems(name), name
-    if not name.endswith(".jsonl"):
-        raise DataError(
-            f"--problems {name!r}: write train, validation, test, or name a .jsonl file"
-        )
     path = Path(name)
-    return read_jsonl(path), path.stem
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        raise DataError(
+            f"--problems {name!r}: write train, validation, test, or name a .jsonl or .parquet file"
+        )
+    return read_file(path), path.stem

@@ -13,24 +13,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfteach import tracking
 from selfteach.build_critic import Solver, build_critic, critic_threads
 from selfteach.config import (
-    DistillationConfig,
     EmaTeacher,
-    GrpoConfig,
     InitialTeacher,
     LiveTeacher,
     ModelConfig,
-    ObjectiveConfig,
     Recipe,
     TeacherConfig,
     TrackingConfig,
     TrustRegionTeacher,
 )
 from selfteach.config_critic import PolicyCriticConfig, TextCriticConfig
+from selfteach.config_objective import DistillationConfig, GrpoConfig, HybridConfig
 from selfteach.contexts import FallBack, TemplateContext
 from selfteach.data import Task, load_task
 from selfteach.divergence import Divergence
 from selfteach.engines.transformers import TransformersEngine
 from selfteach.errors import DataError, RecipeError
+from selfteach.gates import Gate
 from selfteach.loading import (
     DTYPES,
     choose_device,
@@ -41,7 +40,7 @@ from selfteach.loading import (
     pad_id,
     resolve,
 )
-from selfteach.objective import Distillation, Grpo
+from selfteach.objective import Anneal, Distillation, Grpo, Hybrid
 from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
 from selfteach.protocols import Context, Critic, Objective, Teacher
 from selfteach.rendering import Renderer
@@ -73,14 +72,14 @@ def build(recipe: Recipe) -> Built:
     Raises `RecipeError`, `EngineError` or `DataError` in one line.
     """
     tracking.require(recipe.tracking.sinks)
-    objective = build_objective(recipe.objective, recipe.sampling.temperature)
+    objective = build_objective(recipe)
     device = choose_device(recipe.model.device)
     task = load_task(recipe.data, resolve(recipe.model.path))
     tokenizer = load_tokenizer(recipe.model)
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, tokenizer, templates)
     model = load_model(recipe.model, device)
-    max_length = longest(recipe, model)
+    max_length = longest(recipe, context_length(model))
     check_lengths(renderer, task, max_length, recipe)
     policy = _policy(recipe, _adapted(recipe, model))
     ends, pad, autocast = end_ids(model, tokenizer, renderer), pad_id(tokenizer), _autocast(recipe)
@@ -137,7 +136,7 @@ def build_marker(recipe: Recipe) -> Marker:
         built = build(recipe)
         assert built.parts.critic is not None
         return Marker(built.parts.critic, built.task, built.parts.renderer)
-    task = load_task(recipe.data, resolve(recipe.model.path))
+    task = load_task(recipe.data, resolve(recipe.model.path), may_be_empty=True)
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
     critic = build_critic(recipe.critic, task, templates, None, seed=recipe.seed)
@@ -152,31 +151,49 @@ def build_renderer(
     return Renderer(tokenizer, templates, system=config.system, thinking=thinking)
 
 
-def build_objective(config: ObjectiveConfig, sampling_temperature: float) -> Objective:
+def build_objective(recipe: Recipe) -> Objective:
     """The objective of a recipe. Raises `RecipeError` for a combination that makes no sense."""
-    match config:
-        case DistillationConfig():
-            spec = Divergence(
-                kind=config.divergence,
-                support=config.support,
-                beta=config.beta,
-                jsd_scaled=config.jsd_scaled,
-                top_k=config.top_k,
-                top_k_from=config.top_k_from,
-                clip=config.clip,
-                temperature=config.temperature,
-                control_variate=config.control_variate,
+    temperature = recipe.sampling.temperature
+    match recipe.objective:
+        case DistillationConfig() as config:
+            return _distillation(config, temperature)
+        case GrpoConfig() as config:
+            return _grpo(config, temperature)
+        case HybridConfig() as config:
+            weight, train = config.weight, recipe.train
+            steps = weight.steps or train.steps
+            return Hybrid(
+                _distillation(config.distillation, temperature),
+                _grpo(config.grpo, temperature),
+                Anneal(weight.start, weight.end, max(0, steps - 1) * train.updates_per_batch),
+                config.grpo_weight,
+                config.grpo_tokens,
             )
-            return Distillation(
-                spec,
-                sampling_temperature,
-                gate=config.gate,
-                from_first_error=config.from_first_error,
-                aggregation=config.aggregation,
-                importance_cap=config.importance_cap,
-            )
-        case GrpoConfig():
-            return Grpo(sampling_temperature, **config.model_dump(exclude={"type"}))
+
+
+def _distillation(config: DistillationConfig, sampling_temperature: float) -> Distillation:
+    spec = Divergence(
+        kind=config.divergence,
+        support=config.support,
+        beta=config.beta,
+        jsd_scaled=config.jsd_scaled,
+        top_k=config.top_k,
+        top_k_from=config.top_k_from,
+        clip=config.clip,
+        temperature=config.temperature,
+        control_variate=config.control_variate,
+    )
+    return Distillation(
+        spec,
+        sampling_temperature,
+        gate=Gate(config.gate, config.from_first_error, config.spans),
+        aggregation=config.aggregation,
+        importance_cap=config.importance_cap,
+    )
+
+
+def _grpo(config: GrpoConfig, sampling_temperature: float) -> Grpo:
+    return Grpo(sampling_temperature, **config.model_dump(exclude={"type"}))
 
 
 def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
@@ -211,9 +228,9 @@ def _sink(name: str, run: tracking.Tracked) -> AbstractContextManager[tracking.S
             raise AssertionError(name)
 
 
-def longest(recipe: Recipe, model: PreTrainedModel) -> int:
+def longest(recipe: Recipe, built_for: int) -> int:
     """Longest sequence in tokens: the recipe's, or what the model was built for."""
-    built_for, asked = context_length(model), recipe.train.max_length
+    asked = recipe.train.max_length
     if asked is not None and asked > built_for:
         raise RecipeError(f"train.max_length = {asked}: the model was built for {built_for} tokens")
     return asked or built_for
@@ -267,15 +284,18 @@ def _autocast(recipe: Recipe) -> torch.dtype | None:
 
 
 def _context(recipe: Recipe, templates: Templates) -> Context | None:
-    name, critic = recipe.context.type, recipe.critic
+    name, instead, critic = recipe.context.type, recipe.context.fall_back, recipe.critic
     if name == "none":
         return None
-    context = TemplateContext(name, templates, seed=recipe.seed)
-    if not isinstance(critic, TextCriticConfig):
-        return context
-    reasons = {reason for reason, policy in critic.on.model_dump().items() if policy == "fall_back"}
-    other = TemplateContext(critic.fall_back, templates, seed=recipe.seed)
-    return FallBack(context, other, frozenset(reasons)) if reasons else context
+    context: Context = TemplateContext(name, templates, seed=recipe.seed)
+    if isinstance(critic, TextCriticConfig):
+        policies = critic.on.model_dump()
+        reasons = {reason for reason, policy in policies.items() if policy == "fall_back"}
+        other = TemplateContext(critic.fall_back, templates, seed=recipe.seed)
+        context = FallBack(context, other, frozenset(reasons)) if reasons else context
+    if instead is not None:
+        context = FallBack(context, TemplateContext(instead, templates, seed=recipe.seed))
+    return context
 
 
 def set_threads(threads: int | None) -> None:

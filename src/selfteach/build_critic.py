@@ -24,6 +24,7 @@ from selfteach.config_critic import (
     RecordedConfig,
     TextCriticConfig,
 )
+from selfteach.control_tokens import Spellings
 from selfteach.critics.chat import ChatModel
 from selfteach.critics.local import LocalModel
 from selfteach.critics.oracle import OracleCritic
@@ -98,7 +99,7 @@ def critic_threads(config: CriticConfig | None) -> int:
 
 
 def _asking(config: TextCriticConfig) -> Asking:
-    paid = isinstance(config, EndpointConfig)
+    paid = isinstance(config, EndpointConfig)  # and its tokenizer is elsewhere
     return Asking(
         max_tokens=config.max_tokens,
         temperature=config.temperature,
@@ -107,6 +108,7 @@ def _asking(config: TextCriticConfig) -> Asking:
         sees_reference=config.sees_reference,
         price_prompt=config.price_prompt if paid else 0.0,
         price_completion=config.price_completion if paid else 0.0,
+        spellings=Spellings(config.control_tokens) if paid else None,
     )
 
 

@@ -174,11 +174,16 @@ def parse_answer(text: str) -> str | None:
     return _canonical(stated[-1].group(1)) if stated else None
 
 
+def write_answer(answer: str) -> str:
+    """The shortest text that states an answer."""
+    return f"Answer: {answer}"
+
+
 def verify(problem: Problem, text: str) -> Verdict:
     """Right if reasoning-gym's scorer gives the stated answer full marks."""
     parsed = parse_answer(text)
     score = _scorer().score_answer(parsed, {"answer": problem.answer})
-    return Verdict(correct=score == 1.0, formatted=parsed is not None, parsed=parsed)
+    return Verdict.of_final(score == 1.0, parsed)
 
 
 def check(problem: Problem, text: str) -> CheckedAnswer:

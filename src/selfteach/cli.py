@@ -14,6 +14,7 @@ from rich.console import Console
 
 from selfteach.analysis.plain_text import plain
 from selfteach.config import Recipe
+from selfteach.config_data import SelectConfig
 from selfteach.errors import CheckpointError, RecipeError, SelfteachError
 from selfteach.recipes import TABLES, Study, load_study
 from selfteach.settings import validate
@@ -37,7 +38,7 @@ Settings = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Change one value of every arm, e.g. --set train.steps=20; repeatable. "
-        "Keys that begin with study., arms., variants. or sweep. change those tables.",
+        "Keys that begin with study., arms., variants., sweep. or select. change those tables.",
     ),
 ]
 Arm = Annotated[str | None, typer.Option(help="Which arm of the recipe; needed if it has several.")]
@@ -64,9 +65,9 @@ def train(
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(help="The --out of a study or of a run.")],
+    folder: Annotated[Path, typer.Argument(help="The --out of a study, a run or a selection.")],
 ) -> None:
-    """Go on with a study or a run, however it was stopped; nothing that is on disk is redone."""
+    """Go on with a study, a run or a selection, however it was stopped; what is on disk is kept."""
     if (folder / "study.json").exists():
         from selfteach.study import load_existing
 
@@ -78,7 +79,12 @@ def resume(
 
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
-        _train(validate(Recipe, RunFolder(folder).config(), where=str(folder)), folder)
+        config = RunFolder(folder).config()
+        if "select" in config:
+            chosen = validate(SelectConfig, config["select"], where=str(folder))
+            _select(validate(Recipe, config["recipe"], where=str(folder)), chosen, folder)
+        else:
+            _train(validate(Recipe, config, where=str(folder)), folder)
 
 
 @app.command()
@@ -90,7 +96,9 @@ def evaluate(
     ] = None,
     problems: Annotated[
         str,
-        typer.Option(help="train, validation, test, or a JSONL file with question and answer."),
+        typer.Option(
+            help="train, validation, test, or a .jsonl or .parquet file of questions and answers."
+        ),
     ] = "validation",
     k: Annotated[int | None, typer.Option("-k", min=1, help="Answers per problem.")] = None,
     seed: Seed = 0,
@@ -178,17 +186,21 @@ def inspect(
 @app.command()
 def check(
     recipe: RecipePath,
-    settings: Settings = None,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Do not ask whether a served critic is there.")
+        bool,
+        typer.Option(
+            "--offline",
+            help="Load no weights and ask no server; list what cannot be had here instead of failing.",
+        ),
     ] = False,
+    settings: Settings = None,
 ) -> None:
-    """Validate a recipe and print what it resolves to, its sizes and its budget. Spends nothing."""
+    """Validate a recipe and print what it resolves to, its sizes, memory and budget. Spends nothing."""
     from selfteach.plan import describe_study
 
     loaded = _load(recipe, settings)
     # All of it first: a recipe that fails prints its one line of error and nothing else.
-    lines = list(describe_study(loaded))
+    lines = list(describe_study(loaded, offline=offline))
     if not offline:
         from selfteach.build_critic import require_critic
         from selfteach.study import critics_of
@@ -271,6 +283,17 @@ def critique(
     if out is not None:
         write_lines(out, rows)
         typer.echo(f"critiques: {out}")
+
+
+@app.command()
+def select(recipe: RecipePath, out: Out, arm: Arm = None, settings: Settings = None) -> None:
+    """Choose a training set as the paper does, by the recipe's [select]: problems that are hard for
+    the solver, answered in the right form, and solved by the critic; with splits and a data card."""
+    loaded = _load(recipe, settings, arm)
+    if arm is None:  # arms share solver and problems; the one with a critic knows all
+        arms = {name: loaded.recipe(name, seed=0) for name in loaded.arms}
+        arm = next((name for name, own in arms.items() if own.critic), next(iter(arms)))
+    _select(loaded.recipe(arm, seed=0), loaded.select, out)
 
 
 @app.command()
@@ -368,6 +391,21 @@ def _train(recipe: Recipe, folder: Path) -> None:
 
     model = f"\nmodel:  {folder / 'model'}" if recipe.train.steps else ""
     typer.echo(f"run:    {folder}{model}\nreport: {write_report(folder)}")
+
+
+def _select(recipe: Recipe, chosen: SelectConfig, folder: Path) -> None:
+    from selfteach.progress import selection_progress
+    from selfteach.selection import card_of
+    from selfteach.selection import select as run
+
+    with selection_progress() as progress:
+        for standing in run(recipe, chosen, folder):
+            progress(standing)
+    card = card_of(folder)
+    out = ", ".join(f"{count:,} {name}" for name, count in card["out"].items())
+    dropped = ", ".join(f"{count:,} {name}" for name, count in card["filters"].items())
+    typer.echo(f"problems: {card['in']:,} in, {dropped}, {card['kept']:,} kept: {out}")
+    typer.echo(f"card:     {folder / 'README.md'}")
 
 
 def _load(path: Path, settings: list[str] | None, arm: str | None = None) -> Study:

@@ -18,20 +18,22 @@ def collate(
     """Micro-batches of at most ``micro_batch_tokens`` padded tokens (a longer lesson stands alone).
 
     Lessons of which no token counts are left out: they have no gradient, and a denominator that
-    counts them does not need them here. Rows are ordered by length, so that little is padded; the
-    split changes neither loss nor gradient, since every sum is divided by one global count.
+    counts them does not need them here. Rows are ordered by length, so that little is padded, those
+    without a teacher apart; the split changes neither loss nor gradient, since every weight has its
+    global denominator in it.
     """
     pairs = [
         (lesson, signal)
         for lesson, signal in zip(lessons, signals, strict=True)
         if any(signal.weights)
     ]
-    pairs.sort(key=lambda pair: _length(pair[0]))
+    pairs.sort(key=lambda pair: (_has_teacher(pair[0]), _length(pair[0])))
     batches: list[Batch] = []
     start = 0
     for stop in range(1, len(pairs) + 1):
         full = stop == len(pairs) or (
             _length(pairs[stop][0]) * (stop + 1 - start) > micro_batch_tokens
+            or _has_teacher(pairs[stop][0]) != _has_teacher(pairs[start][0])
         )
         if full:
             batches.append(_batch(pairs[start:stop], pad_id))
@@ -63,6 +65,10 @@ def check_same_tokens(batch: Batch) -> None:
             raise AlignmentError(f"the {name}'s sequence does not hold the answers' token ids")
 
 
+def _has_teacher(lesson: Lesson) -> bool:
+    return lesson.teacher_prompt_ids is not None
+
+
 def _length(lesson: Lesson) -> int:
     """Tokens of a lesson's student and teacher sequences together."""
     answer = len(lesson.rollout.answer_ids)
@@ -78,6 +84,7 @@ def _batch(pairs: Sequence[tuple[Lesson, Signal]], pad_id: int) -> Batch:
     teacher_prompts = [lesson.teacher_prompt_ids for lesson, _ in pairs]
     told = [prompt for prompt in teacher_prompts if prompt is not None]
     assert len(told) in (0, len(pairs)), "lessons with and without a teacher do not mix"
+    shares = [signal.shares for _, signal in pairs if signal.shares is not None]
     batch = Batch(
         student=sequences([rollout.prompt_ids for rollout in rollouts], answers, pad_id),
         teacher=sequences(told, answers, pad_id) if told else None,
@@ -87,6 +94,7 @@ def _batch(pairs: Sequence[tuple[Lesson, Signal]], pad_id: int) -> Batch:
             [signal.advantage for _, signal in pairs for _ in signal.weights], dtype=torch.float32
         ),
         sampled_logp_N=torch.tensor([logp for rollout in rollouts for logp in rollout.logps]),
+        share_N=torch.tensor([share for own in shares for share in own]) if shares else None,
     )
     check_same_tokens(batch)
     return batch

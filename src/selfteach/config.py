@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args
 from pydantic import Field, field_validator, model_validator
 
 from selfteach.config_critic import CriticConfig
+from selfteach.config_data import DataConfig, LabData
+from selfteach.config_objective import DistillationConfig, ObjectiveConfig, terms
 from selfteach.settings import Section
 
 ContextName = Literal[
@@ -21,6 +23,8 @@ ContextName = Literal[
     "answer_only",
     "shuffled_lines",
     "other_answer",
+    "peer",
+    "environment",
 ]
 CONTEXTS: tuple[ContextName, ...] = get_args(ContextName)
 
@@ -86,50 +90,6 @@ class ModelConfig(Section):
         return None if value is False else value
 
 
-class LabData(Section):
-    """Problems of the lab; the world is the model's own unless named."""
-
-    type: Literal["lab"] = "lab"
-    world: str | None = None
-    chance_below: float = Field(default=1.0, gt=0, le=1)
-    """Keep only problems that the solver's authors get right with a probability below this (the
-    paper keeps those with an Avg@16 of its solver below 5/16)."""
-    train: int = Field(default=2048, ge=1)
-    validation: int = Field(default=96, ge=1)
-    test: int = Field(default=192, ge=1)
-
-
-class ChainSumsData(Section):
-    """``chain_sum`` of reasoning-gym: add and subtract from left to right, one step per line."""
-
-    type: Literal["chain_sums"] = "chain_sums"
-    seed: int = 0
-    min_terms: int = Field(default=3, ge=2)
-    max_terms: int = Field(default=4, ge=2)
-    max_digits: int = Field(default=2, ge=1)
-    shots: int = Field(default=2, ge=0)
-    """Worked examples that stand before every question."""
-    train: int = Field(default=512, ge=1)
-    validation: int = Field(default=32, ge=1)
-    test: int = Field(default=64, ge=1)
-
-
-class JsonlData(Section):
-    """Problem sets as JSON lines: ``question`` and ``answer``, optionally ``id`` and ``reference``."""
-
-    type: Literal["jsonl"]
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    verifier: Literal["exact", "math"] = "exact"
-    steps: Literal["tags", "lines", "paragraphs", "sentences"] = "tags"
-    """What a step of an answer is: a tag ``<step_1>…</step_1>``, or for models that will not use tags
-    (template set ``free``) a line, a paragraph or a sentence."""
-
-
-DataConfig = Annotated[Union[LabData, ChainSumsData, JsonlData], Field(discriminator="type")]  # noqa: UP007
-
-
 class SamplingConfig(Section):
     """How the solver answers while it learns."""
 
@@ -143,6 +103,20 @@ class ContextConfig(Section):
     """What the self-teacher is shown."""
 
     type: ContextName = "step_aligned"
+    fall_back: ContextName | None = None
+    """What is shown of an answer that has no context of this type (SDPO: ``environment`` where no
+    ``peer`` is right)."""
+
+    @property
+    def names(self) -> tuple[ContextName, ...]:
+        """All kinds that may be shown."""
+        return (self.type,) if self.fall_back is None else (self.type, self.fall_back)
+
+    @model_validator(mode="after")
+    def _two_kinds(self) -> ContextConfig:
+        if self.fall_back is not None and self.fall_back in (self.type, "none"):
+            raise ValueError('fall_back is another context than type, and not "none"')
+        return self
 
 
 class InitialTeacher(Section):
@@ -174,50 +148,6 @@ class TrustRegionTeacher(Section):
 
 TeacherConfig = Annotated[
     Union[InitialTeacher, LiveTeacher, EmaTeacher, TrustRegionTeacher],  # noqa: UP007
-    Field(discriminator="type"),
-]
-
-
-class DistillationConfig(Section):
-    """Move the student towards the self-teacher."""
-
-    type: Literal["distillation"] = "distillation"
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
-    """forward_kl = KL(teacher‖student), reverse_kl = KL(student‖teacher)."""
-    beta: float = 0.5
-    jsd_scaled: bool = False
-    """Divide the JSD by β(1−β): the convention whose ends are the two KLs."""
-    support: Literal["full", "top_k", "sampled"] = "full"
-    top_k: int | None = Field(default=None, ge=1)
-    top_k_from: Literal["student", "teacher"] = "student"
-    clip: float | None = Field(default=None, gt=0)
-    """Upper cap of each vocabulary entry's term (OPSD: 0.05)."""
-    temperature: float = Field(default=1.0, gt=0)
-    control_variate: bool = False
-    gate: Literal["all", "wrong", "right"] = "all"
-    """Which answers teach, by their verdict."""
-    from_first_error: bool = False
-    """Only tokens from the first wrong step on (ROSD); right answers then teach nothing."""
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    importance_cap: float | None = Field(default=None, gt=0)
-    """Truncated importance weight min(π_train/π_engine, cap) on every token."""
-
-
-class GrpoConfig(Section):
-    """Group-relative policy optimisation on the binary verdict."""
-
-    type: Literal["grpo"]
-    normalise: Literal["std", "none"] = "std"
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    clip_high: float = Field(default=0.2, ge=0)
-    kl_weight: float = Field(default=0.0, ge=0)
-    """Weight of the k3 estimate of KL(policy‖initial policy)."""
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    importance_cap: float | None = Field(default=None, gt=0)
-
-
-ObjectiveConfig = Annotated[
-    Union[DistillationConfig, GrpoConfig],  # noqa: UP007
     Field(discriminator="type"),
 ]
 
@@ -291,6 +221,12 @@ class Recipe(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @field_validator("critic", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: object) -> object:
+        """``critic = false`` in an arm takes away the critic that others share."""
+        return None if value is False else value
+
     @model_validator(mode="before")
     @classmethod
     def _default_types(cls, values: Any) -> Any:
@@ -312,27 +248,36 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sensible(self) -> Recipe:
-        needs_critic = self.context.type in CRITIC_CONTEXTS
-        if needs_critic and self.critic is None:
-            raise ValueError(
-                f'context "{self.context.type}" needs a critic: add [critic] type = "oracle"'
-            )
-        if isinstance(self.objective, DistillationConfig):
-            if self.context.type == "none" and self.train.steps > 0:
-                raise ValueError(
-                    'distillation with context "none" has nothing to teach: choose a context, '
-                    'for example [context] type = "step_aligned"'
-                )
-            if self.objective.from_first_error and self.critic is None:
-                raise ValueError("from_first_error needs a critic to say where the first error is")
-        elif self.context.type != "none":
+        told, rewarded = terms(self.objective)
+        for name in self.context.names:
+            if name in CRITIC_CONTEXTS and self.critic is None:
+                raise ValueError(f'context "{name}" needs a critic: add [critic] type = "oracle"')
+        if told is None and self.context.type != "none":
             raise ValueError(f'grpo takes no context, found context "{self.context.type}"')
-        elif self.train.answers_per_problem < 2:
+        if told is not None and self.train.steps > 0:
+            _can_teach(told, self)
+        few = self.train.answers_per_problem < 2
+        if rewarded is not None and few:
             raise ValueError("grpo needs at least 2 answers_per_problem to compare")
+        if "peer" in self.context.names and few:
+            raise ValueError('context "peer" needs at least 2 answers_per_problem')
         return self
 
 
+def _can_teach(told: DistillationConfig, recipe: Recipe) -> None:
+    if recipe.context.type == "none":
+        raise ValueError(
+            'distillation with context "none" has nothing to teach: choose a context, '
+            'for example [context] type = "step_aligned"'
+        )
+    if told.needs_critique and recipe.critic is None:
+        gate = "from_first_error" if told.from_first_error else "spans"
+        raise ValueError(f"{gate} needs a critic to say where the first error is")
+
+
 CRITIC_CONTEXTS = frozenset(
-    name for name in CONTEXTS if name not in ("none", "reference", "aligned_reference")
+    name
+    for name in CONTEXTS
+    if name not in ("none", "reference", "aligned_reference", "peer", "environment")
 )
 """Contexts that are made from a critique."""

@@ -76,6 +76,10 @@ class EndpointConfig(TextCriticConfig):
     price_completion: float = Field(default=0.0, ge=0)
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """What the server takes beyond OpenAI's parameters, like ``chat_template_kwargs``."""
+    control_tokens: tuple[Annotated[str, Field(min_length=2)], ...] = ()
+    """Control tokens of the served model beyond those of the common families (``<|…|>``, ``[INST]``,
+    ``<start_of_turn>``, …): its tokenizer would obey them in an answer, so they are broken by a
+    character without width before they are sent."""
 
 
 class LocalCriticConfig(TextCriticConfig):

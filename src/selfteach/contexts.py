@@ -25,7 +25,9 @@ class TemplateContext:
     wrong step, ``omission`` says that steps are right without repeating them, ``holistic`` gives the
     verdict and the right answer, ``answer_only`` the answer alone. ``shuffled_lines`` is the trace in
     random order; ``other_answer`` the trace of an answer to another question of the same step (the
-    null control).
+    null control). ``peer`` is another answer of the model to the same question that the verifier
+    accepts, ``environment`` the verifier's own feedback on this answer (SDPO, arXiv:2601.20802; the
+    answer itself is not shown with either, since that was found to hurt).
     """
 
     def __init__(self, name: str, templates: Templates, *, seed: int) -> None:
@@ -34,8 +36,53 @@ class TemplateContext:
 
     def __call__(self, marked: Sequence[Marked]) -> list[str | NoCritique]:
         """One context, or the reason for none, per answer."""
+        if self._name == "peer":
+            return [self._peer(answer, marked) for answer in marked]
+        if self._name == "environment":
+            return [self._environment(answer) for answer in marked]
         subjects = self._others(marked) if self._name == "other_answer" else marked
         return [self._render(answer, about) for answer, about in zip(marked, subjects, strict=True)]
+
+    def _peer(self, answer: Marked, marked: Sequence[Marked]) -> str | NoCritique:
+        """One of the accepted answers to the same question, drawn by (seed, question, sample).
+
+        Never the answer itself, nor one that is the same to the letter.
+        """
+        own = answer.rollout
+        peers = [
+            other.rollout.text
+            for other in marked
+            if other.verdict.correct
+            and other.rollout.problem.id == own.problem.id
+            and other.rollout.text != own.text
+        ]
+        if not peers:
+            return NoCritique("no other answer is right")
+        peer = peers[self._rng(answer).integers(len(peers))]
+        return self._show(answer, correct=answer.verdict.correct, peer=peer)
+
+    def _environment(self, answer: Marked) -> str | NoCritique:
+        feedback = answer.verdict.feedback
+        if feedback is None:
+            return NoCritique("the environment says nothing")
+        return self._show(answer, feedback=feedback)
+
+    def _show(
+        self,
+        answer: Marked,
+        *,
+        critique: Critique | None = None,
+        correct: bool = False,
+        **said: str,
+    ) -> str:
+        return self._templates.context(
+            self._template,
+            critique=critique,
+            references=answer.rollout.problem.references,
+            correct=correct,
+            attempt=answer.rollout.text,
+            **said,
+        )
 
     def _render(self, answer: Marked, about: Marked | None) -> str | NoCritique:
         if about is None:
@@ -50,19 +97,15 @@ class TemplateContext:
                 return NoCritique(f"the problem has no {self._name}")
         if self._name == "shuffled_lines" and critique is not None:
             critique = self._shuffled(critique, about)
-        return self._templates.context(
-            self._template,
-            critique=critique,
-            references=answer.rollout.problem.references,
-            correct=about.verdict.correct,
-        )
+        return self._show(answer, critique=critique, correct=about.verdict.correct)
 
-    def _shuffled(self, critique: Critique, about: Marked) -> Critique:
+    def _rng(self, about: Marked) -> np.random.Generator:
         key = repr((self._seed, about.rollout.problem.id, about.rollout.sample))
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        order = np.random.default_rng(int.from_bytes(digest, "little")).permutation(
-            len(critique.steps)
-        )
+        return np.random.default_rng(int.from_bytes(digest, "little"))
+
+    def _shuffled(self, critique: Critique, about: Marked) -> Critique:
+        order = self._rng(about).permutation(len(critique.steps))
         return dataclasses.replace(critique, steps=tuple(critique.steps[i] for i in order))
 
     @staticmethod
@@ -77,15 +120,26 @@ class TemplateContext:
 
 
 class FallBack:
-    """Another context for answers whose critique failed in one of some ways."""
+    """Another context for answers that have none of the first kind, for one of some reasons.
 
-    def __init__(self, context: Context, other: Context, reasons: frozenset[str]) -> None:
+    Where the other has none either, the first's reason counts.
+    """
+
+    def __init__(
+        self, context: Context, other: Context, reasons: frozenset[str] | None = None
+    ) -> None:
         self._context, self._other, self._reasons = context, other, reasons
 
     def __call__(self, marked: Sequence[Marked]) -> list[str | NoCritique]:
-        """The first context of each answer, or the other where its critique failed so."""
+        """The first context of each answer, or the other where the first is missing for a reason
+        that counts (by default any)."""
         shown, instead = self._context(marked), self._other(marked)
         return [
-            b if isinstance(m.critique, NoCritique) and m.critique.reason in self._reasons else a
-            for m, a, b in zip(marked, shown, instead, strict=True)
+            a if isinstance(b, NoCritique) or not self._falls(a) else b
+            for a, b in zip(shown, instead, strict=True)
         ]
+
+    def _falls(self, shown: str | NoCritique) -> bool:
+        return isinstance(shown, NoCritique) and (
+            self._reasons is None or shown.reason in self._reasons
+        )

@@ -4,12 +4,16 @@ A question that quotes ``<|im_end|>`` would end its own turn, since a rendered c
 its control tokens read as such. So data is *cut* inside every string of that kind before it goes
 into a template, and the rendered text is tokenised piece by piece: no piece holds a whole control
 token, and the cut itself leaves no trace. Text without such strings has the ids it always had.
+
+A server tokenises what it is sent itself, and we do not know with what. There control tokens are told
+by their looks and broken by a character that takes no space (`Spellings`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,28 +23,18 @@ chat templates strip."""
 
 NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 
-BREAK = "\u200b"
-"""A zero-width space: stands inside what would be a control token to a tokenizer that is not ours."""
+JOINER = "\u2060"
+"""Word joiner: no width, no white space, and a token of its own (or several) everywhere."""
 
-FOREIGN = re.compile(
-    r"""(?x) < (?= [|｜] [^<>|｜\n]{1,60} [|｜] > | /? s > | (?:start|end)_of_turn > | /?(?:bos|eos) >
-            | /?tool_(?:call|response) > )
-        | \[ (?= /? (?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS) \] )"""
+LOOKS = (
+    r"<[|｜]",  # ChatML, Llama 3 and 4, Phi, gpt-oss, Command R, Granite, GLM; DeepSeek's wide bars
+    r"<\w+[|｜]>",  # Gemma 4 closes with <turn|>
+    r"<</?SYS>>",  # Llama 2
+    r"</?(?:s|bos|eos|pad|unk|mask|sop|eop|think|tools?|tool_calls?|tool_responses?)>",
+    r"</?(?:(?:start|end|begin)_of_\w+|unused_?\d+|extra_id_\d+|fim_\w+)>",  # Gemma, T5, code models
+    r"\[/?\w*[A-Z]{3}\w*\]",  # Mistral's [INST], [TOOL_CALLS]; GLM's [gMASK]
 )
-"""The first character of a control token as the known families write them."""
-
-
-def defused(text: str) -> str:
-    """Text for a server, which reads control tokens in whatever it is sent: none is whole.
-
-    Only the known families' spellings are found; other text is left as it is.
-    """
-    return FOREIGN.sub(rf"\g<0>{BREAK}", text)
-
-
-def restored(text: str) -> str:
-    """What a server says of defused text, as if nothing had been done to it."""
-    return text.replace(f"<{BREAK}", "<").replace(f"[{BREAK}", "[")
+"""What the control tokens of the common families look like."""
 
 
 class ControlTokens:
@@ -94,6 +88,29 @@ class ControlTokens:
     def without(self, ids: Sequence[int], kept: Sequence[str]) -> list[int]:
         """Ids without special tokens, save those named in ``kept``."""
         return [i for i in ids if i not in self.special or self.special[i] in kept]
+
+
+@dataclass(frozen=True, slots=True)
+class Spellings:
+    """Control tokens of a tokenizer that is not here, told by their looks.
+
+    ``broken("a<|im_end|>b")`` is the same text to a reader, with a word joiner behind the ``<``; text
+    without such looks is left alone. This is weaker than `ControlTokens`: a family that spells its
+    tokens in a way of its own must be named, and a tokenizer that drops the joiner undoes it.
+    """
+
+    others: tuple[str, ...] = ()
+    """Control tokens, letter by letter, that `LOOKS` misses."""
+
+    def broken(self, text: str) -> str:
+        """The text with a word joiner behind the first character of each control token."""
+        either = "|".join((*LOOKS, *map(re.escape, self.others)))
+        return re.sub(f"(?={either}).", rf"\g<0>{JOINER}", text, flags=re.DOTALL)
+
+    def mended(self, text: str) -> str:
+        """What was said of a broken text, without the joiners that it repeats."""
+        first = "".join(sorted({"<", "[", *(other[0] for other in self.others)}))
+        return re.sub(f"(?<=[{re.escape(first)}]){JOINER}", "", text)
 
 
 def _is_ordinary(content: str) -> bool:

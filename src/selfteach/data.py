@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from selfteach import chain_sums, steps, verifiers
-from selfteach.config import ChainSumsData, DataConfig, JsonlData, LabData
+from selfteach.config_data import (
+    AnswerReading,
+    ChainSumsData,
+    DataConfig,
+    FilesData,
+    GymData,
+    HubData,
+    LabData,
+)
 from selfteach.errors import DataError
 from selfteach.lab import task as lab_task
 from selfteach.lab.world import World
 from selfteach.lab.worlds import WORLDS, world_of
+from selfteach.problem_sets.audit import Audit, audit
+from selfteach.problem_sets.columns import with_mapping
+from selfteach.problem_sets.gym import generate
+from selfteach.problem_sets.reading import read_problem_sets
 from selfteach.protocols import Verifier
 from selfteach.types import Critique, Problem
 
@@ -51,6 +61,10 @@ class Task:
     oracle: OracleFn | None
     templates: str
     """The template set that suits these problems, unless the recipe names another."""
+    form: verifiers.Form = field(default_factory=verifiers.Form)
+    """How an answer to these problems is written, and when two of them are one."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Rows read, and what was left out of the problem set, by reason."""
 
     def problems(self, split: Split) -> tuple[Problem, ...]:
         """One split. Raises `DataError` if it is empty."""
@@ -60,37 +74,50 @@ class Task:
         return chosen
 
 
-def load_task(config: DataConfig, model_folder: str) -> Task:
-    """The task a recipe names. Raises `DataError` in one line for whatever is wrong with it."""
+def load_task(config: DataConfig, model_folder: str, *, may_be_empty: bool = False) -> Task:
+    """The task a recipe names. Raises `DataError` in one line for whatever is wrong with it.
+
+    A task that ``may_be_empty`` needs no source: it only says how answers are read.
+    """
     match config:
         case LabData():
             return _lab(config, model_folder)
         case ChainSumsData():
             return _chain_sums(config)
-        case JsonlData():
-            return _jsonl(config)
+        case FilesData() | HubData():
+            config = with_mapping(config)
+            splits, counts = read_problem_sets(config, may_be_none=may_be_empty)
+        case GymData():
+            splits, counts = generate(config), {}
+    world = config.world if isinstance(config, FilesData) else None
+    kind = _kind(config.verifier, config, world, model_folder)
+    train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
+    _check_meta(config.verifier, [*train, *validation, *test])
+    task = Task(train, validation, test, counts=counts, **kind)
+    return task if config.unsound == "warn" else _sound(task, drop=config.unsound == "drop")
 
 
-def read_jsonl(path: Path) -> tuple[Problem, ...]:
-    """Problems from JSON lines with ``question`` and ``answer``; ``id`` and ``reference`` if given.
+def check_answers(task: Task) -> Audit:
+    """Whether the task's verifier accepts every problem's own answer and rejects it corrupted."""
+    return audit([*task.train, *task.validation, *task.test], task.verify, task.form.write)
 
-    Raises `DataError` naming the line for anything else.
-    """
-    try:
-        rows = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such problem set") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    problems = []
-    for number, row in enumerate(rows, start=1):
-        if row.strip():
-            problems.append(_problem(row, f"{path}:{number}", f"{path.stem}-{number}"))
-    if not problems:
-        raise DataError(f"{path}: the problem set is empty")
-    if len({problem.id for problem in problems}) < len(problems):
-        raise DataError(f"{path}: two problems have the same id")
-    return tuple(problems)
+
+def describe_problems(task: Task, *, most: int = 5) -> Iterator[str]:
+    """Lines for a person: what was read and left out, and what the audit of the answers found."""
+    if task.counts:
+        yield "source: " + ", ".join(f"{count:,} {name}" for name, count in task.counts.items())
+    found = check_answers(task)
+    without = f", {found.without_answer:,} have none" if found.without_answer else ""
+    yield (
+        f"answers: {found.checked:,} tried{without}; the verifier misjudges "
+        f"{len(found.unsound):,} of the problems"
+    )
+    for finding in found.findings[:most]:
+        yield f"warning: {finding}"
+    if len(found.findings) > most:
+        yield f"warning: and {len(found.findings) - most:,} more"
+    if found.findings:
+        yield 'data.unsound = "drop" leaves such problems out, "stop" refuses to begin'
 
 
 def training_order(count: int, seed: int, problems_per_step: int) -> Iterator[list[int]]:
@@ -110,37 +137,42 @@ def training_order(count: int, seed: int, problems_per_step: int) -> Iterator[li
         waiting = waiting[per_step:]
 
 
-def _problem(row: str, where: str, default_id: str) -> Problem:
-    try:
-        fields = json.loads(row)
-        question, answer = str(fields["question"]), str(fields["answer"])
-    except (ValueError, TypeError):
-        raise DataError(f"{where}: not a JSON object") from None
-    except KeyError as missing:
-        raise DataError(f"{where}: no field {missing}; needed: question, answer") from None
-    if not question.strip():
-        raise DataError(f"{where}: the question is empty")
-    references = {k: str(fields[k]) for k in ("reference", "aligned_reference") if fields.get(k)}
-    return Problem(str(fields.get("id", default_id)), question, answer, references)
-
-
 def _lab(config: LabData, model_folder: str) -> Task:
-    if config.world is None:
-        world = world_of(model_folder)
-    elif config.world in WORLDS:
-        world = World(WORLDS[config.world])
-    else:
-        raise DataError(f"data.world = {config.world!r}: known worlds: {', '.join(WORLDS)}")
-    below = config.chance_below
+    world, below = _world(config.world, model_folder), config.chance_below
     return Task(
         train=lab_task.problems(world, "train", config.train, chance_below=below),
         validation=lab_task.problems(world, "validation", config.validation, chance_below=below),
         test=lab_task.problems(world, "test", config.test, chance_below=below),
-        verify=lab_task.verify,
-        split_steps=steps.lab,
-        oracle=lab_task.Oracle(world),
-        templates="lab",
+        **_of_lab(world),
     )
+
+
+def _of_lab(world: World) -> dict[str, Any]:
+    return {
+        "verify": lab_task.StepVerifier(world),
+        "form": verifiers.Form(lab_task.write_answer),
+        "split_steps": steps.lab,
+        "oracle": lab_task.Oracle(world),
+        "templates": "lab",
+    }
+
+
+def _world(name: str | None, model_folder: str) -> World:
+    if name is None:
+        return world_of(model_folder)
+    if name in WORLDS:
+        return World(WORLDS[name])
+    raise DataError(f"data.world = {name!r}: known worlds: {', '.join(WORLDS)}")
+
+
+CHAIN_SUMS = {
+    "verify": chain_sums.verify,
+    "form": verifiers.Form(chain_sums.write_answer),
+    "split_steps": chain_sums.split_spans,
+    "oracle": chain_sums.criticise,
+    "templates": "chain_sums",
+}
+"""What belongs to chain sums, as fields of a `Task`."""
 
 
 def _chain_sums(config: ChainSumsData) -> Task:
@@ -149,30 +181,55 @@ def _chain_sums(config: ChainSumsData) -> Task:
         min_terms=config.min_terms, max_terms=config.max_terms, max_digits=config.max_digits,
         train=config.train, validation=config.validation, test=config.test,
     )  # fmt: skip
-    return Task(
-        train, validation, test,
-        verify=chain_sums.verify,
-        split_steps=chain_sums.split_spans,
-        oracle=chain_sums.criticise,
-        templates="chain_sums",
-    )  # fmt: skip
+    return Task(train, validation, test, **CHAIN_SUMS)
 
 
-def _jsonl(config: JsonlData) -> Task:
-    def read(path: str | None) -> tuple[Problem, ...]:
-        return read_jsonl(Path(path)) if path else ()
-
-    compare: dict[str, Callable[[], Verifier]] = {
-        "exact": lambda: verifiers.exact,
-        "math": verifiers.math,
+def _kind(
+    verifier: str, reading: AnswerReading, world: str | None, model_folder: str
+) -> dict[str, Any]:
+    """What belongs to problems of one kind, as fields of a `Task`."""
+    if verifier == "lab":
+        return _of_lab(_world(world, model_folder))
+    if verifier == "chain_sums":
+        return dict(CHAIN_SUMS)
+    judge, form = verifiers.build_verifier(verifier, reading.answer_in)
+    return {
+        "verify": judge,
+        "form": form,
+        "split_steps": steps.SPLITTERS[reading.steps],
+        "oracle": None,
+        "templates": "steps" if reading.steps == "tags" else "free",
     }
-    return Task(
-        read(config.train), read(config.validation), read(config.test),
-        verify=compare[config.verifier](),
-        split_steps=steps.SPLITTERS[config.steps],
-        oracle=None,
-        templates="steps" if config.steps == "tags" else "free",
-    )  # fmt: skip
+
+
+def _check_meta(verifier: str, problems: Sequence[Problem]) -> None:
+    """Raises `DataError` for the first problem that lacks what its verifier or oracle reads."""
+    needed = {"reasoning_gym": ("reasoning_gym",), "chain_sums": ("terms", "signs")}
+    for problem in problems:
+        for key in needed.get(verifier, ()):
+            if key not in problem.meta:
+                raise DataError(
+                    f'data.verifier = "{verifier}": problem {problem.id!r} did not come from there; '
+                    f"its meta has no {key!r}"
+                )
+
+
+def _sound(task: Task, *, drop: bool) -> Task:
+    """The task without the problems its verifier cannot judge. Raises `DataError` unless they may
+    be left out."""
+    found = check_answers(task)
+    if not found.findings:
+        return task
+    if not drop:
+        raise DataError(
+            f"{found.findings[0]}, and {len(found.unsound) - 1} more problems are like it; "
+            'data.unsound = "drop" leaves them out'
+        )
+    kept = {
+        name: tuple(p for p in getattr(task, name) if p.question not in found.unsound)
+        for name in ("train", "validation", "test")
+    }
+    return replace(task, **kept, counts={**task.counts, "unsound": len(found.unsound)})
 
 
 def known_ids(problems: Sequence[Problem]) -> dict[str, Problem]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,8 +70,12 @@ def evaluate(
     step: int = 0,
     batch_answers: int = 256,
     journal: RunFolder | None = None,
+    same: Callable[[str, str], bool] = operator.eq,
 ) -> Evaluation:
-    """Answer each problem ``sampling.samples`` times and judge the answers."""
+    """Answer each problem ``sampling.samples`` times and judge the answers.
+
+    ``same`` says when two final answers are one, so that a majority does not depend on spelling.
+    """
     k = sampling.samples
     sampled = sample_batches(
         engine, problems, sampling, batch_answers=batch_answers,
@@ -89,7 +94,20 @@ def evaluate(
         problem_ids=[problem.id for problem in problems],
         correct=by_problem([verdict.correct for verdict in verdicts]),
         formatted=by_problem([verdict.formatted for verdict in verdicts]),
-        parsed=by_problem([verdict.parsed for verdict in verdicts]),
+        parsed=[one_vote(row, same) for row in by_problem([v.parsed for v in verdicts])],
         finished=by_problem([rollout.finished for rollout in rollouts]),
         lengths=by_problem([len(rollout.answer_ids) for rollout in rollouts]),
     )
+
+
+def one_vote(parsed: Sequence[str | None], same: Callable[[str, str], bool]) -> list[str | None]:
+    """Each answer as the first of the row that is the same; None is no vote and stays."""
+    firsts: list[str] = []
+    votes: list[str | None] = []
+    for answer in parsed:
+        if answer is not None and answer not in firsts:
+            answer = next((first for first in firsts if same(first, answer)), answer)
+            if answer not in firsts:
+                firsts.append(answer)
+        votes.append(answer)
+    return votes

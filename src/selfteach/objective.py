@@ -1,18 +1,21 @@
-"""The two objectives, behind one seam: distillation from the self-teacher, and GRPO.
+"""The objectives, behind one seam: distillation from the self-teacher, GRPO, and both at once.
 
-Both say how much each token counts (`weigh`) and what is lost on it (`per_token`); the sum is
-divided by one count over all ranks and micro-batches, so that no split of a batch changes anything.
+All say what they divide by (`count`), how much each token counts (`weigh`) and what is lost on it
+(`per_token`). The loss is the sum of weights times losses; counts are those of all ranks and
+micro-batches, so that no split of a step changes anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from selfteach import divergence
+from selfteach.gates import Gate
 from selfteach.policy_gradient import (
     clipped_surrogate,
     group_advantages,
@@ -23,12 +26,13 @@ from selfteach.policy_gradient import (
 from selfteach.types import Batch, Critique, Lesson, Signal
 
 Aggregation = Literal["token_mean", "sequence_mean"]
-Gate = Literal["all", "wrong", "right"]
+Masks = Sequence[Sequence[float]]
+"""One number per token of each lesson: 1 where it counts, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """Divergence between the student and the self-teacher, on the tokens that pass the gates.
+    """Divergence between the student and the self-teacher, on the tokens that pass the gate.
 
     Token mean: every token that passes counts alike. Sequence mean: every answer with such a token
     counts alike. A lesson that is gated out, or was dropped, is absent from the denominator too.
@@ -36,27 +40,25 @@ class Distillation:
 
     spec: divergence.Divergence
     sampling_temperature: float
-    gate: Gate = "all"
-    from_first_error: bool = False
+    gate: Gate = field(default_factory=Gate)
     aggregation: Aggregation = "token_mean"
     importance_cap: float | None = None
     needs_teacher: bool = True
 
-    def weigh(self, lessons: Sequence[Lesson]) -> tuple[list[Signal], float]:
-        """Weights by gate; the denominator is the number of tokens (answers) that count."""
-        masks = [self._mask(lesson) for lesson in lessons]
-        return _aggregate(masks, [0.0] * len(masks), self.aggregation)
+    def masks(self, lessons: Sequence[Lesson]) -> list[list[float]]:
+        """The tokens that pass the gate."""
+        return [self.gate.mask(lesson) for lesson in lessons]
 
-    def _mask(self, lesson: Lesson) -> list[float]:
-        length = len(lesson.rollout.answer_ids)
-        correct = lesson.marked.verdict.correct
-        shut_out = (self.gate == "wrong" and correct) or (self.gate == "right" and not correct)
-        if lesson.teacher_prompt_ids is None or shut_out:
-            return [0.0] * length
-        begin = lesson.scored_from
-        if self.from_first_error:
-            begin = length if lesson.first_error_token is None else lesson.first_error_token
-        return [0.0] * begin + [1.0] * (length - begin)
+    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+        """Tokens (answers) that count."""
+        return (total(self.masks(lessons), self.aggregation),)
+
+    def weigh(
+        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int = 0
+    ) -> list[Signal]:
+        """Weights by gate."""
+        weights = share_out(self.masks(lessons), counts[0], self.aggregation)
+        return [Signal(tuple(own)) for own in weights]
 
     def per_token(
         self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
@@ -101,21 +103,34 @@ class Grpo:
         """Only a penalty towards the initial policy asks for one."""
         return self.kl_weight > 0
 
-    def weigh(self, lessons: Sequence[Lesson]) -> tuple[list[Signal], float]:
-        """Advantages within each question's group; the denominator counts all tokens (answers)."""
-        advantages = group_advantages(
+    def masks(self, lessons: Sequence[Lesson]) -> list[list[float]]:
+        """All tokens that are scored, also those of groups that score alike."""
+        return [
+            [float(i >= lesson.scored_from) for i in range(len(lesson.rollout.answer_ids))]
+            for lesson in lessons
+        ]
+
+    def advantages(self, lessons: Sequence[Lesson]) -> list[float]:
+        """How each answer compares with the others to its question."""
+        return group_advantages(
             [float(lesson.marked.verdict.correct) for lesson in lessons],
             [lesson.rollout.problem.id for lesson in lessons],
             normalise=self.normalise,
         )
-        masks = [
-            [float(i >= lesson.scored_from) for i in range(len(lesson.rollout.answer_ids))]
-            for lesson in lessons
+
+    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+        """All tokens (answers)."""
+        return (total(self.masks(lessons), self.aggregation),)
+
+    def weigh(
+        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int = 0
+    ) -> list[Signal]:
+        """Advantages within each question's group; without one, and a penalty, nothing to do."""
+        weights = share_out(self.masks(lessons), counts[0], self.aggregation)
+        return [
+            Signal(tuple(own) if advantage or self.needs_teacher else (0.0,) * len(own), advantage)
+            for own, advantage in zip(weights, self.advantages(lessons), strict=True)
         ]
-        signals, denominator = _aggregate(masks, advantages, self.aggregation)
-        if not self.needs_teacher:
-            signals = [s if s.advantage else Signal((0.0,) * len(s.weights)) for s in signals]
-        return signals, denominator
 
     def per_token(
         self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
@@ -139,6 +154,95 @@ class Grpo:
         return {"loss": loss_C, **said}
 
 
+@dataclass(frozen=True, slots=True)
+class Anneal:
+    """A weight that goes from ``start`` to ``end`` in a straight line and stays there.
+
+    It depends on the number of updates alone, so that a resumed run repeats itself.
+    """
+
+    start: float
+    end: float
+    updates: int = 0
+    """Updates after which the end is reached; 0: there from the first."""
+
+    def __call__(self, update: int) -> float:
+        """The weight after ``update`` updates."""
+        done = min(1.0, update / self.updates) if self.updates else 1.0
+        return (1 - done) * self.start + done * self.end
+
+
+@dataclass(frozen=True, slots=True)
+class Hybrid:
+    """w L_distillation + v L_grpo, each a mean over a count of its own.
+
+    w is ``weight`` at the update that the step begins with; v is ``grpo_weight``, or 1 − w where
+    that is None: a mixture, which is GRPO at w = 0 and distillation at w = 1. With
+    ``grpo_tokens = "others"`` GRPO has the tokens that pass distillation's gate neither in its sum
+    nor in its count (TRACE, arXiv:2605.10194). An answer without a teacher's prompt learns by GRPO.
+
+    Both share one pass: a token's weight is a + b, with a = w m_d / n_d and b = v m_g / n_g of the
+    masks m and counts n, and its loss the mean of both in the proportion a : b.
+    """
+
+    distillation: Distillation
+    grpo: Grpo
+    weight: Anneal
+    grpo_weight: float | None = None
+    grpo_tokens: Literal["all", "others"] = "all"
+    needs_teacher: bool = True
+
+    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+        """Distillation's denominator, then GRPO's."""
+        told, rewarded = self._masks(lessons)
+        return (
+            total(told, self.distillation.aggregation),
+            total(rewarded, self.grpo.aggregation),
+        )
+
+    def weigh(
+        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int
+    ) -> list[Signal]:
+        """Both weights of each token, as their sum and distillation's share of it."""
+        w = self.weight(update)
+        v = 1 - w if self.grpo_weight is None else self.grpo_weight
+        told, rewarded = self._masks(lessons)
+        a = share_out(told, counts[0], self.distillation.aggregation)
+        b = share_out(rewarded, counts[1], self.grpo.aggregation)
+        return [
+            _mixed([w * x for x in own_a], [v * x if advantage else 0.0 for x in own_b], advantage)
+            for own_a, own_b, advantage in zip(a, b, self.grpo.advantages(lessons), strict=True)
+        ]
+
+    def per_token(
+        self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
+    ) -> Mapping[str, Tensor]:
+        """The mixed loss of each token. Where distillation has no share, its advantage is 0."""
+        assert batch.share_N is not None
+        share_C = batch.share_N[rows]
+        rewarded = self.grpo.per_token(logits_CV, None, batch, rows)
+        if teacher_logits_CV is None:
+            return {**rewarded, "advantage": torch.zeros_like(share_C), "share": share_C}
+        # A teacher that is not asked about a token must not spoil it, whatever it says.
+        alone_C1 = (share_C == 0)[:, None]
+        teacher_CV = torch.where(alone_C1, logits_CV.detach(), teacher_logits_CV)
+        told = self.distillation.per_token(logits_CV, teacher_CV, batch, rows)
+        mixed = {
+            name: share_C * told[name] + (1 - share_C) * rewarded[name]
+            for name in ("loss", "clipped")
+        }
+        return {**mixed, "logp": told["logp"], "advantage": told["advantage"], "share": share_C}
+
+    def _masks(self, lessons: Sequence[Lesson]) -> tuple[Masks, Masks]:
+        told, rewarded = self.distillation.masks(lessons), self.grpo.masks(lessons)
+        if self.grpo_tokens == "others":
+            rewarded = [
+                [r * (1 - t) for r, t in zip(own_r, own_t, strict=True)]
+                for own_r, own_t in zip(rewarded, told, strict=True)
+            ]
+        return told, rewarded
+
+
 def first_error_token(lesson_critique: object, step_spans: Sequence[tuple[int, int]]) -> int | None:
     """Where the first wrong step begins, from a critique and the answer's steps in tokens."""
     if not isinstance(lesson_critique, Critique) or lesson_critique.first_error is None:
@@ -147,15 +251,22 @@ def first_error_token(lesson_critique: object, step_spans: Sequence[tuple[int, i
     return step_spans[index][0] if index < len(step_spans) else None
 
 
-def _aggregate(
-    masks: Sequence[Sequence[float]], advantages: Sequence[float], aggregation: Aggregation
-) -> tuple[list[Signal], float]:
-    """Weights that make the sum over tokens, divided by the denominator, the wanted mean."""
-    if aggregation == "token_mean":
-        signals = [Signal(tuple(m), a) for m, a in zip(masks, advantages, strict=True)]
-        return signals, sum(map(sum, masks))
-    signals = [
-        Signal(tuple(w / sum(m) for w in m) if any(m) else tuple(m), a)
-        for m, a in zip(masks, advantages, strict=True)
-    ]
-    return signals, float(sum(any(m) for m in masks))
+def total(masks: Masks, aggregation: Aggregation) -> float:
+    """The denominator of a mean over tokens, or over answers that have a token that counts."""
+    counted = (sum(mask) if aggregation == "token_mean" else any(mask) for mask in masks)
+    return float(sum(counted))
+
+
+def share_out(masks: Masks, count: float, aggregation: Aggregation) -> list[list[float]]:
+    """Weights with which the sum over tokens is the wanted mean; all 0 where nothing counts."""
+    shares = []
+    for mask in masks:
+        among = count * (sum(mask) if aggregation == "sequence_mean" else 1)
+        shares.append([weight / among if among else 0.0 for weight in mask])
+    return shares
+
+
+def _mixed(a: Sequence[float], b: Sequence[float], advantage: float) -> Signal:
+    weights = tuple(x + y for x, y in zip(a, b, strict=True))
+    shares = tuple(x / w if w else 0.0 for x, w in zip(a, weights, strict=True))
+    return Signal(weights, advantage, shares)

@@ -3,52 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from selfteach.build import Built, build
+from selfteach.budget import Budget, step_cost, step_tokens
+from selfteach.build import build
 from selfteach.config import Recipe
+from selfteach.data import describe_problems
+from selfteach.memory import Item, Memory, gib, memory
 from selfteach.recipes import Study
 from selfteach.study import inspection_of
+from selfteach.survey import Survey, load_of, look, survey
+
+UNREADABLE = (
+    "note: the lab's bases do not read environment feedback: it teaches next to nothing there"
+)
+"""Measured: docs/concepts.md."""
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Upper bounds of what one run samples and learns from."""
+def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
+    """Lines that tell the resolved recipe, sizes, memory and budget.
 
-    answers: int
-    """Sampled to learn from."""
-    tokens: int
-    """Of these answers, at most."""
-    critiques: int
-    optimizer_steps: int
-    evaluation_answers: int
-
-    @classmethod
-    def of(cls, recipe: Recipe, problems: dict[str, int]) -> Budget:
-        """The budget of a recipe over problem sets of these sizes."""
-        train, evaluation = recipe.train, recipe.evaluation
-        per_step = min(train.problems_per_step, problems["train"]) * train.answers_per_problem
-        answers = train.steps * per_step
-        points = 0
-        if train.steps:
-            points = 1 + train.steps // evaluation.every + (train.steps % evaluation.every > 0)
-        evaluated = points * problems["validation"] * evaluation.validation_k
-        if evaluation.test:
-            evaluated += problems["test"] * evaluation.test_k
-        return cls(
-            answers=answers,
-            tokens=answers * recipe.sampling.max_tokens,
-            critiques=answers if recipe.critic is not None else 0,
-            optimizer_steps=train.steps * train.updates_per_batch,
-            evaluation_answers=evaluated,
-        )
-
-
-def describe_study(study: Study) -> Iterator[str]:
-    """Lines that tell the resolved recipe, sizes and budget. Builds every arm, so that whatever can
-    fail fails here. Raises what `build.build` raises.
+    Builds every arm, so that whatever can fail fails here; ``offline`` looks up what is here instead
+    and says what is not (`survey.look`). Raises what `build.build` raises.
     """
     seeds = study.study.seeds
     resolved = {arm: study.recipe(arm, seed=seeds[0]) for arm in study.arms}
@@ -59,24 +36,24 @@ def describe_study(study: Study) -> Iterator[str]:
     for arm in list(resolved)[1:]:
         yield f"# {arm}: what differs from {first}"
         yield json.dumps(differences(plain[first], plain[arm]), indent=2)
-    total = 0
+    known = {arm: _know(recipe, offline) for arm, recipe in resolved.items()}
+    yield from _unchecked(known)
+    if any(unreadable(recipe) for recipe in resolved.values()):
+        yield UNREADABLE
+    yield "# sizes"
+    yield from _sizes(known[first])
+    if (task := known[first].task) is not None:
+        yield from describe_problems(task)
+    told: dict[Memory, str] = {}
     for arm, recipe in resolved.items():
-        built = build(recipe)
-        sizes = {s: len(getattr(built.task, s)) for s in ("train", "validation", "test")}
-        budget = Budget.of(recipe, sizes)
-        total += len(seeds) * (budget.answers + budget.evaluation_answers)
-        if arm == first:
-            yield "# sizes"
-            yield from _sizes(built, sizes)
-            yield "# budget per seed"
-        yield (
-            f"{arm}: {budget.answers:,} answers (at most {budget.tokens:,} tokens), "
-            f"{budget.critiques:,} critiques, {budget.optimizer_steps:,} optimizer steps, "
-            f"{budget.evaluation_answers:,} answers to evaluate"
-        )
+        yield f"# {arm}, per seed"
+        yield from _budget(recipe, known[arm])
+        load = load_of(recipe, known[arm])
+        if load is not None and recipe.train.steps:
+            yield from _memory(arm, memory(load), told)
     for name, variant in study.variants.items():
         for arm in variant.arms or study.arms:
-            build(study.recipe(arm, seed=variant.seeds[0], variant=name))
+            _know(study.recipe(arm, seed=variant.seeds[0], variant=name), offline)
         yield f"variant {name}: {variant.title}; {len(variant.seeds)} seeds"
     if (asked := inspection_of(study)) is not None:
         recipe, request = asked
@@ -84,7 +61,7 @@ def describe_study(study: Study) -> Iterator[str]:
             f"inspection of the untrained model: {(request.limit or 0) * request.k:,} answers "
             f"under {', '.join(request.contexts)}"
         )
-    yield f"main setting, {len(seeds)} seeds: {total:,} answers in all; nothing has been spent"
+    yield _total(resolved, known, len(seeds))
 
 
 def differences(a: Any, b: Any) -> Any:
@@ -94,11 +71,81 @@ def differences(a: Any, b: Any) -> Any:
     return b
 
 
-def _sizes(built: Built, problems: dict[str, int]) -> Iterator[str]:
-    policy = built.parts.policy
-    parameters = sum(p.numel() for p in policy.model.parameters())
-    trained = sum(p.numel() for p in policy.trainable.values())
-    yield f"model: {parameters:,} parameters, {trained:,} of them trained, on {policy.device}"
-    yield f"context window: {built.parts.max_length:,} tokens"
-    counted = ", ".join(f"{count:,} {split}" for split, count in problems.items())
-    yield f"problems: {counted}"
+def unreadable(recipe: Recipe) -> bool:
+    """True where a context is shown to a model that was never taught to read it."""
+    return "environment" in recipe.context.names and recipe.data.type == "lab"
+
+
+def _know(recipe: Recipe, offline: bool) -> Survey:
+    return look(recipe) if offline else survey(recipe, build(recipe))
+
+
+def _unchecked(known: Mapping[str, Survey]) -> Iterator[str]:
+    """What was not loaded, once each."""
+    lines = dict.fromkeys(line for of_arm in known.values() for line in of_arm.unchecked)
+    if lines:
+        yield "# not checked"
+        yield from lines
+
+
+def _sizes(known: Survey) -> Iterator[str]:
+    if known.shape is None:
+        yield "model: of unknown size"
+    else:
+        yield (
+            f"model: {known.parameters:,} parameters, {known.trained:,} trained, on {known.device}"
+        )
+    yield f"context window: {known.lengths.window:,} tokens"
+    counted = ", ".join(f"{count:,} {split}" for split, count in known.problems.items())
+    yield f"problems: {counted or 'not counted'}"
+    mean, longest = known.lengths.mean_prompt, known.lengths.longest_prompt
+    told = (
+        f"{mean:,.0f} tokens on average, at most {longest:,}" if mean else f"taken as {longest:,}"
+    )
+    yield f"prompts: {told}"
+
+
+def _budget(recipe: Recipe, known: Survey) -> Iterator[str]:
+    """An arm's answers, tokens and memory."""
+    if known.problems:
+        budget = Budget.of(recipe, known.problems)
+        yield (
+            f"{budget.answers:,} answers (at most {budget.tokens:,} tokens), "
+            f"{budget.critiques:,} critiques, {budget.optimizer_steps:,} optimizer steps, "
+            f"{budget.evaluation_answers:,} answers to evaluate"
+        )
+    steps, rows = recipe.train.steps, step_tokens(recipe, known.lengths)
+    yield f"tokens at most (expected): per step, in {steps:,} steps"
+    for row in rows:
+        about = [f" ({n * row.expected:,})" if row.expected else "" for n in (1, steps)]
+        yield f"  {row.name}: {row.at_most:,}{about[0]}, {steps * row.at_most:,}{about[1]}"
+    if cost := step_cost(recipe, rows):
+        yield f"  critic: at most {cost:,.2f} a step, {steps * cost:,.2f} in all"
+
+
+def _memory(arm: str, needed: Memory, told: dict[Memory, str]) -> Iterator[str]:
+    """The sum, or whose it is if an arm before had the same."""
+    if needed in told:
+        yield f"memory of one device at its peak: {gib(needed.peak)}, as for {told[needed]}"
+        return
+    told[needed] = arm
+    yield f"memory of one device at its peak: {gib(needed.peak)}"
+    parts: tuple[tuple[str, tuple[Item, ...]], ...] = (
+        ("always", needed.always), ("learning", needed.learning), ("or sampling", needed.sampling)
+    )  # fmt: skip
+    for when, items in parts:
+        yield f"  {when}: {gib(sum(item.bytes for item in items))}"
+        for item in items:
+            yield f"    {item.name}: {item.how} = {gib(item.bytes)}"
+
+
+def _total(recipes: Mapping[str, Recipe], known: Mapping[str, Survey], seeds: int) -> str:
+    budgets = [
+        Budget.of(recipe, known[arm].problems)
+        for arm, recipe in recipes.items()
+        if known[arm].problems
+    ]
+    if len(budgets) < len(recipes):
+        return f"main setting, {seeds} seeds; nothing has been spent"
+    answers = seeds * sum(budget.answers + budget.evaluation_answers for budget in budgets)
+    return f"main setting, {seeds} seeds: {answers:,} answers in all; nothing has been spent"

@@ -18,6 +18,7 @@ from rich.progress import (
 
 from selfteach.config import Recipe
 from selfteach.run_folder import RunFolder
+from selfteach.selection import Standing
 from selfteach.study import Job
 
 NOTED = {
@@ -60,6 +61,19 @@ def review_progress() -> Iterator[Callable[[int, int], None]]:
     with _bars(Console(stderr=True)) as bars:
         task = bars.add_task("marking", total=None, note="")
         yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def selection_progress() -> Iterator[Callable[[Standing], None]]:
+    """One bar for a selection; gives a function that shows how far it has come."""
+    with _bars(Console(stderr=True)) as bars:
+        task = bars.add_task("selecting", total=None, note="")
+
+        def show(standing: Standing) -> None:
+            note = f"kept {standing.kept:,}"
+            bars.update(task, completed=standing.judged, total=standing.total, note=note)
+
+        yield show
 
 
 @contextmanager

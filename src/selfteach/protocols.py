@@ -97,9 +97,15 @@ class Objective(Protocol):
         """True if the teacher's scores are asked for."""
         ...
 
-    def weigh(self, lessons: Sequence[Lesson]) -> tuple[list[Signal], float]:
-        """How much each token of each lesson counts, and the denominator: the local count that the
-        sum of weighted losses is divided by once it has been added up over all ranks."""
+    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+        """The denominators of the means that the loss is made of: the local counts, to be added up
+        over all ranks before `weigh` gets them."""
+        ...
+
+    def weigh(
+        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int
+    ) -> list[Signal]:
+        """How much each token of each lesson counts, after ``update`` updates of the weights."""
         ...
 
     def per_token(

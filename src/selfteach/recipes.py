@@ -1,8 +1,12 @@
 """Recipe files: TOML in, the resolved recipe of every run out.
 
 A recipe file holds the sections of one run (`config.Recipe`). A study adds ``[study]``, one table of
-overrides per arm (``[arms.NAME]``), optionally per variant (``[variants.NAME]``) and a ``[sweep]``.
+overrides per arm (``[arms.NAME]``), optionally per variant (``[variants.NAME]``), a ``[sweep]``
+and a ``[select]``.
 What differs between arms stands in the arms; everything else is written once and is the same for all.
+
+``extends = "../paper/recipe.toml"`` begins with the common sections of another file, named from where
+this one is; its study, arms, variants and sweep stay its own.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from selfteach.config import Recipe
+from selfteach.config_data import SelectConfig
 from selfteach.errors import RecipeError
 from selfteach.settings import Section, merge, nearest, parse_setting, validate
 
@@ -26,7 +31,7 @@ BASE = "base"
 NAME = re.compile(r"\w+")
 """Names of arms and variants: they become folders, and ``a-b`` is a difference of two."""
 
-TABLES = ("study", "arms", "variants", "sweep")
+TABLES = ("study", "arms", "variants", "sweep", "select")
 """What a recipe file holds besides the common sections of its runs."""
 
 
@@ -76,6 +81,7 @@ class Study(Section):
     arms: dict[str, dict[str, Any]]
     variants: dict[str, VariantConfig] = Field(default_factory=dict)
     sweep: SweepConfig | None = None
+    select: SelectConfig = SelectConfig()
 
     def recipe(
         self, arm: str, *, seed: int | None = None, variant: str | None = None,
@@ -117,8 +123,28 @@ def load_study(path: Path, settings: Sequence[str] = ()) -> Study:
 
     Raises `RecipeError` in one line for whatever is wrong with the file.
     """
+    return study_from(_read(path), settings, where=str(path), default_arm=path.stem)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file over the common sections of what it extends; ``above`` are the files extending it."""
+    raw = _parse(path)
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends names another recipe file, found {base!r}")
+    chain = (*above, path.resolve())
+    extended = path.parent / base
+    if extended.resolve() in chain:
+        raise RecipeError(f"{path}: extends = {base!r} leads back to itself")
+    inherited = _read(extended, chain)
+    return merge({k: v for k, v in inherited.items() if k not in TABLES}, raw)
+
+
+def _parse(path: Path) -> dict[str, Any]:
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     except IsADirectoryError:
@@ -127,7 +153,6 @@ def load_study(path: Path, settings: Sequence[str] = ()) -> Study:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
-    return study_from(raw, settings, where=str(path), default_arm=path.stem)
 
 
 def study_from(
@@ -139,8 +164,8 @@ def study_from(
 ) -> Study:
     """A study from parsed TOML, with ``key=value`` settings applied to the common sections.
 
-    A setting whose key begins with ``arms.``, ``study.``, ``sweep.`` or ``variants.`` changes those;
-    any other reaches every arm, also where an arm has a value of its own. Raises `RecipeError`.
+    A setting whose key begins with the name of a table of `TABLES` changes that; any other reaches
+    every arm, also where an arm has a value of its own. Raises `RecipeError`.
     """
     values = deepcopy(dict(raw))
     for setting in map(parse_setting, settings):

@@ -35,6 +35,12 @@ LOCK_PATIENCE_S = 5.0
 """How long to wait for a folder whose owner may just have been killed."""
 
 
+UNWRITABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT
+}  # fmt: skip
+"""What a full, read-only or impossible place to write says."""
+
+
 class RunFolder:
     """Paths and records of one run."""
 
@@ -217,7 +223,7 @@ def enough_disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+        if error.errno in UNWRITABLE:
             raise CheckpointError(
                 f"cannot write {error.filename or 'the run folder'}: {error.strerror}; "
                 "nothing is lost: make room and call selfteach resume"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selfteach import habits, steps
-from selfteach.alignment import first_change
+from selfteach.alignment import changed_steps, first_change
 from selfteach.background import later
 from selfteach.collate import collate
 from selfteach.objective import first_error_token
@@ -124,7 +124,9 @@ def teach(parts: Parts, marked: Sequence[Marked]) -> list[Lesson]:
 
 def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
     """Move the policy, which sees only the question, towards what its teacher says."""
-    signals, count = parts.objective.weigh(lessons)
+    # One denominator for every micro-batch: no split of the step changes loss or gradient.
+    counts = parts.objective.count(lessons)
+    signals = parts.objective.weigh(lessons, counts, parts.policy.version)
     batches = [
         batch.to(parts.policy.device)
         for batch in collate(
@@ -135,25 +137,26 @@ def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
         batches = [_with_old_logp(parts, batch) for batch in batches]
     metrics: Metrics = {}
     for update in range(parts.updates_per_batch):
-        said = [_backward(parts, batch, count) for batch in batches]
+        said = [_backward(parts, batch) for batch in batches]
         stepped = parts.policy.optimizer_step()
         parts.teacher.update()
         if update == 0:
             metrics = _summary(said)
         metrics |= stepped
-    tokens = sum(len(batch.ids_N) for batch in batches) * parts.updates_per_batch
+    scored = [len(batch.ids_N) * parts.updates_per_batch for batch in batches]
+    told = [number for number, batch in zip(scored, batches, strict=True) if batch.teacher]
     ended = habits.end_supervised(lessons, signals)
     return {
         **metrics,
         "taught": habits.taught(signals),
         **({} if ended is None else {"end_supervised": ended}),
-        "tokens_trained": tokens,
-        "teacher_tokens": tokens if parts.objective.needs_teacher else 0,
+        "tokens_trained": sum(scored),
+        "teacher_tokens": sum(told),
         "optimizer_steps": parts.updates_per_batch,
     }
 
 
-def _backward(parts: Parts, batch: Batch, count: float) -> dict[str, Tensor]:
+def _backward(parts: Parts, batch: Batch) -> dict[str, Tensor]:
     """Add one micro-batch's gradient of the whole step's loss; what was said of its tokens."""
     teacher = parts.teacher.score(batch.teacher) if batch.teacher is not None else None
     student = parts.policy.score(batch.student)
@@ -163,9 +166,7 @@ def _backward(parts: Parts, batch: Batch, count: float) -> dict[str, Tensor]:
             teacher_CV = teacher.logits(rows) if teacher is not None else None
         return dict(parts.objective.per_token(logits_CV, teacher_CV, batch, rows))
 
-    # One denominator for every micro-batch: no split of the step changes loss or gradient.
-    weight_N = batch.weight_N / count
-    loss, said = chunked_sum(per_token, student, weight_N, chunk_tokens=parts.chunk_tokens)
+    loss, said = chunked_sum(per_token, student, batch.weight_N, chunk_tokens=parts.chunk_tokens)
     loss.backward()
     return {**said, "total": loss.detach()[None], "mismatch": said["logp"] - batch.sampled_logp_N}
 
@@ -186,22 +187,22 @@ def _with_old_logp(parts: Parts, batch: Batch) -> Batch:
 def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
     rollout = marked.rollout
     spans = tuple(parts.split_steps(rollout.text))
+    scored_from = parts.renderer.scored_from(rollout.answer_ids)
+    told = Lesson(marked, scored_from=scored_from, steps=spans)
     if isinstance(context, NoCritique):
-        return Lesson(marked, dropped=context.reason, steps=spans)
+        return dataclasses.replace(told, dropped=context.reason)
     prompt = parts.renderer.teacher_prompt(rollout.problem, context)
     if len(prompt) + len(rollout.answer_ids) > parts.max_length:
-        return Lesson(
-            marked, context=context, dropped="longer than the context window", steps=spans
-        )
+        return dataclasses.replace(told, context=context, dropped="longer than the context window")
     ends = parts.renderer.token_ends(rollout.answer_ids)
-    return Lesson(
-        marked,
+    in_tokens = steps.token_spans(spans, ends)
+    return dataclasses.replace(
+        told,
         context=context,
         teacher_prompt_ids=prompt,
-        first_error_token=first_error_token(marked.critique, steps.token_spans(spans, ends)),
+        first_error_token=first_error_token(marked.critique, in_tokens),
         change=first_change(marked, spans, ends),
-        scored_from=parts.renderer.scored_from(rollout.answer_ids),
-        steps=spans,
+        changed_spans=tuple(in_tokens[index] for index, _ in changed_steps(marked, spans)),
     )
 
 
@@ -248,6 +249,8 @@ def _summary(said: Sequence[dict[str, Tensor]]) -> Metrics:
     }
     if "advantage" in joined:
         metrics["advantage_abs"] = joined["advantage"].abs().mean().item()
+    if "share" in joined:
+        metrics["distilled_share"] = joined["share"].mean().item()
     if "kl" in joined:
         metrics["kl_initial"] = joined["kl"].mean().item()
     return metrics

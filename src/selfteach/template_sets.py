@@ -80,8 +80,14 @@ class Templates:
         critique: Critique | None,
         references: Mapping[str, str],
         correct: bool,
+        attempt: str = "",
+        peer: str | None = None,
+        feedback: str | None = None,
     ) -> str:
-        """Render a context from what is known of an answer."""
+        """Render a context from what is known of an answer.
+
+        ``attempt`` is the answer itself, for templates of one's own: no shipped one shows it.
+        """
         return self.render(
             name,
             steps=critique.steps if critique else (),
@@ -90,6 +96,9 @@ class Templates:
             case=critique.case if critique else None,
             references=references,
             correct=correct,
+            attempt=attempt,
+            peer=peer,
+            feedback=feedback,
         )
 
     def critic(

@@ -184,6 +184,7 @@ def _measure(
     evaluation = evaluate(
         built.parts.engine, built.parts.verify, built.task.problems(split), sampling,
         split=split, step=step, batch_answers=recipe.sampling.batch_answers, journal=run,
+        same=built.task.form.same,
     )  # fmt: skip
     write_json(evaluation_path(run.path, split, step), evaluation.to_json())
     row = {

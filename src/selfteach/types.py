@@ -96,6 +96,17 @@ class Verdict:
     """True if an answer could be parsed at all."""
     parsed: str | None
     """The final answer in canonical form, for majority votes; None when there is none."""
+    feedback: str | None = None
+    """What the environment says of a refused answer, without giving the right one away; None of an
+    accepted one, and where it says nothing."""
+
+    @classmethod
+    def of_final(cls, correct: bool, parsed: str | None) -> Verdict:
+        """The verdict of a verifier that looks at nothing but the final answer."""
+        if correct:
+            return cls(True, True, parsed)
+        said = f"The final answer {parsed} is wrong." if parsed else "There is no final answer."
+        return cls(False, parsed is not None, parsed, said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +197,8 @@ class FirstChange:
 class Lesson:
     """A marked answer, ready to learn from.
 
-    Three kinds: with ``teacher_prompt_ids`` it teaches by distillation; with ``dropped`` it teaches
-    nothing and the reason is counted; with neither it is learned from without a teacher (GRPO).
+    With ``teacher_prompt_ids`` it teaches by distillation; with ``dropped`` it does not, and the reason
+    is counted; GRPO learns from its verdict either way.
     """
 
     marked: Marked
@@ -199,6 +210,8 @@ class Lesson:
     """Index into ``answer_ids`` where the first wrong step begins; None when there is none."""
     change: FirstChange | None = None
     """Where the critique departs from the answer; None without a critique."""
+    changed_spans: tuple[tuple[int, int], ...] = ()
+    """The steps that the critique does not repeat, as half-open ranges of ``answer_ids``."""
     scored_from: int = 0
     """Index into ``answer_ids`` of the first token that counts: behind a thought that is not scored."""
     steps: tuple[tuple[int, int], ...] = ()
@@ -212,14 +225,17 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """How much each token of one lesson counts.
+    """How much each token of one lesson counts in the loss of the step.
 
-    ``weights`` has one entry per answer token; a token of weight 0 is as if it were absent.
+    ``weights`` has one entry per answer token, with every denominator in it: the loss is the sum of
+    weights times losses. A token of weight 0 is as if it were absent.
     """
 
     weights: tuple[float, ...]
     advantage: float = 0.0
     """The answer's group-relative advantage (GRPO); unused by distillation."""
+    shares: tuple[float, ...] | None = None
+    """What part of each token's weight is distillation's where two objectives meet, from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,12 +268,14 @@ class Batch:
     ids_N: Tensor
     """The answers' token ids, the same for student and teacher."""
     weight_N: Tensor
-    """Objective weight of each token, before division by the global denominator."""
+    """What each token's loss is multiplied by; denominators included."""
     advantage_N: Tensor
     sampled_logp_N: Tensor
     """The engine's log-probability of each token under the sampling distribution (nats)."""
     old_logp_N: Tensor | None = None
     """The trainer's own, before the first of several updates; None when there is only one."""
+    share_N: Tensor | None = None
+    """Distillation's part of each token's weight; None where there is one objective."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

@@ -161,8 +161,9 @@ def test_check_tells_sizes_and_budget_and_spends_nothing(
     before = set(tmp_path.rglob("*"))
     assert call(monkeypatch, "check", recipe) == 0
     printed = capsys.readouterr().out
-    assert "grpo: 12 answers (at most 480 tokens), 0 critiques, 2 optimizer steps" in printed
-    assert "step_aligned: 12 answers (at most 480 tokens), 12 critiques" in printed
+    asked = "12 answers (at most 480 tokens)"
+    assert f"# grpo, per seed\n{asked}, 0 critiques, 2 optimizer steps" in printed
+    assert f"# step_aligned, per seed\n{asked}, 12 critiques" in printed
     assert "8 train, 3 validation, 4 test" in printed
     assert set(tmp_path.rglob("*")) == before
 
@@ -263,6 +264,7 @@ def test_wrong_calls_are_one_line(
     assert "is empty" in said("evaluate", "lab:two_styles", "--problems", empty)
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"question": "a"}\n')
+    assert "no such folder" in said("evaluate", tmp_path / "nowhere")
     assert "wrong.jsonl:1" in said("evaluate", "lab:two_styles", "--problems", wrong)
     assert not (tmp_path / "x").exists()
 

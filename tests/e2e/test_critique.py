@@ -23,7 +23,7 @@ RECIPE = """
 [model]
 path = "{model}"
 [data]
-type = "jsonl"
+type = "files"
 [context]
 type = "step_aligned"
 [critic]

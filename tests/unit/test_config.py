@@ -51,7 +51,7 @@ def error_of(toml: str, *settings: str) -> str:
         ("[context]\ntype = 'aligned'", "'step_aligned'"),
         ("[objective]\ntype = 'ppo'", "'grpo'"),
         ("[teacher]\ntype = 'frozen'", "'initial'"),
-        ("[data]\ntype = 'math'", "'jsonl'"),
+        ("[data]\ntype = 'math'", "'files'"),
         ("[sampling]\ntemperature = 0", "sampling.temperature: "),
         # Combinations that make no sense.
         ("[context]\ntype = 'step_aligned'", 'needs a critic: add [critic] type = "oracle"'),
@@ -63,6 +63,24 @@ def error_of(toml: str, *settings: str) -> str:
             "from_first_error = true",
             "from_first_error needs a critic",
         ),
+        (
+            "[context]\ntype = 'reference'\n[objective]\nspans = 0.25",
+            "spans needs a critic",
+        ),
+        ("[context]\ntype = 'peer'\n[train]\nanswers_per_problem = 1", '"peer" needs at least 2'),
+        ("[context]\ntype = 'peer'\nfall_back = 'peer'", "fall_back is another context"),
+        ("[context]\ntype = 'peer'\nfall_back = 'none'", "fall_back is another context"),
+        ("[context]\ntype = 'peer'\nfall_back = 'holistic'", "needs a critic"),
+        ("[objective]\ntype = 'hybrid'", 'context "none" has nothing to teach'),
+        (
+            "[context]\ntype = 'reference'\n[objective]\ntype = 'hybrid'\n"
+            "[train]\nanswers_per_problem = 1",
+            "grpo needs at least 2",
+        ),
+        ("[objective]\ntype = 'hybrid'\nweight = 1.5", "a mixture goes from 0 to 1"),
+        ("[objective]\ntype = 'hybrid'\nweight = { start = 1, end = 0, step = 9 }", "'steps'?"),
+        ("[objective]\ntype = 'hybrid'\ngrpo = { kl_weight = 0.1 }", "kl_weight must be 0"),
+        ("[objective]\ntype = 'hybrid'\ndistillation = { betta = 1 }", "did you mean 'beta'?"),
     ],
 )
 def test_what_is_wrong_is_one_line(toml: str, said: str) -> None:
@@ -199,7 +217,8 @@ def test_pairs_are_later_minus_earlier_and_each_minus_base() -> None:
 
 
 def test_every_critic_context_asks_for_a_critic_and_no_other() -> None:
-    assert set(CONTEXTS) - CRITIC_CONTEXTS == {"none", "reference", "aligned_reference"}
+    without = {"none", "reference", "aligned_reference", "peer", "environment"}
+    assert set(CONTEXTS) - CRITIC_CONTEXTS == without
     for name in CONTEXTS:
         values = {"context": {"type": name}, "train": {"steps": 0}}
         if name in CRITIC_CONTEXTS:
@@ -257,3 +276,46 @@ def test_an_override_can_take_adapters_away() -> None:
     )
     assert study.recipe("run").model.lora is not None
     assert study.recipe("run", variant="full").model.lora is None
+
+
+def test_a_recipe_extends_the_common_sections_of_another(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "one.toml").write_text(
+        "[train]\nsteps = 7\nproblems_per_step = 3\n[critic]\ntype = 'oracle'\n"
+        "[objective]\ntype = 'distillation'\nbeta = 0.3\n[study]\ntitle = 'base'\n"
+        "[arms.a]\ncontext = { type = 'step_aligned' }\n"
+    )
+    (tmp_path / "two.toml").write_text(
+        "extends = 'base/one.toml'\ncritic = false\ncontext = { type = 'reference' }\n"
+        "[train]\nsteps = 9\n"
+    )
+    (tmp_path / "three.toml").write_text("extends = 'two.toml'\n[objective]\ntype = 'hybrid'\n")
+    two, three = (load_study(tmp_path / f"{name}.toml") for name in ("two", "three"))
+    assert list(two.arms) == ["two"] and two.study.title == "", "arms and study are a file's own"
+    recipe = two.recipe("two")
+    assert (recipe.train.steps, recipe.train.problems_per_step) == (9, 3)
+    assert recipe.critic is None and recipe.objective.beta == 0.3
+    assert three.recipe("three").objective.type == "hybrid"
+    assert three.recipe("three").context.type == "reference"
+
+
+@pytest.mark.parametrize(
+    ("extends", "said"),
+    [
+        ("'me.toml'", "leads back to itself"),
+        ("'other.toml'", "leads back to itself"),
+        ("'missing.toml'", "missing.toml: no such recipe"),
+        ("3", "extends names another recipe file, found 3"),
+    ],
+)
+def test_extends_that_leads_nowhere_is_one_line(tmp_path: Path, extends: str, said: str) -> None:
+    (tmp_path / "me.toml").write_text(f"extends = {extends}\n")
+    (tmp_path / "other.toml").write_text("extends = 'me.toml'\n")
+    with pytest.raises(RecipeError, match=said):
+        load_study(tmp_path / "me.toml")
+
+
+def test_the_base_row_of_a_gated_study_asks_for_no_critic() -> None:
+    toml = ALIGNED + "[objective]\nfrom_first_error = true\nspans = 0.5\n"
+    base = study_from(tomllib.loads(toml)).base_recipe(seed=0)
+    assert base.critic is None and base.train.steps == 0

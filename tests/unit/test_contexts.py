@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from selfteach import verifiers
 from selfteach.config import CONTEXTS
-from selfteach.contexts import TemplateContext
+from selfteach.contexts import FallBack, TemplateContext
 from selfteach.critics.oracle import OracleCritic
 from selfteach.lab import task
 from selfteach.lab.world import STYLES, World, text_of
@@ -28,9 +29,13 @@ def wrong_answer(problem: Problem, style: str = "minus", at: int = 2) -> str:
     return "\n".join([*texts, "# p"])
 
 
+def right_answer(problem: Problem, style: str = "plus") -> str:
+    return text_of(WORLD.solution(problem.question.split(), STYLES[style]), problem.answer)
+
+
 def marked(problem: Problem, sample: int = 0, text: str | None = None) -> Marked:
     answer = rollout(problem, text or wrong_answer(problem), sample)
-    verdict = task.verify(problem, answer.text)
+    verdict = task.StepVerifier(WORLD)(problem, answer.text)
     (critique,) = OracleCritic(task.Oracle(WORLD), error_rate=0.0, seed=0)([(answer, verdict)])
     return Marked(answer, verdict, critique)
 
@@ -76,8 +81,8 @@ def test_references_are_of_the_problem_and_the_terse_contexts_of_the_verdict() -
     assert show("aligned_reference", answer) == [PROBLEMS[0].references["aligned_reference"]]
     assert show("holistic", answer) == [f"wrong\n# {PROBLEMS[0].answer}"]
     assert show("answer_only", answer) == [f"# {PROBLEMS[0].answer}"]
-    true = text_of(WORLD.solution(PROBLEMS[0].question.split(), STYLES["plus"]), PROBLEMS[0].answer)
-    assert show("holistic", marked(PROBLEMS[0], text=true)) == [f"ok\n# {PROBLEMS[0].answer}"]
+    true = marked(PROBLEMS[0], text=right_answer(PROBLEMS[0]))
+    assert show("holistic", true) == [f"ok\n# {PROBLEMS[0].answer}"]
 
 
 def test_shuffled_lines_are_the_same_lines_in_another_order_and_repeatable() -> None:
@@ -108,9 +113,85 @@ def test_what_is_missing_is_a_reason_not_a_guess() -> None:
     assert show("step_aligned", unasked) == [NoCritique("no critic was asked")]
 
 
+def test_a_peer_is_another_right_answer_to_the_same_question() -> None:
+    wrong, plus, minus = (
+        marked(PROBLEMS[0], sample, text)
+        for sample, text in enumerate(
+            [
+                wrong_answer(PROBLEMS[0]),
+                right_answer(PROBLEMS[0]),
+                right_answer(PROBLEMS[0], "minus"),
+            ]
+        )
+    )
+    stranger = marked(PROBLEMS[1], 0, right_answer(PROBLEMS[1]))
+    shown = show("peer", wrong, plus, minus, stranger)
+    assert shown[0] in (plus.rollout.text, minus.rollout.text)
+    assert shown[1:3] == [minus.rollout.text, plus.rollout.text], "never the answer itself"
+    assert shown[3] == NoCritique("no other answer is right")
+    twin = marked(PROBLEMS[0], 3, right_answer(PROBLEMS[0]))
+    assert show("peer", plus, twin) == [NoCritique("no other answer is right")] * 2, "nor its twin"
+
+
+def test_which_peer_is_drawn_by_the_answer_and_the_seed_alone() -> None:
+    problem = PROBLEMS[0]
+    right = [marked(problem, 9 + i, right_answer(problem, s)) for i, s in enumerate(STYLES)]
+    wrong = [marked(problem, sample) for sample in range(9)]
+    shown = show("peer", *wrong, *right)[:9]
+    assert set(shown) == {one.rollout.text for one in right}, "not always the same one"
+    assert show("peer", *wrong[::-1], *right)[:9] == shown[::-1]
+    other = TemplateContext("peer", Templates("lab"), seed=1)
+    assert other([*wrong, *right])[:9] != shown
+
+
+def test_the_environment_says_where_an_answer_fails_and_not_what_is_right() -> None:
+    problem = PROBLEMS[0]
+    assert show("environment", marked(problem)) == ["0 wrong"], "minus: 3 1 0 2 4"
+    right = right_answer(problem)
+    assert show("environment", marked(problem, text=right)) == [
+        NoCritique("the environment says nothing")
+    ]
+    other = "a" if problem.answer != "a" else "b"
+    for text, said in (
+        (right[:-1] + other, "# wrong"),
+        (right.removesuffix(f"\n# {problem.answer}"), "# wrong"),
+        ("0 nonsense", "! wrong"),
+    ):
+        assert show("environment", marked(problem, text=text)) == [said]
+
+
+@pytest.mark.parametrize("templates", ["steps", "free", "chain_sums"])
+def test_a_peer_is_shown_with_its_tags_and_the_attempt_is_not(templates: str) -> None:
+    problem = Problem("q", "1 + 1", "2")
+    texts = ["<step_1>1 + 1 = 3</step_1><answer>3</answer>", "<step_1>2</step_1><answer>2</answer>"]
+    rollouts = [rollout(problem, text, sample) for sample, text in enumerate(texts)]
+    answers = [Marked(one, verifiers.exact(problem, one.text), None) for one in rollouts]
+    peer, environment = (
+        TemplateContext(name, Templates(templates), seed=0)(answers)[0]
+        for name in ("peer", "environment")
+    )
+    assert isinstance(peer, str) and texts[1] in peer and "1 + 1 = 3" not in peer
+    assert isinstance(environment, str) and "The final answer 3 is wrong." in environment
+    assert texts[0] not in environment and "1 + 1 = 3" not in environment
+
+
+def test_sdpo_falls_back_on_the_environment_where_no_peer_is_right() -> None:
+    context = FallBack(
+        TemplateContext("peer", Templates("lab"), seed=0),
+        TemplateContext("environment", Templates("lab"), seed=0),
+    )
+    helped, alone = marked(PROBLEMS[0]), marked(PROBLEMS[1])
+    right = marked(PROBLEMS[0], 1, right_answer(PROBLEMS[0]))
+    shown = context([helped, alone, right])
+    assert shown[0] == right.rollout.text and shown[1] == "0 wrong"
+    assert shown[2] == NoCritique("no other answer is right"), "the first reason counts"
+
+
 @pytest.mark.parametrize("name", [name for name in CONTEXTS if name != "none"])
 def test_every_context_of_a_recipe_renders(name: str) -> None:
-    for shown in show(name, *(marked(problem) for problem in PROBLEMS)):
+    answers = [marked(problem) for problem in PROBLEMS]
+    right = [marked(problem, 1, right_answer(problem)) for problem in PROBLEMS]
+    for shown in show(name, *answers, *right)[: len(answers)]:
         assert isinstance(shown, str) and shown
 
 

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfteach import steps, verifiers
-from selfteach.config import JsonlData
-from selfteach.data import load_task, read_jsonl, training_order
+from selfteach.config_data import FilesData
+from selfteach.data import load_task, training_order
 from selfteach.errors import DataError
 from selfteach.lab import task
 from selfteach.lab.world import World
+from selfteach.problem_sets.reading import read_file
 from selfteach.types import Problem
 
 
@@ -24,7 +25,7 @@ def test_jsonl_problems_keep_ids_and_references(tmp_path: Path) -> None:
         '{"question": "1+1", "answer": 2, "reference": "two"}\n\n'
         '{"id": "x", "question": "2+2", "answer": "4"}\n'
     )
-    first, second = read_jsonl(path)
+    first, second = read_file(path)
     assert (first.id, first.answer, first.references) == ("sums-1", "2", {"reference": "two"})
     assert (second.id, second.references) == ("x", {})
 
@@ -35,21 +36,24 @@ def test_jsonl_problems_keep_ids_and_references(tmp_path: Path) -> None:
         ("", "is empty"),
         ("not json\n", ":1: not a JSON object"),
         ("[1]\n", ":1: not a JSON object"),
-        ('{"question": "a", "answer": "b"}\n{"question": "a"}\n', ":2: no field 'answer'"),
+        ('{"question": "a", "answer": "b"}\n{"question": "a"}\n', ":2: no column 'answer'"),
         ('{"question": " ", "answer": "b"}\n', "question is empty"),
-        ('{"id": 1, "question": "a", "answer": "b"}\n' * 2, "same id"),
+        (
+            '{"id": 1, "question": "a", "answer": "b"}\n{"id": 1, "question": "c", "answer": "d"}\n',
+            "same id",
+        ),
     ],
 )
 def test_broken_problem_sets_are_one_clear_line(tmp_path: Path, content: str, said: str) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=said):
-        read_jsonl(path)
+        read_file(path)
 
 
 def test_a_missing_problem_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such problem set"):
-        read_jsonl(tmp_path / "nowhere.jsonl")
+        read_file(tmp_path / "nowhere.jsonl")
 
 
 @given(count=st.integers(1, 20), per_step=st.integers(1, 25), seed=st.integers(0, 3))
@@ -100,7 +104,7 @@ def test_exact(answer: str, text: str, correct: bool, parsed: str | None) -> Non
 
 
 def test_math_verify_knows_equal_answers_and_gives_them_one_vote() -> None:
-    judge = verifiers.math()
+    judge = verifiers.Math()
     problem = Problem("p", "q", r"\frac{1}{2}")
     same = [judge(problem, f"<answer>{text}</answer>") for text in ("0.5", r"\frac{2}{4}")]
     assert all(verdict.correct for verdict in same)
@@ -112,8 +116,8 @@ def test_math_verify_knows_equal_answers_and_gives_them_one_vote() -> None:
 def test_free_form_answers_are_split_as_the_recipe_says(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
     for name, splitter in steps.SPLITTERS.items():
-        config = JsonlData.model_validate(
-            {"type": "jsonl", "train": str(tmp_path / "p.jsonl"), "steps": name}
+        config = FilesData.model_validate(
+            {"type": "files", "train": str(tmp_path / "p.jsonl"), "steps": name}
         )
         task = load_task(config, "")
         assert task.split_steps is splitter

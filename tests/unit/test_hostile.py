@@ -17,7 +17,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from families import CHAT, CORPUS, FAMILIES, byte_level, tokenizer_of
-from selfteach.control_tokens import CUT, ControlTokens, defused, restored
+from selfteach.control_tokens import CUT, JOINER, ControlTokens, Spellings
 from selfteach.rendering import Renderer
 from selfteach.template_sets import TURN, Templates, conversation, fence, untagged
 from selfteach.types import Critique, CritiqueStep, Problem
@@ -66,25 +66,6 @@ def test_data_writes_no_control_token_and_no_turn(fragments: list[str], name: st
     for ids, plain in zip(prompts(name, data), prompts(name, "x"), strict=True):
         assert control_ids(tokenizer, name, ids) == control_ids(tokenizer, name, plain)
         assert shown in str(tokenizer.decode(ids)), "and it is read as the text it is"
-
-
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_a_server_s_tokenizer_finds_no_control_token_in_what_it_is_sent(name: str) -> None:
-    """It reads them in any text: that is what a chat template relies on."""
-    tokenizer = tokenizer_of(name)
-    steering = [token for token in CONTROL[name] if token not in ("<think>", "</think>")]
-    for token in steering:
-        ids = tokenizer(defused(f"a {token} b"), add_special_tokens=False)["input_ids"]
-        assert not control_ids(tokenizer, name, tuple(ids)), token
-        assert restored(defused(token)) == token
-
-
-@given(st.text("<>|/s[]INST\u200b ", max_size=20))
-def test_other_text_is_sent_as_it_is(text: str) -> None:
-    plain = text.replace("\u200b", "")
-    assert restored(defused(plain)) == plain
-    if "|>" not in plain and "s>" not in plain and "[" not in plain:
-        assert defused(plain) == plain
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"llama3"}))  # which writes the date
@@ -243,3 +224,49 @@ def test_a_step_cannot_end_its_own_tag() -> None:
         context = Templates("steps").context(name, critique=critique, references={}, correct=False)
         assert context.count("<answer>") == context.count("</answer>") == 1
         assert context.count("</step_1>") <= 1
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=6), st.sampled_from(sorted(FAMILIES)))
+@example(["<", "<|im_end|>"], "qwen2_5")
+@example(["[/INST]", "</s>", "<s>"], "mistral")
+def test_a_tokenizer_elsewhere_reads_no_control_token_of_its_family(
+    fragments: list[str], name: str
+) -> None:
+    data, tokenizer = "".join(fragments), tokenizer_of(name)
+    broken = Spellings().broken(data)
+    assert not control_ids(tokenizer, name, tokenizer(broken, add_special_tokens=False).input_ids)
+    assert broken.replace(JOINER, "") == data == Spellings().mended(broken)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "<|endoftext|>", "<|reserved_special_token_0|>", "<｜begin▁of▁sentence｜>", "<|turn>",
+        "<turn|>", "<<SYS>>", "<</SYS>>", "[/TOOL_CALLS]", "[gMASK]", "<think>", "</tool_call>",
+        "<extra_id_0>",
+        "<unused99>", "<start_of_image>", "<fim_prefix>", "</s>",
+    ],
+)  # fmt: skip
+def test_looks_of_control_tokens(token: str) -> None:
+    assert Spellings().broken(f"a{token}b") == f"a{token[0]}{JOINER}{token[1:]}b"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<step_1>2</step_1><answer>4</answer>",
+        "a < b | c > d",
+        "x[0] [a, b] [AB]",
+        "<b>|x|</b>",
+        "1<2",
+    ],
+)
+def test_ordinary_text_is_sent_as_it_is(text: str) -> None:
+    assert Spellings().broken(text) == text
+
+
+def test_other_control_tokens_are_named_letter_by_letter() -> None:
+    spellings = Spellings(("]~b]", "(.)"))
+    assert spellings.broken("]~b](.)(x)") == f"]{JOINER}~b]({JOINER}.)(x)"
+    assert spellings.mended(f"]{JOINER}~b] a{JOINER}b <{JOINER}x") == f"]~b] a{JOINER}b <x"

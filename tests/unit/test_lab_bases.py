@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +18,8 @@ from selfteach.lab.pretrain import pretrain, save
 from selfteach.lab.tokenizer import build_tokenizer
 from selfteach.lab.world import ROOT, World, WorldConfig
 from selfteach.lab.worlds import BASES, WORLDS, world_of
-from selfteach.lab.writing import CONTEXT_SHARES
+from selfteach.lab.writing import CONTEXT_SHARES, DIAL_SHARES
+from selfteach.template_sets import Templates
 
 FOLDERS = sorted(path.parent for path in BASES.glob("*/model.safetensors"))
 
@@ -112,11 +114,39 @@ def test_training_is_reproducible_and_saves_all_that_a_base_needs(
     assert "--world two_styles --world-seed 7 --steps 2 --seed 3" in card
 
 
+def test_a_base_of_the_dial_says_so_and_is_measured_at_every_position(
+    tmp_path: Path, unmeasured: probe.Reading
+) -> None:
+    world = World(replace(WORLDS["two_styles"], pull=0.25))
+    pretrain(world, tmp_path, steps=2, batch_size=2, shares=DIAL_SHARES)
+    card = (tmp_path / "README.md").read_text()
+    assert "--world two_styles --pull 0.25 --documents dial --steps 2" in card
+    assert "| partly_aligned | 14 |" in card
+    measured = probe.readable(tmp_path)
+    assert [kind for kind in measured if kind.startswith("partly")] == [
+        f"partly_aligned {kept}" for kept in range(6)
+    ]
+    assert {kind.split()[0] for kind in measured} == set(DIAL_SHARES) - {"none"}
+    assert probe.readable(BASES / "two_styles") == list(probe.CONTEXTS)
+
+
+def test_the_probe_shows_as_many_steps_of_the_critique_as_it_says() -> None:
+    world, rng = World(), np.random.default_rng(0)
+    question = next(world.questions("validation"))
+    text = "\n".join(map(str, world.solution(question, world.native_styles[0])))
+    for kept in range(6):
+        kind = f"partly_aligned {kept}"
+        shown = probe.context(world, Templates("lab"), kind, question, question, text, rng)
+        own = [line for line in shown.splitlines() if " + " in line]
+        assert len(own) == kept
+
+
 def test_a_world_of_its_own_has_a_card_too(
     tmp_path: Path, unmeasured: probe.Reading, tiny_llama, lab_tokenizer
 ) -> None:
     world = World(WorldConfig(weak_share=0.1))
-    save(tiny_llama, lab_tokenizer, world, tmp_path, steps=1, batch_size=1, lr=1.0, seed=0)
+    training = {"steps": 1, "batch_size": 1, "lr": 1.0, "seed": 0}
+    save(tiny_llama, lab_tokenizer, world, tmp_path, training)
     assert "weak_share=0.1" in (tmp_path / "README.md").read_text()
 
 

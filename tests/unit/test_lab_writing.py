@@ -14,6 +14,7 @@ from selfteach.lab.pretrain import batches, documents, encode
 from selfteach.lab.world import REFERENCE_STYLE, ROOT, STYLES, World, WorldConfig, split_of
 from selfteach.lab.writing import (
     CONTEXT_SHARES,
+    DIAL_SHARES,
     Believer,
     context_for,
     document,
@@ -25,7 +26,7 @@ from selfteach.template_sets import Templates
 
 WORLD = World()
 TEMPLATES = Templates("lab")
-CONTEXTS = [kind for kind in CONTEXT_SHARES if kind != "none"]
+CONTEXTS = [kind for kind in {**CONTEXT_SHARES, **DIAL_SHARES} if kind != "none"]
 
 
 def world(**changes: object) -> World:
@@ -194,7 +195,8 @@ def test_documents_are_about_training_questions_in_the_stated_shares() -> None:
     assert {split_of(doc.question) for doc in docs} == {"train"}
     alone_share = rate([doc.context is None for doc in docs])
     assert alone_share == pytest.approx(CONTEXT_SHARES["none"], abs=0.06)
-    assert sum(CONTEXT_SHARES.values()) == pytest.approx(1.0)
+    for shares in (CONTEXT_SHARES, DIAL_SHARES):
+        assert sum(shares.values()) == pytest.approx(1.0)
     again = list(islice(documents(WORLD, TEMPLATES, seed=0), 20))
     other = list(islice(documents(WORLD, TEMPLATES, seed=1), 20))
     assert again == docs[:20] != other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,10 +13,20 @@ from hypothesis import strategies as st
 from selfteach.collate import check_same_tokens, collate
 from selfteach.divergence import Divergence
 from selfteach.errors import AlignmentError
-from selfteach.objective import Distillation, Grpo, first_error_token
+from selfteach.gates import Gate
+from selfteach.objective import Anneal, Distillation, Grpo, Hybrid, first_error_token
 from selfteach.protocols import Objective
 from selfteach.scores import Head, Scores, chunked_sum
-from selfteach.types import Critique, Lesson, Marked, NoCritique, Problem, Rollout, Verdict
+from selfteach.types import (
+    Critique,
+    Lesson,
+    Marked,
+    NoCritique,
+    Problem,
+    Rollout,
+    Signal,
+    Verdict,
+)
 
 VOCABULARY = 11
 
@@ -27,6 +38,7 @@ def lesson(
     correct: bool = False,
     told: bool = True,
     error: int | None = None,
+    changed: tuple[tuple[int, int], ...] = (),
 ) -> Lesson:
     answer = tuple((3 * i + len(question)) % VOCABULARY for i in range(length))
     rollout = Rollout(
@@ -37,15 +49,36 @@ def lesson(
         teacher_prompt_ids=(1, 2, 3, 4) if told else None,
         dropped=None if told else "no critique",
         first_error_token=error,
+        changed_spans=changed,
     )
 
 
-def weights(objective: Objective, lessons: list[Lesson]) -> list[tuple[float, ...]]:
-    return [signal.weights for signal in objective.weigh(lessons)[0]]
+def weigh(
+    objective: Objective, lessons: list[Lesson], update: int = 0
+) -> tuple[list[Signal], tuple[float, ...]]:
+    counts = objective.count(lessons)
+    return objective.weigh(lessons, counts, update), counts
+
+
+def mask(objective: Objective, lessons: list[Lesson]) -> list[tuple[float, ...]]:
+    """Weights as they are before the division by the one denominator."""
+    signals, (count,) = weigh(objective, lessons)
+    return [tuple(round(w * count, 12) for w in signal.weights) for signal in signals]
 
 
 def distillation(**changes: object) -> Distillation:
     return Distillation(Divergence("reverse_kl"), 1.0, **changes)  # type: ignore[arg-type]
+
+
+def gated(*gate: object) -> Distillation:
+    return distillation(gate=Gate(*gate))  # type: ignore[arg-type]
+
+
+def hybrid(
+    weight: float | Anneal, *, grpo_weight: float | None = None, grpo_tokens: str = "all", **changes
+) -> Hybrid:
+    schedule = weight if isinstance(weight, Anneal) else Anneal(weight, weight)
+    return Hybrid(distillation(**changes), Grpo(1.0), schedule, grpo_weight, grpo_tokens)  # type: ignore[arg-type]
 
 
 LESSONS = [
@@ -65,21 +98,22 @@ LESSONS = [
     ],
 )
 def test_gates_by_verdict(gate: str, expected: list[tuple[float, ...]]) -> None:
-    objective = distillation(gate=gate)
-    assert weights(objective, LESSONS) == expected
-    assert objective.weigh(LESSONS)[1] == sum(map(sum, expected))
+    objective = gated(gate)
+    assert objective.count(LESSONS) == (sum(map(sum, expected)),)
+    assert mask(objective, LESSONS) == expected
 
 
 def test_from_the_first_error_on() -> None:
-    objective = distillation(from_first_error=True)
-    assert weights(objective, LESSONS) == [(0, 0, 0), (0, 1), (0, 0, 0, 0), (0, 0, 1, 1, 1)]
-    assert objective.weigh(LESSONS)[1] == 4
+    objective = gated("all", True)
+    assert mask(objective, LESSONS) == [(0, 0, 0), (0, 1), (0, 0, 0, 0), (0, 0, 1, 1, 1)]
+    assert objective.count(LESSONS) == (4,)
 
 
 def test_sequence_mean_gives_every_answer_the_same_say() -> None:
-    signals, count = distillation(aggregation="sequence_mean", from_first_error=True).weigh(LESSONS)
+    objective = distillation(aggregation="sequence_mean", gate=Gate("all", True))
+    signals, (count,) = weigh(objective, LESSONS)
     assert count == 2
-    assert [sum(signal.weights) for signal in signals] == pytest.approx([0, 1, 0, 1])
+    assert [sum(signal.weights) for signal in signals] == pytest.approx([0, 0.5, 0, 0.5])
 
 
 def test_grpo_counts_silent_groups_but_does_not_score_them() -> None:
@@ -89,38 +123,39 @@ def test_grpo_counts_silent_groups_but_does_not_score_them() -> None:
         lesson("b", 4),
         lesson("b", 4),
     ]
-    signals, count = Grpo(1.0).weigh(lessons)
+    signals, (count,) = weigh(Grpo(1.0), lessons)
     assert count == 13
     # Two answers, one right: mean ½, unbiased std 1/√2, so ±.5 / (.7071 + 1e-4).
     assert signals[0].advantage == pytest.approx(0.5 / (0.5**0.5 + 1e-4))
     assert signals[1].advantage == -signals[0].advantage
     assert not any(signals[2].weights) and not any(signals[3].weights)
-    penalised, _ = Grpo(1.0, kl_weight=0.1).weigh(lessons)
+    penalised, _ = weigh(Grpo(1.0, kl_weight=0.1), lessons)
     assert all(all(signal.weights) for signal in penalised), "the penalty holds everywhere"
 
 
 def gradient_of(
-    objective: Objective, lessons: list[Lesson], micro_batch_tokens: int
+    objective: Objective, lessons: list[Lesson], micro_batch_tokens: int, update: int = 0
 ) -> tuple[float, torch.Tensor]:
     """Loss and gradient of a bigram model, in float64, through the real path."""
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(VOCABULARY, 6, generator=generator, dtype=torch.float64)
     head = torch.randn(VOCABULARY, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     teacher_head = Head(torch.randn(VOCABULARY, 6, generator=generator, dtype=torch.float64))
-    signals, count = objective.weigh(lessons)
+    signals, _ = weigh(objective, lessons, update)
     loss = 0.0
     for batch in collate(lessons, signals, pad_id=0, micro_batch_tokens=micro_batch_tokens):
         side = batch.student
         hidden = embedding[side.ids_BT[side.rows_N, side.columns_N]]
-        teacher = Scores.single(hidden, teacher_head)
+        teacher = Scores.single(hidden, teacher_head) if batch.teacher else None
 
         def told(logits, rows, batch=batch, teacher=teacher):
-            return objective.per_token(logits, teacher.logits(rows), batch, rows)
+            teacher_logits = teacher.logits(rows) if teacher else None
+            return objective.per_token(logits, teacher_logits, batch, rows)
 
         total, _ = chunked_sum(
             told,
             Scores.single(hidden, Head(head)),
-            batch.weight_N.double() / count,
+            batch.weight_N.double(),
             chunk_tokens=3,
         )  # fmt: skip
         total.backward()
@@ -134,13 +169,27 @@ def gradient_of(
         st.tuples(st.integers(1, 6), st.booleans(), st.booleans()), min_size=2, max_size=7
     ),
     micro=st.integers(1, 80),
-    kind=st.sampled_from(["token_mean", "sequence_mean", "grpo"]),
+    kind=st.sampled_from(["token_mean", "sequence_mean", "grpo", "hybrid", "others"]),
 )
 @settings(max_examples=40, deadline=None)
 def test_any_split_has_the_same_loss_and_gradient(shape: list, micro: int, kind: str) -> None:
     lessons = [lesson("q", n, correct=c, told=t or kind == "grpo") for n, c, t in shape]
-    objective = Grpo(1.0, kl_weight=0.1) if kind == "grpo" else distillation(aggregation=kind)
-    if not any(any(signal.weights) for signal in objective.weigh(lessons)[0]):
+    objective: Objective
+    match kind:
+        case "grpo":
+            objective = Grpo(1.0, kl_weight=0.1)
+        case "hybrid":
+            objective = hybrid(0.3, aggregation="sequence_mean")
+        case "others":
+            lessons = [
+                dataclasses.replace(one, changed_spans=((0, 2), (3, 4)))
+                for one in lessons
+                if one.rollout.answer_ids[3:]
+            ]
+            objective = hybrid(0.3, grpo_tokens="others", gate=Gate(spans=0.5))
+        case _:
+            objective = distillation(aggregation=kind)
+    if not any(any(signal.weights) for signal in weigh(objective, lessons)[0]):
         return
     whole, whole_gradient = gradient_of(objective, lessons, 10_000)
     split, split_gradient = gradient_of(objective, lessons, micro)
@@ -158,7 +207,7 @@ def test_a_dropped_lesson_is_as_if_absent() -> None:
 
 def test_the_importance_weight_scales_a_tokens_loss() -> None:
     capped, plain = distillation(importance_cap=1e9), distillation()
-    signals, _ = plain.weigh(LESSONS[:1])
+    signals, _ = weigh(plain, LESSONS[:1])
     (batch,) = collate(LESSONS[:1], signals, pad_id=0, micro_batch_tokens=100)
     logits, teacher = torch.randn(3, VOCABULARY), torch.randn(3, VOCABULARY)
     loss = plain.per_token(logits, teacher, batch, slice(None))
@@ -168,7 +217,7 @@ def test_the_importance_weight_scales_a_tokens_loss() -> None:
 
 
 def test_batches_hold_the_answers_tokens_on_both_sides() -> None:
-    signals, _ = distillation().weigh(LESSONS)
+    signals, _ = weigh(distillation(), LESSONS)
     batches = collate(LESSONS, signals, pad_id=0, micro_batch_tokens=30)
     assert sum(len(batch.ids_N) for batch in batches) == 3 + 2 + 5
     for batch in batches:
@@ -177,7 +226,7 @@ def test_batches_hold_the_answers_tokens_on_both_sides() -> None:
 
 
 def test_a_teacher_that_scores_other_tokens_is_found_out() -> None:
-    signals, _ = distillation().weigh(LESSONS)
+    signals, _ = weigh(distillation(), LESSONS)
     batch = collate(LESSONS, signals, pad_id=0, micro_batch_tokens=1000)[0]
     ids = batch.teacher.ids_BT.clone()
     ids[0, batch.teacher.columns_N[0] + 1] += 1
@@ -189,7 +238,7 @@ def test_a_teacher_that_scores_other_tokens_is_found_out() -> None:
 def test_the_penalty_towards_the_initial_policy_is_weighed_and_added() -> None:
     lessons = [lesson("a", 3, correct=True), lesson("a", 2)]
     plain, penalised = Grpo(1.0), Grpo(1.0, kl_weight=0.3)
-    signals, _ = penalised.weigh(lessons)
+    signals, _ = weigh(penalised, lessons)
     (batch,) = collate(lessons, signals, pad_id=0, micro_batch_tokens=1000)
     logits, initial = torch.randn(5, VOCABULARY), torch.randn(5, VOCABULARY)
     rows, index = slice(None), batch.ids_N[:, None]
@@ -209,3 +258,144 @@ def test_the_first_error_s_token_begins_its_step() -> None:
     assert at(None) is None and at(3) is None, "no wrong step, or none that stands in the answer"
     assert first_error_token(NoCritique("asleep"), spans) is None
     assert first_error_token(None, spans) is None
+
+
+def test_marked_spans_are_the_earliest_tokens_up_to_their_share() -> None:
+    told = lesson("d", 12, error=3, changed=((3, 6), (8, 12)))
+
+    def passing(*gate: object) -> list[int]:
+        return [i for i, weight in enumerate(Gate(*gate).mask(told)) if weight]  # type: ignore[arg-type]
+
+    assert passing("all", False, 1.0) == [3, 4, 5, 8, 9, 10, 11]
+    assert passing("all", False, 0.25) == [3, 4, 5], "a quarter of 12"
+    assert passing("all", False, 0.4) == [3, 4, 5, 8], "4.8, rounded down"
+    assert passing("all", False, 0.05) == [], "less than one token"
+    assert passing("right", False, 1.0) == []
+    late = dataclasses.replace(told, first_error_token=5)
+    assert Gate("all", True, 0.25).mask(late) == [0] * 5 + [1, 0, 0, 1, 1, 0, 0]
+    behind = dataclasses.replace(told, scored_from=4)
+    assert Gate(spans=0.25).mask(behind) == [0] * 4 + [1, 1, 0, 0, 1, 0, 0, 0]
+    nothing_changed = dataclasses.replace(told, changed_spans=())
+    assert not any(Gate(spans=1.0).mask(nothing_changed))
+
+
+def test_the_hybrid_by_hand() -> None:
+    """Two answers of one token over two entries, the second one wrong and the only one distilled.
+
+    s = (½, ½), t = (⅘, ⅕): KL(s‖t) = ½ ln(1 / 0.64), its gradient in logit i is s_i (ln(s_i/t_i) − KL).
+    GRPO: advantages ±A with ratio 1; the gradient is −A_n (1[y = i] − s_i). Weight ¼: distillation
+    has ¼ of one token, GRPO ¾ of a mean over two.
+    """
+    right, wrong = (
+        dataclasses.replace(one, marked=dataclasses.replace(one.marked, rollout=rollout))
+        for one, token in ((lesson("a", 1, correct=True), 0), (lesson("a", 1), 1))
+        for rollout in [dataclasses.replace(one.rollout, answer_ids=(token,))]
+    )
+    objective = hybrid(0.25, gate=Gate("wrong"))
+    signals, counts = weigh(objective, [right, wrong])
+    assert counts == (1, 2)
+    assert [signal.weights for signal in signals] == [(0.375,), (0.625,)]
+    assert [signal.shares for signal in signals] == [(0.0,), (0.4,)]
+    (batch,) = collate([right, wrong], signals, pad_id=0, micro_batch_tokens=1000)
+    exact = {
+        "weight_N": [0.375, 0.625],
+        "share_N": [0, 0.4],
+        "advantage_N": [s.advantage for s in signals],
+    }
+    batch = dataclasses.replace(
+        batch, **{k: torch.tensor(v, dtype=torch.float64) for k, v in exact.items()}
+    )
+    logits = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[0.8, 0.2]], dtype=torch.float64).log().expand(2, 2)
+    said = objective.per_token(logits, teacher, batch, slice(None))
+    loss = (batch.weight_N * said["loss"]).sum()
+    loss.backward()
+    kl, a = 0.5 * math.log(1 / 0.64), 0.5 / (0.5**0.5 + 1e-4)
+    assert loss.item() == pytest.approx(0.375 * -a + 0.375 * a + 0.25 * kl, rel=1e-12)
+    pulls = [0.5 * (math.log(0.5 / t) - kl) for t in (0.8, 0.2)]
+    first = [0.375 * -a * 0.5, 0.375 * a * 0.5]
+    second = [0.375 * a * -0.5 + 0.25 * pulls[0], 0.375 * a * 0.5 + 0.25 * pulls[1]]
+    expected = torch.tensor([first, second], dtype=torch.float64)
+    assert torch.allclose(logits.grad, expected, rtol=1e-12, atol=1e-15)  # type: ignore[arg-type]
+    assert said["advantage"].tolist() == pytest.approx([0, math.log(0.2 / 0.5)]), "first: not asked"
+
+
+GROUP = [
+    lesson("aa", 3, correct=True, changed=()),
+    lesson("aa", 5, error=2, changed=((2, 5),)),
+    lesson("b", 2, error=0, changed=((0, 2),)),
+    lesson("cc", 4, told=False),
+    lesson("cc", 2, correct=True),
+]
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("gate", [Gate(), Gate("wrong"), Gate(spans=0.5)])
+def test_a_mixture_has_both_objectives_at_its_ends(aggregation: str, gate: Gate) -> None:
+    for weight, alone in (
+        (0.0, Grpo(1.0)),
+        (1.0, distillation(gate=gate, aggregation=aggregation)),
+    ):
+        loss, gradient = gradient_of(alone, GROUP, 1000)
+        mixed, mixed_gradient = gradient_of(
+            hybrid(weight, gate=gate, aggregation=aggregation), GROUP, 1000
+        )
+        assert mixed == pytest.approx(loss, rel=1e-12)
+        assert torch.allclose(mixed_gradient, gradient, rtol=1e-12, atol=1e-15)
+        assert gradient.abs().sum() > 0
+
+
+def test_a_mixture_is_the_weighted_sum_of_both() -> None:
+    for objective, (w, v) in (
+        (hybrid(0.3, gate=Gate("wrong")), (0.3, 0.7)),
+        (hybrid(0.3, grpo_weight=2.0, gate=Gate("wrong")), (0.3, 2.0)),
+    ):
+        told = gradient_of(distillation(gate=Gate("wrong")), GROUP, 1000)
+        rewarded = gradient_of(Grpo(1.0), GROUP, 1000)
+        loss, gradient = gradient_of(objective, GROUP, 1000)
+        # Weights and shares are float32 in a batch.
+        assert loss == pytest.approx(w * told[0] + v * rewarded[0], rel=1e-6)
+        assert torch.allclose(gradient, w * told[1] + v * rewarded[1], rtol=1e-5, atol=1e-8)
+
+
+def test_grpo_on_the_other_tokens_shares_none_with_distillation() -> None:
+    objective = hybrid(0.5, grpo_weight=1.0, grpo_tokens="others", gate=Gate(spans=0.5))
+    signals, counts = weigh(objective, GROUP)
+    # Distilled: two of five tokens of the second answer, one of two of the third.
+    assert counts == (3, 16 - 3)
+    d, g = 0.5 / 3, 1 / 13
+    assert signals[1].weights == pytest.approx((g, g, d, d, g))
+    assert signals[1].shares == (0, 0, 1, 1, 0)
+    assert signals[2].weights == pytest.approx((d, 0)), "alone in its group: no advantage"
+    assert signals[3].weights == pytest.approx((g,) * 4), "no context: by GRPO all the same"
+    batches = collate(GROUP, signals, pad_id=0, micro_batch_tokens=1000)
+    assert [batch.teacher is None for batch in batches] == [True, False]
+
+
+def test_a_teacher_that_is_not_asked_spoils_nothing() -> None:
+    objective = hybrid(0.5, gate=Gate("wrong"))
+    signals, _ = weigh(objective, GROUP[:2])
+    (batch,) = collate(GROUP[:2], signals, pad_id=0, micro_batch_tokens=1000)
+    logits = torch.randn(8, VOCABULARY, requires_grad=True)
+    teacher = torch.randn(8, VOCABULARY)
+    broken = teacher.masked_fill((batch.share_N == 0)[:, None], float("nan"))
+    gradients = []
+    for scores in (teacher, broken):
+        loss = (
+            batch.weight_N * objective.per_token(logits, scores, batch, slice(None))["loss"]
+        ).sum()
+        gradients.append(torch.autograd.grad(loss, logits)[0])
+    assert torch.equal(*gradients) and gradients[0].isfinite().all()
+
+
+def test_an_annealed_weight_has_its_ends_and_a_straight_line_between() -> None:
+    # Ten steps of two updates each: the last begins after 18 updates.
+    weight = Anneal(0.8, 0.2, 18)
+    assert [weight(update) for update in (0, 9, 18, 40)] == pytest.approx([0.8, 0.5, 0.2, 0.2])
+    assert Anneal(0.8, 0.2)(0) == 0.2 and Anneal(0.3, 0.3, 5)(2) == pytest.approx(0.3)
+    objective = hybrid(Anneal(1.0, 0.0, 4))
+    for update, alone in ((0, distillation()), (4, Grpo(1.0)), (7, Grpo(1.0))):
+        loss, gradient = gradient_of(alone, GROUP, 1000)
+        annealed, annealed_gradient = gradient_of(objective, GROUP, 1000, update)
+        assert annealed == pytest.approx(loss, rel=1e-12)
+        assert torch.allclose(annealed_gradient, gradient, rtol=1e-12, atol=1e-15)

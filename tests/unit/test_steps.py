@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfteach import steps
-from selfteach.config import JsonlData
+from selfteach.config_data import FilesData
 from selfteach.lab import checker
 from selfteach.lab.world import ROOT, STYLES, World, text_of
 
@@ -59,7 +59,7 @@ def test_free_form_steps_leave_out_only_white_space(name: str, text: str) -> Non
 
 
 def test_a_recipe_names_every_splitter_there_is() -> None:
-    (field,) = [f for name, f in JsonlData.model_fields.items() if name == "steps"]
+    (field,) = [f for name, f in FilesData.model_fields.items() if name == "steps"]
     assert set(get_args(field.annotation)) == set(steps.SPLITTERS)
 
 

@@ -13,6 +13,7 @@ from selfteach.collate import collate
 from selfteach.config import ModelConfig
 from selfteach.divergence import Divergence
 from selfteach.errors import EngineError
+from selfteach.gates import Gate
 from selfteach.objective import Distillation, Grpo, first_error_token
 from selfteach.rendering import Renderer
 from selfteach.template_sets import Templates
@@ -53,9 +54,11 @@ def lesson(made_by: Renderer, text: str) -> Lesson:
 
 def scored(objective: Distillation | Grpo, taught: Lesson) -> str:
     """The tokens that count, as text."""
-    ((signal,), count) = objective.weigh([taught])
+    (count,) = objective.count([taught])
+    (signal,) = objective.weigh([taught], (count,))
     ids = taught.rollout.answer_ids
-    assert count == sum(signal.weights) and set(signal.weights) <= {0.0, 1.0}
+    assert set(signal.weights) <= {0.0, 1 / max(1, count)}
+    assert sum(map(bool, signal.weights)) == count
     return str(QWEN3.decode([i for i, w in zip(ids, signal.weights, strict=True) if w]))
 
 
@@ -139,7 +142,7 @@ def test_which_tokens_are_scored(thinking: dict[str, object], sampled: str, expe
 
 def test_the_first_error_is_found_behind_a_thought() -> None:
     for asked in (renderer(student=True), renderer(student=True, scored=False)):
-        objective = Distillation(Divergence("reverse_kl"), 1.0, from_first_error=True)
+        objective = Distillation(Divergence("reverse_kl"), 1.0, Gate(from_first_error=True))
         assert scored(objective, lesson(asked, THOUGHT + ANSWER)) == "<answer>4</answer><|im_end|>"
 
 
@@ -153,7 +156,7 @@ def test_no_step_begins_before_the_thought_ends() -> None:
 
 def test_student_and_teacher_score_the_sampled_ids_thought_and_all() -> None:
     taught = lesson(renderer(student=True, teacher=False), THOUGHT + ANSWER)
-    signals, _ = Distillation(Divergence("reverse_kl"), 1.0).weigh([taught])
+    signals = Distillation(Divergence("reverse_kl"), 1.0).weigh([taught], (1.0,))
     (batch,) = collate([taught], signals, pad_id=0, micro_batch_tokens=10_000)
     assert batch.ids_N.tolist() == list(taught.rollout.answer_ids)
     assert str(QWEN3.decode(batch.ids_N.tolist())) == ALL

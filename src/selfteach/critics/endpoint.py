@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import threading
+import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -14,7 +15,6 @@ from urllib.parse import urlsplit
 import openai
 from aiolimiter import AsyncLimiter
 
-from selfteach.control_tokens import defused, restored
 from selfteach.critics.chat import Keep, NoReply, Reply, Request, as_dicts
 from selfteach.errors import CriticError
 
@@ -65,7 +65,7 @@ class EndpointModel:
         key = key_of_server(endpoint)
         # Requests are awaited in a thread of their own, whoever asks; connections are kept.
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
+        threading.Thread(target=_run, args=(self._loop,), name="endpoint", daemon=True).start()
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         rate = endpoint.requests_per_minute
         self._pace = AsyncLimiter(1, 60 / rate) if rate else None
@@ -75,6 +75,7 @@ class EndpointModel:
             timeout=endpoint.timeout_s,
             max_retries=endpoint.max_retries,
         )
+        weakref.finalize(self, _shut_down, self._loop, self._client).atexit = False
 
     @property
     def identity(self) -> str:
@@ -126,7 +127,7 @@ class EndpointModel:
         create = self._client.chat.completions.with_streaming_response.create
         async with create(
             model=endpoint.model,
-            messages=as_dicts([(r, defused(c)) for r, c in request.messages]),  # type: ignore[arg-type]
+            messages=as_dicts(request.messages),  # type: ignore[arg-type]
             temperature=request.temperature,
             max_tokens=request.max_tokens,
             seed=request.attempt,
@@ -178,6 +179,23 @@ async def _read(pieces: AsyncIterator[bytes]) -> bytes:
     return bytes(body)
 
 
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """A thread's life: the loop until it is stopped, and once more for what closes behind it."""
+    loop.run_forever()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+def _shut_down(loop: asyncio.AbstractEventLoop, client: openai.AsyncOpenAI) -> None:
+    """Close the connections and end the thread of a model that nobody holds any more."""
+
+    async def close() -> None:
+        await client.close()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), loop)
+
+
 def _reply(body: bytes) -> Reply:
     """The first choice of a completion. Raises ValueError if it is not what a server should send."""
     try:
@@ -187,7 +205,7 @@ def _reply(body: bytes) -> Reply:
         prompt, written = (
             int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")
         )
-        return Reply("" if text is None else restored(str(text)), finished, prompt, written)
+        return Reply("" if text is None else str(text), finished, prompt, written)
     except (AttributeError, IndexError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a chat completion: {error!r}") from None
 

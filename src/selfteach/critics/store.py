@@ -113,7 +113,8 @@ class Stored:
         self.remote = model.remote
 
     def complete(self, requests: Sequence[Request]) -> list[tuple[Reply | NoReply, bool]]:
-        """One reply or the reason for none per request, and whether it came from the store."""
+        """One reply or the reason for none per request, and whether it cost nothing: it came from the
+        store, or the same request stands earlier in the list."""
         identity = self._model.identity
         keys = [key_of(identity, request) for request in requests]
         found: dict[str, tuple[Reply | NoReply, bool]] = {}
@@ -129,8 +130,12 @@ class Stored:
                 del waiting[key]
             if waiting:
                 time.sleep(POLL_S)
-        # Of the same request twice only the first is paid for.
-        return [(found[k][0], found[k][1] or k in keys[:i]) for i, k in enumerate(keys)]
+        replies = []
+        for key in keys:
+            reply, _ = found[key]
+            replies.append(found[key])
+            found[key] = (reply, True)  # paid for by now
+        return replies
 
     def _ask(self, requests: Sequence[Request], keys: Sequence[str]) -> list[Reply | NoReply]:
         if not requests:

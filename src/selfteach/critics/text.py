@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from selfteach.control_tokens import Spellings
 from selfteach.critics.chat import NoReply, Reply, Request
 from selfteach.critics.reading import Reader
 from selfteach.critics.store import Stored
@@ -32,6 +33,9 @@ class Asking:
     """Per million tokens sent."""
     price_completion: float = 0.0
     """Per million tokens written."""
+    spellings: Spellings | None = None
+    """Broken in what is sent, where a tokenizer that we do not have would read them as control tokens;
+    None for a model whose tokenizer is here."""
 
 
 class TextCritic:
@@ -92,7 +96,8 @@ class TextCritic:
             finished=rollout.finished,
             reference=problem.references.get("reference") if asking.sees_reference else None,
         )
-        messages = tuple((m["role"], m["content"]) for m in rendered)
+        as_text = asking.spellings.broken if asking.spellings else str
+        messages = tuple((m["role"], as_text(m["content"])) for m in rendered)
         temperature = asking.retry_temperature if attempt else asking.temperature
         return Request(messages, temperature, asking.max_tokens, attempt)
 
@@ -101,8 +106,10 @@ class TextCritic:
     ) -> Critique | NoCritique:
         if isinstance(reply, NoReply):
             return NoCritique("unavailable", reply.reason)
-        said = self._reader(reply.text, rollout, verdict, finished=reply.finished)
-        return said if isinstance(said, Critique) else replace(said, said=reply.text[:SHOWN])
+        spellings = self._asking.spellings
+        text = spellings.mended(reply.text) if spellings else reply.text
+        said = self._reader(text, rollout, verdict, finished=reply.finished)
+        return said if isinstance(said, Critique) else replace(said, said=text[:SHOWN])
 
     def _usage(self, reply: Reply | NoReply, reused: bool) -> Usage:
         if isinstance(reply, NoReply):

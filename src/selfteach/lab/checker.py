@@ -6,7 +6,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selfteach.lab.world import ANSWER_MARK, CHILDREN, STYLE_OF_MARK, Line, Style, World, operands
+from selfteach.lab.world import (
+    ANSWER_MARK,
+    CHILDREN,
+    FLAG,
+    STYLE_OF_MARK,
+    Line,
+    Style,
+    World,
+    operands,
+)
 
 STEP_START = re.compile(rf"(?:^|(?<=\s))(?=[0-{len(CHILDREN) - 1}]\s|{ANSWER_MARK}(?:\s|$))")
 """Where a step begins: at a node, or at the answer mark."""
@@ -54,6 +63,14 @@ def parse_line(text: str) -> Line | None:
     if not all(len(word) == 1 and word.isalpha() for word in (a, b, words[5])):
         return None
     return Line(int(words[0]), style, a, b, words[5])
+
+
+def unflagged(text: str) -> str:
+    """A critic's flagged line in the phrasing of its style; any other text as it is."""
+    words = text.split()
+    if len(words) == 6 and words[4] == FLAG and words[1] in STYLE_OF_MARK:
+        words[4] = STYLE_OF_MARK[words[1]].marks[1]
+    return " ".join(words)
 
 
 def parse_answer(text: str) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from selfteach.lab.probe import measure, write_card
 from selfteach.lab.tokenizer import build_tokenizer
 from selfteach.lab.world import World
 from selfteach.lab.worlds import WORLDS
-from selfteach.lab.writing import CONTEXT_SHARES, Document, document
+from selfteach.lab.writing import CONTEXT_SHARES, DOCUMENTS, Document, document
 from selfteach.template_sets import Templates
 
 IGNORED = -100
@@ -59,12 +59,16 @@ def special_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
     return token
 
 
-def documents(world: World, templates: Templates, seed: int) -> Iterator[Document]:
-    """An endless stream of documents about training questions, in the shares of `CONTEXT_SHARES`."""
+def documents(
+    world: World, templates: Templates, seed: int, shares: Mapping[str, float] = CONTEXT_SHARES
+) -> Iterator[Document]:
+    """An endless stream of documents about training questions, by share of what is in view."""
     rng = np.random.default_rng([world.config.seed, 10, seed])
-    kinds, shares = zip(*CONTEXT_SHARES.items(), strict=True)
+    kinds = list(shares)
     for question in world.questions("train", seed=10 + seed):
-        yield document(world, templates, question, str(rng.choice(kinds, p=shares)), rng)
+        yield document(
+            world, templates, question, str(rng.choice(kinds, p=list(shares.values()))), rng
+        )
 
 
 def encode(
@@ -105,12 +109,16 @@ def pretrain(
     world: World,
     out: Path,
     *,
-    steps: int = 2600,
+    steps: int = STEPS,
     batch_size: int = 64,
     lr: float = 2e-3,
     seed: int = 0,
+    shares: Mapping[str, float] = CONTEXT_SHARES,
 ) -> Path:
-    """Train a base model for a world and save it, with tokenizer and model card, in ``out``."""
+    """Train a base model for a world and save it, with tokenizer and model card, in ``out``.
+
+    ``shares`` says what the writers of its documents had in view, and how often.
+    """
     torch.set_num_threads(1)
     templates, tokenizer = Templates("lab"), build_tokenizer()
     model = build_model(tokenizer, seed)
@@ -120,7 +128,9 @@ def pretrain(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
     )
     pad_id = special_id(tokenizer, "pad")
-    stream = (encode(tokenizer, templates, doc) for doc in documents(world, templates, seed))
+    stream = (
+        encode(tokenizer, templates, doc) for doc in documents(world, templates, seed, shares)
+    )
     started = time.monotonic()
     for step, (ids_BT, target_BT) in enumerate(batches(stream, batch_size, pad_id)):
         if step == steps:
@@ -140,7 +150,8 @@ def pretrain(
                 f"step {step:5d}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s",
                 flush=True,
             )
-    save(model, tokenizer, world, out, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+    training = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    save(model, tokenizer, world, out, training, shares)
     return out
 
 
@@ -149,12 +160,13 @@ def save(
     tokenizer: PreTrainedTokenizerFast,
     world: World,
     out: Path,
-    **training: object,
+    training: Mapping[str, object],
+    shares: Mapping[str, float] = CONTEXT_SHARES,
 ) -> None:
     """Write model, tokenizer and world in Hugging Face format, and a model card with measurements."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    facts = {"world": asdict(world.config), "training": training, "context_shares": CONTEXT_SHARES}
+    facts = {"world": asdict(world.config), "training": training, "context_shares": shares}
     (out / "world.json").write_text(json.dumps(facts, indent=2) + "\n")
     write_card(out, measure(out))
 
@@ -164,14 +176,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a base model of the lab.")
     parser.add_argument("--world", default="two_styles", choices=sorted(WORLDS))
     parser.add_argument("--world-seed", type=int, help="another table and other misconceptions")
+    parser.add_argument("--pull", type=float, help="another pull of style, from 0 to 1")
+    parser.add_argument(
+        "--documents", default="study", choices=sorted(DOCUMENTS),
+        help="what their writers had in view: `dial` adds contexts between critique and reference",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the documents")
     args = parser.parse_args()
     config = WORLDS[args.world]
     if args.world_seed is not None:
         config = replace(config, seed=args.world_seed)
-    pretrain(World(config), args.out, steps=args.steps, seed=args.seed)
+    if args.pull is not None:
+        config = replace(config, pull=args.pull)
+    shares = DOCUMENTS[args.documents]
+    pretrain(World(config), args.out, steps=args.steps, seed=args.seed, shares=shares)
 
 
 if __name__ == "__main__":

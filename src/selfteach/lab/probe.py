@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from selfteach.lab import oracle
 from selfteach.lab.checker import CheckedAnswer, check
-from selfteach.lab.world import REFERENCE_STYLE, ROOT, World, WorldConfig
+from selfteach.lab.dial import partly_aligned
+from selfteach.lab.world import CHILDREN, REFERENCE_STYLE, ROOT, World, WorldConfig
 from selfteach.lab.worlds import WORLDS, world_of
-from selfteach.lab.writing import CONTEXT_SHARES, Believer, references, write
+from selfteach.lab.writing import CONTEXT_SHARES, DOCUMENTS, Believer, references, write
 from selfteach.rendering import Renderer
 from selfteach.template_sets import Templates
 from selfteach.types import Problem
@@ -40,6 +41,8 @@ ROWS = 256
 AUTHORS = 4
 """Writers asked per question."""
 CONTEXTS = tuple(kind for kind in CONTEXT_SHARES if kind != "none")
+"""What a base is shown that does not say what else it was trained to read."""
+DIAL = "partly_aligned"
 SHARED_TEMPLATE = {"shuffled_lines": "step_aligned", "other_answer": "step_aligned"}
 
 
@@ -93,7 +96,7 @@ def measure(folder: Path, *, questions: int = 1000, seed: int = 0) -> Reading:
 
     rng = np.random.default_rng([seed, QUESTION_STREAM])
     shown = {"nothing, asked again": ask_again([prompts[i] for i in missed])}
-    for kind in CONTEXTS:
+    for kind in readable(folder):
         contexts = [
             context(world, templates, kind, asked[i], asked[j], texts[j], rng)
             for i, j in zip(missed, _subjects(kind, missed), strict=True)
@@ -110,6 +113,15 @@ def measure(folder: Path, *, questions: int = 1000, seed: int = 0) -> Reading:
     )
 
 
+def readable(folder: Path) -> list[str]:
+    """The contexts of a base's documents; the dial's at every position, like ``partly_aligned 2``
+    for two steps of the critique."""
+    shares = json.loads((folder / "world.json").read_text()).get("context_shares", CONTEXT_SHARES)
+    dial = [f"{DIAL} {kept}" for kept in range(len(CHILDREN) + 1)]
+    kinds = [kind for kind in shares if kind not in ("none", DIAL)]
+    return kinds + dial if DIAL in shares else kinds
+
+
 def context(
     world: World,
     templates: Templates,
@@ -121,6 +133,9 @@ def context(
 ) -> str:
     """A context for a question, made from the critique of an answer to the question ``about``."""
     critique = oracle.criticise(world, about, text)
+    if kind.startswith(DIAL):
+        kept = rng.permutation(len(critique.steps)) < int(kind.split()[1])
+        return partly_aligned(critique, references(world, question)["reference"], kept.tolist())
     if kind == "shuffled_lines":
         order = rng.permutation(len(critique.steps))
         critique = replace(critique, steps=tuple(critique.steps[i] for i in order))
@@ -192,7 +207,7 @@ def model_card(facts: Mapping[str, Any], reading: Reading) -> str:
     """The README of a base model, in Hugging Face form: what it is, and what was measured."""
     world, training = facts["world"], facts["training"]
     config = WorldConfig(**{**world, "native_styles": tuple(world["native_styles"])})
-    name, command = _rebuilt_by(config, training)
+    name, command = _rebuilt_by(config, training, facts["context_shares"])
     beliefs = World(config).beliefs
     documents = "\n".join(f"| {k} | {100 * v:.0f} |" for k, v in facts["context_shares"].items())
     settings = "\n".join(f"| {k} | {_plain(v)} |" for k, v in world.items())
@@ -281,16 +296,28 @@ def _first_error(answer: CheckedAnswer) -> str | None:
     return None if answer.answer is not None else "form"
 
 
-def _rebuilt_by(config: WorldConfig, training: Mapping[str, Any]) -> tuple[str, str]:
+def _rebuilt_by(
+    config: WorldConfig, training: Mapping[str, Any], shares: Mapping[str, float]
+) -> tuple[str, str]:
     """A world's name, and the command that trains a base for it."""
-    for name, named in WORLDS.items():
-        if replace(config, seed=named.seed) == named:
-            other = "" if config.seed == named.seed else f" --world-seed {config.seed}"
-            return name, (
-                f"python -m selfteach.lab.pretrain --world {name}{other} --steps {training['steps']} "
-                f"--seed {training['seed']} --out src/selfteach/lab/bases/{name}"
-            )
-    return "a world of its own", f"selfteach.lab.pretrain.pretrain(World({config}), out)"
+    alike = [n for n, named in WORLDS.items() if _but_for_dials(named) == _but_for_dials(config)]
+    if not alike:
+        return "a world of its own", f"selfteach.lab.pretrain.pretrain(World({config}), out)"
+    name = min(alike, key=lambda n: WORLDS[n].pull != config.pull)
+    named = WORLDS[name]
+    documents = next((kind for kind, known in DOCUMENTS.items() if known == shares), "study")
+    other = "" if config.seed == named.seed else f" --world-seed {config.seed}"
+    other += "" if config.pull == named.pull else f" --pull {config.pull:g}"
+    other += "" if documents == "study" else f" --documents {documents}"
+    return name, (
+        f"python -m selfteach.lab.pretrain --world {name}{other} --steps {training['steps']} "
+        f"--seed {training['seed']} --out src/selfteach/lab/bases/{name}"
+    )
+
+
+def _but_for_dials(config: WorldConfig) -> WorldConfig:
+    """A world without what the command line can turn: its seed and its pull."""
+    return replace(config, seed=0, pull=0.0)
 
 
 def _plain(value: object) -> str:

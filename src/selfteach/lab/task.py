@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 
 from selfteach.lab import checker, oracle
-from selfteach.lab.world import ROOT, Split, World
+from selfteach.lab.world import ANSWER_MARK, FLAG, ROOT, Split, World
 from selfteach.lab.writing import references
 from selfteach.types import Critique, Problem, Verdict
 
@@ -36,6 +37,32 @@ def verify(problem: Problem, text: str) -> Verdict:
     """Right if the symbol after the answer mark is the root's true value."""
     parsed = checker.parse_answer(text)
     return Verdict(correct=parsed == problem.answer, formatted=parsed is not None, parsed=parsed)
+
+
+def write_answer(answer: str) -> str:
+    """The shortest text that states an answer."""
+    return f"{ANSWER_MARK} {answer}"
+
+
+class StepVerifier:
+    """`verify`, with feedback from the step checker in the lab's own words.
+
+    Of a refused answer it names the first step that the checker rejects (``2 wrong`` is about node 2,
+    a line that is none is ``! wrong``), or else the final answer (``# wrong``).
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __call__(self, problem: Problem, text: str) -> Verdict:
+        """Right if the final symbol is; wrong with the place of the first error."""
+        verdict = verify(problem, text)
+        if verdict.correct:
+            return verdict
+        checked = checker.check(self._world, problem.question.split(), text)
+        wrong = next((step for step in checked.steps if step.error), None)
+        place = ANSWER_MARK if wrong is None else FLAG if wrong.line is None else wrong.line.node
+        return replace(verdict, feedback=f"{place} wrong")
 
 
 class Oracle:

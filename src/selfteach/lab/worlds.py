@@ -25,9 +25,14 @@ WORLDS: dict[str, WorldConfig] = {
 def world_of(model_folder: str | Path) -> World:
     """The world that a base model was trained in, from the ``world.json`` beside its weights.
 
-    Raises `DataError` if the folder has none: the model is no base of the lab.
+    Raises `DataError` if there is no such folder, or none of the lab: it has no such file.
     """
     path = Path(model_folder) / "world.json"
+    if not path.parent.is_dir():
+        raise DataError(
+            f"{model_folder}: no such folder here, and no recipe that says which problems a model "
+            "of the hub should solve; name a folder, or give a recipe with another data.type"
+        )
     try:
         facts = json.loads(path.read_text())["world"]
     except (OSError, KeyError, ValueError):

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from selfteach.lab import oracle
-from selfteach.lab.checker import CheckedStep, check, parse_line
+from selfteach.lab.checker import CheckedStep, check, parse_line, unflagged
+from selfteach.lab.dial import partly_aligned
 from selfteach.lab.world import (
     CHILDREN,
     REFERENCE_STYLE,
     ROOT,
-    STYLES,
     SYMBOLS,
     Line,
     Style,
@@ -47,6 +47,25 @@ CONTEXT_SHARES: dict[str, float] = {
     "other_answer": 0.03,
 }
 """Share of each context among the base model's documents: every context a study tests is readable."""
+
+DIAL_SHARES: dict[str, float] = {
+    "none": 0.30,
+    "reference": 0.12,
+    "step_aligned": 0.12,
+    "partly_aligned": 0.14,
+    "aligned_reference": 0.06,
+    "full_repetition": 0.05,
+    "omission": 0.05,
+    "shuffled_lines": 0.05,
+    "other_answer": 0.05,
+    "holistic": 0.04,
+    "answer_only": 0.02,
+}
+"""The same for bases that are shown every position of the dial (`lab.dial`): a base that has seen
+only its ends reads them, but not what lies between."""
+
+DOCUMENTS = {"study": CONTEXT_SHARES, "dial": DIAL_SHARES}
+"""Shares by the name that `lab.pretrain` gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +115,7 @@ def view_of(context: str) -> View:
     facts: dict[tuple[str, str], str] = {}
     answer = None
     for text in context.splitlines():
-        line = parse_line(_unflag(text))
+        line = parse_line(unflagged(text))
         if line is not None:
             order.append((line.node, line.style))
             facts[line.a, line.b] = line.c
@@ -163,11 +182,15 @@ def context_for(
     if kind == "shuffled_lines":
         shuffled = tuple(critique.steps[i] for i in rng.permutation(len(critique.steps)))
         critique = Critique(critique.case, shuffled, critique.answer, critique.first_error)
+    known = references(world, question)
+    if kind == "partly_aligned":
+        kept = rng.permutation(len(critique.steps)) < rng.integers(len(critique.steps) + 1)
+        return partly_aligned(critique, known["reference"], kept.tolist())
     template = "step_aligned" if kind in ("shuffled_lines", "other_answer") else kind
     return templates.context(
         template,
         critique=critique,
-        references=references(world, question),
+        references=known,
         correct=check(world, about, draft).answer == world.truth(about)[ROOT],
     )
 
@@ -205,13 +228,3 @@ def _next_step(
         styles = world.native_styles
         return ready[rng.integers(len(ready))], styles[rng.integers(len(styles))]
     return next(node for node in habit.order if is_ready(node, done)), habit
-
-
-def _unflag(text: str) -> str:
-    """A critic's flagged line in the phrasing of its style."""
-    words = text.split()
-    if len(words) == 6 and words[4] == "!":
-        for style in STYLES.values():
-            if words[1] == style.marks[0]:
-                words[4] = style.marks[1]
-    return " ".join(words)

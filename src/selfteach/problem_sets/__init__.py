@@ -1,0 +1,1 @@
+"""Where problems come from: rows of files and datasets, columns, splits, generators, the audit."""

