@@ -145,11 +145,8 @@ def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
         metrics |= stepped
     scored = [len(batch.ids_N) * parts.updates_per_batch for batch in batches]
     told = [number for number, batch in zip(scored, batches, strict=True) if batch.teacher]
-    ended = habits.end_supervised(lessons, signals)
     return {
         **metrics,
-        "taught": habits.taught(signals),
-        **({} if ended is None else {"end_supervised": ended}),
         "tokens_trained": sum(scored),
         "teacher_tokens": sum(told),
         "optimizer_steps": parts.updates_per_batch,
@@ -204,6 +201,17 @@ def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
         change=first_change(marked, spans, ends),
         changed_spans=tuple(in_tokens[index] for index, _ in changed_steps(marked, spans)),
     )
+
+
+def coverage(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
+    """Which answers, and of these which end tokens, the loss of the step just taken has counted."""
+    version = parts.policy.version - parts.updates_per_batch
+    signals = parts.objective.weigh(lessons, parts.objective.count(lessons), version)
+    ended = habits.end_supervised(lessons, signals)
+    return {
+        "taught": habits.taught(signals),
+        **({} if ended is None else {"end_supervised": ended}),
+    }
 
 
 def describe(lessons: Sequence[Lesson]) -> Metrics:
