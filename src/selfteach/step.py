@@ -145,11 +145,8 @@ def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
         metrics |= stepped
     scored = [len(batch.ids_N) * parts.updates_per_batch for batch in batches]
     told = [number for number, batch in zip(scored, batches, strict=True) if batch.teacher]
-    ended = habits.end_supervised(lessons, signals)
     return {
         **metrics,
-        "taught": habits.taught(signals),
-        **({} if ended is None else {"end_supervised": ended}),
         "tokens_trained": sum(scored),
         "teacher_tokens": sum(told),
         "optimizer_steps": parts.updates_per_batch,
@@ -186,26 +183,35 @@ def _with_old_logp(parts: Parts, batch: Batch) -> Batch:
 
 def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
     rollout = marked.rollout
-    spans, ends = (
-        tuple(parts.split_steps(rollout.text)),
-        parts.renderer.token_ends(rollout.answer_ids),
-    )
+    spans = tuple(parts.split_steps(rollout.text))
     scored_from = parts.renderer.scored_from(rollout.answer_ids)
-    bare = Lesson(marked, steps=spans, scored_from=scored_from)
+    told = Lesson(marked, scored_from=scored_from, steps=spans)
     if isinstance(context, NoCritique):
-        return dataclasses.replace(bare, dropped=context.reason)
+        return dataclasses.replace(told, dropped=context.reason)
     prompt = parts.renderer.teacher_prompt(rollout.problem, context)
-    shown = dataclasses.replace(bare, context=context)
     if len(prompt) + len(rollout.answer_ids) > parts.max_length:
-        return dataclasses.replace(shown, dropped="longer than the context window")
+        return dataclasses.replace(told, context=context, dropped="longer than the context window")
+    ends = parts.renderer.token_ends(rollout.answer_ids)
     in_tokens = steps.token_spans(spans, ends)
     return dataclasses.replace(
-        shown,
+        told,
+        context=context,
         teacher_prompt_ids=prompt,
         first_error_token=first_error_token(marked.critique, in_tokens),
         change=first_change(marked, spans, ends),
         changed_spans=tuple(in_tokens[index] for index, _ in changed_steps(marked, spans)),
     )
+
+
+def coverage(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
+    """Which answers, and of these which end tokens, the loss of the step just taken has counted."""
+    version = parts.policy.version - parts.updates_per_batch
+    signals = parts.objective.weigh(lessons, parts.objective.count(lessons), version)
+    ended = habits.end_supervised(lessons, signals)
+    return {
+        "taught": habits.taught(signals),
+        **({} if ended is None else {"end_supervised": ended}),
+    }
 
 
 def describe(lessons: Sequence[Lesson]) -> Metrics:

@@ -21,7 +21,7 @@ from selfteach.data import Split, training_order
 from selfteach.evaluate import Evaluation, evaluate
 from selfteach.loading import resolve
 from selfteach.run_folder import RunFolder, enough_disk, read_json, write_json
-from selfteach.step import train_step
+from selfteach.step import coverage, train_step
 from selfteach.types import Problem, Sampling
 
 BUDGET = (
@@ -156,8 +156,8 @@ def _steps(
         if step <= done:
             continue
         problems: list[Problem] = [train_set[i] for i in indices]
-        _, metrics = train_step(parts, problems, step=step, journal=run)
-        row = {"step": step, "kind": "step", **metrics}
+        lessons, metrics = train_step(parts, problems, step=step, journal=run)
+        row = {"step": step, "kind": "step", **metrics, **coverage(parts, lessons)}
         record(row)
         yield row
         last = step == recipe.train.steps

@@ -86,6 +86,7 @@ def test_a_run_learns_and_writes_what_it_promises(whole: Path) -> None:
     assert result["budget"]["evaluation_answers"] == 4 * 8 + 12
     assert result["curve"]["steps"] == [0, 2, 4, 5]
     assert all(row["mismatch_max"] < 1e-3 for row in timeless(whole) if row["kind"] == "step")
+    assert all(row["end_supervised"] > 0 for row in timeless(whole) if row["kind"] == "step")
     lesson = json.loads((whole / "lessons" / "step_000001.jsonl").read_text().splitlines()[0])
     assert {"question", "answer", "correct", "critique", "context"} <= lesson.keys()
     assert (whole / "model" / "world.json").exists()

@@ -71,7 +71,8 @@ def test_one_row_per_answer_context_and_token(tokens: pd.DataFrame, answers: lis
     assert len(answers) == 24 and set(tokens.context) == set(EVERY)
     keys = ["answer", "context", "position"]
     assert not tokens.duplicated(keys).any()
-    assert len(tokens) == len(EVERY) * sum(row["tokens"] for row in answers)
+    shown = [(len(EVERY) - len(row["dropped"])) * row["tokens"] for row in answers]
+    assert len(tokens) == sum(shown)
     for number, row in enumerate(answers):
         own = tokens[(tokens.answer == number) & (tokens.context == "reference")]
         assert set(own.problem_id) == {row["problem_id"]} and set(own["sample"]) == {row["sample"]}
@@ -253,7 +254,7 @@ def test_a_study_inspects_what_its_arms_are_taught_with() -> None:
     assert recipe.critic.error_rate == 0.5, "what its arms are shown"  # type: ignore[union-attr]
     assert inspection_of(study_from({"arms": {"grpo": arms["grpo"]}})) is None
     assert inspection_of(study_from({"arms": arms, "study": {"inspect_answers": 0}})) is None
-    written = {**arms["omission"], "critic": {"type": "policy"}, "data": {"type": "jsonl"}}
+    written = {**arms["omission"], "critic": {"type": "policy"}, "data": {"type": "files"}}
     assert inspection_of(study_from({"arms": {"omission": written}})) is None
     paid = inspection_of(
         study_from({"arms": {"omission": written}, "study": {"inspect_answers": 9}})

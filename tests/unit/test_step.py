@@ -20,7 +20,7 @@ from selfteach.divergence import Divergence, per_token
 from selfteach.objective import Distillation, Grpo
 from selfteach.rendering import Renderer
 from selfteach.run_folder import lesson_row
-from selfteach.step import Parts, describe, learn, mark, teach, train_step
+from selfteach.step import Parts, coverage, describe, learn, mark, teach, train_step
 from selfteach.template_sets import Templates
 from selfteach.thinking import Thinking
 from selfteach.types import (
@@ -181,12 +181,12 @@ def test_a_step_publishes_and_tells_the_teacher(parts: Parts) -> None:
             updates.append(parts.policy.version)
 
     parts = dataclasses.replace(parts, teacher=Watched(), updates_per_batch=3)
-    _, metrics = train_step(parts, PROBLEMS)
+    lessons, metrics = train_step(parts, PROBLEMS)
     assert isinstance(parts.engine, Scripted)
     assert parts.engine.versions == [3] and updates == [1, 2, 3]
     assert metrics["answers_sampled"] == 6 and metrics["critiques"] == 4
     assert metrics["dropped"] == metrics["dropped/refused"] == pytest.approx(1 / 3)
-    assert metrics["taught"] == pytest.approx(2 / 3) and metrics["end_supervised"] == 1.0
+    assert coverage(parts, lessons) == {"taught": pytest.approx(2 / 3), "end_supervised": 1.0}
     assert 0 <= metrics["repetition"] < 1 and metrics["hesitations"] == 0
 
 
@@ -204,9 +204,9 @@ def test_nothing_to_learn_leaves_the_weights(parts: Parts) -> None:
     alike = [PROBLEMS[2]]  # refused by the critic; for GRPO: all answers score alike
     for objective, shown in ((parts.objective, context), (Grpo(1.0), None)):
         changed = dataclasses.replace(parts, objective=objective, context=shown)
-        _, metrics = train_step(changed, alike)
+        lessons, metrics = train_step(changed, alike)
         assert metrics["tokens_trained"] == 0 and metrics["loss"] == 0
-        assert metrics["taught"] == 0 and "end_supervised" not in metrics
+        assert coverage(changed, lessons) == {"taught": 0.0}
     for name, param in parts.policy.trainable.items():
         assert torch.equal(param, before[name])
 

@@ -29,6 +29,10 @@ let context = null; // the name of the chosen context
 let opening = null;
 
 async function openAnswers(row) {
+  if (!("DecompressionStream" in window)) {
+    byId("answer").textContent = "This browser is too old to unpack the answers; one of 2024 will do.";
+    return;
+  }
   opening ||= unpack(byId("index").textContent).then((found) => {
     index = found;
     fillFilters();
