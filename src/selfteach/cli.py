@@ -7,16 +7,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from selfteach import commands
 from selfteach.analysis.plain_text import plain
 from selfteach.config import Recipe
 from selfteach.config_data import SelectConfig
 from selfteach.errors import CheckpointError, RecipeError, SelfteachError
-from selfteach.recipes import TABLES, Study, load_study
 from selfteach.settings import validate
 
 app = typer.Typer(
@@ -52,7 +51,7 @@ def study(recipe: RecipePath, out: Out, settings: Settings = None) -> None:
     Writes OUT/results.json and OUT/report.html. Stopped at any point, it goes on with
     `selfteach resume OUT`.
     """
-    _run_study(_load(recipe, settings), out, command=_command())
+    commands.run_study(commands.load(recipe, settings), out, command=_command())
 
 
 @app.command()
@@ -60,7 +59,7 @@ def train(
     recipe: RecipePath, out: Out, arm: Arm = None, seed: Seed = 0, settings: Settings = None
 ) -> None:
     """One run: one arm, one seed. The trained model is OUT/model, in Hugging Face format."""
-    _train(_one(_load(recipe, settings, arm), arm, seed), out)
+    commands.run_one(commands.one_run(commands.load(recipe, settings, arm), arm, seed), out)
 
 
 @app.command()
@@ -72,7 +71,7 @@ def resume(
         from selfteach.study import load_existing
 
         existing, command, kind = load_existing(folder)
-        run = _run_sweep if kind == "sweep" else _run_study
+        run = commands.run_sweep if kind == "sweep" else commands.run_study
         run(existing, folder, command=command)
     else:
         from selfteach.run_folder import RunFolder
@@ -82,9 +81,11 @@ def resume(
         config = RunFolder(folder).config()
         if "select" in config:
             chosen = validate(SelectConfig, config["select"], where=str(folder))
-            _select(validate(Recipe, config["recipe"], where=str(folder)), chosen, folder)
+            commands.run_selection(
+                validate(Recipe, config["recipe"], where=str(folder)), chosen, folder
+            )
         else:
-            _train(validate(Recipe, config, where=str(folder)), folder)
+            commands.run_one(validate(Recipe, config, where=str(folder)), folder)
 
 
 @app.command()
@@ -108,7 +109,11 @@ def evaluate(
     """Avg@k, Pass@k and Maj@k with 95 % intervals over problems."""
     from selfteach.api import evaluate_model
 
-    chosen = _one(_load(recipe, settings), None, seed, first=True) if recipe else None
+    chosen = (
+        commands.one_run(commands.load(recipe, settings), None, seed, first=True)
+        if recipe
+        else None
+    )
     result = evaluate_model(what, recipe=chosen, problems=problems, k=k, seed=seed)
     if out is not None:
         from selfteach.run_folder import write_json
@@ -116,7 +121,7 @@ def evaluate(
         write_json(out, result)
     from selfteach.analysis.console import print_evaluation
 
-    print_evaluation(result, Console())
+    print_evaluation(result, commands.console())
 
 
 @app.command()
@@ -178,10 +183,10 @@ def inspect(
         labelled,
         recorded,  # type: ignore[arg-type]
     )
-    chosen = _with_critic(_load(recipe, None), arm, seed) if recipe else None
+    chosen = commands.run_with_critic(commands.load(recipe, None), arm, seed) if recipe else None
     with answers_progress() as progress:
         inspect_model(what, request, out, recipe=chosen, settings=settings or (), progress=progress)
-    _sum_up(out, Console())
+    commands.sum_up(out, commands.console())
 
 
 @app.command()
@@ -199,7 +204,7 @@ def check(
     """Validate a recipe and print what it resolves to, its sizes, memory and budget. Spends nothing."""
     from selfteach.plan import describe_study
 
-    loaded = _load(recipe, settings)
+    loaded = commands.load(recipe, settings)
     # All of it first: a recipe that fails prints its one line of error and nothing else.
     lines = list(describe_study(loaded, offline=offline))
     if not offline:
@@ -244,7 +249,7 @@ def watch(
     """
     from selfteach.analysis.watch import watch as look
 
-    look(folder, Console(), once=once, every=every)
+    look(folder, commands.console(), once=once, every=every)
 
 
 @app.command()
@@ -275,12 +280,14 @@ def critique(
     from selfteach.run_folder import write_lines
 
     chosen = (
-        recipe_of(_load(recipe, settings, arm), arm) if recipe else recipe_beside(file, settings)
+        recipe_of(commands.load(recipe, settings, arm), arm)
+        if recipe
+        else recipe_beside(file, settings)
     )
     require_critic(chosen.critic)
     with review_progress() as progress:
         rows, seconds = review(chosen, file, progress)
-    print_review(rows, seconds, Console(), show=show)
+    print_review(rows, seconds, commands.console(), show=show)
     if out is not None:
         write_lines(out, rows)
         typer.echo(f"critiques: {out}")
@@ -290,11 +297,11 @@ def critique(
 def select(recipe: RecipePath, out: Out, arm: Arm = None, settings: Settings = None) -> None:
     """Choose a training set as the paper does, by the recipe's [select]: problems that are hard for
     the solver, answered in the right form, and solved by the critic; with splits and a data card."""
-    loaded = _load(recipe, settings, arm)
+    loaded = commands.load(recipe, settings, arm)
     if arm is None:  # arms share solver and problems; the one with a critic knows all
         arms = {name: loaded.recipe(name, seed=0) for name in loaded.arms}
         arm = next((name for name, own in arms.items() if own.critic), next(iter(arms)))
-    _select(loaded.recipe(arm, seed=0), loaded.select, out)
+    commands.run_selection(loaded.recipe(arm, seed=0), loaded.select, out)
 
 
 @app.command()
@@ -309,7 +316,7 @@ def sweep(
     """The recipe's [sweep]: the same rates and seeds for every arm, judged on validation problems."""
     from selfteach.run_folder import write_json
 
-    result = _run_sweep(_load(recipe, settings), out, command=_command())
+    result = commands.run_sweep(commands.load(recipe, settings), out, command=_command())
     if record is not None:
         write_json(record, result)
 
@@ -333,109 +340,6 @@ def main() -> None:
         if told is None:
             raise
         _fail(told())
-
-
-def _run_study(loaded: Study, folder: Path, *, command: str) -> None:
-    from selfteach.analysis.console import print_critics, print_results
-    from selfteach.analysis.critics import read_study
-    from selfteach.analysis.report import write_report
-    from selfteach.progress import study_progress
-    from selfteach.study import jobs_of, run_study
-
-    with study_progress(jobs_of(loaded, folder)) as progress:
-        results = run_study(loaded, folder, command=command, progress=progress)
-    inspected = folder / "inspection"
-    if (inspected / "inspection.json").exists() and not (inspected / "localisation.json").exists():
-        _sum_up(inspected, None)
-    console = Console()
-    print_results(results, console)
-    print_critics(read_study(folder), console)
-    console.print(
-        f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True
-    )
-
-
-def _sum_up(folder: Path, console: Console | None) -> None:
-    """An inspection's localisation.json and figures, and on a console its tables."""
-    from selfteach.analysis.inspection import draw, print_localisation, summarise
-    from selfteach.run_folder import write_json
-
-    localisation = summarise(folder)
-    write_json(folder / "localisation.json", localisation)
-    draw(folder, localisation)
-    if console is not None:
-        print_localisation(localisation, console)
-        console.print(f"inspection: {folder}", soft_wrap=True)
-
-
-def _run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
-    from selfteach.progress import study_progress
-    from selfteach.study import run_sweep, sweep_jobs
-
-    with study_progress(sweep_jobs(loaded, folder)) as progress:
-        result = run_sweep(loaded, folder, command=command, progress=progress)
-    for setting, arms in result["settings"].items():
-        for arm, table in arms.items():
-            means = "  ".join(f"{lr}: {mean:.1f}" for lr, mean in table["mean"].items())
-            typer.echo(f"{setting}/{arm:14s} {means}   chosen {table['chosen']:g}")
-    return result
-
-
-def _train(recipe: Recipe, folder: Path) -> None:
-    from selfteach.progress import run_progress
-    from selfteach.train import train as run
-
-    with run_progress(recipe) as progress:
-        for row in run(recipe, folder):
-            progress(row)
-    from selfteach.analysis.report import write_report
-
-    model = f"\nmodel:  {folder / 'model'}" if recipe.train.steps else ""
-    typer.echo(f"run:    {folder}{model}\nreport: {write_report(folder)}")
-
-
-def _select(recipe: Recipe, chosen: SelectConfig, folder: Path) -> None:
-    from selfteach.progress import selection_progress
-    from selfteach.selection import card_of
-    from selfteach.selection import select as run
-
-    with selection_progress() as progress:
-        for standing in run(recipe, chosen, folder):
-            progress(standing)
-    card = card_of(folder)
-    out = ", ".join(f"{count:,} {name}" for name, count in card["out"].items())
-    dropped = ", ".join(f"{count:,} {name}" for name, count in card["filters"].items())
-    typer.echo(f"problems: {card['in']:,} in, {dropped}, {card['kept']:,} kept: {out}")
-    typer.echo(f"card:     {folder / 'README.md'}")
-
-
-def _load(path: Path, settings: list[str] | None, arm: str | None = None) -> Study:
-    """A recipe by path or shipped name; with one arm in view, plain settings are that arm's."""
-    if arm is not None:
-        tables = tuple(f"{table}." for table in TABLES)
-        settings = [s if s.startswith(tables) else f"arms.{arm}.{s}" for s in settings or ()]
-    shipped = Path(__file__).parent / "recipes" / f"{path.name.removesuffix('.toml')}.toml"
-    if not path.exists() and len(path.parts) == 1 and shipped.exists():
-        path = shipped
-    return load_study(path, settings or ())
-
-
-def _one(loaded: Study, arm: str | None, seed: int, *, first: bool = False) -> Recipe:
-    if arm is None:
-        if len(loaded.arms) > 1 and not first:
-            raise RecipeError(
-                f"the recipe has several arms; name one: --arm {'|'.join(loaded.arms)}"
-            )
-        arm = next(iter(loaded.arms))
-    return loaded.recipe(arm, seed=seed)
-
-
-def _with_critic(loaded: Study, arm: str | None, seed: int) -> Recipe:
-    """An arm, or the first one that has a critic, or the first."""
-    if arm is not None:
-        return loaded.recipe(arm, seed=seed)
-    arms = [loaded.recipe(name, seed=seed) for name in loaded.arms]
-    return next((own for own in arms if own.critic is not None), arms[0])
 
 
 def _command() -> str:
