@@ -62,6 +62,8 @@ def review(
 
 def recipe_beside(path: Path, settings: Sequence[str] | None) -> Recipe:
     """The recipe of the run that a file lies in, with settings. Raises `RecipeError` without one."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file of answers")
     for folder in (path.parent, path.parent.parent):
         config = folder / "config.json"
         if config.exists():

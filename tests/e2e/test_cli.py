@@ -254,7 +254,7 @@ def test_wrong_calls_are_one_line(
     assert "did you mean 'grpo'?" in said("train", recipe, "--out", tmp_path / "x", "--arm", "grp")
     assert "no such folder" in said("resume", tmp_path / "nowhere")
     assert "no run folder" in said("resume", tmp_path)
-    assert "results.json: not there" in said("report", tmp_path)
+    assert "no run, no study" in said("report", tmp_path)
     assert "neither a run nor a study" in said("watch", tmp_path)
     assert "not empty" in said("study", recipe, "--out", tmp_path)
     assert "is a file" in said("study", recipe, "--out", recipe)
@@ -265,6 +265,8 @@ def test_wrong_calls_are_one_line(
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"question": "a"}\n')
     assert "no such folder" in said("evaluate", tmp_path / "nowhere")
+    assert "no run, no study" in said("report", tmp_path / "nowhere")
+    assert "no such file" in said("critique", tmp_path / "nowhere.jsonl")
     dial = (
         "--set",
         "arms.step_aligned.context.type=partly_aligned",

@@ -115,13 +115,15 @@ def _results(folders: Sequence[Path], runs: Sequence[Run]) -> dict[str, Any]:
     if len(folders) == 1 and not runs and (folders[0] / "inspection.json").exists():
         made = {"versions": {}, "seconds": 0.0, **read_json(folders[0] / "inspection.json")}
         return comparison.nothing(title=str(made.get("model") or folders[0].name), made=made)
-    if len(folders) == 1 and (not runs or path.exists()):
+    if len(folders) == 1 and path.exists():
         results = read_json(path)
         if results.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {results.get('format')!r}, known is {FORMAT}")
         return {"split": "test", "notes": [], **results}
     if not runs:
-        raise CheckpointError(f"{folders[0]} is neither a run nor a study: name the --out of one")
+        raise CheckpointError(
+            f"{folders[0]} is no run, no study and no inspection: name the --out of one"
+        )
     own = grouped([run for run in runs if run.variant is None])
     return comparison.results_of(own, title=", ".join(own))
 
