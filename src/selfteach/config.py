@@ -28,6 +28,8 @@ ContextName = Literal[
     "environment",
 ]
 CONTEXTS: tuple[ContextName, ...] = get_args(ContextName)
+DIAL = "partly_aligned"
+"""The context that has positions, from the reference (0) to the critique (1)."""
 
 
 class LoraConfig(Section):
@@ -110,6 +112,11 @@ class ContextConfig(Section):
     alignment: float = Field(default=0.5, ge=0, le=1)
     """Of ``partly_aligned`` (the lab): the share of the critique's steps that keep the answer's own
     words and place; the others stand in the reference's. 1 is step_aligned, 0 the reference."""
+
+    @property
+    def label(self) -> str:
+        """The kind, with its position where it is the dial: ``partly_aligned@0.6``."""
+        return f"{DIAL}@{self.alignment:g}" if self.type == DIAL else self.type
 
     @property
     def names(self) -> tuple[ContextName, ...]:

@@ -28,6 +28,9 @@ from selfteach.settings import Section, merge, nearest, parse_setting, validate
 BASE = "base"
 """The row of the untrained model; no arm can have this name."""
 
+MAIN = "main"
+"""The main setting, beside variants."""
+
 NAME = re.compile(r"\w+")
 """Names of arms and variants: they become folders, and ``a-b`` is a difference of two."""
 
@@ -67,6 +70,10 @@ class StudyConfig(Section):
     bootstrap: int = Field(default=10_000, ge=100)
     workers: int | None = Field(default=None, ge=1)
     """Runs side by side, one process each; by default one per core."""
+    axis: str = ""
+    """What the arms (or the variants) of a study differ in by degree, for the figure of it."""
+    at: dict[str, float] = Field(default_factory=dict)
+    """Where arms stand on that axis; or where variants do, and ``main``, the main setting."""
     inspect_answers: int | None = Field(default=None, ge=0)
     """Answers of the untrained model to validation problems that are scored token by token under the
     arms' contexts and some controls when the study ends; 0 for none. By default 512 where a program
@@ -198,10 +205,19 @@ def _check(study: Study) -> None:
         for arm in chosen or study.arms:
             study.recipe(arm, seed=0, variant=variant)
     _all_known("study.headline", study.study.headline, pairs([*study.arms]))
+    _check_axis(study)
     if study.sweep is not None:
         _all_known("sweep.variants", study.sweep.variants, study.variants)
         if shared := set(study.sweep.seeds) & set(study.study.seeds):
             raise RecipeError(f"sweep.seeds and study.seeds share {sorted(shared)}")
+
+
+def _check_axis(study: Study) -> None:
+    axis, at = study.study.axis, study.study.at
+    if bool(axis) != bool(at):
+        raise RecipeError("study.axis names what [study.at] holds positions of: give both, or none")
+    if not at.keys() <= study.arms.keys():
+        _all_known("study.at", tuple(at), [MAIN, *study.variants])
 
 
 def _all_known(key: str, names: Sequence[str], known: Mapping[str, Any] | Sequence[str]) -> None:

@@ -190,6 +190,7 @@ def gather(study: Study, jobs: Sequence[Job], made: Mapping[str, Any]) -> dict[s
         "k": study.base_recipe(seed=0).evaluation.test_k,
         "seeds": [int(seed) for seed in seeds],
         "headline": list(study.study.headline),
+        "axis": {"label": study.study.axis, "at": study.study.at} if study.study.at else None,
         **_compare([job for job in jobs if job.variant is None], study.study.bootstrap),
         "variants": variants,
         "made": {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), **made},
@@ -219,7 +220,7 @@ def inspection_of(study: Study) -> tuple[Recipe, Request] | None:
     arm that has it); a critic that writes is asked only if ``study.inspect_answers`` says how often.
     """
     arms = [study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms]
-    taught = {own.context.type for own in arms} - {"none"}
+    taught = {own.context.label for own in arms} - {"none"}
     model = next((own for own in arms if own.critic is not None), arms[0])
     wanted, programs = study.study.inspect_answers, model.data.type in MARKED_BY_PROGRAM
     if wanted is None:
@@ -341,7 +342,8 @@ def _arm(
     if base_avg is not None:
         curves = {s: r["curve"]["avg"] for s, r in zip(seeds, results, strict=True)}
         arm["curve"] = {"steps": results[0]["curve"]["steps"], "avg": curves}
-        arm["settings"] = {"optimizer.lr": jobs[0].recipe.optimizer.lr}
+        recipe = jobs[0].recipe
+        arm["settings"] = {"optimizer.lr": recipe.optimizer.lr, "context": recipe.context.label}
         finals = values["avg"].mean(1)
         arm["collapsed"] = [
             job.seed

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from selfteach.analysis import curves, figures, health, localisation_figures, wording
+from selfteach.analysis import axis, curves, figures, health, localisation_figures, wording
 from selfteach.analysis.reading import Groups
 from selfteach.analysis.wording import Results
 
@@ -27,9 +27,14 @@ class Drawing:
         return {"svg": Markup(figures.svg(self.figure, name)), "label": f"{self.label}."}
 
 
-def of_results(results: Results, groups: Groups) -> dict[str, Drawing]:
+def of_results(
+    results: Results, groups: Groups, localisation: Mapping[str, Any] | None = None
+) -> dict[str, Drawing]:
     """What arms have come to, and how they got there."""
     drawn: dict[str, Drawing] = {}
+    if (along := axis.along_axis(results, localisation)) is not None:
+        title = f"Avg@k along {results['axis']['label']}"
+        drawn["axis"] = _told(along, title, axis.axis_lines(results))
     if results["paired"]:
         lines = wording.pair_lines(results)
         drawn["forest"] = _told(figures.forest(results), "Differences with intervals", lines)

@@ -156,7 +156,7 @@ def _drawn(
     localisation: Mapping[str, Any] | None,
 ) -> dict[str, Drawing]:
     return {
-        **drawings.of_results(results, groups),
+        **drawings.of_results(results, groups, localisation),
         **drawings.of_feedback(example, localisation),
         **drawings.of_health(groups),
         **drawings.of_budget(groups),

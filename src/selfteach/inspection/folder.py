@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from selfteach.build import Built
-from selfteach.config import CONTEXTS, ContextName
+from selfteach.config import CONTEXTS, DIAL, ContextName
 from selfteach.errors import DataError, RecipeError
 from selfteach.inspection.answers import Inspected, answer_row
 from selfteach.inspection.table import SCHEMA, rows
@@ -39,17 +39,38 @@ class Scorers:
     teacher: ScoreFn
 
 
-def check_contexts(names: Sequence[str]) -> tuple[ContextName, ...]:
-    """Contexts by name, each once. Raises `RecipeError` for a name that is none."""
+def check_contexts(names: Sequence[str]) -> tuple[str, ...]:
+    """Contexts by name, each once, in their usual order; of the dial by position.
+
+    Raises `RecipeError` for a name that is none.
+    """
     known: list[ContextName] = [name for name in CONTEXTS if name != "none"]
     for name in names:
         if name == "none":
             raise RecipeError('context "none" shows nothing: the advantage would be 0')
-        if name not in known:
+        if position(name) is None and name not in known:
             raise RecipeError(f"no context {name!r}; {nearest(name, known)}")
     if not names:
         raise RecipeError(f"name at least one context; known: {', '.join(known)}")
-    return tuple(name for name in known if name in names)
+    dial = sorted((name for name in set(names) if "@" in name), key=lambda name: position(name) or 0.0)
+    return (*(name for name in known if name in names), *dial)
+
+
+def position(name: str) -> float | None:
+    """Where on the dial a context like ``partly_aligned@0.6`` is; None for any other name.
+
+    Raises `RecipeError` for a position that is no number from 0 to 1.
+    """
+    kind, at, place = name.partition("@")
+    if kind != DIAL or not at:
+        return None
+    try:
+        value = float(place)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise RecipeError(f"context {name!r}: a position of the dial is a number from 0 to 1")
+    return value
 
 
 def sample_and_mark(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfteach.build import Built, build_context
-from selfteach.config import Recipe
+from selfteach.config import DIAL, Recipe
 from selfteach.data import known_ids
 from selfteach.errors import CheckpointError, DataError
 from selfteach.inspection.answers import Told, prepare, tell
@@ -16,9 +16,11 @@ from selfteach.inspection.folder import (
     Progress,
     Scorers,
     check_contexts,
+    position,
     sample_and_mark,
     write_inspection,
 )
+from selfteach.protocols import Context
 from selfteach.run_folder import RunFolder
 from selfteach.step import mark
 from selfteach.template_sets import Templates
@@ -61,7 +63,7 @@ def inspect(
     templates = Templates(recipe.model.templates or built.task.templates)
     alignment = recipe.context.alignment
     contexts = {
-        name: build_context(name, built.task, templates, seed=request.seed, alignment=alignment)
+        name: _context(name, built, templates, seed=request.seed, alignment=alignment)
         for name in check_contexts(request.contexts)
     }
     language = "lab" if recipe.data.type == "lab" else "english"
@@ -70,7 +72,7 @@ def inspect(
     teacher = built.parts.teacher.score if request.teacher == "initial" else student
     about = {
         "contexts": list(contexts),
-        "alignment": alignment if "partly_aligned" in contexts else None,
+        "alignment": alignment if DIAL in contexts else None,
         "problems": str(request.labelled or request.problems),
         "answers_are": _origin(request),
         "recorded": request.recorded,
@@ -123,6 +125,15 @@ def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
         first = list(dict.fromkeys(m.rollout.problem.id for m in marked))[: request.limit]
         marked = [m for m in marked if m.rollout.problem.id in first]
     return tell(built, marked)
+
+
+def _context(
+    name: str, built: Built, templates: Templates, *, seed: int, alignment: float
+) -> Context:
+    """A context by name; a position in the name goes before the recipe's."""
+    kind, place = name.partition("@")[0], position(name)
+    at = alignment if place is None else place
+    return build_context(kind, built.task, templates, seed=seed, alignment=at)
 
 
 def _origin(request: Request) -> str:
