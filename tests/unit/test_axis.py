@@ -137,5 +137,5 @@ def test_positions_of_the_dial_have_names() -> None:
     for wrong in ("partly_aligned@1.2", "partly_aligned@half", "partly_aligned@nan"):
         with pytest.raises(RecipeError, match="from 0 to 1"):
             check_contexts([wrong])
-    with pytest.raises(RecipeError, match="no context 'reference@0.5'"):
+    with pytest.raises(RecipeError, match=r"no context 'reference@0\.5'"):
         check_contexts(["reference@0.5"])
