@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,6 +53,7 @@ class Vllm:
         """So many answers, and then somebody else loads weights."""
         self.asked: list[Body] = []
         self.loads = 0
+        self.errors: list[BaseException | None] = []
         self._lock = threading.Lock()
         self._http: ThreadingHTTPServer | None = None
         self.port = 0
@@ -82,7 +85,9 @@ class Vllm:
 
         self._http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self._http.daemon_threads = True
-        self._http.handle_error = lambda *_: None
+        self._http.handle_error = lambda *_: self.errors.append(
+            sys.exception()
+        )  # for whoever looks
         self.port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -155,9 +160,10 @@ class Vllm:
         if self.stale and self.adapters:
             self.adapters[name] = next(iter(self.adapters.values()))
         else:
-            self.adapters[name] = PeftModel.from_pretrained(
-                copy.deepcopy(self.model), str(path)
-            ).eval()
+            with warnings.catch_warnings():  # PEFT asks transformers for something by its old name
+                warnings.simplefilter("ignore")
+                adapted = PeftModel.from_pretrained(copy.deepcopy(self.model), str(path))
+            self.adapters[name] = adapted.eval()
         return "Success"
 
     def _unload_adapter(self, body: Body) -> Any:

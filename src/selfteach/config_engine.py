@@ -46,8 +46,8 @@ class VllmServerConfig(VllmEngineConfig):
     @field_validator("url")
     @classmethod
     def _an_address(cls, url: str) -> str:
-        if not url.startswith(("http://", "https://")) or "@" in url:
-            raise ValueError("write it like http://127.0.0.1:8000, without a key")
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("write it like http://127.0.0.1:8000")
         if url.rstrip("/").endswith("/v1"):
             raise ValueError("leave out /v1: weights go to addresses beside it")
         return url.rstrip("/")

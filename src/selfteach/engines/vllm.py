@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -53,6 +53,7 @@ class Gone(Exception):
     """Nobody answers, or not as an engine that is well."""
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """A vLLM in this process or behind an address. All methods but ``close`` may raise `Gone`."""
 
@@ -158,7 +159,7 @@ class VllmEngine:
                 whole = _whole_problems(len(problems), sampling.samples, got)
                 rollouts = [self._rollout(*keys[i], prompts, got[i]) for i in whole]
                 raise Interrupted(
-                    self._gone(gone, f"{len(got)} of {len(asks)}"), rollouts
+                    self._gone(gone, f"{len(whole)} of {len(asks)}"), rollouts
                 ) from None
             return [self._rollout(*keys[i], prompts, got[i]) for i in range(len(asks))]
 
@@ -250,7 +251,7 @@ class VllmEngine:
                     raise EngineError(self._gone(gone)) from None
 
     def _gone(self, gone: Gone, answered: str | None = None) -> str:
-        kept = f"; {answered} answers of this batch are here and kept" if answered else ""
+        kept = f"; {answered} answers of this batch are kept" if answered else ""
         return (
             f"engine: {self._sampler.where} is gone ({gone}){kept}: start it again, "
             "then call selfteach resume"

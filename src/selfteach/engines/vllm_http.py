@@ -68,6 +68,11 @@ class Missing(EngineError):
 
 
 def _key(config: VllmServerConfig) -> str:
+    if "@" in config.url:
+        raise EngineError(
+            "engine.url holds a key, which would be written into the run: put it into an environment "
+            "variable and name that in engine.api_key_env"
+        )
     if config.api_key_env is None:
         return "none"
     if not (key := os.environ.get(config.api_key_env, "")):
