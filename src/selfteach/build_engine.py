@@ -24,7 +24,7 @@ from selfteach.config_engine import (
 from selfteach.engines.fingerprint import Fingerprint, Probe
 from selfteach.engines.handover import Handover
 from selfteach.engines.transformers import TransformersEngine
-from selfteach.engines.vllm import Sampler, VllmEngine
+from selfteach.engines.vllm_engine import Sampler, VllmEngine
 from selfteach.engines.vllm_process import Serving, VllmProcess
 from selfteach.errors import EngineError, RecipeError
 from selfteach.loading import load_tokenizer, resolve

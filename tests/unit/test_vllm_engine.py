@@ -14,7 +14,7 @@ from selfteach.build import Built, build
 from selfteach.build_engine import require_engine
 from selfteach.collate import sequences
 from selfteach.config import Recipe
-from selfteach.engines import vllm
+from selfteach.engines import vllm_engine
 from selfteach.errors import EngineError, RecipeError
 from selfteach.policy_gradient import token_logp
 from selfteach.run_folder import RunFolder
@@ -47,7 +47,7 @@ def server(base: Built) -> Iterator[Vllm]:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "PAUSE_S", 0.01)
+    monkeypatch.setattr(vllm_engine, "PAUSE_S", 0.01)
 
 
 def recipe(server: Vllm, *more: dict[str, Any], **engine: Any) -> Recipe:
@@ -197,7 +197,7 @@ def test_a_server_that_was_started_again_gets_its_weights_again(
 def test_an_engine_that_dies_in_a_batch_leaves_what_it_said(
     server: Vllm, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "LOOK_EVERY_S", -1.0)  # each answer is vouched for at once
+    monkeypatch.setattr(vllm_engine, "LOOK_EVERY_S", -1.0)  # each answer is vouched for at once
     built = build(recipe(server, more))
     engine, problems = built.parts.engine, built.task.train
     publish(built, 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfteach.config_engine import VllmServerConfig
-from selfteach.engines.vllm import Gone
+from selfteach.engines.vllm_engine import Gone
 from selfteach.engines.vllm_http import Http, Missing
 from selfteach.errors import EngineError
 

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 
 from selfteach.config_engine import VllmServerConfig
-from selfteach.engines.vllm import Gone
+from selfteach.engines.vllm_engine import Gone
 from selfteach.errors import EngineError
 
 BUSY = (408, 409, 429)

@@ -10,13 +10,15 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
 from selfteach.config_engine import VllmProcessConfig
 from selfteach.engines.handover import Handover
-from selfteach.engines.vllm import Answer, Ask
+from selfteach.engines.vllm_engine import Answer, Ask
 from selfteach.errors import EngineError
 
 LIKELIEST = 20
@@ -40,7 +42,7 @@ class Serving:
 
 
 class VllmProcess:
-    """vLLM's `LLM`. Raises `EngineError` if vLLM is not here or cannot run this model."""
+    """vLLM's `LLM`. Raises `EngineError` if vLLM is not here; when started, if it cannot run this."""
 
     where = "vLLM in this process"
 
@@ -48,32 +50,39 @@ class VllmProcess:
         # The engine's core stays in this process: weights are handed over by reference.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        try:
-            import vllm  # pyright: ignore[reportMissingImports]
-            from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
+        if find_spec("vllm") is None:
             raise EngineError(
-                f'engine.type = "vllm" needs vLLM in this environment ({error}): docs/vllm.md; or use '
-                'a server: engine.type = "vllm_server"'
-            ) from None
-        self._sampling, self._lora_request = vllm.SamplingParams, LoRARequest
-        self._handover, self._sleeps = handover, config.sleep and serving.cuda
+                'engine.type = "vllm" needs vLLM in this environment: docs/vllm.md; or use a server: '
+                'engine.type = "vllm_server"'
+            )
+        self._config, self._serving, self._handover = config, serving, handover
+        self._sleeps = config.sleep and serving.cuda
         self._label: str | None = None
         self._adapter: Any = None
         self._loads = 0
+
+    @cached_property
+    def _llm(self) -> Any:
+        """vLLM's `LLM`, started when it is first given weights: not for ``selfteach check``."""
+        import vllm  # pyright: ignore[reportMissingImports]
+
         try:
-            self._llm = vllm.LLM(**arguments(config, serving))
+            llm = vllm.LLM(**arguments(self._config, self._serving))
         except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise EngineError(f"engine: vLLM cannot run {serving.path}: {reason}") from error
-        self._rest()
+            raise EngineError(f"engine: vLLM cannot run {self._serving.path}: {reason}") from error
+        if self._sleeps:
+            llm.sleep(level=1)
+        return llm
 
     def load(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
         """Adapters through a folder, as vLLM reads them; full weights straight from the trainer's."""
         self._loads += 1
         if self._handover.adapters:
+            from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
             path = self._handover.write(named_weights, label)
-            self._adapter = self._lora_request(label, self._loads, str(path))
+            self._adapter = LoRARequest(label, self._loads, str(path))
             self._label = label
             return
         with self._awake():
@@ -108,8 +117,10 @@ class VllmProcess:
         return {token: said.logprob for token, said in output.logprobs[0].items()}
 
     def _generate(self, asks: Sequence[Ask], label: str, *, logprobs: int) -> list[Any]:
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
         wanted = [
-            self._sampling(
+            SamplingParams(
                 max_tokens=ask.max_tokens, temperature=ask.temperature, seed=ask.seed,
                 stop_token_ids=list(ask.end_ids), logprobs=logprobs, **WHOLE,
             )
@@ -133,11 +144,8 @@ class VllmProcess:
         try:
             yield
         finally:
-            self._rest()
-
-    def _rest(self) -> None:
-        if self._sleeps:
-            self._llm.sleep(level=1)
+            if self._sleeps:
+                self._llm.sleep(level=1)
 
 
 def arguments(config: VllmProcessConfig, serving: Serving) -> dict[str, Any]:

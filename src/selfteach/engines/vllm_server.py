@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfteach.config_engine import VllmServerConfig
 from selfteach.engines.handover import Handover
-from selfteach.engines.vllm import Answer, Ask, Gone
+from selfteach.engines.vllm_engine import Answer, Ask, Gone
 from selfteach.engines.vllm_http import Http, Missing
 from selfteach.errors import EngineError
 
