@@ -106,10 +106,15 @@ class VllmServer:
             if self._handover.adapters:  # it was there a moment ago
                 raise Gone(str(missing)) from None
             raise
-        (choice,) = reply["choices"]
-        if reply["model"] != name:
+        try:
+            (choice,), answered = reply["choices"], reply["model"]
+        except (KeyError, TypeError, ValueError):
+            raise Gone("a reply that is no completion") from None
+        if choice.get("finish_reason") == "abort":
+            raise Gone("it has given up what it was asked")
+        if answered != name:
             raise EngineError(
-                f"engine: {self.where} is stale: {reply['model']!r} answered where {name!r} was asked"
+                f"engine: {self.where} is stale: {answered!r} answered where {name!r} was asked"
             )
         if not choice.get("token_ids") or choice.get("prompt_token_ids") != list(ask.prompt_ids):
             raise EngineError(
