@@ -80,7 +80,7 @@ def main(model: str, what: str, *settings: str) -> None:
         before = rollouts
         with torch.no_grad():
             for weight in policy.trainable.values():
-                weight.add_(torch.randn_like(weight) * (0.05 if what == "lora" else 0.002))
+                weight.add_(torch.randn_like(weight) * (0.05 if what == "lora" else 0.01))
     sys.stdout.write(json.dumps(said) + "\n")
 
 

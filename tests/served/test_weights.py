@@ -79,7 +79,7 @@ def move(built: Built, by: float) -> None:
 
 
 # Adapters first: they stand on the weights that the server was started with.
-@pytest.mark.parametrize(("more", "by"), [(LORA, 0.05), ({}, 0.002)], ids=["lora", "full"])
+@pytest.mark.parametrize(("more", "by"), [(LORA, 0.05), ({}, 0.01)], ids=["lora", "full"])
 def test_trainer_and_engine_agree_before_and_after_updates(
     engine: Server, more: dict[str, Any], by: float, say: Callable[[str], None]
 ) -> None:

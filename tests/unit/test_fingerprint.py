@@ -67,6 +67,16 @@ def test_an_engine_that_moves_is_not_stale_nor_one_that_has_nowhere_to_go() -> N
     trainer.check({0: SAID[0] - 1e-7, 1: SAID[1]})
 
 
+def test_weights_are_recognised_by_what_the_engine_said_of_them_whatever_the_trainer_does() -> None:
+    trainer = Trainer(4.0)
+    trainer.check(SAID)
+    trainer.odds = 9.0
+    trainer.fingerprint.recognise(SAID, "the engine")
+    for other in ({0: SAID[0] + 0.2}, {7: -1.0}):
+        with pytest.raises(EngineError, match="another model"):
+            trainer.fingerprint.recognise(other, "the engine")
+
+
 def test_many_small_steps_are_held_against_the_first() -> None:
     trainer = Trainer(4.0)
     trainer.check(SAID)

@@ -62,6 +62,18 @@ class Fingerprint:
             self._engine, self._trainer = dict(said), own_V
         return difference
 
+    def recognise(self, said: Mapping[int, float], where: str) -> None:
+        """Compare with what the engine said of the same weights before it was started again.
+
+        The trainer is not asked: it may be a step ahead by then. Raises `EngineError`.
+        """
+        before = self._engine or {}
+        apart = [abs(before[token] - logp) for token, logp in said.items() if token in before]
+        if not apart or not max(apart) <= self._tolerance:
+            raise EngineError(
+                f"engine: {where} was started again with another model: restart it with model.path"
+            )
+
     def _reason(
         self, difference: float, logits_V: Tensor, said: Mapping[int, float], where: str
     ) -> str:

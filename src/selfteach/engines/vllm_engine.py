@@ -188,7 +188,8 @@ class VllmEngine:
         while len(got) < len(asks):
             missing = [i for i in range(len(asks)) if i not in got]
             try:
-                self._be_current()
+                if self._be_current():
+                    self._fingerprint.recognise(self._said(), self._sampler.where)
                 for index, answer in self._vouched_for([asks[i] for i in missing]):
                     got[missing[index]] = answer
                     patience.renew()
@@ -208,15 +209,16 @@ class VllmEngine:
         self._still_current()
         yield from waiting
 
-    def _be_current(self) -> None:
-        """Give an engine that was started again its weights; it has none of ours then."""
-        if self._look() is None:
-            self._sampler.load_again(self._label)
-            self._prove()
+    def _be_current(self) -> bool:
+        """Give an engine that was started again its weights, of which it has none then; True if so."""
+        if self._look() is not None:
+            return False
+        self._sampler.load_again(self._label)
+        return True
 
     def _prove_current(self) -> None:
         self._be_current()
-        self._prove()
+        self._fingerprint.check(self._said(), self._sampler.where)
 
     def _still_current(self) -> None:
         if self._look() is None:
@@ -232,11 +234,10 @@ class VllmEngine:
             )
         return label
 
-    def _prove(self) -> None:
+    def _said(self) -> Mapping[int, float]:
         probe = self._fingerprint.probe
         ask = Ask(probe.prompt_ids, 0, 1, probe.temperature, ())
-        said = self._sampler.likeliest(ask, self._label)
-        self._fingerprint.check(said, self._sampler.where)
+        return self._sampler.likeliest(ask, self._label)
 
     def _patiently(self, call: Callable[[], None]) -> None:
         """Call, and call again while the engine is gone; `EngineError` when patience is at an end."""
