@@ -24,7 +24,7 @@ from selfteach.config_engine import (
 from selfteach.engines.fingerprint import Fingerprint, Probe
 from selfteach.engines.handover import Handover
 from selfteach.engines.transformers import TransformersEngine
-from selfteach.engines.vllm_engine import Sampler, VllmEngine
+from selfteach.engines.vllm_engine import Sampler, VllmEngine, Weights
 from selfteach.engines.vllm_process import Serving, VllmProcess
 from selfteach.errors import EngineError, RecipeError
 from selfteach.loading import load_tokenizer, resolve
@@ -55,16 +55,13 @@ def build_engine(recipe: Recipe, solver: Solver, prompts: Iterable[tuple[int, ..
         recipe.sampling.temperature,
         trainer_logits(policy, ids),
     )
-    patience_s = config.patience_seconds if isinstance(config, VllmServerConfig) else 0.0
     return VllmEngine(
         _sampler(recipe, config, solver),
         solver.renderer,
         Fingerprint(probe, config.tolerance),
-        policy.trainable.items,
-        tied=tied_weights(policy),
+        Weights(policy.trainable.items, tied_weights(policy)),
         end_ids=solver.end_ids,
         max_length=solver.max_length,
-        patience_s=patience_s,
     )
 
 

@@ -117,6 +117,24 @@ def test_ids_go_in_as_they_are_and_every_answer_has_a_seed_of_its_own(server: Vl
     assert all(0 <= body["seed"] < 2**63 and body["temperature"] == 0.7 for body in asked)
 
 
+def test_the_same_weights_answer_otherwise_as_another_version(server: Vllm) -> None:
+    built = build(recipe(server))
+    said = []
+    for version in range(2):
+        publish(built, version)
+        said.append([r.answer_ids for r in built.parts.engine.generate(built.task.train, SAMPLING)])
+    assert said[0] != said[1]
+
+
+def test_a_load_that_got_stuck_is_done_again(server: Vllm) -> None:
+    built = build(recipe(server, patience_seconds=20.0))
+    publish(built, 0)
+    wanted = built.parts.engine.generate(built.task.train, SAMPLING)
+    server.label += "-loading"  # given again after a restart, and cut off
+    assert built.parts.engine.generate(built.task.train, SAMPLING) == wanted
+    assert server.loads == 2
+
+
 def test_without_training_the_engine_has_the_trainer_s_weights_too(server: Vllm) -> None:
     built = build(recipe(server))
     move(built)  # as when a checkpoint is loaded to be evaluated

@@ -49,17 +49,32 @@ class Answer:
     logps: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The trainer's weights that train."""
+
+    named: Callable[[], Iterable[tuple[str, Tensor]]]
+    """As they are now."""
+    tied: Mapping[str, str]
+    """Other names of some of them, like that of a tied output head."""
+
+
 class Gone(Exception):
     """Nobody answers, or not as an engine that is well."""
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """A vLLM in this process or behind an address. All methods but ``close`` may raise `Gone`."""
+    """A vLLM in this process or behind an address. Any method may raise `Gone`."""
 
     @property
     def where(self) -> str:
         """How messages call it."""
+        ...
+
+    @property
+    def patience_s(self) -> float:
+        """How long it may be gone."""
         ...
 
     def load(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
@@ -109,15 +124,13 @@ class VllmEngine:
         sampler: Sampler,
         renderer: Renderer,
         fingerprint: Fingerprint,
-        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        weights: Weights,
         *,
-        tied: Mapping[str, str],
         end_ids: Sequence[int],
         max_length: int,
-        patience_s: float = 0.0,
     ) -> None:
         self._sampler, self._renderer, self._fingerprint = sampler, renderer, fingerprint
-        self._weights, self._tied, self._patience_s = weights, tied, patience_s
+        self._weights, self._patience_s = weights, sampler.patience_s
         self._end_ids, self._max_length = tuple(end_ids), max_length
         self._owner = uuid.uuid4().hex[:8]
         self._version, self._label, self._loads = 0, "", 0
@@ -134,7 +147,7 @@ class VllmEngine:
             label = f"selfteach-{self._owner}-{self._loads}-v{version}"
             own = dict(named_weights)
             # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by its own name.
-            tied = {alias: own[name].clone() for alias, name in self._tied.items() if name in own}
+            tied = {a: own[name].clone() for a, name in self._weights.tied.items() if name in own}
             named = [*own.items(), *tied.items()]
             self._patiently(lambda: self._sampler.load(named, label))
             self._version, self._label = version, label
@@ -148,7 +161,7 @@ class VllmEngine:
         """
         with self._turn:
             if not self._label:  # nobody trains here: the weights are those that were loaded
-                self.load_weights(self._weights(), 0)
+                self.load_weights(self._weights.named(), 0)
             keys = [(problem, sample) for problem in problems for sample in range(sampling.samples)]
             prompts = {problem.id: self._prompt(problem) for problem in problems}
             asks = [self._ask(prompts[p.id], p, sample, sampling) for p, sample in keys]

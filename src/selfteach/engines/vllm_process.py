@@ -45,6 +45,7 @@ class VllmProcess:
     """vLLM's `LLM`. Raises `EngineError` if vLLM is not here; when started, if it cannot run this."""
 
     where = "vLLM in this process"
+    patience_s = 0.0
 
     def __init__(self, config: VllmProcessConfig, serving: Serving, handover: Handover) -> None:
         # The engine's core stays in this process: weights are handed over by reference.

@@ -42,6 +42,11 @@ class VllmServer:
         """The address."""
         return self._config.url
 
+    @property
+    def patience_s(self) -> float:
+        """As the recipe says."""
+        return self._config.patience_seconds
+
     def load(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
         """Leave the weights on disk and have the server take them from there."""
         self._handover.write(named_weights, label)
@@ -53,9 +58,7 @@ class VllmServer:
         if self._handover.adapters:
             self._load_adapter(path, label)
             return
-        self._bear(
-            f"{label}-loading"
-        )  # whoever else samples here sees it before the weights change
+        self._bear(_loading(label))  # whoever else samples here sees it before the weights change
         reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         self._http.post("/collective_rpc", reload)
         if not any(self._http.post("/reset_prefix_cache", {})["success"] for _ in range(RESETS)):
@@ -70,7 +73,7 @@ class VllmServer:
         if self._handover.adapters:
             return ours if ours in self._names() else None
         label = str(self._http.get("/weight_info")["weight_version"])
-        return None if label == UNLABELLED else label
+        return None if label in (UNLABELLED, _loading(ours)) else label
 
     def answers(self, asks: Sequence[Ask], label: str) -> Iterator[tuple[int, Answer]]:
         """As many at a time as the recipe allows."""
@@ -134,3 +137,8 @@ class VllmServer:
 
     def _bear(self, label: str) -> None:
         self._http.post("/update_weight_version", {"new_version": label})
+
+
+def _loading(label: str) -> str:
+    """The label while its weights are on their way, or when they got stuck there."""
+    return f"{label}-loading"
