@@ -63,8 +63,8 @@ class RunFolder:
         """
         if (self.path / "config.json").exists():
             old, new = self.config(), json.loads(json.dumps(config))
-            # Folders from before there was a choice of engines have none in them.
-            old = {key: new[key] for key in ("engine",) if key in new} | old
+            if "engine" in new:  # folders from before there was a choice do not say it
+                old = {"engine": {"type": "transformers"}} | old
             if old | {"tracking": None} != new | {"tracking": None}:
                 raise CheckpointError(
                     f"{self.path} holds another run; choose another --out, "
