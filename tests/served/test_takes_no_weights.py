@@ -15,7 +15,7 @@ from vllm_server import Server
 def recipe(server: Server, **model: object) -> Recipe:
     own = {"type": "vllm_server", "url": server.address, "model": vllm_server.NAME}
     values = {"model": {"path": str(vllm_server.MODEL), **model}, "engine": own}
-    return validate(Recipe, {**values, "data": {"type": "chain_sums"}}, where="test")
+    return validate(Recipe, {**values, "train": {"steps": 0}}, where="test")
 
 
 def test_without_developer_mode_there_are_no_full_weights(server: Server) -> None:
