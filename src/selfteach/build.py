@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfteach import tracking
 from selfteach.build_critic import Solver, build_critic, critic_threads
+from selfteach.build_engine import build_engine
 from selfteach.config import (
     EmaTeacher,
     InitialTeacher,
@@ -27,7 +28,6 @@ from selfteach.config_objective import DistillationConfig, GrpoConfig, HybridCon
 from selfteach.contexts import FallBack, PartlyAligned, TemplateContext
 from selfteach.data import Task, load_task
 from selfteach.divergence import Divergence
-from selfteach.engines.transformers import TransformersEngine
 from selfteach.errors import DataError, RecipeError
 from selfteach.gates import Gate
 from selfteach.loading import (
@@ -84,12 +84,9 @@ def build(recipe: Recipe) -> Built:
     policy = _policy(recipe, _adapted(recipe, model))
     ends, pad, autocast = end_ids(model, tokenizer, renderer), pad_id(tokenizer), _autocast(recipe)
     solver = Solver(policy, renderer, ends, pad, max_length, autocast)
-    engine = TransformersEngine(
-        policy.model, renderer,
-        end_ids=ends, pad_id=pad, max_length=max_length, autocast=autocast,
-    )  # fmt: skip
+    prompts = (renderer.solver_prompt(p) for p in (*task.train, *task.validation, *task.test))
     parts = Parts(
-        engine=engine,
+        engine=build_engine(recipe, solver, prompts),
         verify=task.verify,
         critic=build_critic(recipe.critic, task, templates, solver, seed=recipe.seed)
         if recipe.critic

@@ -209,10 +209,13 @@ def check(
     lines = list(describe_study(loaded, offline=offline))
     if not offline:
         from selfteach.build_critic import require_critic
-        from selfteach.study import critics_of
+        from selfteach.build_engine import require_engine
+        from selfteach.study import critics_of, engines_of
 
         for critic in critics_of(loaded):
             require_critic(critic)
+        for own in engines_of(loaded):
+            require_engine(own)
     for line in lines:
         typer.echo(line)
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from selfteach.config_critic import CriticConfig
 from selfteach.config_data import DataConfig, LabData
+from selfteach.config_engine import EngineConfig, TransformersEngineConfig
 from selfteach.config_objective import DistillationConfig, ObjectiveConfig, terms
 from selfteach.settings import Section
 
@@ -223,6 +224,7 @@ class Recipe(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = LabData()
     sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = TransformersEngineConfig()
     critic: CriticConfig | None = None
     context: ContextConfig = ContextConfig(type="none")
     teacher: TeacherConfig = InitialTeacher()
@@ -246,6 +248,7 @@ class Recipe(Section):
             return values
         defaults = {
             "data": "lab",
+            "engine": "transformers",
             "critic": "oracle",
             "teacher": "initial",
             "objective": "distillation",

@@ -68,17 +68,12 @@ class Distillation:
         ids_C = batch.ids_N[rows]
         told = divergence.per_token(self.spec, logits_CV, teacher_logits_CV, ids_C)
         logp_C = token_logp(logits_CV.detach(), ids_C, self.sampling_temperature)
-        loss_C = told.loss
-        if self.importance_cap is not None:
-            loss_C = loss_C * importance_weight(
-                logp_C, batch.sampled_logp_N[rows], self.importance_cap
-            )
-        return {
-            "loss": loss_C,
-            "logp": logp_C,
-            "advantage": told.advantage,
-            "clipped": told.clipped,
-        }
+        said = {"logp": logp_C, "advantage": told.advantage, "clipped": told.clipped}
+        if self.importance_cap is None:
+            return {"loss": told.loss, **said}
+        cap, sampled_C = self.importance_cap, batch.sampled_logp_N[rows]
+        weight_C = importance_weight(logp_C, sampled_C, cap)
+        return {"loss": told.loss * weight_C, **said, "truncated": (weight_C >= cap).float()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +138,11 @@ class Grpo:
         loss_C, clipped_C = clipped_surrogate(
             logp_C, old_C, batch.advantage_N[rows], clip_low=self.clip_low, clip_high=self.clip_high
         )
-        if self.importance_cap is not None:
-            loss_C = loss_C * importance_weight(old_C, sampled_C, self.importance_cap)
         said = {"logp": logp_C.detach(), "clipped": clipped_C}
+        if self.importance_cap is not None:
+            weight_C = importance_weight(old_C, sampled_C, self.importance_cap)
+            loss_C = loss_C * weight_C
+            said["truncated"] = (weight_C >= self.importance_cap).float()
         if self.needs_teacher:
             assert teacher_logits_CV is not None
             reference_C = token_logp(teacher_logits_CV, ids_C, self.sampling_temperature)
@@ -220,18 +217,25 @@ class Hybrid:
         """The mixed loss of each token. Where distillation has no share, its advantage is 0."""
         assert batch.share_N is not None
         share_C = batch.share_N[rows]
-        rewarded = self.grpo.per_token(logits_CV, None, batch, rows)
+        rewarded = self._stated(self.grpo.per_token(logits_CV, None, batch, rows))
         if teacher_logits_CV is None:
             return {**rewarded, "advantage": torch.zeros_like(share_C), "share": share_C}
         # A teacher that is not asked about a token must not spoil it, whatever it says.
         alone_C1 = (share_C == 0)[:, None]
         teacher_CV = torch.where(alone_C1, logits_CV.detach(), teacher_logits_CV)
-        told = self.distillation.per_token(logits_CV, teacher_CV, batch, rows)
+        told = self._stated(self.distillation.per_token(logits_CV, teacher_CV, batch, rows))
         mixed = {
             name: share_C * told[name] + (1 - share_C) * rewarded[name]
-            for name in ("loss", "clipped")
+            for name in ("loss", "clipped", "truncated")
+            if name in told
         }
         return {**mixed, "logp": told["logp"], "advantage": told["advantage"], "share": share_C}
+
+    def _stated(self, said: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """With the truncation of weights where either term has a cap: none by the one without."""
+        if self.distillation.importance_cap is None and self.grpo.importance_cap is None:
+            return said
+        return {"truncated": torch.zeros_like(said["loss"]), **said}
 
     def _masks(self, lessons: Sequence[Lesson]) -> tuple[Masks, Masks]:
         told, rewarded = self.distillation.masks(lessons), self.grpo.masks(lessons)

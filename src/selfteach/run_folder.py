@@ -4,7 +4,8 @@
     environment.json       commit, versions, machine
     metrics.jsonl          one line per step, and per evaluation
     tracking.json          how much of it each sink has been given; only where there are sinks
-    answers/               sampled answers, a file per batch, written before they are used
+    answers/               sampled answers, a file per batch, written before they are used;
+                           unfinished/ holds what came of a batch before its engine died
     lessons/               what was said of them: verdict, critique, context; a file per step
     evaluations/           per-problem results, a file per evaluation
     checkpoints/           what a resume needs
@@ -62,6 +63,8 @@ class RunFolder:
         """
         if (self.path / "config.json").exists():
             old, new = self.config(), json.loads(json.dumps(config))
+            if "engine" in new:  # folders from before there was a choice do not say it
+                old = {"engine": {"type": "transformers"}} | old
             if old | {"tracking": None} != new | {"tracking": None}:
                 raise CheckpointError(
                     f"{self.path} holds another run; choose another --out, "
@@ -114,6 +117,10 @@ class RunFolder:
                 row[field] = tuple(row[field])
             rollouts.append(Rollout(problem=problem, **row))
         return rollouts
+
+    def forget_answers(self, name: str) -> None:
+        """Remove what was saved under a name, if anything was."""
+        (self.path / "answers" / f"{name}.jsonl").unlink(missing_ok=True)
 
     def save_lessons(self, step: int, lessons: Sequence[Lesson]) -> None:
         """What was said of a step's answers."""

@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from selfteach.data import known_ids
+from selfteach.errors import EngineError
 from selfteach.protocols import Engine
 from selfteach.run_folder import RunFolder
 from selfteach.types import Problem, Rollout, Sampling
+
+
+class Interrupted(EngineError):
+    """An engine is gone in the middle of a batch; ``received`` are the answers that are worth keeping.
+
+    They are all answers to some of the batch's problems, in order.
+    """
+
+    def __init__(self, message: str, received: Sequence[Rollout]) -> None:
+        super().__init__(message)
+        self.received = tuple(received)
 
 
 def sample_batches(
@@ -22,7 +34,8 @@ def sample_batches(
     """``sampling.samples`` answers to each problem; with a journal, none that it already holds.
 
     Batches hold whole problems and at most ``batch_answers`` answers (or one problem). A resumed run
-    forms the same batches, so its answers are the same to the last bit.
+    forms the same batches, so its answers are the same to the last bit. Of a batch that an engine has
+    left unfinished (`Interrupted`) the problems that are answered are kept and not asked again.
     """
     per_batch = max(1, batch_answers // sampling.samples)
     known = known_ids(problems)
@@ -30,7 +43,29 @@ def sample_batches(
         part = f"{name}.{number:03d}"
         batch = journal.load_answers(part, known) if journal else None
         if batch is None:
-            batch = engine.generate(problems[start : start + per_batch], sampling)
-            if journal:
-                journal.save_answers(part, batch)
+            asked = problems[start : start + per_batch]
+            if journal is None:
+                batch = engine.generate(asked, sampling)
+            else:
+                batch = _finish(engine, asked, sampling, journal, part)
         yield batch
+
+
+def _finish(
+    engine: Engine, problems: Sequence[Problem], sampling: Sampling, journal: RunFolder, part: str
+) -> list[Rollout]:
+    """A batch on disk, with what an earlier attempt had received of it."""
+    unfinished = f"unfinished/{part}"
+    kept = journal.load_answers(unfinished, known_ids(problems)) or []
+    answered = {rollout.problem.id for rollout in kept}
+    missing = [problem for problem in problems if problem.id not in answered]
+    try:
+        sampled = engine.generate(missing, sampling)
+    except Interrupted as gone:
+        journal.save_answers(unfinished, [*kept, *gone.received])
+        raise
+    place = {problem.id: at for at, problem in enumerate(problems)}
+    batch = sorted([*kept, *sampled], key=lambda r: (place[r.problem.id], r.sample))
+    journal.save_answers(part, batch)
+    journal.forget_answers(unfinished)
+    return batch

@@ -253,10 +253,14 @@ def _summary(said: Sequence[dict[str, Tensor]]) -> Metrics:
         "loss": joined["total"].sum().item(),
         "mismatch_mean": joined["mismatch"].abs().mean().item(),
         "mismatch_max": joined["mismatch"].abs().max().item(),
+        # KL(engine ‖ trainer), estimated by k3 on what the engine has sampled.
+        "mismatch_kl": (joined["mismatch"].expm1() - joined["mismatch"]).mean().item(),
         "clipped": joined["clipped"].mean().item(),
     }
     if "advantage" in joined:
         metrics["advantage_abs"] = joined["advantage"].abs().mean().item()
+    if "truncated" in joined:
+        metrics["importance_truncated"] = joined["truncated"].mean().item()
     if "share" in joined:
         metrics["distilled_share"] = joined["share"].mean().item()
     if "kl" in joined:

@@ -19,6 +19,7 @@ import numpy as np
 
 from selfteach.build import build
 from selfteach.build_critic import require_critic
+from selfteach.build_engine import require_engine
 from selfteach.config import CRITIC_CONTEXTS, Recipe
 from selfteach.config_critic import CriticConfig
 from selfteach.errors import CheckpointError, RecipeError
@@ -130,6 +131,8 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> No
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
     for critic in _distinct(job.recipe.critic for job in waiting):
         require_critic(critic)  # before another run spends anything
+    for recipe in _by_engine(job.recipe for job in waiting):
+        require_engine(recipe)
     workers = min(workers or os.cpu_count() or 1, max(1, len(waiting)))
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
@@ -152,12 +155,24 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> No
 
 def critics_of(study: Study) -> list[CriticConfig]:
     """Every critic that a study asks, once."""
+    return _distinct(recipe.critic for recipe in _recipes(study))
+
+
+def engines_of(study: Study) -> list[Recipe]:
+    """One recipe for each engine that a study samples from and each model that it gives it."""
+    return _by_engine(_recipes(study))
+
+
+def _by_engine(recipes: Iterable[Recipe]) -> list[Recipe]:
+    own = {recipe.model_dump_json(include={"engine", "model"}): recipe for recipe in recipes}
+    return list(own.values())
+
+
+def _recipes(study: Study) -> Iterator[Recipe]:
     settings = [(None, list(study.arms)), *((n, v.arms) for n, v in study.variants.items())]
-    return _distinct(
-        study.recipe(arm, variant=name).critic
-        for name, arms in settings
-        for arm in arms or study.arms
-    )
+    for name, arms in settings:
+        for arm in arms or study.arms:
+            yield study.recipe(arm, variant=name)
 
 
 def _distinct(critics: Iterable[CriticConfig | None]) -> list[CriticConfig]:

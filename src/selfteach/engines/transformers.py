@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from selfteach import prefixes
+from selfteach.engines.streams import stream_key
 from selfteach.errors import EngineError
 from selfteach.rendering import Renderer
 from selfteach.types import Problem, Rollout, Sampling
@@ -169,9 +169,8 @@ class TransformersEngine:
 
     def _uniforms(self, problem: Problem, sample: int, sampling: Sampling) -> np.ndarray:
         """The random stream of one answer: a uniform number in [0, 1) per token."""
-        key = repr((sampling.seed, problem.id, sample, self._version)).encode()
-        digest = int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")
-        return np.random.Generator(np.random.Philox(key=digest)).random(sampling.max_tokens)
+        key = stream_key(problem, sample, sampling, self._version)
+        return np.random.Generator(np.random.Philox(key=key)).random(sampling.max_tokens)
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

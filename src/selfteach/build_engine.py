@@ -1,0 +1,165 @@
+"""From a recipe's engine section to an engine."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from selfteach.build_critic import Solver
+from selfteach.config import ModelConfig, Recipe
+from selfteach.config_engine import (
+    EngineConfig,
+    TransformersEngineConfig,
+    VllmProcessConfig,
+    VllmServerConfig,
+)
+from selfteach.engines.fingerprint import Fingerprint, Probe
+from selfteach.engines.handover import Handover
+from selfteach.engines.transformers import TransformersEngine
+from selfteach.engines.vllm_engine import Sampler, VllmEngine, Weights
+from selfteach.engines.vllm_process import Serving, VllmProcess
+from selfteach.errors import EngineError, RecipeError
+from selfteach.loading import load_tokenizer, resolve
+from selfteach.policy import Policy
+from selfteach.protocols import Engine
+from selfteach.types import Sequences
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+PROBE_TOKENS = 256
+"""Of the prompt that engine and trainer are both asked about: some blocks of a prefix cache."""
+
+
+def build_engine(recipe: Recipe, solver: Solver, prompts: Iterable[tuple[int, ...]]) -> Engine:
+    """The engine of a recipe; ``prompts`` are what it will be asked, for a look at some.
+
+    Raises `EngineError` or `RecipeError` in one line.
+    """
+    config, policy = recipe.engine, solver.policy
+    if isinstance(config, TransformersEngineConfig):
+        return TransformersEngine(
+            policy.model, solver.renderer, end_ids=solver.end_ids, pad_id=solver.pad_id,
+            max_length=solver.max_length, autocast=solver.autocast,
+        )  # fmt: skip
+    probe = Probe(
+        ids := probe_ids(prompts, solver.max_length - 1),
+        recipe.sampling.temperature,
+        trainer_logits(policy, ids),
+    )
+    return VllmEngine(
+        _sampler(recipe, config, solver),
+        solver.renderer,
+        Fingerprint(probe, config.tolerance),
+        Weights(policy.trainable.items, tied_weights(policy)),
+        end_ids=solver.end_ids,
+        max_length=solver.max_length,
+    )
+
+
+def require_engine(recipe: Recipe) -> None:
+    """Ask a served engine once whether it is there and can do what this recipe wants of it.
+
+    Raises `EngineError` in one line.
+    """
+    if isinstance(recipe.engine, VllmServerConfig):
+        _served()  # the client is needed from here on
+        from selfteach.engines.reachable import Wanted, require_server
+
+        tokenizer = load_tokenizer(recipe.model)
+        require_server(
+            recipe.engine,
+            Wanted(
+                adapters=recipe.model.lora is not None,
+                max_tokens=recipe.sampling.max_tokens,
+                encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+            ),
+        )
+
+
+def probe_ids(prompts: Iterable[tuple[int, ...]], longest: int) -> tuple[int, ...]:
+    """The first prompts one after another, so long as a probe may be."""
+    ids: list[int] = []
+    for prompt in prompts:
+        ids += prompt
+        if len(ids) >= PROBE_TOKENS:
+            break
+    return tuple(ids[: min(longest, PROBE_TOKENS)])
+
+
+def tied_weights(policy: Policy) -> dict[str, str]:
+    """Other names of weights that train, like ``lm_head.weight`` of a model with a tied head."""
+    names = {id(weight): name for name, weight in policy.trainable.items()}
+    everywhere = policy.model.named_parameters(remove_duplicate=False)
+    known = ((alias, names.get(id(weight))) for alias, weight in everywhere)
+    return {alias: name for alias, name in known if name is not None and name != alias}
+
+
+def trainer_logits(policy: Policy, ids: Sequence[int]) -> Callable[[], Tensor]:
+    """What the policy makes of the token behind ``ids``, [V], whenever asked."""
+    last = torch.tensor([len(ids) - 1])
+    one = Sequences(torch.tensor([list(ids)]), torch.zeros(1, dtype=torch.long), last)
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return policy.score(one.to(policy.device)).logits(slice(None))[0].float().cpu()
+
+    return logits
+
+
+def _sampler(recipe: Recipe, config: EngineConfig, solver: Solver) -> Sampler:
+    model = solver.policy.model
+    adapter = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    match config:
+        case VllmServerConfig():
+            handover = Handover(_folder(config.folder), adapter)
+            return _served().VllmServer(config, handover)
+        case VllmProcessConfig():
+            return VllmProcess(config, _serving(recipe, solver), Handover(_folder(None), adapter))
+        case _:
+            raise AssertionError(config)
+
+
+def _served() -> ModuleType:
+    try:
+        from selfteach.engines import vllm_server
+    except ImportError:
+        raise EngineError(
+            'engine.type = "vllm_server" needs OpenAI\'s client: pip install "selfteach[endpoint]"'
+        ) from None
+    return vllm_server
+
+
+def _serving(recipe: Recipe, solver: Solver) -> Serving:
+    own: ModelConfig = recipe.model
+    if own.gguf_file:
+        raise RecipeError(
+            'engine.type = "vllm" reads safetensors only, and model.gguf_file is set: save the model '
+            "with save_pretrained and name that folder in model.path"
+        )
+    return Serving(
+        path=resolve(own.path),
+        max_length=solver.max_length,
+        lora_rank=own.lora.rank if own.lora else None,
+        cuda=solver.policy.device.type == "cuda",
+        trust_remote_code=own.trust_remote_code,
+    )
+
+
+def _folder(named: str | None) -> Path:
+    """A folder of this process alone, gone with it."""
+    if named is not None:
+        Path(named).expanduser().mkdir(parents=True, exist_ok=True)
+    parent = Path(named).expanduser() if named is not None else None
+    folder = Path(tempfile.mkdtemp(prefix="selfteach-", dir=parent))
+    folder.chmod(0o755)  # the server may be another user's
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
