@@ -310,9 +310,10 @@ def _rebuilt_by(
     other = "" if config.seed == named.seed else f" --world-seed {config.seed}"
     other += "" if config.pull == named.pull else f" --pull {config.pull:g}"
     other += "" if documents == "study" else f" --documents {documents}"
+    out = "FOLDER" if other else f"src/selfteach/lab/bases/{name}"
     return name, (
         f"python -m selfteach.lab.pretrain --world {name}{other} --steps {training['steps']} "
-        f"--seed {training['seed']} --out src/selfteach/lab/bases/{name}"
+        f"--seed {training['seed']} --out {out}"
     )
 
 
