@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from selfteach.distributed import Ranks, joined
-
 PATIENCE_S = 120
 
 
 def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``work(ranks, *args)`` returns on each of so many ranks (pickled, so no live tensors)."""
+    """What ``work(*args)`` returns on each of so many ranks (pickled, so no live tensors); None for
+    a rank that has ended without a word."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -30,12 +29,16 @@ def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
         process = context.Process(target=_run, args=(settings, theirs, work, args))
         process.start()
+        theirs.close()
         started.append((process, ours))
     try:
         said = []
         for process, ours in started:
             assert ours.poll(PATIENCE_S), "a rank says nothing"
-            said.append(ours.recv())
+            try:
+                said.append(ours.recv())
+            except EOFError:
+                said.append(("said", None))
             process.join(PATIENCE_S)
     finally:
         for process, _ in started:
@@ -49,8 +52,6 @@ def _run(settings: dict, out: Connection, work: Callable[..., Any], args: tuple)
     torch.set_num_threads(1)
     os.environ.update({name: str(value) for name, value in settings.items()})
     try:
-        with joined("cpu", 60.0) as ranks:
-            assert isinstance(ranks, Ranks)
-            out.send(("said", work(ranks, *args)))
+        out.send(("said", work(*args)))
     except BaseException:
         out.send(("failed", traceback.format_exc()))

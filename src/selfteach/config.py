@@ -196,7 +196,7 @@ class DistributedConfig(Section):
     """What sharded weights are gathered and multiplied in; by default as they are stored."""
     reduce_dtype: Literal["float32", "bfloat16"] | None = None
     """What gradients of sharded weights are summed in; by default as param_dtype."""
-    timeout_seconds: float = Field(default=3600, gt=0)
+    timeout_seconds: float = Field(default=3600.0, gt=0)
     """How long a rank waits for the others, a slow critic's included, before the job ends."""
 
     @model_validator(mode="after")

@@ -128,11 +128,13 @@ def whole(weight: Tensor) -> Tensor:
 
 def whole_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """The model's weights and buffers in the host's memory, where they are kept; all ranks together."""
-    state = {}
-    for name, value in model.state_dict().items():
-        full = whole(value)
+    state, seen = {}, dict[int, Tensor]()  # a tied head stays one with its embedding
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            full = whole(value)
+            seen[id(value)] = full.cpu() if keep else full.new_empty(0)
         if keep:
-            state[name] = full.cpu()
+            state[name] = seen[id(value)]
     return state
 
 

@@ -7,6 +7,7 @@ order, nothing else differs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from on_ranks import on_ranks
 from selfteach.build import build
 from selfteach.config import Recipe
-from selfteach.distributed import ALONE, Ranks
+from selfteach.distributed import ALONE, Ranks, joined
 from selfteach.settings import merge
 from selfteach.sharding import whole
 from selfteach.step import learn, mark, teach
@@ -61,11 +62,12 @@ def _double() -> Any:
     torch.set_default_dtype(torch.float32)
 
 
+@functools.cache
 def lessons_of(way: str) -> list[Lesson]:
     """Six answers to three questions, sampled and marked in one process; right ones among wrong."""
-    parts = build(recipe(way, "none")).parts
-    problems = build(recipe(way, "none")).task.problems("train")
-    marked = mark(parts, parts.engine.generate(problems, parts.sampling))
+    built = build(recipe(way, "none"))
+    parts = built.parts
+    marked = mark(parts, parts.engine.generate(built.task.problems("train"), parts.sampling))
     for index in (0, 3):  # so that groups differ and GRPO has something to compare
         right = dataclasses.replace(
             marked[index].verdict, correct=not marked[index].verdict.correct
@@ -114,6 +116,11 @@ def step(
     return {"metrics": metrics, "gradients": numpy[0], "weights": numpy[1], "teacher": numpy[2]}
 
 
+def step_of_rank(*args: Any) -> dict[str, Any]:
+    with joined("cpu", 60.0) as ranks:
+        return step(ranks, *args)
+
+
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert ours["metrics"].keys() == theirs["metrics"].keys()
     for name, value in theirs["metrics"].items():
@@ -126,12 +133,18 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert error <= TOLERANCE * max(1e-3, abs(value).max()), (kind, name, error)
 
 
-@pytest.mark.parametrize("shard", ["none", "full"])
-@pytest.mark.parametrize("way", WAYS)
+QUICK = {(way, "full") for way in ("distillation", "grpo_with_penalty", "ema", "lora")}
+PAIRS = [
+    pytest.param(*pair, marks=[] if pair in QUICK else [pytest.mark.slow])
+    for pair in itertools.product(WAYS, ("none", "full"))
+]
+
+
+@pytest.mark.parametrize("way, shard", PAIRS)
 def test_two_ranks_take_the_step_of_one(way: str, shard: str) -> None:
-    lessons = lessons_of(way)
+    lessons = lessons_of("grpo" if way.startswith("grpo") else "distillation")
     alone = step(ALONE, way, "none", lessons, 10_000)
-    for both in on_ranks(2, step, way, shard, lessons, 10_000):
+    for both in on_ranks(2, step_of_rank, way, shard, lessons, 10_000):
         assert_same(both, alone)
 
 
@@ -139,13 +152,14 @@ SPLITS = tuple(itertools.product((5, 1), (1, 120)))
 """Five lessons on two ranks (uneven) and one (a rank has none), in micro-batches of many sizes."""
 
 
-def steps(ranks: Ranks, shard: str, lessons: list[Lesson]) -> list[dict[str, Any]]:
-    return [step(ranks, "hybrid", shard, lessons[:count], tokens) for count, tokens in SPLITS]
+def steps(shard: str, lessons: list[Lesson]) -> list[dict[str, Any]]:
+    with joined("cpu", 60.0) as ranks:
+        return [step(ranks, "hybrid", shard, lessons[:count], tokens) for count, tokens in SPLITS]
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_no_split_changes_the_step(shard: str) -> None:
-    lessons = lessons_of("hybrid")
+    lessons = lessons_of("distillation")
     alone = {count: step(ALONE, "hybrid", "none", lessons[:count], 10_000) for count in (5, 1)}
     for said in on_ranks(2, steps, shard, lessons):
         for (count, _), both in zip(SPLITS, said, strict=True):
