@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfteach import tracking
@@ -88,7 +89,8 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
     adapted = _adapted(recipe, model)
     # All ranks pass through a sharded model together, but answers end when they end: each rank
     # samples from a whole copy.
-    sampler = copy.deepcopy(adapted).to(device) if shard else adapted
+    sampler = copy.deepcopy(adapted) if shard else adapted
+    nn.Module.to(sampler, device)
     policy = _policy(recipe, adapted, ranks, shard)
     ends, pad, autocast = end_ids(model, tokenizer, renderer), pad_id(tokenizer), _autocast(recipe)
     solver = Solver(policy, renderer, ends, pad, max_length, autocast)

@@ -89,19 +89,20 @@ def load(checkpoint: Path, policy: Policy, teacher: Teacher) -> int:
 @torch.no_grad()
 def load_weights(checkpoint: Path, policy: Policy) -> None:
     """Only the weights, for evaluation."""
-    sharded = (checkpoint / SHARDS).exists()
-    known = (
-        _names_under("weights", sharding.names(checkpoint / SHARDS))
-        if sharded
-        else (weights := _load_tensors(checkpoint / "weights.safetensors")).keys()
-    )
-    if known != policy.trainable.keys():
-        raise CheckpointError(f"{checkpoint} holds the weights of another model")
-    if sharded:
-        sharding.load(checkpoint / SHARDS, _under("weights", policy.trainable))
+    shards = checkpoint / SHARDS
+    if shards.exists():
+        _require_same(_names_under("weights", sharding.names(shards)), policy, checkpoint)
+        sharding.load(shards, _under("weights", policy.trainable))
         return
+    weights = _load_tensors(checkpoint / "weights.safetensors")
+    _require_same(set(weights), policy, checkpoint)
     for name, param in policy.trainable.items():
         sharding.assign(param, weights[name])
+
+
+def _require_same(names: set[str], policy: Policy, checkpoint: Path) -> None:
+    if names != policy.trainable.keys():
+        raise CheckpointError(f"{checkpoint} holds the weights of another model")
 
 
 def _moments(policy: Policy) -> dict[str, Tensor]:

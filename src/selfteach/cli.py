@@ -21,7 +21,7 @@ from selfteach.settings import validate
 
 MANY_RANKS = ("train", "resume")
 """Commands that torchrun may start, several times over."""
-PATIENCE_S = 2.0
+PATIENCE_S = 5.0
 """How long another rank than 0 waits before it says what is wrong: rank 0 may be about to."""
 
 app = typer.Typer(

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -58,10 +59,10 @@ class Shards:
             return backbone(input_ids=ids_BT, use_cache=False)[0]
 
         # The backbone alone is no root: its embedding and norm belong to the whole model's group.
-        model.selfteach_hidden = last_hidden  # pyright: ignore[reportAttributeAccessIssue]
+        self._model = cast(Any, model)
+        self._model.selfteach_hidden = last_hidden
         fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
         register_fsdp_forward_method(model, "selfteach_hidden")
-        self._model = cast(Any, model)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # FSDP2 would average
@@ -150,13 +151,15 @@ def assign(target: Tensor, value: Tensor) -> None:
 
 def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a distributed checkpoint; all ranks together."""
-    dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=folder)
+    state_dict_saver.save(
+        {name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=folder
+    )
 
 
 def names(folder: Path) -> set[str]:
     """What a distributed checkpoint holds. Raises `CheckpointError` if it is damaged."""
     try:
-        return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+        return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
     except Exception as error:  # whatever unpickling may raise
         raise CheckpointError(f"{folder} is damaged: {error}") from None
 
@@ -169,7 +172,7 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     alone = not torch.distributed.is_initialized()
     targets = {name: tensor.detach() for name, tensor in tensors.items()}
     try:
-        dcp.load(targets, checkpoint_id=folder, no_dist=alone)
+        state_dict_loader.load(targets, checkpoint_id=folder, no_dist=alone)
     except (CheckpointException, RuntimeError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is damaged or of another model: {error}") from None
 
