@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfteach import tracking
@@ -27,6 +30,7 @@ from selfteach.config_critic import PolicyCriticConfig, TextCriticConfig
 from selfteach.config_objective import DistillationConfig, GrpoConfig, HybridConfig
 from selfteach.contexts import FallBack, PartlyAligned, TemplateContext
 from selfteach.data import Task, load_task
+from selfteach.distributed import ALONE, Ranks
 from selfteach.divergence import Divergence
 from selfteach.errors import DataError, RecipeError
 from selfteach.gates import Gate
@@ -44,6 +48,7 @@ from selfteach.objective import Anneal, Distillation, Grpo, Hybrid
 from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
 from selfteach.protocols import Context, Critic, Objective, Teacher
 from selfteach.rendering import Renderer
+from selfteach.sharding import Gathering, Shards
 from selfteach.step import Parts
 from selfteach.teacher import EmaTeacher as Ema
 from selfteach.teacher import InitialTeacher as Initial
@@ -66,27 +71,33 @@ class Built:
     tokenizer: PreTrainedTokenizerBase
 
 
-def build(recipe: Recipe) -> Built:
-    """Everything a run needs, checked before anything is spent.
+def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
+    """Everything a run needs, checked before anything is spent; this rank's part of it.
 
     Raises `RecipeError`, `EngineError` or `DataError` in one line.
     """
     tracking.require(recipe.tracking.sinks)
-    objective = build_objective(recipe)
+    objective, shard = build_objective(recipe), build_sharding(recipe, ranks)
     device = choose_device(recipe.model.device)
     task = load_task(recipe.data, resolve(recipe.model.path))
     tokenizer = load_tokenizer(recipe.model)
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, tokenizer, templates)
-    model = load_model(recipe.model, device)
+    model = load_model(recipe.model, torch.device("cpu") if shard else device)
     max_length = longest(recipe, context_length(model))
     check_lengths(renderer, task, max_length, recipe)
-    policy = _policy(recipe, _adapted(recipe, model))
+    adapted = _adapted(recipe, model)
+    # All ranks pass through a sharded model together, but answers end when they end: each rank
+    # samples from a whole copy.
+    sampler = copy.deepcopy(adapted) if shard else adapted
+    nn.Module.to(sampler, device)
+    policy = _policy(recipe, adapted, ranks, shard)
     ends, pad, autocast = end_ids(model, tokenizer, renderer), pad_id(tokenizer), _autocast(recipe)
     solver = Solver(policy, renderer, ends, pad, max_length, autocast)
     prompts = (renderer.solver_prompt(p) for p in (*task.train, *task.validation, *task.test))
+    engine = build_engine(recipe, solver, prompts, sampler, ranks)
     parts = Parts(
-        engine=build_engine(recipe, solver, prompts),
+        engine=Gathering(engine) if shard else engine,
         verify=task.verify,
         critic=build_critic(recipe.critic, task, templates, solver, seed=recipe.seed)
         if recipe.critic
@@ -110,6 +121,7 @@ def build(recipe: Recipe) -> Built:
         chunk_tokens=max(1, CHUNK_ENTRIES // model.config.get_text_config().vocab_size),
         max_length=max_length,
         pad_id=pad,
+        ranks=ranks,
     )
     return Built(parts, task, tokenizer)
 
@@ -262,7 +274,47 @@ def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMo
     )
 
 
-def _policy(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Policy:
+def build_sharding(recipe: Recipe, ranks: Ranks) -> Callable[[PreTrainedModel], Shards] | None:
+    """What shards a model as the recipe asks; None where every rank holds all of it.
+
+    Raises `RecipeError` for a step that leaves ranks without a question to ask.
+    """
+    per_batch = max(1, recipe.sampling.batch_answers // recipe.train.answers_per_problem)
+    batches = -(-recipe.train.problems_per_step // per_batch)
+    if recipe.train.problems_per_step < ranks.size:
+        raise RecipeError(
+            f"train.problems_per_step = {recipe.train.problems_per_step} is too few for "
+            f"{ranks.size} ranks: each must have a question"
+        )
+    if batches < ranks.size:
+        most = recipe.train.problems_per_step // ranks.size * recipe.train.answers_per_problem
+        raise RecipeError(
+            f"sampling.batch_answers = {recipe.sampling.batch_answers} makes {batches} of a step's "
+            f"answers, too few for {ranks.size} ranks, each of which samples whole batches: "
+            f"set sampling.batch_answers = {most} or less"
+        )
+    config, mesh = recipe.distributed, ranks.mesh
+    if config.shard == "none" or mesh is None:
+        return None
+    if isinstance(recipe.critic, PolicyCriticConfig):
+        raise RecipeError(
+            'critic.type = "policy" cannot be sharded, since ranks ask it at different times: '
+            'name the same model as a critic of type "local", or set distributed.shard = "none"'
+        )
+    return partial(
+        Shards,
+        mesh=mesh,
+        param_dtype=DTYPES[config.param_dtype] if config.param_dtype else None,
+        reduce_dtype=DTYPES[config.reduce_dtype] if config.reduce_dtype else None,
+    )
+
+
+def _policy(
+    recipe: Recipe,
+    model: PreTrainedModel | PeftModel,
+    ranks: Ranks,
+    shard: Callable[[PreTrainedModel], Shards] | None,
+) -> Policy:
     optimizer, train = recipe.optimizer, recipe.train
     updates = train.steps * train.updates_per_batch
     return Policy(
@@ -273,6 +325,8 @@ def _policy(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Policy:
         weight_decay=optimizer.weight_decay,
         grad_clip=optimizer.grad_clip,
         autocast=_autocast(recipe),
+        ranks=ranks,
+        shard=shard,
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from selfteach.build_critic import Solver
 from selfteach.config import ModelConfig, Recipe
@@ -21,6 +22,7 @@ from selfteach.config_engine import (
     VllmProcessConfig,
     VllmServerConfig,
 )
+from selfteach.distributed import ALONE, Ranks
 from selfteach.engines.fingerprint import Fingerprint, Probe
 from selfteach.engines.handover import Handover
 from selfteach.engines.transformers import TransformersEngine
@@ -39,17 +41,30 @@ PROBE_TOKENS = 256
 """Of the prompt that engine and trainer are both asked about: some blocks of a prefix cache."""
 
 
-def build_engine(recipe: Recipe, solver: Solver, prompts: Iterable[tuple[int, ...]]) -> Engine:
+def build_engine(
+    recipe: Recipe,
+    solver: Solver,
+    prompts: Iterable[tuple[int, ...]],
+    model: PreTrainedModel | PeftModel,
+    ranks: Ranks = ALONE,
+) -> Engine:
     """The engine of a recipe; ``prompts`` are what it will be asked, for a look at some.
+
+    ``model`` is what samples in this process: the solver's own, or a whole copy of a sharded one.
 
     Raises `EngineError` or `RecipeError` in one line.
     """
     config, policy = recipe.engine, solver.policy
     if isinstance(config, TransformersEngineConfig):
         return TransformersEngine(
-            policy.model, solver.renderer, end_ids=solver.end_ids, pad_id=solver.pad_id,
+            model, solver.renderer, end_ids=solver.end_ids, pad_id=solver.pad_id,
             max_length=solver.max_length, autocast=solver.autocast,
         )  # fmt: skip
+    if ranks.size > 1:
+        raise RecipeError(
+            f'engine.type = "{config.type}" takes its weights from one process, and torchrun has '
+            f'started {ranks.size}: start one, or set engine.type = "transformers"'
+        )
     probe = Probe(
         ids := probe_ids(prompts, solver.max_length - 1),
         recipe.sampling.temperature,

@@ -1,4 +1,5 @@
-"""All that a resume needs, in plain safetensors: weights, optimizer, teacher, and where we are.
+"""All that a resume needs, in plain safetensors (a distributed checkpoint where the model is in pieces;
+either resumes on any number of ranks): weights, optimizer, teacher, and where we are.
 
 Random streams need no saving: they are keyed by (seed, question, sample, policy version).
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from selfteach import sharding
+from selfteach.distributed import ALONE, Ranks
 from selfteach.errors import CheckpointError
 from selfteach.policy import Policy
 from selfteach.protocols import Teacher
@@ -23,23 +27,41 @@ from selfteach.run_folder import enough_disk, read_json, write_json
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def save(folder: Path, step: int, policy: Policy, teacher: Teacher, *, keep: int = 1) -> Path:
-    """Write ``folder/step_NNNNNN`` whole or not at all, then delete all but the newest ``keep``."""
+SHARDS = "shards"
+"""Where a sharded policy's tensors lie: a distributed checkpoint, for any number of ranks."""
+
+
+def save(
+    folder: Path, step: int, policy: Policy, teacher: Teacher, *, keep: int = 1,
+    ranks: Ranks = ALONE,
+) -> Path:  # fmt: skip
+    """Write ``folder/step_NNNNNN`` whole or not at all, then delete all but the newest ``keep``.
+
+    All ranks together: each writes its pieces of a sharded policy, rank 0 everything else.
+    """
     target = folder / f"step_{step:06d}"
     aside = folder / f".{target.name}.tmp"
     with enough_disk():
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _save_tensors(aside / "weights.safetensors", dict(policy.trainable))
-        _save_tensors(aside / "optimizer.safetensors", _moments(policy))
-        _save_tensors(aside / "teacher.safetensors", dict(teacher.state()))
-        write_json(aside / "state.json", {"step": step, "version": policy.version})
-        if target.exists():
-            shutil.rmtree(target)
-        aside.replace(target)
-        _sync(folder)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        if ranks.leads:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        ranks.wait()
+        if policy.is_sharded:
+            sharding.save(aside / SHARDS, _all_tensors(policy, teacher))
+        elif ranks.leads:
+            _save_tensors(aside / "weights.safetensors", dict(policy.trainable))
+            _save_tensors(aside / "optimizer.safetensors", _moments(policy))
+            _save_tensors(aside / "teacher.safetensors", dict(teacher.state()))
+        ranks.wait()
+        if ranks.leads:
+            write_json(aside / "state.json", {"step": step, "version": policy.version})
+            if target.exists():
+                shutil.rmtree(target)
+            aside.replace(target)
+            _sync(folder)
+            for old in checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+        ranks.wait()
     return target
 
 
@@ -55,8 +77,11 @@ def load(checkpoint: Path, policy: Policy, teacher: Teacher) -> int:
     """
     state = read_json(checkpoint / "state.json")
     load_weights(checkpoint, policy)
-    _restore_moments(policy, _load_tensors(checkpoint / "optimizer.safetensors"))
-    teacher.load_state(_load_tensors(checkpoint / "teacher.safetensors"))
+    if (checkpoint / SHARDS).exists():
+        _load_shards(checkpoint / SHARDS, policy, teacher)
+    else:
+        _restore_moments(policy, _load_tensors(checkpoint / "optimizer.safetensors"))
+        teacher.load_state(_load_tensors(checkpoint / "teacher.safetensors"))
     policy.version = state["version"]
     return int(state["step"])
 
@@ -64,11 +89,20 @@ def load(checkpoint: Path, policy: Policy, teacher: Teacher) -> int:
 @torch.no_grad()
 def load_weights(checkpoint: Path, policy: Policy) -> None:
     """Only the weights, for evaluation."""
+    shards = checkpoint / SHARDS
+    if shards.exists():
+        _require_same(_names_under("weights", sharding.names(shards)), policy, checkpoint)
+        sharding.load(shards, _under("weights", policy.trainable))
+        return
     weights = _load_tensors(checkpoint / "weights.safetensors")
-    if weights.keys() != policy.trainable.keys():
-        raise CheckpointError(f"{checkpoint} holds the weights of another model")
+    _require_same(set(weights), policy, checkpoint)
     for name, param in policy.trainable.items():
-        param.copy_(weights[name])
+        sharding.assign(param, weights[name])
+
+
+def _require_same(names: set[str], policy: Policy, checkpoint: Path) -> None:
+    if names != policy.trainable.keys():
+        raise CheckpointError(f"{checkpoint} holds the weights of another model")
 
 
 def _moments(policy: Policy) -> dict[str, Tensor]:
@@ -82,11 +116,48 @@ def _moments(policy: Policy) -> dict[str, Tensor]:
 
 def _restore_moments(policy: Policy, saved: dict[str, Tensor]) -> None:
     for name, param in policy.trainable.items():
-        own = {m: saved[f"{name}::{m}"] for m in MOMENTS if f"{name}::{m}" in saved}
-        if own:
+        policy.optimizer.state.pop(param, None)
+        if f"{name}::step" in saved:
+            own = _no_moments(param)
+            for moment, value in own.items():
+                sharding.assign(value, saved[f"{name}::{moment}"])
             policy.optimizer.state[param] = own
-        else:
-            policy.optimizer.state.pop(param, None)
+
+
+def _no_moments(param: Tensor) -> dict[str, Tensor]:
+    """What AdamW keeps of a weight, before its first update: in pieces as the weight is."""
+    zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+    return {**zeros, "step": torch.zeros((), dtype=torch.float32)}
+
+
+def _all_tensors(policy: Policy, teacher: Teacher) -> dict[str, Tensor]:
+    return {
+        **_under("weights", policy.trainable),
+        **_under("optimizer", _moments(policy)),
+        **_under("teacher", teacher.state()),
+    }
+
+
+def _load_shards(shards: Path, policy: Policy, teacher: Teacher) -> None:
+    """Moments and teacher, into tensors that are whole or in pieces as this run has them."""
+    known = sharding.names(shards)
+    if _names_under("teacher", known) != teacher.state().keys():
+        raise CheckpointError(f"{shards} holds another teacher")
+    for name, param in policy.trainable.items():
+        policy.optimizer.state.pop(param, None)
+        if f"optimizer.{name}::step" in known:
+            policy.optimizer.state[param] = _no_moments(param)
+    sharding.load(
+        shards, {**_under("optimizer", _moments(policy)), **_under("teacher", teacher.state())}
+    )
+
+
+def _under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _names_under(part: str, names: set[str]) -> set[str]:
+    return {name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")}
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -6,17 +6,23 @@ import logging
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from selfteach import commands
+from selfteach import commands, launched
 from selfteach.analysis.plain_text import plain
 from selfteach.config import Recipe
 from selfteach.config_data import SelectConfig
 from selfteach.errors import CheckpointError, RecipeError, SelfteachError
 from selfteach.settings import validate
+
+MANY_RANKS = ("train", "resume")
+"""Commands that torchrun may start, several times over."""
+PATIENCE_S = 5.0
+"""How long another rank than 0 waits before it says what is wrong: rank 0 may be about to."""
 
 app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
@@ -330,12 +336,17 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
     try:
+        _require_one_process()
         app(standalone_mode=False)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped; selfteach resume goes on from there", status=130)
     except SelfteachError as error:
+        if not launched.leads():
+            # What is wrong for all is said by rank 0, whose end ends this rank while it waits.
+            time.sleep(PATIENCE_S)
+            _fail(f"rank {launched.rank()}: {error}")
         _fail(str(error))
     except Exception as error:
         # Usage errors come from Typer's click, whose module moved between releases.
@@ -343,6 +354,16 @@ def main() -> None:
         if told is None:
             raise
         _fail(told())
+
+
+def _require_one_process() -> None:
+    """Raises `RecipeError` under torchrun for a command that is not for many ranks."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if launched.by_torchrun() and command not in MANY_RANKS:
+        raise RecipeError(
+            f"selfteach {command} is one process: call it without torchrun, which is for "
+            + " and ".join(MANY_RANKS)
+        )
 
 
 def _command() -> str:

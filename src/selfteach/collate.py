@@ -7,13 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selfteach.distributed import ALONE, Ranks
 from selfteach.errors import AlignmentError
 from selfteach.prefixes import shared_length
 from selfteach.types import Batch, Lesson, Sequences, Signal
 
+Pair = tuple[Lesson, Signal]
+"""A lesson and how much its tokens count."""
+
 
 def collate(
-    lessons: Sequence[Lesson], signals: Sequence[Signal], *, pad_id: int, micro_batch_tokens: int
+    lessons: Sequence[Lesson],
+    signals: Sequence[Signal],
+    *,
+    pad_id: int,
+    micro_batch_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> list[Batch]:
     """Micro-batches of at most ``micro_batch_tokens`` padded tokens (a longer lesson stands alone).
 
@@ -21,24 +30,36 @@ def collate(
     counts them does not need them here. Rows are ordered by length, so that little is padded, those
     without a teacher apart; the split changes neither loss nor gradient, since every weight has its
     global denominator in it.
+
+    Rows are dealt to ranks like cards, so that the n-th micro-batches of all ranks are alike in
+    length. Every rank gets as many of each kind as any other, empty ones at the end: a pass through
+    a sharded model is one that all ranks make.
     """
     pairs = [
         (lesson, signal)
         for lesson, signal in zip(lessons, signals, strict=True)
         if any(signal.weights)
     ]
-    pairs.sort(key=lambda pair: (_has_teacher(pair[0]), _length(pair[0])))
+    pairs.sort(key=lambda pair: _length(pair[0]))
     batches: list[Batch] = []
+    for told in (False, True):
+        kind = [pair for pair in pairs if _has_teacher(pair[0]) == told]
+        dealt = [_cut(kind[rank :: ranks.size], micro_batch_tokens) for rank in range(ranks.size)]
+        batches += [_batch(part, pad_id) for part in dealt[ranks.rank]]
+        missing = max(map(len, dealt)) - len(dealt[ranks.rank])
+        batches += [_empty(kind[0], pad_id)] * missing if missing else []
+    return batches
+
+
+def _cut(pairs: Sequence[Pair], micro_batch_tokens: int) -> list[Sequence[Pair]]:
+    """Neighbours together, as many as there is room for."""
+    parts: list[Sequence[Pair]] = []
     start = 0
     for stop in range(1, len(pairs) + 1):
-        full = stop == len(pairs) or (
-            _length(pairs[stop][0]) * (stop + 1 - start) > micro_batch_tokens
-            or _has_teacher(pairs[stop][0]) != _has_teacher(pairs[start][0])
-        )
-        if full:
-            batches.append(_batch(pairs[start:stop], pad_id))
+        if stop == len(pairs) or _length(pairs[stop][0]) * (stop + 1 - start) > micro_batch_tokens:
+            parts.append(pairs[start:stop])
             start = stop
-    return batches
+    return parts
 
 
 def sequences(
@@ -98,3 +119,20 @@ def _batch(pairs: Sequence[tuple[Lesson, Signal]], pad_id: int) -> Batch:
     )
     check_same_tokens(batch)
     return batch
+
+
+def _empty(like: Pair, pad_id: int) -> Batch:
+    """A micro-batch of the same kind in which no token is read: one token in, nothing out."""
+    lesson, signal = like
+    nothing = torch.zeros(0, dtype=torch.long)
+    padding = Sequences(torch.tensor([[pad_id]]), nothing, nothing)
+    none_N = torch.zeros(0)
+    return Batch(
+        student=padding,
+        teacher=padding if _has_teacher(lesson) else None,
+        ids_N=nothing,
+        weight_N=none_N,
+        advantage_N=torch.zeros(0, dtype=torch.float32),
+        sampled_logp_N=none_N,
+        share_N=None if signal.shares is None else none_N,
+    )

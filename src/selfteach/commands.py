@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from selfteach import launched
 from selfteach.config import Recipe
 from selfteach.config_data import SelectConfig
 from selfteach.errors import RecipeError
@@ -81,6 +82,8 @@ def run_one(recipe: Recipe, folder: Path) -> None:
     with run_progress(recipe) as progress:
         for row in run(recipe, folder):
             progress(row)
+    if not launched.leads():
+        return
     from selfteach.analysis.report import write_report
 
     model = f"\nmodel:  {folder / 'model'}" if recipe.train.steps else ""

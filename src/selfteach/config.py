@@ -194,6 +194,26 @@ class TrainConfig(Section):
     """torch threads of a run; by default all cores for one run, one each in a study."""
 
 
+class DistributedConfig(Section):
+    """How ranks that torchrun has started train together; without torchrun there is one."""
+
+    shard: Literal["none", "full"] = "none"
+    """``none``: every rank holds the whole model, gradients are summed. ``full``: weights, gradients,
+    moments and teacher lie in pieces on all ranks (FSDP2)."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """What sharded weights are gathered and multiplied in; by default as they are stored."""
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    """What gradients of sharded weights are summed in; by default as param_dtype."""
+    timeout_seconds: float = Field(default=3600.0, gt=0)
+    """How long a rank waits for the others, a slow critic's included, before the job ends."""
+
+    @model_validator(mode="after")
+    def _of_shards(self) -> DistributedConfig:
+        if self.shard == "none" and (self.param_dtype or self.reduce_dtype):
+            raise ValueError('param_dtype and reduce_dtype are of shard = "full"')
+        return self
+
+
 class EvaluationConfig(Section):
     """What is measured, and when. Nothing is ever selected on the test problems."""
 
@@ -231,6 +251,7 @@ class Recipe(Section):
     objective: ObjectiveConfig = DistillationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 

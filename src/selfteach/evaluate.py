@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from selfteach.distributed import ALONE, Ranks
 from selfteach.estimates import avg_at_k, maj_at_k, pass_at_k
 from selfteach.protocols import Engine, Verifier
 from selfteach.run_folder import RunFolder
@@ -71,18 +72,21 @@ def evaluate(
     batch_answers: int = 256,
     journal: RunFolder | None = None,
     same: Callable[[str, str], bool] = operator.eq,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Answer each problem ``sampling.samples`` times and judge the answers.
 
     ``same`` says when two final answers are one, so that a majority does not depend on spelling.
+    Ranks share the work, and each returns the whole.
     """
     k = sampling.samples
     sampled = sample_batches(
         engine, problems, sampling, batch_answers=batch_answers,
-        journal=journal, name=f"{split}_{step:06d}",
+        journal=journal, name=f"{split}_{step:06d}", ranks=ranks,
     )  # fmt: skip
-    rollouts = [rollout for batch in sampled for rollout in batch]
-    verdicts = [verify(rollout.problem, rollout.text) for rollout in rollouts]
+    own = [rollout for batch in sampled for rollout in batch]
+    judged = ranks.gather([(rollout, verify(rollout.problem, rollout.text)) for rollout in own])
+    rollouts, verdicts = [rollout for rollout, _ in judged], [verdict for _, verdict in judged]
 
     def by_problem(values: Sequence[Any]) -> list[list[Any]]:
         return [list(values[i : i + k]) for i in range(0, len(values), k)]

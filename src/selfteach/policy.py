@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfteach import prefixes
+from selfteach.distributed import ALONE, Ranks
 from selfteach.errors import EngineError
 from selfteach.scores import Head, Scores
+from selfteach.sharding import Shards, whole
 from selfteach.types import Sequences
 
 PROBE_TOLERANCE = 1e-3
@@ -44,7 +46,9 @@ class Schedule:
 class Policy:
     """A model with its optimizer; scores answers as hidden states with their head.
 
-    The weights that train are the adapters' where there are any, else all.
+    The weights that train are the adapters' where there are any, else all. With ``shard`` each rank
+    holds a piece of every weight, and all ranks make every pass together; without, each holds all of
+    them and gradients are added up over ``ranks`` before an update.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class Policy:
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
         autocast: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
+        shard: Callable[[PreTrainedModel], Shards] | None = None,
     ) -> None:
         self.model = model
         self.version = 0
@@ -69,6 +75,8 @@ class Policy:
         self._shares_prefixes = not any(
             getattr(module, "gradient_checkpointing", False) for module in causal.modules()
         )
+        # The head is probed on the whole model; the optimizer must see the pieces.
+        self._ranks, self._shards = ranks, shard(causal) if shard is not None else None
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(), lr=schedule(0), betas=betas, eps=eps, weight_decay=weight_decay
@@ -78,6 +86,11 @@ class Policy:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(iter(self.trainable.values())).device
+
+    @property
+    def is_sharded(self) -> bool:
+        """True when this rank holds a piece of each weight."""
+        return self._shards is not None
 
     @property
     def has_adapters(self) -> bool:
@@ -90,11 +103,14 @@ class Policy:
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             hidden_BTH = self._hidden(sequences)
         hidden_NH = hidden_BTH[sequences.rows_N, sequences.columns_N - sequences.shared]
-        return Scores.single(hidden_NH.to(self._autocast or hidden_NH.dtype), self._head)
+        head = self._head if self._shards is None else self._shards.head(self._head)
+        return Scores.single(hidden_NH.to(self._autocast or hidden_NH.dtype), head)
 
     def _hidden(self, sequences: Sequences) -> Tensor:
         """The last layer's states from the first token that rows do not share, [B, T − shared, H]."""
         shared, ids_BT = sequences.shared, sequences.ids_BT
+        if self._shards is not None:  # a pass for the prefix would be one that other ranks lack
+            return self._shards.hidden(ids_BT)[:, shared:]
         if shared == 0:
             return self._backbone(input_ids=ids_BT, use_cache=False)[0]
         if not self._shares_prefixes:
@@ -112,7 +128,9 @@ class Policy:
         A gradient that is not finite changes nothing and is counted.
         """
         rate = self._schedule(self.version)
-        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self._grad_clip).item()
+        if self._shards is None:
+            self._ranks.add_up(self.trainable.values())
+        norm = whole(nn.utils.clip_grad_norm_(self.trainable.values(), self._grad_clip)).item()
         finite = norm == norm and norm != float("inf")
         if finite:
             for group in self.optimizer.param_groups:
@@ -125,6 +143,10 @@ class Policy:
     @contextlib.contextmanager
     def weights_swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """The model with other values in its trainable weights, put back on leaving."""
+        if self._shards is not None:
+            with self._shards.swapped(self.trainable, weights):
+                yield
+            return
         own = {name: param.data for name, param in self.trainable.items()}
         try:
             for name, param in self.trainable.items():

@@ -59,13 +59,14 @@ class RunFolder:
     def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Begin a run here. Raises `CheckpointError` if the folder holds something else.
 
-        Where a run's numbers are copied to is no part of what it is.
+        Where a run's numbers are copied to is no part of what it is, nor how ranks divide it.
         """
+        elsewhere = {"tracking": None, "distributed": None}
         if (self.path / "config.json").exists():
             old, new = self.config(), json.loads(json.dumps(config))
             if "engine" in new:  # folders from before there was a choice do not say it
                 old = {"engine": {"type": "transformers"}} | old
-            if old | {"tracking": None} != new | {"tracking": None}:
+            if old | elsewhere != new | elsewhere:
                 raise CheckpointError(
                     f"{self.path} holds another run; choose another --out, "
                     f"or go on with that one: selfteach resume {self.path}"

@@ -91,8 +91,8 @@ def chunked_sum(
     """Sum weight times loss over all rows without holding their logits.
 
     Returns the sum, whose gradient reaches the student's hidden states, head weight and head bias
-    as far as these require one, and what ``fn`` said of each row, detached, in row order (an empty
-    dict for N = 0). The sum has the gradient of the plain computation, whatever ``chunk_tokens``;
+    as far as these require one, and what ``fn`` said of each row, detached, in row order (of no
+    row for N = 0). The sum has the gradient of the plain computation, whatever ``chunk_tokens``;
     it can be differentiated once. ``fn`` must depend on nothing else that needs a gradient, and
     must treat rows independently. Outside grad mode nothing but the values is computed.
 
@@ -114,7 +114,7 @@ def chunked_sum(
     constant = (hidden_NH.detach(), _constant(head, hidden_NH.dtype), mix)
     stats: dict[str, list[Tensor]] = {}
     total = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
-    for start in range(0, len(hidden_NH), chunk_tokens):
+    for start in range(0, max(1, len(hidden_NH)), chunk_tokens):  # no rows are one empty chunk
         rows = slice(start, min(start + chunk_tokens, len(hidden_NH)))
         part, said = _chunk(fn, constant, weight_N.detach(), rows, grads)
         total += part

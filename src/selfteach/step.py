@@ -15,6 +15,7 @@ from selfteach import habits, steps
 from selfteach.alignment import changed_steps, first_change
 from selfteach.background import later
 from selfteach.collate import collate
+from selfteach.distributed import ALONE, Ranks
 from selfteach.objective import first_error_token
 from selfteach.policy import Policy
 from selfteach.policy_gradient import token_logp
@@ -60,6 +61,8 @@ class Parts:
     chunk_tokens: int
     max_length: int
     pad_id: int
+    ranks: Ranks = ALONE
+    """Who else takes this step; each rank knows all lessons and learns from its share."""
 
 
 def train_step(
@@ -70,14 +73,14 @@ def train_step(
     known = journal.load_critiques(step) if journal else {}
     sampled = sample_batches(
         parts.engine, problems, parts.sampling, batch_answers=parts.batch_answers,
-        journal=journal, name=f"step_{step:06d}",
+        journal=journal, name=f"step_{step:06d}", ranks=parts.ranks,
     )  # fmt: skip
     with later(parts.critic_threads) as soon:  # a server marks one batch while the next is sampled
         marking = [soon(mark, parts, batch, known) for batch in sampled]
         clock.append(time.monotonic())
         marked = [answer for batch in marking for answer in batch()]
-    lessons = teach(parts, marked)
-    if journal:
+    lessons = teach(parts, parts.ranks.gather(marked))
+    if journal and parts.ranks.leads:
         journal.save_lessons(step, lessons)
     clock.append(time.monotonic())
     learned = learn(parts, lessons)
@@ -124,15 +127,14 @@ def teach(parts: Parts, marked: Sequence[Marked]) -> list[Lesson]:
 
 def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
     """Move the policy, which sees only the question, towards what its teacher says."""
-    # One denominator for every micro-batch: no split of the step changes loss or gradient.
+    # One denominator for every micro-batch and rank: no split of the step changes loss or gradient.
     counts = parts.objective.count(lessons)
     signals = parts.objective.weigh(lessons, counts, parts.policy.version)
-    batches = [
-        batch.to(parts.policy.device)
-        for batch in collate(
-            lessons, signals, pad_id=parts.pad_id, micro_batch_tokens=parts.micro_batch_tokens
-        )
-    ]
+    batches = collate(
+        lessons, signals, pad_id=parts.pad_id,
+        micro_batch_tokens=parts.micro_batch_tokens, ranks=parts.ranks,
+    )  # fmt: skip
+    batches = [batch.to(parts.policy.device) for batch in batches]
     if parts.updates_per_batch > 1:
         batches = [_with_old_logp(parts, batch) for batch in batches]
     metrics: Metrics = {}
@@ -141,14 +143,14 @@ def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
         stepped = parts.policy.optimizer_step()
         parts.teacher.update()
         if update == 0:
-            metrics = _summary(said)
+            metrics = _summary(said, parts.ranks)
         metrics |= stepped
     scored = [len(batch.ids_N) * parts.updates_per_batch for batch in batches]
     told = [number for number, batch in zip(scored, batches, strict=True) if batch.teacher]
     return {
         **metrics,
-        "tokens_trained": sum(scored),
-        "teacher_tokens": sum(told),
+        "tokens_trained": parts.ranks.sum(sum(scored)),
+        "teacher_tokens": parts.ranks.sum(sum(told)),
         "optimizer_steps": parts.updates_per_batch,
     }
 
@@ -244,25 +246,26 @@ def describe(lessons: Sequence[Lesson]) -> Metrics:
     }
 
 
-def _summary(said: Sequence[dict[str, Tensor]]) -> Metrics:
-    """Means over the tokens that were scored."""
+def _summary(said: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metrics:
+    """Means over the tokens that were scored, on whatever rank."""
     if not said:
         return {"loss": 0.0}
     joined = {name: torch.cat([part[name] for part in said]) for name in said[0]}
+    mismatch_N = joined["mismatch"].abs()
     metrics = {
-        "loss": joined["total"].sum().item(),
-        "mismatch_mean": joined["mismatch"].abs().mean().item(),
-        "mismatch_max": joined["mismatch"].abs().max().item(),
+        "loss": ranks.sum(joined["total"].sum().item()),
+        "mismatch_mean": ranks.mean(mismatch_N),
+        "mismatch_max": ranks.max(mismatch_N),
         # KL(engine ‖ trainer), estimated by k3 on what the engine has sampled.
-        "mismatch_kl": (joined["mismatch"].expm1() - joined["mismatch"]).mean().item(),
-        "clipped": joined["clipped"].mean().item(),
+        "mismatch_kl": ranks.mean(joined["mismatch"].expm1() - joined["mismatch"]),
+        "clipped": ranks.mean(joined["clipped"]),
     }
     if "advantage" in joined:
-        metrics["advantage_abs"] = joined["advantage"].abs().mean().item()
+        metrics["advantage_abs"] = ranks.mean(joined["advantage"].abs())
     if "truncated" in joined:
-        metrics["importance_truncated"] = joined["truncated"].mean().item()
+        metrics["importance_truncated"] = ranks.mean(joined["truncated"])
     if "share" in joined:
-        metrics["distilled_share"] = joined["share"].mean().item()
+        metrics["distilled_share"] = ranks.mean(joined["share"])
     if "kl" in joined:
-        metrics["kl_initial"] = joined["kl"].mean().item()
+        metrics["kl_initial"] = ranks.mean(joined["kl"])
     return metrics

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from selfteach.policy import Policy
 from selfteach.scores import Scores
+from selfteach.sharding import assign
 from selfteach.types import Sequences
 
 
@@ -163,4 +164,4 @@ def _copy(policy: Policy) -> dict[str, Tensor]:
 def _load(weights: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
     assert weights.keys() == state.keys(), "the saved teacher has other weights"
     for name, value in state.items():
-        weights[name].copy_(value)
+        assign(weights[name], value)

@@ -7,21 +7,24 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from selfteach import checkpoint, tracking
+from selfteach import checkpoint, launched, tracking
 from selfteach.build import Built, build, build_sinks, set_threads
 from selfteach.build_critic import require_critic
 from selfteach.build_engine import require_engine
 from selfteach.config import Recipe
 from selfteach.data import Split, training_order
+from selfteach.distributed import Ranks, joined
+from selfteach.errors import RecipeError
 from selfteach.evaluate import Evaluation, evaluate
-from selfteach.loading import resolve
+from selfteach.loading import choose_device, resolve
 from selfteach.run_folder import RunFolder, enough_disk, read_json, write_json
+from selfteach.sharding import whole_state
 from selfteach.step import coverage, train_step
 from selfteach.types import Problem, Sampling
 
@@ -48,20 +51,25 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
     """Run a recipe in a folder, from wherever the folder stands; yields each row of metrics.
 
     An interrupted run goes on from its last checkpoint; answers and critiques that are on disk are
-    used again. The result is, bit for bit on CPU, that of a run that was never stopped.
+    used again. The result is, bit for bit on CPU, that of a run that was never stopped. Under torchrun
+    all ranks call this; rank 0 writes what is written once, and it alone yields.
     """
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
-    with run.lock():
-        run.create(recipe.model_dump(mode="json"), environment())
-        if run.is_complete:
+    with _joined(recipe) as ranks, run.lock() if ranks.leads else nullcontext():
+        if ranks.leads:
+            run.create(recipe.model_dump(mode="json"), environment())
+        if ranks.first(run.is_complete):
             return
-        require_critic(recipe.critic)
-        require_engine(recipe)
-        built = build(recipe)
+        if ranks.leads:
+            require_critic(recipe.critic)
+            require_engine(recipe)
+        built = build(recipe, ranks)
         step = _take_up(run, built)
-        with _recording(run, recipe) as record:
-            yield from _steps(run, recipe, built, step, record)
+        with _recording(run, recipe) if ranks.leads else nullcontext(_unheard) as record:
+            for row in _steps(run, recipe, built, step, record):
+                if ranks.leads:
+                    yield row
             _finish(run, recipe, built, record)
 
 
@@ -117,14 +125,28 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _joined(recipe: Recipe) -> AbstractContextManager[Ranks]:
+    """The ranks of this run. Raises `RecipeError` where sharding is asked of a process on its own."""
+    config = recipe.distributed
+    if config.shard != "none" and not launched.by_torchrun():
+        raise RecipeError(
+            f'distributed.shard = "{config.shard}" needs torchrun: torchrun --nproc-per-node 2 -m '
+            'selfteach train ..., or set distributed.shard = "none"'
+        )
+    return joined(choose_device(recipe.model.device).type, config.timeout_seconds)
+
+
+def _unheard(row: Mapping[str, Any]) -> None:
+    """Rank 0 writes rows down, and it alone."""
+
+
 def _take_up(run: RunFolder, built: Built) -> int:
     """Load the newest checkpoint if there is one; the number of steps that are done."""
-    saved = checkpoint.checkpoints(run.checkpoints)
-    if not saved:
-        run.keep_metrics_until(-1)
-        return 0
-    step = checkpoint.load(saved[-1], built.parts.policy, built.parts.teacher)
-    run.keep_metrics_until(step)
+    ranks = built.parts.ranks
+    saved = ranks.first(checkpoint.checkpoints(run.checkpoints)[-1:])
+    step = checkpoint.load(saved[0], built.parts.policy, built.parts.teacher) if saved else 0
+    if ranks.leads:
+        run.keep_metrics_until(step if saved else -1)
     return step
 
 
@@ -159,7 +181,8 @@ def _steps(
             continue
         problems: list[Problem] = [train_set[i] for i in indices]
         lessons, metrics = train_step(parts, problems, step=step, journal=run)
-        row = {"step": step, "kind": "step", **metrics, **coverage(parts, lessons)}
+        among = {"ranks": parts.ranks.size} if parts.ranks.size > 1 else {}
+        row = {"step": step, "kind": "step", **among, **metrics, **coverage(parts, lessons)}
         record(row)
         yield row
         last = step == recipe.train.steps
@@ -168,7 +191,7 @@ def _steps(
         if step % recipe.train.checkpoint_every == 0 or last:
             checkpoint.save(
                 run.checkpoints, step, parts.policy, parts.teacher,
-                keep=recipe.train.keep_checkpoints,
+                keep=recipe.train.keep_checkpoints, ranks=parts.ranks,
             )  # fmt: skip
 
 
@@ -186,9 +209,10 @@ def _measure(
     evaluation = evaluate(
         built.parts.engine, built.parts.verify, built.task.problems(split), sampling,
         split=split, step=step, batch_answers=recipe.sampling.batch_answers, journal=run,
-        same=built.task.form.same,
+        same=built.task.form.same, ranks=built.parts.ranks,
     )  # fmt: skip
-    write_json(evaluation_path(run.path, split, step), evaluation.to_json())
+    if built.parts.ranks.leads:
+        write_json(evaluation_path(run.path, split, step), evaluation.to_json())
     row = {
         "step": step,
         "kind": split,
@@ -208,6 +232,8 @@ def _finish(run: RunFolder, recipe: Recipe, built: Built, record: Record) -> Non
         _measure(run, recipe, built, "test", step, record)
     if step > 0:
         _export(run, recipe, built)
+    if not built.parts.ranks.leads:
+        return
     rows = run.metrics()
     seconds = sum(v for row in rows for k, v in row.items() if k.startswith("seconds_"))
     budget = {
@@ -228,13 +254,16 @@ def _finish(run: RunFolder, recipe: Recipe, built: Built, record: Record) -> Non
 def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:
     """The final model as ``transformers`` and PEFT read it, with its tokenizer."""
     aside, target = run.path / ".model.tmp", run.path / "model"
+    policy, ranks = built.parts.policy, built.parts.ranks
+    model = policy.model
+    # Adapters never touch the embeddings; PEFT would go and look for the base's config to see.
+    extra: dict[str, Any] = {"save_embedding_layers": False} if policy.has_adapters else {}
+    if policy.is_sharded:
+        extra["state_dict"] = whole_state(model, keep=ranks.leads)
+    if not ranks.leads:
+        return
     with enough_disk():
         shutil.rmtree(aside, ignore_errors=True)
-        model = built.parts.policy.model
-        # Adapters never touch the embeddings; PEFT would go and look for the base's config to see.
-        extra: dict[str, Any] = (
-            {"save_embedding_layers": False} if built.parts.policy.has_adapters else {}
-        )
         model.save_pretrained(str(aside), **extra)
         built.tokenizer.save_pretrained(aside)
         world = Path(resolve(recipe.model.path)) / "world.json"

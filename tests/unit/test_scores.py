@@ -193,7 +193,7 @@ def test_nothing_to_sum() -> None:
     student = Scores.single(torch.zeros(0, H, dtype=torch.float64, requires_grad=True), head)
     total, stats = chunked_sum(divergence_fn(SPECS[0]), student, WEIGHT_N[:0], chunk_tokens=4)
     total.backward()
-    assert total == 0 and stats == {}
+    assert total == 0 and "loss" in stats and not any(map(len, stats.values()))
     for source in sources(student):
         assert source.grad is not None and source.grad.shape == source.shape
         assert source.grad.abs().sum() == 0

@@ -1,0 +1,166 @@
+"""One step on two ranks against the same step in one process, in float64: loss, gradients, teacher.
+
+Stated tolerance: 1e-10 of a gradient's largest entry. Sums over ranks and micro-batches have another
+order, nothing else differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from on_ranks import on_ranks
+from selfteach.build import build
+from selfteach.config import Recipe
+from selfteach.distributed import ALONE, Ranks, joined
+from selfteach.settings import merge
+from selfteach.sharding import whole
+from selfteach.step import learn, mark, teach
+from selfteach.types import Lesson
+
+TOLERANCE = 1e-10
+BASE = {
+    "data": {"type": "lab", "train": 3, "validation": 1, "test": 1},
+    "sampling": {"max_tokens": 40, "batch_answers": 2},
+    "critic": {"type": "oracle"},
+    "context": {"type": "step_aligned"},
+    "train": {"steps": 2, "problems_per_step": 3, "answers_per_problem": 2},
+}
+GRPO = {"critic": None, "context": {"type": "none"}}
+HYBRID = {
+    "type": "hybrid", "weight": {"start": 0.5, "end": 0.5},
+    "distillation": {"divergence": "reverse_kl"}, "grpo": {},
+}  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {
+    "distillation": {},
+    "sequence_mean": {"objective": {"aggregation": "sequence_mean"}},
+    "grpo": {**GRPO, "objective": {"type": "grpo"}},
+    "grpo_with_penalty": {
+        **GRPO, "objective": {"type": "grpo", "kl_weight": 0.1}, "train": {"updates_per_batch": 2},
+    },
+    "hybrid": {"objective": HYBRID},
+    "live": {"teacher": {"type": "live"}},
+    "ema": {"teacher": {"type": "ema", "rate": 0.3}, "train": {"updates_per_batch": 2}},
+    "trust_region": {
+        "teacher": {"type": "trust_region", "live_share": 0.3}, "train": {"updates_per_batch": 2},
+    },
+    "lora": {"model": {"lora": {"rank": 4, "alpha": 8}}, "train": {"updates_per_batch": 2}},
+    "recomputed": {"model": {"gradient_checkpointing": True}},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@functools.cache
+def lessons_of(way: str) -> list[Lesson]:
+    """Six answers to three questions, sampled and marked in one process; right ones among wrong."""
+    built = build(recipe(way, "none"))
+    parts = built.parts
+    marked = mark(parts, parts.engine.generate(built.task.problems("train"), parts.sampling))
+    for index in (0, 3):  # so that groups differ and GRPO has something to compare
+        right = dataclasses.replace(
+            marked[index].verdict, correct=not marked[index].verdict.correct
+        )
+        marked[index] = dataclasses.replace(marked[index], verdict=right)
+    return teach(parts, marked)
+
+
+def recipe(way: str, shard: str) -> Recipe:
+    return Recipe.model_validate(merge(merge(BASE, WAYS[way]), {"distributed": {"shard": shard}}))
+
+
+def step(
+    ranks: Ranks, way: str, shard: str, lessons: list[Lesson], micro_batch_tokens: int
+) -> dict[str, Any]:
+    """Metrics, gradients of the last update before clipping, and weights after a step."""
+    import selfteach.build as building
+
+    loaded = building.load_model
+    building.load_model = lambda *told: loaded(*told).double()  # type: ignore[assignment]
+    try:
+        parts = build(recipe(way, shard), ranks).parts
+    finally:
+        building.load_model = loaded
+    parts = dataclasses.replace(parts, micro_batch_tokens=micro_batch_tokens, chunk_tokens=7)
+    gradients: dict[str, Tensor] = {}
+
+    def look(*_: object) -> None:
+        gradients.update(
+            {
+                n: whole(p.grad).clone()
+                for n, p in parts.policy.trainable.items()
+                if p.grad is not None
+            }
+        )
+
+    parts.policy.optimizer.register_step_pre_hook(look)
+    metrics = learn(parts, lessons)
+    parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
+    sampler = getattr(parts.engine, "_engine", parts.engine)
+    published = dict(sampler._model.named_parameters())
+    weights = {n: whole(p).clone() for n, p in parts.policy.trainable.items()}
+    assert all(torch.equal(published[n], w) for n, w in weights.items())
+    teacher = {n: whole(t).clone() for n, t in parts.teacher.state().items()}
+    numpy = [{n: t.numpy() for n, t in d.items()} for d in (gradients, weights, teacher)]
+    return {"metrics": metrics, "gradients": numpy[0], "weights": numpy[1], "teacher": numpy[2]}
+
+
+def step_of_rank(*args: Any) -> dict[str, Any]:
+    with joined("cpu", 60.0) as ranks:
+        return step(ranks, *args)
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours["metrics"].keys() == theirs["metrics"].keys()
+    for name, value in theirs["metrics"].items():
+        assert ours["metrics"][name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+    assert ours["gradients"], "nothing was learned"
+    for kind in ("gradients", "teacher"):
+        assert ours[kind].keys() == theirs[kind].keys()
+        for name, value in theirs[kind].items():
+            error = abs(ours[kind][name] - value).max()
+            assert error <= TOLERANCE * max(1e-3, abs(value).max()), (kind, name, error)
+
+
+QUICK = {(way, "full") for way in ("distillation", "grpo_with_penalty", "ema", "lora")}
+PAIRS = [
+    pytest.param(*pair, marks=[] if pair in QUICK else [pytest.mark.slow])
+    for pair in itertools.product(WAYS, ("none", "full"))
+]
+
+
+@pytest.mark.parametrize("way, shard", PAIRS)
+def test_two_ranks_take_the_step_of_one(way: str, shard: str) -> None:
+    lessons = lessons_of("grpo" if way.startswith("grpo") else "distillation")
+    alone = step(ALONE, way, "none", lessons, 10_000)
+    for both in on_ranks(2, step_of_rank, way, shard, lessons, 10_000):
+        assert_same(both, alone)
+
+
+SPLITS = tuple(itertools.product((5, 1), (1, 120)))
+"""Five lessons on two ranks (uneven) and one (a rank has none), in micro-batches of many sizes."""
+
+
+def steps(shard: str, lessons: list[Lesson]) -> list[dict[str, Any]]:
+    with joined("cpu", 60.0) as ranks:
+        return [step(ranks, "hybrid", shard, lessons[:count], tokens) for count, tokens in SPLITS]
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_no_split_changes_the_step(shard: str) -> None:
+    lessons = lessons_of("distillation")
+    alone = {count: step(ALONE, "hybrid", "none", lessons[:count], 10_000) for count in (5, 1)}
+    for said in on_ranks(2, steps, shard, lessons):
+        for (count, _), both in zip(SPLITS, said, strict=True):
+            assert_same(both, alone[count])
