@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -84,8 +85,9 @@ def build(recipe: Recipe) -> Built:
     policy = _policy(recipe, _adapted(recipe, model))
     ends, pad, autocast = end_ids(model, tokenizer, renderer), pad_id(tokenizer), _autocast(recipe)
     solver = Solver(policy, renderer, ends, pad, max_length, autocast)
+    beside = recipe.sampling.own_weights
     engine = TransformersEngine(
-        policy.model, renderer,
+        copy.deepcopy(policy.model).requires_grad_(False) if beside else policy.model, renderer,
         end_ids=ends, pad_id=pad, max_length=max_length, autocast=autocast,
     )  # fmt: skip
     parts = Parts(
@@ -108,6 +110,7 @@ def build(recipe: Recipe) -> Built:
         ),
         batch_answers=recipe.sampling.batch_answers,
         critic_threads=critic_threads(recipe.critic),
+        samples_beside=beside,
         updates_per_batch=recipe.train.updates_per_batch,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         chunk_tokens=max(1, CHUNK_ENTRIES // model.config.get_text_config().vocab_size),

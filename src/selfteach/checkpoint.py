@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 def save(folder: Path, step: int, policy: Policy, teacher: Teacher, *, keep: int = 1) -> Path:
     """Write ``folder/step_NNNNNN`` whole or not at all, then delete all but the newest ``keep``."""
-    target = folder / f"step_{step:06d}"
+    target = path_of(folder, step)
     aside = folder / f".{target.name}.tmp"
     with enough_disk():
         shutil.rmtree(aside, ignore_errors=True)
@@ -41,6 +41,11 @@ def save(folder: Path, step: int, policy: Policy, teacher: Teacher, *, keep: int
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     return target
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after a step is, or would be."""
+    return folder / f"step_{step:06d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

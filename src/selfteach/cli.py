@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -15,8 +15,9 @@ from selfteach import commands
 from selfteach.analysis.plain_text import plain
 from selfteach.config import Recipe
 from selfteach.config_data import SelectConfig
-from selfteach.errors import CheckpointError, RecipeError, SelfteachError
+from selfteach.errors import CheckpointError, RecipeError, SelfteachError, Terminated
 from selfteach.settings import validate
+from selfteach.termination import STATUS
 
 app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
@@ -332,6 +333,8 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped; selfteach resume goes on from there", status=130)
+    except Terminated:
+        _end("terminated; what had been learned is saved, and selfteach resume goes on from there")
     except SelfteachError as error:
         _fail(str(error))
     except Exception as error:
@@ -350,6 +353,14 @@ def _fail(message: str, *, status: int = 2) -> None:
     # A message may quote a server.
     sys.stderr.write("selfteach: " + " ".join(plain(message).split()) + "\n")
     sys.exit(status)
+
+
+def _end(message: str) -> NoReturn:
+    """At once, whatever other threads still wait for: all that counts is on disk."""
+    sys.stderr.write(f"selfteach: {message}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(STATUS)
 
 
 def _quiet_libraries() -> None:
