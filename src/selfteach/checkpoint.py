@@ -29,18 +29,26 @@ def save(folder: Path, step: int, policy: Policy, teacher: Teacher, *, keep: int
     aside = folder / f".{target.name}.tmp"
     with enough_disk():
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _save_tensors(aside / "weights.safetensors", dict(policy.trainable))
-        _save_tensors(aside / "optimizer.safetensors", _moments(policy))
-        _save_tensors(aside / "teacher.safetensors", dict(teacher.state()))
-        write_json(aside / "state.json", {"step": step, "version": policy.version})
-        if target.exists():
-            shutil.rmtree(target)
-        aside.replace(target)
+        try:
+            _fill(aside, step, policy, teacher)
+            if target.exists():
+                shutil.rmtree(target)
+            aside.replace(target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+            raise
         _sync(folder)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     return target
+
+
+def _fill(aside: Path, step: int, policy: Policy, teacher: Teacher) -> None:
+    aside.mkdir(parents=True)
+    _save_tensors(aside / "weights.safetensors", dict(policy.trainable))
+    _save_tensors(aside / "optimizer.safetensors", _moments(policy))
+    _save_tensors(aside / "teacher.safetensors", dict(teacher.state()))
+    write_json(aside / "state.json", {"step": step, "version": policy.version})
 
 
 def path_of(folder: Path, step: int) -> Path:
