@@ -76,7 +76,7 @@ def answers(folder: Path) -> list[list[dict[str, Any]]]:
     found = []
     for step in range(1, 6):
         files = sorted(folder.glob(f"answers/step_{step:06d}.*.jsonl"))
-        found.append([json.loads(line) for path in files for line in path.open()])
+        found.append([json.loads(line) for path in files for line in path.read_text().splitlines()])
     return found
 
 
