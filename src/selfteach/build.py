@@ -88,8 +88,9 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
     check_lengths(renderer, task, max_length, recipe)
     adapted = _adapted(recipe, model)
     # All ranks pass through a sharded model together, but answers end when they end: each rank
-    # samples from a whole copy.
-    sampler = copy.deepcopy(adapted) if shard else adapted
+    # samples from a whole copy. So does who samples while the policy learns.
+    apart = shard or recipe.sampling.own_weights
+    sampler = copy.deepcopy(adapted).requires_grad_(False) if apart else adapted
     nn.Module.to(sampler, device)
     policy = _policy(recipe, adapted, ranks, shard)
     ends, pad, autocast = end_ids(model, tokenizer, renderer), pad_id(tokenizer), _autocast(recipe)
@@ -116,6 +117,7 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
         ),
         batch_answers=recipe.sampling.batch_answers,
         critic_threads=critic_threads(recipe.critic),
+        samples_beside=recipe.sampling.own_weights,
         updates_per_batch=recipe.train.updates_per_batch,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         chunk_tokens=max(1, CHUNK_ENTRIES // model.config.get_text_config().vocab_size),
@@ -285,6 +287,11 @@ def build_sharding(recipe: Recipe, ranks: Ranks) -> Callable[[PreTrainedModel], 
         raise RecipeError(
             f"train.problems_per_step = {recipe.train.problems_per_step} is too few for "
             f"{ranks.size} ranks: each must have a question"
+        )
+    if ranks.size > 1 and recipe.train.staleness > 0:
+        raise RecipeError(
+            f"train.staleness = {recipe.train.staleness} is for one process, and torchrun has started "
+            f"{ranks.size}: ranks take their steps together; set train.staleness = 0"
         )
     if batches < ranks.size:
         most = recipe.train.problems_per_step // ranks.size * recipe.train.answers_per_problem

@@ -197,6 +197,7 @@ def _local(config: LocalCriticConfig, templates: Templates) -> ChatModel:
         max_length=context_length(model),
         batch=config.batch,
         weights=contextlib.nullcontext,
+        prompt_lookup=config.prompt_lookup,
     )
 
 

@@ -39,30 +39,46 @@ def save(
 
     All ranks together: each writes its pieces of a sharded policy, rank 0 everything else.
     """
-    target = folder / f"step_{step:06d}"
+    target = path_of(folder, step)
     aside = folder / f".{target.name}.tmp"
     with enough_disk():
         if ranks.leads:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         ranks.wait()
-        if policy.is_sharded:
-            sharding.save(aside / SHARDS, _all_tensors(policy, teacher))
-        elif ranks.leads:
-            _save_tensors(aside / "weights.safetensors", dict(policy.trainable))
-            _save_tensors(aside / "optimizer.safetensors", _moments(policy))
-            _save_tensors(aside / "teacher.safetensors", dict(teacher.state()))
-        ranks.wait()
+        try:
+            _fill(aside, step, policy, teacher, ranks)
+            ranks.wait()
+            if ranks.leads:
+                if target.exists():
+                    shutil.rmtree(target)
+                aside.replace(target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+            raise
         if ranks.leads:
-            write_json(aside / "state.json", {"step": step, "version": policy.version})
-            if target.exists():
-                shutil.rmtree(target)
-            aside.replace(target)
             _sync(folder)
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
         ranks.wait()
     return target
+
+
+def _fill(aside: Path, step: int, policy: Policy, teacher: Teacher, ranks: Ranks) -> None:
+    if policy.is_sharded:
+        sharding.save(aside / SHARDS, _all_tensors(policy, teacher))
+    if not ranks.leads:
+        return
+    if not policy.is_sharded:
+        _save_tensors(aside / "weights.safetensors", dict(policy.trainable))
+        _save_tensors(aside / "optimizer.safetensors", _moments(policy))
+        _save_tensors(aside / "teacher.safetensors", dict(teacher.state()))
+    write_json(aside / "state.json", {"step": step, "version": policy.version})
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after a step is, or would be."""
+    return folder / f"step_{step:06d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,8 +16,9 @@ from selfteach import commands, launched
 from selfteach.analysis.plain_text import plain
 from selfteach.config import Recipe
 from selfteach.config_data import SelectConfig
-from selfteach.errors import CheckpointError, RecipeError, SelfteachError
+from selfteach.errors import CheckpointError, RecipeError, SelfteachError, Terminated
 from selfteach.settings import validate
+from selfteach.termination import STATUS
 
 MANY_RANKS = ("train", "resume")
 """Commands that torchrun may start, several times over."""
@@ -342,6 +343,8 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped; selfteach resume goes on from there", status=130)
+    except Terminated:
+        _end("terminated; what had been learned is saved, and selfteach resume goes on from there")
     except SelfteachError as error:
         if not launched.leads():
             # What is wrong for all is said by rank 0, whose end ends this rank while it waits.
@@ -374,6 +377,14 @@ def _fail(message: str, *, status: int = 2) -> None:
     # A message may quote a server.
     sys.stderr.write("selfteach: " + " ".join(plain(message).split()) + "\n")
     sys.exit(status)
+
+
+def _end(message: str) -> NoReturn:
+    """At once, whatever other threads still wait for: all that counts is on disk."""
+    sys.stderr.write(f"selfteach: {message}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(STATUS)
 
 
 def _quiet_libraries() -> None:

@@ -101,6 +101,9 @@ class SamplingConfig(Section):
     max_tokens: int = Field(default=64, ge=1)
     batch_answers: int = Field(default=256, ge=1)
     """Answers decoded side by side; also the unit that is saved before it is used."""
+    own_weights: bool = False
+    """Sample with a copy of the weights, so that sampling and learning can go on at the same time: for
+    ``train.staleness`` above 0, on a machine with cores or memory to spare."""
 
 
 class ContextConfig(Section):
@@ -183,6 +186,9 @@ class TrainConfig(Section):
     problems_per_step: int = Field(default=16, ge=1)
     answers_per_problem: int = Field(default=8, ge=1)
     updates_per_batch: int = Field(default=1, ge=1)
+    staleness: int = Field(default=0, ge=0)
+    """How many steps old the weights are that answer. 0: each step is over before the next begins. 1: a
+    step is marked while another one learns; 2 and more: sampling is further ahead."""
     micro_batch_tokens: int = Field(default=16_384, ge=1)
     """Padded tokens (prompt and answer, student and teacher) in one forward pass."""
     max_length: int | None = Field(default=None, ge=2)
@@ -296,6 +302,11 @@ class Recipe(Section):
             raise ValueError("grpo needs at least 2 answers_per_problem to compare")
         if "peer" in self.context.names and few:
             raise ValueError('context "peer" needs at least 2 answers_per_problem')
+        if self.sampling.own_weights and self.engine.type != "transformers":
+            raise ValueError(
+                "sampling.own_weights is a copy for the engine in this process; "
+                f'engine.type = "{self.engine.type}" needs none'
+            )
         return self
 
 

@@ -67,7 +67,8 @@ class EndpointConfig(TextCriticConfig):
     """The environment variable that holds the key; the key itself is never written anywhere."""
     concurrency: int = Field(default=16, ge=1)
     timeout_seconds: float = Field(default=600.0, gt=0)
-    max_retries: int = Field(default=12, ge=0)
+    max_retries: int = Field(default=16, ge=0)
+    """Enough for a server that is gone for a minute: pauses of 76 to 104 s in all."""
     ask_first: bool = True
     """Ask at the start whether the server is there; false for a run whose replies are all stored."""
     requests_per_minute: float | None = Field(default=None, gt=0)
@@ -93,6 +94,10 @@ class LocalCriticConfig(TextCriticConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = False
     batch: int = Field(default=16, ge=1)
+    prompt_lookup: int | None = Field(default=None, ge=1)
+    """Guess so many tokens at a time from what stands in the prompt after the same words: a critique
+    repeats the answer. A greedy critique stays the same; requests are then taken one by one, so it pays
+    where ``batch`` would be small."""
 
 
 class PolicyCriticConfig(TextCriticConfig):

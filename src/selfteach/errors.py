@@ -31,3 +31,11 @@ class EngineError(SelfteachError):
 
 class CheckpointError(SelfteachError):
     """A run folder is incomplete, belongs to another run, or cannot be written."""
+
+
+class LossError(SelfteachError):
+    """A loss is not a number: there is nothing to learn from it, and nothing has been changed."""
+
+
+class Terminated(BaseException):
+    """SIGTERM: the process is to end. No error: what was learned is saved, and a resume goes on."""

@@ -9,6 +9,7 @@ from typing import Any
 from selfteach.budget import Budget, step_cost, step_tokens
 from selfteach.build import build
 from selfteach.config import Recipe
+from selfteach.config_objective import terms
 from selfteach.data import describe_problems
 from selfteach.memory import Item, Memory, gib, memory
 from selfteach.recipes import Study
@@ -19,6 +20,10 @@ UNREADABLE = (
     "note: the lab's bases do not read environment feedback: it teaches next to nothing there"
 )
 """Measured: docs/concepts.md."""
+STALE = (
+    "note: train.staleness is above 0 without objective.importance_cap: answers of older weights are "
+    "learned from uncorrected; 2.0 is a usual cap"
+)
 
 
 def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
@@ -40,6 +45,8 @@ def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
     yield from _unchecked(known)
     if any(unreadable(recipe) for recipe in resolved.values()):
         yield UNREADABLE
+    if any(uncorrected(recipe) for recipe in resolved.values()):
+        yield STALE
     yield "# sizes"
     yield from _sizes(known[first])
     if (task := known[first].task) is not None:
@@ -74,6 +81,12 @@ def differences(a: Any, b: Any) -> Any:
 def unreadable(recipe: Recipe) -> bool:
     """True where a context is shown to a model that was never taught to read it."""
     return "environment" in recipe.context.names and recipe.data.type == "lab"
+
+
+def uncorrected(recipe: Recipe) -> bool:
+    """True where answers of older weights are learned from as if they were the policy's own."""
+    capped = [term.importance_cap for term in terms(recipe.objective) if term is not None]
+    return recipe.train.staleness > 0 and recipe.train.steps > 0 and None in capped
 
 
 def _know(recipe: Recipe, offline: bool) -> Survey:

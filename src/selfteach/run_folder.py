@@ -29,6 +29,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from safetensors import SafetensorError
+
 from selfteach.errors import CheckpointError
 from selfteach.types import Critique, CritiqueStep, Lesson, NoCritique, Problem, Rollout, Usage
 
@@ -37,7 +39,8 @@ LOCK_PATIENCE_S = 5.0
 
 
 UNWRITABLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+    errno.ENOENT,
 }  # fmt: skip
 """What a full, read-only or impossible place to write says."""
 
@@ -237,6 +240,11 @@ def enough_disk() -> Iterator[None]:
                 "nothing is lost: make room and call selfteach resume"
             ) from error
         raise
+    except SafetensorError as error:  # its own name for what the system said
+        raise CheckpointError(
+            f"cannot write tensors into the run folder: {error}; "
+            "nothing is lost: make room and call selfteach resume"
+        ) from error
 
 
 def require_empty(path: Path) -> None:

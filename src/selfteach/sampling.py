@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from selfteach.data import known_ids
 from selfteach.distributed import ALONE, Ranks
-from selfteach.errors import EngineError
+from selfteach.errors import CheckpointError, EngineError
 from selfteach.protocols import Engine
 from selfteach.run_folder import RunFolder
 from selfteach.types import Problem, Rollout, Sampling
@@ -24,7 +24,7 @@ class Interrupted(EngineError):
 
 
 def sample_batches(
-    engine: Engine,
+    engine: Engine | None,
     problems: Sequence[Problem],
     sampling: Sampling,
     *,
@@ -39,7 +39,8 @@ def sample_batches(
     forms the same batches, so its answers are the same to the last bit. Of a batch that an engine has
     left unfinished (`Interrupted`) the problems that are answered are kept and not asked again. Each
     rank samples its share of the batches, which are those of one rank: a run may go on with another
-    number of them.
+    number of them. Without an engine all must be in the
+    journal: raises `CheckpointError` for what is not.
     """
     per_batch = max(1, batch_answers // sampling.samples)
     known = known_ids(problems)
@@ -47,7 +48,13 @@ def sample_batches(
     for number, start in ranks.share(batches):
         part = f"{name}.{number:03d}"
         batch = journal.load_answers(part, known) if journal else None
+        if batch is None and engine is None:
+            raise CheckpointError(
+                f"answers/{part}.jsonl is missing, and the weights that could write it again are "
+                "gone: put the file back, or begin anew in another folder"
+            )
         if batch is None:
+            assert engine is not None
             asked = problems[start : start + per_batch]
             if journal is None:
                 batch = engine.generate(asked, sampling)
@@ -74,3 +81,15 @@ def _finish(
     journal.save_answers(part, batch)
     journal.forget_answers(unfinished)
     return batch
+
+
+def signed(rollouts: list[Rollout], version: int) -> list[Rollout]:
+    """The answers, if these weights wrote them. Raises `CheckpointError` if others did."""
+    for rollout in rollouts:
+        if rollout.policy_version != version:
+            raise CheckpointError(
+                f"an answer to problem {rollout.problem.id!r} is of version "
+                f"{rollout.policy_version} of the weights, and version {version} was to write it: "
+                "these answers belong to another run"
+            )
+    return rollouts

@@ -1,11 +1,13 @@
-"""One training step: sample, mark, teach, learn, publish. The whole method, in the paper's order."""
+"""One training step: sample, mark, teach, learn, publish. The whole method, in the paper's order.
+
+`pipeline` takes the same stages and lets those of several steps overlap.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,16 +15,17 @@ from torch import Tensor
 
 from selfteach import habits, steps
 from selfteach.alignment import changed_steps, first_change
-from selfteach.background import later
+from selfteach.background import Later, later
 from selfteach.collate import collate
 from selfteach.distributed import ALONE, Ranks
 from selfteach.objective import first_error_token
+from selfteach.offending import kept_if_not_finite, require_finite
 from selfteach.policy import Policy
 from selfteach.policy_gradient import token_logp
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
 from selfteach.rendering import Renderer
 from selfteach.run_folder import RunFolder
-from selfteach.sampling import sample_batches
+from selfteach.sampling import sample_batches, signed
 from selfteach.scores import chunked_sum
 from selfteach.types import (
     Batch,
@@ -55,7 +58,9 @@ class Parts:
     sampling: Sampling
     batch_answers: int
     critic_threads: int
-    """Batches that are marked while others are sampled; 0 for a critic that needs this machine."""
+    """Batches that are marked beside other work; 0 for a critic that needs this machine."""
+    samples_beside: bool
+    """The engine has weights of its own: it may sample while the policy learns."""
     updates_per_batch: int
     micro_batch_tokens: int
     chunk_tokens: int
@@ -65,30 +70,53 @@ class Parts:
     """Who else takes this step; each rank knows all lessons and learns from its share."""
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The problems of a step, and whose answers it learns from."""
+
+    step: int
+    problems: Sequence[Problem]
+    version: int
+    """Updates behind the weights that answer."""
+    over: bool = False
+    """True if these weights are no more: a run was taken up, whose journal holds the answers."""
+
+
 def train_step(
     parts: Parts, problems: Sequence[Problem], *, step: int = 0, journal: RunFolder | None = None
 ) -> tuple[list[Lesson], Metrics]:
     """Answer, be marked, re-read with the marks in view, and learn what one would now say."""
-    clock = [time.monotonic()]
-    known = journal.load_critiques(step) if journal else {}
-    sampled = sample_batches(
-        parts.engine, problems, parts.sampling, batch_answers=parts.batch_answers,
-        journal=journal, name=f"step_{step:06d}", ranks=parts.ranks,
-    )  # fmt: skip
     with later(parts.critic_threads) as soon:  # a server marks one batch while the next is sampled
-        marking = [soon(mark, parts, batch, known) for batch in sampled]
-        clock.append(time.monotonic())
+        marking = ask(parts, Turn(step, problems, parts.policy.version), soon, journal)
         marked = [answer for batch in marking for answer in batch()]
+    lessons, metrics = take_in(parts, marked, step=step, journal=journal)
+    parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
+    return lessons, metrics
+
+
+def ask(
+    parts: Parts, turn: Turn, soon: Later, journal: RunFolder | None = None
+) -> list[Callable[[], list[Marked]]]:
+    """Answer every problem, and hand each batch of answers over to be marked."""
+    known = journal.load_critiques(turn.step) if journal else {}
+    sampled = sample_batches(
+        None if turn.over else parts.engine, turn.problems, parts.sampling,
+        batch_answers=parts.batch_answers, journal=journal, name=f"step_{turn.step:06d}",
+        ranks=parts.ranks,
+    )  # fmt: skip
+    return [soon(mark, parts, signed(batch, turn.version), known) for batch in sampled]
+
+
+def take_in(
+    parts: Parts, marked: list[Marked], *, step: int = 0, journal: RunFolder | None = None
+) -> tuple[list[Lesson], Metrics]:
+    """Re-read the answers with their marks in view, and learn."""
     lessons = teach(parts, parts.ranks.gather(marked))
     if journal and parts.ranks.leads:
         journal.save_lessons(step, lessons)
-    clock.append(time.monotonic())
-    learned = learn(parts, lessons)
-    parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
-    clock.append(time.monotonic())
-    phases = ("seconds_sampling", "seconds_marking", "seconds_learning")
-    seconds = {p: b - a for p, a, b in zip(phases, clock[:-1], clock[1:], strict=True)}
-    return lessons, {**describe(lessons), **learned, **seconds}
+    with kept_if_not_finite(journal, step):
+        learned = learn(parts, lessons)
+    return lessons, {**describe(lessons), **learned}
 
 
 def mark(
@@ -140,6 +168,7 @@ def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
     metrics: Metrics = {}
     for update in range(parts.updates_per_batch):
         said = [_backward(parts, batch) for batch in batches]
+        require_finite(said, batches)
         stepped = parts.policy.optimizer_step()
         parts.teacher.update()
         if update == 0:

@@ -22,12 +22,13 @@ from selfteach.build_critic import require_critic
 from selfteach.build_engine import require_engine
 from selfteach.config import CRITIC_CONTEXTS, Recipe
 from selfteach.config_critic import CriticConfig
-from selfteach.errors import CheckpointError, RecipeError
+from selfteach.errors import CheckpointError, RecipeError, Terminated
 from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
 from selfteach.inspection.request import Request, inspect, sampled
 from selfteach.recipes import BASE, Study, pairs
 from selfteach.run_folder import RunFolder, read_json, require_empty, write_json
 from selfteach.settings import merge, validate
+from selfteach.termination import STATUS, listening
 from selfteach.train import environment, evaluation_of, result_of, run_to_end
 
 MEASURES = ("avg", "pass", "maj", "length", "truncated", "format")
@@ -137,20 +138,33 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> No
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
     ) as pool:
-        futures = [pool.submit(run_to_end, _one_thread(job.recipe), job.folder) for job in waiting]
+        futures = [pool.submit(_run, _one_thread(job.recipe), job.folder) for job in waiting]
         try:
-            pending = set(futures)
-            while pending:
-                done, pending = concurrent.futures.wait(pending, timeout=0.5)
-                progress(jobs)
-                for future in done:
-                    future.result()
+            with listening() as termination, termination.safe():
+                pending = set(futures)
+                while pending:
+                    done, pending = concurrent.futures.wait(pending, timeout=0.5)
+                    progress(jobs)
+                    for future in done:
+                        future.result()
+        except Terminated:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # each saves what it has learned
+            raise
         except BrokenProcessPool:
             raise CheckpointError(
                 "a run's process was killed (out of memory?); selfteach resume goes on from there"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _run(recipe: Recipe, folder: Path) -> None:
+    """In a worker: a run to its end, or to the worker's."""
+    try:
+        run_to_end(recipe, folder)
+    except Terminated:
+        os._exit(STATUS)
 
 
 def critics_of(study: Study) -> list[CriticConfig]:

@@ -20,13 +20,15 @@ from selfteach.build_engine import require_engine
 from selfteach.config import Recipe
 from selfteach.data import Split, training_order
 from selfteach.distributed import Ranks, joined
-from selfteach.errors import RecipeError
+from selfteach.errors import RecipeError, Terminated
 from selfteach.evaluate import Evaluation, evaluate
 from selfteach.loading import choose_device, resolve
+from selfteach.pipeline import train_steps
 from selfteach.run_folder import RunFolder, enough_disk, read_json, write_json
 from selfteach.sharding import whole_state
-from selfteach.step import coverage, train_step
-from selfteach.types import Problem, Sampling
+from selfteach.step import Turn, coverage
+from selfteach.termination import Termination, listening
+from selfteach.types import Sampling
 
 BUDGET = (
     "answers_sampled",
@@ -51,8 +53,9 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
     """Run a recipe in a folder, from wherever the folder stands; yields each row of metrics.
 
     An interrupted run goes on from its last checkpoint; answers and critiques that are on disk are
-    used again. The result is, bit for bit on CPU, that of a run that was never stopped. Under torchrun
-    all ranks call this; rank 0 writes what is written once, and it alone yields.
+    used again. The result is, bit for bit on CPU, that of a run that was never stopped. On SIGTERM
+    what has been learned is saved, and `Terminated` is raised. Under torchrun all ranks call this;
+    rank 0 writes what is written once, and it alone yields.
     """
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
@@ -66,11 +69,13 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
             require_engine(recipe)
         built = build(recipe, ranks)
         step = _take_up(run, built)
-        with _recording(run, recipe) if ranks.leads else nullcontext(_unheard) as record:
-            for row in _steps(run, recipe, built, step, record):
+        heard = _recording(run, recipe) if ranks.leads else nullcontext(_unheard)
+        with heard as record, _listening(ranks) as termination:
+            for row in _steps(run, recipe, built, step, record, termination):
                 if ranks.leads:
                     yield row
-            _finish(run, recipe, built, record)
+            with termination.safe():
+                _finish(run, recipe, built, record)
 
 
 def run_to_end(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -166,33 +171,78 @@ def _recording(run: RunFolder, recipe: Recipe) -> Iterator[Record]:
         yield record
 
 
+def _listening(ranks: Ranks) -> AbstractContextManager[Termination]:
+    """Hears SIGTERM, but among many ranks: each would have to hear it at the same step."""
+    return listening() if ranks.size == 1 else nullcontext(Termination())
+
+
 def _steps(
-    run: RunFolder, recipe: Recipe, built: Built, done: int, record: Record
+    run: RunFolder, recipe: Recipe, built: Built, done: int, record: Record, end: Termination
 ) -> Iterator[dict[str, Any]]:
-    """The loop. A step's metrics and evaluation precede its checkpoint, so none is ever missing."""
-    parts, cadence = built.parts, recipe.evaluation
-    train_set = built.task.problems("train")
+    """The loop. A step's row precedes its checkpoint, so none is ever missing."""
+    parts, last = built.parts, recipe.train.steps
     parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
-    if done == 0 and recipe.train.steps > 0:
-        yield _measure(run, recipe, built, "validation", 0, record)
-    order = training_order(len(train_set), recipe.seed, recipe.train.problems_per_step)
-    for step, indices in enumerate(islice(order, recipe.train.steps), start=1):
-        if step <= done:
-            continue
-        problems: list[Problem] = [train_set[i] for i in indices]
-        lessons, metrics = train_step(parts, problems, step=step, journal=run)
-        among = {"ranks": parts.ranks.size} if parts.ranks.size > 1 else {}
-        row = {"step": step, "kind": "step", **among, **metrics, **coverage(parts, lessons)}
-        record(row)
-        yield row
-        last = step == recipe.train.steps
-        if step % cadence.every == 0 or last:
-            yield _measure(run, recipe, built, "validation", step, record)
-        if step % recipe.train.checkpoint_every == 0 or last:
-            checkpoint.save(
-                run.checkpoints, step, parts.policy, parts.teacher,
-                keep=recipe.train.keep_checkpoints, ranks=parts.ranks,
-            )  # fmt: skip
+    learning = train_steps(
+        parts, _turns(recipe, built), range(done + 1, last + 1),
+        staleness=recipe.train.staleness, journal=run, safely=end.safe,
+    )  # fmt: skip
+
+    def save(step: int) -> None:
+        keep = recipe.train.keep_checkpoints
+        checkpoint.save(
+            run.checkpoints, step, parts.policy, parts.teacher, keep=keep, ranks=parts.ranks
+        )
+
+    try:
+        if parts.ranks.first(_due(run, recipe, done)):
+            with end.safe():
+                row = _measure(run, recipe, built, "validation", done, record)
+            yield row
+        for step, (lessons, metrics) in learning:
+            among = {"ranks": parts.ranks.size} if parts.ranks.size > 1 else {}
+            row = {"step": step, "kind": "step", **among, **metrics, **coverage(parts, lessons)}
+            record(row)
+            done = step
+            yield row
+            if parts.ranks.first(_due(run, recipe, step)):
+                with end.safe():
+                    row = _measure(run, recipe, built, "validation", step, record)
+                yield row
+            if step % recipe.train.checkpoint_every == 0 or step == last:
+                save(step)
+    except Terminated:
+        if done > 0 and not checkpoint.path_of(run.checkpoints, done).exists():
+            save(done)
+        raise
+
+
+def _turns(recipe: Recipe, built: Built) -> Callable[[int], Turn]:
+    """Who answers what in each step. Raises `RecipeError` if steps of one version share problems."""
+    train, problems = recipe.train, built.task.problems("train")
+    most = min(train.steps, train.staleness + 1) * min(train.problems_per_step, len(problems))
+    if most > len(problems):
+        raise RecipeError(
+            f"train.staleness = {train.staleness}: the first {train.staleness + 1} steps are answered "
+            f"by the same weights, so they need {most} problems, of which there are {len(problems)}"
+        )
+    order = training_order(len(problems), recipe.seed, train.problems_per_step)
+    of_step = [[problems[i] for i in indices] for indices in islice(order, train.steps)]
+
+    def turn(step: int) -> Turn:
+        version = max(0, step - 1 - train.staleness) * train.updates_per_batch
+        over = version != built.parts.policy.version
+        return Turn(step, of_step[step - 1], version, over)
+
+    return turn
+
+
+def _due(run: RunFolder, recipe: Recipe, step: int) -> bool:
+    """True if the curve has a point at this step that is not there yet."""
+    last = recipe.train.steps
+    wanted = last > 0 and (step % recipe.evaluation.every == 0 or step == last)
+    return wanted and not any(
+        row["step"] == step and row["kind"] == "validation" for row in run.metrics()
+    )
 
 
 def _measure(

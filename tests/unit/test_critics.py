@@ -134,6 +134,24 @@ def test_a_claim_of_a_process_that_is_gone_is_free(store: Path, monkeypatch) -> 
     assert replies.claim("k")
 
 
+@pytest.mark.parametrize("ahead", [-86_400.0, 0.0, 86_400.0])
+def test_a_claim_lasts_as_long_whatever_another_machines_clock_says(
+    store: Path, monkeypatch, ahead: float
+) -> None:
+    now, steady = time.time(), [1000.0]
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    monkeypatch.setattr("time.time", lambda: now + ahead)
+    assert ReplyStore(store).claim("k")
+    monkeypatch.undo()
+    monkeypatch.setattr("time.monotonic", lambda: steady[0])
+    here = ReplyStore(store)
+    for waited in (0, 1800, 3599):
+        steady[0] = 1000.0 + waited
+        assert not here.claim("k"), "its machine may still hear of it"
+    steady[0] = 1000.0 + 3601
+    assert here.claim("k")
+
+
 def test_replies_are_kept_as_they_arrive_and_claims_are_let_go(store: Path) -> None:
     class Breaks:
         identity, remote = "breaks", False

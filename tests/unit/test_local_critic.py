@@ -33,6 +33,25 @@ def local(model, tokenizer, *, batch: int = 2, max_length: int = 64, weights=Non
     )
 
 
+@pytest.mark.parametrize("guessed", [1, 5])
+def test_guessing_from_the_prompt_changes_no_greedy_reply(
+    tiny_llama: LlamaForCausalLM, lab_tokenizer, guessed: int
+) -> None:
+    texts = ("a b c a b c a b", "d d d d", "a b c d e f a b", "f e f e f", "a a")
+    requests = [Request((("user", text),), 0.0, 24) for text in texts]
+    plain = ask(local(tiny_llama, lab_tokenizer, batch=1), requests)
+    passes = []
+    tiny_llama.register_forward_hook(lambda *_: passes.append(1))
+    model = LocalModel(
+        tiny_llama, Renderer(lab_tokenizer, Templates("lab")), identity="tiny",
+        end_ids=[lab_tokenizer.eos_token_id], pad_id=lab_tokenizer.pad_token_id, max_length=64,
+        batch=4, weights=contextlib.nullcontext, prompt_lookup=guessed,
+    )  # fmt: skip
+    assert ask(model, requests) == plain
+    written = sum(reply.completion_tokens for reply in plain if isinstance(reply, Reply))
+    assert len(passes) < written, "some passes wrote more than one token"
+
+
 def ask(model: LocalModel, requests=REQUESTS) -> list[Reply | NoReply]:
     kept: dict[int, Reply] = {}
     replies = model.complete(requests, kept.__setitem__)

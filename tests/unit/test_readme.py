@@ -21,7 +21,7 @@ def test_the_step_is_quoted_to_the_letter() -> None:
     (quoted,) = (block for block in blocks("python") if "def train_step" in block)
     functions = re.split(r"\n{3,}(?=def )", quoted.strip())
     assert [function.split("(")[0] for function in functions] == [
-        "def train_step", "def learn", "def _backward",
+        "def train_step", "def ask", "def take_in", "def learn", "def _backward",
     ]  # fmt: skip
     for function in functions:
         assert f"\n{function}\n" in source, function.split("(")[0]

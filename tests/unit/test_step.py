@@ -47,7 +47,9 @@ class Scripted:
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         told = dict(zip((p.id for p in PROBLEMS), ANSWERS, strict=True))
         return [
-            dataclasses.replace(self.encode(p, told[p.id]), sample=i)
+            dataclasses.replace(
+                self.encode(p, told[p.id]), sample=i, policy_version=(self.versions or [0])[-1]
+            )
             for p in problems
             for i in range(sampling.samples)
         ]

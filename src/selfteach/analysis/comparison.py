@@ -75,7 +75,8 @@ def gain(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 def spent(run: Run) -> dict[str, float]:
     """What a run has cost so far: sums over all rows of metrics.jsonl, seconds by phase."""
-    keys = {key for row in run.rows for key in row if key in BUDGET or key.startswith("seconds_")}
+    timed = ("seconds_", "busy_", "waiting")
+    keys = {key for row in run.rows for key in row if key in BUDGET or key.startswith(timed)}
     sums = {key: float(sum(row.get(key, 0) for row in run.rows)) for key in sorted(keys)}
     return {**sums, "seconds": sum(v for k, v in sums.items() if k.startswith("seconds_"))}
 
@@ -85,6 +86,18 @@ def mean_spent(runs: Sequence[Run]) -> dict[str, float]:
     every = [spent(run) for run in runs]
     keys = {key: None for one in every for key in one}
     return {key: float(np.mean([one.get(key, 0.0) for one in every])) for key in keys}
+
+
+def overlap(own: Mapping[str, float]) -> float | None:
+    """How much of what could run side by side did, from an arm's `spent`; None where nothing could.
+
+    0: phases one after another; 1: all took as long as the longest of them.
+    """
+    phases = ("sampling", "marking", "learning")
+    busy = [own.get(f"busy_{phase}", 0.0) for phase in phases]
+    took = sum(own.get(f"seconds_{phase}", 0.0) for phase in phases)
+    could = sum(busy) - max(busy)
+    return min(1.0, max(0.0, (sum(busy) - took) / could)) if could > 0 else None
 
 
 def _complete(runs: Sequence[Run], split: str) -> bool:

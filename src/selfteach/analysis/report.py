@@ -80,6 +80,7 @@ def render(folders: Sequence[Path]) -> tuple[str, dict[str, Drawing]]:
         checks=[(check, health.logged(main, check.metric)) for check in health.checks()],
         spent={name: comparison.mean_spent(own) for name, own in main.items()},
         phases=curves.PHASES,
+        overlap=comparison.overlap,
         has_runs=bool(runs),
         unfinished=[run for run in runs if not run.is_complete],
         feedback=bool(localisation or example or asked),

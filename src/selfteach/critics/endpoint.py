@@ -40,7 +40,7 @@ class Endpoint:
     concurrency: int = 16
     timeout_s: float = 600.0
     """Of one request."""
-    max_retries: int = 12
+    max_retries: int = 16
     """After a refusal, a time-out, 408, 409, 429 or 5xx, with growing pauses (half a second to eight
     seconds, with jitter) or as long as the server's Retry-After says, up to two minutes."""
     requests_per_minute: float | None = None

@@ -31,12 +31,18 @@ class LocalModel:
         batch: int,
         weights: Callable[[], AbstractContextManager[object]],
         autocast: torch.dtype | None = None,
+        prompt_lookup: int | None = None,
     ) -> None:
-        """``weights`` is entered around all use of the model: it puts the critic's weights in place."""
+        """``weights`` is entered around all use of the model: it puts the critic's weights in place.
+
+        ``prompt_lookup`` tokens at a time are guessed from the prompt and checked in one pass; guessing
+        works on one row, so a batch is then one request.
+        """
         self._model, self._renderer, self._weights = model, renderer, weights
         self.identity = identity
         self._end_ids, self._pad_id, self._max_length = list(end_ids), pad_id, max_length
-        self._batch, self._autocast = batch, autocast
+        self._batch, self._autocast = 1 if prompt_lookup else batch, autocast
+        self._guessed = {"prompt_lookup_num_tokens": prompt_lookup} if prompt_lookup else {}
 
     def complete(self, requests: Sequence[Request], keep: Keep) -> list[Reply | NoReply]:
         """Reply to all; a prompt that leaves no room for a reply gets none, and nothing is cut."""
@@ -83,6 +89,7 @@ class LocalModel:
                 max_new_tokens=max_tokens,
                 eos_token_id=self._end_ids,
                 pad_token_id=self._pad_id,
+                **self._guessed,
                 **(drawn if temperature > 0 else {"do_sample": False}),
             )
         return [

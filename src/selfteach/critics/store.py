@@ -20,7 +20,8 @@ from selfteach.critics.chat import ChatModel, NoReply, Reply, Request, key_of
 from selfteach.errors import CriticError
 
 CLAIM_S = 3600.0
-"""A request that its process has not heard of for this long is free to be sent again."""
+"""A claim that has been looked at for this long, unchanged, is free to be taken. Whoever waits measures
+it by its own steady clock: the clocks of two machines may differ by hours."""
 POLL_S = 0.2
 """Between two looks at what another process is waiting for."""
 
@@ -47,6 +48,7 @@ class ReplyStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._seen: dict[tuple[str, str, int, float], float] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._open() as database:
@@ -81,7 +83,7 @@ class ReplyStore:
             held = database.execute(
                 "SELECT host, pid, since FROM claims WHERE key = ?", (key,)
             ).fetchone()
-            if held is not None and _alive(*held):
+            if held is not None and self._alive(key, *held):
                 return False
             # Between our look and our claim another process may have heard and let go.
             if database.execute("SELECT 1 FROM replies WHERE key = ?", (key,)).fetchone():
@@ -93,6 +95,13 @@ class ReplyStore:
         """Let go of claims on requests that got no reply."""
         with self._open() as database:
             database.executemany("DELETE FROM claims WHERE key = ?", [(key,) for key in keys])
+
+    def _alive(self, key: str, host: str, pid: int, since: float) -> bool:
+        """Whether the process that claimed a request may still hear of it."""
+        now = time.monotonic()
+        if now - self._seen.setdefault((key, host, pid, since), now) > CLAIM_S:
+            return False
+        return host != socket.gethostname() or _runs(pid)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -151,12 +160,7 @@ class Stored:
             self._store.release(keys)
 
 
-def _alive(host: str, pid: int, since: float) -> bool:
-    """Whether the process that claimed a request may still hear of it."""
-    if time.time() - since > CLAIM_S:
-        return False
-    if host != socket.gethostname():
-        return True
+def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

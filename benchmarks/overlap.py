@@ -1,0 +1,116 @@
+"""How long a step takes when a critic of known latency is waited for, and when it is not.
+
+    python benchmarks/overlap.py [--latency 2.0] [--steps 8]
+
+The lab's solver learns; its critic is a real HTTP server on the loopback that knows the right marks
+and takes ``--latency`` seconds over each request, however many there are. Sequential and overlapped
+runs alternate in one process. Prints seconds per step (the first ``staleness + 1`` left out), what each
+phase was busy, and the step's time as a share of the longest phase and of the sum of all. Asserts
+nothing about time, and that overlapped runs ask exactly as often.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from scripted_server import Server, says, serving
+from selfteach.config import Recipe
+from selfteach.lab import oracle
+from selfteach.lab.worlds import BASES, world_of
+from selfteach.run_folder import RunFolder
+from selfteach.settings import validate
+from selfteach.train import run_to_end
+
+WORLD = world_of(BASES / "two_styles")
+SETTINGS = ((0, False), (1, False), (2, False), (2, True))
+"""Staleness, and whether the engine has weights of its own."""
+
+
+def criticises(body: dict[str, Any]) -> str:
+    """What the lab's oracle says of the answer in a request."""
+    asked = body["messages"][-1]["content"]
+    question, answer = (
+        re.search(rf"=+ {name} BEGINS =+\n(.*?)\n=+ {name} ENDS", asked, re.DOTALL)
+        for name in ("PROBLEM", "ATTEMPT")
+    )
+    assert question and answer
+    finished = "cut off" not in asked
+    said = oracle.criticise(WORLD, question[1].split(), answer[1], finished=finished)
+    return "\n".join([*(step.text for step in said.steps), f"# {said.answer}"])
+
+
+def recipe(server: Server, folder: Path, args: argparse.Namespace, setting: tuple) -> Recipe:
+    """A run whose critic is the server; each step is one batch, so its marking is one latency."""
+    staleness, own_weights = setting
+    answers = args.problems * args.answers
+    values = {
+        "model": {"path": "lab:two_styles"},
+        "data": {"type": "lab", "train": 256, "validation": 2, "test": 2},
+        "sampling": {"max_tokens": 64, "batch_answers": answers, "own_weights": own_weights},
+        "critic": {
+            "type": "endpoint", "base_url": server.url, "model": "oracle", "max_tokens": 64,
+            "store": str(folder / "replies.sqlite"), "min_similarity": 0.0, "concurrency": answers,
+        },
+        "context": {"type": "step_aligned"},
+        "objective": {"type": "distillation", "importance_cap": 2.0},
+        "train": {
+            "steps": args.steps, "problems_per_step": args.problems, "staleness": staleness,
+            "answers_per_problem": args.answers, "checkpoint_every": args.steps, "threads": 1,
+        },
+        "evaluation": {"every": args.steps, "validation_k": 1, "test": False},
+    }  # fmt: skip
+    return validate(Recipe, values, where="benchmark")
+
+
+def measure(args: argparse.Namespace, setting: tuple) -> tuple[dict[str, float], int]:
+    """Mean seconds per step by name, and how often the critic was asked."""
+    warm_up = setting[0] + 1
+
+    def slow(handler: Any, body: dict[str, Any]) -> None:
+        time.sleep(args.latency)
+        says(criticises)(handler, body)
+
+    with tempfile.TemporaryDirectory() as place, serving(slow) as server:
+        folder = Path(place)
+        run_to_end(recipe(server, folder, args, setting), folder / "run")
+        rows = [row for row in RunFolder(folder / "run").metrics() if row["kind"] == "step"]
+        rows = rows[warm_up:]
+        names = [n for n in rows[0] if n.startswith(("seconds_", "busy_")) or n == "waiting"]
+        return {n: sum(row[n] for row in rows) / len(rows) for n in names}, len(server.asked)
+
+
+def main() -> None:
+    """Run every setting and print a line of each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--latency", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--problems", type=int, default=16)
+    parser.add_argument("--answers", type=int, default=4)
+    args = parser.parse_args()
+    names = ("step, s", "sampling", "marking", "learning", "waiting", "/longest", "/sum")
+    print("staleness  own" + "".join(f"{name:>9s}" for name in names) + "  requests")
+    for setting in SETTINGS:
+        mean, asked = measure(args, setting)
+        step = sum(v for n, v in mean.items() if n.startswith("seconds_"))
+        sampling, marking, learning = (
+            mean[f"busy_{n}"] for n in ("sampling", "marking", "learning")
+        )
+        # Without weights of its own the engine and the trainer are one phase.
+        alone = (sampling, learning) if setting[1] else (sampling + learning,)
+        longest, whole = max(marking, *alone), sampling + marking + learning
+        told = (step, sampling, marking, learning, mean["waiting"])
+        own = "yes" if setting[1] else "no"
+        line = "".join(f"{value:9.2f}" for value in (*told, step / longest, step / whole))
+        print(f"{setting[0]:9d} {own:>4s}{line}{asked:10d}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
