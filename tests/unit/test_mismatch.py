@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from selfteach.collate import sequences
+from selfteach.distributed import ALONE
 from selfteach.divergence import Divergence
 from selfteach.objective import Anneal, Distillation, Grpo, Hybrid
 from selfteach.protocols import Objective
@@ -85,7 +86,7 @@ def test_what_a_step_says_of_the_mismatch() -> None:
         "mismatch": torch.tensor([LN2, -LN2]),
         "truncated": torch.tensor([1.0, 0.0]),
     }
-    metrics = _summary([said])
+    metrics = _summary([said], ALONE)
     assert metrics["mismatch_mean"] == pytest.approx(LN2)
     assert metrics["mismatch_max"] == pytest.approx(LN2)
     # k3: (2 − 1 − ln 2) and (1/2 − 1 + ln 2), whose mean is 1/4.
