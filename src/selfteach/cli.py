@@ -202,7 +202,7 @@ def check(
     settings: Settings = None,
 ) -> None:
     """Validate a recipe and print what it resolves to, its sizes, memory and budget. Spends nothing."""
-    from selfteach.plan import describe_study
+    from selfteach.check import describe_study
 
     loaded = commands.load(recipe, settings)
     # All of it first: a recipe that fails prints its one line of error and nothing else.
