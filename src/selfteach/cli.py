@@ -13,6 +13,7 @@ import typer
 
 from selfteach import commands
 from selfteach.analysis.plain_text import plain
+from selfteach.cli_plan import plan
 from selfteach.config import Recipe
 from selfteach.config_data import SelectConfig
 from selfteach.errors import CheckpointError, RecipeError, SelfteachError
@@ -215,6 +216,9 @@ def check(
             require_critic(critic)
     for line in lines:
         typer.echo(line)
+
+
+app.command()(plan)
 
 
 @app.command()
