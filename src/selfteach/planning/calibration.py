@@ -150,7 +150,8 @@ def _fit_learning(runs: Sequence[Measured], device: Device, have: Efficiency) ->
         flops = work.updates * float(costs.learn_flops(work, answers).sum())
         tokens = float(costs.micro_tokens(work, answers).sum())
         micro = work.updates * float(np.ceil(tokens / work.load.learn_tokens))
-        rows.append((micro, flops / device.flops, seconds))
+        moving = work.updates * costs.optimizer_seconds(work, device, 1)
+        rows.append((micro, flops / device.flops, max(seconds / 2, seconds - moving)))
     layers = runs[0].work.load.shape.layers
     fixed, slope = _two_costs(rows, have.layer_micro_s * layers)
     return {"train_mfu": 1 / slope, "layer_micro_s": fixed / layers}

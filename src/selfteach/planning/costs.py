@@ -21,6 +21,8 @@ from selfteach.shapes import Shape
 
 SERVED_BYTES = 2
 """Of a weight, a key or a value in an engine: bfloat16."""
+MOVED_SHARE = 0.6
+"""Of the memory's bandwidth that AdamW has: assumed, and too little of a step to be measured."""
 MOMENTS_MOVED = 7
 """Numbers that AdamW reads or writes per number that trains: weight, gradient, two moments; and all
 but the gradient back."""
@@ -34,7 +36,7 @@ class Efficiency:
     """Share of the device's operations per second while learning."""
     prefill_mfu: float = 0.50
     decode_share: float = 0.60
-    """Share of the roofline, memory or operations, while generating; of the memory's in AdamW."""
+    """Share of the roofline, memory or operations, while generating."""
     link_share: float = 0.70
     """Share of what links, network and host's memory could carry."""
     pass_s: float = 0.003
@@ -152,15 +154,20 @@ def decoding(
 def learning(work: Work, device: Device, have: Efficiency, trainers: int) -> Learning:
     """A group of trainers that share weights evenly (FSDP)."""
     load, shape = work.load, work.load.shape
-    moved = MOMENTS_MOVED * FLOAT * load.trained / trainers
     return Learning(
         work=work,
         trainers=trainers,
         rate=device.flops * have.train_mfu,
         per_micro=have.layer_micro_s * shape.layers,
         gather=gather_seconds(work, device, have, trainers),
-        optimizer=moved / (device.bandwidth * have.decode_share),
+        optimizer=optimizer_seconds(work, device, trainers),
     )
+
+
+def optimizer_seconds(work: Work, device: Device, trainers: int) -> float:
+    """AdamW on one trainer's share of what trains: it reads and writes, and hardly computes."""
+    moved = MOMENTS_MOVED * FLOAT * work.load.trained / trainers
+    return moved / (device.bandwidth * MOVED_SHARE)
 
 
 def gather_seconds(work: Work, device: Device, have: Efficiency, trainers: int) -> float:
