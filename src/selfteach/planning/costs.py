@@ -153,7 +153,7 @@ def decoding(
 
 def learning(work: Work, device: Device, have: Efficiency, trainers: int) -> Learning:
     """A group of trainers that share weights evenly (FSDP)."""
-    load, shape = work.load, work.load.shape
+    shape = work.load.shape
     return Learning(
         work=work,
         trainers=trainers,

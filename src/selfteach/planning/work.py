@@ -120,7 +120,7 @@ def work_of(recipe: Recipe, known: Survey, wishes: Wishes = Wishes()) -> Work:
         micro_batch_tokens=train.micro_batch_tokens,
         asked=asked,
         staleness=wishes.staleness if wishes.staleness is not None else staleness_of(recipe),
-        engine=str(_value(_value(recipe, "engine"), "type") or "transformers"),
+        engine=engine_of(recipe),
     )
 
 
@@ -167,6 +167,12 @@ def with_answers(work: Work, answer: Spread, critique: Spread | None) -> Work:
 def staleness_of(recipe: Recipe) -> int:
     """How many updates old the weights that sampled a step's answers may be; 0 is sequential."""
     return int(_value(recipe.train, "staleness") or 0)
+
+
+def engine_of(recipe: Recipe) -> str:
+    """``vllm``, served or in process, or ``transformers``."""
+    kind = str(_value(_value(recipe, "engine"), "type") or "transformers")
+    return "vllm" if kind.startswith("vllm") else "transformers"
 
 
 def _value(section: Any, name: str) -> Any:
