@@ -72,12 +72,12 @@ class Decoding:
     slots: int
     """Answers at a time: as many as keys and values have room for."""
 
-    def pass_seconds(self, rows: float, context: float) -> float:
+    def pass_seconds(self, rows: int | float, context: int | float) -> float:
         """One token for each of ``rows`` answers that hold ``context`` tokens together."""
         reading = self.weights + self.per_context * context
         return self.fixed + max(reading, self.per_row * rows)
 
-    def drain(self, answers_A: np.ndarray, context: float) -> float:
+    def drain(self, answers_A: np.ndarray, context: int | float) -> float:
         """All of these answers, begun together after ``context`` tokens each, without their prompts.
 
         Rows leave as they end, so that the last passes serve the longest answers alone. More answers

@@ -25,9 +25,9 @@ from selfteach.planning.layout import (
 from selfteach.planning.pipeline import Line, Timeline, simulate
 from selfteach.planning.work import Work
 
-STEPS = 8
-"""Steps that are simulated once the pipeline is full."""
-TRIED = 3
+STEPS, EVENTS = 8, 2048
+"""Steps that are simulated once the pipeline is full, and answers; at least two steps."""
+TRIED = 2
 """Layouts that are simulated: so many by the estimate of their speed, and as many of the smallest
 among those that are estimated to be within `NEAR` of the fastest."""
 NEAR = 1.05
@@ -96,10 +96,11 @@ class Forecast:
         return {name: work.answers * own for name, own in zip(names, each, strict=True)}
 
 
-def forecast(work: Work, where: Where, layout: Layout, *, steps: int = STEPS) -> Forecast:
+def forecast(work: Work, where: Where, layout: Layout) -> Forecast:
     """Simulate a layout. Raises `RecipeError` where it cannot hold the work."""
     require_room(work, where.device, layout, where.name)
     line, learning = line_of(work, where, layout)
+    steps = max(2, min(STEPS, EVENTS // work.answers))
     return Forecast(
         work, where, layout, line, learning, simulate(line, steps=steps),
         tuple(held_by(work, where.device, layout)),

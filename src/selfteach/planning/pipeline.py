@@ -181,7 +181,7 @@ class _Shop:
 
     def __post_init__(self) -> None:
         line = self.line
-        self.env = env = simpy.Environment()
+        self.env = env = simpy.Environment(0.0)
         self.device = simpy.PriorityResource(env)
         self.requests = simpy.Resource(env, max(1, line.concurrency))
         self.room = simpy.Resource(env, max(1, line.queue))

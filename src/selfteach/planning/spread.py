@@ -28,7 +28,7 @@ class Spread:
     cap: int
 
     @classmethod
-    def around(cls, mean: float, cap: int, sigma: float = SIGMA) -> Spread:
+    def around(cls, mean: int | float, cap: int, sigma: float = SIGMA) -> Spread:
         """The distribution whose mean, after the cut, is ``mean``; at or above ``cap`` all are cut."""
         if mean >= cap:
             return cls(math.log(cap), 0.0, cap)
@@ -57,7 +57,7 @@ class Spread:
     def cut(self) -> float:
         """Share of answers that reach the limit."""
         if self.sigma == 0:
-            return float(math.exp(self.mu) >= self.cap)
+            return float(self.mu >= math.log(self.cap))
         return 1 - _NORMAL.cdf((math.log(self.cap) - self.mu) / self.sigma)
 
     def draw(self, random: np.random.Generator, count: int) -> np.ndarray:
