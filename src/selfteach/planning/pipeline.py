@@ -92,15 +92,16 @@ class Timeline:
 
 
 def simulate(line: Line, *, steps: int = 8, seed: int = 0) -> Timeline:
-    """So many steps with lengths drawn by ``seed``, and as many before them to fill the pipeline."""
+    """So many steps with lengths drawn by ``seed``, and others before and after them, so that the
+    pipeline is full from the first to the last."""
     ahead = 1 + line.staleness
-    shop = _Shop(line, ahead + steps, np.random.default_rng(seed))
+    shop = _Shop(line, ahead + steps + ahead, np.random.default_rng(seed))
     first = shop.run(until=ahead)
     worked = dict(shop.worked())
     last = shop.run(until=ahead + steps)
     spent = max(last - first, 1e-12)
     busy = {name: (total - worked[name]) / spent for name, total in shop.worked().items()}
-    return Timeline(tuple(shop.steps[ahead:]), spent / steps, busy)
+    return Timeline(tuple(shop.steps[ahead : ahead + steps]), spent / steps, busy)
 
 
 class _Replica:
@@ -258,8 +259,9 @@ class _Shop:
             yield self.sampled[step]
             with self._turn(line.marker == "program" and line.critics_share, step) as turn:
                 yield turn
-                yield env.timeout(size * line.latency)
-                self.marking += size * line.latency
+                spent = size * line.latency if line.marker == "program" else 0.0
+                yield env.timeout(spent)
+                self.marking += spent
         elif line.critics_share:
             yield self.sampled[step]
             with self._turn(True, step) as turn:
