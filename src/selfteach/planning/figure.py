@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from selfteach.analysis.figures import GRID, INK, SMALL, SPARE, TINY, bare, legend, save
 from selfteach.errors import RecipeError
@@ -133,5 +133,5 @@ def _scales(axes: Axes, lines: Sequence[Scaling]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.4g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:,.4g}"))
-    axes.tick_params(axis="y", which="minor", labelsize=TINY, colors=INK)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
