@@ -220,6 +220,12 @@ def test_too_few_devices_say_how_many_are_needed() -> None:
         require_room(paper(), small, Layout(1, 1, 1), "l40s")
 
 
+def test_too_few_to_share_out_say_how_many_would_do() -> None:
+    small = Where("l4", find_device("l4"), Efficiency())
+    with pytest.raises(RecipeError, match="--devices 2: too few to hold this; at least 4 × l4"):
+        best(paper(), small, 2)
+
+
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'h100': not known; there are here, .*h100-sxm"):
         find_device("h100")

@@ -31,6 +31,8 @@ TRIED = 2
 """Layouts that are simulated: so many by the estimate of their speed, and as many of the smallest
 among those that are estimated to be within `NEAR` of the fastest."""
 NEAR = 1.05
+MOST_NEEDED = 64
+"""Where the search for enough devices ends."""
 BOUND = 0.9
 """Share of the time from which on a part that works is what the others wait for."""
 WITHIN = 1.02
@@ -107,6 +109,22 @@ def forecast(work: Work, where: Where, layout: Layout) -> Forecast:
     )  # fmt: skip
 
 
+def _holds(work: Work, where: Where, layout: Layout) -> bool:
+    try:
+        require_room(work, where.device, layout, where.name)
+    except RecipeError:
+        return False
+    return True
+
+
+def _needed(work: Work, where: Where, total: int) -> str:
+    """How many devices would do."""
+    for more in range(total + 1, MOST_NEEDED + 1):
+        if any(_holds(work, where, layout) for layout in layouts(work, where.device, more)):
+            return f"too few to hold this; at least {more} × {where.name} are needed"
+    return f"{MOST_NEEDED} × {where.name} do not hold this either; plan --trainers says why"
+
+
 def line_of(work: Work, where: Where, layout: Layout) -> tuple[Line, Learning]:
     """The pipeline of a layout, with what its trainers take."""
     device, have, asked = where.device, where.have, work.asked
@@ -153,20 +171,16 @@ def best(work: Work, where: Where, total: int) -> Forecast:
     Raises `RecipeError` where none holds the work.
     """
     drawn = work.answer.draw(np.random.default_rng(0), work.answers)
-    told: list[tuple[float, int, Layout]] = []
-    reason: RecipeError | None = None
-    for layout in layouts(work, where.device, total):
-        try:
-            require_room(work, where.device, layout, where.name)
-        except RecipeError as error:
-            reason = reason or error
-            continue
-        told.append((estimate(work, where, layout, drawn), layout.devices, layout))
+    told = [
+        (estimate(work, where, layout, drawn), layout.devices, layout)
+        for layout in layouts(work, where.device, total)
+        if _holds(work, where, layout)
+    ]
     # A served critic gives way to nobody unless somebody puts it to sleep: only where it must.
     apart = [row for row in told if row[2].critics] if work.asked.marker == "served" else []
     told = apart or told
     if not told:
-        raise RecipeError(f"--devices {total}: no layout holds this: {reason}")
+        raise RecipeError(f"--devices {total}: {_needed(work, where, total)}")
     told.sort(key=lambda row: row[:2])
     small = sorted((row for row in told if row[0] <= NEAR * told[0][0]), key=lambda row: row[1])
     tried = dict.fromkeys(layout for _, _, layout in (*told[:TRIED], *small[:TRIED]))
