@@ -14,6 +14,7 @@ import typer
 
 from selfteach import commands, launched
 from selfteach.analysis.plain_text import plain
+from selfteach.cli_plan import plan
 from selfteach.config import Recipe
 from selfteach.config_data import SelectConfig
 from selfteach.errors import CheckpointError, RecipeError, SelfteachError, Terminated
@@ -209,7 +210,7 @@ def check(
     settings: Settings = None,
 ) -> None:
     """Validate a recipe and print what it resolves to, its sizes, memory and budget. Spends nothing."""
-    from selfteach.plan import describe_study
+    from selfteach.check import describe_study
 
     loaded = commands.load(recipe, settings)
     # All of it first: a recipe that fails prints its one line of error and nothing else.
@@ -225,6 +226,9 @@ def check(
             require_engine(own)
     for line in lines:
         typer.echo(line)
+
+
+app.command()(plan)
 
 
 @app.command()

@@ -43,6 +43,8 @@ class Load:
     """Answers decoded side by side."""
     sample_length: int
     """Prompt and answer, in tokens."""
+    shards: int = 1
+    """Devices that share weights, gradients and moments evenly (FSDP); tokens are each one's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +78,13 @@ def memory(load: Load) -> Memory:
     """Every part of a device's memory."""
     trained_bytes = FLOAT if load.adapters else load.weight_bytes
     held = load.trained * trained_bytes
+    gradients = Item("gradients", held, f"{load.trained:,} × {trained_bytes} bytes")
+    always = (*_weights(load, held), _moments(load, held), *_copies(load, held))
     return Memory(
-        (*_weights(load, held), _moments(load, held), *_copies(load, held)),
+        tuple(_shard(item, load.shards) for item in always),
         (
-            Item("gradients", held, f"{load.trained:,} × {trained_bytes} bytes"),
+            _shard(gradients, load.shards),
+            *_gathered(load),
             *_activations(load),
             *_logits(load),
         ),
@@ -112,6 +117,23 @@ def layer_token_bytes(load: Load) -> int:
 def gib(count: int) -> str:
     """Bytes in GiB, or in MiB below a tenth of one."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def _shard(item: Item, shards: int) -> Item:
+    if shards == 1:
+        return item
+    return Item(item.name, -(-item.bytes // shards), f"({item.how}) / {shards}")
+
+
+def _gathered(load: Load) -> tuple[Item, ...]:
+    """Whole weights at a time: those outside the layers, the layer that runs and the next one."""
+    if load.shards == 1:
+        return ()
+    shape = load.shape
+    ends = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    layer = (load.parameters - ends) // shape.layers
+    how = f"({ends:,} + 2 layers × {layer:,}) × {load.compute_bytes} bytes"
+    return (Item("gathered weights", (ends + 2 * layer) * load.compute_bytes, how),)
 
 
 def _weights(load: Load, held: int) -> tuple[Item, ...]:

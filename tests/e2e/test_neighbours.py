@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from selfteach import survey
+from selfteach.check import describe_study
 from selfteach.config import Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
-from selfteach.plan import describe_study
 from selfteach.recipes import load_study, study_from
 from selfteach.run_folder import RunFolder
 from selfteach.settings import merge, validate
