@@ -332,6 +332,16 @@ def test_curves_are_means_and_bands_are_extremes(results):
     np.testing.assert_allclose([band.ymin, band.ymax], [11.0, 36.8])
 
 
+def test_a_forest_of_many_arms_shows_the_headline_and_what_is_against_the_base(results):
+    value = next(iter(results["paired"].values()))
+    arms = [f"arm{i}" for i in range(8)]
+    pairs = [f"{b}-{a}" for i, a in enumerate(arms) for b in arms[i + 1 :]]
+    results["paired"] = dict.fromkeys([*pairs, *(f"{arm}-base" for arm in arms)], value)
+    results["headline"], results["variants"] = ["arm1-arm0"], {}
+    labels = [text.get_text() for text in figures.forest(results).axes[0].get_yticklabels()]
+    assert labels == ["arm1 − arm0", *(f"{arm} − base" for arm in arms)]
+
+
 def test_forest_draws_every_pair_and_fills_what_is_decided(results):
     axes = figures.forest(results).axes[0]
     labels = [label.get_text().strip() for label in axes.get_yticklabels()]

@@ -23,7 +23,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfteach.analysis.wording import Results, arms_of, difference, pairs, settings, standing
+from selfteach.analysis.wording import (
+    Results,
+    Setting,
+    arms_of,
+    difference,
+    pairs,
+    settings,
+    standing,
+)
 
 INK = "#1b1c1e"
 """Text and axes; becomes the page's text colour in `svg`."""
@@ -38,6 +46,9 @@ PNG_DPI = 160
 
 LONGEST_NAME = 14
 """Characters of a token's name under the axis; longer ones are cut there (never in the report)."""
+
+MOST_PAIRS = 24
+"""Differences that a forest plot shows all of; the table beside it always has them all."""
 
 Dash = str | tuple[int, tuple[int, ...]]
 
@@ -141,7 +152,7 @@ def forest(results: Results) -> Figure:
     A filled marker's interval excludes 0, a hollow one's does not.
     """
     shown = settings(results)
-    groups = [(title, setting["paired"], pairs(results, setting)) for title, setting in shown]
+    groups = [(title, setting["paired"], _legible(results, setting)) for title, setting in shown]
     num_rows = sum(len(names) + (len(groups) > 1) for _, _, names in groups)
     figure = Figure(figsize=(7.2, 0.8 + 0.24 * num_rows), layout="constrained")
     axes = figure.add_subplot()
@@ -166,6 +177,14 @@ def forest(results: Results) -> Figure:
         )  # fmt: skip
     axes.set_xlabel(f"difference in Avg@{results['k']}, points", color=INK, fontsize=SMALL)
     return figure
+
+
+def _legible(results: Results, setting: Setting) -> list[str]:
+    """A setting's pairs; of more than `MOST_PAIRS` those of the headline and those with the base."""
+    names = pairs(results, setting)
+    if len(names) <= MOST_PAIRS:
+        return names
+    return [name for name in names if name in results["headline"] or arms_of(name)[1] == "base"]
 
 
 SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "selfteach"}
