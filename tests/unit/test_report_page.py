@@ -17,6 +17,7 @@ from selfteach.analysis.report import render
 from selfteach.inspection.table import SCHEMA
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+axe = pytest.importorskip("axe_core_python.sync_playwright", reason="axe is not installed")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -365,7 +366,7 @@ def test_lessons_alone_fill_the_browser(open_page, tmp_path):
 def test_an_inspection_alone_has_a_report(open_page, tmp_path):
     write_inspection(tmp_path / "inspected", 16)
     page = open_page(written(tmp_path / "inspected"))
-    assert "a-model" in page.locator("h1").inner_text()
+    assert "a-model" in page.locator("#overview h1").inner_text()
     links = page.locator("nav a").all_inner_texts()
     assert links == ["Overview", "Answers"]
     page.get_by_role("link", name="Answers").click()
@@ -398,6 +399,21 @@ def test_every_colour_of_text_has_contrast(open_page, report, scheme):
     page = open_page(report, color_scheme=scheme)
     told = page.evaluate(CONTRAST)
     assert min(told.values()) >= 4.5, told
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["overview", "feedback", "answers", "health", "budget"])
+def test_axe_finds_nothing_against_a_page(open_page, tmp_path, name, scheme):
+    """The rules of axe-core: names, roles, order of headings, contrast, keyboard, tables."""
+    write_run(tmp_path / "run")
+    write_inspection(tmp_path / "run" / "inspection", 16)
+    page = open_page(written(tmp_path / "run"), name, color_scheme=scheme)
+    if name == "answers":
+        page.locator("#answer-title").wait_for()
+    told = axe.Axe().run(page)
+    assert visible_pages(page) == [name] and len(told["passes"]) > 20
+    found = [(rule["id"], rule["nodes"][0]["html"]) for rule in told["violations"]]
+    assert found == []
 
 
 def test_the_theme_can_be_chosen_against_the_system(open_page, report):

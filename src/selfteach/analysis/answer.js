@@ -11,7 +11,7 @@ async function showAnswer(row) {
   if (!names.includes(context)) context = scored[0] ?? names[0] ?? null;
   history.replaceState(null, "", `#answers/${row}`);
   hideTip();
-  byId("answer").replaceChildren(heading(), facts(), node("h4", {}, "Question"),
+  byId("answer").replaceChildren(heading(), facts(), node("h3", {}, "Question"),
     node("pre", { class: "question" }, record.question), contextChoice(names), tools(),
     node("div", { id: "strip" }), stepTable(), node("div", { id: "read" }));
   paint();
@@ -19,7 +19,7 @@ async function showAnswer(row) {
 
 function heading() {
   const verdict = record.correct ? "✓ right" : "✗ wrong";
-  return node("h3", { id: "answer-title" },
+  return node("h2", { id: "answer-title" },
     node("span", { class: record.correct ? "yes" : "no" }, verdict),
     ` · problem ${record.problem}, answer ${record.sample + 1}`);
 }

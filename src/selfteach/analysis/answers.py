@@ -71,7 +71,7 @@ def _lesson_files(run: Run) -> list[Path]:
 
 
 def example(found: Mapping[str, Any]) -> Record:
-    """The one answer of token_advantages.json, as a study without an inspection has it."""
+    """The one answer of token_advantages.json, as early studies without an inspection have it."""
     tokens = found["tokens"]
     ends = np.cumsum([len(token) for token in tokens])
     starts = [t for t, step in enumerate(found["steps"]) if t == 0 or step != found["steps"][t - 1]]

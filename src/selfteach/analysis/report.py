@@ -135,7 +135,7 @@ def _in_order(groups: dict[str, list[Run]], results: Results) -> dict[str, list[
 
 
 def _example(folders: Sequence[Path]) -> dict[str, Any] | None:
-    """One answer under several contexts: a study's own, or from an inspection."""
+    """One answer under several contexts, from an inspection; early studies had a file of their own."""
     for folder in folders:
         if (path := folder / "token_advantages.json").exists():
             return read_json(path)

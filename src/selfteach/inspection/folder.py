@@ -52,7 +52,9 @@ def check_contexts(names: Sequence[str]) -> tuple[str, ...]:
             raise RecipeError(f"no context {name!r}; {nearest(name, known)}")
     if not names:
         raise RecipeError(f"name at least one context; known: {', '.join(known)}")
-    dial = sorted((name for name in set(names) if "@" in name), key=lambda name: position(name) or 0.0)
+    dial = sorted(
+        (name for name in set(names) if "@" in name), key=lambda name: position(name) or 0.0
+    )
     return (*(name for name in known if name in names), *dial)
 
 
