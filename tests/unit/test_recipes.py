@@ -23,9 +23,10 @@ def test_recipe_parses_and_gives_every_arm_the_same_budget(path: Path) -> None:
     assert len(budgets) == 1
 
 
-@pytest.mark.parametrize("record", sorted(EXPERIMENTS.glob("*/sweep.json")), ids=str)
+@pytest.mark.parametrize("record", sorted(EXPERIMENTS.glob("*/*sweep.json")), ids=str)
 def test_the_recipe_uses_what_the_sweep_chose(record: Path) -> None:
-    study = load_study(record.with_name("recipe.toml"))
+    part = record.name.removesuffix("sweep.json").removesuffix(".") or "recipe"
+    study = load_study(record.with_name(f"{part}.toml"))
     settings = json.loads(record.read_text())["settings"]
     assert study.sweep is not None
     assert not set(study.sweep.seeds) & set(study.study.seeds)
