@@ -70,7 +70,7 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
         built = build(recipe, ranks)
         step = _take_up(run, built)
         heard = _recording(run, recipe) if ranks.leads else nullcontext(_unheard)
-        with heard as record, _listening(ranks) as termination:
+        with heard as record, listening(waits=ranks.size > 1) as termination:
             for row in _steps(run, recipe, built, step, record, termination):
                 if ranks.leads:
                     yield row
@@ -171,11 +171,6 @@ def _recording(run: RunFolder, recipe: Recipe) -> Iterator[Record]:
         yield record
 
 
-def _listening(ranks: Ranks) -> AbstractContextManager[Termination]:
-    """Hears SIGTERM, but among many ranks: each would have to hear it at the same step."""
-    return listening() if ranks.size == 1 else nullcontext(Termination())
-
-
 def _steps(
     run: RunFolder, recipe: Recipe, built: Built, done: int, record: Record, end: Termination
 ) -> Iterator[dict[str, Any]]:
@@ -210,6 +205,8 @@ def _steps(
                 yield row
             if step % recipe.train.checkpoint_every == 0 or step == last:
                 save(step)
+            if step < last and parts.ranks.size > 1 and parts.ranks.any(end.asked):
+                raise Terminated  # on every rank, at the same step
     except Terminated:
         if done > 0 and not checkpoint.path_of(run.checkpoints, done).exists():
             save(done)

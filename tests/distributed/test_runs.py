@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import selfteach.build as building
 from on_ranks import on_ranks
 from selfteach import launched, pipeline
 from selfteach.config import Recipe
-from selfteach.errors import EngineError
+from selfteach.errors import EngineError, Terminated
 from selfteach.run_folder import RunFolder
 from selfteach.settings import merge
 from selfteach.train import evaluation_of, result_of, run_to_end, train
@@ -83,6 +84,21 @@ def until_a_rank_ends(recipe: Recipe, folder: Path) -> str:
     return str(caught.value)
 
 
+def until_told_to_end(recipe: Recipe, folder: Path) -> str:
+    """The second rank gets SIGTERM while it learns in step 2."""
+    learning = pipeline.take_in
+
+    def told(*args: Any, **more: Any) -> Any:
+        if more["step"] == 2 and launched.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning(*args, **more)
+
+    pipeline.take_in = told
+    with pytest.raises(Terminated):
+        run_to_end(recipe, folder)
+    return "ended"
+
+
 def rows_seen(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     return list(train(recipe, folder))
 
@@ -134,6 +150,15 @@ def test_a_whole_checkpoint_is_taken_up_in_pieces(alone: Path, tmp_path: Path) -
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
     AutoTokenizer.from_pretrained(tmp_path / "model")
     assert model.config.architectures == ["LlamaForCausalLM"]
+
+
+def test_sigterm_to_one_rank_ends_all_at_the_same_step(alone: Path, tmp_path: Path) -> None:
+    rare = recipe(**SHARDED, train={"checkpoint_every": 4})
+    assert on_ranks(2, until_told_to_end, rare, tmp_path) == ["ended", "ended"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+    rows, _ = on_ranks(2, rows_seen, rare, tmp_path)
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [3, 4]
+    assert_same_run(tmp_path, alone)
 
 
 @pytest.mark.slow
