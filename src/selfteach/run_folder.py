@@ -23,7 +23,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -59,16 +59,20 @@ class RunFolder:
         """True once the run has ended by itself."""
         return self.result_path.exists()
 
-    def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    def create(
+        self,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        as_now: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda config: config,
+    ) -> None:
         """Begin a run here. Raises `CheckpointError` if the folder holds something else.
 
-        Where a run's numbers are copied to is no part of what it is, nor how ranks divide it.
+        ``as_now`` gives a folder's config what recipes have had since it was begun. Where a run's
+        numbers are copied to is no part of what it is, nor how ranks divide it.
         """
         elsewhere = {"tracking": None, "distributed": None}
         if (self.path / "config.json").exists():
-            old, new = self.config(), json.loads(json.dumps(config))
-            if "engine" in new:  # folders from before there was a choice do not say it
-                old = {"engine": {"type": "transformers"}} | old
+            old, new = dict(as_now(self.config())), json.loads(json.dumps(config))
             if old | elsewhere != new | elsewhere:
                 raise CheckpointError(
                     f"{self.path} holds another run; choose another --out, "

@@ -25,6 +25,7 @@ from selfteach.problem_sets.columns import with_mapping
 from selfteach.problem_sets.splits import split_pool, without_duplicates
 from selfteach.run_folder import RunFolder, read_json, write_json, write_lines, write_text
 from selfteach.sampling import sample_batches
+from selfteach.settings import validate
 from selfteach.step import mark
 from selfteach.train import environment
 from selfteach.types import Critique, Lesson, Problem, Rollout, Sampling, Usage
@@ -82,7 +83,7 @@ def select(recipe: Recipe, chosen: SelectConfig, folder: Path) -> Iterator[Stand
     run = RunFolder(folder)
     with run.lock():
         _take_other_filters(run, as_config(recipe, chosen))
-        run.create(as_config(recipe, chosen), environment())
+        run.create(as_config(recipe, chosen), environment(), _as_now)
         if is_complete(folder):
             return
         built = build(recipe)
@@ -114,6 +115,15 @@ def _take_other_filters(run: RunFolder, config: dict[str, Any]) -> None:
 def as_config(recipe: Recipe, chosen: SelectConfig) -> dict[str, Any]:
     """What ``config.json`` of a selection's folder holds."""
     return {"select": chosen.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json")}
+
+
+def _as_now(config: dict[str, Any]) -> dict[str, Any]:
+    """The same of an earlier version with what recipes have had since."""
+    where = "config.json"
+    return as_config(
+        validate(Recipe, config["recipe"], where=where),
+        validate(SelectConfig, config["select"], where=where),
+    )
 
 
 def is_complete(folder: Path) -> bool:

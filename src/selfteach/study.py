@@ -71,7 +71,8 @@ def create_study(study: Study, folder: Path, command: str, kind: Kind) -> None:
     plain = study.model_dump(mode="json")
     if marker.exists():
         saved = read_json(marker)
-        if (saved["study"], saved.get("kind")) != (plain, kind):
+        known = validate(Study, saved["study"], where=str(marker)).model_dump(mode="json")
+        if (known, saved.get("kind")) != (plain, kind):
             raise CheckpointError(
                 f"{folder} holds another study; choose another --out, "
                 f"or go on with that one: selfteach resume {folder}"

@@ -25,6 +25,7 @@ from selfteach.evaluate import Evaluation, evaluate
 from selfteach.loading import choose_device, resolve
 from selfteach.pipeline import train_steps
 from selfteach.run_folder import RunFolder, enough_disk, read_json, write_json
+from selfteach.settings import validate
 from selfteach.sharding import whole_state
 from selfteach.step import Turn, coverage
 from selfteach.termination import Termination, listening
@@ -61,7 +62,7 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
     run = RunFolder(folder)
     with _joined(recipe) as ranks, run.lock() if ranks.leads else nullcontext():
         if ranks.leads:
-            run.create(recipe.model_dump(mode="json"), environment())
+            run.create(recipe.model_dump(mode="json"), environment(), _as_now)
         if ranks.first(run.is_complete):
             return
         if ranks.leads:
@@ -76,6 +77,11 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
                     yield row
             with termination.safe():
                 _finish(run, recipe, built, record)
+
+
+def _as_now(config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of an earlier version with what recipes have had since."""
+    return validate(Recipe, config, where="config.json").model_dump(mode="json")
 
 
 def run_to_end(recipe: Recipe, folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,20 @@ def test_the_final_model_loads_with_plain_transformers(whole: Path) -> None:
 def test_the_same_recipe_and_seed_twice_are_identical(whole: Path, tmp_path: Path) -> None:
     run_to_end(recipe(), tmp_path / "again")
     assert_same_run(whole, tmp_path / "again")
+
+
+def test_a_run_of_an_earlier_version_is_taken_up(whole: Path, tmp_path: Path) -> None:
+    """Its config.json lacks what recipes have had since: it stood at the default, so it is the same."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    del config["engine"], config["train"]["staleness"], config["sampling"]["own_weights"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").unlink()
+    run_to_end(recipe(), folder)
+    assert_same_run(whole, folder)
+    changed = recipe().model_dump() | {"engine": {"type": "vllm_server", "model": "m"}}
+    with pytest.raises(CheckpointError, match="holds another run"):
+        run_to_end(Recipe.model_validate(changed), folder)
 
 
 def test_another_seed_differs(whole: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from selfteach.build_engine import require_engine
 from selfteach.collate import sequences
 from selfteach.config import Recipe
 from selfteach.engines import vllm_engine
-from selfteach.errors import CheckpointError, EngineError, RecipeError
+from selfteach.errors import EngineError, RecipeError
 from selfteach.policy_gradient import token_logp
 from selfteach.run_folder import RunFolder
 from selfteach.sampling import Interrupted, sample_batches
@@ -330,12 +330,3 @@ def test_a_named_key_has_to_be_there(server: Vllm, monkeypatch: pytest.MonkeyPat
 def test_in_process_needs_vllm() -> None:
     with pytest.raises(EngineError, match=r'needs vLLM in this environment.*"vllm_server"'):
         build(validate(Recipe, merge(TINY, {"engine": {"type": "vllm"}})))
-
-
-def test_a_run_from_before_there_were_engines_is_taken_up(tmp_path: Path) -> None:
-    config = validate(Recipe, TINY).model_dump(mode="json")
-    run = RunFolder(tmp_path)
-    run.create({name: value for name, value in config.items() if name != "engine"}, {})
-    run.create(config, {})
-    with pytest.raises(CheckpointError, match="holds another run"):
-        run.create({**config, "engine": {"type": "vllm"}}, {})
