@@ -71,8 +71,7 @@ def create_study(study: Study, folder: Path, command: str, kind: Kind) -> None:
     plain = study.model_dump(mode="json")
     if marker.exists():
         saved = read_json(marker)
-        known = validate(Study, saved["study"], where=str(marker)).model_dump(mode="json")
-        if (known, saved.get("kind")) != (plain, kind):
+        if (_as_now(saved["study"]), saved.get("kind")) != (plain, kind):
             raise CheckpointError(
                 f"{folder} holds another study; choose another --out, "
                 f"or go on with that one: selfteach resume {folder}"
@@ -80,6 +79,14 @@ def create_study(study: Study, folder: Path, command: str, kind: Kind) -> None:
         return
     require_empty(folder)
     write_json(marker, {"kind": kind, "study": plain, "command": command, **environment()})
+
+
+def _as_now(plain: dict[str, Any]) -> dict[str, Any] | None:
+    """A study of an earlier version with what studies have had since; None for what is none."""
+    try:
+        return validate(Study, plain).model_dump(mode="json")
+    except RecipeError:
+        return None
 
 
 def load_existing(folder: Path) -> tuple[Study, str, Kind]:
