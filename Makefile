@@ -47,7 +47,7 @@ lab-controls: $(READY) ## every context at equal budget
 
 # What in the feedback matters: bases that have been shown every context, then a study per part.
 DIAL := experiments/what_in_the_feedback_matters
-DIAL_PARTS := dial contexts pull critic_errors loss budget worlds
+DIAL_PARTS := dial contexts pull critic_errors worlds worlds_swept dial_base_1 dial_world_1 loss budget
 DIAL_BASES := rho_0.00 rho_0.50 rho_1.00 base_1 world_1 world_2
 $(RUNS)/bases/rho_%/README.md: $(READY)
 	$(BIN)/python -m selfteach.lab.pretrain --world two_styles --documents dial --pull $* --out $(@D)
@@ -69,7 +69,7 @@ dial: dial-bases ## what in the feedback matters: contexts, the dial, style, cri
 	done
 
 dial-sweep: dial-bases ## choose the rates of `make dial` again, on validation problems
-	@for part in dial contexts pull loss; do \
+	@for part in dial contexts pull worlds_swept dial_base_1 dial_world_1 loss; do \
 		$(BIN)/selfteach sweep $(DIAL)/$$part.toml --record $(DIAL)/$$part.sweep.json \
 			--out $(RUNS)/what_in_the_feedback_matters/sweeps/$$part || exit; \
 	done
