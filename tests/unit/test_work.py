@@ -1,0 +1,187 @@
+"""What a step costs, counted instead of timed: passes, tokens, rows of the head, bytes alive at once.
+
+A change that makes the loop do more work fails here, on any machine.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from selfteach.build import Built, build
+from selfteach.config import Recipe
+from selfteach.divergence import Divergence, per_token
+from selfteach.scores import Head, Scores, chunked_sum
+from selfteach.settings import merge
+from selfteach.step import train_step
+
+PROBLEMS, ANSWERS = 3, 4
+RECIPE = {
+    "data": {"type": "lab", "train": PROBLEMS, "validation": 1, "test": 1, "chance_below": 0.01},
+    "sampling": {"max_tokens": 40},
+    "critic": {"type": "oracle"},
+    "context": {"type": "step_aligned"},
+    "train": {"steps": 1, "problems_per_step": PROBLEMS, "answers_per_problem": ANSWERS},
+}
+GRPO = {"objective": {"type": "grpo"}, "context": {"type": "none"}, "critic": None}
+
+
+class Work:
+    """Passes through the backbone by kind, and rows that met the head with a loss in view."""
+
+    def __init__(self, built: Built, patch: pytest.MonkeyPatch) -> None:
+        self.passes, self.tokens, self.head_rows = Counter[str](), Counter[str](), 0
+        built.parts.policy.model.model.register_forward_pre_hook(self._pass, with_kwargs=True)
+        product = Head.product
+
+        def counted(head: Head, hidden: Tensor) -> Tensor:
+            self.head_rows += len(hidden)
+            return product(head, hidden)
+
+        patch.setattr(Head, "product", counted)
+
+    def _pass(self, _: object, args: tuple, kwargs: dict[str, Any]) -> None:
+        rows, width = (kwargs.get("input_ids", args[0] if args else None)).shape
+        if torch.is_inference_mode_enabled():
+            kind = "one token" if width == 1 else "prompts"
+        else:
+            kind = "student" if torch.is_grad_enabled() else "teacher"
+        self.passes[kind] += 1
+        self.tokens[kind] += rows * width
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    def step(ends: tuple[str, ...] = (), **changes: Any) -> tuple[Work, list, dict[str, float]]:
+        built = build(Recipe.model_validate(merge(RECIPE, changes)))
+        if ends:
+            engine: Any = built.parts.engine
+            engine._end_ids = tuple(built.tokenizer.convert_tokens_to_ids(list(ends)))
+        work = Work(built, monkeypatch)
+        lessons, metrics = train_step(built.parts, built.task.problems("train"))
+        return work, lessons, metrics
+
+    yield step
+
+
+def test_one_pass_of_student_and_teacher_and_no_prompt_token_meets_the_head(counted: Any) -> None:
+    work, lessons, metrics = counted()
+    answers = sum(len(lesson.rollout.answer_ids) for lesson in lessons)
+    assert work.passes["student"] == work.passes["teacher"] == 1
+    assert work.head_rows == 2 * answers
+    assert metrics["tokens_trained"] == metrics["teacher_tokens"] == answers
+
+
+def test_a_question_is_read_once_for_all_its_answers(counted: Any) -> None:
+    work, lessons, _ = counted()
+    prompts = {lesson.rollout.problem.id: len(lesson.rollout.prompt_ids) for lesson in lessons}
+    assert work.tokens["prompts"] <= PROBLEMS * max(prompts.values())
+    longest = max(len(lesson.rollout.answer_ids) for lesson in lessons)
+    assert work.passes["one token"] == longest - 1
+
+
+def test_answers_that_have_ended_leave_the_batch(counted: Any) -> None:
+    """At most half of the rows of a pass have ended."""
+    work, lessons, _ = counted(ends=("a", "b", "c"))
+    lengths = [len(lesson.rollout.answer_ids) for lesson in lessons]
+    needed = sum(lengths) - len(lengths)
+    assert max(lengths) * len(lengths) > 2 * sum(lengths), (
+        "lengths that differ, or nothing is tested"
+    )
+    assert needed <= work.tokens["one token"] <= 2 * needed
+
+
+def test_an_answer_that_teaches_nothing_is_not_scored(counted: Any) -> None:
+    work, lessons, _ = counted(objective={"gate": "wrong"})
+    wrong = [lesson for lesson in lessons if not lesson.marked.verdict.correct]
+    assert work.head_rows == 2 * sum(len(lesson.rollout.answer_ids) for lesson in wrong)
+
+
+def test_grpo_asks_no_teacher_and_passes_over_groups_that_score_alike(counted: Any) -> None:
+    work, lessons, _ = counted(**GRPO)
+    alike = {p: set[bool]() for p in (lesson.rollout.problem.id for lesson in lessons)}
+    for lesson in lessons:
+        alike[lesson.rollout.problem.id].add(lesson.marked.verdict.correct)
+    told = [lesson for lesson in lessons if len(alike[lesson.rollout.problem.id]) > 1]
+    assert work.passes["teacher"] == 0
+    assert work.head_rows == sum(len(lesson.rollout.answer_ids) for lesson in told)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of storage that operations have made and nobody has let go of; the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {self._key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and self._key(tensor) not in self._known | given:
+                self._add(tensor)
+        return out
+
+    @staticmethod
+    def _key(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+V, H, CHUNK = 4096, 16, 64
+LOGITS = 4 * CHUNK * V
+"""Bytes of one chunk's logits."""
+
+
+def peak(tokens: int, *, trainable_head: bool) -> int:
+    """Most bytes alive in forward and backward of the fused loss, beyond what it was given."""
+    torch.manual_seed(0)
+    weight_VH = torch.randn(V, H, requires_grad=trainable_head)
+    hidden_NH = torch.randn(tokens, H, requires_grad=True)
+    teacher = Scores.single(torch.randn(tokens, H), Head(torch.randn(V, H)))
+    ids_N, weight_N = torch.randint(V, (tokens,)), torch.full((tokens,), 1 / tokens)
+
+    def fn(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
+        with torch.no_grad():
+            teacher_CV = teacher.logits(rows)
+        told = per_token(Divergence("reverse_kl"), logits_CV, teacher_CV, ids_N[rows])
+        return {"loss": told.loss}
+
+    with Alive() as alive:
+        student = Scores.single(hidden_NH, Head(weight_VH))
+        total, _ = chunked_sum(fn, student, weight_N, chunk_tokens=CHUNK)
+        total.backward()
+    return alive.most
+
+
+@pytest.mark.parametrize("trainable_head", [False, True])
+def test_the_fused_loss_holds_a_handful_of_chunks_whatever_the_number_of_tokens(
+    trainable_head: bool,
+) -> None:
+    few, many = (peak(n, trainable_head=trainable_head) for n in (256, 2048))
+    head = 4 * V * H * (3 if trainable_head else 0)  # accumulator, one chunk's product, the result
+    assert few <= 12 * LOGITS + head
+    assert many - few <= 4 * (2048 - 256) * (2 * H + 8), "only what is of the size of hidden states"
+    assert many < 4 * 2048 * V / 2, (
+        "less than half of the full logits, of which a plain loss has six"
+    )
