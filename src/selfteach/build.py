@@ -117,7 +117,7 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
         ),
         batch_answers=recipe.sampling.batch_answers,
         critic_threads=critic_threads(recipe.critic),
-        samples_beside=recipe.sampling.own_weights,
+        samples_beside=_samples_beside(recipe),
         updates_per_batch=recipe.train.updates_per_batch,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         chunk_tokens=max(1, CHUNK_ENTRIES // model.config.get_text_config().vocab_size),
@@ -274,6 +274,12 @@ def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMo
         targets=lora.targets,
         seed=recipe.seed,
     )
+
+
+def _samples_beside(recipe: Recipe) -> bool:
+    """Whether the engine has weights of its own, and there is something to do beside sampling."""
+    served = recipe.engine.type == "vllm_server"
+    return recipe.train.staleness > 0 and (served or recipe.sampling.own_weights)
 
 
 def build_sharding(recipe: Recipe, ranks: Ranks) -> Callable[[PreTrainedModel], Shards] | None:

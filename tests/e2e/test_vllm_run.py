@@ -90,6 +90,20 @@ def test_a_run_samples_and_evaluates_with_the_weights_of_each_step(
         assert 0 < row["importance_truncated"] < 1
 
 
+def test_a_served_engine_samples_beside_learning(server: Vllm, tmp_path: Path) -> None:
+    later = {"train": {"steps": 4, "staleness": 1}, "data": {"train": 8}}
+    stale = validate(Recipe, merge(recipe(server).model_dump(), later))
+    assert build(stale).parts.samples_beside and not build(recipe(server)).parts.samples_beside
+    for name in ("run", "again"):
+        run_to_end(stale, tmp_path / name)
+        server.restart()
+    kept = answers(tmp_path / "run")
+    versions = [{row["policy_version"] for row in kept[f"step_{t:06d}.000"]} for t in (1, 2, 3, 4)]
+    assert versions == [{0}, {0}, {1}, {2}]
+    assert kept == answers(tmp_path / "again")
+    assert same_weights(tmp_path / "run", tmp_path / "again")
+
+
 def test_a_stale_engine_ends_the_run_before_anything_is_trained_on_it(
     server: Vllm, tmp_path: Path
 ) -> None:
