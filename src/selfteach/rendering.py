@@ -6,6 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -19,6 +20,9 @@ from selfteach.types import Problem
 
 TODAY = datetime(2024, 7, 26)
 """The date that chat templates write: a resumed run must repeat itself."""
+
+PROMPTS_KEPT = 4096
+"""Questions whose token ids are kept."""
 
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "probe"
@@ -49,6 +53,9 @@ class Renderer:
         self._tokenizer, self._templates = tokenizer, templates
         self._chat_template = _dated(tokenizer.get_chat_template())
         self._thinking = thinking or Thinking()
+        # A run asks the same questions and reads the same tokens again and again.
+        self._asked = lru_cache(PROMPTS_KEPT)(self._encode_question)
+        self._piece = lru_cache(None)(lambda token: self._decode([token]))
         self._control = ControlTokens(tokenizer)
         self._system = system
         self._system_has_role = system is not None and self._places_system()
@@ -60,7 +67,10 @@ class Renderer:
 
     def solver_prompt(self, problem: Problem) -> tuple[int, ...]:
         """What the student sees: the question, and the header of the answer."""
-        messages = self._messages("solver", question=problem.question)
+        return self._asked(problem.question)
+
+    def _encode_question(self, question: str) -> tuple[int, ...]:
+        messages = self._messages("solver", question=question)
         return self._control.encode(self._chat(messages, self._thinking.student))
 
     def teacher_prompt(self, problem: Problem, context: str) -> tuple[int, ...]:
@@ -115,7 +125,7 @@ class Renderer:
         return bisect_right(self.token_ends(answer_ids), 0)
 
     def _ends(self, answer_ids: Sequence[int], text: str) -> list[int]:
-        pieces = [self._decode([token]) for token in answer_ids]
+        pieces = [self._piece(token) for token in answer_ids]
         for gap in ("", " "):
             ends = _ends(pieces, gap)
             if ends and ends[-1] == len(text) and gap.join(filter(None, pieces)) == text:

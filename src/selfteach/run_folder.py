@@ -25,7 +25,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +33,8 @@ from safetensors import SafetensorError
 
 from selfteach.errors import CheckpointError
 from selfteach.types import Critique, CritiqueStep, Lesson, NoCritique, Problem, Rollout, Usage
+
+ANSWER_FIELDS = [field.name for field in fields(Rollout) if field.name != "problem"]
 
 LOCK_PATIENCE_S = 5.0
 """How long to wait for a folder whose owner may just have been killed."""
@@ -108,7 +110,7 @@ class RunFolder:
     def save_answers(self, name: str, rollouts: Sequence[Rollout]) -> None:
         """Answers of one batch, by a name like ``step_000012.000``."""
         rows = (
-            {"problem_id": r.problem.id, **{k: v for k, v in asdict(r).items() if k != "problem"}}
+            {"problem_id": r.problem.id, **{name: getattr(r, name) for name in ANSWER_FIELDS}}
             for r in rollouts
         )
         write_lines(self.path / "answers" / f"{name}.jsonl", rows)
