@@ -89,9 +89,12 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
     adapted = _adapted(recipe, model)
     # All ranks pass through a sharded model together, but answers end when they end: each rank
     # samples from a whole copy. So does who samples while the policy learns.
-    apart = shard or recipe.sampling.own_weights
+    # An engine elsewhere needs neither.
+    here = recipe.engine.type == "transformers"
+    apart = here and (shard is not None or recipe.sampling.own_weights)
     sampler = copy.deepcopy(adapted).requires_grad_(False) if apart else adapted
-    nn.Module.to(sampler, device)
+    if here or shard is None:
+        nn.Module.to(sampler, device)
     policy = _policy(recipe, adapted, ranks, shard)
     ends, pad, autocast = end_ids(model, tokenizer, renderer), pad_id(tokenizer), _autocast(recipe)
     solver = Solver(policy, renderer, ends, pad, max_length, autocast)
@@ -293,11 +296,6 @@ def build_sharding(recipe: Recipe, ranks: Ranks) -> Callable[[PreTrainedModel], 
         raise RecipeError(
             f"train.problems_per_step = {recipe.train.problems_per_step} is too few for "
             f"{ranks.size} ranks: each must have a question"
-        )
-    if ranks.size > 1 and recipe.train.staleness > 0:
-        raise RecipeError(
-            f"train.staleness = {recipe.train.staleness} is for one process, and torchrun has started "
-            f"{ranks.size}: ranks take their steps together; set train.staleness = 0"
         )
     if batches < ranks.size:
         most = recipe.train.problems_per_step // ranks.size * recipe.train.answers_per_problem

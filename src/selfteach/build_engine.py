@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,10 +61,11 @@ def build_engine(
             model, solver.renderer, end_ids=solver.end_ids, pad_id=solver.pad_id,
             max_length=solver.max_length, autocast=solver.autocast,
         )  # fmt: skip
-    if ranks.size > 1:
+    if ranks.size > 1 and isinstance(config, VllmProcessConfig):
         raise RecipeError(
-            f'engine.type = "{config.type}" takes its weights from one process, and torchrun has '
-            f'started {ranks.size}: start one, or set engine.type = "transformers"'
+            f'engine.type = "vllm" is for one process, and torchrun has started {ranks.size}, whose '
+            'groups vLLM would take for its own: serve the model (engine.type = "vllm_server"), so '
+            "that all ranks sample from there"
         )
     probe = Probe(
         ids := probe_ids(prompts, solver.max_length - 1),
@@ -71,12 +73,14 @@ def build_engine(
         trainer_logits(policy, ids),
     )
     return VllmEngine(
-        _sampler(recipe, config, solver),
+        _sampler(recipe, config, solver, ranks),
         solver.renderer,
         Fingerprint(probe, config.tolerance),
         Weights(policy.trainable.items, tied_weights(policy)),
+        owner=ranks.first(uuid.uuid4().hex[:8]),
         end_ids=solver.end_ids,
         max_length=solver.max_length,
+        ranks=ranks,
     )
 
 
@@ -130,12 +134,14 @@ def trainer_logits(policy: Policy, ids: Sequence[int]) -> Callable[[], Tensor]:
     return logits
 
 
-def _sampler(recipe: Recipe, config: EngineConfig, solver: Solver) -> Sampler:
+def _sampler(recipe: Recipe, config: EngineConfig, solver: Solver, ranks: Ranks) -> Sampler:
     model = solver.policy.model
     adapter = model.peft_config["default"] if isinstance(model, PeftModel) else None
     match config:
         case VllmServerConfig():
-            handover = Handover(_folder(config.folder), adapter)
+            # Rank 0 writes there; the others only have to know its name.
+            folder = ranks.agreed(lambda: _folder(config.folder) if ranks.leads else None)
+            handover = Handover(ranks.first(folder) or Path(), adapter)
             return _served().VllmServer(config, handover)
         case VllmProcessConfig():
             return VllmProcess(config, _serving(recipe, solver), Handover(_folder(None), adapter))

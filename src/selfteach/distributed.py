@@ -6,7 +6,8 @@ there is one rank, so that a process on its own computes what it always did, bit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,13 +19,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from selfteach import launched
-from selfteach.errors import EngineError
+from selfteach.errors import EngineError, SelfteachError
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 
 LOST = ("gloo", "nccl", "closed by peer", "connection reset", "timed out", "broken pipe")
 """Words, one of which stands in what torch says when another rank is gone."""
+TURN, FREE, LOOK_EVERY_S = "selfteach/turn", "free", 0.1
+"""A place in the ranks' store that says whose turn it is, and how often to look at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Ranks:
     size: int = 1
     mesh: DeviceMesh | None = None
     """The ranks in a row, for sharding; None in a process that torchrun did not start."""
+    store: dist.Store | None = None
+    """What all ranks can read and write from any thread, in no order; None as above."""
 
     @property
     def leads(self) -> bool:
@@ -103,6 +108,40 @@ class Ranks:
                 weight.grad = torch.zeros_like(weight)
             dist.all_reduce(weight.grad)
 
+    def agreed(self, call: Callable[[], T]) -> T:
+        """What a call gives here, once it has ended well on all ranks. It makes no collective itself.
+
+        Where it fails on one, all raise what that one says: nobody waits for a rank that has left.
+        """
+        if self.size == 1:
+            return call()
+        made: list[T] = []
+        own: SelfteachError | None = None
+        try:
+            made.append(call())
+        except SelfteachError as error:
+            own = error
+        failures = self.gather([] if own is None else [str(own)])
+        if own is not None:
+            raise own
+        if failures:
+            raise EngineError(failures[0])
+        return made[0]
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """A stretch in which one rank is at a time; no collective, so in any thread."""
+        if self.store is None:
+            yield
+            return
+        me = str(self.rank)
+        while self.store.compare_set(TURN, FREE, me).decode() != me:
+            time.sleep(LOOK_EVERY_S)
+        try:
+            yield
+        finally:
+            self.store.set(TURN, FREE)
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
@@ -134,9 +173,17 @@ def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
         torch.cuda.set_device(launched.local_rank())
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        mesh = init_device_mesh(device, (dist.get_world_size(),))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), mesh)
+        timeout = timedelta(seconds=timeout_s)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("torch", store), rank=rank, world_size=size,
+            timeout=timeout,
+        )  # fmt: skip
+        mesh = init_device_mesh(device, (size,))
+        store.set(TURN, FREE)
+        ranks = Ranks(rank, size, mesh, store)
+        ranks.wait()  # the turn is there before anybody takes it
+        yield ranks
     except RuntimeError as error:
         if not _lost(error):
             raise

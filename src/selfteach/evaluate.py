@@ -14,7 +14,7 @@ from selfteach.estimates import avg_at_k, maj_at_k, pass_at_k
 from selfteach.protocols import Engine, Verifier
 from selfteach.run_folder import RunFolder
 from selfteach.sampling import sample_batches
-from selfteach.types import Problem, Sampling
+from selfteach.types import Problem, Rollout, Sampling, Verdict
 
 RATES = ("avg", "pass", "maj", "truncated", "format")
 """Measures given in percent; ``length`` is in tokens."""
@@ -84,8 +84,11 @@ def evaluate(
         engine, problems, sampling, batch_answers=batch_answers,
         journal=journal, name=f"{split}_{step:06d}", ranks=ranks,
     )  # fmt: skip
-    own = [rollout for batch in sampled for rollout in batch]
-    judged = ranks.gather([(rollout, verify(rollout.problem, rollout.text)) for rollout in own])
+
+    def own() -> list[tuple[Rollout, Verdict]]:
+        return [(r, verify(r.problem, r.text)) for batch in sampled for r in batch]
+
+    judged = ranks.gather(ranks.agreed(own))
     rollouts, verdicts = [rollout for rollout, _ in judged], [verdict for _, verdict in judged]
 
     def by_problem(values: Sequence[Any]) -> list[list[Any]]:

@@ -13,6 +13,10 @@ next ``staleness`` steps are on disk: whoever takes the run up from there needs 
 
 An engine that samples with the very module that is trained samples in this thread, between two
 updates; only marking overlaps. An engine with weights of its own samples beside learning too.
+
+Many ranks take the same steps in the same order, and only this thread of each speaks with the others:
+a rank's own share is sampled and marked without them, and what failed on one fails on all when it is
+waited for. So what is on disk when weights are published is on disk of every rank.
 """
 
 from __future__ import annotations
@@ -81,19 +85,20 @@ def train_steps(
     with ExitStack() as stack:
         mark_later = stack.enter_context(later(parts.critic_threads))
         sample_later = stack.enter_context(later(1)) if parts.samples_beside else at_once
-        clock = Clock()
+        clock, agreed = Clock(), parts.ranks.agreed
 
         def begin(step: int) -> Callable[[], _Asked]:
             asked = _Asked()
             mark = _timing(mark_later, asked.marking)
             with clock("sampling"), safely():
-                sampled = sample_later(
-                    timed, ask, asked.sampling, parts, turns(step), mark, journal
+                turn = turns(step)
+                sampled = agreed(
+                    lambda: sample_later(timed, ask, asked.sampling, parts, turn, mark, journal)
                 )
 
             def wait() -> _Asked:
                 with clock("sampling", waits=parts.samples_beside):
-                    asked.batches = sampled()
+                    asked.batches = agreed(sampled)
                 return asked
 
             return wait
@@ -104,7 +109,7 @@ def train_steps(
             beside = parts.critic_threads > 0
             # A critic in this process may have swapped weights: not to be left in the middle.
             with clock("marking", waits=beside), (safely if beside else nullcontext)():
-                marked = [answer for batch in asked.batches for answer in batch()]
+                marked = agreed(lambda: [said for batch in asked.batches for said in batch()])
             with clock("learning"):
                 lessons, metrics = take_in(parts, marked, step=step, journal=journal)
             return lessons, {**metrics, **clock.row(asked.sampling, asked.marking)}

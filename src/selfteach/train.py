@@ -65,9 +65,7 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
             run.create(recipe.model_dump(mode="json"), environment(), _as_now)
         if ranks.first(run.is_complete):
             return
-        if ranks.leads:
-            require_critic(recipe.critic)
-            require_engine(recipe)
+        ranks.agreed(lambda: _require(recipe) if ranks.leads else None)
         built = build(recipe, ranks)
         step = _take_up(run, built)
         heard = _recording(run, recipe) if ranks.leads else nullcontext(_unheard)
@@ -77,6 +75,12 @@ def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
                     yield row
             with termination.safe():
                 _finish(run, recipe, built, record)
+
+
+def _require(recipe: Recipe) -> None:
+    """Ask who is served elsewhere, before anything is spent."""
+    require_critic(recipe.critic)
+    require_engine(recipe)
 
 
 def _as_now(config: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Trainer:
         return torch.tensor([0.0, math.log(self.odds)])
 
     def check(self, said: dict[int, float]) -> float:
-        return self.fingerprint.check(said, "the engine")
+        return self.fingerprint.check(said, self.logits(), "the engine")
 
 
 def test_the_largest_difference_counts() -> None:

@@ -39,13 +39,13 @@ class Fingerprint:
         self._engine: Mapping[int, float] | None = None
         self._trainer: Tensor | None = None
 
-    def check(self, said: Mapping[int, float], where: str) -> float:
-        """Compare an engine's log-probabilities by token id (nats, at the sampling temperature).
+    def check(self, said: Mapping[int, float], logits_V: Tensor, where: str) -> float:
+        """Compare an engine's log-probabilities by token id (nats, at the sampling temperature) with
+        what the trainer's logits make of them, as the probe gives them now.
 
         Returns the largest difference to the trainer's. Raises `EngineError` if the engine is stale,
         has other weights, or leaves the temperature out.
         """
-        logits_V = self.probe.logits()
         own_V = _logp(logits_V, self.probe.temperature)
         if said == self._engine and self._trainer is not None:
             moved = (own_V - self._trainer)[list(said)].abs().max().item()

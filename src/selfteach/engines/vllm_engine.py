@@ -4,19 +4,23 @@ An answer counts only between two looks at the engine's label that both show the
 process gave with its last weights. Whoever loads other weights changes the label first, and an engine
 that was started again has none: so no answer can come from weights other than those of its version.
 That the weights behind the label are the trainer's is for `fingerprint` to say.
+
+Many ranks ask one engine, each for its share: rank 0 hands new weights over while nobody samples, and
+every rank has them proved to it. Whoever finds that the engine was started again gives it the weights
+of before, one rank at a time and under a new suffix of the label, so that the others see it too.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from selfteach.distributed import ALONE, Ranks
 from selfteach.engines.fingerprint import Fingerprint
 from selfteach.engines.streams import stream_key
 from selfteach.errors import EngineError
@@ -28,6 +32,8 @@ LOOK_EVERY_S = 2.0
 """Between looks at the label while answers come in; so much is asked again when a server dies."""
 PAUSE_S = 1.0
 """Between attempts to reach a server that is gone."""
+AGAIN = "+"
+"""In a label, between the weights' name and that of their loading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +84,12 @@ class Sampler(Protocol):
         ...
 
     def load(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
-        """Take new weights, forget what caches hold of the old ones, and bear this label."""
+        """Take new weights, forget what caches hold of the old ones, and bear this label (or it and
+        a suffix behind `AGAIN`)."""
         ...
 
     def load_again(self, label: str) -> None:
-        """Take the weights of the last ``load`` once more, after a restart."""
+        """Take the weights of the last ``load`` once more, after a restart: with another suffix."""
         ...
 
     def label(self, ours: str) -> str | None:
@@ -117,7 +124,7 @@ class Patience:
 
 
 class VllmEngine:
-    """An `Engine` on top of a `Sampler`."""
+    """An `Engine` on top of a `Sampler`; ``owner`` is this run's own name, the same on all ranks."""
 
     def __init__(
         self,
@@ -126,32 +133,49 @@ class VllmEngine:
         fingerprint: Fingerprint,
         weights: Weights,
         *,
+        owner: str,
         end_ids: Sequence[int],
         max_length: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._sampler, self._renderer, self._fingerprint = sampler, renderer, fingerprint
         self._weights, self._patience_s = weights, sampler.patience_s
         self._end_ids, self._max_length = tuple(end_ids), max_length
-        self._owner = uuid.uuid4().hex[:8]
+        self._owner, self._ranks = owner, ranks
         self._version, self._label, self._loads = 0, "", 0
+        self._seen: str | None = None
         # Whole batches and whole updates take turns: no batch sees two versions.
         self._turn = threading.RLock()
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give the engine new weights and have it prove that it has them.
+        """Give the engine new weights and have it prove that it has them; all ranks together.
 
-        Raises `EngineError` if it is gone, is stale, or has others.
+        Raises `EngineError` on all of them if it is gone, is stale, or has others.
         """
         with self._turn:
+            self._ranks.wait()  # nobody samples with the old ones
             self._loads += 1
             label = f"selfteach-{self._owner}-{self._loads}-v{version}"
-            own = dict(named_weights)
-            # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by its own name.
-            tied = {a: own[name].clone() for a, name in self._weights.tied.items() if name in own}
-            named = [*own.items(), *tied.items()]
-            self._patiently(lambda: self._sampler.load(named, label))
+            named = self._to_hand_over(named_weights)
+            self._ranks.agreed(lambda: self._hand_over(named, label))
             self._version, self._label = version, label
-            self._patiently(self._prove_current)
+            logits_V = self._fingerprint.probe.logits()  # a pass of all ranks where weights are sharded
+            self._ranks.agreed(lambda: self._patiently(lambda: self._prove_current(logits_V)))
+
+    def _to_hand_over(
+        self, named_weights: Iterable[tuple[str, Tensor]]
+    ) -> list[tuple[str, Tensor]]:
+        """The weights by all their names on rank 0; the others help to gather them, and keep none."""
+        many, leads = self._ranks.size > 1, self._ranks.leads
+        # The whole of a sharded model may not fit the device.
+        own = {name: w.cpu() if many else w for name, w in named_weights if leads}
+        # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by its own name.
+        tied = {a: own[name].clone() for a, name in self._weights.tied.items() if name in own}
+        return [*own.items(), *tied.items()]
+
+    def _hand_over(self, named: list[tuple[str, Tensor]], label: str) -> None:
+        if self._ranks.leads:
+            self._patiently(lambda: self._sampler.load(named, label))
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """One request per answer, each with a seed of its own; prompts are run once per question.
@@ -224,22 +248,26 @@ class VllmEngine:
 
     def _be_current(self) -> bool:
         """Give an engine that was started again its weights, of which it has none then; True if so."""
-        if self._look() is not None:
-            return False
-        self._sampler.load_again(self._label)
-        return True
+        before = self._look()
+        if before is None:
+            with self._ranks.in_turn():
+                if self._look() is None:  # no other rank was faster
+                    self._sampler.load_again(self._label)
+        self._seen = before or self._look()
+        return before is None
 
-    def _prove_current(self) -> None:
+    def _prove_current(self, logits_V: Tensor) -> None:
         self._be_current()
-        self._fingerprint.check(self._said(), self._sampler.where)
+        self._fingerprint.check(self._said(), logits_V, self._sampler.where)
 
     def _still_current(self) -> None:
-        if self._look() is None:
+        # Another suffix: between the looks another rank gave it our weights, and before it had others.
+        if self._look() != self._seen or self._seen is None:
             raise Gone("it was started again")
 
     def _look(self) -> str | None:
         label = self._sampler.label(self._label)
-        if label not in (None, self._label):
+        if label is not None and label.partition(AGAIN)[0] != self._label:
             raise EngineError(
                 f"engine: {self._sampler.where} is stale: it has the weights {label!r} where this run "
                 f"gave it {self._label!r}; another run uses it. Its answers are thrown away and "

@@ -7,6 +7,7 @@ for it, each reply repeats it. Full weights are reloaded from a folder (develope
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from selfteach.config_engine import VllmServerConfig
 from selfteach.engines.handover import Handover
-from selfteach.engines.vllm_engine import Answer, Ask, Gone
+from selfteach.engines.vllm_engine import AGAIN, Answer, Ask, Gone
 from selfteach.engines.vllm_http import Http, Missing
 from selfteach.errors import EngineError
 
@@ -66,7 +67,7 @@ class VllmServer:
                 f"engine: {self.where} does not empty its prefix cache, which the old weights filled: "
                 "another run uses it; give each run an engine of its own"
             )
-        self._bear(label)
+        self._bear(f"{label}{AGAIN}{uuid.uuid4().hex[:8]}")
 
     def label(self, ours: str) -> str | None:
         """With adapters: ours if the server knows it. Else what it says of its weights."""
