@@ -130,9 +130,34 @@ def test_a_load_that_got_stuck_is_done_again(server: Vllm) -> None:
     built = build(recipe(server, patience_seconds=20.0))
     publish(built, 0)
     wanted = built.parts.engine.generate(built.task.train, SAMPLING)
-    server.label = server.label.partition("+")[0] + "-loading"  # given again after a restart, and cut off
+    # Given again after a restart, and cut off.
+    server.label = server.label.partition("+")[0] + "-loading"
     assert built.parts.engine.generate(built.task.train, SAMPLING) == wanted
     assert server.loads == 2
+
+
+def test_who_gives_the_weights_again_is_seen_by_others_that_sample(
+    server: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank mends a restart between two looks: what the first weights said must not count."""
+    built = build(recipe(server, patience_seconds=20.0))
+    move(built)
+    publish(built, 1)
+    wanted = built.parts.engine.generate(built.task.train, SAMPLING)
+    sampler = built.parts.engine._sampler  # type: ignore[attr-defined]
+    plain, ours, restarts = sampler.answers, server.label.partition("+")[0], [True]
+
+    def answers(asks: list[Any], label: str) -> Iterator[Any]:
+        restarted = bool(restarts) and restarts.pop()
+        if restarted:
+            server.restart()
+        yield from plain(asks, label)
+        if restarted:
+            sampler.load_again(ours)
+
+    monkeypatch.setattr(sampler, "answers", answers)
+    assert built.parts.engine.generate(built.task.train, SAMPLING) == wanted
+    assert not restarts
 
 
 def test_without_training_the_engine_has_the_trainer_s_weights_too(server: Vllm) -> None:

@@ -159,7 +159,9 @@ class VllmEngine:
             named = self._to_hand_over(named_weights)
             self._ranks.agreed(lambda: self._hand_over(named, label))
             self._version, self._label = version, label
-            logits_V = self._fingerprint.probe.logits()  # a pass of all ranks where weights are sharded
+            logits_V = (
+                self._fingerprint.probe.logits()
+            )  # a pass of all ranks where weights are sharded
             self._ranks.agreed(lambda: self._patiently(lambda: self._prove_current(logits_V)))
 
     def _to_hand_over(

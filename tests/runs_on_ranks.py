@@ -1,0 +1,98 @@
+"""Runs in float64 on two ranks that are compared with one process, and what may happen to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import selfteach.build as building
+from selfteach import launched, pipeline
+from selfteach.config import Recipe
+from selfteach.errors import SelfteachError, Terminated
+from selfteach.run_folder import RunFolder
+from selfteach.settings import merge
+from selfteach.train import evaluation_of, result_of, run_to_end, train
+
+RUN = {
+    "data": {"type": "lab", "train": 12, "validation": 4, "test": 4},
+    "sampling": {"max_tokens": 24, "batch_answers": 4},
+    "critic": {"type": "oracle"},
+    "context": {"type": "step_aligned"},
+    "teacher": {"type": "ema", "rate": 0.2},
+    "train": {
+        "steps": 4, "problems_per_step": 3, "answers_per_problem": 2,
+        "checkpoint_every": 2, "threads": 1,
+    },
+    "evaluation": {"every": 4, "validation_k": 2, "test_k": 2},
+}  # fmt: skip
+SHARDED = {"distributed": {"shard": "full", "timeout_seconds": 60}}
+TOLERANCE = 1e-7
+"""Of weights, after four updates in float64."""
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate(merge(RUN, changes))
+
+
+def until_a_rank_ends(recipe: Recipe, folder: Path) -> str:
+    learning = pipeline.take_in
+
+    def dies(*args: Any, **more: Any) -> Any:
+        if more["step"] == 3 and launched.rank() == 1:
+            os._exit(9)
+        return learning(*args, **more)
+
+    pipeline.take_in = dies
+    with pytest.raises(SelfteachError) as caught:
+        run_to_end(recipe, folder)
+    return str(caught.value)
+
+
+def until_told_to_end(recipe: Recipe, folder: Path) -> str:
+    """The second rank gets SIGTERM while it learns in step 2."""
+    learning = pipeline.take_in
+
+    def told(*args: Any, **more: Any) -> Any:
+        if more["step"] == 2 and launched.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning(*args, **more)
+
+    pipeline.take_in = told
+    with pytest.raises(Terminated):
+        run_to_end(recipe, folder)
+    return "ended"
+
+
+def rows_seen(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    return list(train(recipe, folder))
+
+
+def assert_same_run(ours: Path, theirs: Path, *, step: int = 4) -> None:
+    """Weights, evaluation and metrics, but for the seconds."""
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (ours, theirs))
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        torch.testing.assert_close(a[name], value, rtol=0, atol=TOLERANCE)
+    assert evaluation_of(ours, "test", step) == evaluation_of(theirs, "test", step)
+    for row, other in zip(RunFolder(ours).metrics(), RunFolder(theirs).metrics(), strict=True):
+        for name in (row.keys() | other.keys()) - {"ranks", "kind"}:
+            if not name.startswith(("seconds", "busy", "waiting", "overlap")):
+                assert row[name] == pytest.approx(other[name], rel=1e-6, abs=1e-7), name
+    own, other = result_of(ours)["budget"], result_of(theirs)["budget"]
+    assert {**own, "seconds": 0} == {**other, "seconds": 0}
+
+
+def in_double() -> Any:
+    """The body of a fixture under which all models are in float64."""
+    loaded = building.load_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "load_model", lambda *told: loaded(*told).double())
+        torch.set_default_dtype(torch.float64)
+        yield
+        torch.set_default_dtype(torch.float32)
