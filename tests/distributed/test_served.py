@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from on_ranks import on_ranks
-from runs_on_ranks import SHARDED, TOLERANCE, assert_same_run, in_double, recipe, rows_seen
+from runs_on_ranks import (
+    SHARDED,
+    assert_same_run,
+    assert_same_weights,
+    in_double,
+    recipe,
+    rows_seen,
+)
 from scripted_vllm import Vllm, serving
 from selfteach.build import build
 from selfteach.config import Recipe
@@ -70,11 +75,7 @@ def answers(run: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 def assert_same_end(ours: Path, theirs: Path) -> None:
     assert answers(ours) == answers(theirs)
-    (name,) = {path.name for path in (theirs / "model").glob("*model.safetensors")}
-    a, b = (load_file(run / "model" / name) for run in (ours, theirs))
-    assert a.keys() == b.keys()
-    for name, value in b.items():
-        torch.testing.assert_close(a[name], value, rtol=0, atol=TOLERANCE)
+    assert_same_weights(ours, theirs)
 
 
 def failed(recipe: Recipe, folder: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,12 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scripted_critic import criticises
 from scripted_server import refuses, says, serving
 from selfteach import policy
 from selfteach.config import Recipe
 from selfteach.errors import CheckpointError, LossError, RecipeError
-from selfteach.lab import oracle
-from selfteach.lab.worlds import BASES, world_of
 from selfteach.run_folder import RunFolder
 from selfteach.settings import merge, validate
 from selfteach.train import run_to_end, train
@@ -40,22 +38,6 @@ TINY = {
     },
     "evaluation": {"every": 5, "validation_k": 1, "test_k": 1},
 }  # fmt: skip
-
-
-def between(name: str, text: str) -> str:
-    found = re.search(rf"=+ {name} BEGINS =+\n(.*?)\n=+ {name} ENDS", text, re.DOTALL)
-    assert found is not None, text
-    return found.group(1)
-
-
-def criticises(body: dict[str, Any]) -> str:
-    """What the lab's oracle says, as text."""
-    asked = body["messages"][-1]["content"]
-    question, answer = between("PROBLEM", asked).split(), between("ATTEMPT", asked)
-    said = oracle.criticise(
-        world_of(BASES / "two_styles"), question, answer, finished="cut off" not in asked
-    )
-    return "\n".join([*(step.text for step in said.steps), f"# {said.answer}"])
 
 
 def recipe(**changes: Any) -> Recipe:
