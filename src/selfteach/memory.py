@@ -9,6 +9,7 @@ counted: the allocator's slack, the driver's own (about 0.5 GiB with CUDA), and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from selfteach.shapes import Shape
 
@@ -17,6 +18,20 @@ FLOAT = 4
 CHUNK_BUFFERS = 10
 """float32 buffers of a chunk's logits that a divergence holds at a time: both sides' products,
 logits, log-probabilities and probabilities, the terms, and the gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vllm:
+    """A vLLM on the trainer's own device: a copy of the weights, and a cache of keys and values."""
+
+    weight_bytes: int
+    """Of a number, in weights and cache."""
+    rows: int
+    """Answers decoded side by side."""
+    share: float
+    """Of the device, whose rest behind the weights is the cache."""
+    sleeps: bool
+    """Gives both back while others work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +58,8 @@ class Load:
     """Answers decoded side by side."""
     sample_length: int
     """Prompt and answer, in tokens."""
+    sampler: Literal["trainer", "elsewhere"] | Vllm = "trainer"
+    """Who samples: the model that trains, an engine on other devices, or one beside it on this."""
     shards: int = 1
     """Devices that share weights, gradients and moments evenly (FSDP); tokens are each one's own."""
 
@@ -80,8 +97,10 @@ def memory(load: Load) -> Memory:
     held = load.trained * trained_bytes
     gradients = Item("gradients", held, f"{load.trained:,} × {trained_bytes} bytes")
     always = (*_weights(load, held), _moments(load, held), *_copies(load, held))
+    sampler = load.sampler
+    stays = _vllm(load, sampler) if isinstance(sampler, Vllm) and not sampler.sleeps else ()
     return Memory(
-        tuple(_shard(item, load.shards) for item in always),
+        (*(_shard(item, load.shards) for item in always), *stays),
         (
             _shard(gradients, load.shards),
             *_gathered(load),
@@ -189,7 +208,25 @@ def _logits(load: Load) -> tuple[Item, ...]:
     return tuple(items)
 
 
+def _vllm(load: Load, vllm: Vllm) -> tuple[Item, ...]:
+    size, width = load.parameters, vllm.weight_bytes
+    token = 2 * load.shape.layers * load.shape.keys * width
+    how = f"{vllm.rows:,} answers × {load.sample_length:,} tokens × {token:,}"
+    return (
+        Item("vLLM's weights", size * width, f"{size:,} × {width} bytes"),
+        Item(
+            "vLLM's keys and values",
+            vllm.rows * load.sample_length * token,
+            f"{how} at least; it takes the rest of its {vllm.share:g} of the device",
+        ),
+    )
+
+
 def _sampling(load: Load) -> tuple[Item, ...]:
+    if load.sampler == "elsewhere":
+        return ()
+    if isinstance(load.sampler, Vllm):
+        return _vllm(load, load.sampler) if load.sampler.sleeps else ()
     shape, rows, length = load.shape, load.sample_rows, load.sample_length
     token = 2 * shape.layers * shape.keys * load.compute_bytes
     logits = rows * shape.vocabulary * (2 * FLOAT + 2 * 8)  # drawn from in float64

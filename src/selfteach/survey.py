@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -35,10 +36,11 @@ from selfteach.config_critic import (
     TextCriticConfig,
 )
 from selfteach.config_data import AnswerReading, FilesData, HubData
+from selfteach.config_engine import VllmProcessConfig, VllmServerConfig
 from selfteach.data import Task, load_task
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.loading import load_tokenizer, resolve
-from selfteach.memory import Load
+from selfteach.memory import Load, Vllm
 from selfteach.rendering import Renderer
 from selfteach.shapes import Shape, known_shapes
 from selfteach.template_sets import Templates
@@ -122,6 +124,7 @@ def load_of(recipe: Recipe, known: Survey) -> Load | None:
         recipe.teacher.type != "live" and (recipe.teacher.type == "ema" or model.lora is None)
     )
     copies += int(isinstance(recipe.critic, PolicyCriticConfig) and model.lora is None)
+    rows = min(recipe.sampling.batch_answers, train.problems_per_step * train.answers_per_problem)
     return Load(
         shape=shape,
         parameters=known.parameters,
@@ -134,11 +137,23 @@ def load_of(recipe: Recipe, known: Survey) -> Load | None:
         # A lesson longer than a micro-batch stands alone; the teacher's side keeps no activations.
         learn_tokens=max(train.micro_batch_tokens, prompt + answer),
         chunk_entries=CHUNK_ENTRIES,
-        sample_rows=min(
-            recipe.sampling.batch_answers, train.problems_per_step * train.answers_per_problem
-        ),
+        sample_rows=rows,
         sample_length=min(lengths.window, prompt + answer),
+        sampler=_sampler(recipe, rows, known.device),
     )
+
+
+def _sampler(recipe: Recipe, rows: int, device: str) -> Literal["trainer", "elsewhere"] | Vllm:
+    match recipe.engine:
+        case VllmServerConfig():
+            return "elsewhere"
+        case VllmProcessConfig() as own:
+            dtype = recipe.model.weights_dtype if own.dtype == "auto" else own.dtype
+            sleeps = own.sleep and not device.startswith("cpu")
+            rows = min(rows, own.max_num_seqs)
+            return Vllm(SIZES[dtype], rows, own.gpu_memory_utilization, sleeps)
+        case _:
+            return "trainer"
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,6 +119,33 @@ def test_a_run_of_two_steps(engine: Server, tmp_path: Path, say: Callable[[str],
         )
         assert row["mismatch_max"] < TOLERANCE
         assert row["importance_truncated"] == 0.0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_samples_beside_learning(
+    ranks: int, engine: Server, tmp_path: Path, say: Callable[[str], None]
+) -> None:
+    """While step t learns, step t + 1 is answered; on two ranks by torchrun's own command."""
+    late = {"train": {"steps": 3, "staleness": 1}, "sampling": {"batch_answers": 2}}
+    run = tmp_path / "run"
+    RunFolder(run).create(recipe(engine, late).model_dump(mode="json"), {})
+    started = [sys.executable, "-m"]
+    if ranks > 1:
+        started += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*started, "selfteach", "resume", str(run)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in RunFolder(run).metrics() if row["kind"] == "step"]
+    assert [row.get("ranks", 1) for row in rows] == [ranks] * 3
+    paths = sorted((run / "answers").glob("step_*.jsonl"))
+    said = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    assert [answer["policy_version"] for answer in said] == [0] * 8 + [1] * 4
+    assert rows[0]["mismatch_max"] < TOLERANCE < rows[2]["mismatch_max"], "one update behind"
+    overlaps = ", ".join(f"{row['overlap']:.2f}" for row in rows)
+    say(f"{ranks} ranks: {time.monotonic() - began:.0f} s, overlaps {overlaps}")
 
 
 def test_a_server_killed_in_a_batch_and_started_again_has_the_newest_weights(

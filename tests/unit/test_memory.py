@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selfteach.memory import Load, layer_token_bytes, memory
+from selfteach.config import Recipe
+from selfteach.memory import Load, Vllm, layer_token_bytes, memory
 from selfteach.policy import add_adapters, recompute_activations
 from selfteach.shapes import Shape, known_shapes
+from selfteach.survey import load_of, look
 
 TOKENS = 56
 SHAPES = list(dict.fromkeys(known_shapes().values()))
@@ -155,6 +157,49 @@ def test_the_sum_by_hand() -> None:
     assert by_hand() == {**expected, "peak": learning}
     sampling = 4 * held + 3000 * 20 * 128 + 3000 * 32 * 24
     assert by_hand(sample_rows=3000)["peak"] == sampling, "never both"
+
+
+def test_vllm_beside_the_trainer_by_hand() -> None:
+    own, plain = 1576 * 2, by_hand()  # in bfloat16
+    cache = 2000 * 20 * (2 * 2 * 8 * 2)
+    here = Vllm(weight_bytes=2, rows=2000, share=0.4, sleeps=True)
+    asleep, awake = (
+        by_hand(sampler=dataclasses.replace(here, sleeps=sleeps)) for sleeps in (True, False)
+    )
+    for sums in (asleep, awake):
+        assert sums["vLLM's weights"] == own and sums["vLLM's keys and values"] == cache
+        assert "next token" not in sums
+    assert asleep["peak"] == 4 * 1576 * 4 + own + cache, "more than learning, and never both"
+    assert awake["peak"] == plain["peak"] + own + cache
+    elsewhere = by_hand(sampler="elsewhere", sample_rows=3000)
+    assert elsewhere["peak"] == plain["peak"] and "keys and values" not in elsewhere
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"type": "transformers"}, "trainer"),
+        ({"type": "vllm_server", "model": "m"}, "elsewhere"),
+        ({"type": "vllm", "dtype": "bfloat16"}, Vllm(2, 8, 0.4, True)),
+        ({"type": "vllm", "sleep": False, "max_num_seqs": 3}, Vllm(4, 3, 0.4, False)),
+    ],
+)
+def test_a_recipe_says_who_samples_where(engine: dict[str, object], expected: object) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "engine": engine,
+            "sampling": {"batch_answers": 8},
+            "model": {"device": "cuda"},
+            "context": {"type": "step_aligned"},
+            "critic": {"type": "oracle"},
+        }
+    )
+    known = look(recipe)
+    needed = load_of(recipe, known)
+    assert needed is not None and needed.sampler == expected
+    if isinstance(expected, Vllm):
+        cpu = load_of(recipe, dataclasses.replace(known, device="cpu"))
+        assert cpu is not None and cpu.sampler == dataclasses.replace(expected, sleeps=False)
 
 
 def test_adapters_in_float32_over_weights_in_bfloat16_by_hand() -> None:

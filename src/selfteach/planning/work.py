@@ -106,7 +106,7 @@ def work_of(recipe: Recipe, known: Survey, wishes: Wishes = Wishes()) -> Work:
     answer = Spread.around(wishes.answer_tokens or SHARE * cap, cap)
     asked = asked_of(recipe, known, wishes)
     return Work(
-        load=load,
+        load=dataclasses.replace(load, sampler="trainer"),  # the layout says who else samples
         steps=train.steps,
         problems=train.problems_per_step,
         samples=train.answers_per_problem,
