@@ -176,7 +176,7 @@ def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
         timeout = timedelta(seconds=timeout_s)
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(
-            backend, store=dist.PrefixStore("torch", store), rank=rank, world_size=size,
+            backend, store=store, rank=rank, world_size=size,
             timeout=timeout,
         )  # fmt: skip
         mesh = init_device_mesh(device, (size,))
