@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from selfteach import launched
 from selfteach.errors import EngineError, SelfteachError
@@ -42,7 +44,7 @@ class Ranks:
     size: int = 1
     mesh: DeviceMesh | None = None
     """The ranks in a row, for sharding; None in a process that torchrun did not start."""
-    store: dist.Store | None = None
+    store: Store | None = None
     """What all ranks can read and write from any thread, in no order; None as above."""
 
     @property
@@ -174,7 +176,7 @@ def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:
         timeout = timedelta(seconds=timeout_s)
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size,
             timeout=timeout,
