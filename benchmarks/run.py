@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
     "main_job": (".venv", []),
     "limit": (".venv", []),
     "critics": (".venv", []),
+    "sharded_gradients": (".venv", []),
 }
 """The environment whose Python runs a script, and its arguments."""
 
