@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selfteach.branches import branches
 from selfteach.distributed import ALONE, Ranks
 from selfteach.errors import AlignmentError
 from selfteach.prefixes import shared_length
@@ -74,7 +75,9 @@ def sequences(
         ids_BT[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
         rows.append(torch.full((len(answer),), row))
         columns.append(torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1))
-    return Sequences(ids_BT, torch.cat(rows), torch.cat(columns), shared_length(prompts))
+    shared = shared_length(prompts)
+    folded = branches(prompts, answers, shared, pad_id)
+    return Sequences(ids_BT, torch.cat(rows), torch.cat(columns), shared, folded)
 
 
 def check_same_tokens(batch: Batch) -> None:

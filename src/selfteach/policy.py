@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfteach import prefixes
+from selfteach.branches import understood_by
 from selfteach.distributed import ALONE, Ranks
 from selfteach.errors import EngineError
 from selfteach.scores import Head, Scores
@@ -75,6 +76,7 @@ class Policy:
         self._shares_prefixes = not any(
             getattr(module, "gradient_checkpointing", False) for module in causal.modules()
         )
+        self._takes_branches = understood_by(causal)
         # The head is probed on the whole model; the optimizer must see the pieces.
         self._ranks, self._shards = ranks, shard(causal) if shard is not None else None
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -101,26 +103,25 @@ class Policy:
         """Logits of the answers' tokens, on demand. Prompt tokens never meet the head."""
         self.model.train(torch.is_grad_enabled())
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
-            hidden_BTH = self._hidden(sequences)
-        hidden_NH = hidden_BTH[sequences.rows_N, sequences.columns_N - sequences.shared]
+            hidden_NH = self._hidden(sequences)
         head = self._head if self._shards is None else self._shards.head(self._head)
         return Scores.single(hidden_NH.to(self._autocast or hidden_NH.dtype), head)
 
     def _hidden(self, sequences: Sequences) -> Tensor:
-        """The last layer's states from the first token that rows do not share, [B, T − shared, H]."""
-        shared, ids_BT = sequences.shared, sequences.ids_BT
+        """The last layer's states that predict the answers' tokens, [N, H]."""
+        ids_BT, rows_N, columns_N = sequences.ids_BT, sequences.rows_N, sequences.columns_N
         if self._shards is not None:  # a pass for the prefix would be one that other ranks lack
-            return self._shards.hidden(ids_BT)[:, shared:]
-        if shared == 0:
-            return self._backbone(input_ids=ids_BT, use_cache=False)[0]
-        if not self._shares_prefixes:
-            return self._backbone(input_ids=ids_BT, use_cache=False)[0][:, shared:]
-        cache = prefixes.fill(self._backbone, ids_BT[0, :shared], len(ids_BT))
-        return self._backbone(
-            input_ids=ids_BT[:, shared:],
-            use_cache=True,
-            **{prefixes.cache_argument(self._backbone): cache},
-        )[0]
+            return self._shards.hidden(ids_BT)[rows_N, columns_N]
+        shared = sequences.shared if self._shares_prefixes else 0
+        ids_BT, columns_N, told = ids_BT[:, shared:], columns_N - shared, dict[str, Any]()
+        if sequences.branches and self._takes_branches and shared == sequences.shared:
+            folded = sequences.branches
+            ids_BT, rows_N, columns_N = folded.ids_RW, folded.rows_N, folded.columns_N
+            told = folded.inputs
+        if shared:
+            cache = prefixes.fill(self._backbone, sequences.ids_BT[0, :shared], len(ids_BT))
+            told[prefixes.cache_argument(self._backbone)] = cache
+        return self._backbone(input_ids=ids_BT, use_cache=shared > 0, **told)[0][rows_N, columns_N]
 
     def optimizer_step(self) -> dict[str, float]:
         """One AdamW step on the gradients that have been added up; returns what it did.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -243,6 +243,30 @@ class Signal:
 
 
 @dataclass(frozen=True, slots=True)
+class Branches:
+    """R rows of W places that hold several sequences, and where their answers' tokens are predicted.
+
+    Tokens that all sequences share and that are run before (`prefixes`) are not among the places;
+    ``sees_RWK`` has a column for each of them in front of those of the row itself.
+    """
+
+    ids_RW: Tensor
+    positions_RW: Tensor
+    sees_RWK: Tensor
+    rows_N: Tensor
+    columns_N: Tensor
+
+    def to(self, device: torch.device) -> Branches:
+        """The same branches on another device."""
+        return Branches(*(getattr(self, name).to(device) for name in self.__slots__))
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a transformers model is told besides the ids."""
+        return {"attention_mask": self.sees_RWK[:, None], "position_ids": self.positions_RW}
+
+
+@dataclass(frozen=True, slots=True)
 class Sequences:
     """Prompts with their answers appended, right-padded, and where the answers' tokens are.
 
@@ -256,11 +280,14 @@ class Sequences:
     columns_N: Tensor
     shared: int = 0
     """Leading tokens that are the same in every row, before any that is read: run once."""
+    branches: Branches | None = None
+    """The same sequences with no beginning twice, where that pays."""
 
     def to(self, device: torch.device) -> Sequences:
         """The same sequences on another device."""
         ids, rows, columns = (x.to(device) for x in (self.ids_BT, self.rows_N, self.columns_N))
-        return Sequences(ids, rows, columns, self.shared)
+        folded = self.branches.to(device) if self.branches else None
+        return Sequences(ids, rows, columns, self.shared, folded)
 
 
 @dataclass(frozen=True, slots=True)

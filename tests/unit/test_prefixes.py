@@ -72,8 +72,9 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(
     side = sequences(PROMPTS, ANSWERS, pad_id=0)
     assert side.shared == MIN_SHARED
     found = []
-    for shared in (side.shared, 0):
-        scores = policy.score(dataclasses.replace(side, shared=shared))
+    assert side.branches is not None
+    for way in (side, dataclasses.replace(side, branches=None), None):
+        scores = policy.score(way or dataclasses.replace(side, shared=0, branches=None))
         logits = scores.logits(slice(None))
         (logits.sin() * torch.arange(logits.shape[1])).sum().backward()
         weights = policy.trainable.items()
@@ -81,13 +82,14 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(
         assert len(grads) == len(policy.trainable)
         policy.optimizer.zero_grad(set_to_none=True)
         found.append((logits.detach(), grads))
-    (once, once_grads), (plain, plain_grads) = found
+    *others, (plain, plain_grads) = found
     # Llama's norms and rotations are in float32 whatever the weights are.
-    torch.testing.assert_close(once, plain, rtol=0, atol=1e-6 * float(plain.abs().max()))
-    assert len(once_grads) > 4 and all(grad.abs().max() > 0 for grad in once_grads.values())
-    for name, grad in once_grads.items():
-        close = 1e-5 * float(grad.abs().max())
-        torch.testing.assert_close(grad, plain_grads[name], rtol=0, atol=close)
+    for once, once_grads in others:
+        torch.testing.assert_close(once, plain, rtol=0, atol=1e-6 * float(plain.abs().max()))
+        assert len(once_grads) > 4 and all(grad.abs().max() > 0 for grad in once_grads.values())
+        for name, grad in once_grads.items():
+            close = 1e-5 * float(grad.abs().max())
+            torch.testing.assert_close(grad, plain_grads[name], rtol=0, atol=close)
 
 
 def test_with_activations_recomputed_nothing_is_shared(
