@@ -7,8 +7,8 @@ are gone, and a row may be the parent of several.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from selfteach import prefixes
 
 BLOCK = 32
 """Storage grows by at least this many tokens."""
+JOINED = 4_000_000
+"""Models whose layers have at most so many weights are run with copies that are joined."""
 
 
 class Prompts:
@@ -66,6 +68,7 @@ class Prompts:
         """Of each answer's first token."""
 
 
+@runtime_checkable
 class Passes(Protocol):
     """One token for every row."""
 
@@ -119,31 +122,35 @@ class LlamaPasses:
 
     def __init__(self, causal: PreTrainedModel, prompts: Prompts, answers: int) -> None:
         backbone = getattr(causal, causal.base_model_prefix)
-        self._embed, self._layers, self._norm = backbone.embed_tokens, backbone.layers, backbone.norm
+        self._embed, self._norm = backbone.embed_tokens, backbone.norm
         self._rotary, self._head = backbone.rotary_emb, causal.get_output_embeddings()
         cached = prompts.cache.layers
-        device, kept = cached[0].keys.device, cached[0].keys.dtype
-        if torch.is_autocast_enabled(device.type):
-            kept = torch.get_autocast_dtype(device.type)
+        first = cached[0].keys
+        kept, whole = first.dtype, torch.is_autocast_enabled(first.device.type)
+        if whole:
+            kept = torch.get_autocast_dtype(first.device.type)
         self._exact = kept in (torch.float32, torch.float64)
+        joins = not whole and sum(w.numel() for w in backbone.layers.parameters()) <= JOINED
+        self._layers = [_Layer(layer, joins=joins) for layer in backbone.layers]
         shared = prompts.shared if self._exact else 0
         self._shared = [
             (layer.keys[0, :, :shared], layer.values[0, :, :shared]) for layer in cached
         ]
-        questions, heads, width, size = cached[0].keys.shape
-        self._used = width - shared
-        self._kept = torch.empty(
-            (2 * len(cached), answers, heads, self._used + BLOCK, size), dtype=kept, device=device
+        questions, heads, width, size = first.shape
+        self._used, self._passes = width - shared, 0
+        self._kept = first.new_empty(
+            (len(cached), 2, answers, heads, self._used + BLOCK, size), dtype=kept
         )
         for at, layer in enumerate(cached):
             for kind, states in enumerate((layer.keys, layer.values)):
-                self._kept[2 * at + kind, :questions, :, : self._used] = states[:, :, shared:]
-        self._position_R = prompts.lengths_Q
+                self._kept[at, kind, :questions, :, : self._used] = states[:, :, shared:]
+        self._position_R, self._turns = prompts.lengths_Q, first.new_empty(0)
         self._bias_RT: Tensor | None = None
         if prompts.mask_QT is not None:
             hidden = prompts.mask_QT[:, shared:] == 0
-            bias = torch.zeros(hidden.shape, dtype=kept, device=device)
-            self._bias_RT = bias.masked_fill(hidden, -torch.inf)
+            self._bias_RT = first.new_zeros(hidden.shape, dtype=kept).masked_fill(
+                hidden, -torch.inf
+            )
 
     @staticmethod
     def fits(causal: PreTrainedModel) -> bool:
@@ -161,45 +168,60 @@ class LlamaPasses:
         """See `Passes`."""
         self._rearrange(parent_R)
         x_RH = self._embed(token_R)
-        turn = _turn(*self._rotary(x_RH, self._position_R[:, None]))
+        turn = self._turn(x_RH)
         for at, layer in enumerate(self._layers):
-            told_RH = self._attend(at, layer.self_attn, _normed(layer.input_layernorm, x_RH), turn)
-            x_RH = x_RH + told_RH
-            x_RH = x_RH + layer.mlp(_normed(layer.post_attention_layernorm, x_RH))
-        self._used += 1
+            told_RH = self._attend(at, layer, x_RH, turn)
+            x_RH = layer.out(told_RH, x_RH)
+            x_RH = layer.think(x_RH)
+        self._used, self._passes = self._used + 1, self._passes + 1
         self._position_R = self._position_R + 1
         return self._head(_normed(self._norm, x_RH))
 
     def _rearrange(self, parent_R: np.ndarray) -> None:
         """Put rows in their places, and see that there is room for one token more."""
-        rows = len(parent_R)
+        rows, before = len(parent_R), len(self._position_R)
         if moved := (parent_R != np.arange(rows)).nonzero()[0].tolist():
-            used = self._kept[:, :, :, : self._used]
-            used[:, moved] = used[:, parent_R[moved].tolist()]
-        if moved or rows < len(self._position_R):
+            used = self._kept[:, :, :, :, : self._used]
+            used[:, :, moved] = used[:, :, parent_R[moved].tolist()]
+        if moved or rows < before:
             self._position_R = self._position_R[parent_R.tolist()]
             self._bias_RT = self._bias_RT[parent_R.tolist()] if self._bias_RT is not None else None
-        if self._used == self._kept.shape[3]:
-            layers, answers, heads, room, size = self._kept.shape
-            larger = self._kept.new_empty(
-                (layers, answers, heads, room + max(BLOCK, room // 2), size)
-            )
-            larger[:, :rows, :, :room] = self._kept[:, :rows]
+        room = self._kept.shape[4]
+        if self._used == room:
+            shape = list(self._kept.shape)
+            shape[4] = room + max(BLOCK, room // 2)
+            larger = self._kept.new_empty(shape)
+            larger[:, :, :rows, :, :room] = self._kept[:, :, :rows]
             self._kept = larger
 
-    def _attend(self, at: int, attn: nn.Module, x_RH: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        rows, size = len(x_RH), attn.head_dim
-        q_RKGS, k_RKS = attn.q_proj(x_RH).view(rows, -1, size), attn.k_proj(x_RH).view(rows, -1, size)
-        v_RKS = attn.v_proj(x_RH).view(rows, -1, size)
-        if hasattr(attn, "q_norm"):
-            q_RKGS, k_RKS = attn.q_norm(q_RKGS), attn.k_norm(k_RKS)
-        q_RKGS, k_RKS = _rotated(q_RKGS, turn), _rotated(k_RKS, turn)
-        keys, values = self._kept[2 * at, :rows], self._kept[2 * at + 1, :rows]
-        keys[:, :, self._used], values[:, :, self._used] = k_RKS, v_RKS
-        keys, values = keys[:, :, : self._used + 1], values[:, :, : self._used + 1]
-        q_RKGS = q_RKGS.view(rows, keys.shape[1], -1, size)
-        told = self._looked(q_RKGS, keys, values, self._shared[at], attn.scaling)
-        return attn.o_proj(told.reshape(rows, -1))
+    def _turn(self, x_RH: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's rotary angles [R, 1, S], the sine with the sign that exchanged halves need."""
+        if self._passes % BLOCK == 0:
+            ahead = int(self._position_R.max()) + BLOCK + 1
+            position = torch.arange(ahead, device=x_RH.device)[None]
+            cos, sin = (angle[0] for angle in self._rotary(x_RH, position))
+            half = sin.shape[-1] // 2
+            self._turns = torch.stack([cos, torch.cat([-sin[:, :half], sin[:, half:]], -1)])
+        cos, sin = self._turns[:, self._position_R, None]
+        return cos, sin
+
+    def _attend(
+        self, at: int, layer: _Layer, x_RH: Tensor, turn: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        rows, used = len(x_RH), self._used
+        _, _, _, heads, _, size = self._kept.shape
+        qkv_RES = layer.qkv(x_RH).view(rows, -1, size)  # E: heads of queries, keys, values
+        queries = qkv_RES.shape[1] - 2 * heads
+        turning = qkv_RES[:, : queries + heads]
+        layer.norm_heads(turning, queries)
+        exchanged = turning.roll(size // 2, -1)
+        turned_RES = (turning * turn[0]).addcmul_(exchanged, turn[1])
+        kept = self._kept[at, :, :rows]
+        kept[0, :, :, used] = turned_RES[:, queries:]
+        kept[1, :, :, used] = qkv_RES[:, queries + heads :]
+        keys, values = kept[:, :, :, : used + 1]
+        q_RKGS = turned_RES[:, :queries].reshape(rows, heads, -1, size)
+        return self._looked(q_RKGS, keys, values, self._shared[at], layer.scale).reshape(rows, -1)
 
     def _looked(
         self, q_RKGS: Tensor, keys: Tensor, values: Tensor, shared: tuple[Tensor, Tensor], scale: float
@@ -228,19 +250,58 @@ class LlamaPasses:
         return told + (ahead_KNP @ shared[1]).view(heads, rows, group, size).transpose(0, 1)
 
 
+class _Layer:
+    """One layer's modules; of a small model their weights joined, which saves more than it copies."""
+
+    def __init__(self, layer: nn.Module, *, joins: bool) -> None:
+        attn, mlp = layer.self_attn, layer.mlp
+        self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self._head_norms = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+        self._act, self.scale = mlp.act_fn, attn.scaling
+        self._qkv = _side_by_side([attn.q_proj, attn.k_proj, attn.v_proj], joins=joins)
+        self._gate_up = _side_by_side([mlp.gate_proj, mlp.up_proj], joins=joins)
+        self._out, self._down = _added(attn.o_proj, joins), _added(mlp.down_proj, joins)
+
+    def qkv(self, x_RH: Tensor) -> Tensor:
+        """Queries, keys and values side by side, before they are turned."""
+        return self._qkv(_normed(self._norms[0], x_RH))
+
+    def norm_heads(self, turning_RES: Tensor, queries: int) -> None:
+        """Qwen3's norms of queries and keys, in place."""
+        q_norm, k_norm = self._head_norms
+        if q_norm is not None and k_norm is not None:
+            turning_RES[:, :queries] = q_norm(turning_RES[:, :queries])
+            turning_RES[:, queries:] = k_norm(turning_RES[:, queries:])
+
+    def out(self, told_RH: Tensor, x_RH: Tensor) -> Tensor:
+        """What attention adds to the stream."""
+        return self._out(told_RH, x_RH)
+
+    def think(self, x_RH: Tensor) -> Tensor:
+        """The stream behind the feed-forward part."""
+        gate, up = self._gate_up(_normed(self._norms[1], x_RH)).chunk(2, -1)
+        return self._down(self._act(gate) * up, x_RH)
+
+
+def _side_by_side(modules: list[nn.Module], *, joins: bool) -> Callable[[Tensor], Tensor]:
+    if joins and all(type(module) is nn.Linear for module in modules):
+        weight = torch.cat([module.weight for module in modules])
+        bias = None
+        if modules[0].bias is not None:
+            bias = torch.cat([module.bias for module in modules])
+        return lambda x: F.linear(x, weight, bias)
+    return lambda x: torch.cat([module(x) for module in modules], -1)
+
+
+def _added(module: nn.Module, joins: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    if joins and type(module) is nn.Linear and module.bias is None:
+        turned = module.weight.t()
+        return lambda x, to: torch.addmm(to, x, turned)
+    return lambda x, to: to + module(x)
+
+
 def _normed(norm: nn.Module, x_RH: Tensor) -> Tensor:
     """RMS norm. The module's own where its half precision is rounded in places of its own."""
     if x_RH.dtype == norm.weight.dtype == torch.float32:
         return F.rms_norm(x_RH, x_RH.shape[-1:], norm.weight, norm.variance_epsilon)
     return norm(x_RH)
-
-
-def _turn(cos_R1S: Tensor, sin_R1S: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary angles, the sine with the sign that the exchanged halves need."""
-    half = sin_R1S.shape[-1] // 2
-    return cos_R1S, torch.cat([-sin_R1S[..., :half], sin_R1S[..., half:]], -1)
-
-
-def _rotated(x_RKS: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = turn
-    return x_RKS * cos + x_RKS.roll(x_RKS.shape[-1] // 2, -1) * sin

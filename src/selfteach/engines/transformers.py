@@ -69,9 +69,8 @@ class TransformersEngine:
                 )
         device = next(self._model.parameters()).device
         keys = [(problem, sample) for problem in problems for sample in range(sampling.samples)]
-        uniforms_BT = torch.tensor(
-            np.stack([self._uniforms(problem, sample, sampling) for problem, sample in keys]),
-            device=device,
+        uniforms_BT = np.stack(
+            [self._uniforms(problem, sample, sampling) for problem, sample in keys]
         )
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
             ids, logps = self._decode(prompts, sampling, uniforms_BT)
@@ -93,17 +92,20 @@ class TransformersEngine:
         return rollouts
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, uniforms_BT: Tensor
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, uniforms_BT: np.ndarray
     ) -> tuple[list[list[int]], list[list[float]]]:
         """The sampled ids and their log-probabilities, answer by answer.
 
         Answers to one question that are the same so far are one row of the batch, and rows whose
         answers have all ended are none: no prefix of an answer is computed twice.
         """
-        device, answers = uniforms_BT.device, len(uniforms_BT)
+        answers = len(uniforms_BT)
         read = Prompts(self._causal, prompts, self._pad_id)
         step = passes(self._causal, read, answers)
         logits_RV = read.logits_QV
+        device = logits_RV.device
+        goes_on_V = np.ones(logits_RV.shape[1], dtype=bool)
+        goes_on_V[[i for i in self._end_ids if i < len(goes_on_V)]] = False
         room_B = np.repeat([self._max_length - len(p) for p in prompts], sampling.samples)
         ids_BT = np.zeros((answers, sampling.max_tokens), dtype=np.int64)
         logp_BT = np.zeros((answers, sampling.max_tokens))
@@ -111,14 +113,14 @@ class TransformersEngine:
         live_L = np.arange(answers)  # the answers that go on
         row_L = live_L // sampling.samples  # the row of the batch that each of them is
         for t in range(sampling.max_tokens):
-            uniform_L = uniforms_BT[torch.from_numpy(live_L).to(device), t]
             token, logp = draw(
-                logits_RV, uniform_L, sampling.temperature, torch.from_numpy(row_L).to(device)
-            )
+                logits_RV, torch.from_numpy(uniforms_BT[live_L, t]).to(device),
+                sampling.temperature, torch.from_numpy(row_L).to(device),
+            )  # fmt: skip
             token_L = token.cpu().numpy()
             ids_BT[live_L, t], logp_BT[live_L, t] = token_L, logp.cpu().numpy()
             length_B[live_L] = t + 1
-            on = ~np.isin(token_L, self._end_ids) & (t + 1 < room_B[live_L])
+            on = goes_on_V[token_L] & (t + 1 < room_B[live_L])
             live_L = live_L[on]
             if not len(live_L) or t == sampling.max_tokens - 1:
                 break
@@ -171,17 +173,23 @@ def draw(
     rows, vocabulary = logits_RV.shape
     row_B = torch.arange(rows, device=logits_RV.device) if row_B is None else row_B
     logp_RV = (logits_RV.float() / temperature).log_softmax(-1)
-    width = min(BLOCK, vocabulary)
-    share_RV = F.pad(logp_RV.exp(), (0, -vocabulary % width))
-    share_RNW = share_RV.view(rows, -1, width)
-    cumulative_BN = share_RNW.sum(-1, dtype=torch.float64).cumsum(-1)[row_B]
-    target_B1 = uniform_B.double()[:, None] * cumulative_BN[:, -1:]
-    block_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True)
-    block_B1 = block_B1.clamp(max=cumulative_BN.shape[1] - 1)
-    before_B1 = cumulative_BN.gather(1, block_B1) - (
-        share_RNW[row_B, block_B1[:, 0]].sum(-1, keepdim=True, dtype=torch.float64)
-    )
-    inside_BW = before_B1 + share_RNW[row_B, block_B1[:, 0]].double().cumsum(-1)
-    within_B1 = torch.searchsorted(inside_BW, target_B1, right=True).clamp(max=width - 1)
-    token_B = (block_B1 * width + within_B1)[:, 0].clamp(max=vocabulary - 1)
+    share_RV, uniform_B1 = logp_RV.exp(), uniform_B.double()[:, None]
+    if vocabulary <= BLOCK:
+        cumulative_BV = share_RV.double().cumsum(-1)[row_B]
+        token_B = _hit(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:])
+    else:
+        share_RNW = F.pad(share_RV, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+        cumulative_BN = share_RNW.sum(-1, dtype=torch.float64).cumsum(-1)[row_B]
+        target_B1 = uniform_B1 * cumulative_BN[:, -1:]
+        block_B = _hit(cumulative_BN, target_B1)
+        inside_BW = share_RNW[row_B, block_B].double().cumsum(-1)
+        before_B1 = cumulative_BN.gather(1, block_B[:, None]) - inside_BW[:, -1:]
+        within_B = _hit(inside_BW, target_B1 - before_B1)
+        token_B = (block_B * BLOCK + within_B).clamp(max=vocabulary - 1)
     return token_B, logp_RV[row_B, token_B]
+
+
+def _hit(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:
+    """The first entry of each row that is larger than the target; the last where rounding has none."""
+    found_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True)
+    return found_B1[:, 0].clamp(max=cumulative_BN.shape[1] - 1)
