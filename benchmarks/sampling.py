@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from harness import MIB, Table, alternated, parser, peak_bytes, ratio, reported
-from transformers import PreTrainedModel
 
 from selfteach.build import build
 from selfteach.config import ModelConfig, Recipe
@@ -70,7 +69,7 @@ class Fixed:
 class Job:
     """A model, its questions, and where answers end."""
 
-    model: PreTrainedModel
+    model: Any
     prompts: list[tuple[int, ...]]
     end_id: int
     pad_id: int
@@ -101,9 +100,10 @@ class Job:
     def ours(self, answers: int) -> Callable[[int], int]:
         """A call that answers with a seed, and says how many tokens it kept."""
         asked = {str(i): prompt for i, prompt in enumerate(self.prompts[: answers // EACH])}
+        renderer: Any = Fixed(asked)
         engine = TransformersEngine(
-            self.model, Fixed(asked), end_ids=[self.end_id], pad_id=self.pad_id, max_length=256
-        )  # pyright: ignore
+            self.model, renderer, end_ids=[self.end_id], pad_id=self.pad_id, max_length=256
+        )
         problems = [Problem(name, "", "") for name in asked]
 
         def call(seed: int) -> int:
@@ -199,7 +199,9 @@ def measure(name: str, sizes: Mapping[int, int], *, quick: bool) -> Table:
         ways = {way: counted(way, call) for way, call in job.ways(answers).items()}
         timings = alternated(ways, rounds=rounds, warm_up=int(name == "lab"))  # pyright: ignore
         speeds = {
-            way: statistics.median(n / s for n, s in zip(kept[-rounds:], timings[way].seconds))
+            way: statistics.median(
+                n / s for n, s in zip(kept[-rounds:], timings[way].seconds, strict=True)
+            )
             for way, kept in tokens.items()
         }
         if not isinstance(peer, str):
@@ -240,7 +242,9 @@ def main() -> None:
         if args.quick:
             tables.append(measure("lab", {8: 1, 32: 1}, quick=True))
             return
-        tables.append(measure("lab", {8: args.rounds, 32: args.rounds, 128: args.rounds}, quick=False))
+        tables.append(
+            measure("lab", {8: args.rounds, 32: args.rounds, 128: args.rounds}, quick=False)
+        )
         tables.append(measure("SmolLM2", {8: min(3, args.rounds), 32: 1, 128: 1}, quick=False))
 
 

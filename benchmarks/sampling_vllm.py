@@ -20,7 +20,7 @@ def main() -> None:
     """Load, warm up, and time every size."""
     asked, said = (Path(name) for name in sys.argv[1:3])
     wanted = json.loads(asked.read_text())
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     llm = LLM(
         model=wanted["model"], dtype="float32", max_model_len=wanted["context"],

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from selfteach.engines.passes import Prompts, passes
+from selfteach.engines.llama import LlamaPasses
+from selfteach.engines.passes import ModelPasses, Passes, Prompts
 from selfteach.engines.streams import stream_key
 from selfteach.errors import EngineError
 from selfteach.rendering import Renderer
@@ -101,7 +102,7 @@ class TransformersEngine:
         """
         answers = len(uniforms_BT)
         read = Prompts(self._causal, prompts, self._pad_id)
-        step = passes(self._causal, read, answers)
+        step = self._passes(read, answers)
         logits_RV = read.logits_QV
         device = logits_RV.device
         goes_on_V = np.ones(logits_RV.shape[1], dtype=bool)
@@ -130,6 +131,11 @@ class TransformersEngine:
             [row[:n].tolist() for row, n in zip(ids_BT, length_B, strict=True)],
             [row[:n].tolist() for row, n in zip(logp_BT, length_B, strict=True)],
         )
+
+    def _passes(self, read: Prompts, answers: int) -> Passes:
+        if LlamaPasses.fits(self._causal):
+            return LlamaPasses(self._causal, read, answers)
+        return ModelPasses(self._causal, read)
 
     def _uniforms(self, problem: Problem, sample: int, sampling: Sampling) -> np.ndarray:
         """The random stream of one answer: a uniform number in [0, 1) per token."""
