@@ -37,9 +37,8 @@ class LlamaPasses:
 
     def __init__(self, causal: PreTrainedModel, prompts: Prompts, answers: int) -> None:
         backbone: Any = getattr(causal, causal.base_model_prefix)
-        self._embed, self._norm = backbone.embed_tokens, backbone.norm
+        self._embed = backbone.embed_tokens
         self._rotary = backbone.rotary_emb
-        self._head: Any = causal.get_output_embeddings()
         cached: list[Any] = prompts.cache.layers
         first: Tensor = cached[0].keys
         kept, whole = first.dtype, torch.is_autocast_enabled(first.device.type)
@@ -52,6 +51,7 @@ class LlamaPasses:
             and sum(w.numel() for w in backbone.layers.parameters()) <= JOINED
         )
         self._layers = [_Layer(layer, joins=joins) for layer in backbone.layers]
+        self._head = _behind(backbone.norm, [causal.get_output_embeddings()], joins=joins)
         shared = prompts.shared if self._exact else 0
         self._shared = [
             (layer.keys[0, :, :shared], layer.values[0, :, :shared]) for layer in cached
@@ -95,7 +95,7 @@ class LlamaPasses:
             x_RH = layer.think(x_RH)
         self._used, self._passes = self._used + 1, self._passes + 1
         self._position_R = self._position_R + 1
-        return self._head(self._norm(x_RH))
+        return self._head(x_RH)
 
     def _rearrange(self, parent_R: np.ndarray) -> None:
         """Put rows in their places, and see that there is room for one token more."""
@@ -127,18 +127,17 @@ class LlamaPasses:
 
     def _attend(self, at: int, layer: _Layer, x_RH: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         rows, used = len(x_RH), self._used
-        _, _, _, heads, _, size = self._kept.shape
+        heads, size = self._kept.shape[3], self._kept.shape[5]
         qkv_RES = layer.qkv(x_RH).view(rows, -1, size)  # E: heads of queries, keys, values
         queries = qkv_RES.shape[1] - 2 * heads
         turning = qkv_RES[:, : queries + heads]
         layer.norm_heads(turning, queries)
         exchanged = turning.roll(size // 2, -1)
-        turned_RES = (turning * turn[0]).addcmul_(exchanged, turn[1])
+        turning.mul_(turn[0]).addcmul_(exchanged, turn[1])
         kept = self._kept[at, :, :rows]
-        kept[0, :, :, used] = turned_RES[:, queries:]
-        kept[1, :, :, used] = qkv_RES[:, queries + heads :]
-        keys, values = kept[:, :, :, : used + 1]
-        q_RKGS = turned_RES[:, :queries].reshape(rows, heads, -1, size)
+        kept[:, :, :, used] = qkv_RES[:, queries:].view(rows, 2, heads, size).transpose(0, 1)
+        keys, values = kept.flatten(1, 2)[:, :, : used + 1].unbind()  # [R x K, T, S]
+        q_RKGS = qkv_RES[:, :queries].unflatten(1, (heads, -1))
         return self._looked(q_RKGS, keys, values, self._shared[at], layer.scale).reshape(rows, -1)
 
     def _looked(
@@ -149,28 +148,32 @@ class LlamaPasses:
         shared: tuple[Tensor, Tensor],
         scale: float,
     ) -> Tensor:
-        """Attention of one token per row over [shared | its own], [R, K, G, S] like the queries."""
+        """Attention of one token per row over [shared | its own], in the order of the queries."""
+        rows, heads, group, size = q_RKGS.shape
         if not self._exact:
+            keys, values = (x.unflatten(0, (rows, heads)) for x in (keys, values))
             bias = self._bias_RT
             if bias is not None:
                 bias = F.pad(bias, (0, keys.shape[2] - bias.shape[1]))[:, None, None]
             return F.scaled_dot_product_attention(
                 q_RKGS.to(keys.dtype), keys, values, attn_mask=bias, scale=scale
             )
-        q_RKGS = q_RKGS * scale
-        score = q_RKGS @ keys.transpose(2, 3)
+        q_NGS = q_RKGS.reshape(-1, group, size)
+        score = torch.bmm(q_NGS, keys.transpose(1, 2)).mul_(scale)
         if self._bias_RT is not None:
-            score[..., : self._bias_RT.shape[1]] += self._bias_RT[:, None, None]
+            padded = score.view(rows, heads, group, -1)[..., : self._bias_RT.shape[1]]
+            padded += self._bias_RT[:, None, None]
         common = shared[0].shape[1]
         if not common:
-            return score.softmax(-1) @ values
-        rows, heads, group, size = q_RKGS.shape
-        q_KNS = q_RKGS.transpose(0, 1).reshape(heads, rows * group, size)
-        ahead = (q_KNS @ shared[0].transpose(1, 2)).view(heads, rows, group, common).transpose(0, 1)
+            return torch.bmm(score.softmax(-1), values)
+        q_KMS = q_RKGS.transpose(0, 1).reshape(heads, rows * group, size)
+        ahead = torch.bmm(q_KMS, shared[0].transpose(1, 2)).mul_(scale)
+        ahead = ahead.view(heads, rows, group, common).transpose(0, 1).flatten(0, 1)
         share = torch.cat([ahead, score], -1).softmax(-1)
-        told = share[..., common:] @ values
-        ahead_KNP = share[..., :common].transpose(0, 1).reshape(heads, rows * group, common)
-        return told + (ahead_KNP @ shared[1]).view(heads, rows, group, size).transpose(0, 1)
+        told = torch.bmm(share[..., common:], values).view(q_RKGS.shape)
+        ahead = share[..., :common].unflatten(0, (rows, heads)).transpose(0, 1)
+        early = torch.bmm(ahead.reshape(heads, rows * group, common), shared[1])
+        return told + early.view(heads, rows, group, size).transpose(0, 1)
 
 
 class _Layer:
