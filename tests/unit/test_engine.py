@@ -8,7 +8,7 @@ import torch
 from selfteach.build import build
 from selfteach.collate import sequences
 from selfteach.config import Recipe
-from selfteach.engines.transformers import TransformersEngine, draw
+from selfteach.engines.transformers import BLOCK, TransformersEngine, draw
 from selfteach.errors import EngineError
 from selfteach.policy_gradient import token_logp
 from selfteach.types import Problem, Sampling
@@ -133,6 +133,18 @@ def test_draw_inverts_the_distribution() -> None:
     token, logp = draw(logits[:2], torch.tensor([0.66, 0.67]), 0.5)
     assert token.tolist() == [0, 1]
     assert logp.exp().tolist() == pytest.approx([4 / 6, 1 / 6])
+
+
+@pytest.mark.parametrize("vocabulary", [BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 7])
+def test_draw_of_a_large_vocabulary_inverts_the_whole_sum(vocabulary: int) -> None:
+    logits, row = 4 * torch.randn(3, vocabulary), torch.arange(3).repeat(200)
+    share = logits.double().softmax(-1)
+    wanted = torch.multinomial(share, 200, replacement=True).T.flatten()
+    # In the middle of a token's share no rounding decides.
+    middle = (share.cumsum(-1) - share / 2)[row, wanted]
+    token, logp = draw(logits, middle, 1.0, row)
+    assert token.tolist() == wanted.tolist()
+    torch.testing.assert_close(logp.double(), share[row, wanted].log(), rtol=0, atol=1e-5)
 
 
 def test_draw_never_takes_an_impossible_token() -> None:

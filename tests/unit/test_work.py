@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from selfteach.build import Built, build
 from selfteach.config import Recipe
 from selfteach.divergence import Divergence, per_token
+from selfteach.engines.llama import LlamaPasses
 from selfteach.scores import Head, Scores, chunked_sum
 from selfteach.settings import merge
 from selfteach.step import train_step
@@ -40,18 +42,24 @@ class Work:
     def __init__(self, built: Built, patch: pytest.MonkeyPatch) -> None:
         self.passes, self.tokens, self.head_rows = Counter[str](), Counter[str](), 0
         built.parts.policy.model.model.register_forward_pre_hook(self._pass, with_kwargs=True)
-        product = Head.product
+        product, one_token = Head.product, LlamaPasses.__call__
+
+        def stepped(passes: LlamaPasses, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
+            self.passes["one token"] += 1
+            self.tokens["one token"] += len(token_R)
+            return one_token(passes, parent_R, token_R)
 
         def counted(head: Head, hidden: Tensor) -> Tensor:
             self.head_rows += len(hidden)
             return product(head, hidden)
 
         patch.setattr(Head, "product", counted)
+        patch.setattr(LlamaPasses, "__call__", stepped)
 
     def _pass(self, _: object, args: tuple, kwargs: dict[str, Any]) -> None:
         rows, width = (kwargs.get("input_ids", args[0] if args else None)).shape
         if torch.is_inference_mode_enabled():
-            kind = "one token" if width == 1 else "prompts"
+            kind = "prompts"
         else:
             kind = "student" if torch.is_grad_enabled() else "teacher"
         self.passes[kind] += 1
@@ -88,15 +96,25 @@ def test_a_question_is_read_once_for_all_its_answers(counted: Any) -> None:
     assert work.passes["one token"] == longest - 1
 
 
-def test_answers_that_have_ended_leave_the_batch(counted: Any) -> None:
-    """At most half of the rows of a pass have ended."""
+def prefixes_in_need(lessons: list) -> int:
+    """Different beginnings of answers, by question, that something is drawn behind; questions aside."""
+    answers = [(lesson.rollout.problem.id, lesson.rollout.answer_ids) for lesson in lessons]
+    return len({(p, ids[:n]) for p, ids in answers for n in range(1, len(ids))})
+
+
+def test_no_beginning_of_an_answer_is_computed_twice(counted: Any) -> None:
+    work, lessons, _ = counted()
+    drawn = sum(len(lesson.rollout.answer_ids) - 1 for lesson in lessons)
+    assert work.tokens["one token"] == prefixes_in_need(lessons) < 0.9 * drawn
+
+
+def test_answers_that_have_ended_leave_the_batch_at_once(counted: Any) -> None:
     work, lessons, _ = counted(ends=("a", "b", "c"))
     lengths = [len(lesson.rollout.answer_ids) for lesson in lessons]
-    needed = sum(lengths) - len(lengths)
     assert max(lengths) * len(lengths) > 2 * sum(lengths), (
         "lengths that differ, or nothing is tested"
     )
-    assert needed <= work.tokens["one token"] <= 2 * needed
+    assert work.tokens["one token"] == prefixes_in_need(lessons)
 
 
 def test_an_answer_that_teaches_nothing_is_not_scored(counted: Any) -> None:

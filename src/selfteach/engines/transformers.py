@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-from selfteach import prefixes
+from selfteach.engines.llama import LlamaPasses
+from selfteach.engines.passes import ModelPasses, Passes, Prompts
 from selfteach.engines.streams import stream_key
 from selfteach.errors import EngineError
 from selfteach.rendering import Renderer
@@ -42,8 +44,7 @@ class TransformersEngine:
         self._version = 0
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(causal, PreTrainedModel)
-        self._backbone = getattr(causal, causal.base_model_prefix)
-        self._cache_name = prefixes.cache_argument(causal)
+        self._causal = causal
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy weights into the model (those it already shares stay as they are)."""
@@ -69,9 +70,8 @@ class TransformersEngine:
                 )
         device = next(self._model.parameters()).device
         keys = [(problem, sample) for problem in problems for sample in range(sampling.samples)]
-        uniforms_BT = torch.tensor(
-            np.stack([self._uniforms(problem, sample, sampling) for problem, sample in keys]),
-            device=device,
+        uniforms_BT = np.stack(
+            [self._uniforms(problem, sample, sampling) for problem, sample in keys]
         )
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
             ids, logps = self._decode(prompts, sampling, uniforms_BT)
@@ -93,79 +93,49 @@ class TransformersEngine:
         return rollouts
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, uniforms_BT: Tensor
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, uniforms_BT: np.ndarray
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """The sampled ids and their log-probabilities, row by row."""
-        device = uniforms_BT.device
-        cache, mask, logits_BV = self._prefill(prompts, device)
-        cache.batch_repeat_interleave(sampling.samples)
-        mask = mask.repeat_interleave(sampling.samples, dim=0)
-        logits_BV = logits_BV.repeat_interleave(sampling.samples, dim=0)
-        padded = not bool(mask.all())
-        lengths = mask.sum(1)
-        room = [self._max_length - len(p) for p in prompts for _ in range(sampling.samples)]
+        """The sampled ids and their log-probabilities, answer by answer.
 
-        rows = torch.arange(len(mask), device=device)  # which answer each row of the batch is
-        ids: list[list[int]] = [[] for _ in range(len(mask))]
-        logps: list[list[float]] = [[] for _ in range(len(mask))]
-        for t in range(sampling.max_tokens):
-            token_B, logp_B = draw(logits_BV, uniforms_BT[rows, t], sampling.temperature)
-            for row, token, logp in zip(
-                rows.tolist(), token_B.tolist(), logp_B.tolist(), strict=True
-            ):
-                if not _ended(ids[row], self._end_ids, room[row]):
-                    ids[row].append(token)
-                    logps[row].append(logp)
-            live = torch.tensor(
-                [not _ended(ids[row], self._end_ids, room[row]) for row in rows.tolist()],
-                device=device,
-            )
-            if not live.any() or t == sampling.max_tokens - 1:
-                break
-            if live.sum() <= len(rows) // 2:  # finished rows leave the batch, half at a time
-                keep = live.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows, token_B, mask = rows[keep], token_B[keep], mask[keep]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits_BV = self._model(
-                input_ids=token_B[:, None],
-                attention_mask=mask if padded else None,
-                position_ids=(lengths[rows] + t)[:, None],
-                **{self._cache_name: cache},
-                use_cache=True,
-            ).logits[:, -1]
-        return ids, logps
-
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], device: torch.device
-    ) -> tuple[DynamicCache, Tensor, Tensor]:
-        """Prompts in the cache, their mask, and the logits of each answer's first token.
-
-        What all prompts begin with is run once; the rest is padded on the left:
-        ``[shared | padding | rest]``.
+        Answers to one question that are the same so far are one row of the batch, and rows whose
+        answers have all ended are none: no prefix of an answer is computed twice.
         """
-        shared = prefixes.shared_length(prompts)
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self._pad_id, device=device)
-        mask = torch.zeros((len(prompts), width), dtype=torch.long, device=device)
-        for row, prompt in enumerate(prompts):
-            rest = torch.tensor(prompt[shared:], device=device)
-            ids[row, width - len(rest) :] = rest
-            mask[row, width - len(rest) :] = 1
-        cache = DynamicCache()
-        if shared:
-            common = torch.tensor(prompts[0][:shared], device=device)
-            cache = prefixes.fill(self._backbone, common, rows=len(prompts))
-            mask[:, :shared] = 1
-        logits_BV = self._model(
-            input_ids=ids[:, shared:],
-            attention_mask=mask if not bool(mask.all()) else None,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, shared:],
-            **{self._cache_name: cache},
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return cache, mask, logits_BV
+        answers = len(uniforms_BT)
+        read = Prompts(self._causal, prompts, self._pad_id)
+        step = self._passes(read, answers)
+        logits_RV = read.logits_QV
+        device = logits_RV.device
+        goes_on_V = np.ones(logits_RV.shape[1], dtype=bool)
+        goes_on_V[[i for i in self._end_ids if i < len(goes_on_V)]] = False
+        room_B = np.repeat([self._max_length - len(p) for p in prompts], sampling.samples)
+        ids_BT = np.zeros((answers, sampling.max_tokens), dtype=np.int64)
+        logp_BT = np.zeros((answers, sampling.max_tokens))
+        length_B = np.zeros(answers, dtype=np.int64)
+        live_L = np.arange(answers)  # the answers that go on
+        row_L = live_L // sampling.samples  # the row of the batch that each of them is
+        for t in range(sampling.max_tokens):
+            token, logp = draw(
+                logits_RV, torch.from_numpy(uniforms_BT[live_L, t]).to(device),
+                sampling.temperature, torch.from_numpy(row_L).to(device),
+            )  # fmt: skip
+            token_L = token.cpu().numpy()
+            ids_BT[live_L, t], logp_BT[live_L, t] = token_L, logp.cpu().numpy()
+            length_B[live_L] = t + 1
+            on = goes_on_V[token_L] & (t + 1 < room_B[live_L])
+            live_L = live_L[on]
+            if not len(live_L) or t == sampling.max_tokens - 1:
+                break
+            parent_R, token_R, row_L = branches(row_L[on], token_L[on])
+            logits_RV = step(parent_R, torch.from_numpy(token_R).to(device))
+        return (
+            [row[:n].tolist() for row, n in zip(ids_BT, length_B, strict=True)],
+            [row[:n].tolist() for row, n in zip(logp_BT, length_B, strict=True)],
+        )
+
+    def _passes(self, read: Prompts, answers: int) -> Passes:
+        if LlamaPasses.fits(self._causal):
+            return LlamaPasses(self._causal, read, answers)
+        return ModelPasses(self._causal, read)
 
     def _uniforms(self, problem: Problem, sample: int, sampling: Sampling) -> np.ndarray:
         """The random stream of one answer: a uniform number in [0, 1) per token."""
@@ -173,19 +143,59 @@ class TransformersEngine:
         return np.random.Generator(np.random.Philox(key=key)).random(sampling.max_tokens)
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sample one token per row by inverting the cumulative distribution at ``uniform_B`` in [0, 1).
+def branches(row_L: np.ndarray, token_L: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of the next pass: each different (row, token) of the answers that go on.
 
-    Returns the tokens [B] and their log-probabilities (nats) under ``softmax(logits / temperature)``.
-    The sum runs in float64: in float32 the tail of a large vocabulary would drown in rounding.
+    Returns each new row's parent and token [R], and the new row of each answer [L]. A parent's first
+    child takes its place where that is among the first R, so that most rows stay where they are.
     """
-    logp_BV = (logits_BV.float() / temperature).log_softmax(-1)
-    cumulative_BV = logp_BV.double().exp().cumsum(-1)
-    target_B1 = uniform_B.double()[:, None] * cumulative_BV[:, -1:]
-    token_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    token_B1 = token_B1.clamp(max=logits_BV.shape[-1] - 1)
-    return token_B1[:, 0], logp_BV.gather(-1, token_B1)[:, 0]
+    vocabulary = token_L.max() + 1
+    pair_C, child_L = np.unique(row_L * vocabulary + token_L, return_inverse=True)
+    parent_C, token_C = np.divmod(pair_C, vocabulary)
+    rows = len(pair_C)
+    stays_C = np.append(True, parent_C[1:] != parent_C[:-1]) & (parent_C < rows)
+    place_C = np.empty(rows, dtype=np.int64)
+    place_C[stays_C] = parent_C[stays_C]
+    free = np.ones(rows, dtype=bool)
+    free[parent_C[stays_C]] = False
+    place_C[~stays_C] = free.nonzero()[0]
+    order = np.argsort(place_C)
+    return parent_C[order], token_C[order], place_C[child_L]
 
 
-def _ended(ids: Sequence[int], end_ids: Sequence[int], room: int) -> bool:
-    return bool(ids) and (ids[-1] in end_ids or len(ids) >= room)
+BLOCK = 256
+"""Probabilities are summed over so many tokens, and one by one only within the block that is hit."""
+
+
+def draw(
+    logits_RV: Tensor, uniform_B: Tensor, temperature: float, row_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sample one token per answer by inverting the cumulative distribution at ``uniform_B`` in [0, 1).
+
+    Answer b draws from row ``row_B[b]`` of the logits, by default from row b. Returns the tokens [B]
+    and their log-probabilities (nats) under ``softmax(logits / temperature)``. Sums run in float64:
+    in float32 the tail of a large vocabulary would drown in rounding.
+    """
+    rows, vocabulary = logits_RV.shape
+    row_B = torch.arange(rows, device=logits_RV.device) if row_B is None else row_B
+    logp_RV = (logits_RV.float() / temperature).log_softmax(-1)
+    share_RV, uniform_B1 = logp_RV.exp(), uniform_B.double()[:, None]
+    if vocabulary <= BLOCK:
+        cumulative_BV = share_RV.double().cumsum(-1)[row_B]
+        token_B = _hit(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:])
+    else:
+        share_RNW = F.pad(share_RV, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+        cumulative_BN = share_RNW.sum(-1, dtype=torch.float64).cumsum(-1)[row_B]
+        target_B1 = uniform_B1 * cumulative_BN[:, -1:]
+        block_B = _hit(cumulative_BN, target_B1)
+        inside_BW = share_RNW[row_B, block_B].double().cumsum(-1)
+        before_B1 = cumulative_BN.gather(1, block_B[:, None]) - inside_BW[:, -1:]
+        within_B = _hit(inside_BW, target_B1 - before_B1)
+        token_B = (block_B * BLOCK + within_B).clamp(max=vocabulary - 1)
+    return token_B, logp_RV[row_B, token_B]
+
+
+def _hit(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:
+    """The first entry of each row that is larger than the target; the last where rounding has none."""
+    found_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True)
+    return found_B1[:, 0].clamp(max=cumulative_BN.shape[1] - 1)
