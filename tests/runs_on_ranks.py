@@ -32,8 +32,9 @@ RUN = {
     "evaluation": {"every": 4, "validation_k": 2, "test_k": 2},
 }  # fmt: skip
 SHARDED = {"distributed": {"shard": "full", "timeout_seconds": 60}}
-TOLERANCE = 1e-7
-"""Of weights, after four updates in float64."""
+TOLERANCE = 1e-6
+"""Of weights, after four updates: Llama's norms are in float32 whatever the weights are, and ranks that
+hold other lessons fold them otherwise (`branches`)."""
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -89,7 +90,7 @@ def assert_same_run(ours: Path, theirs: Path, *, step: int = 4) -> None:
     for row, other in zip(RunFolder(ours).metrics(), RunFolder(theirs).metrics(), strict=True):
         for name in (row.keys() | other.keys()) - {"ranks", "kind"}:
             if not name.startswith(("seconds", "busy", "waiting", "overlap")):
-                assert row[name] == pytest.approx(other[name], rel=1e-6, abs=1e-7), name
+                assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
     own, other = result_of(ours)["budget"], result_of(theirs)["budget"]
     assert {**own, "seconds": 0} == {**other, "seconds": 0}
 

