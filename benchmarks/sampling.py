@@ -88,6 +88,7 @@ class Job:
             pad = built.tokenizer.pad_token_id
             return cls(built.parts.policy.model, prompts, ends, pad, LAB_TOKENS)  # pyright: ignore
         tokenizer = load_tokenizer(SMOLLM2)
+        prompts: list[Any]
         texts = [SUMS[i % 3].format(a=i * 37 % 89 + 2, b=i * 53 % 97 + 3) for i in range(16)]
         prompts = [
             tuple(
@@ -252,7 +253,7 @@ def main() -> None:
                 tables.append(measure(name, {8: 1, 32: 1}, quick=True))
             return
         for name in ("lab", "lab, ends early"):
-            sizes: dict[int, int] = {answers: args.rounds for answers in (8, 32, 128)}
+            sizes: dict[int, int] = dict.fromkeys((8, 32, 128), args.rounds)
             tables.append(measure(name, sizes, quick=False))
         tables.append(measure("SmolLM2", {8: min(2, args.rounds), 32: 1, 128: 1}, quick=False))
 
