@@ -26,7 +26,7 @@ from harness import MIB, Table, alternated, parser, peak_bytes, ratio, reported
 from selfteach.build import build
 from selfteach.config import ModelConfig, Recipe
 from selfteach.engines.transformers import TransformersEngine
-from selfteach.loading import load_model, load_tokenizer
+from selfteach.loading import load_model, load_tokenizer, pad_id
 from selfteach.types import Problem, Sampling
 
 HERE = Path(__file__).resolve().parent
@@ -72,19 +72,23 @@ class Job:
 
     model: Any
     prompts: list[tuple[int, ...]]
-    end_id: int
+    end_ids: list[int]
     pad_id: int
     max_tokens: int
 
     @classmethod
     def named(cls, name: str) -> Job:
-        """``lab`` or ``SmolLM2``."""
-        if name == "lab":
+        """``lab``, ``lab, ends early`` (letters end an answer too: all lengths), or ``SmolLM2``."""
+        if name.startswith("lab"):
             built = build(LAB)
             prompts = [built.parts.renderer.solver_prompt(p) for p in built.task.train]
-            end, pad = built.tokenizer.eos_token_id, built.tokenizer.pad_token_id
-            return cls(built.parts.policy.model, prompts, end, pad, LAB_TOKENS)  # pyright: ignore
+            ends = [built.tokenizer.eos_token_id]
+            if name != "lab":
+                ends += built.tokenizer.convert_tokens_to_ids(["a", "b", "c"])  # pyright: ignore
+            pad = built.tokenizer.pad_token_id
+            return cls(built.parts.policy.model, prompts, ends, pad, LAB_TOKENS)  # pyright: ignore
         tokenizer = load_tokenizer(SMOLLM2)
+        prompts: list[Any]
         texts = [SUMS[i % 3].format(a=i * 37 % 89 + 2, b=i * 53 % 97 + 3) for i in range(16)]
         prompts = [
             tuple(
@@ -96,14 +100,15 @@ class Job:
             for text in texts
         ]  # fmt: skip
         model = load_model(SMOLLM2, torch.device("cpu"))
-        return cls(model, prompts, tokenizer.eos_token_id, tokenizer.pad_token_id, SMOLLM2_TOKENS)  # pyright: ignore
+        ids: Any = [tokenizer.eos_token_id]
+        return cls(model, prompts, ids, pad_id(tokenizer), SMOLLM2_TOKENS)
 
     def ours(self, answers: int) -> Callable[[int], int]:
         """A call that answers with a seed, and says how many tokens it kept."""
         asked = {str(i): prompt for i, prompt in enumerate(self.prompts[: answers // EACH])}
         renderer: Any = Fixed(asked)
         engine = TransformersEngine(
-            self.model, renderer, end_ids=[self.end_id], pad_id=self.pad_id, max_length=256
+            self.model, renderer, end_ids=self.end_ids, pad_id=self.pad_id, max_length=256
         )
         problems = [Problem(name, "", "") for name in asked]
 
@@ -125,9 +130,9 @@ class Job:
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
                 top_p=1.0, num_return_sequences=EACH, max_new_tokens=self.max_tokens,
-                eos_token_id=self.end_id, pad_token_id=self.pad_id, **cache,
+                eos_token_id=self.end_ids, pad_token_id=self.pad_id, **cache,
             )[:, width:]  # fmt: skip
-            ended = (out == self.end_id).long()
+            ended = torch.isin(out, torch.tensor(self.end_ids)).long()
             return int((ended.cumsum(1) - ended == 0).sum())
 
         return call
@@ -158,7 +163,7 @@ def beside(job: Job, sizes: Sequence[int], rounds: int, log: Path) -> dict[str, 
         folder, asked, said = (Path(place) / name for name in ("model", "asked.json", "said.json"))
         job.model.save_pretrained(folder)
         wanted = {
-            "model": str(folder), "end_id": job.end_id, "max_tokens": job.max_tokens,
+            "model": str(folder), "end_ids": job.end_ids, "max_tokens": job.max_tokens,
             "rounds": rounds, "context": 256, "each": EACH,
             "sizes": {str(n): job.prompts[: n // EACH] for n in sizes},
         }  # fmt: skip
@@ -182,7 +187,11 @@ def beside(job: Job, sizes: Sequence[int], rounds: int, log: Path) -> dict[str, 
 def measure(name: str, sizes: Mapping[int, int], *, quick: bool) -> Table:
     """One model's table; ``sizes`` maps numbers of answers to rounds."""
     job = Job.named(name)
-    shown = {"lab": "the lab's base, 0.6 M weights", "SmolLM2": "SmolLM2-135M, float32"}[name]
+    shown = {
+        "lab": "the lab's base, 0.6 M weights",
+        "lab, ends early": "the lab's base, mixed lengths (letters end an answer too)",
+        "SmolLM2": "SmolLM2-135M, float32",
+    }[name]
     table = Table(f"Sampling with {shown}: {EACH} answers to a question")
     with tempfile.TemporaryDirectory() as place:
         peer = (
@@ -197,7 +206,7 @@ def measure(name: str, sizes: Mapping[int, int], *, quick: bool) -> Table:
             return lambda: kept.setdefault(way, []).append(call(len(kept.get(way, ()))))
 
         ways = {way: counted(way, call) for way, call in job.ways(answers).items()}
-        timings = alternated(ways, rounds=rounds, warm_up=int(name == "lab"))  # pyright: ignore
+        timings = alternated(ways, rounds=rounds, warm_up=int(name != "SmolLM2"))  # pyright: ignore
         speeds = {
             way: statistics.median(
                 n / s for n, s in zip(kept[-rounds:], timings[way].seconds, strict=True)
@@ -240,11 +249,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with reported(args) as tables:
         if args.quick:
-            tables.append(measure("lab", {8: 1, 32: 1}, quick=True))
+            for name in ("lab", "lab, ends early"):
+                tables.append(measure(name, {8: 1, 32: 1}, quick=True))
             return
-        tables.append(
-            measure("lab", {8: args.rounds, 32: args.rounds, 128: args.rounds}, quick=False)
-        )
+        for name in ("lab", "lab, ends early"):
+            sizes: dict[int, int] = dict.fromkeys((8, 32, 128), args.rounds)
+            tables.append(measure(name, sizes, quick=False))
         tables.append(measure("SmolLM2", {8: min(2, args.rounds), 32: 1, 128: 1}, quick=False))
 
 

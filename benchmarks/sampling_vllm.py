@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python benchmarks/sampling_vllm.py ASKED.json SAID.json
 
-ASKED has ``model`` (a folder), ``context``, ``end_id``, ``max_tokens``, ``rounds``, ``each`` (answers
+ASKED has ``model`` (a folder), ``context``, ``end_ids``, ``max_tokens``, ``rounds``, ``each`` (answers
 to a prompt) and ``sizes``: for each number of answers the prompts as token ids. SAID gets, per size,
 the seconds and the answer tokens of every round.
 """
@@ -31,7 +31,7 @@ def main() -> None:
     def run(prompts: list[list[int]], seed: int) -> int:
         params = SamplingParams(
             n=wanted["each"], temperature=1.0, top_p=1.0, top_k=0, seed=seed, detokenize=False,
-            max_tokens=wanted["max_tokens"], stop_token_ids=[wanted["end_id"]],
+            max_tokens=wanted["max_tokens"], stop_token_ids=wanted["end_ids"],
         )  # fmt: skip
         llm.reset_prefix_cache()  # other weights make other keys: a trainer may not keep them
         outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
