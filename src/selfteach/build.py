@@ -120,12 +120,17 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
         samples_beside=_samples_beside(recipe),
         updates_per_batch=recipe.train.updates_per_batch,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
-        chunk_tokens=max(1, CHUNK_ENTRIES // model.config.get_text_config().vocab_size),
+        chunk_tokens=chunk_tokens(model.config.get_text_config().vocab_size),
         max_length=max_length,
         pad_id=pad,
         ranks=ranks,
     )
     return Built(parts, task, tokenizer)
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits exist at a time."""
+    return max(1, CHUNK_ENTRIES // vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
