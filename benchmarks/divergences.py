@@ -112,7 +112,7 @@ def ours(case: Case, inputs: Inputs, fn: Callable = per_token) -> Tensor:
         return {"loss": fn(case.spec, logits_CV, teacher_CV, inputs.ids_N[rows]).loss}
 
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
-    chunk = chunk_tokens(case.vocabulary)
+    chunk = chunk_tokens(case.vocabulary, DEVICE)
     return chunked_sum(of_chunk, student, weight_N, chunk_tokens=chunk)[0]
 
 

@@ -112,8 +112,8 @@ def _terms(p: Tensor, q: Tensor, *, into: Tensor) -> Tensor:
 
 def _jsd(s: Tensor, t: Tensor, beta: float, *, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Terms, g = (1 - beta) s log(s/m), and the mass s. The mixture's own slope cancels."""
-    own = math.log1p(-beta)
-    mixture = torch.logaddexp(t + math.log(beta), s + own)
+    mixture = s + (math.log1p(-beta) - math.log(beta))
+    torch.logaddexp(t, mixture, out=mixture).add_(math.log(beta))
     slope = _terms(s, mixture, into=torch.empty_like(s)).mul_(1 - beta)
     terms = _terms(t, mixture, into=mixture).mul_(beta).add_(slope)
     if scaled:
