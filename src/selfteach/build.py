@@ -58,8 +58,10 @@ from selfteach.template_sets import Templates
 from selfteach.thinking import Thinking
 from selfteach.types import Problem, Sampling
 
-CHUNK_ENTRIES = 2**23
-"""Logits (tokens times vocabulary) that exist at a time while a loss is computed: 32 MB each."""
+CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**23}
+"""Logits (tokens times vocabulary) that exist at a time while a loss is computed: 4 and 32 MB each."""
+CHUNK_TOKENS = 32
+"""Tokens at least: the head is read once per chunk, and with fewer that is what takes the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +125,18 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
         samples_beside=_samples_beside(recipe),
         updates_per_batch=recipe.train.updates_per_batch,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
-        chunk_tokens=max(1, CHUNK_ENTRIES // model.config.get_text_config().vocab_size),
+        chunk_tokens=chunk_tokens(model.config.get_text_config().vocab_size, device.type),
         max_length=max_length,
         pad_id=pad,
         ranks=ranks,
     )
     return Built(parts, task, tokenizer)
+
+
+def chunk_tokens(vocabulary: int, device: str) -> int:
+    """Tokens whose logits exist at a time on a kind of device."""
+    entries = CHUNK_ENTRIES.get(device, CHUNK_ENTRIES["cuda"])
+    return max(CHUNK_TOKENS, entries // vocabulary)
 
 
 @dataclass(frozen=True, slots=True)

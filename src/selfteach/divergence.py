@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from selfteach.closed_form import Form, Rows
 from selfteach.errors import RecipeError
 from selfteach.policy_gradient import token_logp
 
@@ -117,30 +118,23 @@ def per_token(
     them. ``spec.temperature`` applies to the loss only; the advantage is reported at temperature 1.
     """
     teacher_logits = teacher_logits.detach()
-    with torch.no_grad():
-        advantage = token_logp(teacher_logits, ids, 1.0) - token_logp(student_logits, ids, 1.0)
     if spec.support == "sampled":
+        advantage = _advantage(student_logits, teacher_logits, ids)
         loss = _sampled_loss(spec, student_logits, teacher_logits, ids)
         return PerToken(loss, advantage, torch.zeros_like(advantage))
-    student = log_probs(student_logits, spec.temperature)
-    teacher = log_probs(teacher_logits, spec.temperature)
-    if spec.support == "top_k" and spec.top_k is not None:
-        student, teacher = top_k_and_tail(student, teacher, spec.top_k, spec.top_k_from)
-    terms = _terms(spec, student, teacher)
-    if spec.clip is None:
-        return PerToken(terms.sum(-1), advantage, torch.zeros_like(advantage))
-    clipped = (terms.detach() > spec.clip).to(terms.dtype).mean(-1)
-    return PerToken(terms.clamp(max=spec.clip).sum(-1), advantage, clipped)
+    form = Form(
+        spec.kind, spec.beta, spec.jsd_scaled, spec.top_k, spec.top_k_from, spec.clip,
+        spec.temperature,
+    )  # fmt: skip
+    loss, clipped, logp, teacher_logp = Rows.apply(student_logits, teacher_logits, ids, form)  # pyright: ignore
+    if spec.temperature == 1:
+        return PerToken(loss, teacher_logp - logp, clipped)
+    return PerToken(loss, _advantage(student_logits, teacher_logits, ids), clipped)
 
 
-def _terms(spec: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
-    match spec.kind:
-        case "forward_kl":
-            return forward_kl_terms(student, teacher)
-        case "reverse_kl":
-            return reverse_kl_terms(student, teacher)
-        case "jsd":
-            return jsd_terms(student, teacher, spec.beta, scaled=spec.jsd_scaled)
+@torch.no_grad()
+def _advantage(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> Tensor:
+    return token_logp(teacher_logits, ids, 1.0) - token_logp(student_logits, ids, 1.0)
 
 
 def _sampled_loss(

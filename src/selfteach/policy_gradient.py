@@ -112,7 +112,9 @@ def token_logp(
 
     Computed in float32 at least; a token whose logit is -inf gets -inf.
     """
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:  # a copy of the logits otherwise
+        scaled = scaled / temperature
     return scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
 

@@ -81,6 +81,8 @@ def _share(mix: float, logits: Tensor) -> Tensor:
     return logits if mix == 1.0 else mix * logits
 
 
+HEAD_ROWS = 4096
+"""Rows of a head's gradient that are computed at a time where they are then added in float32."""
 PerTokenFn = Callable[[Tensor, slice], Mapping[str, Tensor]]
 """From one chunk's logits [C, V] and its rows to named values [C], ``"loss"`` among them."""
 
@@ -101,8 +103,8 @@ def chunked_sum(
 
     Peak workspace: a handful of [C, V] (the logits, what ``fn`` keeps for its gradient, and that
     gradient), the [N, H] gradient, a copy of the head if its dtype is not that of the hidden
-    states, and for a trainable head one [V, H] accumulator, in float32 or better, and one chunk's
-    product to add to it. Nothing is of size [N, V].
+    states, and for a trainable head one [V, H] accumulator, in float32 or better, which becomes its
+    gradient. Nothing is of size [N, V].
 
     Raises ValueError when ``student`` mixes several terms, there is not one weight per row,
     ``chunk_tokens`` is below 1, or ``fn`` returns a loss that is not one number per row.
@@ -155,6 +157,7 @@ def _chunk(
     hidden_NH, head, mix = term
     hidden_CH, weight_C = hidden_NH[rows], weight_N[rows]
     absent_C = weight_C == 0
+    some_absent = not absent_C.is_cpu or bool(absent_C.any())  # another device is not waited for
     needs_grad = any(grad is not None for grad in grads)
     with torch.no_grad():
         product_CV = head.product(hidden_CH)
@@ -166,9 +169,10 @@ def _chunk(
         part = (weight_C * loss_C).masked_fill(absent_C, 0.0).sum()
     if needs_grad:
         (grad_CV,) = torch.autograd.grad(part, product_CV)
-        # Zero times NaN is NaN: the rows must be emptied on both sides of the products.
-        grad_CV = grad_CV.masked_fill(absent_C[:, None], 0.0)
-        hidden_CH = hidden_CH.masked_fill(absent_C[:, None], 0.0)
+        if some_absent:
+            # Zero times NaN is NaN: the rows must be emptied on both sides of the products.
+            grad_CV = grad_CV.masked_fill(absent_C[:, None], 0.0)
+            hidden_CH = hidden_CH.masked_fill(absent_C[:, None], 0.0)
         _add_gradients(head, hidden_CH, grad_CV, rows, grads)
     # Detached here, so that the next chunk does not overlap with this one's graph.
     return part.detach(), {name: value_C.detach() for name, value_C in said.items()}
@@ -182,9 +186,19 @@ def _add_gradients(
     if grad_NH is not None:
         grad_NH[rows] = grad_CV @ head.weight_VH.to(grad_CV.dtype)
     if grad_VH is not None:
-        grad_VH += grad_CV.T @ hidden_CH
+        _add_product(grad_VH, grad_CV, hidden_CH)
     if grad_V is not None:
         grad_V += grad_CV.sum(0)
+
+
+def _add_product(grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
+    """Add ``grad_CVᵀ hidden_CH`` in place, without a product of the head's size."""
+    if grad_CV.dtype == grad_VH.dtype:
+        grad_VH.addmm_(grad_CV.T, hidden_CH)
+        return
+    for start in range(0, len(grad_VH), HEAD_ROWS):
+        rows = slice(start, start + HEAD_ROWS)
+        grad_VH[rows] += grad_CV[:, rows].T @ hidden_CH
 
 
 class _WithGradients(torch.autograd.Function):
@@ -201,6 +215,9 @@ class _WithGradients(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         (grad_total,) = grad_outputs
-        # Autograd casts each to its source's dtype.
+        # Times one, as nearly always, they are handed on without a second [V, H]; another device is
+        # not waited for to know it. Autograd casts each to its source's dtype.
+        if grad_total.is_cpu and grad_total.item() == 1:
+            return (None, None, None, None, *ctx.saved_tensors)
         scaled = (None if grad is None else grad_total * grad for grad in ctx.saved_tensors)
         return (None, None, None, None, *scaled)

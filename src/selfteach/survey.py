@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from selfteach.budget import Lengths
 from selfteach.build import (
-    CHUNK_ENTRIES,
     Built,
     build_objective,
     build_renderer,
     check_lengths,
+    chunk_tokens,
     longest,
 )
 from selfteach.build_critic import build_critic
@@ -136,7 +136,7 @@ def load_of(recipe: Recipe, known: Survey) -> Load | None:
         copies=copies,
         # A lesson longer than a micro-batch stands alone; the teacher's side keeps no activations.
         learn_tokens=max(train.micro_batch_tokens, prompt + answer),
-        chunk_entries=CHUNK_ENTRIES,
+        chunk_entries=chunk_tokens(shape.vocabulary, known.device) * shape.vocabulary,
         sample_rows=rows,
         sample_length=min(lengths.window, prompt + answer),
         sampler=_sampler(recipe, rows, known.device),

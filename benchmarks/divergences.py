@@ -1,0 +1,305 @@
+"""What a divergence from hidden states costs, forward and backward, beside the plain form and TRL's.
+
+    python benchmarks/divergences.py [--all] [--json FILE]          (in .venv-bench)
+
+All ways are given the same hidden states and heads [V, H] of student and teacher, and return the mean
+divergence per token with its gradient in the student's hidden states, and in its head where that
+trains:
+
+    ours         scores.chunked_sum with divergence.per_token
+    plain        full logits of both, the textbook form, autograd
+    TRL full     trl.experimental.sdpo.loss_utils on full logits
+    TRL chunked  trl.kernels.chunked_divergence.ChunkedDivergenceFunction (no top-K)
+
+On CUDA the same, with ours also compiled, and Liger's fused JSD where liger-kernel is installed.
+Workspace is the peak beyond inputs, weights and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import torch
+from harness import MIB, Table, alternated, parser, peak_bytes, ratio, reported
+from torch import Tensor
+
+from selfteach.build import chunk_tokens
+from selfteach.divergence import Divergence, per_token
+from selfteach.scores import Head, Scores, chunked_sum
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = ("forward_kl", "reverse_kl", "jsd", "top_k")
+ALPHA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5, "top_k": 0.5}
+"""TRL's weight of the teacher in the mixture: 0 is KL(teacher ‖ student), 1 KL(student ‖ teacher)."""
+TOP_K = 100
+CURVE = (256, 1024, 4096, 16_384)
+FULL_FITS = 4096
+"""Tokens up to which the plain form is measured: at 16,384 it wants 20 GB and more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One size, precision and divergence."""
+
+    kind: str
+    tokens: int = 2048
+    vocabulary: int = 49_152
+    hidden: int = 576
+    dtype: str = "float32"
+    trained: bool = True
+    """The student's head has a gradient too."""
+
+    @property
+    def spec(self) -> Divergence:
+        """As ours is asked for it."""
+        if self.kind == "top_k":
+            return Divergence(kind="jsd", support="top_k", top_k=TOP_K)
+        return Divergence(kind=self.kind)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def full_logits(self) -> int:
+        """Bytes of one side's logits in float32."""
+        return 4 * self.tokens * self.vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What every way is given."""
+
+    student_NH: Tensor
+    student_VH: Tensor
+    teacher_NH: Tensor
+    teacher_VH: Tensor
+    ids_N: Tensor
+
+    @classmethod
+    def of(cls, case: Case) -> Inputs:
+        """Logits spread as a trained model's are: most of the mass on a few entries."""
+        torch.manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=DEVICE).mul_(2 * case.hidden**-0.25).to(dtype)
+
+        student_NH, student_VH = (
+            normal(case.tokens, case.hidden),
+            normal(case.vocabulary, case.hidden),
+        )
+        teacher_NH = student_NH + 0.1 * normal(case.tokens, case.hidden)
+        return cls(
+            student_NH.requires_grad_(), student_VH.requires_grad_(case.trained), teacher_NH,
+            student_VH.detach().clone(),
+            torch.randint(case.vocabulary, (case.tokens,), device=DEVICE),
+        )  # fmt: skip
+
+    def take_gradients(self) -> list[Tensor]:
+        """The gradients, which are let go of here."""
+        told = [x.grad for x in (self.student_NH, self.student_VH) if x.grad is not None]
+        self.student_NH.grad = self.student_VH.grad = None
+        return told
+
+
+def ours(case: Case, inputs: Inputs, fn: Callable = per_token) -> Tensor:
+    """Fused, chunk by chunk."""
+    teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
+    weight_N = torch.full((case.tokens,), 1 / case.tokens, device=DEVICE)
+
+    def of_chunk(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
+        with torch.no_grad():
+            teacher_CV = teacher.logits(rows)
+        return {"loss": fn(case.spec, logits_CV, teacher_CV, inputs.ids_N[rows]).loss}
+
+    student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
+    chunk = chunk_tokens(case.vocabulary, DEVICE)
+    return chunked_sum(of_chunk, student, weight_N, chunk_tokens=chunk)[0]
+
+
+def plain(case: Case, inputs: Inputs) -> Tensor:
+    """Full logits and the textbook form."""
+    student_NV, teacher_NV = both_logits(inputs)
+    s, t = student_NV.float().log_softmax(-1), teacher_NV.float().log_softmax(-1)
+    if case.kind == "top_k":
+        index = s.detach().topk(TOP_K, -1).indices
+        s, t = (_tailed(x, index) for x in (s, t))
+    if case.kind == "forward_kl":
+        terms = t.exp() * (t - s)
+    elif case.kind == "reverse_kl":
+        terms = s.exp() * (s - t)
+    else:
+        m = torch.logaddexp(s, t) - torch.tensor(2.0).log()
+        terms = (t.exp() * (t - m) + s.exp() * (s - m)) / 2
+    return terms.sum(-1).mean()
+
+
+def _tailed(logp: Tensor, index: Tensor) -> Tensor:
+    kept = logp.gather(-1, index)
+    rest = logp.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept, rest], -1)
+
+
+def both_logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Full logits of student and teacher [N, V]."""
+    student_NV = inputs.student_NH @ inputs.student_VH.T
+    with torch.no_grad():
+        return student_NV, inputs.teacher_NH @ inputs.teacher_VH.T
+
+
+def trl_full(case: Case, inputs: Inputs) -> Tensor:
+    """As TRL's SDPO trainer takes it, from full logits."""
+    from trl.experimental.sdpo import loss_utils  # pyright: ignore[reportMissingImports]
+
+    student_NV, teacher_NV = both_logits(inputs)
+    if case.kind == "top_k":
+        loss_N = loss_utils.compute_topk_self_distillation_loss(
+            student_NV.float(), teacher_NV.float(), distillation_topk=TOP_K,
+            distillation_alpha=ALPHA[case.kind], distillation_add_tail=True,
+        )  # fmt: skip
+    else:
+        loss_N = loss_utils.compute_full_logit_self_distillation_loss(
+            student_NV.float(), teacher_NV.float(), distillation_alpha=ALPHA[case.kind]
+        )
+    return loss_N.mean()
+
+
+def trl_chunked(case: Case, inputs: Inputs) -> Tensor:
+    """As TRL's distillation trainer takes it, from hidden states."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
+
+    loss_N, _ = ChunkedDivergenceFunction.apply(
+        inputs.student_NH, inputs.student_VH, None, inputs.teacher_NH, inputs.teacher_VH, None,
+        ALPHA[case.kind],
+    )  # fmt: skip
+    return loss_N.mean()
+
+
+def ours_compiled(case: Case, inputs: Inputs) -> Tensor:
+    """Ours with the arithmetic of a chunk compiled into one kernel or few."""
+    return ours(case, inputs, _compiled())
+
+
+def _compiled(made: list = []) -> Callable:  # noqa: B006 - compiled once
+    if not made:
+        made.append(torch.compile(per_token, dynamic=False))
+    return made[0]
+
+
+def liger(case: Case, inputs: Inputs) -> Tensor:
+    """Liger's fused linear JSD."""
+    from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
+
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[case.kind]
+    return LigerFusedLinearJSD(jsd_beta=beta)(
+        inputs.student_NH, inputs.student_VH, inputs.teacher_NH, inputs.teacher_VH
+    )
+
+
+WAYS: dict[str, Callable[[Case, Inputs], Tensor]] = {
+    "ours": ours, "plain": plain, "TRL full": trl_full, "TRL chunked": trl_chunked,
+    "ours, compiled": ours_compiled, "Liger": liger,
+}  # fmt: skip
+
+
+def ways_of(case: Case) -> list[str]:
+    """Who can do it here."""
+    names = ["ours", "plain"]
+    if find_spec("trl"):
+        names += ["TRL full"] if case.kind == "top_k" else ["TRL full", "TRL chunked"]
+    if DEVICE == "cuda":
+        names += ["ours, compiled"]
+        names += ["Liger"] if find_spec("liger_kernel") and case.kind != "top_k" else []
+    return names
+
+
+def prepared(case: Case, way: str) -> Callable[[], list[Tensor]]:
+    """Forward and backward of one way, on inputs of its own; returns the gradients."""
+    small = Inputs.of(replace(case, tokens=8, vocabulary=512))
+    WAYS[way](replace(case, tokens=8, vocabulary=512), small).backward()
+    inputs = Inputs.of(case)
+
+    def once() -> list[Tensor]:
+        WAYS[way](case, inputs).backward()
+        return inputs.take_gradients()
+
+    return once
+
+
+def workspace(case: Case, way: str) -> int:
+    """Peak beyond inputs, weights and gradients."""
+    item = 2 if case.dtype == "bfloat16" else 4
+    gradients = case.tokens * case.hidden + case.trained * case.vocabulary * case.hidden
+    return max(0, peak_bytes(prepared, case, way) - item * gradients)
+
+
+def compare(table: Table, case: Case, rounds: int, ways: list[str] | None = None) -> None:
+    """One line for each way."""
+    ways = ways or ways_of(case)
+    runs = {way: prepared(case, way) for way in ways}
+    times = alternated(runs, rounds=rounds, warm_up=0)
+    del runs
+    spaces = {way: workspace(case, way) for way in ways}
+    for way in ways:
+        table.add(
+            kind=case.kind, vocabulary=case.vocabulary, hidden=case.hidden, dtype=case.dtype,
+            head="trains" if case.trained else "frozen", way=way, seconds=times[way].median,
+            **{"times ours": ratio(times[way].median, times["ours"].median)},
+            workspace_MiB=spaces[way] / MIB,
+            **{"full logits / workspace": ratio(case.full_logits, spaces[way])},
+        )  # fmt: skip
+
+
+def cases(*, everything: bool, quick: bool) -> Iterator[tuple[Case, int, list[str] | None]]:
+    """What is measured, how often, and which ways."""
+    if quick:
+        for kind in KINDS:
+            yield Case(kind, tokens=64, vocabulary=2048, hidden=64), 1, None
+        return
+    if everything:
+        for vocabulary in (49_152, 151_936):
+            for hidden in (576, 2048):
+                for dtype in ("float32", "bfloat16"):
+                    for kind in KINDS:
+                        for trained in (True, False):
+                            yield Case(kind, 2048, vocabulary, hidden, dtype, trained), 3, None
+        return
+    for kind in KINDS:
+        yield Case(kind), 2, None
+    yield Case("reverse_kl", trained=False), 2, None
+    for kind in ("reverse_kl", "jsd"):
+        yield Case(kind, dtype="bfloat16"), 2, None
+    chunked = ["ours", *(["TRL chunked"] if find_spec("trl") else [])]
+    yield Case("reverse_kl", vocabulary=151_936), 1, chunked
+    yield Case("reverse_kl", hidden=2048), 1, chunked
+    yield Case("reverse_kl", vocabulary=151_936, hidden=2048, dtype="bfloat16"), 1, chunked
+
+
+def main() -> None:
+    """Both tables."""
+    options = parser(__doc__)
+    options.add_argument("--all", action="store_true", help="the whole grid (an hour on one core)")
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    if DEVICE == "cpu":
+        print("no CUDA here: the compiled form and Liger's kernel are left out")
+    with reported(args) as tables:
+        tables.append(table := Table("Forward and backward of 2,048 tokens"))
+        for case, rounds, ways in cases(everything=args.all, quick=args.quick):
+            compare(table, case, rounds, ways)
+        table.notes = (
+            "In the run of `--all` alone: other kinds at the larger sizes, and all ways "
+            "there. `times ours` above 1: slower than ours."
+        )
+        tables.append(curve := Table("The curve: reverse KL, 49,152 x 576, float32, trained head"))
+        for tokens in CURVE[:1] if args.quick else CURVE:
+            for way in ("ours", "plain") if tokens <= FULL_FITS else ("ours",):
+                case = Case("reverse_kl", tokens=tokens)
+                seconds = alternated({way: prepared(case, way)}, rounds=1, warm_up=0)[way].median
+                curve.add(
+                    tokens=tokens, way=way, seconds=seconds, workspace_MiB=workspace(case, way) / MIB,
+                    full_logits_MiB=case.full_logits / MIB,
+                )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

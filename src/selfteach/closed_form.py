@@ -1,0 +1,147 @@
+"""A divergence's value and gradient in one pass over logits, without autograd's temporaries.
+
+Each divergence is a sum over entries of terms f(log s), so its gradient in the student's logits is
+``g - s Σg`` with ``g = df / d log s``, a formula short enough to write into the buffers of the
+log-probabilities. Beside both sides' logits at most four buffers of their size are alive.
+
+A bucket b that gathers the entries i of a tail has ``d log b / d z_i = s_i / b - s_i``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Form(NamedTuple):
+    """What to compute; see ``divergence.Divergence`` for the meanings."""
+
+    kind: str
+    beta: float
+    jsd_scaled: bool
+    top_k: int | None
+    top_k_from: str
+    clip: float | None
+    temperature: float
+
+
+class Rows(torch.autograd.Function):
+    """(loss, share clipped, log s(y), log t(y)) per row from logits; ``loss`` has a gradient.
+
+    The log-probabilities of the tokens y are at the form's temperature, in float32 at least.
+    Differentiable once, in the student's logits. Neither side's logits are written to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form
+    ) -> tuple[Tensor, ...]:
+        """Values, and the gradient where one is asked for."""
+        student = _log_softmax(student_logits, form.temperature)
+        teacher = _log_softmax(teacher_logits, form.temperature)
+        logp, teacher_logp = (x.gather(-1, ids[..., None])[..., 0] for x in (student, teacher))
+        needed = ctx.needs_input_grad[0]
+        if form.top_k is None or form.top_k >= student.shape[-1]:
+            loss, clipped, slope, mass = _entries(form, student, teacher)
+            grad = slope.addcmul_(mass, slope.sum(-1, keepdim=True), value=-1) if needed else None
+        else:
+            loss, clipped, grad = _buckets(form, form.top_k, student, teacher, needed=needed)
+        if grad is not None:
+            ctx.save_for_backward(grad if form.temperature == 1 else grad.div_(form.temperature))
+        ctx.mark_non_differentiable(clipped, logp, teacher_logp)
+        ctx.set_materialize_grads(False)
+        return loss, clipped, logp, teacher_logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_loss: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, None, None, None]:
+        """The kept gradient times what each row's loss counts for."""
+        if grad_loss is None:
+            return None, None, None, None
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss[..., None], None, None, None
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """In a buffer of its own, float32 at least."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if temperature == 1:
+        return logits.log_softmax(-1, dtype=dtype)
+    return (logits.to(dtype) / temperature).log_softmax(-1)
+
+
+def _entries(form: Form, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, share clipped, g and mass s (up to a factor that g knows of); overwrites log s, log t.
+
+    g may be short of a multiple of s: the correction takes that out anyway.
+    """
+    clip = form.clip
+    match form.kind:
+        case "forward_kl":
+            terms = _terms(t, s, into=torch.empty_like(t))  # t is now the mass
+            slope, mass = t.neg_(), s.exp_()
+        case "reverse_kl":
+            terms = _terms(s, t, into=t)  # s is now the mass
+            # Unclipped the constant + s of g would only cost digits.
+            slope, mass = (terms if clip is None else terms + s), s
+        case _:
+            terms, slope, mass = _jsd(s, t, form.beta, scaled=form.jsd_scaled)
+    if clip is None:
+        loss = terms.sum(-1)
+        return loss, torch.zeros_like(loss), slope, mass
+    over = terms > clip
+    clipped, loss = over.to(terms.dtype).mean(-1), terms.clamp(max=clip).sum(-1)
+    return loss, clipped, slope.masked_fill_(over, 0.0), mass
+
+
+def _terms(p: Tensor, q: Tensor, *, into: Tensor) -> Tensor:
+    """p log(p/q) from log-probabilities into a buffer, which may be q's; p becomes its mass.
+
+    Where the mass is zero, or too small for the dtype, the term is 0 whatever q is.
+    """
+    torch.sub(p, q, out=into)
+    p.exp_()
+    return into.masked_fill_(p == 0, 0.0).mul_(p)
+
+
+def _jsd(s: Tensor, t: Tensor, beta: float, *, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms, g = (1 - beta) s log(s/m), and the mass s. The mixture's own slope cancels."""
+    mixture = s + (math.log1p(-beta) - math.log(beta))
+    torch.logaddexp(t, mixture, out=mixture).add_(math.log(beta))
+    slope = _terms(s, mixture, into=torch.empty_like(s)).mul_(1 - beta)
+    terms = _terms(t, mixture, into=mixture).mul_(beta).add_(slope)
+    if scaled:
+        factor = 1 / (beta * (1 - beta))
+        terms.mul_(factor)
+        slope.mul_(factor)
+    return terms, slope, s
+
+
+def _buckets(
+    form: Form, k: int, s: Tensor, t: Tensor, *, needed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As ``_entries``, with all but k entries poured into one; and the logits' gradient."""
+    index = (s if form.top_k_from == "student" else t).topk(k, dim=-1).indices
+    student, teacher = _pour(s, index), _pour(t, index)
+    del t
+    log_tail = student[..., -1:].clone()
+    loss, clipped, slope, mass = _entries(form, student, teacher)
+    if not needed:
+        return loss, clipped, None
+    slope = slope.addcmul_(mass, slope.sum(-1, keepdim=True), value=-1)
+    # The tail's part is shared out by s_i / b. An empty tail has nothing to share, -inf - 0.
+    s.sub_(log_tail.masked_fill(log_tail == -math.inf, 0.0)).exp_().mul_(slope[..., -1:])
+    return loss, clipped, s.scatter_(-1, index, slope[..., :-1])
+
+
+def _pour(logp: Tensor, index: Tensor) -> Tensor:
+    """The kept entries and the tail's log-sum; the kept ones are -inf in ``logp`` afterwards."""
+    kept = logp.gather(-1, index)
+    tail = logp.scatter_(-1, index, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept, tail], dim=-1)

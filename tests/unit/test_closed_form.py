@@ -1,0 +1,57 @@
+"""The closed form beside the terms that autograd differentiates: values, gradients, inputs."""
+
+import pytest
+import torch
+from test_divergence import CLIPPED, EXACT, INF, TEMPERED, close, name, noise
+from torch import Tensor
+
+from selfteach.divergence import (
+    Divergence,
+    forward_kl_terms,
+    jsd_terms,
+    log_probs,
+    per_token,
+    reverse_kl_terms,
+    top_k_and_tail,
+)
+
+PLAIN = {"forward_kl": forward_kl_terms, "reverse_kl": reverse_kl_terms, "jsd": jsd_terms}
+
+
+def plainly(spec: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
+    """Each row's divergence from the terms as they are written in a book, for autograd."""
+    student, teacher = (log_probs(x, spec.temperature) for x in (student, teacher))
+    if spec.top_k is not None:
+        student, teacher = top_k_and_tail(student, teacher, spec.top_k, spec.top_k_from)
+    more = {"beta": spec.beta, "scaled": spec.jsd_scaled} if spec.kind == "jsd" else {}
+    terms = PLAIN[spec.kind](student, teacher, **more)
+    return (terms if spec.clip is None else terms.clamp(max=spec.clip)).sum(-1)
+
+
+@pytest.mark.parametrize("spec", EXACT + CLIPPED + TEMPERED, ids=name)
+@pytest.mark.parametrize("absent", [False, True], ids=["", "-inf"])
+def test_the_closed_form_is_the_plain_one_in_value_and_gradient(spec, absent) -> None:
+    student, teacher = 3 * noise(2, 6, 11)
+    weights, ids = noise(6, seed=1), torch.arange(6)
+    if absent:  # an entry that neither side has, and one that one side lacks where that is finite
+        student[:, 9], teacher[:, 9] = -INF, -INF
+        (student if spec.kind == "reverse_kl" else teacher)[:, 8] = -INF
+    own = [student.clone().requires_grad_() for _ in range(2)]
+    got, want = per_token(spec, own[0], teacher, ids).loss, plainly(spec, own[1], teacher)
+    close(got, want.detach(), rtol=1e-12, atol=1e-14)
+    grads = [
+        torch.autograd.grad((weights * loss).sum(), x)[0]
+        for loss, x in zip((got, want), own, strict=True)
+    ]
+    close(grads[0], grads[1], rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("spec", EXACT + CLIPPED, ids=name)
+def test_logits_are_left_as_they_are_and_differentiate_twice_alike(spec) -> None:
+    student, teacher = noise(2, 3, 7)
+    student.requires_grad_()
+    kept = student.detach().clone(), teacher.clone()
+    loss = per_token(spec, student, teacher, torch.zeros(3, dtype=torch.long)).loss.sum()
+    first, again = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(student, kept[0]) and torch.equal(teacher, kept[1])
+    assert torch.equal(first, again)
