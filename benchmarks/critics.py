@@ -237,8 +237,8 @@ def main() -> None:
         table.notes = (
             f"Up to {TOKENS} tokens a reply. `speed_up` and `same_text` against the first way of its "
             "kind (one by one; plain vLLM). Prompt lookup takes one row at a time in transformers, so "
-            f"it and batches exclude each other. Price assumed: {PRICE[0]} and {PRICE[1]} $ per million "
-            "tokens sent and written; a critique is one lesson. vLLM takes all requests at once and "
+            f"it and batches exclude each other. Price assumed: {PRICE[0]} and {PRICE[1]} $ per "
+            "million tokens sent and written; a critique is one lesson. vLLM takes all requests at once and "
             "keeps prefixes."
         )
 
