@@ -25,17 +25,16 @@ from typing import Any
 import torch
 from harness import Table, parser, ratio, reported
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import vllm_server
-from selfteach.build import build  # noqa: E402
-from selfteach.build_critic import Solver, build_critic  # noqa: E402
-from selfteach.config import Recipe  # noqa: E402
-from selfteach.critics.chat import ChatModel, Reply, Request  # noqa: E402
-from selfteach.critics.text import TextCritic  # noqa: E402
-from selfteach.settings import validate  # noqa: E402
-from selfteach.types import Sampling  # noqa: E402
+from selfteach.build import build
+from selfteach.build_critic import Solver, build_critic
+from selfteach.config import Recipe
+from selfteach.critics.chat import ChatModel, Reply, Request
+from selfteach.critics.text import TextCritic
+from selfteach.settings import validate
+from selfteach.types import Sampling
 
 HOLISTIC = "In a few sentences of your own, say what is good and what is wrong in this solution:"
 TOKENS, GUESS, BATCH = 64, 10, 8
@@ -238,8 +237,8 @@ def main() -> None:
             f"Up to {TOKENS} tokens a reply. `speed_up` and `same_text` against the first way of its "
             "kind (one by one; plain vLLM). Prompt lookup takes one row at a time in transformers, so "
             f"it and batches exclude each other. Price assumed: {PRICE[0]} and {PRICE[1]} $ per "
-            "million tokens sent and written; a critique is one lesson. vLLM takes all requests at once and "
-            "keeps prefixes."
+            "million tokens sent and written; a critique is one lesson. vLLM takes all requests at "
+            "once and keeps prefixes."
         )
 
 
