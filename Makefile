@@ -50,7 +50,7 @@ lab-controls: $(READY) ## every context at equal budget
 # What in the feedback matters: bases that have been shown every context, then a study per part.
 DIAL := experiments/what_in_the_feedback_matters
 DIAL_PARTS := dial contexts pull critic_errors worlds worlds_swept dial_base_1 dial_world_1 loss budget
-DIAL_BASES := rho_0.00 rho_0.25 rho_0.50 rho_0.75 rho_1.00 base_1 world_1 world_2
+DIAL_BASES := rho_0.00 rho_0.50 rho_1.00 base_1 world_1 world_2
 $(RUNS)/bases/rho_%/README.md: $(READY)
 	$(BIN)/python -m selfteach.lab.pretrain --world two_styles --documents dial --pull $* --out $(@D)
 $(RUNS)/bases/base_%/README.md: $(READY)
