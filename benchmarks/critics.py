@@ -6,8 +6,9 @@ SmolLM2-135M marks its own wrong answers to chain sums, greedily: asked with the
 to write the answer out again with its error corrected (step_aligned), and asked to say in its own words
 what is wrong (holistic). In this process one by one, in batches, and one by one with guesses from the
 prompt; then behind vLLM's CPU build, plain and with n-gram speculation, where that is installed. Asked
-a second time, every reply comes from the store. ``per pass``: tokens of a reply per pass of the model
-(of vLLM as its counters say).
+a second time, every reply comes from the store. ``per pass``: tokens that a pass adds to one reply
+(vLLM's from its count of accepted guesses). ``usable``: replies that the project's reader takes as a
+critique; a holistic reply has no reader.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from selfteach.config import Recipe
 from selfteach.critics.chat import ChatModel, Reply, Request
 from selfteach.critics.text import TextCritic
 from selfteach.settings import validate
-from selfteach.types import Sampling
+from selfteach.types import Critique, Sampling
 
 HOLISTIC = "In a few sentences of your own, say what is good and what is wrong in this solution:"
 TOKENS, GUESS, BATCH = 64, 10, 8
@@ -61,9 +62,9 @@ class Asked:
         parts, task = self.built.parts, self.built.task
         rollouts = parts.engine.generate(task.problems("train"), Sampling(2, 1.0, 48, 0))
         judged = [(r, parts.verify(r.problem, r.text)) for r in rollouts]
-        wrong = [pair for pair in judged if not pair[1].correct][:answers]
+        wrong = self.wrong = [pair for pair in judged if not pair[1].correct][:answers]
         self.place = tempfile.TemporaryDirectory()
-        critic = self.critic({"type": "local", **WEIGHTS})
+        critic = self.reads = self.critic({"type": "local", **WEIGHTS})
         self.requests = {
             "step_aligned": [critic._request(*pair, 0) for pair in wrong],
             "holistic": [
@@ -71,6 +72,15 @@ class Asked:
                 for pair in wrong
             ],
         }
+
+    def usable(self, kind: str, replies: Sequence[Reply]) -> float | None:
+        """Share of the replies that are critiques to the project's reader."""
+        if kind != "step_aligned":
+            return None
+        read = [
+            self.reads._read(reply, *pair) for reply, pair in zip(replies, self.wrong, strict=True)
+        ]
+        return sum(isinstance(said, Critique) for said in read) / len(read)
 
     def critic(self, config: dict[str, Any]) -> TextCritic:
         """As a recipe builds it."""
@@ -108,37 +118,36 @@ def counted(model: Any) -> Callable[[], int]:
     return look
 
 
-def served_passes(address: str) -> Callable[[], float]:
-    """Drafts that vLLM has checked, and what of them it kept, as tokens per pass of a row."""
-    before = {"drafts": 0.0, "accepted": 0.0}
+def served_guesses(address: str) -> Callable[[], float]:
+    """Guesses that vLLM has accepted since the last look."""
+    before = [0.0]
 
     def look() -> float:
         with urllib.request.urlopen(f"{address}/metrics", timeout=30) as response:
             text = response.read().decode()
-        now = {
-            name: sum(
-                float(x)
-                for x in re.findall(rf"^vllm:spec_decode_num_{what}_total\S* (\S+)$", text, re.M)
-            )
-            for name, what in (("drafts", "drafts"), ("accepted", "accepted_tokens"))
-        }
-        drafts, accepted = (now[n] - before[n] for n in ("drafts", "accepted"))
-        before.update(now)
-        return 1 + accepted / drafts if drafts else 1.0
+        counted = re.findall(
+            r"^vllm:spec_decode_num_accepted_tokens_total\S* (\S+)$", text, re.MULTILINE
+        )
+        now = sum(map(float, counted))
+        accepted, before[0] = now - before[0], now
+        return accepted
 
     return look
 
 
 def ask(model: ChatModel, requests: Sequence[Request]) -> tuple[list[Reply], float]:
-    """The replies and the seconds they took."""
+    """The replies and the seconds they took. Raises RuntimeError if one is missing."""
     began = time.perf_counter()
     replies = model.complete(requests, lambda index, reply: None)
     seconds = time.perf_counter() - began
-    return [reply for reply in replies if isinstance(reply, Reply)], seconds
+    said = [reply for reply in replies if isinstance(reply, Reply)]
+    if len(said) < len(replies):
+        raise RuntimeError(f"{len(replies) - len(said)} of {len(replies)} requests have no reply")
+    return said, seconds
 
 
 def line(
-    table: Table, kind: str, way: str, replies: list[Reply], seconds: float,
+    table: Table, asked: Asked, kind: str, way: str, replies: list[Reply], seconds: float,
     first: tuple[list[Reply], float] | None, per_pass: float | None,
 ) -> None:  # fmt: skip
     """One row; ``first`` is what it is compared with."""
@@ -151,8 +160,9 @@ def line(
         asked_for=kind, way=way, replies=len(replies), seconds=seconds,
         **{"tokens/s": written * len(replies) / seconds, "per pass": per_pass},
         speed_up=ratio(first[1], seconds) if first else 1.0, same_text=same,
-        sent=sent, written=written,
-        **{"$ per 1,000": (sent * PRICE[0] + written * PRICE[1]) / 1000},
+        sent=sent, written=written, usable=(usable := asked.usable(kind, replies)),
+        **{"$ per 1,000 replies": (cost := (sent * PRICE[0] + written * PRICE[1]) / 1000)},
+        **{"$ per 1,000 lessons": cost / usable if usable else None},
     )  # fmt: skip
 
 
@@ -169,8 +179,12 @@ def here(table: Table, asked: Asked) -> None:
             ask(model, requests[:1])  # the first pass is slower
             look = counted(model)
             replies, seconds = ask(model, requests)
-            tokens = sum(reply.completion_tokens for reply in replies)
-            line(table, kind, way, replies, seconds, first, tokens / look())
+            tokens, passes = sum(reply.completion_tokens for reply in replies), look()
+            alone = settings.get("batch") != BATCH
+            line(
+                table, asked, kind, way, replies, seconds, first,
+                tokens / passes if alone else 1.0,
+            )  # fmt: skip
             first = first or (replies, seconds)
     stored(table, asked)
 
@@ -187,7 +201,7 @@ def stored(table: Table, asked: Asked) -> None:
     said = [reply for reply, _ in replies if isinstance(reply, Reply)]
     table.add(
         asked_for="step_aligned", way="again, from the store", replies=len(said), seconds=seconds,
-        **{"$ per 1,000": 0.0},
+        **{"$ per 1,000 replies": 0.0},
     )  # fmt: skip
 
 
@@ -202,15 +216,21 @@ def served(asked: Asked, flags: Sequence[str]) -> Iterator[tuple[ChatModel, str]
 def behind_vllm(table: Table, asked: Asked) -> None:
     """Served, plain and with n-gram speculation."""
     first: dict[str, tuple[list[Reply], float]] = {}
-    for way, flags in (("vLLM", ()), ("vLLM, n-gram", ("--speculative-config", NGRAM))):
+    ways: dict[str, tuple[str, ...]] = {
+        "vLLM": (), "vLLM, prefixes not kept": ("--no-enable-prefix-caching",),
+        "vLLM, n-gram": ("--speculative-config", NGRAM),
+    }  # fmt: skip
+    for way, flags in ways.items():
         try:
             with served(asked, flags) as (model, address):
-                look = served_passes(address)
+                look = served_guesses(address)
                 for kind, requests in asked.requests.items():
                     ask(model, requests[:1])
                     look()
                     replies, seconds = ask(model, requests)
-                    line(table, kind, way, replies, seconds, first.get(kind), look())
+                    written = sum(reply.completion_tokens for reply in replies)
+                    per_pass = written / (written - min(look(), written - 1))
+                    line(table, asked, kind, way, replies, seconds, first.get(kind), per_pass)
                     first.setdefault(kind, (replies, seconds))
         except RuntimeError as error:
             print(f"{way}: {error}")
@@ -237,8 +257,9 @@ def main() -> None:
             f"Up to {TOKENS} tokens a reply. `speed_up` and `same_text` against the first way of its "
             "kind (one by one; plain vLLM). Prompt lookup takes one row at a time in transformers, so "
             f"it and batches exclude each other. Price assumed: {PRICE[0]} and {PRICE[1]} $ per "
-            "million tokens sent and written; a critique is one lesson. vLLM takes all requests at "
-            "once and keeps prefixes."
+            "million tokens sent and written. vLLM takes all requests at once. There is no project prompt "
+            "for holistic critiques: that one is made here, without examples, so `sent` differs by the "
+            "prompt as well as by the format. One round: each reply is long."
         )
 
 

@@ -6,8 +6,7 @@ The lab's solver learns; its critic is a real HTTP server on the loopback that k
 and takes ``--latency`` seconds over each request, however many there are. Sequential and overlapped
 runs alternate in one process. Prints seconds per step (the first ``staleness + 1`` left out), what each
 phase was busy, and the step's time as a share of the sequential run's longest phase and of the sum of
-its phases. ``busy`` marking of an overlapped run holds waiting for a place at the server, whose places
-are one step's answers. Answers differ between settings, and so does how often the critic is asked.
+its phases. Answers differ between settings, and so does how often the critic is asked.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import ParamSpec, Protocol, TypeVar, runtime_checkable
 
@@ -61,13 +62,32 @@ Span = tuple[float, float]
 """When something began and ended, in seconds of a clock that only goes forward."""
 
 
+_at_work: ContextVar[list[Span] | None] = ContextVar("at_work", default=None)
+
+
 def timed(function: Callable[P, T], spans: list[Span], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """A call whose span is added to a list (which is safe from any thread)."""
-    began = time.monotonic()
+    """A call whose span is added to a list (which is safe from any thread).
+
+    If the call says when it is `at_work`, those spans are added instead: the rest was waiting.
+    """
+    own: list[Span] = []
+    began, outer = time.monotonic(), _at_work.set(own)
     try:
         return function(*args, **kwargs)
     finally:
-        spans.append((began, time.monotonic()))
+        _at_work.reset(outer)
+        spans.extend(own or [(began, time.monotonic())])
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """A stretch of a `timed` call in which something is done for it, in whatever thread."""
+    spans, began = _at_work.get(), time.monotonic()
+    try:
+        yield
+    finally:
+        if spans is not None:
+            spans.append((began, time.monotonic()))
 
 
 def covered(spans: Iterable[Span]) -> float:

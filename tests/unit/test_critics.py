@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import re
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripted_server import Server, cuts, raw, refuses, says, serving, stalls, trickles
 from selfteach import steps, verifiers
+from selfteach.background import Span, later, timed
 from selfteach.control_tokens import Spellings
 from selfteach.critics.chat import Keep, NoReply, Reply, Request, key_of
 from selfteach.critics.endpoint import Endpoint, EndpointModel
@@ -380,3 +383,25 @@ def test_a_reply_without_end_is_not_read_to_the_end(store: Path) -> None:
         while server.at_once and time.monotonic() < deadline:
             time.sleep(0.01)
     assert len(sent) < 50 and len(server.asked) == 1
+
+
+def test_waiting_for_a_place_at_the_server_is_not_work(tmp_path: Path) -> None:
+    """Two batches at once and one place: their spans of work stand one after the other."""
+
+    def slow(handler: Any, body: dict[str, Any]) -> None:
+        time.sleep(0.05)
+        says(RIGHT)(handler, body)
+
+    spans: list[list[Span]] = [[], []]
+    with serving(slow) as server, later(2) as soon:
+        model = EndpointModel(Endpoint(base_url=server.url, model="m", concurrency=1))
+        requests = [[request(f"{batch} {i}") for i in range(2)] for batch in "ab"]
+        waiting = [
+            soon(timed, model.complete, own, asked, lambda index, reply: None)
+            for own, asked in zip(spans, requests, strict=True)
+        ]
+        for wait in waiting:
+            assert all(isinstance(reply, Reply) for reply in wait())
+    assert [len(own) for own in spans] == [2, 2]
+    in_order = sorted(spans[0] + spans[1])
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(in_order))

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import openai
 from aiolimiter import AsyncLimiter
 
+from selfteach.background import at_work
 from selfteach.critics.chat import Keep, NoReply, Reply, Request, as_dicts
 from selfteach.errors import CriticError
 
@@ -91,7 +92,8 @@ class EndpointModel:
     async def _complete(self, requests: Sequence[Request], keep: Keep) -> list[Reply | NoReply]:
         async def one(index: int, request: Request) -> Reply | NoReply:
             async with self._slots, self._pace or contextlib.nullcontext():
-                reply = await self._ask(request)
+                with at_work():  # not while others hold all places
+                    reply = await self._ask(request)
                 if isinstance(reply, Reply):  # on disk before the next request is sent
                     await asyncio.to_thread(keep, index, reply)
             return reply
