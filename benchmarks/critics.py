@@ -258,8 +258,8 @@ def main() -> None:
             "kind (one by one; plain vLLM). Prompt lookup takes one row at a time in transformers, so "
             f"it and batches exclude each other. Price assumed: {PRICE[0]} and {PRICE[1]} $ per "
             "million tokens sent and written. vLLM takes all requests at once. There is no project "
-            "prompt for holistic critiques: that one is made here, without examples, so `sent` differs by the "
-            "prompt as well as by the format. One round: each reply is long."
+            "prompt for holistic critiques: that one is made here, without examples, so `sent` differs "
+            "by the prompt as well as by the format. One round: each reply is long."
         )
 
 
