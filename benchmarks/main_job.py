@@ -52,18 +52,19 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--before", default=STARTED, help="an earlier commit to compare with")
     options.add_argument("--no-whole", action="store_true", help="leave out the whole study")
+    options.add_argument("--keep", type=Path, help="a new folder for the whole study, which stays")
     args = options.parse_args()
     torch.set_num_threads(1)
     with reported(args) as tables:
         tables.append(phases := Table("Seconds per step of the main setting, one thread"))
-        by_phase(phases, args.before, rounds=1 if args.quick else 3, steps=3 if args.quick else 20)
+        by_phase(phases, args.before, rounds=1 if args.quick else 2, steps=3 if args.quick else 20)
         tables.append(
             growth := Table("How the phases of a step grow (seconds per step, lab model)")
         )
         scaling(growth, steps=2 if args.quick else 6, quick=args.quick)
         if not (args.no_whole or args.quick):
             tables.append(whole := Table("The whole study of `make lab`, two processes"))
-            whole_study(whole)
+            whole_study(whole, args.keep)
 
 
 def by_phase(table: Table, before: str, *, rounds: int, steps: int) -> None:
@@ -139,10 +140,10 @@ def tree_of(commit: str) -> Iterator[Path | None]:
         yield Path(place)
 
 
-def whole_study(table: Table) -> None:
-    """`make lab` from the command to the report."""
+def whole_study(table: Table, keep: Path | None) -> None:
+    """`make lab` from the command to the report, in a folder that is thrown away unless it is named."""
     with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "study"
+        out = (keep or Path(place) / "study").absolute()
         command = [sys.executable, "-m", "selfteach", "study", str(LAB), "--out", str(out)]
         environ = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
         began = time.monotonic()

@@ -3,7 +3,7 @@
     python benchmarks/run.py [--only NAME ...] [--quick] [--date 2026-11-25]
 
 Each runs in a process of its own with the interpreter of the environment it needs (see BENCHMARKS).
-A benchmark that is not run keeps the tables of the newest results file.
+A benchmark that is not run keeps the tables of the newest results file. Other options are the scripts'.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=BENCHMARKS, default=list(BENCHMARKS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--date", default=datetime.date.today().isoformat())
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     path = HERE / "results" / f"{args.date}.json"
     results = newest() if not path.exists() else json.loads(path.read_text())
     failed = []
     for name in args.only:
         print(f"== {name}", flush=True)
-        said = run(name, quick=args.quick)
+        said = run(name, more, quick=args.quick)
         if said is None:
             failed.append(name)
         elif not args.quick:
@@ -67,13 +67,13 @@ def newest() -> dict[str, Any]:
     return json.loads(earlier[-1].read_text()) if earlier else {}
 
 
-def run(name: str, *, quick: bool) -> dict[str, Any] | None:
+def run(name: str, more: list[str], *, quick: bool) -> dict[str, Any] | None:
     """One benchmark's tables, or None if it failed."""
     environment, arguments = BENCHMARKS[name]
     python = ROOT / environment / "bin" / "python"
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "tables.json"
-        command = [str(python), str(HERE / f"{name}.py"), "--json", str(out), *arguments]
+        command = [str(python), str(HERE / f"{name}.py"), "--json", str(out), *arguments, *more]
         command += ["--quick"] if quick else []
         environ = {"OMP_NUM_THREADS": "1", **os.environ}
         done = subprocess.run(command, cwd=ROOT, env=environ, check=False)
