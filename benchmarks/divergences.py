@@ -232,20 +232,23 @@ def workspace(case: Case, way: str) -> int:
     return max(0, peak_bytes(prepared, case, way) - item * gradients)
 
 
-def compare(table: Table, case: Case, rounds: int, ways: list[str] | None = None) -> None:
-    """One line for each way."""
+def compare(
+    table: Table, case: Case, rounds: int, ways: list[str] | None = None, *, space: bool = True
+) -> None:
+    """One line for each way; ``space``: measure workspace too, in a process for each."""
     ways = ways or ways_of(case)
     runs = {way: prepared(case, way) for way in ways}
     times = alternated(runs, rounds=rounds, warm_up=0)
     del runs
-    spaces = {way: workspace(case, way) for way in ways}
+    spaces = {way: workspace(case, way) if space else None for way in ways}
     for way in ways:
         table.add(
             kind=case.kind, vocabulary=case.vocabulary, hidden=case.hidden, dtype=case.dtype,
             head="trains" if case.trained else "frozen", way=way, seconds=times[way].median,
             **{"times ours": ratio(times[way].median, times["ours"].median)},
-            workspace_MiB=spaces[way] / MIB,
+            workspace_MiB=ratio(spaces[way], MIB),
             **{"full logits / workspace": ratio(case.full_logits, spaces[way])},
+            **{"workspace / ours": ratio(spaces[way], spaces["ours"])},
         )  # fmt: skip
 
 
@@ -285,15 +288,15 @@ def main() -> None:
     with reported(args) as tables:
         tables.append(table := Table("Forward and backward of 2,048 tokens"))
         for case, rounds, ways in cases(everything=args.all, quick=args.quick):
-            compare(table, case, rounds, ways)
+            compare(table, case, rounds, ways, space=not args.quick)
         table.notes = (
             "In the run of `--all` alone: other kinds at the larger sizes, and all ways "
             "there. `times ours` above 1: slower than ours."
         )
         tables.append(curve := Table("The curve: reverse KL, 49,152 x 576, float32, trained head"))
         for tokens in CURVE[:1] if args.quick else CURVE:
-            for way in ("ours", "plain") if tokens <= FULL_FITS else ("ours",):
-                case = Case("reverse_kl", tokens=tokens)
+            for way in ("ours", "plain") if tokens <= FULL_FITS and not args.quick else ("ours",):
+                case = Case("reverse_kl", tokens, vocabulary=2048 if args.quick else 49_152)
                 seconds = alternated({way: prepared(case, way)}, rounds=1, warm_up=0)[way].median
                 curve.add(
                     tokens=tokens, way=way, seconds=seconds, workspace_MiB=workspace(case, way) / MIB,
