@@ -327,9 +327,10 @@ def main() -> None:
                 continue
             if model != "lab":
                 vllm_server.save_model(print)
-            for kind in KINDS:
+            for kind in KINDS if model == "lab" else ("full", "grpo"):
                 rounds = 1 if args.quick else args.rounds if model == "lab" else 2
-                compare(table, model, kind, rounds, memory=not args.quick)
+                memory = not args.quick and (model == "lab" or kind == "full")
+                compare(table, model, kind, rounds, memory=memory)
         table.notes = (
             "`teacher`: its passes; TRL's hold the head and the full logits, ours make logits later, "
             "chunk by chunk, in `rest`. `times ours` above 1: slower than ours. Peak: beyond model and "
