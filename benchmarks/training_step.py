@@ -3,9 +3,11 @@
     python benchmarks/training_step.py [--json FILE]          (in .venv-bench)
 
 TRL's own `train()` takes its steps; after each, ours takes one. TRL generates as it does (timed), and
-then both learn from the answers that ours has sampled; the self-teacher's prompts are ours, too. GRPO
-rewards answers by a coin, so that every answer counts. What differs is left as each ships it: TRL's
-reward, logging and padding on one side, verdicts, critiques and metrics on the other.
+then both learn from the answers that ours has sampled; the self-teacher's prompts are ours, too. With
+GRPO each learns from its own answers, and rewards are a coin's, so that nearly every answer counts.
+What differs is left as each ships it: TRL's rewards and padding on one side, verdicts, critiques and
+metrics on the other. The self-teacher is shown the reference, which all answers to a question share,
+or (`full, critique`) a critique of each answer, which they do not.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
@@ -42,8 +45,11 @@ from selfteach.config import Recipe
 from selfteach.settings import merge, validate
 from selfteach.types import Lesson, Verdict
 
-PHASES = ("sampling", "teacher", "optimizer")
-"""Timed where they happen; the rest of a step is the student's passes, the loss and what is around."""
+PHASES = ("sampling", "teacher", "student", "optimizer")
+"""Timed where they happen, each without what another one takes inside it: an engine's answers; the
+teacher's passes; the student's passes, both heads' logits and the loss, forward and backward; clipping
+and the update. The rest of a step is what is around: verdicts, contexts, batches, metrics."""
+BF16: dict[str, Any] = {"model": {"autocast": "bfloat16"}}
 
 MODELS: dict[str, dict[str, Any]] = {
     "lab": {
@@ -63,8 +69,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+REFERENCE = {"context": {"type": "reference"}}
+CRITIQUE = {"context": {"type": "step_aligned"}, "critic": {"type": "oracle"}}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full": ({"divergence": "reverse_kl"}, {"distillation_mode": "full_logits"}),
+    "full, critique": ({"divergence": "reverse_kl"}, {"distillation_mode": "full_logits"}),
     "top-K": (
         {"divergence": "reverse_kl", "support": "top_k", "top_k": 20},
         {"distillation_mode": "topk_logits", "distillation_topk": 20, "distillation_add_tail": True},
@@ -83,15 +92,19 @@ class Clock:
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self._now: dict[str, float] = {}
+        self._inner = 0.0
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Seconds spent inside are this phase's."""
+        """Seconds spent inside are this phase's, but for those of a phase inside it."""
+        before, self._inner = self._inner, 0.0
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._now[phase] = self._now.get(phase, 0.0) + time.perf_counter() - began
+            spent = time.perf_counter() - began
+            self._now[phase] = self._now.get(phase, 0.0) + spent - self._inner
+            self._inner = before + spent
 
     def around(self, phase: str, function: Callable) -> Callable:
         """The same function, timed."""
@@ -117,10 +130,10 @@ class Clock:
 class Ours:
     """Our step on its own copy of the model."""
 
-    def __init__(self, model: str, kind: str, clock: Clock, **changes: Any) -> None:
+    def __init__(self, model: str, kind: str, clock: Clock, changes: Any = None) -> None:
         objective = KINDS[kind][0]
-        context = {} if kind == "grpo" else {"context": {"type": "reference"}}
-        values = merge(MODELS[model], {"objective": objective, **context, **changes})
+        context = {"grpo": {}, "full, critique": CRITIQUE}.get(kind, REFERENCE)
+        values = merge(merge(MODELS[model], {"objective": objective, **context}), changes or {})
         self.built: Built = build(validate(Recipe, values, where="benchmark"))
         self.clock, self.taken = clock, 0
         parts = self.built.parts
@@ -147,7 +160,9 @@ class Ours:
 
     def learn(self, lessons: list[Lesson]) -> None:
         """What `step.take_in` does after teaching."""
-        {**step.describe(lessons), **step.learn(self.parts, lessons)}
+        backward = self.clock.around("student", step._backward)
+        with mock.patch.object(step, "_backward", backward):
+            {**step.describe(lessons), **step.learn(self.parts, lessons)}
         self.parts.engine.load_weights(
             self.parts.policy.trainable.items(), self.parts.policy.version
         )
@@ -167,6 +182,7 @@ class Theirs:
 
         self.clock, self.ours, self.kind = clock, ours, kind
         self.lessons: list[Lesson] = []
+        self.others: list[Ours] = []
         parts = ours.built.parts
         rows = MODELS[model]["train"]
         batch = rows["problems_per_step"] * rows["answers_per_problem"]
@@ -203,6 +219,10 @@ class Theirs:
 
     def _patch(self) -> None:
         trainer, clock = self.trainer, self.clock
+        trainer.compute_loss = clock.around("student", trainer.compute_loss)
+        accelerator = trainer.accelerator
+        accelerator.backward = clock.around("student", accelerator.backward)
+        accelerator.clip_grad_norm_ = clock.around("optimizer", accelerator.clip_grad_norm_)
         if self.kind == "grpo":
             trainer._generate = clock.around("sampling", trainer._generate)
         else:
@@ -247,8 +267,8 @@ def rewards(completions: list, **_: Any) -> list[float]:
 class _Steps(TrainerCallback):
     """Times TRL's steps, and takes ours between them."""
 
-    def __init__(self, theirs: Theirs, between: Callable[[], None] | None = None) -> None:
-        self.theirs, self.between = theirs, between
+    def __init__(self, theirs: Theirs) -> None:
+        self.theirs = theirs
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         ours = self.theirs.ours
@@ -263,7 +283,8 @@ class _Steps(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._optimizer is not None:
-            self.theirs.clock._now["optimizer"] = time.perf_counter() - self._optimizer
+            now = self.theirs.clock._now
+            now["optimizer"] = now.get("optimizer", 0.0) + time.perf_counter() - self._optimizer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         theirs, ours = self.theirs, self.theirs.ours
@@ -273,22 +294,32 @@ class _Steps(TrainerCallback):
         ours.learn(theirs.lessons)
         ours.clock._now["step"] = ours.clock._now.pop("_sampled") + time.perf_counter() - began
         ours.clock.end()
+        for other in theirs.others:
+            began = time.perf_counter()
+            other.learn(other.sample())
+            other.clock._now["step"] = time.perf_counter() - began
+            other.clock.end()
 
 
-def our_step(model: str, kind: str) -> Callable[[], object]:
-    """One step of ours after another, for its memory."""
+def our_steps(model: str, kind: str, changes: dict[str, Any]) -> Callable[[], object]:
+    """Two of our steps from the beginning, for their memory."""
+    ours = Ours(model, kind, Clock(), changes)
+
+    def run() -> None:
+        for _ in range(2):
+            ours.learn(ours.sample())
+
+    return run
+
+
+def their_steps(model: str, kind: str, _: object) -> Callable[[], object]:
+    """Two of TRL's steps from the beginning, with answers and contexts that are there already."""
+    warnings.simplefilter("ignore")
     ours = Ours(model, kind, Clock())
-    ours.learn(ours.sample())
-    return lambda: ours.learn(ours.sample())
-
-
-def their_step(model: str, kind: str) -> Callable[[], object]:
-    """Two of TRL's steps (its second holds the optimizer's state from the first)."""
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = Theirs(model, kind, Clock(), Ours(model, kind, Clock()), steps=2)
-    theirs.ours.learn = lambda lessons: None  # type: ignore[method-assign]
+    theirs = Theirs(model, kind, Clock(), ours, steps=2)
+    lessons = ours.sample()
+    ours.sample = lambda: lessons  # type: ignore[method-assign]
+    ours.learn = lambda lessons: None  # type: ignore[method-assign]
     return theirs.trainer.train
 
 
@@ -297,10 +328,15 @@ def compare(table: Table, model: str, kind: str, rounds: int, *, memory: bool) -
     clocks = {"ours": Clock(), "TRL": Clock()}
     ours = Ours(model, kind, clocks["ours"])
     theirs = Theirs(model, kind, clocks["TRL"], ours, steps=rounds + 1)
+    if kind == "full":
+        clocks["ours, bf16"] = Clock()
+        theirs.others.append(Ours(model, kind, clocks["ours, bf16"], BF16))
     theirs.trainer.train()
     said = {who: clock.medians() for who, clock in clocks.items()}
-    peaks = {"ours": our_step, "TRL": their_step} if memory else {}
-    spaces = {who: peak_bytes(prepare, model, kind) / MIB for who, prepare in peaks.items()}
+    spaces: dict[str, float] = {}
+    for who in clocks if memory else ():
+        steps, changes = their_steps if who == "TRL" else our_steps, BF16 if "bf16" in who else {}
+        spaces[who] = peak_bytes(steps, model, kind, changes) / MIB
     for who, row in said.items():
         rest = row["step"] - sum(row.get(phase, 0.0) for phase in PHASES)
         table.add(
@@ -332,9 +368,11 @@ def main() -> None:
                 memory = not args.quick and (model == "lab" or kind == "full")
                 compare(table, model, kind, rounds, memory=memory)
         table.notes = (
-            "`teacher`: its passes; TRL's hold the head and the full logits, ours make logits later, "
-            "chunk by chunk, in `rest`. `times ours` above 1: slower than ours. Peak: beyond model and "
-            "data; TRL's is that of two steps, the first of which makes the optimizer's state."
+            "`times ours` above 1: slower than ours. `teacher`: its passes; TRL's hold the head and "
+            "the full logits, ours make logits later, chunk by chunk, in `student`. `rest`: rewards or "
+            "verdicts, contexts, batches, metrics. bf16: autocast; TRL was run in float32 only. Peak "
+            "of two steps from the beginning, beyond model and teacher: with gradients and moments. "
+            "SmolLM2's prompts begin with the same worked examples, which ours runs once."
         )
 
 
