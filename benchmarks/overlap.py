@@ -12,7 +12,6 @@ its phases. Answers differ between settings, and so does how often the critic is
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 import time
@@ -21,30 +20,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from scripted_critic import criticises
 from scripted_server import Server, says, serving
 from selfteach.config import Recipe
-from selfteach.lab import oracle
-from selfteach.lab.worlds import BASES, world_of
 from selfteach.run_folder import RunFolder
 from selfteach.settings import validate
 from selfteach.train import run_to_end
 
-WORLD = world_of(BASES / "two_styles")
 SETTINGS = ((0, False), (1, False), (2, False), (2, True))
 """Staleness, and whether the engine has weights of its own."""
-
-
-def criticises(body: dict[str, Any]) -> str:
-    """What the lab's oracle says of the answer in a request."""
-    asked = body["messages"][-1]["content"]
-    question, answer = (
-        re.search(rf"=+ {name} BEGINS =+\n(.*?)\n=+ {name} ENDS", asked, re.DOTALL)
-        for name in ("PROBLEM", "ATTEMPT")
-    )
-    assert question and answer
-    finished = "cut off" not in asked
-    said = oracle.criticise(WORLD, question[1].split(), answer[1], finished=finished)
-    return "\n".join([*(step.text for step in said.steps), f"# {said.answer}"])
 
 
 def recipe(server: Server, folder: Path, args: argparse.Namespace, setting: tuple) -> Recipe:

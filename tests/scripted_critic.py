@@ -8,6 +8,8 @@ from typing import Any
 from selfteach.lab import oracle
 from selfteach.lab.worlds import BASES, world_of
 
+WORLD = world_of(BASES / "two_styles")
+
 
 def between(name: str, text: str) -> str:
     found = re.search(rf"=+ {name} BEGINS =+\n(.*?)\n=+ {name} ENDS", text, re.DOTALL)
@@ -19,7 +21,5 @@ def criticises(body: dict[str, Any]) -> str:
     """What the lab's oracle says, as text."""
     asked = body["messages"][-1]["content"]
     question, answer = between("PROBLEM", asked).split(), between("ATTEMPT", asked)
-    said = oracle.criticise(
-        world_of(BASES / "two_styles"), question, answer, finished="cut off" not in asked
-    )
+    said = oracle.criticise(WORLD, question, answer, finished="cut off" not in asked)
     return "\n".join([*(step.text for step in said.steps), f"# {said.answer}"])

@@ -37,7 +37,9 @@ def branches(
 ) -> Branches | None:
     """The sequences behind their first ``shared`` tokens as rows with branches; None if none pays.
 
-    An answer's last token is left out: its state predicts nothing that is read.
+    ``prompts`` and ``answers`` are B lists of ids; the result has R rows of W places and N places that
+    predict, one for each of the answers' tokens in order. An answer's last token is left out: its state
+    predicts nothing that is read.
     """
     read = [(*p[shared:], *a[:-1]) for p, a in zip(prompts, answers, strict=True)]
     paths, trees, widths = _grow(read)
@@ -49,9 +51,8 @@ def branches(
     positions_RW = torch.full((rows, width), shared)
     sees_RWK = torch.zeros(rows, width, shared + width, dtype=torch.bool)
     sees_RWK[:, :, :shared] = True
-    sees_RWK[:, range(width), range(shared, shared + width)] = (
-        True  # padding, too, must see a token
-    )
+    # Padding sees itself: a token that sees none has no state.
+    sees_RWK[:, range(width), range(shared, shared + width)] = True
     rows_of, columns = list[Tensor](), list[Tensor]()
     for tokens, path, tree, answer in zip(read, paths, trees, answers, strict=True):
         row, start = starts[tree]
@@ -121,9 +122,8 @@ def understood_by(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) or kinds != {"full_attention"}
-    known = {"attention_mask", "position_ids"} <= inspect.signature(
-        backbone.forward
-    ).parameters.keys()
+    takes = inspect.signature(backbone.forward).parameters.keys()
+    known = {"attention_mask", "position_ids"} <= takes
     if windowed or not known or config._attn_implementation not in ("sdpa", "eager"):
         return False
     device = next(backbone.parameters()).device

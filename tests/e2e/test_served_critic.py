@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scripted_critic import criticises
 from scripted_server import Server, refuses, says, serving
 from selfteach.config import Recipe
 from selfteach.errors import CriticError
-from selfteach.lab import oracle
-from selfteach.lab.worlds import BASES, world_of
 from selfteach.run_folder import RunFolder
 from selfteach.settings import merge, validate
 from selfteach.train import run_to_end
 
-WORLD = world_of(BASES / "two_styles")
 TINY = {
     "model": {"path": "lab:two_styles"},
     "data": {"type": "lab", "train": 12, "validation": 2, "test": 2},
@@ -45,20 +42,6 @@ def served(server: Server, store: Path, **settings: Any) -> Recipe:
         "on": {"wrong_answer": "drop"},
     }  # fmt: skip
     return recipe({**own, **settings})
-
-
-def between(name: str, text: str) -> str:
-    found = re.search(rf"=+ {name} BEGINS =+\n(.*?)\n=+ {name} ENDS", text, re.DOTALL)
-    assert found is not None, text
-    return found.group(1)
-
-
-def criticises(body: dict[str, Any]) -> str:
-    """What the lab's oracle says, as text."""
-    asked = body["messages"][-1]["content"]
-    question, answer = between("PROBLEM", asked).split(), between("ATTEMPT", asked)
-    said = oracle.criticise(WORLD, question, answer, finished="cut off" not in asked)
-    return "\n".join([*(step.text for step in said.steps), f"# {said.answer}"])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
