@@ -143,7 +143,7 @@ def _restore_moments(policy: Policy, saved: dict[str, Tensor]) -> None:
 def _no_moments(param: Tensor) -> dict[str, Tensor]:
     """What AdamW keeps of a weight, before its first update: in pieces as the weight is."""
     zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
-    return {**zeros, "step": torch.zeros((), dtype=torch.float32)}
+    return {**zeros, "step": torch.zeros((), dtype=torch.float32, device=param.device)}
 
 
 def _all_tensors(policy: Policy, teacher: Teacher) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 Each divergence is a sum over entries of terms f(log s), so its gradient in the student's logits is
 ``g - s Σg`` with ``g = df / d log s``, a formula short enough to write into the buffers of the
-log-probabilities. Beside both sides' logits at most four buffers of their size are alive.
+log-probabilities. These are those of a few rows at a time, small enough for a processor's cache: of
+the logits' own size is only the gradient.
 
 A bucket b that gathers the entries i of a tail has ``d log b / d z_i = s_i / b - s_i``.
 """
@@ -15,6 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**24}
+"""Entries of the rows that are worked on at a time: a few such buffers are in a cache of megabytes; a
+GPU wants long work, and few calls."""
 
 
 class Form(NamedTuple):
@@ -41,17 +47,23 @@ class Rows(torch.autograd.Function):
         ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form
     ) -> tuple[Tensor, ...]:
         """Values, and the gradient where one is asked for."""
-        student = _log_softmax(student_logits, form.temperature)
-        teacher = _log_softmax(teacher_logits, form.temperature)
-        logp, teacher_logp = (x.gather(-1, ids[..., None])[..., 0] for x in (student, teacher))
+        entries = student_logits.shape[-1]
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        student_NV, teacher_NV = (x.reshape(-1, entries) for x in (student_logits, teacher_logits))
+        ids_N1 = ids.reshape(-1, 1)
         needed = ctx.needs_input_grad[0]
-        if form.top_k is None or form.top_k >= student.shape[-1]:
-            loss, clipped, slope, mass = _entries(form, student, teacher)
-            grad = slope.addcmul_(mass, slope.sum(-1, keepdim=True), value=-1) if needed else None
-        else:
-            loss, clipped, grad = _buckets(form, form.top_k, student, teacher, needed=needed)
-        if grad is not None:
-            ctx.save_for_backward(grad if form.temperature == 1 else grad.div_(form.temperature))
+        grad_NV = torch.empty_like(student_NV, dtype=dtype) if needed else None
+        most = BLOCK_ENTRIES.get(ids.device.type, BLOCK_ENTRIES["cuda"])
+        rows, said = max(1, most // entries), list[tuple[Tensor, ...]]()
+        for start in range(0, max(1, len(student_NV)), rows):
+            at = slice(start, start + rows)
+            into = None if grad_NV is None else grad_NV[at]
+            said.append(_block(form, student_NV[at], teacher_NV[at], ids_N1[at], into))
+        loss, clipped, logp, teacher_logp = (
+            torch.cat(parts).reshape(ids.shape) for parts in zip(*said, strict=True)
+        )
+        if grad_NV is not None:
+            ctx.save_for_backward(grad_NV.reshape(student_logits.shape))
         ctx.mark_non_differentiable(clipped, logp, teacher_logp)
         ctx.set_materialize_grads(False)
         return loss, clipped, logp, teacher_logp
@@ -66,6 +78,23 @@ class Rows(torch.autograd.Function):
             return None, None, None, None
         (grad,) = ctx.saved_tensors
         return grad * grad_loss[..., None], None, None, None
+
+
+def _block(
+    form: Form, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
+) -> tuple[Tensor, ...]:
+    """What `Rows` says of a few rows; their gradient goes into ``grad``."""
+    student, teacher = (_log_softmax(x, form.temperature) for x in (student, teacher))
+    logp, teacher_logp = (x.gather(-1, ids)[..., 0] for x in (student, teacher))
+    if form.top_k is None or form.top_k >= student.shape[-1]:
+        loss, clipped, slope, mass = _entries(form, student, teacher)
+        if grad is not None:
+            torch.addcmul(slope, mass, slope.sum(-1, keepdim=True), value=-1, out=grad)
+    else:
+        loss, clipped = _buckets(form, form.top_k, student, teacher, grad)
+    if grad is not None and form.temperature != 1:
+        grad.div_(form.temperature)
+    return loss, clipped, logp, teacher_logp
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -124,20 +153,19 @@ def _jsd(s: Tensor, t: Tensor, beta: float, *, scaled: bool) -> tuple[Tensor, Te
 
 
 def _buckets(
-    form: Form, k: int, s: Tensor, t: Tensor, *, needed: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As ``_entries``, with all but k entries poured into one; and the logits' gradient."""
+    form: Form, k: int, s: Tensor, t: Tensor, grad: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss and share clipped with all but k entries poured into one; the logits' gradient."""
     index = (s if form.top_k_from == "student" else t).topk(k, dim=-1).indices
     student, teacher = _pour(s, index), _pour(t, index)
-    del t
     log_tail = student[..., -1:].clone()
     loss, clipped, slope, mass = _entries(form, student, teacher)
-    if not needed:
-        return loss, clipped, None
-    slope = slope.addcmul_(mass, slope.sum(-1, keepdim=True), value=-1)
-    # The tail's part is shared out by s_i / b. An empty tail has nothing to share, -inf - 0.
-    s.sub_(log_tail.masked_fill(log_tail == -math.inf, 0.0)).exp_().mul_(slope[..., -1:])
-    return loss, clipped, s.scatter_(-1, index, slope[..., :-1])
+    if grad is not None:
+        slope = slope.addcmul_(mass, slope.sum(-1, keepdim=True), value=-1)
+        # The tail's part is shared out by s_i / b. An empty tail has nothing to share, -inf - 0.
+        s.sub_(log_tail.masked_fill(log_tail == -math.inf, 0.0)).exp_()
+        torch.mul(s, slope[..., -1:], out=grad).scatter_(-1, index, slope[..., :-1])
+    return loss, clipped
 
 
 def _pour(logp: Tensor, index: Tensor) -> Tensor:

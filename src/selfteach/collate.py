@@ -67,17 +67,19 @@ def sequences(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int
 ) -> Sequences:
     """Prompts with their answers appended, right-padded, and where the answers are predicted."""
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    ids_BT = torch.full((len(prompts), width), pad_id)
-    rows: list[Tensor] = []
-    columns: list[Tensor] = []
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids_BT[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
-        rows.append(torch.full((len(answer),), row))
-        columns.append(torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1))
+    whole = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(map(len, whole))
+    lengths = [len(answer) for answer in answers]
+    # A tensor per row would cost more than the rows themselves.
+    columns = [at for ids, n in zip(whole, lengths, strict=True) for at in range(len(ids) - n, len(ids))]
     shared = shared_length(prompts)
-    folded = branches(prompts, answers, shared, pad_id)
-    return Sequences(ids_BT, torch.cat(rows), torch.cat(columns), shared, folded)
+    return Sequences(
+        ids_BT=torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in whole]),
+        rows_N=torch.arange(len(whole)).repeat_interleave(torch.tensor(lengths)),
+        columns_N=torch.tensor(columns, dtype=torch.long) - 1,
+        shared=shared,
+        branches=branches(prompts, answers, shared, pad_id),
+    )
 
 
 def check_same_tokens(batch: Batch) -> None:

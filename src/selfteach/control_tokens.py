@@ -73,7 +73,8 @@ class ControlTokens:
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a rendered text, no token across a cut; nothing is added at the ends."""
         first, *rest = text.split(CUT)
-        ids, newline = self._encode(first), self._encode("\n")
+        ids = self._encode(first)
+        newline = self._encode("\n") if rest else []
         for piece in rest:
             # Behind a line break, lest a tokenizer puts in the space that it begins every text with.
             behind = self._encode("\n" + piece)

@@ -15,9 +15,9 @@ from selfteach.shapes import Shape
 
 FLOAT = 4
 """Bytes of a float32."""
-CHUNK_BUFFERS = 10
-"""float32 buffers of a chunk's logits that a divergence holds at a time: both sides' products,
-logits, log-probabilities and probabilities, the terms, and the gradient."""
+CHUNK_BUFFERS = 8
+"""float32 buffers of a chunk's logits that a divergence holds at a time: both sides' logits, the
+products that they are cast from, log-probabilities, mixture and terms, and the gradient."""
 
 
 @dataclass(frozen=True, slots=True)

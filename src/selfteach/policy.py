@@ -81,8 +81,9 @@ class Policy:
         self._ranks, self._shards = ranks, shard(causal) if shard is not None else None
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=schedule(0), betas=betas, eps=eps, weight_decay=weight_decay
-        )
+            self.trainable.values(), lr=schedule(0), betas=betas, eps=eps, weight_decay=weight_decay,
+            fused=True,  # one pass over weights and moments: a quarter to a seventh of the time
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:

@@ -22,7 +22,7 @@ TODAY = datetime(2024, 7, 26)
 """The date that chat templates write: a resumed run must repeat itself."""
 
 PROMPTS_KEPT = 4096
-"""Questions whose token ids are kept."""
+"""Questions whose token ids are kept, and texts that are known to hold no control token."""
 
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "probe"
@@ -57,6 +57,7 @@ class Renderer:
         self._asked = lru_cache(PROMPTS_KEPT)(self._encode_question)
         self._piece = lru_cache(None)(lambda token: self._decode([token]))
         self._control = ControlTokens(tokenizer)
+        self._cut = lru_cache(PROMPTS_KEPT)(self._control.cut)
         self._system = system
         self._system_has_role = system is not None and self._places_system()
         self._headers = self._headers_of_both()
@@ -136,7 +137,7 @@ class Renderer:
         return split_thinking(text, self._thinking.marks, opened=self._opens_thought)
 
     def _messages(self, template: str, **data: str) -> list[Message]:
-        cut = {name: self._control.cut(text) for name, text in data.items()}
+        cut = {name: self._cut(text) for name, text in data.items()}
         return self._with_system(conversation(self._templates.render(template, **cut)))
 
     def _with_system(self, messages: list[Message]) -> list[Message]:

@@ -21,7 +21,6 @@ from selfteach.distributed import ALONE, Ranks
 from selfteach.objective import first_error_token
 from selfteach.offending import kept_if_not_finite, require_finite
 from selfteach.policy import Policy
-from selfteach.policy_gradient import token_logp
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
 from selfteach.rendering import Renderer
 from selfteach.run_folder import RunFolder
@@ -163,8 +162,6 @@ def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
         micro_batch_tokens=parts.micro_batch_tokens, ranks=parts.ranks,
     )  # fmt: skip
     batches = [batch.to(parts.policy.device) for batch in batches]
-    if parts.updates_per_batch > 1:
-        batches = [_with_old_logp(parts, batch) for batch in batches]
     metrics: Metrics = {}
     for update in range(parts.updates_per_batch):
         said = [_backward(parts, batch) for batch in batches]
@@ -173,6 +170,10 @@ def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
         parts.teacher.update()
         if update == 0:
             metrics = _summary(said, parts.ranks)
+            batches = [  # later updates are measured from where the first one began
+                dataclasses.replace(batch, old_logp_N=own["logp"])
+                for batch, own in zip(batches, said, strict=True)
+            ]
         metrics |= stepped
     scored = [len(batch.ids_N) * parts.updates_per_batch for batch in batches]
     told = [number for number, batch in zip(scored, batches, strict=True) if batch.teacher]
@@ -197,19 +198,6 @@ def _backward(parts: Parts, batch: Batch) -> dict[str, Tensor]:
     loss, said = chunked_sum(per_token, student, batch.weight_N, chunk_tokens=parts.chunk_tokens)
     loss.backward()
     return {**said, "total": loss.detach()[None], "mismatch": said["logp"] - batch.sampled_logp_N}
-
-
-def _with_old_logp(parts: Parts, batch: Batch) -> Batch:
-    """The batch with the log-probabilities that the first of several updates starts from."""
-
-    def per_token(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
-        logp_C = token_logp(logits_CV, batch.ids_N[rows], parts.sampling.temperature)
-        return {"loss": logp_C}
-
-    with torch.no_grad():
-        student = parts.policy.score(batch.student)
-        _, said = chunked_sum(per_token, student, batch.weight_N, chunk_tokens=parts.chunk_tokens)
-    return dataclasses.replace(batch, old_logp_N=said["loss"])
 
 
 def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:

@@ -304,7 +304,7 @@ class Batch:
     sampled_logp_N: Tensor
     """The engine's log-probability of each token under the sampling distribution (nats)."""
     old_logp_N: Tensor | None = None
-    """The trainer's own, before the first of several updates; None when there is only one."""
+    """The trainer's own, before the first of several updates; None while that one is made."""
     share_N: Tensor | None = None
     """Distillation's part of each token's weight; None where there is one objective."""
 

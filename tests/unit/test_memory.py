@@ -148,12 +148,12 @@ def test_the_sum_by_hand() -> None:
         "gradients": held,
         "activations": 10 * 2 * 592,
         "states": 10 * 8 * 24,
-        "logits": 10 * 4 * 64,
+        "logits": 8 * 4 * 64,
         "head's gradient": 2 * 256 * 4,
         "keys and values": 3 * 20 * (2 * 2 * 8 * 4),
         "next token": 3 * 32 * 24,
     }
-    learning = 5 * held + 11840 + 1920 + 2560 + 2048
+    learning = 5 * held + 11840 + 1920 + 2048 + 2048
     assert by_hand() == {**expected, "peak": learning}
     sampling = 4 * held + 3000 * 20 * 128 + 3000 * 32 * 24
     assert by_hand(sample_rows=3000)["peak"] == sampling, "never both"

@@ -120,11 +120,7 @@ class Learning:
         micro_R = np.ceil(tokens_R / work.load.learn_tokens)
         computing = float((work_R / self.rate + micro_R * self.per_micro).max())
         moving = float(micro_R.max()) * self.gather
-        seconds = work.updates * (max(computing, moving) + self.optimizer)
-        if work.updates > 1:  # log-probabilities before the first update
-            first_R = np.bincount(ranks, forward(work, answers_A), self.trainers)
-            seconds += float(first_R.max()) / self.rate
-        return seconds
+        return work.updates * (max(computing, moving) + self.optimizer)
 
 
 def decoding(
