@@ -180,10 +180,9 @@ def here(table: Table, asked: Asked) -> None:
             look = counted(model)
             replies, seconds = ask(model, requests)
             tokens, passes = sum(reply.completion_tokens for reply in replies), look()
-            alone = settings.get("batch") != BATCH
             line(
                 table, asked, kind, way, replies, seconds, first,
-                tokens / passes if alone else 1.0,
+                tokens / passes if "prompt_lookup" in settings else 1.0,
             )  # fmt: skip
             first = first or (replies, seconds)
     stored(table, asked)

@@ -179,8 +179,10 @@ def beside(job: Job, sizes: Sequence[int], rounds: int, log: Path) -> dict[str, 
                 command, env=environ, stdout=out, stderr=subprocess.STDOUT, check=False
             )
         if done.returncode:
-            lines = [x for x in log.read_text(errors="replace").splitlines() if "Error" in x]
-            return f"vLLM fails on it: {lines[0].strip()[-200:] if lines else 'no error said'}"
+            lines = log.read_text(errors="replace").splitlines()
+            errors = [x.strip() for x in lines if "Error" in x and "WARNING" not in x]
+            said = errors[-1][-200:] if errors else f"status {done.returncode}, no error said"
+            return f"vLLM fails on it: {said}"
         return json.loads(said.read_text())
 
 

@@ -77,6 +77,7 @@ def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
     train, sampled = recipe.train, recipe.sampling.max_tokens
     answers = train.problems_per_step * train.answers_per_problem
     prompt, mean = lengths.longest_prompt, lengths.mean_prompt
+    scored = answers * train.updates_per_batch
 
     def row(name: str, times: int, at_most: int, expected: float | None) -> Tokens:
         return Tokens(name, times * at_most, None if expected is None else round(times * expected))
@@ -84,7 +85,7 @@ def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
     rows = [
         row("prompts sampled from", train.problems_per_step, prompt, mean),
         row("sampled", answers, sampled, None),
-        row("scored by the student", answers * train.updates_per_batch, prompt + sampled, plus(mean, sampled)),
+        row("scored by the student", scored, prompt + sampled, plus(mean, sampled)),
     ]
     shown = _shown(recipe, lengths)
     if shown is not None:

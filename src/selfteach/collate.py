@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
-from torch import Tensor
 
 from selfteach.branches import branches
 from selfteach.distributed import ALONE, Ranks
@@ -71,12 +71,12 @@ def sequences(
     width = max(map(len, whole))
     lengths = [len(answer) for answer in answers]
     # A tensor per row would cost more than the rows themselves.
-    columns = [at for ids, n in zip(whole, lengths, strict=True) for at in range(len(ids) - n, len(ids))]
+    predicted = (range(len(p) - 1, len(ids) - 1) for p, ids in zip(prompts, whole, strict=True))
     shared = shared_length(prompts)
     return Sequences(
         ids_BT=torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in whole]),
         rows_N=torch.arange(len(whole)).repeat_interleave(torch.tensor(lengths)),
-        columns_N=torch.tensor(columns, dtype=torch.long) - 1,
+        columns_N=torch.tensor(list(chain.from_iterable(predicted)), dtype=torch.long),
         shared=shared,
         branches=branches(prompts, answers, shared, pad_id),
     )

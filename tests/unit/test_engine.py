@@ -8,7 +8,8 @@ import torch
 from selfteach.build import build
 from selfteach.collate import sequences
 from selfteach.config import Recipe
-from selfteach.engines.transformers import BLOCK, TransformersEngine, draw
+from selfteach.decoding.drawing import BLOCK, draw
+from selfteach.engines.transformers import TransformersEngine
 from selfteach.errors import EngineError
 from selfteach.policy_gradient import token_logp
 from selfteach.types import Problem, Sampling

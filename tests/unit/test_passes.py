@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from selfteach import prefixes
-from selfteach.engines import llama
-from selfteach.engines.llama import LlamaPasses
-from selfteach.engines.passes import ModelPasses, Prompts
-from selfteach.engines.transformers import branches
+from selfteach.decoding import llama
+from selfteach.decoding.answers import branches
+from selfteach.decoding.llama import LlamaPasses
+from selfteach.decoding.passes import ModelPasses, Prompts
 
 VOCABULARY = 50
 SHAPE = {

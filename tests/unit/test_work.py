@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from selfteach.build import Built, build
 from selfteach.config import Recipe
+from selfteach.decoding.llama import LlamaPasses
 from selfteach.divergence import Divergence, per_token
-from selfteach.engines.llama import LlamaPasses
 from selfteach.scores import Head, Scores, chunked_sum
 from selfteach.settings import merge
 from selfteach.step import train_step
@@ -201,7 +201,9 @@ def test_the_fused_loss_holds_a_handful_of_chunks_whatever_the_number_of_tokens(
 ) -> None:
     few, many = (peak(n, trainable_head=trainable_head, kind=kind) for n in (1024, 8192))
     head = 4 * V * H if trainable_head else 0  # the accumulator, which becomes the gradient
-    assert few <= 3.8 * LOGITS + head, "both sides' logits, the gradient, and of the rest a few rows"
+    assert few <= 3.8 * LOGITS + head, (
+        "both sides' logits, the gradient, and of the rest a few rows"
+    )
     assert many - few <= 4 * (8192 - 1024) * (2 * H + 8), "only what is of hidden states' size"
     assert many < 4 * 8192 * V / 4, (
         "less than a quarter of the full logits, of which a plain loss has six"

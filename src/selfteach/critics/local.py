@@ -1,16 +1,22 @@
-"""A transformers model in this process as a chat model; also the solver's own initial weights."""
+"""A transformers model in this process as a chat model; also the solver's own initial weights.
+
+A reply depends on its request alone (but for the last bits of a batch's sums): the random stream with
+which it is drawn is its own. What the prompts of a batch begin with is read once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfteach.critics.chat import Keep, NoReply, Reply, Request, as_dicts, key_of
+from selfteach.decoding.answers import decoded
+from selfteach.decoding.drawing import uniforms
 from selfteach.rendering import Renderer
 
 
@@ -42,7 +48,10 @@ class LocalModel:
         self.identity = identity
         self._end_ids, self._pad_id, self._max_length = list(end_ids), pad_id, max_length
         self._batch, self._autocast = 1 if prompt_lookup else batch, autocast
-        self._guessed = {"prompt_lookup_num_tokens": prompt_lookup} if prompt_lookup else {}
+        self._guessed = prompt_lookup
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(causal, PreTrainedModel)
+        self._causal = causal
 
     def complete(self, requests: Sequence[Request], keep: Keep) -> list[Reply | NoReply]:
         """Reply to all; a prompt that leaves no room for a reply gets none, and nothing is cut."""
@@ -72,47 +81,53 @@ class LocalModel:
 
     @torch.no_grad()
     def _write(self, prompts: Sequence[Sequence[int]], requests: Sequence[Request]) -> list[Reply]:
-        temperature, max_tokens = _mode(requests[0])
         device = next(self._model.parameters()).device
-        ids_BT, mask_BT = self._padded(prompts, device)
-        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         with (
             self._weights(),
-            torch.random.fork_rng(),
             torch.autocast(device.type, self._autocast, enabled=self._autocast is not None),
         ):
-            torch.manual_seed(int(key_of("seed", requests[0])[:15], 16))
             self._model.eval()
+            write = self._guess if self._guessed else self._decode
+            written = write(prompts, requests)
+        return [self._reply(*pair) for pair in zip(prompts, written, strict=True)]
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], requests: Sequence[Request]
+    ) -> list[list[int]]:
+        temperature, max_tokens = _mode(requests[0])
+        streams = (int(key_of("seed", request)[:32], 16) for request in requests)
+        return decoded(
+            self._causal, prompts, np.stack([uniforms(s, max_tokens) for s in streams]),
+            temperature=temperature, end_ids=self._end_ids, pad_id=self._pad_id,
+            max_length=self._max_length,
+        )[0]  # fmt: skip
+
+    def _guess(
+        self, prompts: Sequence[Sequence[int]], requests: Sequence[Request]
+    ) -> list[list[int]]:
+        """One reply, several tokens to a pass where what was guessed is what it says."""
+        (prompt,), (request,) = prompts, requests
+        temperature, max_tokens = _mode(request)
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        ids_BT = torch.tensor([prompt], device=next(self._model.parameters()).device)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(key_of("seed", request)[:15], 16))
             out_BT = self._model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=ids_BT,
-                attention_mask=mask_BT,
+                attention_mask=torch.ones_like(ids_BT),
                 max_new_tokens=max_tokens,
                 eos_token_id=self._end_ids,
                 pad_token_id=self._pad_id,
-                **self._guessed,
+                prompt_lookup_num_tokens=self._guessed,
                 **(drawn if temperature > 0 else {"do_sample": False}),
             )
-        return [
-            self._reply(prompt, row.tolist())
-            for prompt, row in zip(prompts, out_BT[:, ids_BT.shape[1] :], strict=True)
-        ]
+        return [out_BT[0, len(prompt) :].tolist()]
 
     def _reply(self, prompt: Sequence[int], ids: list[int]) -> Reply:
         end = next((i for i, token in enumerate(ids) if token in self._end_ids), None)
         written = ids if end is None else ids[: end + 1]
         text = self._renderer.decode(written)
         return Reply(text, end is not None, len(prompt), len(written))
-
-    def _padded(
-        self, prompts: Sequence[Sequence[int]], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        width = max(map(len, prompts))
-        ids_BT = torch.full((len(prompts), width), self._pad_id, device=device)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-            mask_BT[row, width - len(prompt) :] = 1
-        return ids_BT, mask_BT
 
 
 def _mode(request: Request) -> tuple[float, int]:

@@ -19,15 +19,15 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-from selfteach.engines.passes import Prompts
+from selfteach.decoding.passes import Prompts
 
 BLOCK = 32
 """Storage grows by at least this many tokens."""
 JOINED = 4_000_000
 """Models whose layers have at most so many weights are run with copies that are joined."""
 PACKED = 400_000_000
-"""Up to so many, their joined copies are in the order in which oneDNN reads them: of a weight that is in
-no cache its products with a few rows take half the time of those of BLAS, and on small weights more."""
+"""Up to so many, the copies are in the order in which oneDNN reads them on a processor: a weight that
+no cache holds meets a few rows in half the time that BLAS takes. Small weights would lose by it."""
 
 Product = Callable[[Tensor], Tensor]
 Joined = Callable[[Tensor, Tensor | None], Product]
