@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from selfteach import products
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -39,7 +41,7 @@ class Head:
     def product(self, hidden: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows V"]:
         """``h Wᵀ + b`` in the dtype of ``hidden``."""
         bias_V = None if self.bias_V is None else self.bias_V.to(hidden.dtype)
-        return torch.nn.functional.linear(hidden, self.weight_VH.to(hidden.dtype), bias_V)
+        return products.linear(hidden, self.weight_VH.to(hidden.dtype), bias_V)
 
     def finish(self, product: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
         """Scale and soft cap, in float32 at least."""

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from selfteach import products
 from selfteach.decoding.passes import Prompts
 
 BLOCK = 32
@@ -26,8 +27,7 @@ BLOCK = 32
 JOINED = 4_000_000
 """Models whose layers have at most so many weights are run with copies that are joined."""
 PACKED = 400_000_000
-"""Up to so many, the copies are in the order in which oneDNN reads them on a processor: a weight that
-no cache holds meets a few rows in half the time that BLAS takes. Small weights would lose by it."""
+"""Up to so many, the copies are packed on a processor (`products`)."""
 
 Product = Callable[[Tensor], Tensor]
 Joined = Callable[[Tensor, Tensor | None], Product]
@@ -52,7 +52,7 @@ class LlamaPasses:
         if whole:
             kept = torch.get_autocast_dtype(first.device.type)
         self._exact = kept in (torch.float32, torch.float64)
-        joined = _joined(backbone, kept, answers) if self._exact and not whole else None
+        joined = _joined(backbone, answers) if self._exact and not whole else None
         self._layers = [_Layer(layer, joined) for layer in backbone.layers]
         self._head = _behind(backbone.norm, [causal.get_output_embeddings()], joined)
         shared = prompts.shared if self._exact else 0
@@ -204,22 +204,14 @@ class _Layer:
         return self._down(self._act(gate) * up, x_RH)
 
 
-def _joined(backbone: Any, dtype: torch.dtype, rows: int) -> Joined | None:
+def _joined(backbone: Any, rows: int) -> Joined | None:
     """How products with a copy of weights are made; None where the modules do as well themselves."""
     weights = sum(weight.numel() for weight in backbone.layers.parameters())
-    device = next(backbone.parameters()).device
     if weights <= JOINED:
         return lambda weight, bias: lambda x: F.linear(x, weight, bias)
-    packs = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if not packs or weights > PACKED:
+    if weights > PACKED or not products.packs(next(backbone.parameters())):
         return None
-
-    def packed(weight: Tensor, bias: Tensor | None) -> Product:
-        # The pair that torch's own compiler uses; there is no public name for them.
-        own = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, own, bias, "none", [], "")
-
-    return packed
+    return lambda weight, bias: products.packed(weight, bias, rows)
 
 
 def _behind(norm: Any, modules: list[Any], joined: Joined | None) -> Product:

@@ -1,0 +1,79 @@
+"""Products by oneDNN are the products: values, bias, shapes; and where a gradient is wanted, BLAS's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from selfteach import products
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every weight counts as wide; and the rows that oneDNN was given."""
+    monkeypatch.setattr(products, "WIDE", 0)
+    seen, ask = list[torch.Tensor](), torch.ops.mkldnn._linear_pointwise
+
+    class Watched:
+        @staticmethod
+        def _linear_pointwise(rows: torch.Tensor, *rest: object) -> torch.Tensor:
+            seen.append(rows)
+            return ask(rows, *rest)
+
+        _reorder_linear_weight = staticmethod(torch.ops.mkldnn._reorder_linear_weight)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Watched)
+    return seen
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(1,), (7,), (64,), (3, 5)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_values_are_those_of_float64(wide: list, shape: tuple[int, ...], biased: bool) -> None:
+    rows, weight = torch.randn(*shape, 48), torch.randn(101, 48)
+    bias = torch.randn(101) if biased else None
+    want = F.linear(rows.double(), weight.double(), None if bias is None else bias.double())
+    with torch.no_grad():
+        told = products.linear(rows, weight, bias), products.packed(weight, bias, 8)(rows)
+    assert len(wide) == 2
+    for got in told:
+        torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_rows_of_a_view_are_the_rows(wide: list) -> None:
+    rows, weight = torch.randn(48, 12).t()[::2], torch.randn(101, 96).t()[:48].t()
+    with torch.no_grad():
+        got = products.linear(rows, weight, None)
+    assert len(wide) == 1
+    torch.testing.assert_close(got, rows @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_goes_through(wide: list) -> None:
+    rows, weight = torch.randn(4, 8).requires_grad_(), torch.randn(9, 8).requires_grad_()
+    products.linear(rows, weight, None).sum().backward()
+    assert not wide
+    torch.testing.assert_close(rows.grad, weight.sum(0).expand(4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_are_left_alone(wide: list, dtype: torch.dtype) -> None:
+    rows, weight = torch.randn(4, 8, dtype=dtype), torch.randn(9, 8, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(products.linear(rows, weight, None), F.linear(rows, weight))
+    assert not wide
+
+
+def test_no_rows_are_no_rows(wide: list) -> None:
+    with torch.no_grad():
+        assert products.linear(torch.zeros(0, 8), torch.zeros(9, 8), None).shape == (0, 9)
+
+
+def test_autocast_is_obeyed(wide: list) -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        told = products.linear(torch.ones(4, 8), torch.ones(9, 8), None)
+    assert told.dtype == torch.bfloat16 and not wide
