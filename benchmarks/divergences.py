@@ -1,6 +1,6 @@
 """What a divergence from hidden states costs, forward and backward, beside the plain form and TRL's.
 
-    python benchmarks/divergences.py [--all] [--json FILE]          (in .venv-bench)
+    python benchmarks/divergences.py [--parts base larger curve] [--json FILE]          (in .venv-bench)
 
 All ways are given the same hidden states and heads [V, H] of student and teacher, and return the mean
 divergence per token with its gradient in the student's hidden states, and in its head where that
@@ -252,62 +252,94 @@ def compare(
         )  # fmt: skip
 
 
-def cases(*, everything: bool, quick: bool) -> Iterator[tuple[Case, int, list[str] | None]]:
-    """What is measured, how often, and which ways."""
-    if quick:
-        for kind in KINDS:
-            yield Case(kind, tokens=64, vocabulary=2048, hidden=64), 1, None
-        return
-    if everything:
-        for vocabulary in (49_152, 151_936):
-            for hidden in (576, 2048):
-                for dtype in ("float32", "bfloat16"):
-                    for kind in KINDS:
-                        for trained in (True, False):
-                            yield Case(kind, 2048, vocabulary, hidden, dtype, trained), 3, None
-        return
+Cases = Iterator[tuple[Case, int, list[str] | None]]
+"""What is measured, how often, and which ways (None: all)."""
+
+
+def base() -> Cases:
+    """Every kind, with and without a trainable head."""
     for trained in (True, False):
         for kind in KINDS:
             yield Case(kind, trained=trained), 2, None
+
+
+def larger() -> Cases:
+    """bf16; and larger sizes beside the peer that keeps to chunks, or TRL's full logits for top-K."""
     for kind in KINDS:
         yield Case(kind, dtype="bfloat16"), 1, None
-    # Larger: beside the peer that keeps to chunks, or where there is none to TRL's full logits.
     for kind in KINDS:
-        peers = [
-            way for way in ("TRL full" if kind == "top_k" else "TRL chunked",) if find_spec("trl")
-        ]
-        yield Case(kind, vocabulary=151_936, dtype="bfloat16"), 1, ["ours", *peers]
-        yield Case(kind, hidden=2048), 1, ["ours", *peers]
-    chunked = ["ours", *(["TRL chunked"] if find_spec("trl") else [])]
-    yield Case("reverse_kl", vocabulary=151_936, hidden=2048, dtype="bfloat16"), 1, chunked
-    yield Case("jsd", vocabulary=151_936, hidden=2048, trained=False), 1, chunked
+        peer = "TRL full" if kind == "top_k" else "TRL chunked"
+        ways = ["ours", *([peer] if find_spec("trl") else [])]
+        yield Case(kind, vocabulary=151_936, dtype="bfloat16"), 1, ways
+        yield Case(kind, hidden=2048), 1, ways
+        if kind == "reverse_kl":
+            yield Case(kind, vocabulary=151_936, hidden=2048, dtype="bfloat16"), 1, ways
+        if kind == "jsd":
+            yield Case(kind, vocabulary=151_936, hidden=2048, trained=False), 1, ways
+
+
+def everything() -> Cases:
+    """The whole grid."""
+    for vocabulary in (49_152, 151_936):
+        for hidden in (576, 2048):
+            for dtype in ("float32", "bfloat16"):
+                for kind in KINDS:
+                    for trained in (True, False):
+                        yield Case(kind, 2048, vocabulary, hidden, dtype, trained), 3, None
+
+
+def small() -> Cases:
+    """Does it run at all?"""
+    for kind in KINDS:
+        yield Case(kind, tokens=64, vocabulary=2048, hidden=64), 1, None
+
+
+PARTS: dict[str, tuple[str, Callable[[], Cases]]] = {
+    "base": ("Forward and backward of 2,048 tokens", base),
+    "larger": ("2,048 tokens in bf16 and at larger sizes", larger),
+    "all": ("The whole grid, 2,048 tokens", everything),
+    "quick": ("Small sizes", small),
+}
+NOTES = (
+    "`times ours` above 1: slower than ours. `workspace_MiB`: beyond inputs, weights and gradients. A "
+    "bf16 head that trains is summed up in float32, and that sum is workspace."
+)
+
+
+def the_curve(table: Table, *, quick: bool) -> None:
+    """Time and workspace as tokens grow."""
+    for tokens in CURVE[:1] if quick else CURVE:
+        for way in ("ours", "plain") if tokens <= FULL_FITS and not quick else ("ours",):
+            case = Case("reverse_kl", tokens, vocabulary=2048 if quick else 49_152)
+            seconds = alternated({way: prepared(case, way)}, rounds=1, warm_up=0)[way].median
+            table.add(
+                tokens=tokens, way=way, seconds=seconds, workspace_MiB=workspace(case, way) / MIB,
+                full_logits_MiB=case.full_logits / MIB,
+            )  # fmt: skip
 
 
 def main() -> None:
-    """Both tables."""
+    """A table for each part, and the curve."""
     options = parser(__doc__)
-    options.add_argument("--all", action="store_true", help="the whole grid (hours on one core)")
+    options.add_argument(
+        "--parts", nargs="*", choices=[*PARTS, "curve"], default=["base", "larger", "curve"],
+        help="which tables (all: hours on one core)",
+    )  # fmt: skip
     args = options.parse_args()
     torch.set_num_threads(1)
     if DEVICE == "cpu":
         print("no CUDA here: the compiled form and Liger's kernel are left out")
     with reported(args) as tables:
-        tables.append(table := Table("Forward and backward of 2,048 tokens"))
-        for case, rounds, ways in cases(everything=args.all, quick=args.quick):
-            compare(table, case, rounds, ways, space=not args.quick)
-        table.notes = (
-            "In the run of `--all` alone: the rest of the grid, and all ways there. `times ours` above "
-            "1: slower than ours. `workspace_MiB`: beyond inputs, weights and gradients."
-        )
-        tables.append(curve := Table("The curve: reverse KL, 49,152 x 576, float32, trained head"))
-        for tokens in CURVE[:1] if args.quick else CURVE:
-            for way in ("ours", "plain") if tokens <= FULL_FITS and not args.quick else ("ours",):
-                case = Case("reverse_kl", tokens, vocabulary=2048 if args.quick else 49_152)
-                seconds = alternated({way: prepared(case, way)}, rounds=1, warm_up=0)[way].median
-                curve.add(
-                    tokens=tokens, way=way, seconds=seconds, workspace_MiB=workspace(case, way) / MIB,
-                    full_logits_MiB=case.full_logits / MIB,
-                )  # fmt: skip
+        for part in ["quick", "curve"] if args.quick else args.parts:
+            if part == "curve":
+                title = "The curve: reverse KL, 49,152 x 576, float32, trained head"
+                tables.append(table := Table(title))
+                the_curve(table, quick=args.quick)
+                continue
+            title, cases = PARTS[part]
+            tables.append(table := Table(title, notes=NOTES))
+            for case, rounds, ways in cases():
+                compare(table, case, rounds, ways, space=not args.quick)
 
 
 if __name__ == "__main__":

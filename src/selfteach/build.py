@@ -60,7 +60,7 @@ from selfteach.types import Problem, Sampling
 
 CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**23}
 """Logits (tokens times vocabulary) that exist at a time while a loss is computed: 4 and 32 MB each."""
-CHUNK_TOKENS = 64
+CHUNK_TOKENS = 56
 """Tokens at least: the head is read once per chunk, and with fewer that is what takes the time."""
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**24}
+BLOCK_ENTRIES = {"cpu": 2**17, "cuda": 2**24}
 """Entries of the rows that are worked on at a time: a few such buffers are in a cache of megabytes; a
 GPU wants long work, and few calls."""
 
