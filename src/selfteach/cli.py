@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from selfteach import commands, launched
+from selfteach import __version__, commands, launched
 from selfteach.analysis.plain_text import plain
 from selfteach.cli_plan import plan
 from selfteach.config import Recipe
@@ -30,7 +30,6 @@ app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
     "Start with:  selfteach check RECIPE   (what it would do and cost; spends nothing)\n\n"
     "then:        selfteach study RECIPE --out DIR",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -50,6 +49,24 @@ Settings = Annotated[
 ]
 Arm = Annotated[str | None, typer.Option(help="Which arm of the recipe; needed if it has several.")]
 Seed = Annotated[int, typer.Option(help="Seed of the questions' order and of all sampling.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"selfteach {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command()
@@ -342,7 +359,7 @@ def main() -> None:
     _quiet_libraries()
     try:
         _require_one_process()
-        app(standalone_mode=False)
+        app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import selfteach
 from selfteach import cli
 
 RECIPE = """
@@ -291,12 +292,23 @@ def test_a_folder_with_another_study_is_refused(
     assert "holds another study" in said and "selfteach resume" in said
 
 
-def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "--help") == 0
+@pytest.mark.parametrize("words", [(), ("--help",)])
+def test_help_teaches(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *words) == 0
     printed = capsys.readouterr().out
+    assert len(printed.splitlines()) > 20
     commands = (
         "study", "train", "resume", "evaluate", "inspect", "critique", "check", "report", "watch",
         "sweep",
     )  # fmt: skip
     for command in commands:
         assert command in printed
+
+
+def test_the_version_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"selfteach {selfteach.__version__}\n"
