@@ -51,10 +51,11 @@ Arm = Annotated[str | None, typer.Option(help="Which arm of the recipe; needed i
 Seed = Annotated[int, typer.Option(help="Seed of the questions' order and of all sampling.")]
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool) -> bool:
     if asked:
         typer.echo(f"selfteach {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
