@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from selfteach import branches
+from selfteach import branches, prefixes
 from selfteach.branches import understood_by
 from selfteach.collate import sequences
 from selfteach.policy import Policy, Schedule
@@ -56,14 +56,19 @@ def test_nothing_is_folded_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch
     assert branches.branches(*alike, 0, 0) is None
 
 
-def test_scores_and_gradients_are_those_of_the_plain_pass(tiny_llama: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("common", [0, prefixes.MIN_SHARED + 2], ids=["", "behind a prefix"])
+def test_scores_and_gradients_are_those_of_the_plain_pass(
+    tiny_llama: LlamaForCausalLM, common: int
+) -> None:
     policy = Policy(tiny_llama.double(), Schedule(1e-3))
-    prompts = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2, 3, 9], [7]]
+    behind = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2, 3, 9], [7]]
+    prompts = [[*(2 + i % 7 for i in range(common)), *own] for own in behind]
     answers = [[5, 6, 7], [5, 6, 8, 2], [3], [3, 3], [1, 2]]
     side = sequences(prompts, answers, pad_id=0)
     assert side.branches is not None and side.branches.ids_RW.numel() < side.ids_BT.numel()
     found = []
-    for way in (side, dataclasses.replace(side, branches=None)):
+    assert side.shared == common
+    for way in (side, dataclasses.replace(side, branches=None, shared=0)):
         logits = policy.score(way).logits(slice(None))
         (logits.sin() * torch.arange(logits.shape[1])).sum().backward()
         found.append((logits.detach(), [w.grad for w in policy.trainable.values()]))

@@ -5,6 +5,7 @@ import torch
 from test_divergence import CLIPPED, EXACT, INF, TEMPERED, close, name, noise
 from torch import Tensor
 
+from selfteach import closed_form
 from selfteach.divergence import (
     Divergence,
     forward_kl_terms,
@@ -44,6 +45,24 @@ def test_the_closed_form_is_the_plain_one_in_value_and_gradient(spec, absent) ->
         for loss, x in zip((got, want), own, strict=True)
     ]
     close(grads[0], grads[1], rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("spec", EXACT + CLIPPED + TEMPERED, ids=name)
+@pytest.mark.parametrize("shape", [(7, 11), (2, 3, 11), (1, 11), (0, 11)])
+def test_rows_are_worked_on_a_few_at_a_time(spec, shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows a time, the last alone, say what all at once say, value and gradient."""
+    student, teacher = 3 * noise(2, *shape)
+    weights, ids = noise(*shape[:-1], seed=1), torch.zeros(shape[:-1], dtype=torch.long) + 3
+    told = []
+    for entries in (2 * 11 + 5, 10**6):
+        monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", entries)
+        own = student.clone().requires_grad_()
+        said = per_token(spec, own, teacher, ids)
+        assert said.loss.shape == said.advantage.shape == said.clipped.shape == shape[:-1]
+        (grad,) = torch.autograd.grad((weights * said.loss).sum(), own)
+        told.append((*said, grad))
+    for few, all_ in zip(*told, strict=True):
+        close(few, all_, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("spec", EXACT + CLIPPED, ids=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -88,6 +89,15 @@ def test_another_attempt_is_another_draw_and_repeats_itself(
     before = torch.random.get_rng_state()
     assert ask(model, first) == ask(model, first) != ask(model, second)
     assert torch.equal(before, torch.random.get_rng_state()), "the trainer's stream is left alone"
+
+
+def test_a_reply_is_drawn_alike_alone_and_among_others(
+    tiny_llama: LlamaForCausalLM, lab_tokenizer
+) -> None:
+    requests = [dataclasses.replace(request, temperature=1.0) for request in REQUESTS]
+    together = ask(local(tiny_llama, lab_tokenizer, batch=4), requests)
+    assert together == ask(local(tiny_llama, lab_tokenizer, batch=1), requests)
+    assert together != ask(local(tiny_llama, lab_tokenizer)), "nothing was drawn"
 
 
 @pytest.mark.parametrize("lora", [False, True])
