@@ -1,6 +1,6 @@
 """`make lab` by phase, before and after, and how the cost of a step grows.
 
-    python benchmarks/main_job.py [--before COMMIT] [--no-whole] [--json FILE]
+    python benchmarks/main_job.py [--before COMMIT] [--parts phases growth whole] [--json FILE]
 
 Three tables: seconds per step of each arm in the tree as it is and at an earlier commit (runs of both
 alternate, one process and one thread each); the whole study of experiments/paper_in_miniature, as
@@ -47,24 +47,29 @@ SCALED: dict[str, tuple[int, ...]] = {
 USUAL = {"answers": 32, "tokens an answer": 32, "vocabulary": 37}
 
 
+PARTS = ("phases", "growth", "whole")
+
+
 def main() -> None:
-    """Measure all three."""
+    """Measure all three, or those that are named."""
     options = parser(__doc__)
     options.add_argument("--before", default=STARTED, help="an earlier commit to compare with")
-    options.add_argument("--no-whole", action="store_true", help="leave out the whole study")
+    options.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="which tables")
     options.add_argument("--keep", type=Path, help="a new folder for the whole study, which stays")
     args = options.parse_args()
     torch.set_num_threads(1)
+    rounds, steps = (1, 3) if args.quick else (2, 20)
     with reported(args) as tables:
-        tables.append(phases := Table("Seconds per step of the main setting, one thread"))
-        by_phase(phases, args.before, rounds=1 if args.quick else 2, steps=3 if args.quick else 20)
-        tables.append(
-            growth := Table("How the phases of a step grow (seconds per step, lab model)")
-        )
-        scaling(growth, steps=2 if args.quick else 6, quick=args.quick)
-        if not (args.no_whole or args.quick):
-            tables.append(whole := Table("The whole study of `make lab`, two processes"))
-            whole_study(whole, args.keep)
+        if "phases" in args.parts:
+            tables.append(table := Table("Seconds per step of the main setting, one thread"))
+            by_phase(table, args.before, rounds=rounds, steps=steps)
+        if "growth" in args.parts:
+            title = "How the phases of a step grow (seconds per step, lab model)"
+            tables.append(table := Table(title))
+            scaling(table, steps=2 if args.quick else 6, quick=args.quick)
+        if "whole" in args.parts and not args.quick:
+            tables.append(table := Table("The whole study of `make lab`, two processes"))
+            whole_study(table, args.keep)
 
 
 def by_phase(table: Table, before: str, *, rounds: int, steps: int) -> None:
