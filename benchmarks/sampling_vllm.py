@@ -29,7 +29,7 @@ def main() -> None:
     )  # fmt: skip
 
     def run(prompts: list[list[int]]) -> int:
-        # No seed: with one, vLLM's CPU build ends in "CPU Generator does not use offset" (SmolLM2).
+        # No seed: with one, prompts that are read in parts end vLLM's CPU build (docs/vllm.md).
         params = SamplingParams(
             n=wanted["each"], temperature=1.0, top_p=1.0, top_k=0, detokenize=False,
             max_tokens=wanted["max_tokens"], stop_token_ids=wanted["end_ids"],

@@ -150,7 +150,9 @@ class Server:
             str(self._python), "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(self._model), "--served-model-name", NAME, "--dtype", "float32",
             "--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(CONTEXT),
-            "--max-num-seqs", "32", "--enforce-eager", *(TAKES_ADAPTERS if self._engine else ()),
+            # Read in parts, a prompt takes a seeded draw back, which a processor's generator cannot.
+            "--max-num-seqs", "32", "--enforce-eager", "--no-enable-chunked-prefill",
+            *(TAKES_ADAPTERS if self._engine else ()),
             *self._flags,
         ]  # fmt: skip
         self._say(f"vLLM: starting on port {self.port} (log: {self.log})")

@@ -14,7 +14,9 @@ from selfteach.build import Built, build
 from selfteach.build_engine import require_engine
 from selfteach.collate import sequences
 from selfteach.config import Recipe
+from selfteach.config_engine import VllmProcessConfig
 from selfteach.engines import vllm_engine
+from selfteach.engines.vllm_process import Serving, arguments
 from selfteach.errors import EngineError, RecipeError
 from selfteach.policy_gradient import token_logp
 from selfteach.run_folder import RunFolder
@@ -355,3 +357,11 @@ def test_a_named_key_has_to_be_there(server: Vllm, monkeypatch: pytest.MonkeyPat
 def test_in_process_needs_vllm() -> None:
     with pytest.raises(EngineError, match=r'needs vLLM in this environment.*"vllm_server"'):
         build(validate(Recipe, merge(TINY, {"engine": {"type": "vllm"}})))
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_processor_reads_no_prompt_in_parts(cuda: bool) -> None:
+    """With a seed that would end vLLM's CPU build: its generator cannot take a draw back."""
+    serving = Serving("model", max_length=512, lora_rank=None, cuda=cuda)
+    told = arguments(VllmProcessConfig(type="vllm"), serving)
+    assert told.get("enable_chunked_prefill", True) is cuda

@@ -165,6 +165,8 @@ def arguments(config: VllmProcessConfig, serving: Serving) -> dict[str, Any]:
         "generation_config": "vllm",
         "skip_tokenizer_init": True,
         "trust_remote_code": serving.trust_remote_code,
+        # A prompt that is read in parts takes a seeded draw back, which a processor's generator cannot.
+        **({} if serving.cuda else {"enable_chunked_prefill": False}),
         **({"enable_lora": True, "max_lora_rank": _rank(serving.lora_rank or 1)} if lora else {}),
     }
 
