@@ -363,7 +363,7 @@ def main() -> None:
                 continue
             if model != "lab":
                 vllm_server.save_model(print)
-            for kind in KINDS if model == "lab" else ("full", "grpo"):
+            for kind in KINDS if model == "lab" else ("full", "top-K", "sampled", "grpo"):
                 rounds = 1 if args.quick else args.rounds if model == "lab" else 2
                 memory = not args.quick and (model == "lab" or kind == "full")
                 compare(table, model, kind, rounds, memory=memory)
