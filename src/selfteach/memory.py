@@ -4,8 +4,7 @@ Bytes, from the shape of the model and the numbers of the recipe; every line say
 What a layer keeps for its gradient is counted as PyTorch saves it for the decoders of transformers
 (a test holds the count against autograd itself); the rest are the tensors that we allocate. Not
 counted: the allocator's slack, the driver's own (about 0.5 GiB with CUDA), rounding, and on a processor
-the copy of a small model's weights that it samples with (no larger than the gradients that it has not
-got at that time).
+the copy of a model's weights that it samples with (400 million numbers at most).
 """
 
 from __future__ import annotations

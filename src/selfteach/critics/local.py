@@ -118,6 +118,7 @@ class LocalModel:
                 max_new_tokens=max_tokens,
                 eos_token_id=self._end_ids,
                 pad_token_id=self._pad_id,
+                repetition_penalty=1.0,  # whatever the model's own settings say: as without guesses
                 prompt_lookup_num_tokens=self._guessed,
                 **(drawn if temperature > 0 else {"do_sample": False}),
             )

@@ -27,7 +27,7 @@ BLOCK = 32
 JOINED = 4_000_000
 """Models whose layers have at most so many weights are run with copies that are joined."""
 PACKED = 400_000_000
-"""Up to so many, the copies are packed on a processor (`products`)."""
+"""Up to so many, the head's among them, the copies are packed on a processor (`products`)."""
 
 Product = Callable[[Tensor], Tensor]
 Joined = Callable[[Tensor, Tensor | None], Product]
@@ -52,7 +52,7 @@ class LlamaPasses:
         if whole:
             kept = torch.get_autocast_dtype(first.device.type)
         self._exact = kept in (torch.float32, torch.float64)
-        joined = _joined(backbone, answers) if self._exact and not whole else None
+        joined = _joined(causal, answers) if self._exact and not whole else None
         self._layers = [_Layer(layer, joined) for layer in backbone.layers]
         self._head = _behind(backbone.norm, [causal.get_output_embeddings()], joined)
         shared = prompts.shared if self._exact else 0
@@ -204,12 +204,14 @@ class _Layer:
         return self._down(self._act(gate) * up, x_RH)
 
 
-def _joined(backbone: Any, rows: int) -> Joined | None:
+def _joined(causal: PreTrainedModel, rows: int) -> Joined | None:
     """How products with a copy of weights are made; None where the modules do as well themselves."""
+    backbone: Any = getattr(causal, causal.base_model_prefix)
+    head: Any = causal.get_output_embeddings()
     weights = sum(weight.numel() for weight in backbone.layers.parameters())
     if weights <= JOINED:
         return lambda weight, bias: lambda x: F.linear(x, weight, bias)
-    if weights > PACKED or not products.packs(next(backbone.parameters())):
+    if weights + head.weight.numel() > PACKED or not products.packs(head.weight):
         return None
     return lambda weight, bias: products.packed(weight, bias, rows)
 
