@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfteach.closed_form import Form, Rows
+from selfteach.closed_form import Form, of_rows
 from selfteach.errors import RecipeError
 from selfteach.policy_gradient import token_logp
 
@@ -126,7 +126,7 @@ def per_token(
         spec.kind, spec.beta, spec.jsd_scaled, spec.top_k, spec.top_k_from, spec.clip,
         spec.temperature,
     )  # fmt: skip
-    loss, clipped, logp, teacher_logp = Rows.apply(student_logits, teacher_logits, ids, form)  # pyright: ignore
+    loss, clipped, logp, teacher_logp = of_rows(student_logits, teacher_logits, ids, form)
     if spec.temperature == 1:
         return PerToken(loss, teacher_logp - logp, clipped)
     return PerToken(loss, _advantage(student_logits, teacher_logits, ids), clipped)

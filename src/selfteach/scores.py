@@ -25,8 +25,9 @@ class Head:
     """A model's map from hidden states to logits.
 
     ``softcap * tanh(x / softcap)`` of ``x = scale (h Wᵀ + b)``; the cap only where one is set.
-    The product runs in the hidden state's dtype (weight and bias are cast to it), everything after
-    it in float32 at least.
+    The product runs in the hidden state's dtype (weight and bias are cast to it), scale and cap in
+    float32 at least. Logits of neither stay in the product's dtype: who reads them computes in
+    float32 anyway, and a copy of them all would be the largest thing in memory.
     """
 
     weight_VH: Float[Tensor, "V H"]
@@ -35,7 +36,7 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows V"]:
-        """Logits of each row, float32 at least, differentiable in hidden, weight and bias."""
+        """Logits of each row, differentiable in hidden, weight and bias."""
         return self.finish(self.product(hidden))
 
     def product(self, hidden: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows V"]:
@@ -44,7 +45,9 @@ class Head:
         return products.linear(hidden, self.weight_VH.to(hidden.dtype), bias_V)
 
     def finish(self, product: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
-        """Scale and soft cap, in float32 at least."""
+        """Scale and soft cap, in float32 at least, where there are any."""
+        if self.scale == 1.0 and self.softcap is None:
+            return product
         logits = product.to(torch.promote_types(product.dtype, torch.float32))
         if self.scale != 1.0:
             logits = self.scale * logits
@@ -74,13 +77,15 @@ class Scores:
         return cls(((hidden_NH, head, 1.0),))
 
     def logits(self, rows: slice) -> Float[Tensor, "C V"]:
-        """The mixed logits of some rows, float32 at least."""
+        """The logits of some rows; those of a mixture in float32 at least."""
         parts = (_share(mix, head.logits(hidden_NH[rows])) for hidden_NH, head, mix in self.terms)
         return functools.reduce(torch.add, parts)
 
 
 def _share(mix: float, logits: Tensor) -> Tensor:
-    return logits if mix == 1.0 else mix * logits
+    if mix == 1.0:
+        return logits
+    return mix * logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 HEAD_ROWS = 4096
@@ -173,7 +178,8 @@ def _chunk(
         (grad_CV,) = torch.autograd.grad(part, product_CV)
         if some_absent:
             # Zero times NaN is NaN: the rows must be emptied on both sides of the products.
-            grad_CV = grad_CV.masked_fill(absent_C[:, None], 0.0)
+            empty = Tensor.masked_fill_ if grad_CV.is_contiguous() else Tensor.masked_fill
+            grad_CV = empty(grad_CV, absent_C[:, None], 0.0)
             hidden_CH = hidden_CH.masked_fill(absent_C[:, None], 0.0)
         _add_gradients(head, hidden_CH, grad_CV, rows, grads)
     # Detached here, so that the next chunk does not overlap with this one's graph.
@@ -197,6 +203,9 @@ def _add_product(grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
     """Add ``grad_CVᵀ hidden_CH`` in place, without a product of the head's size."""
     if grad_CV.dtype == grad_VH.dtype:
         grad_VH.addmm_(grad_CV.T, hidden_CH)
+        return
+    if grad_VH.is_cuda:  # which multiplies in half precision and adds in float32 in one go
+        torch.addmm(grad_VH, grad_CV.T, hidden_CH, out_dtype=grad_VH.dtype, out=grad_VH)
         return
     for start in range(0, len(grad_VH), HEAD_ROWS):
         rows = slice(start, start + HEAD_ROWS)
