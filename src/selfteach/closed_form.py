@@ -35,7 +35,6 @@ class Form(NamedTuple):
     clip: float | None
     temperature: float
 
-
     def whole(self, entries: int) -> bool:
         """True where every entry has a term of its own."""
         return self.top_k is None or self.top_k >= entries
@@ -231,9 +230,7 @@ def _fused_entries(
     """What `of_rows` says of each row, and what `_entries_gradient` wants to know."""
     own, others = (row_kernels.row_sums(x, ids, form.temperature) for x in (student, teacher))
     sides = row_kernels.Sides(student, teacher, own.log_sum_N, others.log_sum_N)
-    told = row_kernels.losses(
-        sides, form.kind, form.beta, form.factor, form.clip, form.temperature
-    )
+    told = row_kernels.losses(sides, form.kind, form.beta, form.factor, form.clip, form.temperature)
     said = (told.loss_N, told.clipped_N, own.logp_N, others.logp_N)
     return said, (own.log_sum_N, others.log_sum_N, told.slope_sum_N)
 

@@ -139,9 +139,7 @@ class _FusedTokenLogp(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits_NV, ids_N, log_sum_N = ctx.saved_tensors
         grad_N = grad_logp.reshape(-1)
-        grad_NV = row_kernels.token_gradient(
-            logits_NV, ids_N, log_sum_N, grad_N, ctx.temperature
-        )
+        grad_NV = row_kernels.token_gradient(logits_NV, ids_N, log_sum_N, grad_N, ctx.temperature)
         return grad_NV.reshape(ctx.shape), None, None
 
 

@@ -9,6 +9,7 @@ Triton comes with PyTorch's builds for CUDA. On a processor the kernels run wher
 and TRITON_INTERPRET=1 was set before this module was imported: slowly, for tests, in float64 too.
 """
 
+# pyright: reportInvalidTypeForm=false
 from __future__ import annotations
 
 import contextlib
@@ -69,7 +70,10 @@ def _row_sums(
     total_tail = tl.zeros((), FLOAT)
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * stride + at, mask=at < V, other=-float("inf")).to(FLOAT) * inverse
+        x = (
+            tl.load(logits + row * stride + at, mask=at < V, other=-float("inf")).to(FLOAT)
+            * inverse
+        )
         high, total = _grown(high, total, x, FLOAT)
         if TAIL:
             out = tl.load(kept + row * V + at, mask=at < V, other=1) != 0

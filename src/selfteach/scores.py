@@ -40,7 +40,7 @@ class Head:
         return self.finish(self.product(hidden))
 
     def product(self, hidden: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows V"]:
-        """``h Wᵀ + b`` in the dtype of ``hidden``."""
+        """``h Wᵀ + b`` in the dtype of ``hidden``; see `products.linear` for halves on a GPU."""
         bias_V = None if self.bias_V is None else self.bias_V.to(hidden.dtype)
         return products.linear(hidden, self.weight_VH.to(hidden.dtype), bias_V)
 
@@ -181,7 +181,8 @@ def _chunk(
             empty = Tensor.masked_fill_ if grad_CV.is_contiguous() else Tensor.masked_fill
             grad_CV = empty(grad_CV, absent_C[:, None], 0.0)
             hidden_CH = hidden_CH.masked_fill(absent_C[:, None], 0.0)
-        _add_gradients(head, hidden_CH, grad_CV, rows, grads)
+        del product_CV
+        _add_gradients(head, hidden_CH, grad_CV.to(hidden_CH.dtype), rows, grads)
     # Detached here, so that the next chunk does not overlap with this one's graph.
     return part.detach(), {name: value_C.detach() for name, value_C in said.items()}
 
