@@ -19,6 +19,8 @@ from torch.nn import functional as F
 HALVES = (torch.float16, torch.bfloat16)
 WIDE = 2**22
 """Entries of a weight that no cache holds."""
+ROWS_ADDED = 4096
+"""Rows of a product that are computed at a time where they are then added in another dtype."""
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -33,6 +35,26 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.numel() < WIDE or torch.is_grad_enabled() or not _faster(rows, weight):
         return F.linear(rows, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def write(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """``a b`` into a tensor, of a wider dtype too where that is a GPU's."""
+    if a.dtype == into.dtype:
+        torch.mm(a, b, out=into)
+    else:
+        torch.mm(a, b, out_dtype=into.dtype, out=into)
+
+
+def add(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a b`` to a tensor in its own dtype, on a processor without a product of its size."""
+    if a.dtype == into.dtype:
+        into.addmm_(a, b)
+    elif into.is_cuda:  # which multiplies in half precision and adds in float32 in one go
+        torch.addmm(into, a, b, out_dtype=into.dtype, out=into)
+    else:
+        for start in range(0, len(into), ROWS_ADDED):
+            rows = slice(start, start + ROWS_ADDED)
+            into[rows] += a[rows] @ b
 
 
 def packed(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:

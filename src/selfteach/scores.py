@@ -88,8 +88,6 @@ def _share(mix: float, logits: Tensor) -> Tensor:
     return mix * logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-HEAD_ROWS = 4096
-"""Rows of a head's gradient that are computed at a time where they are then added in float32."""
 PerTokenFn = Callable[[Tensor, slice], Mapping[str, Tensor]]
 """From one chunk's logits [C, V] and its rows to named values [C], ``"loss"`` among them."""
 
@@ -119,7 +117,7 @@ def chunked_sum(
     _check(student, weight_N, chunk_tokens)
     ((hidden_NH, head, mix),) = student.terms
     sources = (hidden_NH, head.weight_VH, head.bias_V)
-    grads = [_accumulator(x) if x is not None and _wanted(x) else None for x in sources]
+    grads = [_accumulator(x) if x is not None and wanted(x) else None for x in sources]
     constant = (hidden_NH.detach(), _constant(head, hidden_NH.dtype), mix)
     stats: dict[str, list[Tensor]] = {}
     total = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
@@ -130,7 +128,7 @@ def chunked_sum(
         for name, value_C in said.items():
             stats.setdefault(name, []).append(value_C)
     joined = {name: torch.cat(values) for name, values in stats.items()}
-    return _WithGradients.apply(total, *grads, *sources), joined  # type: ignore[return-value]
+    return WithGradients.apply(total, *grads, *sources), joined  # type: ignore[return-value]
 
 
 def _check(student: Scores, weight_N: Tensor, chunk_tokens: int) -> None:
@@ -149,7 +147,8 @@ def _constant(head: Head, dtype: torch.dtype) -> Head:
     return replace(head, weight_VH=head.weight_VH.detach().to(dtype), bias_V=bias_V)
 
 
-def _wanted(source: Tensor) -> bool:
+def wanted(source: Tensor) -> bool:
+    """True where a gradient is to be computed for it."""
     return torch.is_grad_enabled() and source.requires_grad
 
 
@@ -195,30 +194,22 @@ def _add_gradients(
     if grad_NH is not None:
         grad_NH[rows] = grad_CV @ head.weight_VH.to(grad_CV.dtype)
     if grad_VH is not None:
-        _add_product(grad_VH, grad_CV, hidden_CH)
+        products.add(grad_VH, grad_CV.T, hidden_CH)
     if grad_V is not None:
         grad_V += grad_CV.sum(0)
 
 
-def _add_product(grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """Add ``grad_CVᵀ hidden_CH`` in place, without a product of the head's size."""
-    if grad_CV.dtype == grad_VH.dtype:
-        grad_VH.addmm_(grad_CV.T, hidden_CH)
-        return
-    if grad_VH.is_cuda:  # which multiplies in half precision and adds in float32 in one go
-        torch.addmm(grad_VH, grad_CV.T, hidden_CH, out_dtype=grad_VH.dtype, out=grad_VH)
-        return
-    for start in range(0, len(grad_VH), HEAD_ROWS):
-        rows = slice(start, start + HEAD_ROWS)
-        grad_VH[rows] += grad_CV[:, rows].T @ hidden_CH
+class WithGradients(torch.autograd.Function):
+    """A scalar whose gradients with respect to three sources are already known.
 
-
-class _WithGradients(torch.autograd.Function):
-    """A scalar whose gradients with respect to three sources are already known."""
+    On a GPU they are scaled where they lie, so that it can be differentiated once only.
+    """
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, *grads_and_sources: Tensor | None) -> Tensor:
+        """The total; keeps the three gradients that come first."""
         ctx.save_for_backward(*grads_and_sources[:3])
+        ctx.spent = False
         return total.clone()
 
     @staticmethod
@@ -226,10 +217,17 @@ class _WithGradients(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
+        """The kept gradients times the total's."""
         (grad_total,) = grad_outputs
         # Times one, as nearly always, they are handed on without a second [V, H]; another device is
         # not waited for to know it. Autograd casts each to its source's dtype.
         if grad_total.is_cpu and grad_total.item() == 1:
             return (None, None, None, None, *ctx.saved_tensors)
-        scaled = (None if grad is None else grad_total * grad for grad in ctx.saved_tensors)
-        return (None, None, None, None, *scaled)
+        if grad_total.is_cpu:
+            scaled = (None if grad is None else grad_total * grad for grad in ctx.saved_tensors)
+            return (None, None, None, None, *scaled)
+        if ctx.spent:
+            raise RuntimeError("on a GPU a sum with gradients can be differentiated once only")
+        ctx.spent = True
+        grads = (None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors)
+        return (None, None, None, None, *grads)
