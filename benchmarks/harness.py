@@ -212,6 +212,13 @@ def _commit() -> str | None:
         return None
 
 
+def on_device(name: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` is CUDA where there is one."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options that all benchmarks share."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])

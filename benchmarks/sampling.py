@@ -1,15 +1,18 @@
 """Sampling: our engine beside transformers' generate and vLLM's CPU build, on the same prompts.
 
-    python benchmarks/sampling.py [--json FILE] [--rounds 5] [--quick]
+    python benchmarks/sampling.py [--device auto] [--json FILE] [--rounds 5] [--quick]
 
 Eight answers to each question at temperature 1, of the lengths that the models give them: the lab's
 base (at most 40 tokens) and SmolLM2-135M in float32 (at most 64). Speeds are kept answer tokens per
 second: what generate computes behind an answer's end is not kept. Every way draws its own answers; a
-way's tokens are counted in the rounds that are timed.
+way's tokens are counted in the rounds that are timed. On CUDA the lab's base and models of known
+shapes with random weights (`random_models`), whose answers all have full length.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import os
 import statistics
@@ -21,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import MIB, Table, alternated, parser, peak_bytes, ratio, reported
+from harness import MIB, Table, alternated, on_device, parser, peak_bytes, ratio, reported
+from random_models import SIZED, model_of
 
 from selfteach.build import build
 from selfteach.config import ModelConfig, Recipe
@@ -103,6 +107,20 @@ class Job:
         ids: Any = [tokenizer.eos_token_id]
         return cls(model, prompts, ids, pad_id(tokenizer), SMOLLM2_TOKENS)
 
+    @classmethod
+    def on(cls, device: str, name: str, dtype: torch.dtype) -> Job:
+        """The lab's base or a model of random weights, on a device."""
+        if name == "lab":
+            changes = {"device": device, "weights_dtype": str(dtype).removeprefix("torch.")}
+            built = build(LAB.model_copy(update={"model": ModelConfig(**changes)}))  # pyright: ignore
+            prompts = [built.parts.renderer.solver_prompt(p) for p in built.task.train]
+            ends, pad = [built.tokenizer.eos_token_id], built.tokenizer.pad_token_id
+            return cls(built.parts.policy.model, prompts, ends, pad, LAB_TOKENS)  # pyright: ignore
+        torch.manual_seed(1)
+        size = SIZED[name].shape["vocab_size"]
+        prompts = [tuple(torch.randint(3, size, (64,)).tolist()) for _ in range(16)]
+        return cls(model_of(name, device, dtype), prompts, [2], 0, SMOLLM2_TOKENS)
+
     def ours(self, answers: int) -> Callable[[int], int]:
         """A call that answers with a seed, and says how many tokens it kept."""
         asked = {str(i): prompt for i, prompt in enumerate(self.prompts[: answers // EACH])}
@@ -122,8 +140,9 @@ class Job:
         """The same with transformers' own loop; left padding, as its guide has it."""
         prompts = self.prompts[: answers // EACH]
         width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        on = next(self.model.parameters()).device
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=on)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=on)
 
         def call(seed: int) -> int:
             torch.manual_seed(seed)
@@ -132,7 +151,7 @@ class Job:
                 top_p=1.0, num_return_sequences=EACH, max_new_tokens=self.max_tokens,
                 eos_token_id=self.end_ids, pad_token_id=self.pad_id, **cache,
             )[:, width:]  # fmt: skip
-            ended = torch.isin(out, torch.tensor(self.end_ids)).long()
+            ended = torch.isin(out, torch.tensor(self.end_ids, device=on)).long()
             return int((ended.cumsum(1) - ended == 0).sum())
 
         return call
@@ -245,11 +264,76 @@ def measure(name: str, sizes: Mapping[int, int], *, quick: bool) -> Table:
     return table
 
 
+def measure_on_device(args: argparse.Namespace, tables: list[Table]) -> None:
+    """Ours beside generate, model by model; a static cache is left out: it compiles for minutes."""
+    table = Table(f"Sampling on a GPU: {EACH} answers to a question")
+    tables.append(table)
+    table.notes = "Peak memory is beyond the model. Random weights hardly ever end an answer."
+    sizes = (8, 32) if args.quick else (8, 32, 128)
+    for name in ("lab", "tiny, random weights") if args.quick else args.models:
+        for dtype in (
+            (torch.bfloat16,) if name.startswith("Qwen") else (torch.float32, torch.bfloat16)
+        ):
+            job = Job.on(args.device, name, dtype)
+            for answers in sizes:
+                _beside_generate(table, job, name, dtype, answers, args.rounds)
+            del job
+            gc.collect()
+
+
+def _beside_generate(
+    table: Table, job: Job, name: str, dtype: torch.dtype, answers: int, rounds: int
+) -> None:
+    kept: dict[str, list[int]] = {OURS: [], GENERATE: []}
+    peaks: dict[str, float] = {}
+    on_cuda = next(job.model.parameters()).is_cuda
+    calls = {OURS: job.ours(answers), GENERATE: job.generate(answers)}
+
+    def counted(way: str) -> Callable[[], object]:
+        def call() -> None:
+            before = 0
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            kept[way].append(calls[way](len(kept[way])))
+            if on_cuda:
+                peaks[way] = (torch.cuda.max_memory_allocated() - before) / MIB
+
+        return call
+
+    with torch.inference_mode():
+        timings = alternated({way: counted(way) for way in calls}, rounds=rounds)
+    speeds = {
+        way: statistics.median(
+            n / s for n, s in zip(kept[way][-rounds:], timings[way].seconds, strict=True)
+        )
+        for way in calls
+    }
+    for way, speed in speeds.items():
+        table.add(**{
+            "model": name, "dtype": str(dtype).removeprefix("torch."), "answers": answers, "way": way,
+            "kept tokens per second": speed,
+            "selfteach's speed beside it": ratio(speeds[OURS], speed),
+            "seconds": timings[way].median,
+            "mean length": statistics.mean(kept[way]) / answers,
+            "peak memory, MiB": peaks.get(way),
+        })  # fmt: skip
+
+
 def main() -> None:
-    """Both models."""
-    args = parser(__doc__).parse_args()
+    """Both models; on CUDA `--models`."""
+    made = parser(__doc__)
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    listed = ["lab", *SIZED]
+    made.add_argument("--models", nargs="*", choices=listed, default=listed[:2], help="on CUDA")
+    made.add_argument("--as-on-cuda", action="store_true", help="its way on any device: a check")
+    args = made.parse_args()
+    args.device = on_device(args.device)
     torch.set_num_threads(1)
     with reported(args) as tables:
+        if args.device == "cuda" or args.as_on_cuda:
+            measure_on_device(args, tables)
+            return
         if args.quick:
             for name in ("lab", "lab, ends early"):
                 tables.append(measure(name, {8: 1, 32: 1}, quick=True))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfteach.config import ModelConfig
@@ -50,6 +51,9 @@ from selfteach.thinking import Thinking
 
 if TYPE_CHECKING:
     from selfteach.critics.endpoint import Endpoint
+
+FINGERPRINT_ENTRIES = 2**24
+"""Weights whose bits are added up at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +214,20 @@ def initial_weights(policy: Policy) -> Callable[[], AbstractContextManager[objec
 
 
 def fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """Names a model's weights: a folder whose weights change is another critic."""
+    """Names a model's weights: a folder whose weights change is another critic.
+
+    Sums of their bits, so that every device says the same: a resume elsewhere finds its replies.
+    """
     sums = [
-        (name, tuple(weight.shape), weight.detach().double().sum().item())
+        (name, tuple(weight.shape), str(weight.dtype), _sum_of_bits(weight.detach()))
         for name, weight in sorted(model.named_parameters())
         if "lora_" not in name
     ]
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+
+
+def _sum_of_bits(weight: Tensor) -> int:
+    """In pieces, since each is widened to 64 bits."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    parts = weight.contiguous().view(bits).flatten().split(FINGERPRINT_ENTRIES)
+    return int(torch.stack([part.sum(dtype=torch.int64) for part in parts]).sum().item())

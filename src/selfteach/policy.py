@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -106,7 +106,10 @@ class Policy:
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             hidden_NH = self._hidden(sequences)
         head = self._head if self._shards is None else self._shards.head(self._head)
-        return Scores.single(hidden_NH.to(self._autocast or hidden_NH.dtype), head)
+        hidden_NH = hidden_NH.to(self._autocast or hidden_NH.dtype)
+        if not torch.is_grad_enabled():  # a teacher's: cast once, not once per chunk of its logits
+            head = _cast(head, hidden_NH.dtype)
+        return Scores.single(hidden_NH, head)
 
     def _hidden(self, sequences: Sequences) -> Tensor:
         """The last layer's states that predict the answers' tokens, [N, H]."""
@@ -203,6 +206,12 @@ def recompute_activations(model: PreTrainedModel) -> None:
     # transformers renames this one too; the old name warns and goes with its version 6.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+
+
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    """The head in a dtype; itself where it has it."""
+    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+    return replace(head, weight_VH=head.weight_VH.to(dtype), bias_V=bias_V)
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -69,7 +69,7 @@ class StudyConfig(Section):
     """Pairs to print first, like ``step_aligned-grpo``."""
     bootstrap: int = Field(default=10_000, ge=100)
     workers: int | None = Field(default=None, ge=1)
-    """Runs side by side, one process each; by default one per core."""
+    """Runs side by side, one process each; by default one per core, on a GPU one."""
     axis: str = ""
     """What the arms (or the variants) of a study differ in by degree, for the figure of it."""
     at: dict[str, float] = Field(default_factory=dict)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from selfteach.build import build
 from selfteach.build_critic import require_critic
@@ -142,7 +143,7 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> No
         require_critic(critic)  # before another run spends anything
     for recipe in _by_engine(job.recipe for job in waiting):
         require_engine(recipe)
-    workers = min(workers or os.cpu_count() or 1, max(1, len(waiting)))
+    workers = min(workers or side_by_side(waiting), max(1, len(waiting)))
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
     ) as pool:
@@ -165,6 +166,12 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> No
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def side_by_side(jobs: Sequence[Job]) -> int:
+    """Runs at a time where a study does not say: one per core; on a GPU one, which may fill it."""
+    on_gpu = any(job.recipe.model.device in ("auto", "cuda") for job in jobs)
+    return 1 if on_gpu and torch.cuda.is_available() else os.cpu_count() or 1
 
 
 def _run(recipe: Recipe, folder: Path) -> None:

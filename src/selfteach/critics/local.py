@@ -110,7 +110,9 @@ class LocalModel:
         temperature, max_tokens = _mode(request)
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         ids_BT = torch.tensor([prompt], device=next(self._model.parameters()).device)
-        with torch.random.fork_rng():
+        # Only this device's stream: on a machine with several, torch warns of asking for all.
+        own = [ids_BT.device] if ids_BT.is_cuda else []
+        with torch.random.fork_rng(devices=own):
             torch.manual_seed(int(key_of("seed", request)[:15], 16))
             out_BT = self._model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=ids_BT,

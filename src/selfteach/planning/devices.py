@@ -19,8 +19,10 @@ KNOWN = Path(__file__).with_name("devices.toml")
 HERE = "here"
 """The machine this runs on, measured when it is asked for."""
 GIGA = 1e9
-SIDE, MOVED = 1024, 2**26
-"""What `measured_here` multiplies (a square of so many rows) and copies (bytes)."""
+SIDE = {"cpu": 1024, "cuda": 8192}
+"""Rows of the square that `measured_here` multiplies: a GPU's time for a small one is the call's."""
+MOVED = {"cpu": 2**26, "cuda": 2**30}
+"""Bytes that it copies: more than a cache holds."""
 
 
 class Device(Section):
@@ -92,13 +94,17 @@ def measured_here() -> Device:
     gpu = torch.cuda.is_available()
     where = torch.device("cuda" if gpu else "cpu")
     dtype = torch.bfloat16 if gpu else torch.float32
-    square = torch.ones(SIDE, SIDE, device=where, dtype=dtype)
-    moved = torch.ones(MOVED, device=where, dtype=torch.uint8)
+    side, bytes_moved = SIDE[where.type], MOVED[where.type]
+    # Not all ones: a GPU that multiplies what never changes draws less power, and is faster.
+    square = torch.rand(side, side, device=where, dtype=dtype)
+    moved = torch.ones(bytes_moved, device=where, dtype=torch.uint8)
 
     def best(call: object, times: int = 3) -> float:
         assert callable(call)
         taken = []
         for _ in range(times):
+            if gpu:
+                torch.cuda.synchronize()
             start = time.perf_counter()
             call()
             if gpu:
@@ -106,8 +112,8 @@ def measured_here() -> Device:
             taken.append(time.perf_counter() - start)
         return max(1e-9, min(taken))
 
-    flops = 2 * SIDE**3 / best(lambda: square @ square)
-    bandwidth = 2 * MOVED / best(lambda: moved.clone())
+    flops = 2 * side**3 / best(lambda: square @ square)
+    bandwidth = 2 * bytes_moved / best(lambda: moved.clone())
     if gpu:
         memory = torch.cuda.get_device_properties(where).total_memory
     else:

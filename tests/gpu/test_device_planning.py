@@ -1,0 +1,41 @@
+"""`selfteach plan` measures the device it runs on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from runs_on_device import ALIGNED, recipe
+from selfteach.planning.devices import measured_here
+from selfteach.planning.request import Request, plan, prepare
+
+pytestmark = pytest.mark.gpu
+
+
+def test_the_device_is_measured_with_work_that_it_notices(
+    device: str, record_property: Callable[[str, object], None]
+) -> None:
+    first, again = measured_here(), measured_here()
+    assert again.tflops == pytest.approx(first.tflops, rel=0.5)
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        assert first.memory == pytest.approx(properties.total_memory)
+        # Hopper's sheet says 989 (dense bfloat16) and 3,350 GB/s; a GPU of five years ago, 65 and 320.
+        assert 30 < first.tflops < 2500
+        assert 200 < first.memory_gb_per_s < 10_000
+        if "H100" in properties.name or "H200" in properties.name:
+            assert first.tflops > 350 and first.memory_gb_per_s > 1500
+    record_property("TFLOP/s and GB/s", (first.tflops, first.memory_gb_per_s))
+
+
+def test_a_plan_is_calibrated_by_steps_taken_here(device: str) -> None:
+    asked = recipe(device, ALIGNED)
+    work, where = prepare(asked, Request(calibrate=("here",)))
+    efficiency = where.have
+    assert work.load.shape.hidden > 0
+    assert 0 < efficiency.train_mfu <= 1 and efficiency.decode_share > 0
+    assert {"train_mfu", "decode_share", "mark_s"} <= set(efficiency.measured)
+    assert any(re.search(r"step", line) for line in plan(asked, Request()))

@@ -1,0 +1,149 @@
+"""Sampling on a device: what is stored is what scoring says, the same twice, and the model's own."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from runs_on_device import ALIGNED, HALF, lessons_of, recipe
+from selfteach.build import build
+from selfteach.collate import sequences
+from selfteach.decoding import llama
+from selfteach.decoding.drawing import draw
+from selfteach.decoding.llama import LlamaPasses
+from selfteach.decoding.passes import ModelPasses, Prompts
+
+pytestmark = pytest.mark.gpu
+
+VOCABULARY = 50
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.3,
+    "max_position_embeddings": 256, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
+}
+PADDED = [[7, 8, 9, 10], [4, 5], [9, 2, 3]]
+PROMPTS = {
+    "equal": [[7, 8, 9], [4, 5, 6], [9, 2, 3]],
+    "padded": PADDED,
+    "shared": [[*range(1, 41), *own] for own in PADDED],
+}
+# Parents and tokens, pass by pass: rows branch, one takes the place of another, they end, and go on.
+MOVES = [
+    ([0, 1, 2, 0, 2], [3, 4, 5, 6, 7]),
+    ([0, 4, 2, 3], [8, 9, 10, 11]),
+    ([0, 1, 2, 3, 3, 1], [1, 2, 3, 4, 5, 6]),
+    ([4, 5], [2, 3]),
+    *[([0, 1], [n % VOCABULARY, 2 * n % VOCABULARY]) for n in range(llama.BLOCK + 8)],
+]
+
+
+def told(passes: LlamaPasses | ModelPasses, device: str) -> torch.Tensor:
+    said = [passes(np.array(p), torch.tensor(t, device=device)) for p, t in MOVES]
+    return torch.cat([logits.float() for logits in said])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("joined", [True, False])
+def test_lean_passes_are_the_models(
+    family: str, prompts: str, dtype: str, joined: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(llama, "JOINED", 10**9 if joined else 0)
+    model = FAMILIES[family]().eval()
+    for name, value in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(value, 1.0, 0.3)
+    torch.nn.Module.to(model, device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    read = [list(prompt) for prompt in PROMPTS[prompts]]
+    with (
+        torch.inference_mode(),
+        torch.autocast(device, torch.bfloat16, enabled=dtype == "autocast"),
+    ):
+        own = told(LlamaPasses(model, Prompts(model, read, 0), answers=6), device)
+        models = told(ModelPasses(model, Prompts(model, read, 0)), device)
+    if dtype == "float32":
+        torch.testing.assert_close(own, models, rtol=0, atol=2e-5 * float(models.abs().max()))
+        return
+    # Both round at other places: their probabilities are near each other on average.
+    apart = (own.log_softmax(-1) - models.log_softmax(-1)).exp().sub(1).abs()
+    weight = models.softmax(-1)
+    assert float((apart * weight).sum(-1).mean()) < 0.1
+    assert torch.isfinite(own).all()
+
+
+@pytest.mark.parametrize("vocabulary", [50, 1000, 151_936])
+def test_a_device_draws_the_tokens_that_the_processor_draws(vocabulary: int, device: str) -> None:
+    logits_RV = 3 * torch.randn(16, vocabulary)
+    uniform_B = torch.rand(64, dtype=torch.float64)
+    row_B = torch.arange(64) % 16
+    for temperature in (0.7, 1.0):
+        token, logp = draw(logits_RV, uniform_B, temperature, row_B)
+        own, own_logp = draw(
+            logits_RV.to(device), uniform_B.to(device), temperature, row_B.to(device)
+        )
+        same = own.cpu() == token
+        assert same.float().mean() > 0.95, "a number between two tokens may fall on either side"
+        torch.testing.assert_close(own_logp.cpu()[same], logp[same], rtol=1e-5, atol=1e-5)
+    likeliest, nothing = draw(logits_RV.to(device), uniform_B.to(device), 0.0)
+    assert torch.equal(likeliest.cpu(), logits_RV.argmax(-1)) and not nothing.any()
+
+
+@pytest.mark.parametrize("precision", ["float32", *HALF])
+def test_stored_log_probabilities_are_what_scoring_says(precision: str, device: str) -> None:
+    built = build(recipe(device, ALIGNED, HALF.get(precision, {})))
+    parts = built.parts
+    rollouts = parts.engine.generate(built.task.problems("train")[:8], parts.sampling)
+    prompts, answers = ([getattr(r, n) for r in rollouts] for n in ("prompt_ids", "answer_ids"))
+    side = sequences(prompts, answers, parts.pad_id).to(parts.policy.device)
+    with torch.no_grad():
+        logits_NV = parts.policy.score(side).logits(slice(None))
+    assert logits_NV.device.type == device and logits_NV.dtype == torch.float32
+    ids_N = torch.tensor([i for ids in answers for i in ids], device=logits_NV.device)
+    said_N = logits_NV.log_softmax(-1).gather(-1, ids_N[:, None])[:, 0].cpu()
+    stored_N = torch.tensor([logp for r in rollouts for logp in r.logps])
+    apart_N = (said_N - stored_N).abs()
+    if precision == "float32":
+        assert apart_N.max() < 1e-3
+    else:
+        assert apart_N.mean() < 0.05
+
+
+@pytest.mark.parametrize("precision", ["float32", *HALF])
+def test_the_same_seed_draws_the_same_answers(precision: str, device: str) -> None:
+    asked = [recipe(device, ALIGNED, HALF.get(precision, {}), {"seed": s}) for s in (0, 0, 1)]
+    first, again, other = (
+        built.parts.engine.generate(built.task.problems("train")[:8], s)
+        for built in map(build, asked)
+        for s in [built.parts.sampling]
+    )
+    assert [r.answer_ids for r in first] == [r.answer_ids for r in again]
+    assert [r.logps for r in first] == [r.logps for r in again], "to the last bit"
+    assert [r.answer_ids for r in first] != [r.answer_ids for r in other]
+
+
+def test_answers_are_the_processors_but_for_rounding(device: str) -> None:
+    here, there = (build(recipe(where, ALIGNED)) for where in ("cpu", device))
+    problems = here.task.problems("train")
+    own, others = (b.parts.engine.generate(problems, b.parts.sampling) for b in (there, here))
+    same = [a.answer_ids == b.answer_ids for a, b in zip(own, others, strict=True)]
+    assert statistics.mean(same) >= 0.95
+    assert len(lessons_of(there)) == 16
