@@ -31,10 +31,11 @@ class Tiling:
     inner: int = 64
     """Of the hidden states' width at a time."""
     warps: int = 8
-    stages: int = 3
+    stages: int = 4
 
 
 SUMS, GRADIENT = Tiling(), Tiling()
+"""The best of sixteen on an H200; `benchmarks/divergences_gpu.py --parts tilings` tries them again."""
 PROGRAMS = 528
 """Programs at least, as far as there is work: four for each multiprocessor of today's largest GPUs."""
 SLAB_BYTES = 32 * 2**20
