@@ -1,6 +1,6 @@
 """What a divergence from hidden states costs on a GPU, beside TRL's, Liger's and the compiled form.
 
-    python benchmarks/divergences_gpu.py [--parts exact grid chunks tilings] [--json FILE]
+    python benchmarks/divergences_gpu.py [--parts exact grid curve chunks tilings] [--json FILE]
 
 The ways of divergences.py on CUDA (it skips itself where there is none), and
 
@@ -29,6 +29,7 @@ from unittest import mock
 import torch
 from divergences import (
     ALPHA,
+    CURVE,
     KINDS,
     MIB,
     Case,
@@ -105,15 +106,23 @@ def liger(case: Case, inputs: Inputs) -> Tensor:
 
 
 WAYS: Mapping[str, Way] = {
-    "ours": ours_whole, "ours, by tokens": ours, "ours, torch": ours_torch,
-    "ours, compiled": ours_compiled, "plain": plain, "TRL full": trl_full, "TRL chunked": trl_chunked, "Liger": liger,
-}  # fmt: skip
+    "ours": ours_whole,
+    "ours, by tokens": ours,
+    "ours, torch": ours_torch,
+    "ours, compiled": ours_compiled,
+    "plain": plain,
+    "TRL full": trl_full,
+    "TRL chunked": trl_chunked,
+    "Liger": liger,
+}
 
 
 def ways_of(case: Case, *, compiled: bool) -> list[str]:
     """Who can do it here."""
-    names = ["ours", "ours, by tokens", "ours, torch", "plain"]
-    names += ["ours, compiled"] if compiled else []
+    names = ["ours"]
+    if case.dtype != "float32":  # which is walked by tokens anyway
+        names += ["ours, by tokens", "ours, torch"]
+    names += [*(["ours, compiled"] if compiled else []), "plain"]
     if find_spec("trl"):
         names += ["TRL full"] if case.kind == "top_k" else ["TRL full", "TRL chunked"]
     if find_spec("liger_kernel") and case.kind != "top_k":
@@ -150,8 +159,10 @@ def grid(table: Table, rounds: int, *, quick: bool) -> None:
                 for trained in (True, False):
                     for kind in KINDS:
                         case = Case(kind, 2048, vocabulary, hidden, dtype, trained)
-                        few = dtype == "bfloat16" and (vocabulary, hidden) == (151_936, 2048)
-                        compare(table, case, rounds, compiled=few and trained)
+                        largest = (vocabulary, hidden) == (151_936, 2048)
+                        compiled = largest and trained and kind in ("reverse_kl", "jsd")
+                        wide = dtype == "float32"  # many times as slow
+                        compare(table, case, 2 if wide else rounds, compiled=compiled and not wide)
 
 
 def compare(table: Table, case: Case, rounds: int, *, compiled: bool) -> None:
@@ -202,6 +213,21 @@ def chunks(table: Table, rounds: int) -> None:
                         ms=statistics.median(taken),
                         workspace_MiB=workspace(way, case, inputs) / MIB,
                     )  # fmt: skip
+
+
+def curve(table: Table, rounds: int) -> None:
+    """Time and workspace as tokens grow."""
+    for tokens in CURVE:
+        case = Case("reverse_kl", tokens, dtype="bfloat16")
+        inputs = Inputs.of(case)
+        for name in ("ours", "TRL chunked", "plain"):
+            way = WAYS[name]
+            once(way, case, inputs)
+            taken = statistics.median(milliseconds(way, case, inputs) for _ in range(rounds))
+            table.add(
+                tokens=tokens, way=name, ms=taken, workspace_MiB=workspace(way, case, inputs) / MIB,
+                full_logits_MiB=case.full_logits / MIB,
+            )  # fmt: skip
 
 
 def sides_of(vocabulary: int, hidden: int) -> tuple[linear_kernels.Sides, Tensor]:
@@ -307,8 +333,8 @@ def exact(table: Table, *, quick: bool) -> None:
 def main() -> None:
     """The tables that are asked for."""
     options = parser(__doc__)
-    parts = ("exact", "grid", "chunks", "tilings")
-    options.add_argument("--parts", nargs="*", choices=parts, default=("exact", "grid"))
+    parts = ("exact", "grid", "curve", "chunks", "tilings")
+    options.add_argument("--parts", nargs="*", choices=parts, default=("exact", "grid", "curve"))
     args = options.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing to measure")
@@ -318,6 +344,10 @@ def main() -> None:
             title = "Relative error of the gradients, 1,024 tokens x 49,152 x 576, against float64"
             tables.append(table := Table(title))
             exact(table, quick=args.quick)
+        if "curve" in args.parts:
+            title = "The curve: reverse KL, 49,152 x 576, bfloat16, trained head"
+            tables.append(table := Table(title))
+            curve(table, args.rounds)
         if "chunks" in args.parts:
             title = "Ours by chunk: JSD of 2,048 tokens"
             tables.append(table := Table(title))

@@ -1,12 +1,12 @@
 """Triton kernels over rows of logits: log-probabilities, divergences and their gradients on a GPU.
 
-Each reads its logits in the dtype they come in and computes in float32, one
-row to a program. Nothing of the logits' size is made but the gradient, which is computed when it is
-asked for and never kept: a call remembers a few numbers per row. `closed_form` has the formulas,
-written for any device.
+Each reads its logits in the dtype they come in and computes in float32, one row to a program.
+Nothing of the logits' size is made but the gradient, which is computed when it is asked for and never
+kept: a call remembers a few numbers per row. `closed_form` has the formulas for any device.
 
-Triton comes with PyTorch's builds for CUDA. On a processor the kernels run where Triton is installed
-and TRITON_INTERPRET=1 was set before this module was imported: slowly, for tests, in float64 too.
+Triton comes with PyTorch's builds for GPUs, and is not looked for with others. On a processor the
+kernels run where it is installed and TRITON_INTERPRET=1 was set before this module was imported:
+slowly, for tests, in float64 too.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -24,8 +25,9 @@ from torch import Tensor
 
 triton: Any = None
 tl: Any = None
-with contextlib.suppress(ImportError):  # builds for processors come without
-    triton, tl = import_module("triton"), import_module("triton.language")
+if torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1":
+    with contextlib.suppress(ImportError):
+        triton, tl = import_module("triton"), import_module("triton.language")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK = 8192

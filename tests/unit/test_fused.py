@@ -3,15 +3,11 @@
 With CUDA the same tests run compiled, in bf16.
 """
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
-if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 must be set from the start", allow_module_level=True)
+pytest.importorskip("triton", reason="builds of PyTorch for processors come without Triton")
 
 from test_divergence import INF, name
 
@@ -192,3 +188,20 @@ def test_what_the_kernels_do_not_know_is_left_to_the_walk() -> None:
     assert not fused.runs(form(SPECS[0]), plain, mixed)
     empty = scores(noise(0, H), noise(V, H))
     assert not fused.runs(form(SPECS[0]), empty, empty)
+
+
+def test_a_slab_of_the_gradient_is_as_large_as_it_may_be_and_no_larger(monkeypatch) -> None:
+    """The only thing of the logits' kind in memory: counted, whatever the vocabulary."""
+    made, slab = list[Tensor](), linear_kernels.slab
+
+    def counted(*args) -> None:
+        made.append(args[4])
+        slab(*args)
+
+    monkeypatch.setattr(linear_kernels, "slab", counted)
+    hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
+    student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
+    fused.divergence_sum(form(SPECS[0]), student, teacher, ids, weight)[0].backward()
+    assert [x.shape for x in made] == [(N, 32), (N, 32), (N, V - 64)]
+    assert all(x.numel() * x.element_size() <= linear_kernels.SLAB_BYTES for x in made)
+    assert len({x.data_ptr() for x in made}) == 1, "one piece of memory for all"

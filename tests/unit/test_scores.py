@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfteach.divergence import Divergence, per_token
-from selfteach.scores import Head, PerTokenFn, Scores, chunked_sum
+from selfteach.scores import Head, PerTokenFn, Scores, WithGradients, chunked_sum
 
 N, V, H = 7, 11, 4
 NAN, INF = float("nan"), float("inf")
@@ -364,3 +364,14 @@ def test_second_derivatives_are_refused_rather_than_wrong() -> None:
     (grad,) = torch.autograd.grad(total**2, student.terms[0][0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_away_from_a_processor_gradients_are_scaled_where_they_lie_and_once() -> None:
+    """Two [V, H] would be there otherwise; a second time they would be scaled twice."""
+    total, grad = torch.zeros((), device="meta"), torch.zeros(3, 2, device="meta")
+    source = torch.zeros(3, 2, device="meta", requires_grad=True)
+    kept = WithGradients.apply(total, grad, None, None, source, None, None)
+    (got,) = torch.autograd.grad(kept, source, retain_graph=True)
+    assert got.shape == (3, 2)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(kept, source)
