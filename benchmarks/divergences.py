@@ -11,8 +11,7 @@ trains:
     TRL full     trl.experimental.sdpo.loss_utils on full logits
     TRL chunked  trl.kernels.chunked_divergence.ChunkedDivergenceFunction (no top-K)
 
-On CUDA the same, with ours also compiled, and Liger's fused JSD where liger-kernel is installed.
-Workspace is the peak beyond inputs, weights and gradients.
+On a GPU see divergences_gpu.py. Workspace is the peak beyond inputs, weights and gradients.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ KINDS = ("forward_kl", "reverse_kl", "jsd", "top_k")
 ALPHA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5, "top_k": 0.5}
 """TRL's weight of the teacher in the mixture: 0 is KL(teacher ‖ student), 1 KL(student ‖ teacher)."""
 TOP_K = 100
+LN2 = 0.6931471805599453
 CURVE = (256, 1024, 4096, 16_384)
 FULL_FITS = 4096
 """Tokens up to which the plain form is measured: at 16,384 it wants 20 GB and more."""
@@ -101,7 +101,7 @@ class Inputs:
         return told
 
 
-def ours(case: Case, inputs: Inputs, fn: Callable = per_token) -> Tensor:
+def ours(case: Case, inputs: Inputs, fn: Callable = per_token, chunk: int | None = None) -> Tensor:
     """Fused, chunk by chunk."""
     teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
     weight_N = torch.full((case.tokens,), 1 / case.tokens, device=DEVICE)
@@ -112,25 +112,29 @@ def ours(case: Case, inputs: Inputs, fn: Callable = per_token) -> Tensor:
         return {"loss": fn(case.spec, logits_CV, teacher_CV, inputs.ids_N[rows]).loss}
 
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
-    chunk = chunk_tokens(case.vocabulary, DEVICE)
+    chunk = chunk or chunk_tokens(case.vocabulary, DEVICE)
     return chunked_sum(of_chunk, student, weight_N, chunk_tokens=chunk)[0]
 
 
 def plain(case: Case, inputs: Inputs) -> Tensor:
     """Full logits and the textbook form."""
-    student_NV, teacher_NV = both_logits(inputs)
+    return textbook(case.kind, *both_logits(inputs)).mean()
+
+
+def textbook(kind: str, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """The divergence of each row [N] as it is written in a book, for autograd."""
     s, t = student_NV.float().log_softmax(-1), teacher_NV.float().log_softmax(-1)
-    if case.kind == "top_k":
+    if kind == "top_k":
         index = s.detach().topk(TOP_K, -1).indices
         s, t = (_tailed(x, index) for x in (s, t))
-    if case.kind == "forward_kl":
+    if kind == "forward_kl":
         terms = t.exp() * (t - s)
-    elif case.kind == "reverse_kl":
+    elif kind == "reverse_kl":
         terms = s.exp() * (s - t)
     else:
-        m = torch.logaddexp(s, t) - torch.tensor(2.0).log()
+        m = torch.logaddexp(s, t) - LN2
         terms = (t.exp() * (t - m) + s.exp() * (s - m)) / 2
-    return terms.sum(-1).mean()
+    return terms.sum(-1)
 
 
 def _tailed(logp: Tensor, index: Tensor) -> Tensor:
@@ -174,30 +178,8 @@ def trl_chunked(case: Case, inputs: Inputs) -> Tensor:
     return loss_N.mean()
 
 
-def ours_compiled(case: Case, inputs: Inputs) -> Tensor:
-    """Ours with the arithmetic of a chunk compiled into one kernel or few."""
-    return ours(case, inputs, _compiled())
-
-
-def _compiled(made: list = []) -> Callable:  # noqa: B006 - compiled once
-    if not made:
-        made.append(torch.compile(per_token, dynamic=False))
-    return made[0]
-
-
-def liger(case: Case, inputs: Inputs) -> Tensor:
-    """Liger's fused linear JSD."""
-    from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
-
-    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[case.kind]
-    return LigerFusedLinearJSD(jsd_beta=beta)(
-        inputs.student_NH, inputs.student_VH, inputs.teacher_NH, inputs.teacher_VH
-    )
-
-
 WAYS: dict[str, Callable[[Case, Inputs], Tensor]] = {
     "ours": ours, "plain": plain, "TRL full": trl_full, "TRL chunked": trl_chunked,
-    "ours, compiled": ours_compiled, "Liger": liger,
 }  # fmt: skip
 
 
@@ -206,9 +188,6 @@ def ways_of(case: Case) -> list[str]:
     names = ["ours", "plain"]
     if find_spec("trl"):
         names += ["TRL full"] if case.kind == "top_k" else ["TRL full", "TRL chunked"]
-    if DEVICE == "cuda":
-        names += ["ours, compiled"]
-        names += ["Liger"] if find_spec("liger_kernel") and case.kind != "top_k" else []
     return names
 
 
@@ -327,8 +306,6 @@ def main() -> None:
     )  # fmt: skip
     args = options.parse_args()
     torch.set_num_threads(1)
-    if DEVICE == "cpu":
-        print("no CUDA here: the compiled form and Liger's kernel are left out")
     with reported(args) as tables:
         for part in ["quick", "curve"] if args.quick else args.parts:
             if part == "curve":

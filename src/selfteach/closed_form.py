@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from selfteach import row_kernels
+
 BLOCK_ENTRIES = {"cpu": 2**17, "cuda": 2**24}
 """Entries of the rows that are worked on at a time: a few such buffers are in a cache of megabytes; a
 GPU wants long work, and few calls."""
@@ -33,13 +35,30 @@ class Form(NamedTuple):
     clip: float | None
     temperature: float
 
+    def whole(self, entries: int) -> bool:
+        """True where every entry has a term of its own."""
+        return self.top_k is None or self.top_k >= entries
 
-class Rows(torch.autograd.Function):
+    @property
+    def factor(self) -> float:
+        """What multiplies the terms of a JSD."""
+        return 1 / (self.beta * (1 - self.beta)) if self.jsd_scaled else 1.0
+
+
+def of_rows(
+    student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form
+) -> tuple[Tensor, ...]:
     """(loss, share clipped, log s(y), log t(y)) per row from logits; ``loss`` has a gradient.
 
     The log-probabilities of the tokens y are at the form's temperature, in float32 at least.
     Differentiable once, in the student's logits. Neither side's logits are written to.
     """
+    fused = row_kernels.runs(student_logits, teacher_logits)
+    return (FusedRows if fused else Rows).apply(student_logits, teacher_logits, ids, form)  # pyright: ignore
+
+
+class Rows(torch.autograd.Function):
+    """`of_rows` on any device."""
 
     @staticmethod
     def forward(
@@ -85,12 +104,12 @@ def _block(
     """What `Rows` says of a few rows; their gradient goes into ``grad``."""
     student, teacher = (_log_softmax(x, form.temperature) for x in (student, teacher))
     logp, teacher_logp = (x.gather(-1, ids)[..., 0] for x in (student, teacher))
-    if form.top_k is None or form.top_k >= student.shape[-1]:
+    if form.whole(student.shape[-1]):
         loss, clipped, slope, mass = _entries(form, student, teacher)
         if grad is not None:
             torch.addcmul(slope, mass, slope.sum(-1, keepdim=True), value=-1, out=grad)
     else:
-        loss, clipped = _buckets(form, form.top_k, student, teacher, grad)
+        loss, clipped = _buckets(form, student, teacher, grad)
     if grad is not None and form.temperature != 1:
         grad.div_(form.temperature)
     return loss, clipped, logp, teacher_logp
@@ -119,7 +138,7 @@ def _entries(form: Form, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, 
             # Unclipped the constant + s of g would only cost digits.
             slope, mass = (terms if clip is None else terms + s), s
         case _:
-            terms, slope, mass = _jsd(s, t, form.beta, scaled=form.jsd_scaled)
+            terms, slope, mass = _jsd(s, t, form.beta, form.factor)
     if clip is None:
         loss = terms.sum(-1)
         return loss, torch.zeros_like(loss), slope, mass
@@ -138,24 +157,22 @@ def _terms(p: Tensor, q: Tensor, *, into: Tensor) -> Tensor:
     return into.masked_fill_(p == 0, 0.0).mul_(p)
 
 
-def _jsd(s: Tensor, t: Tensor, beta: float, *, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _jsd(s: Tensor, t: Tensor, beta: float, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Terms, g = (1 - beta) s log(s/m), and the mass s. The mixture's own slope cancels."""
     mixture = s + (math.log1p(-beta) - math.log(beta))
     torch.logaddexp(t, mixture, out=mixture).add_(math.log(beta))
     slope = _terms(s, mixture, into=torch.empty_like(s)).mul_(1 - beta)
     terms = _terms(t, mixture, into=mixture).mul_(beta).add_(slope)
-    if scaled:
-        factor = 1 / (beta * (1 - beta))
+    if factor != 1:
         terms.mul_(factor)
         slope.mul_(factor)
     return terms, slope, s
 
 
-def _buckets(
-    form: Form, k: int, s: Tensor, t: Tensor, grad: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Loss and share clipped with all but k entries poured into one; the logits' gradient."""
-    index = (s if form.top_k_from == "student" else t).topk(k, dim=-1).indices
+def _buckets(form: Form, s: Tensor, t: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Loss and share clipped with all but K entries poured into one; the logits' gradient."""
+    assert form.top_k is not None
+    index = (s if form.top_k_from == "student" else t).topk(form.top_k, dim=-1).indices
     student, teacher = _pour(s, index), _pour(t, index)
     log_tail = student[..., -1:].clone()
     loss, clipped, slope, mass = _entries(form, student, teacher)
@@ -172,3 +189,88 @@ def _pour(logp: Tensor, index: Tensor) -> Tensor:
     kept = logp.gather(-1, index)
     tail = logp.scatter_(-1, index, -math.inf).logsumexp(-1, keepdim=True)
     return torch.cat([kept, tail], dim=-1)
+
+
+class FusedRows(torch.autograd.Function):
+    """`of_rows` by Triton kernels, which make the gradient when it is asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form
+    ) -> tuple[Tensor, ...]:
+        """Values; of a few numbers per row the gradient can be made later."""
+        entries = student_logits.shape[-1]
+        student_NV, teacher_NV = (x.reshape(-1, entries) for x in (student_logits, teacher_logits))
+        of = _fused_entries if form.whole(entries) else _fused_buckets
+        told, kept = of(form, student_NV, teacher_NV, ids.reshape(-1))
+        ctx.form, ctx.shape = form, student_logits.shape
+        ctx.save_for_backward(student_NV, teacher_NV, *kept)
+        loss, clipped, logp, teacher_logp = (x.reshape(ids.shape) for x in told)
+        ctx.mark_non_differentiable(clipped, logp, teacher_logp)
+        ctx.set_materialize_grads(False)
+        return loss, clipped, logp, teacher_logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_loss: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, None, None, None]:
+        """The gradient times what each row's loss counts for, in the logits' dtype."""
+        if grad_loss is None or not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        student_NV, teacher_NV, *kept = ctx.saved_tensors
+        of = _entries_gradient if ctx.form.whole(student_NV.shape[1]) else _buckets_gradient
+        grad_NV = of(ctx.form, student_NV, teacher_NV, grad_loss.reshape(-1), *kept)
+        return grad_NV.reshape(ctx.shape), None, None, None
+
+
+def _fused_entries(
+    form: Form, student: Tensor, teacher: Tensor, ids: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What `of_rows` says of each row, and what `_entries_gradient` wants to know."""
+    own, others = (row_kernels.row_sums(x, ids, form.temperature) for x in (student, teacher))
+    sides = row_kernels.Sides(student, teacher, own.log_sum_N, others.log_sum_N)
+    told = row_kernels.losses(sides, form.kind, form.beta, form.factor, form.clip, form.temperature)
+    said = (told.loss_N, told.clipped_N, own.logp_N, others.logp_N)
+    return said, (own.log_sum_N, others.log_sum_N, told.slope_sum_N)
+
+
+def _entries_gradient(
+    form: Form, student: Tensor, teacher: Tensor, grad_loss: Tensor,
+    log_sum: Tensor, teacher_log_sum: Tensor, slope_sum: Tensor,
+) -> Tensor:  # fmt: skip
+    sides = row_kernels.Sides(student, teacher, log_sum, teacher_log_sum)
+    return row_kernels.loss_gradient(
+        sides, slope_sum, grad_loss, form.kind, form.beta, form.factor, form.clip,
+        form.temperature,
+    )  # fmt: skip
+
+
+def _fused_buckets(
+    form: Form, student: Tensor, teacher: Tensor, ids: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`_fused_entries` with all but K entries poured into one; a byte per entry marks the K."""
+    assert form.top_k is not None
+    index = (student if form.top_k_from == "student" else teacher).topk(form.top_k).indices
+    kept = torch.zeros(student.shape, dtype=torch.uint8, device=student.device)
+    kept.scatter_(-1, index, 1)
+    sides = [row_kernels.row_sums(x, ids, form.temperature, kept) for x in (student, teacher)]
+    logs = []
+    for logits, sums in zip((student, teacher), sides, strict=True):
+        assert sums.log_tail_N is not None
+        few = logits.gather(-1, index).to(sums.log_sum_N.dtype) / form.temperature
+        bins = torch.cat([few, sums.log_tail_N[:, None]], dim=-1)
+        logs.append(bins - sums.log_sum_N[:, None])
+    loss, clipped, slope, mass = _entries(form, *logs)
+    slope = slope - mass * slope.sum(-1, keepdim=True)
+    said = (loss, clipped, sides[0].logp_N, sides[1].logp_N)
+    return said, (index, kept, sides[0].log_tail_N, slope)  # pyright: ignore[reportReturnType]
+
+
+def _buckets_gradient(
+    form: Form, student: Tensor, _teacher: Tensor, grad_loss: Tensor,
+    index: Tensor, kept: Tensor, log_tail: Tensor, slope: Tensor,
+) -> Tensor:  # fmt: skip
+    slope = slope * (grad_loss[:, None] / form.temperature)
+    grad = row_kernels.tail_gradient(student, kept, log_tail, slope[:, -1], form.temperature)
+    return grad.scatter_(-1, index, slope[:, :-1].to(grad.dtype))

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfteach.closed_form import Form, Rows
+from selfteach.closed_form import Form, of_rows
 from selfteach.errors import RecipeError
 from selfteach.policy_gradient import token_logp
 
@@ -122,14 +122,19 @@ def per_token(
         advantage = _advantage(student_logits, teacher_logits, ids)
         loss = _sampled_loss(spec, student_logits, teacher_logits, ids)
         return PerToken(loss, advantage, torch.zeros_like(advantage))
-    form = Form(
-        spec.kind, spec.beta, spec.jsd_scaled, spec.top_k, spec.top_k_from, spec.clip,
-        spec.temperature,
-    )  # fmt: skip
-    loss, clipped, logp, teacher_logp = Rows.apply(student_logits, teacher_logits, ids, form)  # pyright: ignore
+    told = of_rows(student_logits, teacher_logits, ids, form(spec))
+    loss, clipped, logp, teacher_logp = told
     if spec.temperature == 1:
         return PerToken(loss, teacher_logp - logp, clipped)
     return PerToken(loss, _advantage(student_logits, teacher_logits, ids), clipped)
+
+
+def form(spec: Divergence) -> Form:
+    """What the closed form and the kernels are told to compute."""
+    return Form(
+        spec.kind, spec.beta, spec.jsd_scaled, spec.top_k, spec.top_k_from, spec.clip,
+        spec.temperature,
+    )  # fmt: skip
 
 
 @torch.no_grad()

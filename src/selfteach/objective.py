@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from selfteach import divergence
+from selfteach import divergence, fused
 from selfteach.gates import Gate
 from selfteach.policy_gradient import (
     clipped_surrogate,
@@ -23,6 +23,8 @@ from selfteach.policy_gradient import (
     k3,
     token_logp,
 )
+from selfteach.protocols import Objective
+from selfteach.scores import Scores, chunked_sum
 from selfteach.types import Batch, Critique, Lesson, Signal
 
 Aggregation = Literal["token_mean", "sequence_mean"]
@@ -74,6 +76,35 @@ class Distillation:
         cap, sampled_C = self.importance_cap, batch.sampled_logp_N[rows]
         weight_C = importance_weight(logp_C, sampled_C, cap)
         return {"loss": told.loss * weight_C, **said, "truncated": (weight_C >= cap).float()}
+
+    def fuses(self, student: Scores, teacher: Scores) -> bool:
+        """True where `fused` can stand for `per_token`."""
+        if self.spec.support == "sampled" or self.sampling_temperature != 1:
+            return False
+        return fused.runs(divergence.form(self.spec), student, teacher)
+
+    def fused(
+        self, student: Scores, teacher: Scores, batch: Batch
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The weighted sum of what `per_token` says of all tokens, and the rest of it."""
+        cap = self.importance_cap
+
+        def importance(logp_N: Tensor) -> Tensor:
+            if cap is None:
+                return torch.ones_like(logp_N)
+            return importance_weight(logp_N, batch.sampled_logp_N, cap)
+
+        loss, told = fused.divergence_sum(
+            divergence.form(self.spec), student, teacher, batch.ids_N, batch.weight_N, importance
+        )
+        logp_N, weight_N = told["logp"], importance(told["logp"])
+        said = {
+            "loss": told["loss"] * weight_N, "logp": logp_N,
+            "advantage": told["teacher_logp"] - logp_N, "clipped": told["clipped"],
+        }  # fmt: skip
+        if cap is not None:
+            said["truncated"] = (weight_N >= cap).float()
+        return loss, said
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +276,25 @@ class Hybrid:
                 for own_r, own_t in zip(rewarded, told, strict=True)
             ]
         return told, rewarded
+
+
+def summed(
+    objective: Objective, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The sum of weights times losses over a micro-batch, and what is said of each of its tokens.
+
+    Its gradient is taken as it is computed, chunk by chunk or on a GPU by kernels of its own, and
+    reaches the student's hidden states and head.
+    """
+    if isinstance(objective, Distillation) and teacher and objective.fuses(student, teacher):
+        return objective.fused(student, teacher, batch)
+
+    def per_token(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
+        with torch.no_grad():
+            teacher_CV = teacher.logits(rows) if teacher is not None else None
+        return dict(objective.per_token(logits_CV, teacher_CV, batch, rows))
+
+    return chunked_sum(per_token, student, batch.weight_N, chunk_tokens=chunk_tokens)
 
 
 def first_error_token(lesson_critique: object, step_spans: Sequence[tuple[int, int]]) -> int | None:

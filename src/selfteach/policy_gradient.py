@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from selfteach import row_kernels
 
 GRPO_EPSILON = 1e-4
 """Added to a group's standard deviation; the constant of TRL 1.16's GRPOTrainer."""
@@ -112,10 +115,32 @@ def token_logp(
 
     Computed in float32 at least; a token whose logit is -inf gets -inf.
     """
+    if row_kernels.runs(logits):
+        return _FusedTokenLogp.apply(logits, ids, temperature)  # pyright: ignore
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1:  # a copy of the logits otherwise
         scaled = scaled / temperature
     return scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+
+class _FusedTokenLogp(torch.autograd.Function):
+    """`token_logp` by Triton kernels: no copy of the logits, and the gradient when it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+        logits_NV, ids_N = logits.reshape(-1, logits.shape[-1]), ids.reshape(-1)
+        sums = row_kernels.row_sums(logits_NV, ids_N, temperature)
+        ctx.save_for_backward(logits_NV, ids_N, sums.log_sum_N)
+        ctx.temperature, ctx.shape = temperature, logits.shape
+        return sums.logp_N.reshape(ids.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits_NV, ids_N, log_sum_N = ctx.saved_tensors
+        grad_N = grad_logp.reshape(-1)
+        grad_NV = row_kernels.token_gradient(logits_NV, ids_N, log_sum_N, grad_N, ctx.temperature)
+        return grad_NV.reshape(ctx.shape), None, None
 
 
 def entropy(logits: Float[Tensor, "*rows V"], temperature: float = 1.0) -> Float[Tensor, "*rows"]:

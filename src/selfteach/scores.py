@@ -25,8 +25,9 @@ class Head:
     """A model's map from hidden states to logits.
 
     ``softcap * tanh(x / softcap)`` of ``x = scale (h Wᵀ + b)``; the cap only where one is set.
-    The product runs in the hidden state's dtype (weight and bias are cast to it), everything after
-    it in float32 at least.
+    The product runs in the hidden state's dtype (weight and bias are cast to it), scale and cap in
+    float32 at least. Logits of neither stay in the product's dtype: who reads them computes in
+    float32 anyway, and a copy of them all would be the largest thing in memory.
     """
 
     weight_VH: Float[Tensor, "V H"]
@@ -35,16 +36,18 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows V"]:
-        """Logits of each row, float32 at least, differentiable in hidden, weight and bias."""
+        """Logits of each row, differentiable in hidden, weight and bias."""
         return self.finish(self.product(hidden))
 
     def product(self, hidden: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows V"]:
-        """``h Wᵀ + b`` in the dtype of ``hidden``."""
+        """``h Wᵀ + b`` in the dtype of ``hidden``; see `products.linear` for halves on a GPU."""
         bias_V = None if self.bias_V is None else self.bias_V.to(hidden.dtype)
         return products.linear(hidden, self.weight_VH.to(hidden.dtype), bias_V)
 
     def finish(self, product: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
-        """Scale and soft cap, in float32 at least."""
+        """Scale and soft cap, in float32 at least, where there are any."""
+        if self.scale == 1.0 and self.softcap is None:
+            return product
         logits = product.to(torch.promote_types(product.dtype, torch.float32))
         if self.scale != 1.0:
             logits = self.scale * logits
@@ -74,17 +77,17 @@ class Scores:
         return cls(((hidden_NH, head, 1.0),))
 
     def logits(self, rows: slice) -> Float[Tensor, "C V"]:
-        """The mixed logits of some rows, float32 at least."""
+        """The logits of some rows; those of a mixture in float32 at least."""
         parts = (_share(mix, head.logits(hidden_NH[rows])) for hidden_NH, head, mix in self.terms)
         return functools.reduce(torch.add, parts)
 
 
 def _share(mix: float, logits: Tensor) -> Tensor:
-    return logits if mix == 1.0 else mix * logits
+    if mix == 1.0:
+        return logits
+    return mix * logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-HEAD_ROWS = 4096
-"""Rows of a head's gradient that are computed at a time where they are then added in float32."""
 PerTokenFn = Callable[[Tensor, slice], Mapping[str, Tensor]]
 """From one chunk's logits [C, V] and its rows to named values [C], ``"loss"`` among them."""
 
@@ -114,7 +117,7 @@ def chunked_sum(
     _check(student, weight_N, chunk_tokens)
     ((hidden_NH, head, mix),) = student.terms
     sources = (hidden_NH, head.weight_VH, head.bias_V)
-    grads = [_accumulator(x) if x is not None and _wanted(x) else None for x in sources]
+    grads = [_accumulator(x) if x is not None and wanted(x) else None for x in sources]
     constant = (hidden_NH.detach(), _constant(head, hidden_NH.dtype), mix)
     stats: dict[str, list[Tensor]] = {}
     total = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
@@ -125,7 +128,7 @@ def chunked_sum(
         for name, value_C in said.items():
             stats.setdefault(name, []).append(value_C)
     joined = {name: torch.cat(values) for name, values in stats.items()}
-    return _WithGradients.apply(total, *grads, *sources), joined  # type: ignore[return-value]
+    return WithGradients.apply(total, *grads, *sources), joined  # type: ignore[return-value]
 
 
 def _check(student: Scores, weight_N: Tensor, chunk_tokens: int) -> None:
@@ -144,7 +147,8 @@ def _constant(head: Head, dtype: torch.dtype) -> Head:
     return replace(head, weight_VH=head.weight_VH.detach().to(dtype), bias_V=bias_V)
 
 
-def _wanted(source: Tensor) -> bool:
+def wanted(source: Tensor) -> bool:
+    """True where a gradient is to be computed for it."""
     return torch.is_grad_enabled() and source.requires_grad
 
 
@@ -173,9 +177,11 @@ def _chunk(
         (grad_CV,) = torch.autograd.grad(part, product_CV)
         if some_absent:
             # Zero times NaN is NaN: the rows must be emptied on both sides of the products.
-            grad_CV = grad_CV.masked_fill(absent_C[:, None], 0.0)
+            empty = Tensor.masked_fill_ if grad_CV.is_contiguous() else Tensor.masked_fill
+            grad_CV = empty(grad_CV, absent_C[:, None], 0.0)
             hidden_CH = hidden_CH.masked_fill(absent_C[:, None], 0.0)
-        _add_gradients(head, hidden_CH, grad_CV, rows, grads)
+        del product_CV
+        _add_gradients(head, hidden_CH, grad_CV.to(hidden_CH.dtype), rows, grads)
     # Detached here, so that the next chunk does not overlap with this one's graph.
     return part.detach(), {name: value_C.detach() for name, value_C in said.items()}
 
@@ -188,27 +194,22 @@ def _add_gradients(
     if grad_NH is not None:
         grad_NH[rows] = grad_CV @ head.weight_VH.to(grad_CV.dtype)
     if grad_VH is not None:
-        _add_product(grad_VH, grad_CV, hidden_CH)
+        products.add(grad_VH, grad_CV.T, hidden_CH)
     if grad_V is not None:
         grad_V += grad_CV.sum(0)
 
 
-def _add_product(grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """Add ``grad_CVᵀ hidden_CH`` in place, without a product of the head's size."""
-    if grad_CV.dtype == grad_VH.dtype:
-        grad_VH.addmm_(grad_CV.T, hidden_CH)
-        return
-    for start in range(0, len(grad_VH), HEAD_ROWS):
-        rows = slice(start, start + HEAD_ROWS)
-        grad_VH[rows] += grad_CV[:, rows].T @ hidden_CH
+class WithGradients(torch.autograd.Function):
+    """A scalar whose gradients with respect to three sources are already known.
 
-
-class _WithGradients(torch.autograd.Function):
-    """A scalar whose gradients with respect to three sources are already known."""
+    On a GPU they are scaled where they lie, so that it can be differentiated once only.
+    """
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, *grads_and_sources: Tensor | None) -> Tensor:
+        """The total; keeps the three gradients that come first."""
         ctx.save_for_backward(*grads_and_sources[:3])
+        ctx.spent = False
         return total.clone()
 
     @staticmethod
@@ -216,10 +217,17 @@ class _WithGradients(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
+        """The kept gradients times the total's."""
         (grad_total,) = grad_outputs
         # Times one, as nearly always, they are handed on without a second [V, H]; another device is
         # not waited for to know it. Autograd casts each to its source's dtype.
         if grad_total.is_cpu and grad_total.item() == 1:
             return (None, None, None, None, *ctx.saved_tensors)
-        scaled = (None if grad is None else grad_total * grad for grad in ctx.saved_tensors)
-        return (None, None, None, None, *scaled)
+        if grad_total.is_cpu:
+            scaled = (None if grad is None else grad_total * grad for grad in ctx.saved_tensors)
+            return (None, None, None, None, *scaled)
+        if ctx.spent:
+            raise RuntimeError("on a GPU a sum with gradients can be differentiated once only")
+        ctx.spent = True
+        grads = (None if grad is None else grad.mul_(grad_total) for grad in ctx.saved_tensors)
+        return (None, None, None, None, *grads)

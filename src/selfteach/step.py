@@ -18,14 +18,13 @@ from selfteach.alignment import changed_steps, first_change
 from selfteach.background import Later, later
 from selfteach.collate import collate
 from selfteach.distributed import ALONE, Ranks
-from selfteach.objective import first_error_token
+from selfteach.objective import first_error_token, summed
 from selfteach.offending import kept_if_not_finite, require_finite
 from selfteach.policy import Policy
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
 from selfteach.rendering import Renderer
 from selfteach.run_folder import RunFolder
 from selfteach.sampling import sample_batches, signed
-from selfteach.scores import chunked_sum
 from selfteach.types import (
     Batch,
     Critique,
@@ -189,13 +188,7 @@ def _backward(parts: Parts, batch: Batch) -> dict[str, Tensor]:
     """Add one micro-batch's gradient of the whole step's loss; what was said of its tokens."""
     teacher = parts.teacher.score(batch.teacher) if batch.teacher is not None else None
     student = parts.policy.score(batch.student)
-
-    def per_token(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
-        with torch.no_grad():
-            teacher_CV = teacher.logits(rows) if teacher is not None else None
-        return dict(parts.objective.per_token(logits_CV, teacher_CV, batch, rows))
-
-    loss, said = chunked_sum(per_token, student, batch.weight_N, chunk_tokens=parts.chunk_tokens)
+    loss, said = summed(parts.objective, student, teacher, batch, parts.chunk_tokens)
     loss.backward()
     return {**said, "total": loss.detach()[None], "mismatch": said["logp"] - batch.sampled_logp_N}
 

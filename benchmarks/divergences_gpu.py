@@ -1,0 +1,337 @@
+"""What a divergence from hidden states costs on a GPU, beside TRL's, Liger's and the compiled form.
+
+    python benchmarks/divergences_gpu.py [--parts exact grid chunks tilings] [--json FILE]
+
+The ways of divergences.py on CUDA (it skips itself where there is none), and
+
+    ours            as a training step takes it: from hidden states where that can be, else by tokens
+    ours, by tokens chunks of tokens, whose rows of logits go through Triton kernels
+    ours, torch     the same without the kernels: the closed form in PyTorch's own operations
+    ours, compiled  chunk by chunk with the textbook form of a chunk through torch.compile
+    Liger           its fused linear JSD, where liger-kernel is installed
+
+Times are medians of alternated rounds, by CUDA's events. Workspace is the allocator's peak beyond
+inputs, weights and gradients. `exact` compares gradients with those of the plain form in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple
+from importlib.util import find_spec
+from multiprocessing import get_context
+from unittest import mock
+
+import torch
+from divergences import (
+    ALPHA,
+    KINDS,
+    MIB,
+    Case,
+    Inputs,
+    ours,
+    plain,
+    textbook,
+    trl_chunked,
+    trl_full,
+)
+from harness import Table, parser, ratio, reported
+from torch import Tensor
+
+from selfteach import divergence, fused, linear_kernels, row_kernels
+from selfteach.divergence import Divergence, PerToken
+from selfteach.linear_kernels import Tiling
+from selfteach.scores import Head, Scores
+
+Way = Callable[[Case, Inputs], Tensor]
+TILINGS = [
+    Tiling(rows, entries, inner, warps, stages)
+    for rows, entries, inner, warps, stages in (
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 2), (128, 128, 64, 4, 3),
+        (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3),
+        (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (64, 256, 64, 8, 3), (128, 256, 64, 8, 3),
+        (256, 64, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 4, 5),
+    )
+]  # fmt: skip
+GRID_VOCABULARIES, GRID_HIDDENS = (49_152, 151_936), (576, 2048)
+CHUNK_ENTRIES = tuple(2**n for n in range(22, 28))
+
+
+def ours_whole(case: Case, inputs: Inputs) -> Tensor:
+    """Ours as `objective.summed` chooses."""
+    student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
+    teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
+    asked = divergence.form(case.spec)
+    if not fused.runs(asked, student, teacher):
+        return ours(case, inputs)
+    weight_N = torch.full((case.tokens,), 1 / case.tokens, device=inputs.ids_N.device)
+    return fused.divergence_sum(asked, student, teacher, inputs.ids_N, weight_N)[0]
+
+
+def ours_torch(case: Case, inputs: Inputs) -> Tensor:
+    """Ours as it is without Triton."""
+    with mock.patch.object(row_kernels, "runs", lambda *_: False):
+        return ours(case, inputs)
+
+
+def ours_compiled(case: Case, inputs: Inputs) -> Tensor:
+    """Chunk by chunk, each chunk's arithmetic as torch.compile makes it from the textbook form."""
+    fused = _compiled(case.kind)
+
+    def fn(_: Divergence, student_CV: Tensor, teacher_CV: Tensor, ids_C: Tensor) -> PerToken:
+        return PerToken(fused(student_CV, teacher_CV), ids_C, ids_C)
+
+    return ours(case, inputs, fn)
+
+
+def _compiled(kind: str, made: dict[str, Callable] = {}) -> Callable:  # noqa: B006 - compiled once
+    if kind not in made:
+        made[kind] = torch.compile(lambda s, t: textbook(kind, s, t), dynamic=False)
+    return made[kind]
+
+
+def liger(case: Case, inputs: Inputs) -> Tensor:
+    """Liger's fused linear JSD; its betas 0 and 1 are the two KLs."""
+    from liger_kernel.transformers.functional import liger_fused_linear_jsd  # pyright: ignore[reportMissingImports]
+
+    return liger_fused_linear_jsd(
+        inputs.student_NH, inputs.student_VH, inputs.teacher_NH, inputs.teacher_VH,
+        None, ALPHA[case.kind],
+    )  # fmt: skip
+
+
+WAYS: Mapping[str, Way] = {
+    "ours": ours_whole, "ours, by tokens": ours, "ours, torch": ours_torch,
+    "ours, compiled": ours_compiled, "plain": plain, "TRL full": trl_full, "TRL chunked": trl_chunked, "Liger": liger,
+}  # fmt: skip
+
+
+def ways_of(case: Case, *, compiled: bool) -> list[str]:
+    """Who can do it here."""
+    names = ["ours", "ours, by tokens", "ours, torch", "plain"]
+    names += ["ours, compiled"] if compiled else []
+    if find_spec("trl"):
+        names += ["TRL full"] if case.kind == "top_k" else ["TRL full", "TRL chunked"]
+    if find_spec("liger_kernel") and case.kind != "top_k":
+        names += ["Liger"]
+    return names
+
+
+def once(way: Way, case: Case, inputs: Inputs) -> list[Tensor]:
+    """Forward and backward; the gradients."""
+    way(case, inputs).backward()
+    return inputs.take_gradients()
+
+
+def milliseconds(way: Way, case: Case, inputs: Inputs) -> float:
+    """Of one forward and backward."""
+    return between(lambda: once(way, case, inputs))
+
+
+def workspace(way: Way, case: Case, inputs: Inputs) -> int:
+    """Peak beyond what was there before and the gradients."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients = sum(x.numel() * x.element_size() for x in once(way, case, inputs))
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - gradients
+
+
+def grid(table: Table, rounds: int, *, quick: bool) -> None:
+    """Sizes, precisions, kinds, heads."""
+    for vocabulary in GRID_VOCABULARIES[:1] if quick else GRID_VOCABULARIES:
+        for hidden in GRID_HIDDENS[:1] if quick else GRID_HIDDENS:
+            for dtype in ("bfloat16", "float32"):
+                for trained in (True, False):
+                    for kind in KINDS:
+                        case = Case(kind, 2048, vocabulary, hidden, dtype, trained)
+                        few = dtype == "bfloat16" and (vocabulary, hidden) == (151_936, 2048)
+                        compare(table, case, rounds, compiled=few and trained)
+
+
+def compare(table: Table, case: Case, rounds: int, *, compiled: bool) -> None:
+    """One line for each way that can."""
+    inputs, times, spaces, failed = Inputs.of(case), {}, {}, {}
+    for name in ways_of(case, compiled=compiled):
+        try:
+            once(WAYS[name], case, inputs)  # compiles
+            once(WAYS[name], case, inputs)
+            spaces[name], times[name] = workspace(WAYS[name], case, inputs), list[float]()
+        except Exception as error:  # one that cannot must not take the others' lines
+            inputs.take_gradients()
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    for _ in range(rounds):
+        for name, own in times.items():
+            own.append(milliseconds(WAYS[name], case, inputs))
+    best = statistics.median(times["ours"])
+    for name in (*times, *failed):
+        median = statistics.median(times[name]) if name in times else None
+        table.add(
+            kind=case.kind, vocabulary=case.vocabulary, hidden=case.hidden, dtype=case.dtype,
+            head="trains" if case.trained else "frozen", way=name, ms=median,
+            **{"times ours": ratio(median, best)},
+            workspace_MiB=ratio(spaces.get(name), MIB),
+            **{"full logits / workspace": ratio(case.full_logits, spaces.get(name))},
+            **{"failed": failed.get(name)} if failed else {},
+        )  # fmt: skip
+
+
+def chunks(table: Table, rounds: int) -> None:
+    """Ours by the entries of logits that exist at a time."""
+    for vocabulary, hidden in ((49_152, 576), (151_936, 2048)):
+        for dtype in ("bfloat16", "float32"):
+            for trained in (True, False):
+                case = Case("jsd", 2048, vocabulary, hidden, dtype, trained)
+                inputs = Inputs.of(case)
+                for entries in CHUNK_ENTRIES:
+                    tokens = max(1, entries // vocabulary)
+
+                    def way(case: Case, inputs: Inputs, tokens: int = tokens) -> Tensor:
+                        return ours(case, inputs, chunk=tokens)
+
+                    once(way, case, inputs)
+                    taken = [milliseconds(way, case, inputs) for _ in range(rounds)]
+                    table.add(
+                        vocabulary=vocabulary, hidden=hidden, dtype=dtype,
+                        head="trains" if trained else "frozen", entries=entries, tokens=tokens,
+                        ms=statistics.median(taken),
+                        workspace_MiB=workspace(way, case, inputs) / MIB,
+                    )  # fmt: skip
+
+
+def sides_of(vocabulary: int, hidden: int) -> tuple[linear_kernels.Sides, Tensor]:
+    """2,048 tokens in bf16."""
+    inputs = Inputs.of(Case("jsd", 2048, vocabulary, hidden, "bfloat16", trained=False))
+    states = (inputs.student_NH, inputs.student_VH, inputs.teacher_NH, inputs.teacher_VH)
+    return linear_kernels.Sides(*(x.detach() for x in states)), inputs.ids_N
+
+
+def phases(sides: linear_kernels.Sides, ids_N: Tensor, kind: str) -> dict[str, Callable]:
+    """The three kernels with what they need."""
+    own = linear_kernels.sums(sides, ids_N, kind)
+    scale_N = torch.full_like(own.logp_N, 1 / len(ids_N))
+    grad_NW = sides.student_NH.new_empty(len(ids_N), 8192)
+    return {
+        "sums": lambda: linear_kernels.sums(sides, ids_N, kind),
+        "losses": lambda: linear_kernels.losses(sides, own, kind, 0.5, 1.0, None),
+        "slab": lambda: linear_kernels.slab(
+            sides, own, own.kl_N, scale_N, grad_NW, 0, kind, 0.5, 1.0, None
+        ),
+    }  # fmt: skip
+
+
+def compiled_once(tiling: Tiling, quick: bool) -> str | None:
+    """In a process of its own, so that many compile at a time; what went wrong."""
+    try:
+        with tiled(tiling):
+            for fn in phases(*sides_of(2048, 576), "jsd").values():
+                fn()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    return None
+
+
+@contextlib.contextmanager
+def tiled(tiling: Tiling) -> Iterator[None]:
+    """The kernels cut up like this."""
+    with (
+        mock.patch.object(linear_kernels, "SUMS", tiling),
+        mock.patch.object(linear_kernels, "GRADIENT", tiling),
+    ):
+        yield
+
+
+def tilings(table: Table, rounds: int, *, quick: bool) -> None:
+    """The kernels of `linear_kernels` by how their work is cut up, and the rate of their products."""
+    chosen = TILINGS[:2] if quick else TILINGS
+    with ProcessPoolExecutor(8, mp_context=get_context("spawn")) as pool:
+        failed = list(pool.map(compiled_once, chosen, [quick] * len(chosen)))
+    for vocabulary, hidden in ((49_152, 576), (151_936, 2048)):
+        sides, ids_N = sides_of(vocabulary, hidden)
+        for tiling, wrong in zip(chosen, failed, strict=True):
+            told = {"vocabulary": vocabulary, "hidden": hidden, "tiling": str(astuple(tiling))}
+            if wrong:
+                table.add(**told, failed=wrong)
+                continue
+            with tiled(tiling):
+                for name, fn in phases(sides, ids_N, "jsd").items():
+                    fn()
+                    taken = statistics.median(between(fn) for _ in range(rounds))
+                    entries = 8192 if name == "slab" else vocabulary
+                    flop = 2 * 2 * len(ids_N) * entries * hidden
+                    told |= {name: taken, f"{name}, TFLOP/s": flop / taken / 1e9}
+            table.add(**told)
+
+
+def between(fn: Callable) -> float:
+    """Milliseconds between two events."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    fn()
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended)
+
+
+def exact(table: Table, *, quick: bool) -> None:
+    """How far each way's gradients are from the plain form's in float64."""
+    for dtype in ("float32", "bfloat16"):
+        for kind in KINDS:
+            case = Case(kind, 64 if quick else 1024, dtype=dtype)
+            inputs = Inputs.of(case)
+            wide = [
+                x.detach().double().requires_grad_(x.requires_grad)
+                for x in (
+                    inputs.student_NH, inputs.student_VH, inputs.teacher_NH, inputs.teacher_VH,
+                )
+            ]  # fmt: skip
+            with mock.patch.object(Tensor, "float", Tensor.double):
+                want = once(plain, case, Inputs(*wide, inputs.ids_N))
+            for name in ways_of(case, compiled=False):
+                try:
+                    got = once(WAYS[name], case, inputs)
+                except Exception as error:
+                    inputs.take_gradients()
+                    table.add(kind=kind, dtype=dtype, way=name, failed=type(error).__name__)
+                    continue
+                off = [float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want)]  # noqa: B905
+                table.add(kind=kind, dtype=dtype, way=name, hidden=off[0], head=off[1])
+
+
+def main() -> None:
+    """The tables that are asked for."""
+    options = parser(__doc__)
+    parts = ("exact", "grid", "chunks", "tilings")
+    options.add_argument("--parts", nargs="*", choices=parts, default=("exact", "grid"))
+    args = options.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device here: nothing to measure")
+        sys.exit(0)
+    with reported(args) as tables:
+        if "exact" in args.parts:
+            title = "Relative error of the gradients, 1,024 tokens x 49,152 x 576, against float64"
+            tables.append(table := Table(title))
+            exact(table, quick=args.quick)
+        if "chunks" in args.parts:
+            title = "Ours by chunk: JSD of 2,048 tokens"
+            tables.append(table := Table(title))
+            chunks(table, args.rounds)
+        if "tilings" in args.parts:
+            tables.append(
+                table := Table("Tilings of the kernels: JSD of 2,048 tokens, milliseconds")
+            )
+            tilings(table, args.rounds, quick=args.quick)
+        if "grid" in args.parts:
+            name = torch.cuda.get_device_name()
+            tables.append(table := Table(f"Forward and backward of 2,048 tokens on {name}"))
+            grid(table, args.rounds, quick=args.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Triton kernels over rows of logits: log-probabilities, divergences and their gradients on a GPU.
+
+Each reads its logits in the dtype they come in and computes in float32, one
+row to a program. Nothing of the logits' size is made but the gradient, which is computed when it is
+asked for and never kept: a call remembers a few numbers per row. `closed_form` has the formulas,
+written for any device.
+
+Triton comes with PyTorch's builds for CUDA. On a processor the kernels run where Triton is installed
+and TRITON_INTERPRET=1 was set before this module was imported: slowly, for tests, in float64 too.
+"""
+
+# pyright: reportInvalidTypeForm=false
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+triton: Any = None
+tl: Any = None
+with contextlib.suppress(ImportError):  # builds for processors come without
+    triton, tl = import_module("triton"), import_module("triton.language")
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BLOCK = 8192
+"""Entries of a row that a program reads at a time, at most."""
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+
+
+def runs(*logits: Tensor) -> bool:
+    """True where the kernels can take these logits [N, V]."""
+    if triton is None:
+        return False
+    return all(x.is_cuda and x.dtype in DTYPES and x.shape[-1] > 0 for x in logits)
+
+
+def _jit(fn: Any) -> Any:
+    """Triton reads a function's source and globals: those of the function itself, not a wrapper's."""
+    return fn if triton is None else triton.jit(inspect.unwrap(fn))
+
+
+@_jit
+def _grown(high, total, x, FLOAT: tl.constexpr):
+    """A running log-sum-exp as (largest, Σ exp(x - largest)), with the entries x added to it.
+
+    Where nothing but -inf has come by, the largest is said to be 0 and the sum stays 0.
+    """
+    top = tl.maximum(high, tl.max(x, axis=0))
+    finite = tl.where(top == -float("inf"), 0.0, top).to(FLOAT)
+    total = total * tl.exp(high - finite) + tl.sum(tl.exp(x - finite), axis=0)
+    return top, total
+
+
+@_jit
+def _row_sums(
+    logits, ids, kept, logp, log_sum, log_tail, V, stride, inverse,
+    FLOAT: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one row: log p(id), the log-sum-exp of x / T, and that of the entries that are not kept."""
+    row = tl.program_id(0).to(tl.int64)
+    high = tl.full((), -float("inf"), FLOAT)
+    total = tl.zeros((), FLOAT)
+    high_tail = tl.full((), -float("inf"), FLOAT)
+    total_tail = tl.zeros((), FLOAT)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = (
+            tl.load(logits + row * stride + at, mask=at < V, other=-float("inf")).to(FLOAT)
+            * inverse
+        )
+        high, total = _grown(high, total, x, FLOAT)
+        if TAIL:
+            out = tl.load(kept + row * V + at, mask=at < V, other=1) != 0
+            high_tail, total_tail = _grown(
+                high_tail, total_tail, tl.where(out, -float("inf"), x), FLOAT
+            )
+    all_of_it = high + tl.log(total)
+    own = tl.load(logits + row * stride + tl.load(ids + row)).to(FLOAT) * inverse
+    tl.store(logp + row, own - all_of_it)
+    tl.store(log_sum + row, all_of_it)
+    if TAIL:
+        nothing = total_tail == 0
+        inside = high_tail + tl.log(tl.where(nothing, 1.0, total_tail).to(FLOAT))
+        tl.store(log_tail + row, tl.where(nothing, -float("inf"), inside))
+
+
+@_jit
+def _term_slope_mass(
+    s, t, beta, factor, clip, FLOAT: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr
+):
+    """Of entries' log s and log t: the term f, g = df / d log s, the mass s, and what is capped.
+
+    A mass of zero has the term 0 whatever the other side is.
+    """
+    p = tl.exp(s)
+    q = tl.exp(t)
+    if KIND == 0:  # KL(t ‖ s)
+        term = tl.where(q == 0, 0.0, q * (t - s))
+        slope = -q
+    elif KIND == 1:  # KL(s ‖ t)
+        term = tl.where(p == 0, 0.0, p * (s - t))
+        slope = term + p if CLIP else term
+    else:
+        a = t + tl.log(beta)
+        b = s + tl.log(1 - beta)
+        top = tl.maximum(a, b)
+        mixture = top + tl.log(tl.exp(a - top) + tl.exp(b - top))
+        slope = tl.where(p == 0, 0.0, (1 - beta) * factor * p * (s - mixture))
+        term = slope + tl.where(q == 0, 0.0, beta * factor * q * (t - mixture))
+    over = term > clip
+    if CLIP:
+        slope = tl.where(over, 0.0, slope)
+        term = tl.where(over, clip, term)
+    return term.to(FLOAT), slope.to(FLOAT), p, over
+
+
+@_jit
+def _row_loss(
+    student, teacher, log_sum, teacher_log_sum, loss, clipped, slope_sum,
+    V, stride, teacher_stride, inverse, beta, factor, clip,
+    FLOAT: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one row: Σ f, the share of its entries that are capped, and Σ g."""
+    row = tl.program_id(0).to(tl.int64)
+    z = tl.load(log_sum + row)
+    teacher_z = tl.load(teacher_log_sum + row)
+    beta = tl.full((), beta, FLOAT)
+    total = tl.zeros((), FLOAT)
+    capped = tl.zeros((), FLOAT)
+    slopes = tl.zeros((), FLOAT)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        there = at < V
+        s = tl.load(student + row * stride + at, mask=there, other=0.0).to(FLOAT) * inverse - z
+        t = tl.load(teacher + row * teacher_stride + at, mask=there, other=0.0).to(FLOAT) * inverse
+        term, slope, _, cap = _term_slope_mass(
+            s, t - teacher_z, beta, factor, clip, FLOAT, KIND, CLIP
+        )
+        total += tl.sum(tl.where(there, term, 0.0), axis=0)
+        slopes += tl.sum(tl.where(there, slope, 0.0), axis=0)
+        if CLIP:
+            capped += tl.sum(tl.where(there & cap, 1.0, 0.0).to(FLOAT), axis=0)
+    tl.store(loss + row, total)
+    tl.store(slope_sum + row, slopes)
+    tl.store(clipped + row, capped / V)
+
+
+@_jit
+def _gradient(
+    student, teacher, log_sum, teacher_log_sum, slope_sum, grad_loss, grad,
+    V, stride, teacher_stride, inverse, beta, factor, clip,
+    FLOAT: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one block of one row: (g - s Σ g) / T times what the row's loss counts for."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < V
+    s = tl.load(student + row * stride + at, mask=there, other=0.0).to(FLOAT) * inverse
+    t = tl.load(teacher + row * teacher_stride + at, mask=there, other=0.0).to(FLOAT) * inverse
+    _, slope, mass, _ = _term_slope_mass(
+        s - tl.load(log_sum + row), t - tl.load(teacher_log_sum + row),
+        tl.full((), beta, FLOAT), factor, clip, FLOAT, KIND, CLIP,
+    )  # fmt: skip
+    told = (slope - mass * tl.load(slope_sum + row)) * (tl.load(grad_loss + row) * inverse)
+    tl.store(grad + row * V + at, told.to(grad.dtype.element_ty), mask=there)
+
+
+@_jit
+def _tail_gradient(
+    student, kept, log_tail, tail_slope, grad, V, stride, inverse,
+    FLOAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one block of one row: the tail's slope shared out by each entry's part of the tail."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < V
+    out = tl.load(kept + row * V + at, mask=there, other=1) != 0
+    tail = tl.load(log_tail + row)
+    tail = tl.where(tail == -float("inf"), 0.0, tail).to(FLOAT)
+    x = tl.load(student + row * stride + at, mask=there, other=0.0).to(FLOAT) * inverse
+    told = tl.where(out, 0.0, tl.exp(x - tail) * tl.load(tail_slope + row))
+    tl.store(grad + row * V + at, told.to(grad.dtype.element_ty), mask=there)
+
+
+@_jit
+def _token_gradient(
+    logits, ids, log_sum, grad_logp, grad, V, stride, inverse,
+    FLOAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one block of one row: (1 where the entry is the id, else 0, - p) / T times the row's."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < V
+    x = tl.load(logits + row * stride + at, mask=there, other=0.0).to(FLOAT) * inverse
+    own = tl.where(at == tl.load(ids + row), 1.0, 0.0)
+    told = (own - tl.exp(x - tl.load(log_sum + row))) * (tl.load(grad_logp + row) * inverse)
+    tl.store(grad + row * V + at, told.to(grad.dtype.element_ty), mask=there)
+
+
+class Sums(NamedTuple):
+    """What `row_sums` says of each row, at a temperature, in float32 at least."""
+
+    logp_N: Tensor
+    """Log-probability of the id (nats)."""
+    log_sum_N: Tensor
+    """Log-sum-exp of all entries."""
+    log_tail_N: Tensor | None
+    """That of the entries that are not kept, -inf where there are none."""
+
+
+def row_sums(
+    logits_NV: Tensor, ids_N: Tensor, temperature: float, kept_NV: Tensor | None = None
+) -> Sums:
+    """Log-sum-exps of rows of logits over ``temperature``; ``kept_NV``: bytes, 1 for no tail."""
+    logits_NV = _rows(logits_NV)
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    logp_N, log_sum_N = (logits_NV.new_empty(len(logits_NV), dtype=dtype) for _ in range(2))
+    log_tail_N = None if kept_NV is None else torch.empty_like(logp_N)
+    _launch(
+        _row_sums, logits_NV, 1, logits_NV, ids_N.contiguous(), kept_NV, logp_N, log_sum_N,
+        log_tail_N, logits_NV.shape[1], logits_NV.stride(0), 1 / temperature, TAIL=kept_NV is not None,
+    )  # fmt: skip
+    return Sums(logp_N, log_sum_N, log_tail_N)
+
+
+class Losses(NamedTuple):
+    """What `losses` says of each row, in float32 at least."""
+
+    loss_N: Tensor
+    clipped_N: Tensor
+    """Share of the entries whose term was capped."""
+    slope_sum_N: Tensor
+
+
+class Sides(NamedTuple):
+    """Both sides' logits [N, V] and log-sum-exps [N] at one temperature."""
+
+    student_NV: Tensor
+    teacher_NV: Tensor
+    log_sum_N: Tensor
+    teacher_log_sum_N: Tensor
+
+
+def losses(
+    sides: Sides, kind: str, beta: float, factor: float, clip: float | None, temperature: float
+) -> Losses:
+    """The divergence of each row; ``factor`` multiplies every term of a JSD."""
+    student_NV, teacher_NV = _rows(sides.student_NV), _rows(sides.teacher_NV)
+    loss_N, clipped_N, slope_sum_N = (torch.empty_like(sides.log_sum_N) for _ in range(3))
+    _launch(
+        _row_loss, student_NV, 1, student_NV, teacher_NV, *sides[2:], loss_N, clipped_N,
+        slope_sum_N, student_NV.shape[1], student_NV.stride(0), teacher_NV.stride(0), 1 / temperature,
+        beta, factor, math.inf if clip is None else clip, KIND=KINDS[kind], CLIP=clip is not None,
+    )  # fmt: skip
+    return Losses(loss_N, clipped_N, slope_sum_N)
+
+
+def loss_gradient(
+    sides: Sides, slope_sum_N: Tensor, grad_loss_N: Tensor,
+    kind: str, beta: float, factor: float, clip: float | None, temperature: float,
+) -> Tensor:  # fmt: skip
+    """The gradient [N, V] of Σ grad_loss times loss in the student's logits, in their dtype."""
+    student_NV, teacher_NV = _rows(sides.student_NV), _rows(sides.teacher_NV)
+    grad_NV = torch.empty(student_NV.shape, dtype=student_NV.dtype, device=student_NV.device)
+    _launch(
+        _gradient, student_NV, 0, student_NV, teacher_NV, *sides[2:], slope_sum_N,
+        grad_loss_N.contiguous(), grad_NV, student_NV.shape[1], student_NV.stride(0),
+        teacher_NV.stride(0), 1 / temperature, beta, factor, math.inf if clip is None else clip,
+        KIND=KINDS[kind], CLIP=clip is not None,
+    )  # fmt: skip
+    return grad_NV
+
+
+def tail_gradient(
+    logits_NV: Tensor, kept_NV: Tensor, log_tail_N: Tensor, slope_N: Tensor, temperature: float
+) -> Tensor:
+    """``slope`` shared out among each row's entries that are not kept; 0 at those that are."""
+    logits_NV = _rows(logits_NV)
+    grad_NV = torch.empty(logits_NV.shape, dtype=logits_NV.dtype, device=logits_NV.device)
+    _launch(
+        _tail_gradient, logits_NV, 0, logits_NV, kept_NV, log_tail_N, slope_N.contiguous(),
+        grad_NV, logits_NV.shape[1], logits_NV.stride(0), 1 / temperature,
+    )  # fmt: skip
+    return grad_NV
+
+
+def token_gradient(
+    logits_NV: Tensor, ids_N: Tensor, log_sum_N: Tensor, grad_logp_N: Tensor, temperature: float
+) -> Tensor:
+    """The gradient [N, V] of Σ grad_logp times log p(id) in the logits, in their dtype."""
+    logits_NV = _rows(logits_NV)
+    grad_NV = torch.empty(logits_NV.shape, dtype=logits_NV.dtype, device=logits_NV.device)
+    _launch(
+        _token_gradient, logits_NV, 0, logits_NV, ids_N.contiguous(), log_sum_N,
+        grad_logp_N.contiguous(), grad_NV, logits_NV.shape[1], logits_NV.stride(0), 1 / temperature,
+    )  # fmt: skip
+    return grad_NV
+
+
+def _rows(logits_NV: Tensor) -> Tensor:
+    return logits_NV if logits_NV.stride(-1) == 1 else logits_NV.contiguous()
+
+
+def _launch(kernel: Any, logits_NV: Tensor, whole_rows: int, *args: Any, **flags: Any) -> None:
+    """One program for each row, or for each block of each row; of no rows nothing."""
+    rows, entries = logits_NV.shape
+    if not rows:
+        return
+    block = min(BLOCK, max(16, triton.next_power_of_2(entries)))  # pyright: ignore
+    wide = logits_NV.dtype == torch.float64
+    options: Mapping[str, Any] = {
+        **flags, "FLOAT": tl.float64 if wide else tl.float32, "BLOCK": block,
+        "num_warps": max(1, min(16, block // 256)),
+    }  # fmt: skip
+    grid = (rows,) if whole_rows else (rows, triton.cdiv(entries, block))  # pyright: ignore
+    with torch.cuda.device_of(logits_NV):
+        kernel[grid](*args, **options)
