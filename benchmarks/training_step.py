@@ -486,7 +486,7 @@ def compare_on_device(
     clocks = {"ours": Clock(), "TRL": Clock()}
     ours = Ours(model, kind, clocks["ours"], merge(where, PRECISIONS[precision]))
     failed: dict[str, str] = {}
-    own = args.chunks if kind == "full" else []
+    own = args.chunks if kind in ("top-K", "grpo") else []  # others may have kernels of their own
     again = {f"ours, 2^{n} logits": Again(ours, Clock(), 2**n) for n in own}
     clocks |= {who: other.clock for who, other in again.items()}
     try:
@@ -555,7 +555,7 @@ def main() -> None:
     made.add_argument("--models", nargs="*", choices=listed, default=listed[:2], help="on CUDA")
     made.add_argument("--kinds", nargs="*", choices=KINDS, help="on CUDA")
     made.add_argument("--precisions", nargs="*", choices=PRECISIONS, help="on CUDA")
-    made.add_argument("--chunks", nargs="*", type=int, default=[], help="on CUDA, of kind full")
+    made.add_argument("--chunks", nargs="*", type=int, default=[], help="on CUDA, top-K and grpo")
     made.add_argument("--as-on-cuda", action="store_true", help="its way on any device: a check")
     args = made.parse_args()
     args.device = on_device(args.device)

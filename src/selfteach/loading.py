@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import sdpa_attention
 from transformers.utils import logging
 
 from selfteach.config import ModelConfig
@@ -91,7 +92,26 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         vars(model.config).pop("quantization_config", None)
         vars(model).update(hf_quantizer=None, is_quantized=False)
     torch.nn.Module.to(model, device)
+    if device.type == "cuda":
+        own_keys_in_float32()
     return model.eval()
+
+
+def own_keys_in_float32() -> None:
+    """Give heads that share keys copies of their own where CUDA has no kernel for sharing them.
+
+    In float32 it has none: torch would take the plain way, which holds [T, T] of every head for the
+    gradient. transformers asks for shared keys whenever no mask is given.
+    """
+    asked = sdpa_attention.use_gqa_in_sdpa
+    if asked.__module__ == __name__:
+        return
+
+    def share(mask: torch.Tensor | None, key: torch.Tensor, *more: torch.Tensor) -> bool:
+        exact = key.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
+        return not (key.is_cuda and exact) and asked(mask, key, *more)
+
+    sdpa_attention.use_gqa_in_sdpa = share
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from runs_on_device import ALIGNED, lessons_of, recipe
 from selfteach import step
 from selfteach.build import build
+from selfteach.loading import own_keys_in_float32
 from selfteach.memory import gib, memory
 from selfteach.survey import load_of, survey
 from selfteach.types import Lesson
@@ -103,3 +104,23 @@ def test_the_estimate_holds_a_real_step(
     record_property(arm, f"{gib(estimate.peak)} estimated, {gib(peak)} at the peak")
     assert peak <= 1.1 * estimate.peak, "a run that `check` lets pass has to fit"
     assert estimate.peak <= most * peak
+
+
+def test_attention_in_float32_holds_no_square_of_every_head(device: str) -> None:
+    """Heads that share keys have no kernel there: the plain way would keep [heads, T, T]."""
+    own_keys_in_float32()
+    length, heads = (4096, 8) if device == "cuda" else (64, 8)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=1,
+        num_attention_heads=heads, num_key_value_heads=2, max_position_embeddings=length,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, device)
+    ids = torch.randint(64, (1, length), device=device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    model.model(input_ids=ids, use_cache=False)[0].sum().backward()
+    if device == "cuda":
+        assert torch.cuda.max_memory_allocated() - before < heads * length**2 * 4 / 2
+    assert model.model.embed_tokens.weight.grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,16 +45,24 @@ teacher = {{ type = "ema", rate = 0.2 }}
 """
 
 
+ALONE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""No network is needed, and none may be there."""
+
+
 def run(device: str, folder: Path, *settings: str, torchrun: bool = True) -> None:
     path = folder.parent / "recipe.toml"
     path.write_text(RECIPE.format(device=device))
-    ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = ["torch.distributed.run", "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
+             "--master-port", str(port), "-m"]  # fmt: skip
     command = [sys.executable, "-m", *(ranks if torchrun else []), "selfteach", "train", str(path),
                "--arm", "step_aligned", "--out", str(folder)]  # fmt: skip
     for setting in settings:
         command += ["--set", setting]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, **ALONE}
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
