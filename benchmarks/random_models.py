@@ -54,7 +54,7 @@ SIZED = {
             "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151_936,
             "max_position_embeddings": 4096, "tie_word_embeddings": True,
         },
-        answers=32, each=8, prompt=128, shown=384, length=512, micro_batch_tokens=16_384,
+        answers=32, each=8, prompt=128, shown=384, length=512, micro_batch_tokens=3584,
         peer_batch=4,
     ),
     "tiny, random weights": Sized(
