@@ -244,8 +244,9 @@ def base() -> Cases:
 
 def larger() -> Cases:
     """bf16; and larger sizes beside the peer that keeps to chunks, or TRL's full logits for top-K."""
-    for kind in KINDS:
-        yield Case(kind, dtype="bfloat16"), 1, None
+    for trained in (True, False):
+        for kind in KINDS:
+            yield Case(kind, dtype="bfloat16", trained=trained), 1, None
     for kind in KINDS:
         peer = "TRL full" if kind == "top_k" else "TRL chunked"
         ways = ["ours", *([peer] if find_spec("trl") else [])]
