@@ -40,7 +40,7 @@ from divergences import (
     trl_chunked,
     trl_full,
 )
-from harness import Table, parser, ratio, reported
+from harness import Table, parser, reported
 from torch import Tensor
 
 from selfteach import divergence, fused, linear_kernels, row_kernels
@@ -151,45 +151,52 @@ def workspace(way: Way, case: Case, inputs: Inputs) -> int:
     return torch.cuda.max_memory_allocated() - before - gradients
 
 
-def grid(table: Table, rounds: int, *, quick: bool) -> None:
-    """Sizes, precisions, kinds, heads."""
-    for vocabulary in GRID_VOCABULARIES[:1] if quick else GRID_VOCABULARIES:
-        for hidden in GRID_HIDDENS[:1] if quick else GRID_HIDDENS:
-            for dtype in ("bfloat16", "float32"):
+def grid(tables: list[Table], rounds: int, *, quick: bool) -> None:
+    """Sizes, kinds, heads; a table for each precision."""
+    for dtype in ("bfloat16", "float32"):
+        tables.append(table := Table(f"2,048 tokens in {dtype}: milliseconds / MiB of workspace"))
+        for vocabulary in GRID_VOCABULARIES[:1] if quick else GRID_VOCABULARIES:
+            for hidden in GRID_HIDDENS[:1] if quick else GRID_HIDDENS:
                 for trained in (True, False):
                     for kind in KINDS:
                         case = Case(kind, 2048, vocabulary, hidden, dtype, trained)
                         largest = (vocabulary, hidden) == (151_936, 2048)
                         compiled = largest and trained and kind in ("reverse_kl", "jsd")
                         wide = dtype == "float32"  # many times as slow
-                        compare(table, case, 2 if wide else rounds, compiled=compiled and not wide)
+                        told = measured(case, 2 if wide else rounds, compiled and not wide)
+                        table.add(**row(case, *told))
 
 
-def compare(table: Table, case: Case, rounds: int, *, compiled: bool) -> None:
-    """One line for each way that can."""
+Costs = dict[str, float]
+
+
+def measured(case: Case, rounds: int, compiled: bool) -> tuple[Costs, Costs, dict[str, str]]:
+    """Of each way that can: median milliseconds, and workspace in MiB; and why the others cannot."""
     inputs, times, spaces, failed = Inputs.of(case), {}, {}, {}
     for name in ways_of(case, compiled=compiled):
         try:
             once(WAYS[name], case, inputs)  # compiles
             once(WAYS[name], case, inputs)
-            spaces[name], times[name] = workspace(WAYS[name], case, inputs), list[float]()
+            spaces[name], times[name] = workspace(WAYS[name], case, inputs) / MIB, list[float]()
         except Exception as error:  # one that cannot must not take the others' lines
             inputs.take_gradients()
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            failed[name] = type(error).__name__
     for _ in range(rounds):
         for name, own in times.items():
             own.append(milliseconds(WAYS[name], case, inputs))
-    best = statistics.median(times["ours"])
-    for name in (*times, *failed):
-        median = statistics.median(times[name]) if name in times else None
-        table.add(
-            kind=case.kind, vocabulary=case.vocabulary, hidden=case.hidden, dtype=case.dtype,
-            head="trains" if case.trained else "frozen", way=name, ms=median,
-            **{"times ours": ratio(median, best)},
-            workspace_MiB=ratio(spaces.get(name), MIB),
-            **{"full logits / workspace": ratio(case.full_logits, spaces.get(name))},
-            **{"failed": failed.get(name)} if failed else {},
-        )  # fmt: skip
+    return {name: statistics.median(own) for name, own in times.items()}, spaces, failed
+
+
+def row(case: Case, times: Costs, spaces: Costs, failed: dict[str, str]) -> dict[str, object]:
+    """A case in one line."""
+    peers = [times[name] for name in times if not name.startswith("ours")]
+    cells = {way: f"{times[way]:,.1f} / {spaces[way]:,.0f}" for way in WAYS if way in times}
+    return {
+        "kind": case.kind, "vocabulary": case.vocabulary, "hidden": case.hidden,
+        "head": "trains" if case.trained else "frozen", **cells, **failed,
+        "fastest other / ours": min(peers) / times["ours"],
+        "full logits / our workspace": case.full_logits / MIB / spaces["ours"],
+    }  # fmt: skip
 
 
 def chunks(table: Table, rounds: int) -> None:
@@ -358,9 +365,7 @@ def main() -> None:
             )
             tilings(table, args.rounds, quick=args.quick)
         if "grid" in args.parts:
-            name = torch.cuda.get_device_name()
-            tables.append(table := Table(f"Forward and backward of 2,048 tokens on {name}"))
-            grid(table, args.rounds, quick=args.quick)
+            grid(tables, args.rounds, quick=args.quick)
 
 
 if __name__ == "__main__":

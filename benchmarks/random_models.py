@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from selfteach.loading import own_keys_in_float32
+from selfteach.loading import settle
 from selfteach.types import Lesson, Marked, Problem, Rollout, Verdict
 
 
@@ -75,8 +75,7 @@ def model_of(name: str, device: torch.device | str, dtype: torch.dtype) -> Any:
     config = AutoConfig.for_model(
         sized.family, **sized.shape, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
-    if torch.device(device).type == "cuda":
-        own_keys_in_float32()  # as `loading` does; so the peer's models have it, too
+    settle(torch.device(device))  # of the process: the peer has it, too
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -19,22 +19,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness import tables_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
-BENCHMARKS: dict[str, tuple[str, list[str]]] = {
-    "divergences": (".venv-bench", []),
-    "training_step": (".venv-bench", []),
-    "sampling": (".venv-bench", []),
-    "main_job": (".venv", []),
-    "limit": (".venv", []),
-    "critics": (".venv", []),
-    "sharded_gradients": (".venv", []),
+ON_GPU = ["--device", "cuda"]
+LARGE = ["--models", "Qwen2.5-1.5B, random weights"]
+BENCHMARKS: dict[str, tuple[str, str, list[str]]] = {
+    "divergences": (".venv-bench", "divergences", []),
+    "training_step": (".venv-bench", "training_step", []),
+    "sampling": (".venv-bench", "sampling", []),
+    "main_job": (".venv", "main_job", []),
+    "limit": (".venv", "limit", []),
+    "critics": (".venv", "critics", []),
+    "sharded_gradients": (".venv", "sharded_gradients", []),
+    "divergences_gpu": (".venv-bench", "divergences_gpu", []),
+    "training_step_gpu": (".venv-bench", "training_step", [*ON_GPU, *LARGE]),
+    "sampling_gpu": (".venv-bench", "sampling", ON_GPU),
 }
-"""The environment whose Python runs a script, and its arguments."""
+"""The environment whose Python runs a script, and its arguments; `*_gpu` where there is one."""
 
 
 def main() -> None:
@@ -49,6 +55,9 @@ def main() -> None:
     failed = []
     for name in args.only:
         print(f"== {name}", flush=True)
+        if name.endswith("_gpu") and not torch.cuda.is_available():
+            print("no CUDA device here: nothing to measure")
+            continue
         said = run(name, more, quick=args.quick)
         if said is None:
             failed.append(name)
@@ -69,11 +78,11 @@ def newest() -> dict[str, Any]:
 
 def run(name: str, more: list[str], *, quick: bool) -> dict[str, Any] | None:
     """One benchmark's tables, or None if it failed."""
-    environment, arguments = BENCHMARKS[name]
+    environment, script, arguments = BENCHMARKS[name]
     python = ROOT / environment / "bin" / "python"
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "tables.json"
-        command = [str(python), str(HERE / f"{name}.py"), "--json", str(out), *arguments, *more]
+        command = [str(python), str(HERE / f"{script}.py"), "--json", str(out), *arguments, *more]
         command += ["--quick"] if quick else []
         environ = {"OMP_NUM_THREADS": "1", **os.environ}
         done = subprocess.run(command, cwd=ROOT, env=environ, check=False)
@@ -85,7 +94,8 @@ def render(results: dict[str, Any]) -> None:
     parts = []
     for name in (name for name in BENCHMARKS if name in results):
         said = results[name]
-        parts.append(f"## {name.replace('_', ' ').capitalize()}\n")
+        title = name.removesuffix("_gpu").replace("_", " ").capitalize()
+        parts.append(f"## {title}{' on a GPU' * name.endswith('_gpu')}\n")
         parts.append(f"`make bench BENCH={name}`; {where(said)}.\n")
         parts += [table.markdown() for table in tables_of(said)]
     readme = HERE / "README.md"

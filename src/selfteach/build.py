@@ -43,6 +43,7 @@ from selfteach.loading import (
     load_tokenizer,
     pad_id,
     resolve,
+    settle,
 )
 from selfteach.objective import Anneal, Distillation, Grpo, Hybrid
 from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
@@ -82,6 +83,7 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
     tracking.require(recipe.tracking.sinks)
     objective, shard = build_objective(recipe), build_sharding(recipe, ranks)
     device = choose_device(recipe.model.device)
+    settle(device)
     task = load_task(recipe.data, resolve(recipe.model.path))
     tokenizer = load_tokenizer(recipe.model)
     templates = Templates(recipe.model.templates or task.templates)

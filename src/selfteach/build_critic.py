@@ -42,6 +42,7 @@ from selfteach.loading import (
     load_model,
     load_tokenizer,
     pad_id,
+    settle,
 )
 from selfteach.policy import Policy
 from selfteach.protocols import Critic
@@ -190,7 +191,9 @@ def _local(config: LocalCriticConfig, templates: Templates) -> ChatModel:
         trust_remote_code=config.trust_remote_code,
     )
     tokenizer = load_tokenizer(own)
-    model = load_model(own, choose_device(config.device)).requires_grad_(False)
+    device = choose_device(config.device)
+    settle(device)
+    model = load_model(own, device).requires_grad_(False)
     renderer = Renderer(tokenizer, templates, thinking=Thinking(config.thinking, config.thinking))
     return LocalModel(
         model,

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from runs_on_device import ALIGNED, lessons_of, recipe
 from selfteach import step
 from selfteach.build import build
-from selfteach.loading import own_keys_in_float32
+from selfteach.loading import settle
 from selfteach.memory import gib, memory
 from selfteach.survey import load_of, survey
 from selfteach.types import Lesson
@@ -108,7 +108,7 @@ def test_the_estimate_holds_a_real_step(
 
 def test_attention_in_float32_holds_no_square_of_every_head(device: str) -> None:
     """Heads that share keys have no kernel there: the plain way would keep [heads, T, T]."""
-    own_keys_in_float32()
+    settle(torch.device("cuda"))
     length, heads = (4096, 8) if device == "cuda" else (64, 8)
     config = LlamaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=1,

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfteach.config import ModelConfig
 from selfteach.errors import EngineError
-from selfteach.loading import load_model, load_tokenizer
+from selfteach.loading import load_model, load_tokenizer, settle
 
 CPU = torch.device("cpu")
 
@@ -67,3 +67,19 @@ def test_a_model_s_own_code_runs_only_if_the_recipe_says_so(folder: Path, tmp_pa
         assert not ran.exists()
     with pytest.raises(EngineError, match=r"code of its own.*trust_remote_code = true"):
         load_model(ModelConfig(path=str(folder)), CPU)
+
+
+def test_on_a_gpu_attention_is_not_planned_shape_by_shape() -> None:
+    """A setting of the process; it is put back here."""
+    from transformers.integrations import sdpa_attention
+
+    before, asked = torch.backends.cuda.cudnn_sdp_enabled(), sdpa_attention.use_gqa_in_sdpa
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        settle(torch.device("cpu"))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        settle(torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        sdpa_attention.use_gqa_in_sdpa = asked

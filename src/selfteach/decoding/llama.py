@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
@@ -27,8 +26,6 @@ BLOCK = 32
 """Storage grows by at least this many tokens."""
 JOINED = 4_000_000
 """Models whose layers have at most so many weights are run with copies that are joined."""
-BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Not cuDNN's, which makes a plan for every length: each pass has one of its own."""
 PACKED = 400_000_000
 """Up to so many, the head's among them, the copies are packed on a processor (`products`)."""
 
@@ -161,10 +158,9 @@ class LlamaPasses:
             bias = self._bias_RT
             if bias is not None:
                 bias = F.pad(bias, (0, keys.shape[2] - bias.shape[1]))[:, None, None]
-            with sdpa_kernel(BACKENDS):
-                return F.scaled_dot_product_attention(
-                    q_RKGS.to(keys.dtype), keys, values, attn_mask=bias, scale=scale
-                )
+            return F.scaled_dot_product_attention(
+                q_RKGS.to(keys.dtype), keys, values, attn_mask=bias, scale=scale
+            )
         q_NGS = q_RKGS.reshape(-1, group, size)
         score = torch.bmm(q_NGS, keys.transpose(1, 2)).mul_(scale)
         if self._bias_RT is not None:
