@@ -264,13 +264,13 @@ def _fused_buckets(
     loss, clipped, slope, mass = _entries(form, *logs)
     slope = slope - mass * slope.sum(-1, keepdim=True)
     said = (loss, clipped, sides[0].logp_N, sides[1].logp_N)
-    return said, (index, kept, sides[0].log_tail_N, slope)  # pyright: ignore[reportReturnType]
+    return said, (index, sides[0].log_tail_N, slope)  # pyright: ignore[reportReturnType]
 
 
 def _buckets_gradient(
     form: Form, student: Tensor, _teacher: Tensor, grad_loss: Tensor,
-    index: Tensor, kept: Tensor, log_tail: Tensor, slope: Tensor,
+    index: Tensor, log_tail: Tensor, slope: Tensor,
 ) -> Tensor:  # fmt: skip
     slope = slope * (grad_loss[:, None] / form.temperature)
-    grad = row_kernels.tail_gradient(student, kept, log_tail, slope[:, -1], form.temperature)
+    grad = row_kernels.tail_gradient(student, log_tail, slope[:, -1], form.temperature)
     return grad.scatter_(-1, index, slope[:, :-1].to(grad.dtype))

@@ -81,9 +81,9 @@ class ModelConfig(Section):
     thinking: ThinkingConfig = ThinkingConfig()
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: Literal["bfloat16"] | None = None
-    """Products in bfloat16 while weights stay as they are. On a processor logits are rounded to bfloat16
-    too, an eighth of a distillation's gradient where teacher and student differ little; on a GPU they
-    come in float32."""
+    """Products in bfloat16 while weights stay as they are. On a processor logits are rounded to
+    bfloat16 too, an eighth of a distillation's gradient where teacher and student differ little; on a
+    GPU they come in float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     lora: LoraConfig | None = None
     """``lora = false`` in an arm or variant takes adapters away again: full weights."""

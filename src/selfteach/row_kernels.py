@@ -175,18 +175,17 @@ def _gradient(
 
 @_jit
 def _tail_gradient(
-    student, kept, log_tail, tail_slope, grad, V, stride, inverse,
+    student, log_tail, tail_slope, grad, V, stride, inverse,
     FLOAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of one block of one row: the tail's slope shared out by each entry's part of the tail."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < V
-    out = tl.load(kept + row * V + at, mask=there, other=1) != 0
     tail = tl.load(log_tail + row)
     tail = tl.where(tail == -float("inf"), 0.0, tail).to(FLOAT)
     x = tl.load(student + row * stride + at, mask=there, other=0.0).to(FLOAT) * inverse
-    told = tl.where(out, 0.0, tl.exp(x - tail) * tl.load(tail_slope + row))
+    told = tl.exp(x - tail) * tl.load(tail_slope + row)
     tl.store(grad + row * V + at, told.to(grad.dtype.element_ty), mask=there)
 
 
@@ -280,13 +279,13 @@ def loss_gradient(
 
 
 def tail_gradient(
-    logits_NV: Tensor, kept_NV: Tensor, log_tail_N: Tensor, slope_N: Tensor, temperature: float
+    logits_NV: Tensor, log_tail_N: Tensor, slope_N: Tensor, temperature: float
 ) -> Tensor:
-    """``slope`` shared out among each row's entries that are not kept; 0 at those that are."""
+    """``slope`` shared out among a row's entries as if all were the tail's: write over those kept."""
     logits_NV = _rows(logits_NV)
     grad_NV = torch.empty(logits_NV.shape, dtype=logits_NV.dtype, device=logits_NV.device)
     _launch(
-        _tail_gradient, logits_NV, 0, logits_NV, kept_NV, log_tail_N, slope_N.contiguous(),
+        _tail_gradient, logits_NV, 0, logits_NV, log_tail_N, slope_N.contiguous(),
         grad_NV, logits_NV.shape[1], logits_NV.stride(0), 1 / temperature,
     )  # fmt: skip
     return grad_NV
