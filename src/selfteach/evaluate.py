@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from selfteach.distributed import ALONE, Ranks
 from selfteach.estimates import avg_at_k, maj_at_k, pass_at_k
 from selfteach.protocols import Engine, Verifier
-from selfteach.run_folder import RunFolder
+from selfteach.run_folder import RunFolder, read_json
 from selfteach.sampling import sample_batches
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
@@ -105,6 +106,16 @@ def evaluate(
         finished=by_problem([rollout.finished for rollout in rollouts]),
         lengths=by_problem([len(rollout.answer_ids) for rollout in rollouts]),
     )
+
+
+def evaluation_of(folder: Path, split: str, step: int) -> Evaluation:
+    """An evaluation that a run has saved."""
+    return Evaluation.from_json(read_json(evaluation_path(folder, split, step)))
+
+
+def evaluation_path(folder: Path, split: str, step: int) -> Path:
+    """Where a run keeps an evaluation."""
+    return folder / "evaluations" / f"{split}_{step:06d}.json"
 
 
 def one_vote(parsed: Sequence[str | None], same: Callable[[str, str], bool]) -> list[str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,8 +18,10 @@ from rich.progress import (
 
 from selfteach.config import Recipe
 from selfteach.run_folder import RunFolder
-from selfteach.selection import Standing
 from selfteach.study import Job
+
+if TYPE_CHECKING:
+    from selfteach.selection import Standing
 
 NOTED = {
     "correct": ("right", "{:.0%}"),
