@@ -11,8 +11,9 @@ import heapq
 import inspect
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from selfteach.types import Branches
@@ -47,23 +48,24 @@ def branches(
     pays = rows * _price(width) <= PAYS * len(read) * _price(max(map(len, read)))
     if not pays or rows * width * (shared + width) > MASK_ENTRIES:
         return None
-    ids_RW = torch.full((rows, width), pad_id)
-    positions_RW = torch.full((rows, width), shared)
-    sees_RWK = torch.zeros(rows, width, shared + width, dtype=torch.bool)
+    ids_RW = np.full((rows, width), pad_id)
+    positions_RW = np.full((rows, width), shared)
+    sees_RWK = np.zeros((rows, width, shared + width), dtype=bool)
     sees_RWK[:, :, :shared] = True
     # Padding sees itself: a token that sees none has no state.
     sees_RWK[:, range(width), range(shared, shared + width)] = True
-    rows_of, columns = list[Tensor](), list[Tensor]()
+    before_TT = np.tri(max(map(len, paths)), dtype=bool)
+    columns = list[np.ndarray]()
     for tokens, path, tree, answer in zip(read, paths, trees, answers, strict=True):
         row, start = starts[tree]
-        path_T = torch.tensor(path) + start
-        ids_RW[row, path_T] = torch.tensor(tokens)
-        positions_RW[row, path_T] = torch.arange(shared, shared + len(path))
-        before_TT = torch.ones(len(path), len(path), dtype=torch.bool).tril()
-        sees_RWK[row, path_T[:, None], shared + path_T] = before_TT
-        rows_of.append(torch.full((len(answer),), row))
+        path_T = np.array(path) + start
+        ids_RW[row, path_T] = tokens
+        positions_RW[row, path_T] = range(shared, shared + len(path))
+        sees_RWK[row, path_T[:, None], shared + path_T] = before_TT[: len(path), : len(path)]
         columns.append(path_T[-len(answer) :])
-    return Branches(ids_RW, positions_RW, sees_RWK, torch.cat(rows_of), torch.cat(columns))
+    rows_N = np.repeat([starts[tree][0] for tree in trees], [*map(len, answers)])
+    told = (ids_RW, positions_RW, sees_RWK, rows_N, np.concatenate(columns))
+    return Branches(*map(torch.from_numpy, told))
 
 
 def _grow(read: Sequence[tuple[int, ...]]) -> tuple[list[Path], list[int], list[int]]:
