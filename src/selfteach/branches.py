@@ -132,7 +132,7 @@ def understood_by(model: PreTrainedModel) -> bool:
     found = branches([(1, 2), (1, 2)], [(0, 3, 1), (3, 0, 1)], 0, 0)
     assert found is not None
     found = found.to(device)
-    folded = backbone(input_ids=found.ids_RW, use_cache=False, **found.inputs)[0]
+    folded = backbone(input_ids=found.ids_RW, use_cache=False, **found.inputs(model.dtype))[0]
     ids_BT = torch.tensor([[1, 2, 0, 3], [1, 2, 3, 0]], device=device)
     plain_NH = backbone(input_ids=ids_BT, use_cache=False)[0][:, 1:].flatten(0, 1)
     error = (folded[found.rows_N, found.columns_N] - plain_NH).abs().max()

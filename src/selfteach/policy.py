@@ -118,7 +118,7 @@ class Policy:
         if sequences.branches and self._takes_branches and shared == sequences.shared:
             folded = sequences.branches
             ids_BT, rows_N, columns_N = folded.ids_RW, folded.rows_N, folded.columns_N
-            told = folded.inputs
+            told = folded.inputs(self.model.dtype)
         if shared:
             cache = prefixes.fill(self._backbone, sequences.ids_BT[0, :shared], len(ids_BT))
             told[prefixes.cache_argument(self._backbone)] = cache

@@ -260,10 +260,14 @@ class Branches:
         """The same branches on another device."""
         return Branches(*(getattr(self, name).to(device) for name in self.__slots__))
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What a transformers model is told besides the ids."""
-        return {"attention_mask": self.sees_RWK[:, None], "position_ids": self.positions_RW}
+    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What a transformers model of a dtype is told besides the ids.
+
+        The mask is what attention adds: given one of booleans, every layer makes its own of it.
+        """
+        seen, unseen = torch.tensor([0.0, -torch.inf], dtype=dtype, device=self.sees_RWK.device)
+        mask = torch.where(self.sees_RWK[:, None], seen, unseen)
+        return {"attention_mask": mask, "position_ids": self.positions_RW}
 
 
 @dataclass(frozen=True, slots=True)

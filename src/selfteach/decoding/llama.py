@@ -105,7 +105,9 @@ class LlamaPasses:
         rows, before = len(parent_R), len(self._position_R)
         moved = (parent_R != np.arange(rows)).nonzero()[0]
         if len(moved):
-            to, source = (torch.from_numpy(x).to(self._kept.device) for x in (moved, parent_R[moved]))
+            to, source = (
+                torch.from_numpy(x).to(self._kept.device) for x in (moved, parent_R[moved])
+            )
             used = self._kept[:, :, :, :, : self._used]
             used.index_copy_(2, to, used.index_select(2, source))
         if len(moved) or rows < before:
