@@ -15,7 +15,7 @@ import selfteach.build as building
 from selfteach import launched, pipeline
 from selfteach.config import Recipe
 from selfteach.errors import SelfteachError, Terminated
-from selfteach.evaluate import evaluation_of
+from selfteach.evaluation import evaluation_of
 from selfteach.run_folder import RunFolder, result_of
 from selfteach.settings import merge
 from selfteach.train import run_to_end, train

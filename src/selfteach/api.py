@@ -12,7 +12,8 @@ from selfteach.config import Recipe
 from selfteach.environment import environment
 from selfteach.errors import CheckpointError, DataError
 from selfteach.estimates import bootstrap_mean
-from selfteach.evaluate import Evaluation, evaluate
+from selfteach.evaluate import evaluate
+from selfteach.evaluation import Evaluation
 from selfteach.inspection import request as asking
 from selfteach.inspection.folder import Progress, check_contexts
 from selfteach.inspection.labelled import as_answers, read_labelled, require_critic

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,6 +115,16 @@ def _price(width: int) -> float:
     return width * (1 + width / KEYS_PER_TOKEN)
 
 
+def inputs(found: Branches, dtype: torch.dtype) -> dict[str, Any]:
+    """What a transformers model of a dtype is told of branches besides the ids.
+
+    The mask is what attention adds: given one of booleans, every layer makes its own of it.
+    """
+    seen, unseen = torch.tensor([0.0, -torch.inf], dtype=dtype, device=found.sees_RWK.device)
+    mask = torch.where(found.sees_RWK[:, None], seen, unseen)
+    return {"attention_mask": mask, "position_ids": found.positions_RW}
+
+
 @torch.no_grad()
 def understood_by(model: PreTrainedModel) -> bool:
     """Whether a model's states under a mask and positions of ours are those of the plain pass.
@@ -132,7 +143,7 @@ def understood_by(model: PreTrainedModel) -> bool:
     found = branches([(1, 2), (1, 2)], [(0, 3, 1), (3, 0, 1)], 0, 0)
     assert found is not None
     found = found.to(device)
-    folded = backbone(input_ids=found.ids_RW, use_cache=False, **found.inputs(model.dtype))[0]
+    folded = backbone(input_ids=found.ids_RW, use_cache=False, **inputs(found, model.dtype))[0]
     ids_BT = torch.tensor([[1, 2, 0, 3], [1, 2, 3, 0]], device=device)
     plain_NH = backbone(input_ids=ids_BT, use_cache=False)[0][:, 1:].flatten(0, 1)
     error = (folded[found.rows_N, found.columns_N] - plain_NH).abs().max()

@@ -1,6 +1,6 @@
 """Arms × seeds under one recipe: every run in a folder of its own, one results.json, one report.
 
-What only runs need takes seconds to import, and is imported in their processes.
+What only runs need, torch for one, takes seconds to import, and is imported in their processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from selfteach.config_engine import VllmServerConfig
 from selfteach.environment import environment
 from selfteach.errors import CheckpointError, RecipeError, Terminated
 from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
-from selfteach.evaluate import evaluation_of
+from selfteach.evaluation import evaluation_of
 from selfteach.recipes import BASE, Study, pairs
 from selfteach.run_folder import RunFolder, read_json, require_empty, result_of, write_json
 from selfteach.settings import merge, validate

@@ -19,7 +19,8 @@ from selfteach.data import Split, training_order
 from selfteach.distributed import Ranks, joined
 from selfteach.environment import environment
 from selfteach.errors import RecipeError, Terminated
-from selfteach.evaluate import evaluate, evaluation_path
+from selfteach.evaluate import evaluate
+from selfteach.evaluation import evaluation_path
 from selfteach.loading import choose_device, resolve
 from selfteach.pipeline import train_steps
 from selfteach.run_folder import RunFolder, enough_disk, result_of, write_json

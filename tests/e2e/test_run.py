@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from selfteach.config import Recipe
 from selfteach.errors import CheckpointError
-from selfteach.evaluate import evaluation_of
+from selfteach.evaluation import evaluation_of
 from selfteach.run_folder import RunFolder, result_of
 from selfteach.settings import merge, validate
 from selfteach.train import run_to_end, train
