@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -156,11 +158,14 @@ def _bars(console: Console) -> Progress:
 def _newest(jobs: Sequence[Job], label: str | None) -> str:
     """The numbers of an arm's run that wrote last; none for the study as a whole."""
     own = [RunFolder(job.folder).metrics_path for job in jobs if label == job.label]
-    begun = [path for path in own if path.exists()]
-    if not begun:
-        return ""
-    run = RunFolder(max(begun, key=lambda path: path.stat().st_mtime).parent)
-    return note({row["kind"]: row for row in run.metrics()})
+    written = [(path.stat().st_mtime_ns, path) for path in own if path.exists()]
+    return _note_of(*max(written)) if written else ""
+
+
+@lru_cache(maxsize=64)
+def _note_of(_written: int, metrics: Path) -> str:
+    """The numbers that matter of a file, read once for each time that it was written."""
+    return note({row["kind"]: row for row in RunFolder(metrics.parent).metrics()})
 
 
 def _announce(job: Job, console: Console) -> None:

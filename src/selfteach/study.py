@@ -152,7 +152,7 @@ def run_jobs(
     """Run jobs side by side, each in a process with as many threads as its recipe says (or one).
 
     The call ``beside`` is made in one of these processes, first. Raises the first error of a run; the
-    others that are under way end first.
+    others that are under way end first. What goes wrong beside them is raised when all are done.
     """
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
     _require_servers([job.recipe for job in waiting])
@@ -162,18 +162,18 @@ def run_jobs(
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
     ) as pool:
-        futures: list[concurrent.futures.Future[None]] = []
-        if beside is not None:
-            futures.append(pool.submit(beside))
-        futures += [pool.submit(_run, _one_thread(job.recipe), job.folder) for job in waiting]
+        besides = [pool.submit(beside)] if beside is not None else []
+        futures = [pool.submit(_run, _one_thread(job.recipe), job.folder) for job in waiting]
         try:
             with listening() as termination, termination.safe():
-                pending = set(futures)
+                pending = {*besides, *futures}
                 while pending:
                     done, pending = concurrent.futures.wait(pending, timeout=0.5)
                     progress(jobs)
-                    for future in done:
+                    for future in done.difference(besides):
                         future.result()
+                for future in besides:
+                    future.result()
         except Terminated:
             for worker in multiprocessing.active_children():
                 worker.terminate()  # each saves what it has learned
