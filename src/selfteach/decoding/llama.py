@@ -144,7 +144,7 @@ class LlamaPasses:
         kept = self._kept[at, :, :rows]
         kept[:, :, :, used] = qkv_RES[:, queries:].view(rows, 2, heads, size).transpose(0, 1)
         keys, values = kept.flatten(1, 2)[:, :, : used + 1].unbind()  # [R x K, T, S]
-        q_RKGS = qkv_RES[:, :queries].unflatten(1, (heads, -1))
+        q_RKGS = qkv_RES[:, :queries].view(rows, heads, -1, size)
         return self._looked(q_RKGS, keys, values, self._shared[at], layer.scale).reshape(rows, -1)
 
     def _looked(
