@@ -15,9 +15,10 @@ import selfteach.build as building
 from selfteach import launched, pipeline
 from selfteach.config import Recipe
 from selfteach.errors import SelfteachError, Terminated
-from selfteach.run_folder import RunFolder
+from selfteach.evaluation import evaluation_of
+from selfteach.run_folder import RunFolder, result_of
 from selfteach.settings import merge
-from selfteach.train import evaluation_of, result_of, run_to_end, train
+from selfteach.train import run_to_end, train
 
 RUN = {
     "data": {"type": "lab", "train": 12, "validation": 4, "test": 4},

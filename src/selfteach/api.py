@@ -9,9 +9,11 @@ from typing import Any
 from selfteach import checkpoint
 from selfteach.build import Built, build
 from selfteach.config import Recipe
+from selfteach.environment import environment
 from selfteach.errors import CheckpointError, DataError
 from selfteach.estimates import bootstrap_mean
-from selfteach.evaluate import Evaluation, evaluate
+from selfteach.evaluate import evaluate
+from selfteach.evaluation import Evaluation
 from selfteach.inspection import request as asking
 from selfteach.inspection.folder import Progress, check_contexts
 from selfteach.inspection.labelled import as_answers, read_labelled, require_critic
@@ -20,7 +22,6 @@ from selfteach.problem_sets.reading import read_file
 from selfteach.run_folder import RunFolder, require_empty
 from selfteach.settings import merge, parse_setting, validate
 from selfteach.study import MARKED_BY_PROGRAM
-from selfteach.train import environment
 from selfteach.types import Problem, Sampling
 
 RESAMPLES = 10_000

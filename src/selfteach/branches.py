@@ -10,9 +10,11 @@ from __future__ import annotations
 import heapq
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from selfteach.types import Branches
@@ -47,23 +49,24 @@ def branches(
     pays = rows * _price(width) <= PAYS * len(read) * _price(max(map(len, read)))
     if not pays or rows * width * (shared + width) > MASK_ENTRIES:
         return None
-    ids_RW = torch.full((rows, width), pad_id)
-    positions_RW = torch.full((rows, width), shared)
-    sees_RWK = torch.zeros(rows, width, shared + width, dtype=torch.bool)
+    ids_RW = np.full((rows, width), pad_id)
+    positions_RW = np.full((rows, width), shared)
+    sees_RWK = np.zeros((rows, width, shared + width), dtype=bool)
     sees_RWK[:, :, :shared] = True
     # Padding sees itself: a token that sees none has no state.
     sees_RWK[:, range(width), range(shared, shared + width)] = True
-    rows_of, columns = list[Tensor](), list[Tensor]()
+    before_TT = np.tri(max(map(len, paths)), dtype=bool)
+    columns = list[np.ndarray]()
     for tokens, path, tree, answer in zip(read, paths, trees, answers, strict=True):
         row, start = starts[tree]
-        path_T = torch.tensor(path) + start
-        ids_RW[row, path_T] = torch.tensor(tokens)
-        positions_RW[row, path_T] = torch.arange(shared, shared + len(path))
-        before_TT = torch.ones(len(path), len(path), dtype=torch.bool).tril()
-        sees_RWK[row, path_T[:, None], shared + path_T] = before_TT
-        rows_of.append(torch.full((len(answer),), row))
+        path_T = np.array(path) + start
+        ids_RW[row, path_T] = tokens
+        positions_RW[row, path_T] = range(shared, shared + len(path))
+        sees_RWK[row, path_T[:, None], shared + path_T] = before_TT[: len(path), : len(path)]
         columns.append(path_T[-len(answer) :])
-    return Branches(ids_RW, positions_RW, sees_RWK, torch.cat(rows_of), torch.cat(columns))
+    rows_N = np.repeat([starts[tree][0] for tree in trees], [*map(len, answers)])
+    told = (ids_RW, positions_RW, sees_RWK, rows_N, np.concatenate(columns))
+    return Branches(*map(torch.from_numpy, told))
 
 
 def _grow(read: Sequence[tuple[int, ...]]) -> tuple[list[Path], list[int], list[int]]:
@@ -112,6 +115,16 @@ def _price(width: int) -> float:
     return width * (1 + width / KEYS_PER_TOKEN)
 
 
+def inputs(found: Branches, dtype: torch.dtype) -> dict[str, Any]:
+    """What a transformers model of a dtype is told of branches besides the ids.
+
+    The mask is what attention adds: given one of booleans, every layer makes its own of it.
+    """
+    seen, unseen = torch.tensor([0.0, -torch.inf], dtype=dtype, device=found.sees_RWK.device)
+    mask = torch.where(found.sees_RWK[:, None], seen, unseen)
+    return {"attention_mask": mask, "position_ids": found.positions_RW}
+
+
 @torch.no_grad()
 def understood_by(model: PreTrainedModel) -> bool:
     """Whether a model's states under a mask and positions of ours are those of the plain pass.
@@ -130,7 +143,7 @@ def understood_by(model: PreTrainedModel) -> bool:
     found = branches([(1, 2), (1, 2)], [(0, 3, 1), (3, 0, 1)], 0, 0)
     assert found is not None
     found = found.to(device)
-    folded = backbone(input_ids=found.ids_RW, use_cache=False, **found.inputs)[0]
+    folded = backbone(input_ids=found.ids_RW, use_cache=False, **inputs(found, model.dtype))[0]
     ids_BT = torch.tensor([[1, 2, 0, 3], [1, 2, 3, 0]], device=device)
     plain_NH = backbone(input_ids=ids_BT, use_cache=False)[0][:, 1:].flatten(0, 1)
     error = (folded[found.rows_N, found.columns_N] - plain_NH).abs().max()

@@ -34,10 +34,7 @@ def run_study(loaded: Study, folder: Path, *, command: str) -> None:
     from selfteach.study import run_study as run
 
     with study_progress(jobs_of(loaded, folder)) as progress:
-        results = run(loaded, folder, command=command, progress=progress)
-    inspected = folder / "inspection"
-    if (inspected / "inspection.json").exists() and not (inspected / "localisation.json").exists():
-        sum_up(inspected, None)
+        results = run(loaded, folder, command=command, progress=progress, sum_up=sum_up)
     shown = console()
     print_results(results, shown)
     print_critics(read_study(folder), shown)
@@ -46,7 +43,7 @@ def run_study(loaded: Study, folder: Path, *, command: str) -> None:
     )
 
 
-def sum_up(folder: Path, shown: Console | None) -> None:
+def sum_up(folder: Path, shown: Console | None = None) -> None:
     """An inspection's localisation.json and figures, and on a console its tables."""
     from selfteach.analysis.inspection import draw, print_localisation, summarise
     from selfteach.run_folder import write_json

@@ -11,8 +11,9 @@ independently, Owen ("The pigeonhole bootstrap", Annals of Applied Statistics, 2
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,6 +21,8 @@ TAILS = (2.5, 97.5)
 """Percentiles that bound a 95 % interval."""
 BLOCK = 1024
 """Resamples drawn at once, so that memory grows with neither resamples nor problems squared."""
+KEPT = 2**22
+"""Draws of at most so many counts are kept for the next table: to draw is nearly all the work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,12 @@ def bootstrap_mean(values_SP: np.ndarray, *, resamples: int, seed: int) -> Inter
         raise ValueError(f"values_SP holds {strange} values that are not finite")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, found {resamples}")
-    means_R = _resampled_means(values_SP, resamples, np.random.default_rng(seed))
+    means_R = np.concatenate(
+        [
+            ((seeds_RS @ values_SP) * problems_RP).sum(axis=1) / values_SP.size
+            for seeds_RS, problems_RP in _draws(values_SP.shape, resamples, seed)
+        ]
+    )
     low, high = np.percentile(means_R, TAILS)
     return Interval(float(values_SP.mean()), float(low), float(high))
 
@@ -116,10 +124,8 @@ def resampled_counts(clusters: int, resamples: int, seed: int) -> Iterator[np.nd
 
     The same arguments give the same draws: what is computed from them for two conditions is paired.
     """
-    rng = np.random.default_rng(seed)
-    for start in range(0, resamples, BLOCK):
-        size = min(BLOCK, resamples - start)
-        yield rng.multinomial(clusters, np.full(clusters, 1 / clusters), size)
+    for (counts_RP,) in _draws((clusters,), resamples, seed):
+        yield counts_RP
 
 
 def resampled_totals(sums_PJ: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
@@ -155,16 +161,26 @@ def _majority(votes: Sequence[str | None], correct_K: np.ndarray) -> float:
     return float(np.mean(rights)) if rights else 0.0
 
 
-def _resampled_means(values_SP: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of R resamples, [R]; counts say how often each seed and problem is drawn."""
-    num_seeds, num_problems = values_SP.shape
-    means = []
+Draws = Iterable[list[np.ndarray]]
+"""Blocks of resamples: how often each member of each kind is drawn, [r, members]."""
+
+
+def _draws(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
+    """As many members of each kind as there are, with replacement, each kind by itself."""
+    few = resamples * sum(kinds) <= KEPT
+    return _kept_draws(kinds, resamples, seed) if few else _drawn(kinds, resamples, seed)
+
+
+def _drawn(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
+    rng = np.random.default_rng(seed)
     for start in range(0, resamples, BLOCK):
         size = min(BLOCK, resamples - start)
-        seeds_RS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size)
-        problems_RP = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), size)
-        means.append(((seeds_RS @ values_SP) * problems_RP).sum(axis=1) / values_SP.size)
-    return np.concatenate(means)
+        yield [rng.multinomial(kind, np.full(kind, 1 / kind), size) for kind in kinds]
+
+
+@lru_cache(maxsize=2)
+def _kept_draws(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
+    return list(_drawn(kinds, resamples, seed))
 
 
 def _table(values: np.ndarray, name: str) -> np.ndarray:

@@ -1,64 +1,17 @@
-"""Answers to a problem set, judged, and what they come to per problem."""
+"""Answers to a problem set, judged."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from selfteach.distributed import ALONE, Ranks
-from selfteach.estimates import avg_at_k, maj_at_k, pass_at_k
+from selfteach.evaluation import Evaluation
 from selfteach.protocols import Engine, Verifier
 from selfteach.run_folder import RunFolder
 from selfteach.sampling import sample_batches
 from selfteach.types import Problem, Rollout, Sampling, Verdict
-
-RATES = ("avg", "pass", "maj", "truncated", "format")
-"""Measures given in percent; ``length`` is in tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """k judged answers to each of P problems; every list is [P][k]."""
-
-    split: str
-    step: int
-    k: int
-    problem_ids: list[str]
-    correct: list[list[bool]]
-    formatted: list[list[bool]]
-    parsed: list[list[str | None]]
-    finished: list[list[bool]]
-    lengths: list[list[int]]
-
-    def per_problem(self) -> dict[str, np.ndarray]:
-        """avg, pass, maj, truncated and format in percent, length in tokens; each [P]."""
-        correct_PK = np.array(self.correct, dtype=float)
-        values = {
-            "avg": avg_at_k(correct_PK),
-            "pass": pass_at_k(correct_PK, self.k),
-            "maj": maj_at_k(self.parsed, correct_PK),
-            "truncated": 1 - np.array(self.finished, dtype=float).mean(1),
-            "format": np.array(self.formatted, dtype=float).mean(1),
-            "length": np.array(self.lengths, dtype=float).mean(1),
-        }
-        return {name: value * (100 if name in RATES else 1) for name, value in values.items()}
-
-    def means(self) -> dict[str, float]:
-        """The same, averaged over problems."""
-        return {name: float(value.mean()) for name, value in self.per_problem().items()}
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Evaluation:
-        """From `to_json`."""
-        return cls(**data)
 
 
 def evaluate(

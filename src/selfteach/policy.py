@@ -13,8 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfteach import prefixes
-from selfteach.branches import understood_by
+from selfteach import branches, prefixes
 from selfteach.distributed import ALONE, Ranks
 from selfteach.errors import EngineError
 from selfteach.scores import Head, Scores
@@ -76,7 +75,7 @@ class Policy:
         self._shares_prefixes = not any(
             getattr(module, "gradient_checkpointing", False) for module in causal.modules()
         )
-        self._takes_branches = understood_by(causal)
+        self._takes_branches = branches.understood_by(causal)
         # The head is probed on the whole model; the optimizer must see the pieces.
         self._ranks, self._shards = ranks, shard(causal) if shard is not None else None
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -121,7 +120,7 @@ class Policy:
         if sequences.branches and self._takes_branches and shared == sequences.shared:
             folded = sequences.branches
             ids_BT, rows_N, columns_N = folded.ids_RW, folded.rows_N, folded.columns_N
-            told = folded.inputs
+            told = branches.inputs(folded, self.model.dtype)
         if shared:
             cache = prefixes.fill(self._backbone, sequences.ids_BT[0, :shared], len(ids_BT))
             told[prefixes.cache_argument(self._backbone)] = cache

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,8 +20,10 @@ from rich.progress import (
 
 from selfteach.config import Recipe
 from selfteach.run_folder import RunFolder
-from selfteach.selection import Standing
 from selfteach.study import Job
+
+if TYPE_CHECKING:
+    from selfteach.selection import Standing
 
 NOTED = {
     "correct": ("right", "{:.0%}"),
@@ -154,11 +158,14 @@ def _bars(console: Console) -> Progress:
 def _newest(jobs: Sequence[Job], label: str | None) -> str:
     """The numbers of an arm's run that wrote last; none for the study as a whole."""
     own = [RunFolder(job.folder).metrics_path for job in jobs if label == job.label]
-    begun = [path for path in own if path.exists()]
-    if not begun:
-        return ""
-    run = RunFolder(max(begun, key=lambda path: path.stat().st_mtime).parent)
-    return note({row["kind"]: row for row in run.metrics()})
+    written = [(path.stat().st_mtime_ns, path) for path in own if path.exists()]
+    return _note_of(*max(written)) if written else ""
+
+
+@lru_cache(maxsize=64)
+def _note_of(_written: int, metrics: Path) -> str:
+    """The numbers that matter of a file, read once for each time that it was written."""
+    return note({row["kind"]: row for row in RunFolder(metrics.parent).metrics()})
 
 
 def _announce(job: Job, console: Console) -> None:

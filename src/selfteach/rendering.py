@@ -56,6 +56,7 @@ class Renderer:
         # A run asks the same questions and reads the same tokens again and again.
         self._asked = lru_cache(PROMPTS_KEPT)(self._encode_question)
         self._piece = lru_cache(None)(lambda token: self._decode([token]))
+        self._spelled = lru_cache(None)(lambda token: str(tokenizer.decode([token])))
         self._control = ControlTokens(tokenizer)
         self._cut = lru_cache(PROMPTS_KEPT)(self._control.cut)
         self._system = system
@@ -97,7 +98,7 @@ class Renderer:
 
     def token_text(self, token: int) -> str:
         """One token as text, special tokens by name."""
-        return str(self._tokenizer.decode([token]))
+        return self._spelled(token)
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """Ids of an answer that was *not* sampled, end token included (for tests and analysis).

@@ -189,6 +189,11 @@ def lesson_row(lesson: Lesson) -> dict[str, Any]:
     }
 
 
+def result_of(folder: Path) -> dict[str, Any]:
+    """A complete run's result: budget, learning curve, and the file of its test evaluation."""
+    return read_json(folder / "result.json")
+
+
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -20,6 +20,7 @@ from selfteach.build import Built, build, set_threads
 from selfteach.config import Recipe
 from selfteach.config_data import FilesData, HubData, SelectConfig
 from selfteach.data_card import card_text
+from selfteach.environment import environment
 from selfteach.errors import DataError, RecipeError
 from selfteach.problem_sets.columns import with_mapping
 from selfteach.problem_sets.splits import split_pool, without_duplicates
@@ -27,7 +28,6 @@ from selfteach.run_folder import RunFolder, read_json, write_json, write_lines, 
 from selfteach.sampling import sample_batches
 from selfteach.settings import validate
 from selfteach.step import mark
-from selfteach.train import environment
 from selfteach.types import Critique, Lesson, Problem, Rollout, Sampling, Usage
 
 FILTERS = ("avg_below", "format_from", "critic", "critic_answers", "split")

@@ -1,4 +1,7 @@
-"""Arms × seeds under one recipe: every run in a folder of its own, one results.json, one report."""
+"""Arms × seeds under one recipe: every run in a folder of its own, one results.json, one report.
+
+What only runs need, torch for one, takes seconds to import, and is imported in their processes.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
-from selfteach.build import build
-from selfteach.build_critic import require_critic
-from selfteach.build_engine import require_engine
 from selfteach.config import CRITIC_CONTEXTS, Recipe
-from selfteach.config_critic import CriticConfig
+from selfteach.config_critic import CriticConfig, EndpointConfig
+from selfteach.config_engine import VllmServerConfig
+from selfteach.environment import environment
 from selfteach.errors import CheckpointError, RecipeError, Terminated
 from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
-from selfteach.inspection.request import Request, inspect, sampled
+from selfteach.evaluation import evaluation_of
 from selfteach.recipes import BASE, Study, pairs
-from selfteach.run_folder import RunFolder, read_json, require_empty, write_json
+from selfteach.run_folder import RunFolder, read_json, require_empty, result_of, write_json
 from selfteach.settings import merge, validate
 from selfteach.termination import STATUS, listening
-from selfteach.train import environment, evaluation_of, result_of, run_to_end
 
+if TYPE_CHECKING:
+    from selfteach.inspection.request import Request
+
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""Where Linux, WSL and ROCm have a driver; without one nobody needs to ask torch for a GPU."""
 MEASURES = ("avg", "pass", "maj", "length", "truncated", "format")
 COMPARED = ("avg", "pass", "maj", "length")
 INSPECTED = 512
@@ -40,6 +46,8 @@ CONTROLS = ("reference", "aligned_reference", "answer_only", "shuffled_lines", "
 """Contexts under which a study's untrained model is inspected beside those of the arms."""
 MARKED_BY_PROGRAM = ("lab", "chain_sums")
 """Kinds of data whose answers a program can mark."""
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
+"""For runs' processes, where glibc allocates: what a step frees the next one wants again."""
 COLLAPSED_BELOW = 0.5
 """A run is marked as collapsed when it ends below this share of the base's Avg@k."""
 
@@ -64,6 +72,8 @@ Kind = Literal["study", "sweep"]
 
 Progress = Callable[[Sequence[Job]], None]
 """Called about twice a second while runs go on, to look at their folders."""
+SumUp = Callable[[Path], None]
+"""What is made of an inspection's folder when it is complete."""
 
 
 def create_study(study: Study, folder: Path, command: str, kind: Kind) -> None:
@@ -115,47 +125,57 @@ def jobs_of(study: Study, folder: Path) -> list[Job]:
     return jobs
 
 
-def run_study(study: Study, folder: Path, *, command: str, progress: Progress) -> dict[str, Any]:
+def run_study(
+    study: Study, folder: Path, *, command: str, progress: Progress, sum_up: SumUp
+) -> dict[str, Any]:
     """Run whatever is not done yet, then write and return results.json."""
     with RunFolder(folder).lock():
         create_study(study, folder, command, "study")
         started = time.monotonic()
         jobs = jobs_of(study, folder)
-        run_jobs(jobs, study.study.workers, progress)
         # What it was made with is what it was begun with, not what the tree holds by now.
         begun = read_json(folder / "study.json")
+        inspecting = partial(inspect_base, study, folder, begun["commit"], sum_up)
+        run_jobs(jobs, study.study.workers, progress, beside=inspecting)
         made = {name: value for name, value in begun.items() if name not in ("study", "kind")}
         earlier = folder / "results.json"
         spent = read_json(earlier)["made"]["seconds"] if earlier.exists() else 0.0
         results = gather(study, jobs, {**made, "seconds": spent + time.monotonic() - started})
-        inspect_base(study, folder, begun["commit"])
         write_json(folder / "results.json", results)
     return results
 
 
-def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> None:
+def run_jobs(
+    jobs: Sequence[Job],
+    workers: int | None,
+    progress: Progress,
+    beside: Callable[[], None] | None = None,
+) -> None:
     """Run jobs side by side, each in a process with as many threads as its recipe says (or one).
 
-    Raises the first error of a run; the others that are under way end first.
+    The call ``beside`` is made in one of these processes, first. Raises the first error of a run; the
+    others that are under way end first. What goes wrong beside them is raised when all are done.
     """
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
-    for critic in _distinct(job.recipe.critic for job in waiting):
-        require_critic(critic)  # before another run spends anything
-    for recipe in _by_engine(job.recipe for job in waiting):
-        require_engine(recipe)
-    workers = min(workers or side_by_side(waiting), max(1, len(waiting)))
+    _require_servers([job.recipe for job in waiting])
+    workers = min(workers or side_by_side(waiting), len(waiting) + 1)
+    for name, size in KEPT_MEMORY.items():
+        os.environ.setdefault(name, size)
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
     ) as pool:
+        besides = [pool.submit(beside)] if beside is not None else []
         futures = [pool.submit(_run, _one_thread(job.recipe), job.folder) for job in waiting]
         try:
             with listening() as termination, termination.safe():
-                pending = set(futures)
+                pending = {*besides, *futures}
                 while pending:
                     done, pending = concurrent.futures.wait(pending, timeout=0.5)
                     progress(jobs)
-                    for future in done:
+                    for future in done.difference(besides):
                         future.result()
+                for future in besides:
+                    future.result()
         except Terminated:
             for worker in multiprocessing.active_children():
                 worker.terminate()  # each saves what it has learned
@@ -170,16 +190,37 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, progress: Progress) -> No
 
 def side_by_side(jobs: Sequence[Job]) -> int:
     """Runs at a time where a study does not say: one per core; on a GPU one, which may fill it."""
-    on_gpu = any(job.recipe.model.device in ("auto", "cuda") for job in jobs)
-    return 1 if on_gpu and torch.cuda.is_available() else os.cpu_count() or 1
+    asked = any(job.recipe.model.device in ("auto", "cuda") for job in jobs)
+    if asked and any(Path(driver).exists() for driver in GPU_DRIVERS):
+        import torch  # seconds, for machines that may have one
+
+        if torch.cuda.is_available():
+            return 1
+    return os.cpu_count() or 1
 
 
 def _run(recipe: Recipe, folder: Path) -> None:
     """In a worker: a run to its end, or to the worker's."""
+    from selfteach.train import run_to_end
+
     try:
         run_to_end(recipe, folder)
     except Terminated:
         os._exit(STATUS)
+
+
+def _require_servers(recipes: Sequence[Recipe]) -> None:
+    """Ask who is served elsewhere, before another run spends anything."""
+    critics = [c for c in _distinct(r.critic for r in recipes) if isinstance(c, EndpointConfig)]
+    engines = [own for own in _by_engine(recipes) if isinstance(own.engine, VllmServerConfig)]
+    if critics or engines:
+        from selfteach.build_critic import require_critic
+        from selfteach.build_engine import require_engine
+
+        for critic in critics:
+            require_critic(critic)
+        for own in engines:
+            require_engine(own)
 
 
 def critics_of(study: Study) -> list[CriticConfig]:
@@ -243,6 +284,8 @@ def inspection_of(study: Study) -> tuple[Recipe, Request] | None:
     the arms have not. The answers are marked by a program where there is one (erring as in the first
     arm that has it); a critic that writes is asked only if ``study.inspect_answers`` says how often.
     """
+    from selfteach.inspection.request import Request
+
     arms = [study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms]
     taught = {own.context.label for own in arms} - {"none"}
     model = next((own for own in arms if own.critic is not None), arms[0])
@@ -266,13 +309,23 @@ def inspection_of(study: Study) -> tuple[Recipe, Request] | None:
     return recipe, Request(contexts, k=k, limit=problems, seed=study.study.seeds[0])
 
 
-def inspect_base(study: Study, folder: Path, commit: str | None) -> None:
-    """Inspect the untrained model in folder/inspection, unless that is done."""
+def inspect_base(study: Study, folder: Path, commit: str | None, sum_up: SumUp) -> None:
+    """Inspect the untrained model in folder/inspection, as far as that is not done."""
     asked, target = inspection_of(study), folder / "inspection"
-    if asked is None or (target / "inspection.json").exists():
+    if asked is None:
         return
-    shutil.rmtree(target, ignore_errors=True)  # what a kill has left
-    recipe, request = asked
+    if not (target / "inspection.json").exists():
+        shutil.rmtree(target, ignore_errors=True)  # what a kill has left
+        _inspect(*asked, target, commit)
+    if not (target / "localisation.json").exists():
+        sum_up(target)
+
+
+def _inspect(recipe: Recipe, request: Request, target: Path, commit: str | None) -> None:
+    from selfteach.build import build, set_threads
+    from selfteach.inspection.request import inspect, sampled
+
+    set_threads(_one_thread(recipe).train.threads)
     built = build(recipe)
     answers = sampled(built, recipe, request, built.task.problems("validation"))
     made = {**environment(), "model": recipe.model.path, "commit": commit}

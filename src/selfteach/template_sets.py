@@ -57,6 +57,7 @@ class Templates:
             undefined=jinja2.StrictUndefined,
             autoescape=False,
             keep_trailing_newline=False,
+            auto_reload=False,  # would look at the file each time
         )
         self._environment.globals["turn"] = TURN
         self._environment.filters |= {"fence": fence, "untagged": untagged}

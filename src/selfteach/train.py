@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,13 @@ from selfteach.build_engine import require_engine
 from selfteach.config import Recipe
 from selfteach.data import Split, training_order
 from selfteach.distributed import Ranks, joined
+from selfteach.environment import environment
 from selfteach.errors import RecipeError, Terminated
-from selfteach.evaluate import Evaluation, evaluate
+from selfteach.evaluate import evaluate
+from selfteach.evaluation import evaluation_path
 from selfteach.loading import choose_device, resolve
 from selfteach.pipeline import train_steps
-from selfteach.run_folder import RunFolder, enough_disk, read_json, write_json
+from selfteach.run_folder import RunFolder, enough_disk, result_of, write_json
 from selfteach.settings import validate
 from selfteach.sharding import whole_state
 from selfteach.step import Turn, coverage
@@ -93,51 +92,6 @@ def run_to_end(recipe: Recipe, folder: Path) -> dict[str, Any]:
     for _ in train(recipe, folder):
         pass
     return result_of(folder)
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    """A complete run's result: budget, learning curve, and the file of its test evaluation."""
-    return read_json(folder / "result.json")
-
-
-def evaluation_of(folder: Path, split: str, step: int) -> Evaluation:
-    """An evaluation that a run has saved."""
-    return Evaluation.from_json(read_json(evaluation_path(folder, split, step)))
-
-
-def evaluation_path(folder: Path, split: str, step: int) -> Path:
-    """Where a run keeps an evaluation."""
-    return folder / "evaluations" / f"{split}_{step:06d}.json"
-
-
-def environment() -> dict[str, Any]:
-    """What a run was made with: commit, versions, machine."""
-    packages = ("selfteach", "torch", "transformers", "peft", "tokenizers", "numpy")
-    return {
-        "commit": commit(),
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {name: _version(name) for name in packages},
-    }
-
-
-def commit() -> str | None:
-    """The commit of the source tree this runs from; None for an installed package."""
-    here = Path(__file__).resolve().parent
-    if not (here.parents[1] / ".git").exists():
-        return None
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _joined(recipe: Recipe) -> AbstractContextManager[Ranks]:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # who only reads what runs have written does not wait for it
+    import torch
+    from torch import Tensor
 
 StepStatus = Literal["kept", "fixed", "new"]
 Case = Literal["A", "B", "C", "D"]
@@ -260,11 +261,6 @@ class Branches:
         """The same branches on another device."""
         return Branches(*(getattr(self, name).to(device) for name in self.__slots__))
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What a transformers model is told besides the ids."""
-        return {"attention_mask": self.sees_RWK[:, None], "position_ids": self.positions_RW}
-
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
@@ -311,7 +307,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
 
-        def move(value: object) -> object:
-            return value.to(device) if isinstance(value, Tensor | Sequences) else value
+        def move(part: Any) -> Any:
+            return part if part is None else part.to(device)
 
-        return Batch(**{name: move(getattr(self, name)) for name in self.__slots__})  # type: ignore[arg-type]
+        return Batch(**{name: move(getattr(self, name)) for name in self.__slots__})

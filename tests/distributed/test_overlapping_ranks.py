@@ -27,9 +27,9 @@ from scripted_critic import criticises
 from scripted_server import Server, refuses, says, serving
 from selfteach.config import Recipe
 from selfteach.errors import SelfteachError
-from selfteach.run_folder import RunFolder
+from selfteach.run_folder import RunFolder, result_of
 from selfteach.settings import merge
-from selfteach.train import result_of, run_to_end
+from selfteach.train import run_to_end
 
 LATE: dict[str, Any] = {
     "sampling": {"own_weights": True},

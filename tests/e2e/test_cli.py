@@ -8,12 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import pytest
 
 import selfteach
 from selfteach import cli
+from selfteach.recipes import BASE, load_study
+from selfteach.run_folder import RunFolder
+from selfteach.study import jobs_of, run_jobs
 
 RECIPE = """
 [model]
@@ -128,6 +133,16 @@ def test_a_study_from_recipe_to_report(
     two = [out / "runs" / arm / "seed_0" for arm in ("grpo", "step_aligned")]
     assert call(monkeypatch, "report", *two, "--out", out / "two.html") == 0
     assert "step_aligned − grpo" in (out / "two.html").read_text(encoding="utf-8")
+
+
+def test_what_goes_wrong_beside_runs_is_said_when_they_are_done(
+    recipe: Path, tmp_path: Path
+) -> None:
+    study = load_study(recipe, ["study.seeds=[0, 1, 2, 3]"])  # more than wait in the worker's queue
+    jobs = [job for job in jobs_of(study, tmp_path / "out") if job.arm == BASE]
+    with pytest.raises(ZeroDivisionError):
+        run_jobs(jobs, 1, lambda _: None, beside=partial(truediv, 1, 0))
+    assert all(RunFolder(job.folder).is_complete for job in jobs)
 
 
 def test_a_killed_study_goes_on(recipe: Path, tmp_path: Path) -> None:

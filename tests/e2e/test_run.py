@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from selfteach.config import Recipe
 from selfteach.errors import CheckpointError
-from selfteach.run_folder import RunFolder
+from selfteach.evaluation import evaluation_of
+from selfteach.run_folder import RunFolder, result_of
 from selfteach.settings import merge, validate
-from selfteach.train import evaluation_of, result_of, run_to_end, train
+from selfteach.train import run_to_end, train
 
 TINY = {
     "model": {"path": "lab:two_styles"},

@@ -242,10 +242,18 @@ def test_values_do_not_change_once_read() -> None:
         recipe.seed = 3  # type: ignore[misc]
 
 
-def test_reading_a_recipe_imports_no_torch() -> None:
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("selfteach.config", ("torch", "transformers", "numpy")),
+        # What a study's own process waits for before its runs' processes begin.
+        ("selfteach.cli, selfteach.progress, selfteach.study", ("torch", "transformers")),
+    ],
+)
+def test_reading_a_recipe_imports_no_torch(modules: str, heavy: tuple[str, ...]) -> None:
     code = (
-        "import sys, selfteach.config\n"
-        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        f"import sys, {modules}\n"
+        f"heavy = {{*{heavy}}} & set(sys.modules)\n"
         "sys.exit(' '.join(sorted(heavy)) or 0)"
     )
     found = subprocess.run(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from selfteach import study
 from selfteach.config import Recipe
 from selfteach.study import Job, side_by_side
 
@@ -23,7 +24,14 @@ def jobs(device: str) -> list[Job]:
 def test_runs_follow_one_another_on_a_gpu_alone(
     device: str, gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(study, "GPU_DRIVERS", ("/",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert side_by_side(jobs(device)) == (1 if gpu else os.cpu_count())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert side_by_side(jobs(device)) == os.cpu_count()
+
+
+def test_without_a_driver_nobody_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "GPU_DRIVERS", ("/nowhere",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked"))
+    assert side_by_side(jobs("auto")) == os.cpu_count()

@@ -97,6 +97,10 @@ class Summary:
         return [bins[i] for i in range(BINS)]
 
 
+UNMARKED = '"critique": null'
+"""In a lesson that no critic was asked about: most of a study's, of which nothing is wanted here."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One arm's critic over all its runs."""
@@ -152,7 +156,8 @@ def read_runs(folders: Sequence[Path]) -> Record:
     by_step: dict[int, list[Row]] = {}
     for folder in folders:
         for path in sorted(folder.glob("lessons/step_*.jsonl")):
-            by_step.setdefault(int(path.stem.removeprefix("step_")), []).extend(_lines(path))
+            step = int(path.stem.removeprefix("step_"))
+            by_step.setdefault(step, []).extend(_lines(path, without=UNMARKED))
     metrics = [row for folder in folders for row in _lines(folder / "metrics.jsonl")]
     return Record(
         summarise(row for step in sorted(by_step) for row in by_step[step]),
@@ -191,10 +196,12 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
     return {name: counts[name] for name in order}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; none if it is not there."""
+def _lines(path: Path, without: str | None = None) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file that do not hold some text; none if it is not there."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        if without is not None and without in line:
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -60,8 +60,8 @@ def decoded(
         parent_R, token_R, row_L = branches(row_L[on], token_L[on])
         logits_RV = step(parent_R, torch.from_numpy(token_R).to(device))
     return (
-        [row[:n].tolist() for row, n in zip(ids_BT, length_B, strict=True)],
-        [row[:n].tolist() for row, n in zip(logp_BT, length_B, strict=True)],
+        [row[:n] for row, n in zip(ids_BT.tolist(), length_B.tolist(), strict=True)],
+        [row[:n] for row, n in zip(logp_BT.tolist(), length_B.tolist(), strict=True)],
     )
 
 

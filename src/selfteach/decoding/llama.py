@@ -103,10 +103,14 @@ class LlamaPasses:
     def _rearrange(self, parent_R: np.ndarray) -> None:
         """Put rows in their places, and see that there is room for one token more."""
         rows, before = len(parent_R), len(self._position_R)
-        if moved := (parent_R != np.arange(rows)).nonzero()[0].tolist():
+        moved = (parent_R != np.arange(rows)).nonzero()[0]
+        if len(moved):
+            to, source = (
+                torch.from_numpy(x).to(self._kept.device) for x in (moved, parent_R[moved])
+            )
             used = self._kept[:, :, :, :, : self._used]
-            used[:, :, moved] = used[:, :, parent_R[moved].tolist()]
-        if moved or rows < before:
+            used.index_copy_(2, to, used.index_select(2, source))
+        if len(moved) or rows < before:
             self._position_R = self._position_R[parent_R.tolist()]
             self._bias_RT = self._bias_RT[parent_R.tolist()] if self._bias_RT is not None else None
         room = self._kept.shape[4]
@@ -140,7 +144,7 @@ class LlamaPasses:
         kept = self._kept[at, :, :rows]
         kept[:, :, :, used] = qkv_RES[:, queries:].view(rows, 2, heads, size).transpose(0, 1)
         keys, values = kept.flatten(1, 2)[:, :, : used + 1].unbind()  # [R x K, T, S]
-        q_RKGS = qkv_RES[:, :queries].unflatten(1, (heads, -1))
+        q_RKGS = qkv_RES[:, :queries].view(rows, heads, -1, size)
         return self._looked(q_RKGS, keys, values, self._shared[at], layer.scale).reshape(rows, -1)
 
     def _looked(
