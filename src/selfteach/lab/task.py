@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
 
 from selfteach.lab import checker, oracle
-from selfteach.lab.world import ANSWER_MARK, FLAG, ROOT, Split, World
+from selfteach.lab.world import ANSWER_MARK, FLAG, ROOT, Split, World, WorldConfig
 from selfteach.lab.writing import references
 from selfteach.types import Critique, Problem, Verdict
 
@@ -21,6 +22,14 @@ def problems(
     Only those that an author without a context solves with a probability below ``chance_below``:
     the paper, too, keeps the problems on which its solver's Avg@16 is below 5/16.
     """
+    return _problems(world.config, split, count, chance_below)
+
+
+@lru_cache(maxsize=16)  # the runs of a study ask the same questions, many in one process
+def _problems(
+    config: WorldConfig, split: Split, count: int, chance_below: float
+) -> tuple[Problem, ...]:
+    world = World(config)
     wanted = (q for q in world.questions(split) if world.author_chance(q) < chance_below)
     return tuple(
         Problem(
