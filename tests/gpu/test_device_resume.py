@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from runs_on_device import ARMS, recipe
 from selfteach.config import Recipe
-from selfteach.run_folder import RunFolder
 from selfteach.evaluation import evaluation_of
+from selfteach.run_folder import RunFolder
 from selfteach.train import run_to_end, train
 
 pytestmark = [
