@@ -102,14 +102,14 @@ def _block(
     form: Form, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
 ) -> tuple[Tensor, ...]:
     """What `Rows` says of a few rows; their gradient goes into ``grad``."""
-    student, teacher = (_log_softmax(x, form.temperature) for x in (student, teacher))
-    logp, teacher_logp = (x.gather(-1, ids)[..., 0] for x in (student, teacher))
     if form.whole(student.shape[-1]):
+        student, teacher = (_log_softmax(x, form.temperature) for x in (student, teacher))
+        logp, teacher_logp = (x.gather(-1, ids)[..., 0] for x in (student, teacher))
         loss, clipped, slope, mass = _entries(form, student, teacher)
         if grad is not None:
             torch.addcmul(slope, mass, slope.sum(-1, keepdim=True), value=-1, out=grad)
     else:
-        loss, clipped = _buckets(form, student, teacher, grad)
+        loss, clipped, logp, teacher_logp = _buckets(form, student, teacher, ids, grad)
     if grad is not None and form.temperature != 1:
         grad.div_(form.temperature)
     return loss, clipped, logp, teacher_logp
@@ -169,26 +169,39 @@ def _jsd(s: Tensor, t: Tensor, beta: float, factor: float) -> tuple[Tensor, Tens
     return terms, slope, s
 
 
-def _buckets(form: Form, s: Tensor, t: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Loss and share clipped with all but K entries poured into one; the logits' gradient."""
+def _buckets(
+    form: Form, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
+) -> tuple[Tensor, ...]:
+    """What `_block` says with all but K entries poured into one; the logits' gradient."""
     assert form.top_k is not None
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    s, t = (x.to(dtype, copy=True) for x in (student, teacher))
+    if form.temperature != 1:
+        s, t = s.div_(form.temperature), t.div_(form.temperature)
     index = (s if form.top_k_from == "student" else t).topk(form.top_k, dim=-1).indices
-    student, teacher = _pour(s, index), _pour(t, index)
-    log_tail = student[..., -1:].clone()
-    loss, clipped, slope, mass = _entries(form, student, teacher)
+    bins, logp, shares = _pour(s, index, ids)
+    teacher_bins, teacher_logp, _ = _pour(t, index, ids)
+    loss, clipped, slope, mass = _entries(form, bins, teacher_bins)
     if grad is not None:
         slope = slope.addcmul_(mass, slope.sum(-1, keepdim=True), value=-1)
-        # The tail's part is shared out by s_i / b. An empty tail has nothing to share, -inf - 0.
-        s.sub_(log_tail.masked_fill(log_tail == -math.inf, 0.0)).exp_()
-        torch.mul(s, slope[..., -1:], out=grad).scatter_(-1, index, slope[..., :-1])
-    return loss, clipped
+        torch.mul(shares, slope[..., -1:], out=grad).scatter_(-1, index, slope[..., :-1])
+    return loss, clipped, logp, teacher_logp
 
 
-def _pour(logp: Tensor, index: Tensor) -> Tensor:
-    """The kept entries and the tail's log-sum; the kept ones are -inf in ``logp`` afterwards."""
-    kept = logp.gather(-1, index)
-    tail = logp.scatter_(-1, index, -math.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([kept, tail], dim=-1)
+def _pour(logits: Tensor, index: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the kept entries and the tail, log p(id), and each entry's part of the tail.
+
+    The kept entries are -inf in ``logits`` afterwards. An empty tail has nothing to share.
+    """
+    own, kept = logits.gather(-1, ids)[..., 0], logits.gather(-1, index)
+    highest = logits.scatter_(-1, index, -math.inf).amax(-1, keepdim=True)
+    empty = highest == -math.inf
+    # A softmax is half the work of a log-sum-exp and an exp, and its largest entry knows the sum.
+    shares = logits.softmax(-1).masked_fill_(empty, 0.0)
+    tail = torch.where(empty, highest, highest - shares.amax(-1, keepdim=True).log())
+    bins = torch.cat([kept, tail], dim=-1)
+    log_sum = bins.logsumexp(-1, keepdim=True)
+    return bins - log_sum, own - log_sum[..., 0], shares
 
 
 class FusedRows(torch.autograd.Function):
