@@ -108,9 +108,13 @@ def load(path: Path, settings: list[str] | None, arm: str | None = None) -> Stud
     if arm is not None:
         tables = tuple(f"{table}." for table in TABLES)
         settings = [s if s.startswith(tables) else f"arms.{arm}.{s}" for s in settings or ()]
-    shipped = Path(__file__).parent / "recipes" / f"{path.name.removesuffix('.toml')}.toml"
-    if not path.exists() and len(path.parts) == 1 and shipped.exists():
-        path = shipped
+    shipped = {file.stem: file for file in (Path(__file__).parent / "recipes").glob("*.toml")}
+    if not path.exists():
+        own = shipped.get(path.name.removesuffix(".toml")) if len(path.parts) == 1 else None
+        if own is None:
+            names = f", or one of {', '.join(sorted(shipped))}" if shipped else ""
+            raise RecipeError(f"{path}: no such recipe; name a TOML file by its path{names}")
+        path = own
     return load_study(path, settings or ())
 
 
