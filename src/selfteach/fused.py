@@ -46,8 +46,8 @@ def divergence_sum(
     ``logp`` and ``teacher_logp`` of its id. ``factor`` makes of the ids' log-probabilities what each
     row's weight is multiplied by, a constant. Rows of weight 0 are as if absent from sum and gradients.
 
-    Peak workspace: `linear_kernels.SLAB_BYTES` for a slab of the logits' gradient, [N, H] in float32,
-    two [N, H] and [V, H] copies where hidden states and heads differ in dtype.
+    Peak workspace: `linear_kernels.SLAB_BYTES` for a slab of the logits' gradient, [N, H] in float32
+    and once more in the hidden states' dtype, and a copy of each head [V, H] whose dtype is not theirs.
     """
     ((hidden_NH, head, _),), ((teacher_NH, teacher_head, _),) = student.terms, teacher.terms
     both = (

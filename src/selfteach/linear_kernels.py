@@ -37,7 +37,7 @@ class Tiling:
 SUMS, GRADIENT = Tiling(), Tiling()
 """The best of sixteen on an H200; `benchmarks/divergences_gpu.py --parts tilings` tries them again."""
 PROGRAMS = 528
-"""Programs at least, as far as there is work: four for each multiprocessor of today's largest GPUs."""
+"""Programs that sums are split among, as far as there is work: four for each of 132 multiprocessors."""
 SLAB_BYTES = 32 * 2**20
 """Of the gradient in the logits that exists at a time."""
 
