@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
-from harness import MIB, Table, alternated, parser, peak_bytes, ratio, reported
+from harness import MIB, Table, alone, alternated, parser, peak_bytes, ratio, reported
 from torch import Tensor
 
 from selfteach.build import chunk_tokens
@@ -35,6 +35,9 @@ ALPHA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5, "top_k": 0.5}
 TOP_K = 100
 LN2 = 0.6931471805599453
 CURVE = (256, 1024, 4096, 16_384)
+SIZES = ((49_152, 576), (49_152, 2048), (151_936, 576), (151_936, 2048))
+"""Vocabulary and width, of a small and of a large model of today."""
+EXACT_BELOW = 256 * MIB
 FULL_FITS = 4096
 """Tokens up to which the plain form is measured: at 16,384 it wants 20 GB and more."""
 
@@ -206,25 +209,45 @@ def prepared(case: Case, way: str) -> Callable[[], list[Tensor]]:
 
 def workspace(case: Case, way: str) -> int:
     """Peak beyond inputs, weights and gradients."""
+    return beyond_gradients(case, peak_bytes(prepared, case, way))
+
+
+def beyond_gradients(case: Case, peak: int) -> int:
+    """A way's peak less what it returns."""
     item = 2 if case.dtype == "bfloat16" else 4
     gradients = case.tokens * case.hidden + case.trained * case.vocabulary * case.hidden
-    return max(0, peak_bytes(prepared, case, way) - item * gradients)
+    return max(0, peak - item * gradients)
+
+
+def seconds_and_workspace(case: Case, way: str) -> tuple[float, int]:
+    """Of one way, once, in a process of its own; a small workspace is measured again, exactly."""
+    seconds, peak = alone(prepared, case, way)
+    space = beyond_gradients(case, peak)
+    return seconds, space if space > EXACT_BELOW else workspace(case, way)
 
 
 def compare(
     table: Table, case: Case, rounds: int, ways: list[str] | None = None, *, space: bool = True
 ) -> None:
-    """One line for each way; ``space``: measure workspace too, in a process for each."""
+    """One line for each way; ``space``: measure workspace too, in a process for each.
+
+    With ``rounds`` 0 every way has a process of its own: what is largest does not fit side by side.
+    """
     ways = ways or ways_of(case)
-    runs = {way: prepared(case, way) for way in ways}
-    times = alternated(runs, rounds=rounds, warm_up=0)
-    del runs
-    spaces = {way: workspace(case, way) if space else None for way in ways}
+    if rounds:
+        runs = {way: prepared(case, way) for way in ways}
+        timings = alternated(runs, rounds=rounds, warm_up=0)
+        del runs
+        times = {way: timings[way].median for way in ways}
+        spaces = {way: workspace(case, way) if space else None for way in ways}
+    else:
+        told = {way: seconds_and_workspace(case, way) for way in ways}
+        times, spaces = ({way: told[way][i] for way in ways} for i in (0, 1))
     for way in ways:
         table.add(
             kind=case.kind, vocabulary=case.vocabulary, hidden=case.hidden, dtype=case.dtype,
-            head="trains" if case.trained else "frozen", way=way, seconds=times[way].median,
-            **{"times ours": ratio(times[way].median, times["ours"].median)},
+            head="trains" if case.trained else "frozen", way=way, seconds=times[way],
+            **{"times ours": ratio(times[way], times["ours"])},
             workspace_MiB=ratio(spaces[way], MIB),
             **{"full logits / workspace": ratio(case.full_logits, spaces[way])},
             **{"workspace / ours": ratio(spaces[way], spaces["ours"])},
@@ -259,13 +282,12 @@ def larger() -> Cases:
 
 
 def everything() -> Cases:
-    """The whole grid."""
-    for vocabulary in (49_152, 151_936):
-        for hidden in (576, 2048):
-            for dtype in ("float32", "bfloat16"):
-                for kind in KINDS:
-                    for trained in (True, False):
-                        yield Case(kind, 2048, vocabulary, hidden, dtype, trained), 3, None
+    """The whole grid, each way once and alone."""
+    for vocabulary, hidden in SIZES:
+        for dtype in ("float32", "bfloat16"):
+            for kind in KINDS:
+                for trained in (True, False):
+                    yield Case(kind, 2048, vocabulary, hidden, dtype, trained), 0, None
 
 
 def small() -> Cases:
@@ -305,6 +327,11 @@ def main() -> None:
         "--parts", nargs="*", choices=[*PARTS, "curve"], default=["base", "larger", "curve"],
         help="which tables (all: hours on one core)",
     )  # fmt: skip
+    options.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
+    options.add_argument(
+        "--sizes", nargs="*", default=[f"{v}x{h}" for v, h in SIZES], help="vocabulary x width"
+    )
+    options.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     args = options.parse_args()
     torch.set_num_threads(1)
     with reported(args) as tables:
@@ -317,6 +344,11 @@ def main() -> None:
             title, cases = PARTS[part]
             tables.append(table := Table(title, notes=NOTES))
             for case, rounds, ways in cases():
+                size = f"{case.vocabulary}x{case.hidden}"
+                if part != "quick" and not (
+                    size in args.sizes and case.dtype in args.dtypes and case.kind in args.kinds
+                ):
+                    continue
                 compare(table, case, rounds, ways, space=not args.quick)
 
 

@@ -107,15 +107,26 @@ def _wait_for_device() -> None:
 def peak_bytes(prepare: Callable[..., Callable[[], object]], *args: Any) -> int:
     """Most memory that a way holds at once beyond what ``prepare(*args)`` has already made.
 
-    ``prepare`` runs in a fresh process, makes inputs and weights, warms up what is loaded lazily (on
-    small inputs) and returns the way, which runs once. What the way returns is part of its peak. On
-    CUDA the allocator's own figure; on Linux the process's resident memory (VmHWM, reset before the
-    way runs); elsewhere raises RuntimeError. ``prepare`` must be importable: no lambda.
+    See `alone`; what is freed goes back to the system here, so that nothing is reused unseen.
+    """
+    return alone(prepare, *args, tidy=True)[1]
+
+
+def alone(
+    prepare: Callable[..., Callable[[], object]], *args: Any, tidy: bool = False
+) -> tuple[float, int]:
+    """Seconds and peak bytes of a way that runs once, in a fresh process.
+
+    ``prepare(*args)`` makes inputs and weights, warms up what is loaded lazily (on small inputs) and
+    returns the way. The peak is the most that it holds at once beyond what was there before, what it
+    returns included. On CUDA the allocator's own figure; on Linux the process's resident memory
+    (VmHWM, reset before the way runs); elsewhere raises RuntimeError. ``prepare`` must be importable:
+    no lambda. With ``tidy`` freed blocks go back to the system at once, which makes a small peak exact
+    and costs time.
     """
     context = multiprocessing.get_context("spawn")
-    # Freed blocks go back to the system, so that what was resident before is not reused unseen.
     kept = {name: os.environ.get(name) for name in _MALLOC}
-    os.environ.update(_MALLOC)
+    os.environ.update(_MALLOC if tidy else {})
     try:
         receive, send = context.Pipe(duplex=False)
         child = context.Process(target=_measure_peak, args=(send, prepare, args))
@@ -131,7 +142,7 @@ def peak_bytes(prepare: Callable[..., Callable[[], object]], *args: Any) -> int:
         child.join()
     finally:
         for name, value in kept.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
     if isinstance(said, str):
         raise RuntimeError(said)
     return said
@@ -149,15 +160,16 @@ def _measure_peak(send: Any, prepare: Callable[..., Callable[[], object]], args:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            before, began = torch.cuda.memory_allocated(), time.perf_counter()
             kept = way()
             torch.cuda.synchronize()
-            send.send(torch.cuda.max_memory_allocated() - before)
+            seconds = time.perf_counter() - began
+            send.send((seconds, torch.cuda.max_memory_allocated() - before))
         else:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-            before = _status("VmRSS")
+            before, began = _status("VmRSS"), time.perf_counter()
             kept = way()
-            send.send(_status("VmHWM") - before)
+            send.send((time.perf_counter() - began, _status("VmHWM") - before))
         del kept
     except Exception as error:  # the parent says it
         send.send(f"{type(error).__name__}: {error}")
