@@ -78,7 +78,7 @@ def sequences(
         rows_N=torch.arange(len(whole)).repeat_interleave(torch.tensor(lengths)),
         columns_N=torch.tensor(list(chain.from_iterable(predicted)), dtype=torch.long),
         shared=shared,
-        branches=branches(prompts, answers, shared, pad_id),
+        branches=branches(prompts, answers, shared),
     )
 
 

@@ -75,7 +75,7 @@ class Policy:
         self._shares_prefixes = not any(
             getattr(module, "gradient_checkpointing", False) for module in causal.modules()
         )
-        self._takes_branches = branches.understood_by(causal)
+        self._takes_branches = branches.looks_along_paths(causal)
         # The head is probed on the whole model; the optimizer must see the pieces.
         self._ranks, self._shards = ranks, shard(causal) if shard is not None else None
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -101,7 +101,8 @@ class Policy:
 
     def score(self, sequences: Sequences) -> Scores:
         """Logits of the answers' tokens, on demand. Prompt tokens never meet the head."""
-        self.model.train(torch.is_grad_enabled())
+        if self.model.training != torch.is_grad_enabled():  # it walks through all modules
+            self.model.train(torch.is_grad_enabled())
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             hidden_NH = self._hidden(sequences)
         head = self._head if self._shards is None else self._shards.head(self._head)
@@ -119,8 +120,8 @@ class Policy:
         ids_BT, columns_N, told = ids_BT[:, shared:], columns_N - shared, dict[str, Any]()
         if sequences.branches and self._takes_branches and shared == sequences.shared:
             folded = sequences.branches
-            ids_BT, rows_N, columns_N = folded.ids_RW, folded.rows_N, folded.columns_N
-            told = branches.inputs(folded, self.model.dtype)
+            ids_BT, rows_N, columns_N = folded.ids_1U, 0, folded.columns_N
+            told = branches.inputs(folded, shared, self.model.dtype)
         if shared:
             cache = prefixes.fill(self._backbone, sequences.ids_BT[0, :shared], len(ids_BT))
             told[prefixes.cache_argument(self._backbone)] = cache

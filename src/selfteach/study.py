@@ -46,8 +46,6 @@ CONTROLS = ("reference", "aligned_reference", "answer_only", "shuffled_lines", "
 """Contexts under which a study's untrained model is inspected beside those of the arms."""
 MARKED_BY_PROGRAM = ("lab", "chain_sums")
 """Kinds of data whose answers a program can mark."""
-KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
-"""For runs' processes, where glibc allocates: what a step frees the next one wants again."""
 COLLAPSED_BELOW = 0.5
 """A run is marked as collapsed when it ends below this share of the base's Avg@k."""
 
@@ -159,8 +157,6 @@ def run_jobs(
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
     _require_servers([job.recipe for job in waiting])
     workers = min(workers or side_by_side(waiting), len(waiting) + 1)
-    for name, size in KEPT_MEMORY.items():
-        os.environ.setdefault(name, size)
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
     ) as pool:

@@ -245,17 +245,19 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class Branches:
-    """R rows of W places that hold several sequences, and where their answers' tokens are predicted.
+    """U places that hold every distinct beginning of B sequences once.
 
-    Tokens that all sequences share and that are run before (`prefixes`) are not among the places;
-    ``sees_RWK`` has a column for each of them in front of those of the row itself.
+    Tokens that all sequences share and that are run before (`prefixes`) are not among the places.
     """
 
-    ids_RW: Tensor
-    positions_RW: Tensor
-    sees_RWK: Tensor
-    rows_N: Tensor
+    ids_1U: Tensor
+    positions_1U: Tensor
+    path_BL: Tensor
+    """The places of each sequence's tokens; behind its end any."""
+    first_U: Tensor
+    """Where in the flattened paths each place stands first."""
     columns_N: Tensor
+    """The places whose states predict the answers' tokens."""
 
     def to(self, device: torch.device) -> Branches:
         """The same branches on another device."""
@@ -277,7 +279,7 @@ class Sequences:
     shared: int = 0
     """Leading tokens that are the same in every row, before any that is read: run once."""
     branches: Branches | None = None
-    """The same sequences with no beginning twice, where that pays."""
+    """The same sequences as paths of a tree, no beginning twice, where that pays."""
 
     def to(self, device: torch.device) -> Sequences:
         """The same sequences on another device."""

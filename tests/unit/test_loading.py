@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,32 @@ def test_on_a_gpu_attention_is_not_planned_shape_by_shape() -> None:
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
         sdpa_attention.use_gqa_in_sdpa = asked
+
+
+FAULTS = """
+import resource, torch
+from selfteach.loading import settle
+settle(torch.device("cpu"))
+def steps():
+    for _ in range(20):
+        torch.ones(2**21)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = steps()
+print(steps() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
+    """Twenty blocks of 8 MiB, 2,048 pages each, are the same pages; or new ones, if so asked."""
+
+    def faults(**environment: str) -> int:
+        plain = {n: v for n, v in os.environ.items() if not n.startswith("MALLOC_")}
+        told = subprocess.run(
+            [sys.executable, "-c", FAULTS], env={**plain, **environment},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return int(told.stdout)
+
+    assert faults() < 2048
+    assert faults(MALLOC_MMAP_THRESHOLD_="65536") > 15 * 2048
