@@ -13,17 +13,21 @@
     result.json            written last: the run is complete
 
 Files appear whole or not at all (written aside, flushed, renamed), so a kill at any moment leaves
-nothing half-written, and what is there is never sampled or bought again.
+nothing half-written, and what is there is never sampled or bought again. Answers and lessons are
+renamed first and flushed while the work goes on, a few milliseconds each, before a checkpoint counts on
+them: what a power cut leaves of them in between is known as cut off, and made again.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -55,6 +59,7 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self.result_path = path / "result.json"
         self.checkpoints = path / "checkpoints"
+        self._flushing: list[Future[None]] = []
 
     @property
     def is_complete(self) -> bool:
@@ -104,8 +109,25 @@ class RunFolder:
         with handle:
             _acquire(handle, self.path)
             yield
+            self.flushed()
 
     # -- answers and lessons -----------------------------------------------------------------
+
+    def _write(self, path: Path, rows: Iterable[Any]) -> None:
+        """JSON lines, there at once and on disk soon. Raises what an earlier flush has met with."""
+        over = [flush for flush in self._flushing if flush.done()]
+        self._flushing = [flush for flush in self._flushing if flush not in over]
+        for flush in over:
+            flush.result()
+        with written_whole(path, flushed=False) as aside:
+            aside.write_text(_lines(rows), encoding="utf-8")
+        self._flushing.append(_flusher().submit(_flush, path))
+
+    def flushed(self) -> None:
+        """Wait until answers and lessons are on disk. Raises `CheckpointError` where that is full."""
+        waiting, self._flushing = self._flushing, []
+        for flush in waiting:
+            flush.result()
 
     def save_answers(self, name: str, rollouts: Sequence[Rollout]) -> None:
         """Answers of one batch, by a name like ``step_000012.000``."""
@@ -113,15 +135,15 @@ class RunFolder:
             {"problem_id": r.problem.id, **{name: getattr(r, name) for name in ANSWER_FIELDS}}
             for r in rollouts
         )
-        write_lines(self.path / "answers" / f"{name}.jsonl", rows)
+        self._write(self.path / "answers" / f"{name}.jsonl", rows)
 
     def load_answers(self, name: str, problems: Mapping[str, Problem]) -> list[Rollout] | None:
-        """Answers saved under a name, or None if there are none."""
-        path = self.path / "answers" / f"{name}.jsonl"
-        if not path.exists():
+        """Answers saved under a name; None if there are none, or a power cut has left a part."""
+        rows = _read_lines(self.path / "answers" / f"{name}.jsonl")
+        if rows is None:
             return None
         rollouts = []
-        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        for row in rows:
             problem = problems[row.pop("problem_id")]
             for field in ("prompt_ids", "answer_ids", "logps"):
                 row[field] = tuple(row[field])
@@ -134,14 +156,11 @@ class RunFolder:
 
     def save_lessons(self, step: int, lessons: Sequence[Lesson]) -> None:
         """What was said of a step's answers."""
-        write_lines(self.path / "lessons" / f"step_{step:06d}.jsonl", map(lesson_row, lessons))
+        self._write(self.path / "lessons" / f"step_{step:06d}.jsonl", map(lesson_row, lessons))
 
     def load_critiques(self, step: int) -> dict[tuple[str, int], Critique | NoCritique | None]:
         """The critiques of a step's answers by their key; empty if they were not saved."""
-        path = self.path / "lessons" / f"step_{step:06d}.jsonl"
-        if not path.exists():
-            return {}
-        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        rows = _read_lines(self.path / "lessons" / f"step_{step:06d}.jsonl") or []
         return {(row["problem_id"], row["sample"]): critique_from(row["critique"]) for row in rows}
 
     # -- metrics -----------------------------------------------------------------------------
@@ -211,7 +230,36 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_lines(path: Path, rows: Any) -> None:
     """JSON lines, whole or not at all."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, _lines(rows))
+
+
+def _lines(rows: Iterable[Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]] | None:
+    """The rows of JSON lines; None if there is no such file, or it is cut off."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+@functools.cache
+def _flusher() -> ThreadPoolExecutor:
+    """One thread for all folders: files reach the disk in the order in which they were written."""
+    return ThreadPoolExecutor(1, "flush")
+
+
+def _flush(path: Path) -> None:
+    """Raises `CheckpointError` when the disk is full."""
+    with enough_disk():
+        try:
+            handle = path.open("rb+")
+        except FileNotFoundError:  # forgotten in the meantime
+            return
+        with handle:
+            os.fsync(handle.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -221,7 +269,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, *, flushed: bool = True) -> Iterator[Path]:
     """A path beside ``path`` to write to; put in its place on leaving, and gone on an error.
 
     Raises `CheckpointError` when the disk is full.
@@ -231,8 +279,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield aside
-            with aside.open("rb+") as handle:
-                os.fsync(handle.fileno())
+            if flushed:
+                with aside.open("rb+") as handle:
+                    os.fsync(handle.fileno())
             aside.replace(path)
         except BaseException:
             aside.unlink(missing_ok=True)

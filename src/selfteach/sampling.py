@@ -46,8 +46,10 @@ def sample_batches(
     known = known_ids(problems)
     batches = list(enumerate(range(0, len(problems), per_batch)))
     for number, start in ranks.share(batches):
-        part = f"{name}.{number:03d}"
+        part, asked = f"{name}.{number:03d}", problems[start : start + per_batch]
         batch = journal.load_answers(part, known) if journal else None
+        if batch is not None and len(batch) < len(asked) * sampling.samples:
+            batch = None  # a power cut has left a part of it
         if batch is None and engine is None:
             raise CheckpointError(
                 f"answers/{part}.jsonl is missing, and the weights that could write it again are "
@@ -55,7 +57,6 @@ def sample_batches(
             )
         if batch is None:
             assert engine is not None
-            asked = problems[start : start + per_batch]
             if journal is None:
                 batch = engine.generate(asked, sampling)
             else:

@@ -148,6 +148,7 @@ def _steps(
 
     def save(step: int) -> None:
         keep = recipe.train.keep_checkpoints
+        run.flushed()  # it counts on the answers that led to it
         checkpoint.save(
             run.checkpoints, step, parts.policy, parts.teacher, keep=keep, ranks=parts.ranks
         )

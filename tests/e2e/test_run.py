@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from selfteach import checkpoint
 from selfteach.config import Recipe
 from selfteach.errors import CheckpointError
 from selfteach.evaluation import evaluation_of
@@ -201,20 +202,76 @@ def test_two_processes_never_write_one_run(tmp_path: Path, monkeypatch: pytest.M
     held.close()
 
 
+@pytest.mark.parametrize("part", ["writing", "flushing"])
 def test_a_full_disk_is_one_line_and_loses_nothing(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     folder = tmp_path / "run"
-    real = os.fsync
+    name = {"writing": "step_000003.jsonl.tmp", "flushing": "step_000003.jsonl"}[part]
+    last = folder / "lessons" / name
+    write, flush = Path.write_text, os.fsync
 
-    def full(handle: int) -> None:
-        if (folder / "lessons" / "step_000003.jsonl.tmp").exists():
+    def writing(path: Path, *told: object, **more: object) -> int:
+        if path == last:
             raise OSError(28, "No space left on device")
-        real(handle)
+        return write(path, *told, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(os, "fsync", full)
+    def flushing(handle: int) -> None:
+        if last.exists():
+            raise OSError(28, "No space left on device")
+        flush(handle)
+
+    monkeypatch.setattr(Path, "write_text", writing)
+    monkeypatch.setattr(os, "fsync", flushing)
     with pytest.raises(CheckpointError, match="No space left on device"):
         run_to_end(recipe(), folder)
-    monkeypatch.setattr(os, "fsync", real)
+    assert not (folder / "checkpoints" / "step_000004").exists()
+    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(os, "fsync", flush)
     run_to_end(recipe(), folder)
     assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("left", ["nothing", "part of a line", "fewer lines"])
+def test_answers_that_a_power_cut_has_cut_off_are_made_again(
+    whole: Path, tmp_path: Path, left: str
+) -> None:
+    folder = tmp_path / "run"
+    run = train(recipe(), folder)
+    for row in run:
+        if row["kind"] == "step" and row["step"] == 3:
+            break
+    run.close()
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000002"]
+    for path in (*(folder / "answers").glob("step_000003.*"), folder / "lessons/step_000003.jsonl"):
+        text = path.read_text()
+        lines = text.splitlines(keepends=True)
+        path.write_text(
+            {"nothing": "", "part of a line": text[:-9], "fewer lines": "".join(lines[:-2])}[left]
+        )
+    run_to_end(recipe(), folder)
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file it is")
+def test_a_checkpoint_waits_for_the_answers_it_counts_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed, flush, save = list[str](), os.fsync, checkpoint.save
+
+    def slowly(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        if path.parent.name in ("answers", "lessons"):
+            time.sleep(0.1)
+            flushed.append(path.name)
+        flush(handle)
+
+    def saving(folder: Path, step: int, *told: object, **more: object) -> None:
+        assert f"step_{step:06d}.001.jsonl" in flushed and f"step_{step:06d}.jsonl" in flushed
+        save(folder, step, *told, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "fsync", slowly)
+    monkeypatch.setattr(checkpoint, "save", saving)
+    run_to_end(recipe(), tmp_path / "run")
+    ours = {p.name for part in ("answers", "lessons") for p in (tmp_path / "run" / part).iterdir()}
+    assert set(flushed) == ours  # the last ones, too, when the run is over
