@@ -37,7 +37,7 @@ BENCHMARKS: dict[str, tuple[str, str, list[str]]] = {
     "critics": (".venv", "critics", []),
     "sharded_gradients": (".venv", "sharded_gradients", []),
     "divergences_gpu": (".venv-bench", "divergences_gpu", []),
-    "training_step_gpu": (".venv-bench", "training_step", [*ON_GPU, *LARGE]),
+    "training_step_gpu": (".venv-bench", "training_step_gpu", LARGE),
     "sampling_gpu": (".venv-bench", "sampling", ON_GPU),
 }
 """The environment whose Python runs a script, and its arguments; `*_gpu` where there is one."""
