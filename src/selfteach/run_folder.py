@@ -121,7 +121,7 @@ class RunFolder:
             flush.result()
         with written_whole(path, flushed=False) as aside:
             aside.write_text(_lines(rows), encoding="utf-8")
-        self._flushing.append(_flusher().submit(_flush, path))
+        self._flushing.append(_flusher(os.getpid()).submit(_flush, path))
 
     def flushed(self) -> None:
         """Wait until answers and lessons are on disk. Raises `CheckpointError` where that is full."""
@@ -245,9 +245,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]] | None:
         return None
 
 
-@functools.cache
-def _flusher() -> ThreadPoolExecutor:
-    """One thread for all folders: files reach the disk in the order in which they were written."""
+@functools.lru_cache(maxsize=1)
+def _flusher(process: int) -> ThreadPoolExecutor:
+    """One thread for all folders: files reach the disk in the order in which they were written.
+
+    A process that is forked off has none of its parent's threads, and gets one of its own.
+    """
     return ThreadPoolExecutor(1, "flush")
 
 

@@ -253,6 +253,26 @@ def test_answers_that_a_power_cut_has_cut_off_are_made_again(
     assert_same_run(whole, folder)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="asks for a fork")
+def test_a_process_that_is_forked_off_flushes_by_itself(tmp_path: Path) -> None:
+    RunFolder(tmp_path).save_answers("parent", [])
+    child = os.fork()
+    if child == 0:
+        run = RunFolder(tmp_path)
+        run.save_answers("child", [])
+        run.flushed()
+        os._exit(7)
+    for _ in range(100):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended and os.waitstatus_to_exitcode(status) == 7
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file it is")
 def test_a_checkpoint_waits_for_the_answers_it_counts_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
