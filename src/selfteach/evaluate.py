@@ -35,7 +35,7 @@ def evaluate(
     k = sampling.samples
     sampled = sample_batches(
         engine, problems, sampling, batch_answers=batch_answers,
-        journal=journal, name=f"{split}_{step:06d}", ranks=ranks,
+        journal=journal, name=answers_name(split, step), ranks=ranks,
     )  # fmt: skip
 
     def own() -> list[tuple[Rollout, Verdict]]:
@@ -58,6 +58,11 @@ def evaluate(
         finished=by_problem([rollout.finished for rollout in rollouts]),
         lengths=by_problem([len(rollout.answer_ids) for rollout in rollouts]),
     )
+
+
+def answers_name(split: str, step: int) -> str:
+    """Under which the answers of an evaluation are kept, batch by batch."""
+    return f"{split}_{step:06d}"
 
 
 def one_vote(parsed: Sequence[str | None], same: Callable[[str, str], bool]) -> list[str | None]:

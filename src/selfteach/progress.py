@@ -104,9 +104,10 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
             tasks[label] = bars.add_task(name, total=total, completed=so_far, note="")
 
         def look(jobs: Sequence[Job]) -> None:
-            done.update({job.folder: _steps_done(job) for job in training})
-            for label, task in tasks.items():
-                bars.update(task, completed=steps(label)[0], note=_newest(training, label))
+            if not bars.disable:
+                done.update({job.folder: _steps_done(job) for job in training})
+                for label, task in tasks.items():
+                    bars.update(task, completed=steps(label)[0], note=_newest(training, label))
             for job in jobs:
                 if job.folder not in announced and RunFolder(job.folder).is_complete:
                     announced.add(job.folder)
@@ -150,6 +151,7 @@ def _bars(console: Console) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
+        refresh_per_second=2,  # ten times would take a tenth of a core from the work
         # A log file gets a line per finished run instead of redrawn bars.
         disable=not console.is_terminal,
     )

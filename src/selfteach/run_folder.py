@@ -150,6 +150,13 @@ class RunFolder:
             rollouts.append(Rollout(problem=problem, **row))
         return rollouts
 
+    def take_over(self, name: str, other: RunFolder) -> None:
+        """Copy the batches that another run has on disk under a name, but for those that are here."""
+        for path in sorted((other.path / "answers").glob(f"{name}.*.jsonl")):
+            own = self.path / "answers" / path.name
+            if not own.exists():
+                write_text(own, path.read_text(encoding="utf-8"))
+
     def forget_answers(self, name: str) -> None:
         """Remove what was saved under a name, if anything was."""
         (self.path / "answers" / f"{name}.jsonl").unlink(missing_ok=True)

@@ -46,6 +46,10 @@ CONTROLS = ("reference", "aligned_reference", "answer_only", "shuffled_lines", "
 """Contexts under which a study's untrained model is inspected beside those of the arms."""
 MARKED_BY_PROGRAM = ("lab", "chain_sums")
 """Kinds of data whose answers a program can mark."""
+POLLED_S = 1.0
+"""How often runs' folders are looked at, beside their ends."""
+UNTRAINED = {"model", "data", "sampling", "evaluation", "engine", "seed"}
+"""What the answers of an untrained model depend on, among a recipe's sections."""
 COLLAPSED_BELOW = 0.5
 """A run is marked as collapsed when it ends below this share of the base's Avg@k."""
 
@@ -69,7 +73,7 @@ class Job:
 Kind = Literal["study", "sweep"]
 
 Progress = Callable[[Sequence[Job]], None]
-"""Called about twice a second while runs go on, to look at their folders."""
+"""Called about every second while runs go on, to look at their folders."""
 SumUp = Callable[[Path], None]
 """What is made of an inspection's folder when it is complete."""
 
@@ -105,8 +109,11 @@ def load_existing(folder: Path) -> tuple[Study, str, Kind]:
 
 
 def jobs_of(study: Study, folder: Path) -> list[Job]:
-    """All runs of a study: the main setting first, seed by seed, then the variants."""
-    jobs = []
+    """All runs of a study: the main setting first, seed by seed, then the variants.
+
+    Variants' untrained models come last: such short runs leave no core idle at the end.
+    """
+    jobs, last = [], []
     settings: list[tuple[str | None, Sequence[int], Sequence[str]]] = [
         (None, study.study.seeds, list(study.arms))
     ]
@@ -116,11 +123,12 @@ def jobs_of(study: Study, folder: Path) -> list[Job]:
         root = folder / ("runs" if variant_name is None else f"variants/{variant_name}")
         for seed in seeds:
             base = study.base_recipe(seed=seed, variant=variant_name)
-            jobs.append(Job(variant_name, BASE, seed, base, root / BASE / f"seed_{seed}"))
+            untrained = Job(variant_name, BASE, seed, base, root / BASE / f"seed_{seed}")
+            (last if variant_name else jobs).append(untrained)
             for arm in arms:
                 recipe = study.recipe(arm, seed=seed, variant=variant_name)
                 jobs.append(Job(variant_name, arm, seed, recipe, root / arm / f"seed_{seed}"))
-    return jobs
+    return [*jobs, *last]
 
 
 def run_study(
@@ -161,12 +169,16 @@ def run_jobs(
         workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
     ) as pool:
         besides = [pool.submit(beside)] if beside is not None else []
-        futures = [pool.submit(_run, _one_thread(job.recipe), job.folder) for job in waiting]
+        alike = _beginning_alike(jobs)
+        futures = [
+            pool.submit(_run, _one_thread(job.recipe), job.folder, alike[job.folder])
+            for job in waiting
+        ]
         try:
             with listening() as termination, termination.safe():
                 pending = {*besides, *futures}
                 while pending:
-                    done, pending = concurrent.futures.wait(pending, timeout=0.5)
+                    done, pending = concurrent.futures.wait(pending, timeout=POLLED_S)
                     progress(jobs)
                     for future in done.difference(besides):
                         future.result()
@@ -195,12 +207,21 @@ def side_by_side(jobs: Sequence[Job]) -> int:
     return os.cpu_count() or 1
 
 
-def _run(recipe: Recipe, folder: Path) -> None:
+def _beginning_alike(jobs: Sequence[Job]) -> dict[Path, list[Path]]:
+    """The folders of the other runs that begin with the same model, seed and problems, for each."""
+    begin = {job.folder: job.recipe.model_dump_json(include=UNTRAINED) for job in jobs}
+    alike: dict[str, list[Path]] = {}
+    for folder, own in begin.items():
+        alike.setdefault(own, []).append(folder)
+    return {folder: [o for o in alike[own] if o != folder] for folder, own in begin.items()}
+
+
+def _run(recipe: Recipe, folder: Path, alike: Sequence[Path]) -> None:
     """In a worker: a run to its end, or to the worker's."""
     from selfteach.train import run_to_end
 
     try:
-        run_to_end(recipe, folder)
+        run_to_end(recipe, folder, alike)
     except Terminated:
         os._exit(STATUS)
 

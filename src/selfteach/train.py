@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from selfteach.data import Split, training_order
 from selfteach.distributed import Ranks, joined
 from selfteach.environment import environment
 from selfteach.errors import RecipeError, Terminated
-from selfteach.evaluate import evaluate
+from selfteach.evaluate import answers_name, evaluate
 from selfteach.evaluation import evaluation_path
 from selfteach.loading import choose_device, resolve
 from selfteach.pipeline import train_steps
@@ -49,19 +49,24 @@ Record = Callable[[Mapping[str, Any]], None]
 """Writes a row of metrics down."""
 
 
-def train(recipe: Recipe, folder: Path) -> Iterator[dict[str, Any]]:
+def train(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> Iterator[dict[str, Any]]:
     """Run a recipe in a folder, from wherever the folder stands; yields each row of metrics.
 
     An interrupted run goes on from its last checkpoint; answers and critiques that are on disk are
     used again. The result is, bit for bit on CPU, that of a run that was never stopped. On SIGTERM
     what has been learned is saved, and `Terminated` is raised. Under torchrun all ranks call this;
     rank 0 writes what is written once, and it alone yields.
+
+    ``alike`` are the folders of other runs that begin with the same model, problems and seed: what one
+    of them has answered before its first step is not answered again.
     """
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
     with _joined(recipe) as ranks, run.lock() if ranks.leads else nullcontext():
         if ranks.leads:
             run.create(recipe.model_dump(mode="json"), environment(), _as_now)
+            for other in alike:
+                run.take_over(answers_name("validation", 0), RunFolder(other))
         if ranks.first(run.is_complete):
             return
         ranks.agreed(lambda: _require(recipe) if ranks.leads else None)
@@ -87,9 +92,9 @@ def _as_now(config: dict[str, Any]) -> dict[str, Any]:
     return validate(Recipe, config, where="config.json").model_dump(mode="json")
 
 
-def run_to_end(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def run_to_end(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> dict[str, Any]:
     """`train` without looking at the rows; returns the result."""
-    for _ in train(recipe, folder):
+    for _ in train(recipe, folder, alike):
         pass
     return result_of(folder)
 

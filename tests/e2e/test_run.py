@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from selfteach import checkpoint
 from selfteach.config import Recipe
+from selfteach.engines.transformers import TransformersEngine
 from selfteach.errors import CheckpointError
 from selfteach.evaluation import evaluation_of
 from selfteach.run_folder import RunFolder, result_of
@@ -251,6 +252,24 @@ def test_answers_that_a_power_cut_has_cut_off_are_made_again(
         )
     run_to_end(recipe(), folder)
     assert_same_run(whole, folder)
+
+
+def test_what_another_run_has_answered_before_its_first_step_is_not_answered_again(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is of another arm; both are as without each other."""
+    run_to_end(recipe("grpo"), tmp_path / "grpo")
+    asked, generate = list[str](), TransformersEngine.generate
+
+    def counted(engine, problems, sampling):
+        asked.extend(problem.id for problem in problems)
+        return generate(engine, problems, sampling)
+
+    monkeypatch.setattr(TransformersEngine, "generate", counted)
+    run_to_end(recipe(), tmp_path / "run", alike=[tmp_path / "none", tmp_path / "grpo"])
+    assert_same_run(whole, tmp_path / "run")
+    once = 4  # validation problems, at steps 2, 4 and 5, not at 0
+    assert sum(name.startswith("validation") for name in asked) == 3 * once
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="asks for a fork")

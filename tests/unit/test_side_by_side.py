@@ -10,7 +10,8 @@ import torch
 
 from selfteach import study
 from selfteach.config import Recipe
-from selfteach.study import Job, side_by_side
+from selfteach.recipes import study_from
+from selfteach.study import Job, jobs_of, side_by_side
 
 
 def jobs(device: str) -> list[Job]:
@@ -35,3 +36,31 @@ def test_without_a_driver_nobody_asks_torch(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(study, "GPU_DRIVERS", ("/nowhere",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked"))
     assert side_by_side(jobs("auto")) == os.cpu_count()
+
+
+STUDY = {
+    "model": {"path": "lab:two_styles"},
+    "data": {"type": "lab"},
+    "study": {"seeds": [0, 1]},
+    "arms": {"grpo": {"objective": {"type": "grpo"}}, "told": {"context": {"type": "reference"}}},
+    "variants": {
+        "easy": {"title": "easy", "seeds": [0], "set": {"model": {"path": "lab:easy"}}},
+        "slow": {"title": "slow", "seeds": [1], "set": {"optimizer": {"lr": 1e-6}}},
+    },
+}  # fmt: skip
+
+
+def test_variants_untrained_models_come_last(tmp_path: Path) -> None:
+    order = [(job.variant, job.arm, job.seed) for job in jobs_of(study_from(STUDY), tmp_path)]
+    arms = ("base", "grpo", "told")
+    assert order[:6] == [(None, arm, seed) for seed in (0, 1) for arm in arms]
+    assert order[-2:] == [("easy", "base", 0), ("slow", "base", 1)]
+
+
+def test_runs_of_one_model_and_seed_begin_alike(tmp_path: Path) -> None:
+    alike = study._beginning_alike(jobs_of(study_from(STUDY), tmp_path))
+    own = tmp_path / "runs" / "grpo" / "seed_1"
+    assert {folder.relative_to(tmp_path).as_posix() for folder in alike[own]} == {
+        "runs/base/seed_1", "runs/told/seed_1",
+        "variants/slow/base/seed_1", "variants/slow/grpo/seed_1", "variants/slow/told/seed_1",
+    }  # fmt: skip
