@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from selfteach.lab.world import (
     ANSWER_MARK,
@@ -14,6 +15,7 @@ from selfteach.lab.world import (
     Line,
     Style,
     World,
+    is_ready,
     operands,
 )
 
@@ -51,6 +53,7 @@ def split(text: str) -> list[str]:
     return [piece.strip() for piece in STEP_START.split(text) if piece.strip()]
 
 
+@lru_cache(maxsize=2**14)  # most lines of a world are written again and again
 def parse_line(text: str) -> Line | None:
     """A step's text as a `Line`, or None if it has not the form of one."""
     words = text.split()
@@ -111,8 +114,7 @@ def style_of(steps: Sequence[CheckedStep], default: Style) -> Style:
 def _error(
     line: Line, question: Sequence[str], truth: Sequence[str], done: dict[int, str]
 ) -> str | None:
-    needed = [int(name[1]) for name in CHILDREN[line.node] if name[0] == "n"]
-    if line.node in done or any(node not in done for node in needed):
+    if not is_ready(line.node, done):
         return "bookkeeping"
     if (line.a, line.b) != operands(line.node, question, done):
         return "bookkeeping"

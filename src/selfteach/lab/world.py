@@ -38,6 +38,8 @@ CHILDREN: tuple[tuple[str, str], ...] = (
 )
 """Operands of each node: ``x`` a symbol of the question, ``n`` the value of an earlier node."""
 ROOT = len(CHILDREN) - 1
+PLACES = tuple(tuple((name[0] == "x", int(name[1])) for name in pair) for pair in CHILDREN)
+"""The same, read: whether an operand is the question's, and its index there or the node it is from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,18 +194,13 @@ def operands(
     node: int, question: Sequence[str], values: Mapping[int, str] | Sequence[str]
 ) -> tuple[str, str]:
     """The operand pair of a node, given the question and the values of the nodes below it."""
-    a, b = (
-        question[int(name[1])] if name[0] == "x" else values[int(name[1])]
-        for name in CHILDREN[node]
-    )
-    return a, b
+    (asked_a, a), (asked_b, b) = PLACES[node]
+    return question[a] if asked_a else values[a], question[b] if asked_b else values[b]
 
 
 def is_ready(node: int, done: Mapping[int, str]) -> bool:
     """True if a node is not written yet and all the nodes it needs are."""
-    return node not in done and all(
-        name[0] == "x" or int(name[1]) in done for name in CHILDREN[node]
-    )
+    return node not in done and all(asked or child in done for asked, child in PLACES[node])
 
 
 def split_of(question: Sequence[str]) -> Split:
