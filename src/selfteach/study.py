@@ -46,6 +46,9 @@ CONTROLS = ("reference", "aligned_reference", "answer_only", "shuffled_lines", "
 """Contexts under which a study's untrained model is inspected beside those of the arms."""
 MARKED_BY_PROGRAM = ("lab", "chain_sums")
 """Kinds of data whose answers a program can mark."""
+HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+"""For runs' processes, where glibc allocates and Linux lets programs ask for huge pages: keys and values
+of hundreds of answers lie on thousands of small ones, and looking these up takes a tenth of sampling."""
 POLLED_S = 1.0
 """How often runs' folders are looked at, beside their ends."""
 UNTRAINED = {"model", "data", "sampling", "evaluation", "engine", "seed"}
@@ -165,6 +168,7 @@ def run_jobs(
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
     _require_servers([job.recipe for job in waiting])
     workers = min(workers or side_by_side(waiting), len(waiting) + 1)
+    os.environ.setdefault(*HUGE_PAGES)
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
     ) as pool:
