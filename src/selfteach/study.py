@@ -47,8 +47,9 @@ CONTROLS = ("reference", "aligned_reference", "answer_only", "shuffled_lines", "
 MARKED_BY_PROGRAM = ("lab", "chain_sums")
 """Kinds of data whose answers a program can mark."""
 HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-"""For runs' processes, where glibc allocates and Linux lets programs ask for huge pages: keys and values
-of hundreds of answers lie on thousands of small ones, and looking these up takes a tenth of sampling."""
+"""For runs' processes, where glibc allocates and Linux lets programs ask for huge pages: keys and
+values of hundreds of answers lie on thousands of small ones, and finding these takes a tenth of
+sampling's time."""
 POLLED_S = 1.0
 """How often runs' folders are looked at, beside their ends."""
 UNTRAINED = {"model", "data", "sampling", "evaluation", "engine", "seed"}
