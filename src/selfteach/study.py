@@ -394,9 +394,9 @@ def run_sweep(study: Study, folder: Path, *, command: str, progress: Progress) -
 
 
 def _compare(jobs: Sequence[Job], resamples: int) -> dict[str, Any]:
-    """Arms and paired differences of one setting."""
+    """Arms and paired differences of one setting, the untrained model first."""
     by_arm: dict[str, list[Job]] = {}
-    for job in jobs:
+    for job in sorted(jobs, key=lambda job: job.arm != BASE):
         by_arm.setdefault(job.arm, []).append(job)
     tables = {arm: _values(own) for arm, own in by_arm.items()}
     base_avg = tables[BASE]["avg"].mean()

@@ -111,7 +111,9 @@ def test_a_study_from_recipe_to_report(
     budgets = [results["arms"][arm]["budget"] for arm in ("grpo", "step_aligned")]
     assert budgets[0]["answers_sampled"] == budgets[1]["answers_sampled"] == 12
     assert budgets[0]["optimizer_steps"] == budgets[1]["optimizer_steps"] == 2
-    assert results["variants"]["easy"]["title"] == "an easy world"
+    easy = results["variants"]["easy"]
+    assert easy["title"] == "an easy world"
+    assert list(easy["arms"]) == list(results["arms"]) == ["base", "grpo", "step_aligned"]
     report = (out / "report.html").read_text(encoding="utf-8")
     assert len(report) > 10_000 and "Outcomes: answers, critiques by case" in report
     inspected = json.loads((out / "inspection" / "inspection.json").read_text())
