@@ -6,7 +6,7 @@ All ways are given the same hidden states and heads [V, H] of student and teache
 divergence per token with its gradient in the student's hidden states, and in its head where that
 trains:
 
-    ours         scores.chunked_sum with divergence.per_token
+    ours         scores.chunked_sum with divergence.per_token; for halves that train slabs
     plain        full logits of both, the textbook form, autograd
     TRL full     trl.experimental.sdpo.loss_utils on full logits
     TRL chunked  trl.kernels.chunked_divergence.ChunkedDivergenceFunction (no top-K)
@@ -24,8 +24,9 @@ import torch
 from harness import MIB, Table, alone, alternated, parser, peak_bytes, ratio, reported
 from torch import Tensor
 
+from selfteach import slabs
 from selfteach.build import chunk_tokens
-from selfteach.divergence import Divergence, per_token
+from selfteach.divergence import Divergence, form, per_token
 from selfteach.scores import Head, Scores, chunked_sum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,6 +117,12 @@ def ours(case: Case, inputs: Inputs, fn: Callable = per_token, chunk: int | None
 
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     chunk = chunk or chunk_tokens(case.vocabulary, DEVICE)
+    if fn is per_token and slabs.runs(
+        form(case.spec), student, teacher
+    ):  # as `objective.summed` chooses
+        return slabs.divergence_sum(
+            form(case.spec), student, teacher, inputs.ids_N, weight_N, chunk_tokens=chunk
+        )[0]
     return chunked_sum(of_chunk, student, weight_N, chunk_tokens=chunk)[0]
 
 

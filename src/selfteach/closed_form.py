@@ -68,18 +68,10 @@ class Rows(torch.autograd.Function):
         entries = student_logits.shape[-1]
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
         student_NV, teacher_NV = (x.reshape(-1, entries) for x in (student_logits, teacher_logits))
-        ids_N1 = ids.reshape(-1, 1)
         needed = ctx.needs_input_grad[0]
         grad_NV = torch.empty_like(student_NV, dtype=dtype) if needed else None
-        most = BLOCK_ENTRIES.get(ids.device.type, BLOCK_ENTRIES["cuda"])
-        rows, said = max(1, most // entries), list[tuple[Tensor, ...]]()
-        for start in range(0, max(1, len(student_NV)), rows):
-            at = slice(start, start + rows)
-            into = None if grad_NV is None else grad_NV[at]
-            said.append(_block(form, student_NV[at], teacher_NV[at], ids_N1[at], into))
-        loss, clipped, logp, teacher_logp = (
-            torch.cat(parts).reshape(ids.shape) for parts in zip(*said, strict=True)
-        )
+        told, _ = walked(form, student_NV, teacher_NV, ids.reshape(-1, 1), grad_NV)
+        loss, clipped, logp, teacher_logp = (x.reshape(ids.shape) for x in told)
         if grad_NV is not None:
             ctx.save_for_backward(grad_NV.reshape(student_logits.shape))
         ctx.mark_non_differentiable(clipped, logp, teacher_logp)
@@ -98,21 +90,85 @@ class Rows(torch.autograd.Function):
         return grad * grad_loss[..., None], None, None, None
 
 
+Told = tuple[Tensor, ...]
+"""What `of_rows` says of each row."""
+Kept = tuple[Tensor, ...]
+"""What each row's gradient can be made of again: log-sum-exps of both sides' logits (at the form's
+temperature) and Σ g [N] each; or the kept entries [N, K], the log-sum-exp of the others and their g."""
+
+
+def walked(
+    form: Form, student_NV: Tensor, teacher_NV: Tensor, ids_N1: Tensor, grad_NV: Tensor | None
+) -> tuple[Told, Kept]:
+    """All rows, a few at a time; their gradient goes into ``grad_NV``."""
+    entries = student_NV.shape[-1]
+    most = BLOCK_ENTRIES.get(ids_N1.device.type, BLOCK_ENTRIES["cuda"])
+    rows, said = max(1, most // entries), list[tuple[Told, Kept]]()
+    for start in range(0, max(1, len(student_NV)), rows):
+        at = slice(start, start + rows)
+        into = None if grad_NV is None else grad_NV[at]
+        said.append(_block(form, student_NV[at], teacher_NV[at], ids_N1[at], into))
+    told, kept = (
+        tuple(torch.cat(parts) for parts in zip(*(one[i] for one in said), strict=True))
+        for i in (0, 1)
+    )
+    return told, kept
+
+
+def gradient_of_slab(
+    form: Form, student_NW: Tensor, teacher_NW: Tensor | None, kept: Kept, first: int,
+    scale_N: Tensor, into_NW: Tensor,
+) -> None:  # fmt: skip
+    """Of rows that have been walked, at temperature 1: the gradient of Σ scale times loss in the logits
+    of W entries from ``first`` on, in the dtype of ``into_NW``. Both sides' logits of these entries are
+    given; the teacher's may be None where only K entries are kept.
+    """
+    rows = max(1, BLOCK_ENTRIES["cpu"] // student_NW.shape[1])
+    dtype = torch.promote_types(student_NW.dtype, torch.float32)
+    for start in range(0, len(student_NW), rows):
+        at = slice(start, start + rows)
+        own, scale = [x[at] for x in kept], scale_N[at, None]
+        s = student_NW[at].to(dtype, copy=True)
+        if teacher_NW is not None:
+            log_sum, teacher_log_sum, slope_sum = own
+            t = teacher_NW[at].to(dtype, copy=True).sub_(teacher_log_sum[:, None])
+            _, _, slope, mass = _entries(form, s.sub_(log_sum[:, None]), t)
+            slope.addcmul_(mass, slope_sum[:, None], value=-1)
+            torch.mul(slope, scale, out=s)
+        else:
+            index, log_tail, slope = own
+            empty = (log_tail == -math.inf)[:, None]
+            s.sub_(log_tail[:, None]).exp_().mul_(slope[:, -1:] * scale).masked_fill_(empty, 0.0)
+            inside = (index >= first) & (index < first + s.shape[1])
+            row, place = inside.nonzero(as_tuple=True)
+            s[row, index[row, place] - first] = (slope[:, :-1] * scale)[row, place]
+        into_NW[at] = s
+
+
 def _block(
     form: Form, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
-) -> tuple[Tensor, ...]:
-    """What `Rows` says of a few rows; their gradient goes into ``grad``."""
+) -> tuple[Told, Kept]:
+    """`walked` for a few rows."""
     if form.whole(student.shape[-1]):
+        own = [
+            x.gather(-1, ids)[..., 0].to(torch.promote_types(x.dtype, torch.float32))
+            for x in (student, teacher)
+        ]
         student, teacher = (_log_softmax(x, form.temperature) for x in (student, teacher))
         logp, teacher_logp = (x.gather(-1, ids)[..., 0] for x in (student, teacher))
         loss, clipped, slope, mass = _entries(form, student, teacher)
+        slope_sum = slope.sum(-1)
         if grad is not None:
-            torch.addcmul(slope, mass, slope.sum(-1, keepdim=True), value=-1, out=grad)
+            torch.addcmul(slope, mass, slope_sum[..., None], value=-1, out=grad)
+        log_sums = [
+            x / form.temperature - p for x, p in zip(own, (logp, teacher_logp), strict=True)
+        ]
+        told, kept = (loss, clipped, logp, teacher_logp), (*log_sums, slope_sum)
     else:
-        loss, clipped, logp, teacher_logp = _buckets(form, student, teacher, ids, grad)
+        told, kept = _buckets(form, student, teacher, ids, grad)
     if grad is not None and form.temperature != 1:
         grad.div_(form.temperature)
-    return loss, clipped, logp, teacher_logp
+    return told, kept
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -171,25 +227,26 @@ def _jsd(s: Tensor, t: Tensor, beta: float, factor: float) -> tuple[Tensor, Tens
 
 def _buckets(
     form: Form, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
-) -> tuple[Tensor, ...]:
-    """What `_block` says with all but K entries poured into one; the logits' gradient."""
+) -> tuple[Told, Kept]:
+    """What `_block` says with all but K entries poured into one."""
     assert form.top_k is not None
     dtype = torch.promote_types(student.dtype, torch.float32)
     s, t = (x.to(dtype, copy=True) for x in (student, teacher))
     if form.temperature != 1:
         s, t = s.div_(form.temperature), t.div_(form.temperature)
     index = (s if form.top_k_from == "student" else t).topk(form.top_k, dim=-1).indices
-    bins, logp, shares = _pour(s, index, ids)
-    teacher_bins, teacher_logp, _ = _pour(t, index, ids)
+    bins, logp, shares, log_tail = _pour(s, index, ids)
+    teacher_bins, teacher_logp, _, _ = _pour(t, index, ids)
     loss, clipped, slope, mass = _entries(form, bins, teacher_bins)
+    slope = slope.addcmul_(mass, slope.sum(-1, keepdim=True), value=-1)
     if grad is not None:
-        slope = slope.addcmul_(mass, slope.sum(-1, keepdim=True), value=-1)
         torch.mul(shares, slope[..., -1:], out=grad).scatter_(-1, index, slope[..., :-1])
-    return loss, clipped, logp, teacher_logp
+    return (loss, clipped, logp, teacher_logp), (index, log_tail, slope)
 
 
-def _pour(logits: Tensor, index: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the kept entries and the tail, log p(id), and each entry's part of the tail.
+def _pour(logits: Tensor, index: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of the kept entries and the tail, log p(id), each entry's part of the tail, and
+    the log-sum-exp of the tail's logits.
 
     The kept entries are -inf in ``logits`` afterwards. An empty tail has nothing to share.
     """
@@ -201,7 +258,7 @@ def _pour(logits: Tensor, index: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, T
     tail = torch.where(empty, highest, highest - shares.amax(-1, keepdim=True).log())
     bins = torch.cat([kept, tail], dim=-1)
     log_sum = bins.logsumexp(-1, keepdim=True)
-    return bins - log_sum, own - log_sum[..., 0], shares
+    return bins - log_sum, own - log_sum[..., 0], shares, tail[..., 0]
 
 
 class FusedRows(torch.autograd.Function):

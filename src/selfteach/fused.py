@@ -18,16 +18,15 @@ from torch import Tensor
 from selfteach import linear_kernels, products
 from selfteach.closed_form import Form
 from selfteach.linear_kernels import Sides
-from selfteach.scores import Scores, WithGradients, wanted
+from selfteach.scores import Scores, WithGradients, is_plain, wanted
 
 
 def runs(form: Form, student: Scores, teacher: Scores) -> bool:
     """True where `divergence_sum` can: one plain head a side, halves, every entry its own term."""
-    if len(student.terms) != 1 or len(teacher.terms) != 1:
+    if not (is_plain(student) and is_plain(teacher)):
         return False
-    for hidden_NH, head, mix in (*student.terms, *teacher.terms):
-        plain = head.bias_V is None and head.scale == mix == 1.0 and head.softcap is None
-        if not (plain and len(hidden_NH) and linear_kernels.runs(hidden_NH)):
+    for hidden_NH, _, _ in (*student.terms, *teacher.terms):
+        if not (len(hidden_NH) and linear_kernels.runs(hidden_NH)):
             return False
     return form.whole(len(student.terms[0][1].weight_VH)) and form.temperature == 1
 

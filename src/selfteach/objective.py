@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from selfteach import divergence, fused
+from selfteach import divergence, fused, slabs
 from selfteach.gates import Gate
 from selfteach.policy_gradient import (
     clipped_surrogate,
@@ -81,10 +82,11 @@ class Distillation:
         """True where `fused` can stand for `per_token`."""
         if self.spec.support == "sampled" or self.sampling_temperature != 1:
             return False
-        return fused.runs(divergence.form(self.spec), student, teacher)
+        form = divergence.form(self.spec)
+        return fused.runs(form, student, teacher) or slabs.runs(form, student, teacher)
 
     def fused(
-        self, student: Scores, teacher: Scores, batch: Batch
+        self, student: Scores, teacher: Scores, batch: Batch, chunk_tokens: int
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The weighted sum of what `per_token` says of all tokens, and the rest of it."""
         cap = self.importance_cap
@@ -94,9 +96,11 @@ class Distillation:
                 return torch.ones_like(logp_N)
             return importance_weight(logp_N, batch.sampled_logp_N, cap)
 
-        loss, told = fused.divergence_sum(
-            divergence.form(self.spec), student, teacher, batch.ids_N, batch.weight_N, importance
-        )
+        form = divergence.form(self.spec)
+        by = fused.divergence_sum
+        if not fused.runs(form, student, teacher):
+            by = partial(slabs.divergence_sum, chunk_tokens=chunk_tokens)
+        loss, told = by(form, student, teacher, batch.ids_N, batch.weight_N, importance)
         logp_N, weight_N = told["logp"], importance(told["logp"])
         said = {
             "loss": told["loss"] * weight_N, "logp": logp_N,
@@ -283,11 +287,11 @@ def summed(
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The sum of weights times losses over a micro-batch, and what is said of each of its tokens.
 
-    Its gradient is taken as it is computed, chunk by chunk or on a GPU by kernels of its own, and
+    Its gradient is taken as it is computed, chunk by chunk or in other ways where these are better, and
     reaches the student's hidden states and head.
     """
     if isinstance(objective, Distillation) and teacher and objective.fuses(student, teacher):
-        return objective.fused(student, teacher, batch)
+        return objective.fused(student, teacher, batch, chunk_tokens)
 
     def per_token(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -82,6 +82,12 @@ class Scores:
         return functools.reduce(torch.add, parts)
 
 
+def is_plain(scores: Scores) -> bool:
+    """True for the logits ``h Wᵀ`` of one model, and nothing else."""
+    ((_, head, mix), *more) = scores.terms
+    return not more and head.bias_V is None and head.scale == mix == 1.0 and head.softcap is None
+
+
 def _share(mix: float, logits: Tensor) -> Tensor:
     if mix == 1.0:
         return logits

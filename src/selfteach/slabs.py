@@ -1,0 +1,101 @@
+"""A sum of divergences whose head trains in half precision, on a processor: no float32 sum of its size.
+
+`scores.chunked_sum` walks tokens, and every chunk adds to a float32 sum as large as the head: of a wide
+model that is most of the memory, and half of the time. Here the walk over tokens keeps a few numbers of
+each row, from which its gradient is made again for a slab of the vocabulary and all rows at once: a
+slab's rows of the head's gradient are one product, written once. It costs the logits a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from selfteach import closed_form, products
+from selfteach.closed_form import Form, Kept, Told
+from selfteach.scores import Scores, WithGradients, is_plain, wanted
+
+SLAB_ENTRIES = 2**21
+"""Logits of a slab: 4 MiB of either side's, and as much of their gradient."""
+
+
+def runs(form: Form, student: Scores, teacher: Scores) -> bool:
+    """True where `divergence_sum` can, and saves something."""
+    weight_VH = student.terms[0][1].weight_VH
+    halves = all(x.terms[0][0].dtype in products.HALVES for x in (student, teacher))
+    trains = wanted(weight_VH) and weight_VH.is_cpu and weight_VH.dtype in products.HALVES
+    return is_plain(student) and is_plain(teacher) and halves and trains and form.temperature == 1
+
+
+def divergence_sum(
+    form: Form,
+    student: Scores,
+    teacher: Scores,
+    ids_N: Int[Tensor, " N"],
+    weight_N: Float[Tensor, " N"],
+    factor: Callable[[Tensor], Tensor] | None = None,
+    *,
+    chunk_tokens: int,
+) -> tuple[Float[Tensor, ""], Mapping[str, Float[Tensor, " N"]]]:
+    """As `fused.divergence_sum`, for what `runs` allows.
+
+    Peak workspace: a handful of [C, V] for chunks of C tokens, or three times `SLAB_ENTRIES`; [N, H] in
+    float32 and once more in the hidden states' dtype; and a copy of a teacher's head of another dtype.
+    """
+    ((hidden_NH, head, _),), ((teacher_NH, teacher_head, _),) = student.terms, teacher.terms
+    sides = (hidden_NH, head.weight_VH, teacher_NH, teacher_head.weight_VH.to(teacher_NH.dtype))
+    student_NH, student_VH, teacher_NH, teacher_VH = (x.detach() for x in sides)
+    absent_N = weight_N == 0
+    grad_NH = torch.zeros_like(student_NH, dtype=torch.float32) if wanted(hidden_NH) else None
+    told, kept = list[Told](), list[Kept]()
+
+    def of_chunk(rows: slice) -> None:
+        student_CV = products.linear(student_NH[rows], student_VH, None)
+        teacher_CV = products.linear(teacher_NH[rows], teacher_VH, None)
+        grad_CV = torch.empty_like(student_CV, dtype=torch.float32) if grad_NH is not None else None
+        said, own = closed_form.walked(form, student_CV, teacher_CV, ids_N[rows, None], grad_CV)
+        if grad_NH is not None and grad_CV is not None:
+            grad_NH[rows] = grad_CV.to(student_NH.dtype) @ student_VH
+        told.append(said)
+        kept.append(own)
+
+    with torch.no_grad():
+        for start in range(0, max(1, len(ids_N)), chunk_tokens):
+            of_chunk(slice(start, min(start + chunk_tokens, len(ids_N))))
+        loss_N, clipped_N, logp_N, teacher_logp_N = map(torch.cat, zip(*told, strict=True))
+        known = tuple(map(torch.cat, zip(*kept, strict=True)))
+        scale_N = weight_N.detach().float()
+        if factor is not None:
+            scale_N = scale_N * factor(logp_N)
+        scale_N = scale_N.masked_fill(absent_N, 0.0)
+        total = (scale_N * loss_N).masked_fill(absent_N, 0.0).sum()
+        if grad_NH is not None:
+            grad_NH.mul_(scale_N[:, None]).masked_fill_(absent_N[:, None], 0.0)
+        teacher_side = (teacher_NH, teacher_VH) if form.whole(len(student_VH)) else None
+        grad_VH = _head(form, (student_NH, student_VH), teacher_side, known, scale_N, absent_N)
+    sources = (hidden_NH, head.weight_VH, None)
+    said = {"loss": loss_N, "clipped": clipped_N, "logp": logp_N, "teacher_logp": teacher_logp_N}
+    return WithGradients.apply(total, grad_NH, grad_VH, None, *sources), said  # type: ignore[return-value]
+
+
+def _head(
+    form: Form, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor] | None, kept: Kept,
+    scale_N: Tensor, absent_N: Tensor,
+) -> Tensor:  # fmt: skip
+    """The head's gradient, slab by slab."""
+    hidden_NH, weight_VH = student
+    live_NH = hidden_NH.masked_fill(absent_N[:, None], 0.0)  # 0 times NaN is NaN
+    grad_VH = torch.empty_like(weight_VH)
+    width = max(1, SLAB_ENTRIES // max(1, len(hidden_NH)))
+    for first in range(0, len(weight_VH), width):
+        part = slice(first, min(first + width, len(weight_VH)))
+        student_NW = products.linear(hidden_NH, weight_VH[part], None)
+        teacher_NW = products.linear(teacher[0], teacher[1][part], None) if teacher else None
+        grad_NW = torch.empty_like(student_NW)
+        closed_form.gradient_of_slab(form, student_NW, teacher_NW, kept, first, scale_N, grad_NW)
+        grad_NW.masked_fill_(absent_N[:, None], 0.0)
+        torch.mm(grad_NW.T, live_NH, out=grad_VH[part])
+    return grad_VH

@@ -1,0 +1,170 @@
+"""Heads that train in half precision on a processor: as the walk over tokens, with less in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_divergence import INF, name
+from torch import Tensor
+
+from selfteach import closed_form, slabs
+from selfteach.divergence import Divergence, form, per_token
+from selfteach.objective import Distillation, summed
+from selfteach.scores import Head, Scores, chunked_sum
+from selfteach.types import Batch, Sequences
+
+N, V, H = 21, 75, 40
+SPECS = [
+    Divergence("forward_kl"),
+    Divergence("reverse_kl"),
+    Divergence("jsd", beta=0.8, jsd_scaled=True),
+    Divergence("reverse_kl", clip=0.02),
+    Divergence("jsd", support="top_k", top_k=7),
+    Divergence("forward_kl", support="top_k", top_k=7, top_k_from="teacher"),
+    Divergence("reverse_kl", support="top_k", top_k=V - 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several slabs and blocks of rows, the last of each in part."""
+    monkeypatch.setattr(slabs, "SLAB_ENTRIES", N * 32)
+    monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", 8 * 32)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def inputs(width: int = H) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, head, the teacher's (of another width), ids, weights with a 0 among them."""
+    weight_N = torch.linspace(-0.5, 1.0, N)
+    weight_N[3] = 0.0
+    return (
+        noise(N, H).requires_grad_(), noise(V, H, seed=1).requires_grad_(),
+        noise(N, width, seed=2), noise(V, width, seed=3), torch.arange(N) * 3 % V, weight_N,
+    )  # fmt: skip
+
+
+def scores(hidden_NH: Tensor, head_VH: Tensor) -> Scores:
+    return Scores.single(hidden_NH, Head(head_VH))
+
+
+def of(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, weight: Tensor):
+    return slabs.divergence_sum(form(spec), student, teacher, ids, weight, chunk_tokens=5)
+
+
+def plainly(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, weight: Tensor):
+    """The walk over tokens, whose head's gradient is summed up in float32."""
+
+    def fn(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
+        told = per_token(spec, logits_CV, teacher.logits(rows).detach(), ids[rows])
+        return {"loss": told.loss, "clipped": told.clipped, "advantage": told.advantage}
+
+    return chunked_sum(fn, student, weight, chunk_tokens=5)
+
+
+def off(got: Tensor, want: Tensor) -> float:
+    """The part of the wanted norm that is missing."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name)
+@pytest.mark.parametrize("width", [H, 48])
+def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(spec, width) -> None:
+    hidden, head, teacher_hidden, teacher_head, ids, weight = inputs(width)
+    student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
+    assert slabs.runs(form(spec), student, teacher)
+    (got, said), (want, stats) = (fn(spec, student, teacher, ids, weight) for fn in (of, plainly))
+    torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-4, atol=1e-5)
+    for one in ("loss", "clipped"):
+        torch.testing.assert_close(said[one], stats[one], rtol=1e-4, atol=1e-5)
+    advantage = said["teacher_logp"] - said["logp"]
+    torch.testing.assert_close(advantage, stats["advantage"], rtol=1e-4, atol=1e-4)
+    mine, others = (torch.autograd.grad(2 * total, (hidden, head)) for total in (got, want))
+    for one, other in zip(mine, others, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert off(one, other) < 1e-2
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name)
+def test_a_slab_s_gradient_is_the_walk_s_to_the_digit(spec: Divergence) -> None:
+    """In float64, where nothing hides behind rounding."""
+    student, teacher = noise(N, V).double(), noise(N, V, seed=1).double()
+    ids, scale = torch.arange(N)[:, None], torch.linspace(-0.5, 1.0, N).double()
+    want = torch.empty_like(student)
+    _, kept = closed_form.walked(form(spec), student, teacher, ids, want)
+    got = torch.empty_like(student)
+    for first in range(0, V, 32):
+        part = slice(first, first + 32)
+        theirs = teacher[:, part] if form(spec).whole(V) else None
+        closed_form.gradient_of_slab(
+            form(spec), student[:, part], theirs, kept, first, scale, got[:, part]
+        )
+    torch.testing.assert_close(got, want * scale[:, None], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", [SPECS[1], SPECS[4]], ids=name)
+def test_rows_of_weight_zero_are_absent_even_where_nothing_is_finite(spec: Divergence) -> None:
+    hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
+
+    def told() -> tuple[Tensor, ...]:
+        sides = scores(hidden, head), scores(teacher_hidden, teacher_head)
+        total = of(spec, *sides, ids, weight)[0]
+        return total.detach(), *torch.autograd.grad(total, (hidden, head))
+
+    want = told()
+    with torch.no_grad():
+        hidden[3] = torch.nan
+        teacher_hidden[3] = INF
+    for got, wanted in zip(told(), want, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_only_a_plain_head_of_halves_that_trains_is_walked_in_slabs() -> None:
+    hidden, head, teacher_hidden, teacher_head, *_ = inputs()
+    own, teacher = form(SPECS[1]), scores(teacher_hidden, teacher_head)
+    assert slabs.runs(own, scores(hidden, head), teacher)
+    assert slabs.runs(own, scores(hidden, head), scores(teacher_hidden, teacher_head.float()))
+    assert not slabs.runs(own, scores(hidden, head.detach()), teacher)
+    assert not slabs.runs(own, scores(hidden, head.float().detach().requires_grad_()), teacher)
+    assert not slabs.runs(own, scores(hidden.float(), head), teacher)
+    biased = Scores.single(hidden, Head(head, torch.zeros(V)))
+    assert not slabs.runs(own, biased, teacher) and not slabs.runs(own, teacher, biased)
+    mixed = Scores(((teacher_hidden, Head(teacher_head), 0.5),) * 2)
+    assert not slabs.runs(own, scores(hidden, head), mixed)
+    assert not slabs.runs(
+        dataclasses.replace(SPECS[1], temperature=2.0)
+        and form(Divergence("reverse_kl", temperature=2.0)),
+        scores(hidden, head),
+        teacher,
+    )
+    with torch.no_grad():
+        assert not slabs.runs(own, scores(hidden, head), teacher)
+
+
+def test_the_objective_says_what_the_walk_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With importance weights, too."""
+    hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
+    nothing = torch.zeros(0, dtype=torch.long)
+    batch = Batch(
+        Sequences(nothing, nothing, nothing), None, ids, weight, torch.zeros(N),
+        sampled_logp_N=torch.linspace(-9.0, -1.0, N),
+    )  # fmt: skip
+    objective = Distillation(SPECS[1], sampling_temperature=1.0, importance_cap=2.0)
+    told = []
+    for folded in (True, False):
+        if not folded:
+            monkeypatch.setattr(slabs, "runs", lambda *_: False)
+        sides = scores(hidden, head), scores(teacher_hidden, teacher_head)
+        total, said = summed(objective, *sides, batch, 5)
+        told.append((said, torch.autograd.grad(total, (hidden, head))))
+    (said, grads), (wanted, others) = told
+    assert said.keys() == wanted.keys() and 0 < said["truncated"].sum() < N
+    for key, value in wanted.items():
+        torch.testing.assert_close(said[key], value, rtol=1e-4, atol=1e-4)
+    for one, other in zip(grads, others, strict=True):
+        assert off(one, other) < 1e-2
