@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -169,10 +170,12 @@ def run_jobs(
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
     _require_servers([job.recipe for job in waiting])
     workers = min(workers or side_by_side(waiting), len(waiting) + 1)
-    os.environ.setdefault(*HUGE_PAGES)
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
-    ) as pool:
+    with (
+        _set(*HUGE_PAGES),
+        concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
+        ) as pool,
+    ):
         besides = [pool.submit(beside)] if beside is not None else []
         alike = _beginning_alike(jobs)
         futures = [
@@ -199,6 +202,19 @@ def run_jobs(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _set(name: str, value: str) -> Iterator[None]:
+    """A variable of the environment for processes that are begun meanwhile; another's value stays."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def side_by_side(jobs: Sequence[Job]) -> int:

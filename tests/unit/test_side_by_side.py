@@ -11,7 +11,7 @@ import torch
 from selfteach import study
 from selfteach.config import Recipe
 from selfteach.recipes import study_from
-from selfteach.study import Job, jobs_of, side_by_side
+from selfteach.study import Job, jobs_of, run_jobs, side_by_side
 
 
 def jobs(device: str) -> list[Job]:
@@ -64,3 +64,21 @@ def test_runs_of_one_model_and_seed_begin_alike(tmp_path: Path) -> None:
         "runs/base/seed_1", "runs/told/seed_1",
         "variants/slow/base/seed_1", "variants/slow/grpo/seed_1", "variants/slow/told/seed_1",
     }  # fmt: skip
+
+
+def _tunables() -> None:
+    """In a worker."""
+    if os.environ.get("GLIBC_TUNABLES") != "glibc.malloc.hugetlb=1":
+        raise LookupError(os.environ.get("GLIBC_TUNABLES"))
+
+
+def test_runs_processes_ask_for_huge_pages_and_nobody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    run_jobs([], 1, lambda _: None, beside=_tunables)
+    assert "GLIBC_TUNABLES" not in os.environ
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    with pytest.raises(LookupError, match="check"):
+        run_jobs([], 1, lambda _: None, beside=_tunables)
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1"
