@@ -30,6 +30,7 @@ SPECS = [
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several slabs and blocks of rows, the last of each in part."""
+    monkeypatch.setattr(slabs, "WIDE", H)
     monkeypatch.setattr(slabs, "SLAB_ENTRIES", N * 32)
     monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", 8 * 32)
 
@@ -124,7 +125,9 @@ def test_rows_of_weight_zero_are_absent_even_where_nothing_is_finite(spec: Diver
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
-def test_only_a_plain_head_of_halves_that_trains_is_walked_in_slabs() -> None:
+def test_only_a_plain_wide_head_of_halves_that_trains_is_walked_in_slabs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     hidden, head, teacher_hidden, teacher_head, *_ = inputs()
     own, teacher = form(SPECS[1]), scores(teacher_hidden, teacher_head)
     assert slabs.runs(own, scores(hidden, head), teacher)
@@ -144,6 +147,8 @@ def test_only_a_plain_head_of_halves_that_trains_is_walked_in_slabs() -> None:
     )
     with torch.no_grad():
         assert not slabs.runs(own, scores(hidden, head), teacher)
+    monkeypatch.setattr(slabs, "WIDE", H + 1)
+    assert not slabs.runs(own, scores(hidden, head), teacher)
 
 
 def test_the_objective_says_what_the_walk_says(monkeypatch: pytest.MonkeyPatch) -> None:
