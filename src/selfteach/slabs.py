@@ -19,8 +19,8 @@ from selfteach.closed_form import Form, Kept, Told
 from selfteach.scores import Scores, WithGradients, is_plain, wanted
 
 WIDE = 1024
-"""Width of hidden states from which a float32 sum costs more than the logits once more: at 2,048 it took
-half of the time; at 576 slabs take a fifth more, and the sum stays."""
+"""Width of hidden states from which a float32 sum costs more than the logits once more: at 2,048 it
+took half of the time; at 576 slabs take a fifth more, and the sum stays."""
 SLAB_ENTRIES = 2**21
 """Logits of a slab: 4 MiB of either side's, and as much of their gradient."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from test_divergence import INF, name
@@ -139,12 +137,8 @@ def test_only_a_plain_wide_head_of_halves_that_trains_is_walked_in_slabs(
     assert not slabs.runs(own, biased, teacher) and not slabs.runs(own, teacher, biased)
     mixed = Scores(((teacher_hidden, Head(teacher_head), 0.5),) * 2)
     assert not slabs.runs(own, scores(hidden, head), mixed)
-    assert not slabs.runs(
-        dataclasses.replace(SPECS[1], temperature=2.0)
-        and form(Divergence("reverse_kl", temperature=2.0)),
-        scores(hidden, head),
-        teacher,
-    )
+    warmer = form(Divergence("reverse_kl", temperature=2.0))
+    assert not slabs.runs(warmer, scores(hidden, head), teacher)
     with torch.no_grad():
         assert not slabs.runs(own, scores(hidden, head), teacher)
     monkeypatch.setattr(slabs, "WIDE", H + 1)
