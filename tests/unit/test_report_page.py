@@ -198,7 +198,7 @@ def test_every_page_opens_from_a_file_without_an_error(open_page, report):
     for name in ("Answers", "Health", "Budget", "Overview"):
         page.get_by_role("link", name=name).first.click()
         # A click is over before the page has heard of its new address.
-        page.wait_for_function(f"!document.getElementById('{name.lower()}').hidden")
+        page.locator(f"#{name.lower()}").wait_for()
         assert visible_pages(page) == [name.lower()]
         assert page.locator("nav a[aria-current=page]").inner_text().startswith(name)
     # An address within a page opens that page.
