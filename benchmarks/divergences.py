@@ -311,7 +311,7 @@ PARTS: dict[str, tuple[str, Callable[[], Cases]]] = {
 }
 NOTES = (
     "`times ours` above 1: slower than ours. `workspace_MiB`: beyond inputs, weights and gradients. A "
-    "bf16 head that trains is summed up in float32, and that sum is workspace."
+    "narrow bf16 head that trains is summed up in float32, and that sum is workspace."
 )
 
 

@@ -45,7 +45,8 @@ def divergence_sum(
     *,
     chunk_tokens: int,
 ) -> tuple[Float[Tensor, ""], Mapping[str, Float[Tensor, " N"]]]:
-    """As `fused.divergence_sum`, for what `runs` allows.
+    """As `fused.divergence_sum` in arguments, values and gradients, for what `runs` allows; tokens are
+    walked ``chunk_tokens`` at a time. Top-K too.
 
     Peak workspace: a handful of [C, V] for chunks of C tokens, or three times `SLAB_ENTRIES`; [N, H] in
     float32 and once more in the hidden states' dtype; and a copy of a teacher's head of another dtype.
