@@ -36,6 +36,7 @@ from selfteach.errors import DataError, RecipeError
 from selfteach.gates import Gate
 from selfteach.loading import (
     DTYPES,
+    autocast_of,
     choose_device,
     context_length,
     end_ids,
@@ -101,7 +102,8 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
     if here or shard is None:
         nn.Module.to(sampler, device)
     policy = _policy(recipe, adapted, ranks, shard)
-    ends, pad, autocast = end_ids(model, tokenizer, renderer), pad_id(tokenizer), _autocast(recipe)
+    ends, pad = end_ids(model, tokenizer, renderer), pad_id(tokenizer)
+    autocast = autocast_of(recipe.model, recipe.model.device)
     solver = Solver(policy, renderer, ends, pad, max_length, autocast)
     prompts = (renderer.solver_prompt(p) for p in (*task.train, *task.validation, *task.test))
     engine = build_engine(recipe, solver, prompts, sampler, ranks)
@@ -346,14 +348,10 @@ def _policy(
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         grad_clip=optimizer.grad_clip,
-        autocast=_autocast(recipe),
+        autocast=autocast_of(recipe.model, recipe.model.device),
         ranks=ranks,
         shard=shard,
     )
-
-
-def _autocast(recipe: Recipe) -> torch.dtype | None:
-    return DTYPES[recipe.model.autocast] if recipe.model.autocast else None
 
 
 def build_context(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
+
+from selfteach import products
 from selfteach.budget import Budget, step_cost, step_tokens
 from selfteach.build import build
 from selfteach.config import Recipe
@@ -20,6 +23,10 @@ UNREADABLE = (
     "note: the lab's bases do not read environment feedback: it teaches next to nothing there"
 )
 """Measured: docs/concepts.md."""
+SLOW_HALVES = (
+    "note: this processor has no instructions for products of bfloat16, which take many times as long "
+    'as in float32 here: use model.autocast = "auto" (or false) and weights_dtype = "float32"'
+)
 STALE = (
     "note: train.staleness is above 0 without objective.importance_cap: answers of older weights are "
     "learned from uncorrected; 2.0 is a usual cap"
@@ -43,10 +50,7 @@ def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
         yield json.dumps(differences(plain[first], plain[arm]), indent=2)
     known = {arm: _know(recipe, offline) for arm, recipe in resolved.items()}
     yield from _unchecked(known)
-    if any(unreadable(recipe) for recipe in resolved.values()):
-        yield UNREADABLE
-    if any(uncorrected(recipe) for recipe in resolved.values()):
-        yield STALE
+    yield from notes(resolved.values(), here=not offline)
     yield "# sizes"
     yield from _sizes(known[first])
     if (task := known[first].task) is not None:
@@ -78,6 +82,17 @@ def differences(a: Any, b: Any) -> Any:
     return b
 
 
+def notes(recipes: Iterable[Recipe], *, here: bool = True) -> Iterator[str]:
+    """What works but is seldom meant, once each, from recipes alone; ``here``: as it would run here."""
+    asked = list(recipes)
+    if any(unreadable(recipe) for recipe in asked):
+        yield UNREADABLE
+    if any(uncorrected(recipe) for recipe in asked):
+        yield STALE
+    if here and any(slow_halves(recipe) for recipe in asked):
+        yield SLOW_HALVES
+
+
 def unreadable(recipe: Recipe) -> bool:
     """True where a context is shown to a model that was never taught to read it."""
     return "environment" in recipe.context.names and recipe.data.type == "lab"
@@ -87,6 +102,15 @@ def uncorrected(recipe: Recipe) -> bool:
     """True where answers of older weights are learned from as if they were the policy's own."""
     capped = [term.importance_cap for term in terms(recipe.objective) if term is not None]
     return recipe.train.staleness > 0 and recipe.train.steps > 0 and None in capped
+
+
+def slow_halves(recipe: Recipe) -> bool:
+    """True where a processor is asked for products of bfloat16 and has no instructions for them."""
+    model = recipe.model
+    if "bfloat16" not in (model.weights_dtype, model.autocast):
+        return False
+    on_cpu = model.device == "cpu" or (model.device == "auto" and not torch.cuda.is_available())
+    return on_cpu and not products.multiplies_halves("cpu")
 
 
 def _know(recipe: Recipe, offline: bool) -> Survey:

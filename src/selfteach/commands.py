@@ -73,9 +73,12 @@ def run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
 
 def run_one(recipe: Recipe, folder: Path) -> None:
     """Run or take up one run, with its report."""
+    from selfteach.check import notes
     from selfteach.progress import run_progress
     from selfteach.train import train as run
 
+    for note in notes([recipe]) if launched.leads() else ():
+        typer.echo(note, err=True)
     with run_progress(recipe) as progress:
         for row in run(recipe, folder):
             progress(row)

@@ -80,17 +80,18 @@ class ModelConfig(Section):
     has no such role it stands before the first question."""
     thinking: ThinkingConfig = ThinkingConfig()
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    autocast: Literal["bfloat16"] | None = None
-    """Products in bfloat16 while weights stay as they are. On a processor logits are rounded to
-    bfloat16 too, an eighth of a distillation's gradient where teacher and student differ little; on a
-    GPU they come in float32."""
+    autocast: Literal["auto", "bfloat16"] | None = None
+    """Products in bfloat16 while weights stay as they are; ``auto``: where the device multiplies
+    bfloat16 itself, which most processors do not (`products.multiplies_halves`); ``false``: nowhere.
+    A processor that does rounds logits to bfloat16 too, an eighth of a distillation's gradient where
+    teacher and student differ little; elsewhere they come in float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     lora: LoraConfig | None = None
     """``lora = false`` in an arm or variant takes adapters away again: full weights."""
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
 
-    @field_validator("lora", mode="before")
+    @field_validator("lora", "autocast", mode="before")
     @classmethod
     def _false_is_none(cls, value: object) -> object:
         """TOML has no null, and an override must be able to say none."""

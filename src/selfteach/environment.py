@@ -10,12 +10,17 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """What a run was made with: commit, versions, machine."""
+    """What a run was made with: commit, versions, machine; and which vector instructions, since with
+    others the last digits of a product are others.
+    """
+    import torch  # loaded by then; who only reads recipes does without
+
     packages = ("selfteach", "torch", "transformers", "peft", "tokenizers", "numpy")
     return {
         "commit": commit(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "processor": torch.backends.cpu.get_cpu_capability(),
         "versions": {name: _version(name) for name in packages},
     }
 

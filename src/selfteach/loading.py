@@ -21,6 +21,7 @@ from transformers import (
 from transformers.integrations import sdpa_attention
 from transformers.utils import logging
 
+from selfteach import products
 from selfteach.config import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.lab.worlds import BASES
@@ -55,6 +56,15 @@ def resolve(path: str) -> str:
             )
         return str(Path(next(iter(spec.submodule_search_locations))) / inside)
     return path
+
+
+def autocast_of(config: ModelConfig, device: str) -> torch.dtype | None:
+    """What a model's products are computed in on a device (``cuda``, ``cpu``, or ``auto`` for the one
+    that `choose_device` takes); None for the weights' own dtype."""
+    if config.autocast == "auto":
+        kind = choose_device(device).type if device == "auto" else torch.device(device).type
+        return torch.bfloat16 if products.multiplies_halves(kind) else None
+    return DTYPES[config.autocast] if config.autocast else None
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -25,9 +25,10 @@ class Head:
     """A model's map from hidden states to logits.
 
     ``softcap * tanh(x / softcap)`` of ``x = scale (h Wᵀ + b)``; the cap only where one is set.
-    The product runs in the hidden state's dtype (weight and bias are cast to it), scale and cap in
-    float32 at least. Logits of neither stay in the product's dtype: who reads them computes in
-    float32 anyway, and a copy of them all would be the largest thing in memory.
+    The product runs in the hidden state's dtype (weight and bias are cast to it; but see
+    `products.linear` for halves), scale and cap in float32 at least. Logits of neither stay in the
+    product's dtype: who reads them computes in float32 anyway, and a copy of them all would be the
+    largest thing in memory.
     """
 
     weight_VH: Float[Tensor, "V H"]
@@ -40,9 +41,9 @@ class Head:
         return self.finish(self.product(hidden))
 
     def product(self, hidden: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows V"]:
-        """``h Wᵀ + b`` in the dtype of ``hidden``; see `products.linear` for halves on a GPU."""
-        bias_V = None if self.bias_V is None else self.bias_V.to(hidden.dtype)
-        return products.linear(hidden, self.weight_VH.to(hidden.dtype), bias_V)
+        """``h Wᵀ + b`` in the dtype of ``hidden``; see `products.linear` for halves."""
+        bias_V = None if self.bias_V is None else products.suited(self.bias_V, hidden)
+        return products.linear(hidden, products.suited(self.weight_VH, hidden), bias_V)
 
     def finish(self, product: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
         """Scale and soft cap, in float32 at least, where there are any."""
@@ -124,7 +125,7 @@ def chunked_sum(
     ((hidden_NH, head, mix),) = student.terms
     sources = (hidden_NH, head.weight_VH, head.bias_V)
     grads = [_accumulator(x) if x is not None and wanted(x) else None for x in sources]
-    constant = (hidden_NH.detach(), _constant(head, hidden_NH.dtype), mix)
+    constant = (hidden_NH.detach(), _constant(head, hidden_NH), mix)
     stats: dict[str, list[Tensor]] = {}
     total = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
     for start in range(0, max(1, len(hidden_NH)), chunk_tokens):  # no rows are one empty chunk
@@ -147,10 +148,12 @@ def _check(student: Scores, weight_N: Tensor, chunk_tokens: int) -> None:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
 
 
-def _constant(head: Head, dtype: torch.dtype) -> Head:
+@torch.no_grad()
+def _constant(head: Head, hidden_NH: Tensor) -> Head:
     """The head outside the graph and in the product's dtype: cast once, not once per chunk."""
-    bias_V = None if head.bias_V is None else head.bias_V.detach().to(dtype)
-    return replace(head, weight_VH=head.weight_VH.detach().to(dtype), bias_V=bias_V)
+    bias_V = None if head.bias_V is None else products.suited(head.bias_V.detach(), hidden_NH)
+    weight_VH = products.suited(head.weight_VH.detach(), hidden_NH)
+    return replace(head, weight_VH=weight_VH, bias_V=bias_V)
 
 
 def wanted(source: Tensor) -> bool:
@@ -187,7 +190,7 @@ def _chunk(
             grad_CV = empty(grad_CV, absent_C[:, None], 0.0)
             hidden_CH = hidden_CH.masked_fill(absent_C[:, None], 0.0)
         del product_CV
-        _add_gradients(head, hidden_CH, grad_CV.to(hidden_CH.dtype), rows, grads)
+        _add_gradients(head, hidden_CH, products.narrowed(grad_CV, hidden_CH), rows, grads)
     # Detached here, so that the next chunk does not overlap with this one's graph.
     return part.detach(), {name: value_C.detach() for name, value_C in said.items()}
 
@@ -198,7 +201,7 @@ def _add_gradients(
     """The backward of ``Head.product``, added in place to the accumulators that exist."""
     grad_NH, grad_VH, grad_V = grads
     if grad_NH is not None:
-        grad_NH[rows] = grad_CV @ head.weight_VH.to(grad_CV.dtype)
+        grad_NH[rows] = products.times(grad_CV, head.weight_VH)
     if grad_VH is not None:
         products.add(grad_VH, grad_CV.T, hidden_CH)
     if grad_V is not None:

@@ -52,8 +52,11 @@ def divergence_sum(
     float32 and once more in the hidden states' dtype; and a copy of a teacher's head of another dtype.
     """
     ((hidden_NH, head, _),), ((teacher_NH, teacher_head, _),) = student.terms, teacher.terms
-    sides = (hidden_NH, head.weight_VH, teacher_NH, teacher_head.weight_VH.to(teacher_NH.dtype))
-    student_NH, student_VH, teacher_NH, teacher_VH = (x.detach() for x in sides)
+    student_NH, student_VH, teacher_NH = (
+        x.detach() for x in (hidden_NH, head.weight_VH, teacher_NH)
+    )
+    with torch.no_grad():
+        teacher_VH = products.suited(teacher_head.weight_VH, teacher_NH)
     absent_N = weight_N == 0
     grad_NH = torch.zeros_like(student_NH, dtype=torch.float32) if wanted(hidden_NH) else None
     told, kept = list[Told](), list[Kept]()
@@ -64,7 +67,7 @@ def divergence_sum(
         grad_CV = torch.empty_like(student_CV, dtype=torch.float32) if grad_NH is not None else None
         said, own = closed_form.walked(form, student_CV, teacher_CV, ids_N[rows, None], grad_CV)
         if grad_NH is not None and grad_CV is not None:
-            grad_NH[rows] = grad_CV.to(student_NH.dtype) @ student_VH
+            grad_NH[rows] = products.times(products.narrowed(grad_CV, student_NH), student_VH)
         told.append(said)
         kept.append(own)
 
@@ -94,6 +97,7 @@ def _head(
     """The head's gradient, slab by slab."""
     hidden_NH, weight_VH = student
     live_NH = hidden_NH.masked_fill(absent_N[:, None], 0.0)  # 0 times NaN is NaN
+    live_NH = live_NH.float() if products.widens(hidden_NH) else live_NH
     grad_VH = torch.empty_like(weight_VH)
     width = max(1, SLAB_ENTRIES // max(1, len(hidden_NH)))
     for first in range(0, len(weight_VH), width):
@@ -103,5 +107,5 @@ def _head(
         grad_NW = torch.empty_like(student_NW)
         closed_form.gradient_of_slab(form, student_NW, teacher_NW, kept, first, scale_N, grad_NW)
         grad_NW.masked_fill_(absent_N[:, None], 0.0)
-        torch.mm(grad_NW.T, live_NH, out=grad_VH[part])
+        products.write(grad_VH[part], grad_NW.T, live_NH)
     return grad_VH

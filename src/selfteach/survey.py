@@ -39,7 +39,7 @@ from selfteach.config_data import AnswerReading, FilesData, HubData
 from selfteach.config_engine import VllmProcessConfig, VllmServerConfig
 from selfteach.data import Task, load_task
 from selfteach.errors import DataError, EngineError, RecipeError
-from selfteach.loading import load_tokenizer, resolve
+from selfteach.loading import autocast_of, load_tokenizer, resolve
 from selfteach.memory import Load, Vllm
 from selfteach.rendering import Renderer
 from selfteach.shapes import Shape, known_shapes
@@ -131,7 +131,7 @@ def load_of(recipe: Recipe, known: Survey) -> Load | None:
         trained=known.trained,
         adapters=(model.lora.rank, len(model.lora.targets)) if model.lora else None,
         weight_bytes=weights,
-        compute_bytes=SIZES[model.autocast] if model.autocast else weights,
+        compute_bytes=2 if autocast_of(model, known.device) else weights,
         recompute=model.gradient_checkpointing,
         copies=copies,
         # A lesson longer than a micro-batch stands alone; the teacher's side keeps no activations.

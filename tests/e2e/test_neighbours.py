@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfteach import survey
-from selfteach.check import describe_study
+from selfteach import products, survey
+from selfteach.check import SLOW_HALVES, describe_study, notes
 from selfteach.config import Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.recipes import load_study, study_from
@@ -190,3 +190,20 @@ def test_check_says_what_the_lab_cannot_read() -> None:
     ]
     assert "do not read environment feedback" in told[0]
     assert "do not read" not in told[1], "a peer is like an aligned reference"
+
+
+@pytest.mark.parametrize("halves", [True, False])
+def test_a_processor_without_products_of_halves_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, halves: bool
+) -> None:
+    monkeypatch.setattr(products, "multiplies_halves", lambda _: halves)
+
+    def said(model: dict[str, object], **where: bool) -> bool:
+        study = study_from({"context": {"type": "reference"}, "model": {"device": "cpu", **model}})
+        return SLOW_HALVES in notes([study.recipe("run")], **where)
+
+    for model in ({"autocast": "bfloat16"}, {"weights_dtype": "bfloat16"}):
+        assert said(model) == (not halves)
+        assert not said(model, here=False), "it may run elsewhere"
+        assert not said({**model, "device": "cuda"})
+    assert not said({"autocast": "auto"}) and not said({})

@@ -286,6 +286,18 @@ def test_an_override_can_take_adapters_away() -> None:
     assert study.recipe("run", variant="full").model.lora is None
 
 
+def test_an_override_can_take_autocast_away() -> None:
+    study = study_from(
+        tomllib.loads(
+            f"model = {{ autocast = 'auto' }}\n{ALIGNED}[variants.exact]\ntitle = 'float32'\n"
+            "seeds = [0]\nset = { model = { autocast = false } }"
+        )
+    )
+    assert study.recipe("run").model.autocast == "auto"
+    assert study.recipe("run", variant="exact").model.autocast is None
+    assert "model.autocast" in error_of(f"model = {{ autocast = 'half' }}\n{ALIGNED}")
+
+
 def test_a_recipe_extends_the_common_sections_of_another(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "one.toml").write_text(

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from selfteach import products
 from selfteach.config import ModelConfig
 from selfteach.errors import EngineError
-from selfteach.loading import load_model, load_tokenizer, settle
+from selfteach.loading import autocast_of, choose_device, load_model, load_tokenizer, settle
 
 CPU = torch.device("cpu")
 
@@ -115,3 +116,23 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
 
     assert faults() < 2048
     assert faults(MALLOC_MMAP_THRESHOLD_="65536") > 15 * 2048
+
+
+@pytest.mark.parametrize(
+    ("asked", "halves", "got"),
+    [
+        (None, True, None),
+        ("bfloat16", False, torch.bfloat16),
+        ("auto", True, torch.bfloat16),
+        ("auto", False, None),
+    ],
+)
+def test_autocast_asks_the_device_only_where_it_may_choose(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, halves: bool, got: torch.dtype | None
+) -> None:
+    kinds = list[str]()
+    monkeypatch.setattr(products, "multiplies_halves", lambda kind: (kinds.append(kind), halves)[1])
+    config = ModelConfig(autocast=asked)  # pyright: ignore[reportArgumentType]
+    for device, kind in (("cpu", "cpu"), ("cuda:1", "cuda"), ("auto", choose_device("auto").type)):
+        assert autocast_of(config, device) == got
+        assert not kinds if asked != "auto" else kinds.pop() == kind

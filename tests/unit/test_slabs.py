@@ -7,7 +7,7 @@ import torch
 from test_divergence import INF, name
 from torch import Tensor
 
-from selfteach import closed_form, slabs
+from selfteach import closed_form, products, slabs
 from selfteach.divergence import Divergence, form, per_token
 from selfteach.objective import Distillation, summed
 from selfteach.scores import Head, Scores, chunked_sum
@@ -31,6 +31,13 @@ def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slabs, "WIDE", H)
     monkeypatch.setattr(slabs, "SLAB_ENTRIES", N * 32)
     monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", 8 * 32)
+
+
+@pytest.fixture(params=[True, False], ids=["halves", "widened"])
+def both_processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With instructions for products of halves, and without."""
+    monkeypatch.setattr(products, "multiplies_halves", lambda _: request.param)
+    return request.param
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -59,7 +66,9 @@ def plainly(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, wei
     """The walk over tokens, whose head's gradient is summed up in float32."""
 
     def fn(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
-        told = per_token(spec, logits_CV, teacher.logits(rows).detach(), ids[rows])
+        with torch.no_grad():
+            teacher_CV = teacher.logits(rows)
+        told = per_token(spec, logits_CV, teacher_CV, ids[rows])
         return {"loss": told.loss, "clipped": told.clipped, "advantage": told.advantage}
 
     return chunked_sum(fn, student, weight, chunk_tokens=5)
@@ -72,7 +81,9 @@ def off(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 @pytest.mark.parametrize("width", [H, 48])
-def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(spec, width) -> None:
+def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(
+    spec, width, both_processors
+) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs(width)
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
     assert slabs.runs(form(spec), student, teacher)
@@ -86,6 +97,24 @@ def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(spec, widt
     for one, other in zip(mine, others, strict=True):
         assert one.dtype == torch.bfloat16
         assert off(one, other) < 1e-2
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name)
+def test_without_instructions_for_halves_gradients_are_those_of_float64(
+    spec: Divergence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits and their gradient stay in float32 there, so that the only rounding is the last."""
+    monkeypatch.setattr(products, "multiplies_halves", lambda _: False)
+    hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
+    wide = [x.detach().double() for x in (hidden, head, teacher_hidden, teacher_head)]
+    wanted = (wide[0].requires_grad_(), wide[1].requires_grad_())
+    sides = scores(*wanted), scores(*wide[2:])
+    want = torch.autograd.grad(plainly(spec, *sides, ids, weight.double())[0], wanted)
+    sides = scores(hidden, head), scores(teacher_hidden, teacher_head)
+    for fn in (of, plainly):
+        got = torch.autograd.grad(fn(spec, *sides, ids, weight)[0], (hidden, head))
+        for one, other in zip(got, want, strict=True):
+            assert off(one, other) < 3e-3
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=name)
@@ -106,7 +135,9 @@ def test_a_slab_s_gradient_is_the_walk_s_to_the_digit(spec: Divergence) -> None:
 
 
 @pytest.mark.parametrize("spec", [SPECS[1], SPECS[4]], ids=name)
-def test_rows_of_weight_zero_are_absent_even_where_nothing_is_finite(spec: Divergence) -> None:
+def test_rows_of_weight_zero_are_absent_even_where_nothing_is_finite(
+    spec: Divergence, both_processors: bool
+) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
 
     def told() -> tuple[Tensor, ...]:
