@@ -144,7 +144,7 @@ $(PEERED): pyproject.toml constraints.txt
 	@touch $@
 
 bench: $(PEERED) smollm2-wheel ## speed and memory beside TRL and generate; BENCH="divergences sampling" for some
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(if $(BENCH),--only $(BENCH))
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(if $(BENCH),--only $(BENCH)) $(if $(MACHINE),--machine $(MACHINE))
 
 wheel: $(READY) ## build dist/*.whl
 	$(BIN)/python -m build --wheel

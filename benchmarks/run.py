@@ -1,9 +1,11 @@
 """Every benchmark, one after the other; then results/<date>.json and the tables of README.md.
 
-    python benchmarks/run.py [--only NAME ...] [--quick] [--date 2026-11-25]
+    python benchmarks/run.py [--only NAME ...] [--quick] [--date 2026-11-25] [--machine NAME]
 
 Each runs in a process of its own with the interpreter of the environment it needs (see BENCHMARKS).
-A benchmark that is not run keeps the tables of the newest results file. Other options are the scripts'.
+A benchmark that is not run keeps the tables of the newest results file. ``--machine avx2`` writes
+results/<date>.avx2.json and the tables of avx2.md instead, since ratios differ between machines. Other
+options are the scripts'.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=BENCHMARKS, default=list(BENCHMARKS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--date", default=datetime.date.today().isoformat())
+    parser.add_argument("--machine", help="another machine, whose tables have a page of their own")
     args, more = parser.parse_known_args()
-    path = HERE / "results" / f"{args.date}.json"
-    results = newest() if not path.exists() else json.loads(path.read_text())
+    path = HERE / "results" / f"{args.date}{suffix(args.machine)}.json"
+    results = newest(args.machine) if not path.exists() else json.loads(path.read_text())
     failed = []
     for name in args.only:
         print(f"== {name}", flush=True)
@@ -65,14 +68,20 @@ def main() -> None:
             results[name] = {"date": args.date, **said}
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
-            render(results)
+            render(results, args.machine)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def newest() -> dict[str, Any]:
-    """What was measured last."""
-    earlier = sorted((HERE / "results").glob("*.json"))
+def suffix(machine: str | None) -> str:
+    """What a machine's results are called behind their date."""
+    return f".{machine}" if machine else ""
+
+
+def newest(machine: str | None = None) -> dict[str, Any]:
+    """What was measured last on a machine."""
+    dates = "[0-9]" * 4 + "-[0-9][0-9]" * 2
+    earlier = sorted((HERE / "results").glob(f"{dates}{suffix(machine)}.json"))
     return json.loads(earlier[-1].read_text()) if earlier else {}
 
 
@@ -89,8 +98,8 @@ def run(name: str, more: list[str], *, quick: bool) -> dict[str, Any] | None:
         return json.loads(out.read_text()) if done.returncode == 0 else None
 
 
-def render(results: dict[str, Any]) -> None:
-    """Put the tables between the marks of README.md."""
+def render(results: dict[str, Any], machine: str | None = None) -> None:
+    """Put the tables between the marks of README.md, or of the machine's own page."""
     parts = []
     for name in (name for name in BENCHMARKS if name in results):
         said = results[name]
@@ -98,16 +107,17 @@ def render(results: dict[str, Any]) -> None:
         parts.append(f"## {title}{' on a GPU' * name.endswith('_gpu')}\n")
         parts.append(f"`make bench BENCH={name}`; {where(said)}.\n")
         parts += [table.markdown() for table in tables_of(said)]
-    readme = HERE / "README.md"
+    page = HERE / (f"{machine}.md" if machine else "README.md")
     pattern = re.compile(re.escape(BEGIN) + ".*" + re.escape(END), re.DOTALL)
     body = BEGIN + "\n\n" + "\n".join(parts) + "\n" + END
-    readme.write_text(pattern.sub(lambda _: body, readme.read_text()))
+    page.write_text(pattern.sub(lambda _: body, page.read_text()))
 
 
 def where(said: dict[str, Any]) -> str:
     """Date, commit, machine and versions in one line."""
     on, versions = said["machine"], said["machine"]["versions"]
-    device = on["gpu"] or f"{on['cpu']}, {on['cores']} cores, {on['threads']} thread"
+    halves = " and ".join(on["bf16"]) or "no instructions for bf16"
+    device = on["gpu"] or f"{on['cpu']} ({halves}), {on['cores']} cores, {on['threads']} thread"
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
     return (
         f"{said['date']}, commit {on['commit']}, {device}, {listed}, load {on['load']} at the "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
+import functools
 import importlib.util
 import os
 import sys
@@ -69,17 +71,24 @@ def autocast_of(config: ModelConfig, device: str) -> torch.dtype | None:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises `EngineError` in one line if there is none."""
-    extra = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    path, trust = resolve(config.path), config.trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve(config.path), trust_remote_code=config.trust_remote_code, **extra
-        )
+        if config.gguf_file:
+            tokenizer = copy.deepcopy(_gguf_tokenizer(path, config.gguf_file, trust))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError, ImportError) as error:
         raise EngineError(_cannot_load("tokenizer", config, error)) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@functools.lru_cache(maxsize=2)
+def _gguf_tokenizer(path: str, gguf_file: str, trust: bool) -> PreTrainedTokenizerBase:
+    """Read once per process: it takes seconds, and a study's check builds every arm."""
+    return AutoTokenizer.from_pretrained(path, gguf_file=gguf_file, trust_remote_code=trust)
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:

@@ -8,6 +8,7 @@ set that is missing from a folder that is.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -213,16 +214,20 @@ def _critic_words(templates: Templates, recipe: Recipe) -> str:
 
 def _cached(model: ModelConfig) -> PreTrainedConfig | None:
     """A model's configuration, from its folder or the cache."""
-    extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
     try:
+        if model.gguf_file:
+            return _gguf_config(resolve(model.path), model.gguf_file)
         return AutoConfig.from_pretrained(
-            resolve(model.path),
-            local_files_only=True,
-            trust_remote_code=model.trust_remote_code,
-            **extra,
+            resolve(model.path), local_files_only=True, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError):
         return None
+
+
+@functools.lru_cache(maxsize=2)
+def _gguf_config(path: str, gguf_file: str) -> PreTrainedConfig:
+    """Read once per process: it takes seconds."""
+    return AutoConfig.from_pretrained(path, gguf_file=gguf_file, local_files_only=True)
 
 
 def _size(model: ModelConfig, unchecked: list[str]) -> tuple[Shape | None, int]:

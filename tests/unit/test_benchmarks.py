@@ -77,15 +77,21 @@ def test_tables_are_written_down_even_when_a_later_one_fails(tools: Any, tmp_pat
     assert said["machine"]["versions"]["torch"]
 
 
-def test_the_page_holds_the_newest_results_and_nothing_else(
-    tools: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+PAGES = sorted(path.name for path in BENCHMARKS.glob("*.md"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_holds_its_machine_s_newest_results_and_nothing_else(
+    tools: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     import run as runner
 
-    results = runner.newest()
+    machine = None if name == "README.md" else Path(name).stem
+    results = runner.newest(machine)
+    assert results
     monkeypatch.setattr(runner, "HERE", tmp_path)
-    page = (BENCHMARKS / "README.md").read_text()
-    (tmp_path / "README.md").write_text(page)
-    runner.render(results)
+    page = (BENCHMARKS / name).read_text()
+    (tmp_path / name).write_text(page)
+    runner.render(results, machine)
     sys.modules.pop("run", None)
-    assert (tmp_path / "README.md").read_text() == page
+    assert (tmp_path / name).read_text() == page
