@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfteach import products
+from selfteach import loading, products
 from selfteach.config import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.loading import autocast_of, choose_device, load_model, load_tokenizer, settle
@@ -136,3 +136,20 @@ def test_autocast_asks_the_device_only_where_it_may_choose(
     for device, kind in (("cpu", "cpu"), ("cuda:1", "cuda"), ("auto", choose_device("auto").type)):
         assert autocast_of(config, device) == got
         assert not kinds if asked != "auto" else kinds.pop() == kind
+
+
+def test_a_gguf_file_is_read_once_and_nobody_shares_a_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lab_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    read = list[str]()
+
+    def from_pretrained(path: str, **more: object) -> PreTrainedTokenizerFast:
+        read.append(f"{path} {more['gguf_file']}")
+        return lab_tokenizer
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", from_pretrained)
+    configs = [ModelConfig(path=str(tmp_path), gguf_file=name) for name in ("a", "a", "b")]
+    told = [load_tokenizer(config) for config in configs]
+    assert read == [f"{tmp_path} a", f"{tmp_path} b"]
+    assert len({id(one) for one in (*told, lab_tokenizer)}) == 4
+    assert all(one.get_vocab() == lab_tokenizer.get_vocab() for one in told)
