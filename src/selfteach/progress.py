@@ -20,7 +20,7 @@ from rich.progress import (
 
 from selfteach.config import Recipe
 from selfteach.run_folder import RunFolder
-from selfteach.study import Job
+from selfteach.side_by_side import Job
 
 if TYPE_CHECKING:
     from selfteach.selection import Standing

@@ -18,7 +18,8 @@ import selfteach
 from selfteach import cli
 from selfteach.recipes import BASE, load_study
 from selfteach.run_folder import RunFolder
-from selfteach.study import jobs_of, run_jobs
+from selfteach.side_by_side import run_jobs
+from selfteach.study import jobs_of
 
 RECIPE = """
 [model]

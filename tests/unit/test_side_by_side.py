@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfteach import study
+from selfteach import side_by_side as processes
 from selfteach.config import Recipe
 from selfteach.recipes import study_from
-from selfteach.study import Job, jobs_of, run_jobs, side_by_side
+from selfteach.side_by_side import Job, run_jobs, side_by_side
+from selfteach.study import jobs_of
 
 
 def jobs(device: str) -> list[Job]:
@@ -25,7 +26,7 @@ def jobs(device: str) -> list[Job]:
 def test_runs_follow_one_another_on_a_gpu_alone(
     device: str, gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "GPU_DRIVERS", ("/",))
+    monkeypatch.setattr(processes, "GPU_DRIVERS", ("/",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert side_by_side(jobs(device)) == (1 if gpu else os.cpu_count())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -33,7 +34,7 @@ def test_runs_follow_one_another_on_a_gpu_alone(
 
 
 def test_without_a_driver_nobody_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "GPU_DRIVERS", ("/nowhere",))
+    monkeypatch.setattr(processes, "GPU_DRIVERS", ("/nowhere",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked"))
     assert side_by_side(jobs("auto")) == os.cpu_count()
 
@@ -58,7 +59,7 @@ def test_variants_untrained_models_come_last(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_model_and_seed_begin_alike(tmp_path: Path) -> None:
-    alike = study._beginning_alike(jobs_of(study_from(STUDY), tmp_path))
+    alike = processes._beginning_alike(jobs_of(study_from(STUDY), tmp_path))
     own = tmp_path / "runs" / "grpo" / "seed_1"
     assert {folder.relative_to(tmp_path).as_posix() for folder in alike[own]} == {
         "runs/base/seed_1", "runs/told/seed_1",
