@@ -74,3 +74,37 @@ def test_logits_are_left_as_they_are_and_differentiate_twice_alike(spec) -> None
     first, again = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(student, kept[0]) and torch.equal(teacher, kept[1])
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("entries", [16, 19, 40, 67])
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["any", "ties", "mostly -inf", "one NaN", "rising"])
+def test_the_largest_entries_are_those_of_a_full_search(entries, k, kind, monkeypatch) -> None:
+    """Found in groups of four, where there are enough groups, and with a rest that is no group."""
+    monkeypatch.setattr(closed_form, "GROUP", 4)
+    rows = noise(6, entries)
+    match kind:
+        case "ties":
+            rows = rows.mul(2).round()
+        case "mostly -inf":
+            rows[:, 3:] = -INF
+        case "one NaN":
+            rows[:, entries // 2] = torch.nan
+        case "rising":  # the largest are neighbours, at the end
+            rows = rows.sort(-1).values
+    index = closed_form.largest(rows, k)
+    assert index.shape == (6, k) and all(len(set(own)) == k for own in index.tolist())
+    got = rows.gather(-1, index).sort(-1, descending=True).values
+    torch.testing.assert_close(got, rows.topk(k, -1).values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_of_many_entries_only_groups_with_large_ones_are_searched(monkeypatch) -> None:
+    searched, topk = [], Tensor.topk
+    monkeypatch.setattr(
+        Tensor, "topk", lambda x, *a, **kw: (searched.append(x.shape[-1]), topk(x, *a, **kw))[1]
+    )
+    closed_form.largest(torch.randn(2, 64 * 100 + 3), 5)
+    assert searched == [100, 5 * 64 + 3]
+    searched.clear()
+    closed_form.largest(torch.randn(2, 64 * 9), 5)
+    assert searched == [64 * 9], "too few groups to leave one out"
