@@ -97,7 +97,6 @@ def _head(
     """The head's gradient, slab by slab."""
     hidden_NH, weight_VH = student
     live_NH = hidden_NH.masked_fill(absent_N[:, None], 0.0)  # 0 times NaN is NaN
-    live_NH = live_NH.float() if products.widens(hidden_NH) else live_NH
     grad_VH = torch.empty_like(weight_VH)
     width = max(1, SLAB_ENTRIES // max(1, len(hidden_NH)))
     for first in range(0, len(weight_VH), width):
