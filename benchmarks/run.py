@@ -105,7 +105,8 @@ def render(results: dict[str, Any], machine: str | None = None) -> None:
         said = results[name]
         title = name.removesuffix("_gpu").replace("_", " ").capitalize()
         parts.append(f"## {title}{' on a GPU' * name.endswith('_gpu')}\n")
-        parts.append(f"`make bench BENCH={name}`; {where(said)}.\n")
+        command = f"make bench BENCH={name}" + (f" MACHINE={machine}" if machine else "")
+        parts.append(f"`{command}`; {where(said)}.\n")
         parts += [table.markdown() for table in tables_of(said)]
     page = HERE / (f"{machine}.md" if machine else "README.md")
     pattern = re.compile(re.escape(BEGIN) + ".*" + re.escape(END), re.DOTALL)
