@@ -150,7 +150,8 @@ def test_what_goes_wrong_beside_runs_is_said_when_they_are_done(
 
 def test_a_killed_study_goes_on(recipe: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
-    study = [sys.executable, "-m", "selfteach", "study", str(recipe), "--out"]
+    study = [sys.executable, "-m", "selfteach", "study", str(recipe), "--set", "study.seeds=[0]"]
+    study.append("--out")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*study, str(out)], env=environment, **quiet)  # type: ignore[call-overload]
