@@ -10,19 +10,22 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """What a run was made with: commit, versions, machine; and which vector instructions, since with
-    others the last digits of a product are others.
-    """
-    import torch  # loaded by then; who only reads recipes does without
-
+    """What a run was made with: commit, versions, machine."""
     packages = ("selfteach", "torch", "transformers", "peft", "tokenizers", "numpy")
     return {
         "commit": commit(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "processor": torch.backends.cpu.get_cpu_capability(),
         "versions": {name: _version(name) for name in packages},
     }
+
+
+def processor() -> str:
+    """The vector instructions that products use: with others their last digits are others. Asks torch,
+    which takes seconds to import: for processes that have it anyway."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def commit() -> str | None:

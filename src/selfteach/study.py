@@ -105,6 +105,8 @@ def run_study(
         inspecting = partial(inspect_base, study, folder, begun["commit"], sum_up)
         run_jobs(jobs, study.study.workers, progress, beside=inspecting)
         made = {name: value for name, value in begun.items() if name not in ("study", "kind")}
+        on = read_json(jobs[0].folder / "environment.json")  # by a process that has torch
+        made |= {"processor": on["processor"]} if "processor" in on else {}
         earlier = folder / "results.json"
         spent = read_json(earlier)["made"]["seconds"] if earlier.exists() else 0.0
         results = gather(study, jobs, {**made, "seconds": spent + time.monotonic() - started})

@@ -17,7 +17,7 @@ from selfteach.build_engine import require_engine
 from selfteach.config import Recipe
 from selfteach.data import Split, training_order
 from selfteach.distributed import Ranks, joined
-from selfteach.environment import environment
+from selfteach.environment import environment, processor
 from selfteach.errors import RecipeError, Terminated
 from selfteach.evaluate import answers_name, evaluate
 from selfteach.evaluation import evaluation_path
@@ -64,7 +64,8 @@ def train(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> Iterator[
     run = RunFolder(folder)
     with _joined(recipe) as ranks, run.lock() if ranks.leads else nullcontext():
         if ranks.leads:
-            run.create(recipe.model_dump(mode="json"), environment(), _as_now)
+            made = {**environment(), "processor": processor()}
+            run.create(recipe.model_dump(mode="json"), made, _as_now)
             for other in alike:
                 run.take_over(answers_name("validation", 0), RunFolder(other))
         if ranks.first(run.is_complete):

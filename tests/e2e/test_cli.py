@@ -16,6 +16,7 @@ import pytest
 
 import selfteach
 from selfteach import cli
+from selfteach.environment import processor
 from selfteach.recipes import BASE, load_study
 from selfteach.run_folder import RunFolder
 from selfteach.side_by_side import run_jobs
@@ -129,6 +130,7 @@ def test_a_study_from_recipe_to_report(
     assert after["made"]["seconds"] > json.loads(before)["made"]["seconds"], (
         "what it took is added up"
     )
+    assert after["made"]["processor"] == processor()
     capsys.readouterr()
     assert call(monkeypatch, "watch", out, "--once") == 0
     told = capsys.readouterr().out

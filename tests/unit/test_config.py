@@ -262,6 +262,22 @@ def test_reading_a_recipe_imports_no_torch(modules: str, heavy: tuple[str, ...])
     assert found.returncode == 0, found.stderr
 
 
+def test_beginning_a_study_imports_no_torch(tmp_path: Path) -> None:
+    """Its own process asks for nothing that only its runs' processes have."""
+    code = (
+        "import sys, tomllib, pathlib\n"
+        "from selfteach.recipes import study_from\n"
+        "from selfteach.study import create_study, jobs_of\n"
+        f"study, folder = study_from(tomllib.loads({TWO_ARMS!r})), pathlib.Path({str(tmp_path)!r})\n"
+        "create_study(study, folder, 'x', 'study'), jobs_of(study, folder)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0 and (tmp_path / "study.json").exists(), found.stderr
+
+
 def test_the_line_names_the_file_the_arm_and_the_key_as_it_is_written() -> None:
     with pytest.raises(RecipeError) as caught:
         study_from(tomllib.loads(TWO_ARMS), ["arms.grpo.objective.clip_hi=1"], where="my.toml")
