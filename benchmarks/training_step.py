@@ -59,9 +59,8 @@ def compare(table: Table, model: str, kind: str, rounds: int, *, memory: bool) -
     clocks = {"ours": Clock(), "TRL": Clock()}
     ours = Ours(model, kind, clocks["ours"])
     theirs = Theirs(model, kind, clocks["TRL"], ours, steps=rounds + 1)
-    if kind == "full" and (
-        model == "lab" or products.multiplies_halves("cpu")
-    ):  # else minutes a step
+    # Without instructions for halves a step of SmolLM2 takes minutes.
+    if kind == "full" and (model == "lab" or products.multiplies_halves("cpu")):
         clocks["ours, bf16"] = Clock()
         theirs.others.append(Ours(model, kind, clocks["ours, bf16"], BF16))
     theirs.trainer.train()

@@ -32,7 +32,7 @@ PART_ENTRIES = 2**19
 def multiplies_halves(device: str) -> bool:
     """True where a kind of device (``cpu``, ``cuda``) has instructions for products of bfloat16.
 
-    A processor without them (AVX-512 BF16 or AMX on x86) takes 5 to 30 times as long as in float32. A
+    A processor without them (AVX-512 BF16 or AMX on x86) takes 5 to 150 times as long as in float32. A
     GPU that is not here is taken to have them.
     """
     if device == "cuda":
