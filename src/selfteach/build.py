@@ -44,12 +44,12 @@ from selfteach.loading import (
     load_tokenizer,
     pad_id,
     resolve,
-    settle,
 )
 from selfteach.objective import Anneal, Distillation, Grpo, Hybrid
 from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
 from selfteach.protocols import Context, Critic, Objective, Teacher
 from selfteach.rendering import Renderer
+from selfteach.settling import settle
 from selfteach.sharding import Gathering, Shards
 from selfteach.step import Parts
 from selfteach.teacher import EmaTeacher as Ema

@@ -42,11 +42,11 @@ from selfteach.loading import (
     load_model,
     load_tokenizer,
     pad_id,
-    settle,
 )
 from selfteach.policy import Policy
 from selfteach.protocols import Critic
 from selfteach.rendering import Renderer
+from selfteach.settling import settle
 from selfteach.template_sets import Templates
 from selfteach.thinking import Thinking
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -90,12 +92,22 @@ def refused(
     return said.err
 
 
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a whole study, and what was printed; its runs came one after the other."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "recipe.toml").write_text(RECIPE)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        words = ("study", folder / "recipe.toml", "--set", "study.workers=1")
+        assert call(patch, *words, "--out", folder / "out") == 0
+    return folder / "out", printed.getvalue()
+
+
 def test_a_study_from_recipe_to_report(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    study: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    out = tmp_path / "out"
-    assert call(monkeypatch, "study", recipe, "--out", out) == 0
-    printed = capsys.readouterr().out
+    out, printed = study
     for word in ("base", "grpo", "step_aligned", "Avg@3", "report.html"):
         assert word in printed
     results = json.loads((out / "results.json").read_text())
@@ -150,27 +162,24 @@ def test_what_goes_wrong_beside_runs_is_said_when_they_are_done(
     assert all(RunFolder(job.folder).is_complete for job in jobs)
 
 
-def test_a_killed_study_goes_on(recipe: Path, tmp_path: Path) -> None:
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    study = [sys.executable, "-m", "selfteach", "study", str(recipe), "--set", "study.seeds=[0]"]
-    study.append("--out")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*study, str(out)], env=environment, **quiet)  # type: ignore[call-overload]
+def test_a_killed_study_goes_on_and_is_the_same(
+    study: tuple[Path, str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed by a real signal, with two runs side by side; and the same as runs in turn."""
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "selfteach", "study", recipe, "--set", "study.workers=2"]
+    process = subprocess.Popen(
+        [*words, "--out", out], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(out.glob("runs/*/seed_0/lessons/step_000001.jsonl")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run(
-        [sys.executable, "-m", "selfteach", "resume", str(out)],
-        env=environment,
-        check=True,
-        **quiet,
-    )  # type: ignore[call-overload]
-    subprocess.run([*study, str(whole)], env=environment, check=True, **quiet)  # type: ignore[call-overload]
-    ours, theirs = (json.loads((f / "results.json").read_text()) for f in (out, whole))
+    assert call(monkeypatch, "resume", out) == 0
+    ours, theirs = (json.loads((f / "results.json").read_text()) for f in (out, study[0]))
     for results in (ours, theirs):
         for arm in [*results["arms"].values(), *results["variants"]["easy"]["arms"].values()]:
             arm["budget"].pop("seconds")
@@ -214,6 +223,7 @@ def test_the_sweep_never_scores_test_and_records_its_choice(
 ) -> None:
     record = tmp_path / "sweep.json"
     words = ("sweep", recipe, "--out", tmp_path / "sweep", "--record", record)
+    words += ("--set", "study.workers=1")
     assert call(monkeypatch, *words) == 0
     table = json.loads(record.read_text())["settings"]["main"]["grpo"]
     assert set(table["avg"]) == {"0.0001", "0.001"}

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +16,7 @@ from typing import Any
 import pytest
 from test_served_critic import assert_same, criticises
 
+from forked import killed
 from scripted_server import Behaviour, Server, cuts, raw, refuses, says, serving, stalls
 from selfteach.config import Recipe
 from selfteach.errors import CriticError
@@ -237,24 +234,7 @@ def test_a_trainer_that_is_killed_while_it_waits_asks_only_for_the_rest(
 
     with serving(answers_three) as server:
         own = served(server.url, store, concurrency=1)
-        config = tmp_path / "recipe.json"
-        config.write_text(json.dumps(own.model_dump(mode="json")))
-        code = (
-            "import json, pathlib, sys; from selfteach.config import Recipe; "
-            "from selfteach.train import run_to_end; config, out = map(pathlib.Path, sys.argv[1:]); "
-            "run_to_end(Recipe.model_validate(json.loads(config.read_text())), out)"
-        )
-        trainer = subprocess.Popen(
-            [sys.executable, "-c", code, str(config), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 120
-        while len(server.asked) < 4:
-            assert time.monotonic() < deadline and trainer.poll() is None
-            time.sleep(0.01)
-        trainer.send_signal(signal.SIGKILL)
-        trainer.wait()
+        killed(lambda: len(server.asked) >= 4, run_to_end, own, folder)
         gone.set()
         paid = [json.dumps(body["messages"]) for body in server.asked[:3]]
         assert stored(store) == 3 and not (folder / "lessons").exists()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forked import begun, killed
 from scripted_critic import criticises
 from scripted_server import refuses, says, serving
 from selfteach import policy
@@ -104,8 +105,8 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, "-c", "from selfteach.cli import main; main()", "resume", str(folder)]
 
 
-def started(folder: Path, until: str, **changes: Any) -> subprocess.Popen[str]:
-    RunFolder(folder).create(recipe(**changes).model_dump(mode="json"), {})
+def started(folder: Path, until: str) -> subprocess.Popen[str]:
+    RunFolder(folder).create(recipe().model_dump(mode="json"), {})
     process = subprocess.Popen(
         command(folder), env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -123,9 +124,7 @@ def started(folder: Path, until: str, **changes: Any) -> subprocess.Popen[str]:
 )
 def test_kill_9_with_steps_under_way(moment: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = started(folder, moment)
-    process.kill()
-    process.communicate()
+    killed((folder / moment).exists, run_to_end, recipe(), folder)
     written = {p: p.stat().st_mtime_ns for p in folder.glob("answers/*.jsonl")}
     run_to_end(recipe(), folder)
     assert_same(whole, folder)
@@ -147,9 +146,7 @@ def test_sigterm_saves_what_was_learned_and_says_so(whole: Path, tmp_path: Path)
 
 def test_answers_that_cannot_be_written_again_are_not_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = started(folder, "checkpoints/step_000004")
-    process.kill()
-    process.communicate()
+    killed((folder / "checkpoints" / "step_000004").exists, run_to_end, recipe(), folder)
     (folder / "answers" / "step_000005.000.jsonl").unlink()
     with pytest.raises(CheckpointError, match=r"step_000005\.000\.jsonl is missing"):
         run_to_end(recipe(), folder)
@@ -233,11 +230,13 @@ def test_a_critic_that_is_gone_for_a_while_is_waited_for(
 
 def test_two_runs_started_on_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfteach.run_folder.LOCK_PATIENCE_S", 0.2)
-    process = started(tmp_path / "run", "answers/step_000001.000.jsonl")
-    process.send_signal(signal.SIGSTOP)
+    first = tmp_path / "run" / "answers" / "step_000001.000.jsonl"
+    process = begun(first.exists, run_to_end, recipe(), tmp_path / "run")
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
     try:
         with pytest.raises(CheckpointError, match="another process is at work"):
             run_to_end(recipe(), tmp_path / "run")
     finally:
         process.kill()
-        process.communicate()
+        process.join()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forked import killed
 from selfteach import checkpoint
 from selfteach.config import Recipe
 from selfteach.engines.transformers import TransformersEngine
@@ -157,23 +157,7 @@ MOMENTS = [
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_and_resume(moment: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    RunFolder(folder).create(recipe().model_dump(mode="json"), {})
-    command = [
-        sys.executable,
-        "-c",
-        "from selfteach.cli import main; main()",
-        "resume",
-        str(folder),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (folder / moment).exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed((folder / moment).exists, run_to_end, recipe(), folder)
     on_disk = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("answers/*.jsonl")}
     assert on_disk
     run_to_end(recipe(), folder)

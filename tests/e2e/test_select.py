@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from forked import killed
 from selfteach import chain_sums, cli, selection
 from selfteach.build import Built, build
 from selfteach.config import Recipe
@@ -109,18 +106,8 @@ def test_killed_and_resumed_it_is_the_same_and_samples_nothing_twice(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "selfteach", "select", str(recipe), "--out", str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "lessons" / "step_000000.jsonl").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    lessons = out / "lessons" / "step_000000.jsonl"
+    killed(lessons.exists, call, monkeypatch, "select", recipe, "--out", out)
     assert not (out / "card.json").exists()
     on_disk = {p: p.stat().st_mtime_ns for p in out.glob("answers/*.jsonl")}
     assert call(monkeypatch, "resume", out) == 0

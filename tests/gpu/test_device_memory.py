@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from runs_on_device import ALIGNED, lessons_of, recipe
 from selfteach import step
 from selfteach.build import build
-from selfteach.loading import settle
 from selfteach.memory import gib, memory
+from selfteach.settling import settle
 from selfteach.survey import load_of, survey
 from selfteach.types import Lesson
 

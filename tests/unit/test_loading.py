@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from selfteach import loading, products
 from selfteach.config import ModelConfig
 from selfteach.errors import EngineError
-from selfteach.loading import autocast_of, choose_device, load_model, load_tokenizer, settle
+from selfteach.loading import autocast_of, choose_device, load_model, load_tokenizer
+from selfteach.settling import settle
 
 CPU = torch.device("cpu")
 
@@ -91,7 +92,7 @@ def test_on_a_gpu_attention_is_not_planned_shape_by_shape() -> None:
 
 FAULTS = """
 import resource, torch
-from selfteach.loading import settle
+from selfteach.settling import settle
 settle(torch.device("cpu"))
 def steps():
     for _ in range(20):

@@ -403,13 +403,20 @@ def test_every_colour_of_text_has_contrast(open_page, report, scheme):
     assert min(told.values()) >= 4.5, told
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A run with lessons and an inspection of few answers."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    write_run(folder)
+    write_inspection(folder / "inspection", 16)
+    return written(folder)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["overview", "feedback", "answers", "health", "budget"])
-def test_axe_finds_nothing_against_a_page(open_page, tmp_path, name, scheme):
+def test_axe_finds_nothing_against_a_page(open_page, small, name, scheme):
     """The rules of axe-core: names, roles, order of headings, contrast, keyboard, tables."""
-    write_run(tmp_path / "run")
-    write_inspection(tmp_path / "run" / "inspection", 16)
-    page = open_page(written(tmp_path / "run"), name, color_scheme=scheme)
+    page = open_page(small, name, color_scheme=scheme)
     if name == "answers":
         page.locator("#answer-title").wait_for()
     told = axe.Axe().run(page)
