@@ -24,6 +24,9 @@ TODAY = datetime(2024, 7, 26)
 PROMPTS_KEPT = 4096
 """Questions whose token ids are kept, and texts that are known to hold no control token."""
 
+CONTEXTS_KEPT = 512
+"""Contexts whose prompts' ids are kept: answers to one question may share theirs."""
+
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "probe"
 
@@ -55,6 +58,7 @@ class Renderer:
         self._thinking = thinking or Thinking()
         # A run asks the same questions and reads the same tokens again and again.
         self._asked = lru_cache(PROMPTS_KEPT)(self._encode_question)
+        self._told = lru_cache(CONTEXTS_KEPT)(self._encode_context)
         self._piece = lru_cache(None)(lambda token: self._decode([token]))
         self._spelled = lru_cache(None)(lambda token: str(tokenizer.decode([token])))
         self._control = ControlTokens(tokenizer)
@@ -77,7 +81,10 @@ class Renderer:
 
     def teacher_prompt(self, problem: Problem, context: str) -> tuple[int, ...]:
         """What the self-teacher sees: question, context, and the student's header (`Thinking`)."""
-        messages = self._messages("teacher", question=problem.question, context=context)
+        return self._told(problem.question, context)
+
+    def _encode_context(self, question: str, context: str) -> tuple[int, ...]:
+        messages = self._messages("teacher", question=question, context=context)
         text = self._chat(messages, self._thinking.teacher)
         if self._headers is not None:
             own, student = self._headers

@@ -123,3 +123,12 @@ def test_rows_stay_where_they_are_if_they_can() -> None:
     # Fewer rows than before: the last ones move to the front.
     parent, drawn, now = branches(np.array([1, 4]), np.array([3, 3]))
     assert parent.tolist() == [4, 1] and now.tolist() == [1, 0]
+    # Everyone alone in a row, in any order: all rows stay. One that ended leaves a place to fill.
+    parent, drawn, now = branches(np.array([2, 0, 1]), np.array([7, 8, 9]))
+    assert (
+        parent.tolist() == [0, 1, 2] and drawn.tolist() == [8, 9, 7] and now.tolist() == [2, 0, 1]
+    )
+    parent, drawn, now = branches(np.array([3, 0, 1]), np.array([7, 8, 9]))
+    assert (
+        parent.tolist() == [0, 1, 3] and drawn.tolist() == [8, 9, 7] and now.tolist() == [2, 0, 1]
+    )

@@ -77,6 +77,10 @@ def branches(row_L: np.ndarray, token_L: np.ndarray) -> tuple[np.ndarray, np.nda
     Returns each new row's parent and token [R], and the new row of each answer [L]. A parent's first
     child takes its place where that is among the first R, so that most rows stay where they are.
     """
+    if (np.bincount(row_L) == 1).all():  # nobody shares a row, and every row goes on
+        token_R = np.empty_like(token_L)
+        token_R[row_L] = token_L
+        return np.arange(len(row_L)), token_R, row_L
     vocabulary = token_L.max() + 1
     pair_C, child_L = np.unique(row_L * vocabulary + token_L, return_inverse=True)
     parent_C, token_C = np.divmod(pair_C, vocabulary)
