@@ -48,15 +48,17 @@ class Form(NamedTuple):
 
 
 def of_rows(
-    student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form
+    student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form, *, spend: bool = False
 ) -> tuple[Tensor, ...]:
     """(loss, share clipped, log s(y), log t(y)) per row from logits; ``loss`` has a gradient.
 
     The log-probabilities of the tokens y are at the form's temperature, in float32 at least.
-    Differentiable once, in the student's logits. Neither side's logits are written to.
+    Differentiable once, in the student's logits, which are not written to. With ``spend`` the teacher's
+    are nobody else's: the gradient may take their place, and no backward may come a second time.
     """
     fused = row_kernels.runs(student_logits, teacher_logits)
-    return (FusedRows if fused else Rows).apply(student_logits, teacher_logits, ids, form)  # pyright: ignore
+    rows = FusedRows if fused else Rows
+    return rows.apply(student_logits, teacher_logits, ids, form, spend)  # pyright: ignore
 
 
 class Rows(torch.autograd.Function):
@@ -64,18 +66,19 @@ class Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form,
+        spend: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Values, and the gradient where one is asked for."""
         entries = student_logits.shape[-1]
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
         student_NV, teacher_NV = (x.reshape(-1, entries) for x in (student_logits, teacher_logits))
         needed = ctx.needs_input_grad[0]
-        grad_NV = torch.empty_like(student_NV, dtype=dtype) if needed else None
+        grad_NV = _room(student_NV, teacher_NV if spend else None) if needed else None
         told, _ = walked(form, student_NV, teacher_NV, ids.reshape(-1, 1), grad_NV)
         loss, clipped, logp, teacher_logp = (x.reshape(ids.shape) for x in told)
         if grad_NV is not None:
             ctx.save_for_backward(grad_NV.reshape(student_logits.shape))
+        ctx.spend = spend
         ctx.mark_non_differentiable(clipped, logp, teacher_logp)
         ctx.set_materialize_grads(False)
         return loss, clipped, logp, teacher_logp
@@ -84,12 +87,22 @@ class Rows(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_loss: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None]:
         """The kept gradient times what each row's loss counts for."""
         if grad_loss is None:
-            return None, None, None, None
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss[..., None], None, None, None
+            return None, None, None, None, None
+        (grad,) = ctx.saved_tensors  # raises if it was scaled where it lies before
+        scale = grad_loss[..., None]
+        return grad.mul_(scale) if ctx.spend else grad * scale, None, None, None, None
+
+
+def _room(student_NV: Tensor, spent_NV: Tensor | None) -> Tensor:
+    """Where a gradient in the student's logits goes, in float32 at least: into logits that are read for
+    the last time before, where there are some of its kind."""
+    dtype = torch.promote_types(student_NV.dtype, torch.float32)
+    if spent_NV is not None and spent_NV.dtype == dtype and spent_NV.is_contiguous():
+        return spent_NV
+    return torch.empty_like(student_NV, dtype=dtype)
 
 
 Told = tuple[Tensor, ...]
@@ -102,7 +115,8 @@ temperature) and Σ g [N] each; or the kept entries [N, K], the log-sum-exp of t
 def walked(
     form: Form, student_NV: Tensor, teacher_NV: Tensor, ids_N1: Tensor, grad_NV: Tensor | None
 ) -> tuple[Told, Kept]:
-    """All rows, a few at a time; their gradient goes into ``grad_NV``."""
+    """All rows, a few at a time; their gradient goes into ``grad_NV``, in its dtype. It may be a side's
+    logits: a row is read before it is written."""
     entries = student_NV.shape[-1]
     most = BLOCK_ENTRIES.get(ids_N1.device.type, BLOCK_ENTRIES["cuda"])
     rows, said = max(1, most // entries), list[tuple[Told, Kept]]()
@@ -242,7 +256,8 @@ def _buckets(
     loss, clipped, slope, mass = _entries(form, bins, teacher_bins)
     slope = slope.addcmul_(mass, slope.sum(-1, keepdim=True), value=-1)
     if grad is not None:
-        torch.mul(shares, slope[..., -1:], out=grad).scatter_(-1, index, slope[..., :-1])
+        torch.mul(shares, slope[..., -1:], out=grad)
+        grad.scatter_(-1, index, slope[..., :-1].to(grad.dtype))
     return (loss, clipped, logp, teacher_logp), (index, log_tail, slope)
 
 
@@ -292,9 +307,10 @@ class FusedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form
-    ) -> tuple[Tensor, ...]:
-        """Values; of a few numbers per row the gradient can be made later."""
+        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form,
+        spend: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Values; of a few numbers per row the gradient can be made later, from logits nobody spent."""
         entries = student_logits.shape[-1]
         student_NV, teacher_NV = (x.reshape(-1, entries) for x in (student_logits, teacher_logits))
         of = _fused_entries if form.whole(entries) else _fused_buckets
@@ -310,14 +326,14 @@ class FusedRows(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_loss: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None]:
         """The gradient times what each row's loss counts for, in the logits' dtype."""
         if grad_loss is None or not ctx.needs_input_grad[0]:
-            return None, None, None, None
+            return None, None, None, None, None
         student_NV, teacher_NV, *kept = ctx.saved_tensors
         of = _entries_gradient if ctx.form.whole(student_NV.shape[1]) else _buckets_gradient
         grad_NV = of(ctx.form, student_NV, teacher_NV, grad_loss.reshape(-1), *kept)
-        return grad_NV.reshape(ctx.shape), None, None, None
+        return grad_NV.reshape(ctx.shape), None, None, None, None
 
 
 def _fused_entries(

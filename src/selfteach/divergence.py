@@ -104,6 +104,8 @@ class PerToken(NamedTuple):
     """log teacher(y) - log student(y) of the sampled token, at temperature 1, detached (nats)."""
     clipped: Tensor
     """Share of the entries whose term was capped, detached."""
+    logp: Tensor
+    """log student(y) of the sampled token at the divergence's temperature, detached (nats)."""
 
 
 def per_token(
@@ -111,22 +113,25 @@ def per_token(
     student_logits: Float[Tensor, "*rows V"],
     teacher_logits: Float[Tensor, "*rows V"],
     ids: Int[Tensor, "*rows"],
+    *,
+    spend: bool = False,
 ) -> PerToken:
     """The divergence that ``spec`` names, for every row, from logits; differentiable in ``loss``.
 
     ``ids`` are the tokens that were sampled: the sampled-token losses and the advantage are about
     them. ``spec.temperature`` applies to the loss only; the advantage is reported at temperature 1.
+    With ``spend`` the teacher's logits are nobody else's: they may be overwritten, which saves a buffer
+    of their size, and ``loss`` can be differentiated one time only.
     """
     teacher_logits = teacher_logits.detach()
+    scaled = spec.temperature != 1
+    before = _advantage(student_logits, teacher_logits, ids) if scaled else None
     if spec.support == "sampled":
-        advantage = _advantage(student_logits, teacher_logits, ids)
-        loss = _sampled_loss(spec, student_logits, teacher_logits, ids)
-        return PerToken(loss, advantage, torch.zeros_like(advantage))
-    told = of_rows(student_logits, teacher_logits, ids, form(spec))
+        told = _of_sampled(spec, student_logits, teacher_logits, ids)
+    else:
+        told = of_rows(student_logits, teacher_logits, ids, form(spec), spend=spend)
     loss, clipped, logp, teacher_logp = told
-    if spec.temperature == 1:
-        return PerToken(loss, teacher_logp - logp, clipped)
-    return PerToken(loss, _advantage(student_logits, teacher_logits, ids), clipped)
+    return PerToken(loss, teacher_logp - logp if before is None else before, clipped, logp)
 
 
 def form(spec: Divergence) -> Form:
@@ -142,19 +147,22 @@ def _advantage(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> T
     return token_logp(teacher_logits, ids, 1.0) - token_logp(student_logits, ids, 1.0)
 
 
-def _sampled_loss(
+def _of_sampled(
     spec: Divergence, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `of_rows` says, from the sampled tokens alone."""
     logp = token_logp(student_logits, ids, spec.temperature)
     teacher_logp = token_logp(teacher_logits, ids, spec.temperature)
     if spec.kind == "forward_kl":
-        return sampled_forward_kl(logp, teacher_logp)
-    if not spec.control_variate:
-        return sampled_reverse_kl(logp, teacher_logp)
-    with torch.no_grad():
-        student = log_probs(student_logits, spec.temperature)
-        kl = reverse_kl(student, log_probs(teacher_logits, spec.temperature))
-    return sampled_reverse_kl(logp, teacher_logp, kl=kl)
+        loss = sampled_forward_kl(logp, teacher_logp)
+    elif not spec.control_variate:
+        loss = sampled_reverse_kl(logp, teacher_logp)
+    else:
+        with torch.no_grad():
+            student = log_probs(student_logits, spec.temperature)
+            kl = reverse_kl(student, log_probs(teacher_logits, spec.temperature))
+        loss = sampled_reverse_kl(logp, teacher_logp, kl=kl)
+    return loss, torch.zeros_like(teacher_logp), logp.detach(), teacher_logp
 
 
 def log_probs(

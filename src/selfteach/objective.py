@@ -69,8 +69,10 @@ class Distillation:
         """The divergence of each token, its advantage, and the student's log-probability."""
         assert teacher_logits_CV is not None, "distillation asks for a teacher"
         ids_C = batch.ids_N[rows]
-        told = divergence.per_token(self.spec, logits_CV, teacher_logits_CV, ids_C)
-        logp_C = token_logp(logits_CV.detach(), ids_C, self.sampling_temperature)
+        told = divergence.per_token(self.spec, logits_CV, teacher_logits_CV, ids_C, spend=True)
+        logp_C = told.logp
+        if self.spec.temperature != self.sampling_temperature:
+            logp_C = token_logp(logits_CV.detach(), ids_C, self.sampling_temperature)
         said = {"logp": logp_C, "advantage": told.advantage, "clipped": told.clipped}
         if self.importance_cap is None:
             return {"loss": told.loss, **said}

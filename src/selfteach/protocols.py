@@ -111,5 +111,8 @@ class Objective(Protocol):
     def per_token(
         self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
     ) -> Mapping[str, Tensor]:
-        """``loss`` and statistics, all [C], of some rows of a batch from the student's logits."""
+        """``loss`` and statistics, all [C], of some rows of a batch from the student's logits.
+
+        The loss is differentiated once. The teacher's logits are nobody else's: they may be written to.
+        """
         ...

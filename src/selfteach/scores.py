@@ -113,10 +113,10 @@ def chunked_sum(
     A row of weight 0 is as if it were absent from the sum and from every gradient, even where its
     hidden state, its loss or its teacher is not finite; its statistics are still reported.
 
-    Peak workspace: a handful of [C, V] (the logits, what ``fn`` keeps for its gradient, and that
-    gradient), the [N, H] gradient, a copy of the head if its dtype is not that of the hidden
-    states, and for a trainable head one [V, H] accumulator, in float32 or better, which becomes its
-    gradient. Nothing is of size [N, V].
+    Peak workspace: a few [C, V] (the logits, what ``fn`` keeps for its gradient, and that gradient),
+    the [N, H] gradient, a copy of the head if its dtype is not that of the hidden states, and for a
+    trainable head one [V, H] accumulator, in float32 or better, which becomes its gradient. Nothing is
+    of size [N, V].
 
     Raises ValueError when ``student`` mixes several terms, there is not one weight per row,
     ``chunk_tokens`` is below 1, or ``fn`` returns a loss that is not one number per row.
@@ -124,7 +124,9 @@ def chunked_sum(
     _check(student, weight_N, chunk_tokens)
     ((hidden_NH, head, mix),) = student.terms
     sources = (hidden_NH, head.weight_VH, head.bias_V)
-    grads = [_accumulator(x) if x is not None and wanted(x) else None for x in sources]
+    grads = [
+        _room(x, added=x is not hidden_NH) if x is not None and wanted(x) else None for x in sources
+    ]
     constant = (hidden_NH.detach(), _constant(head, hidden_NH), mix)
     stats: dict[str, list[Tensor]] = {}
     total = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
@@ -161,8 +163,10 @@ def wanted(source: Tensor) -> bool:
     return torch.is_grad_enabled() and source.requires_grad
 
 
-def _accumulator(source: Tensor) -> Tensor:
-    return torch.zeros_like(source, dtype=torch.promote_types(source.dtype, torch.float32))
+def _room(source: Tensor, *, added: bool) -> Tensor:
+    """For a gradient: in float32 at least where chunks are added up, else in the source's dtype."""
+    dtype = torch.promote_types(source.dtype, torch.float32) if added else source.dtype
+    return torch.zeros_like(source, dtype=dtype)
 
 
 def _chunk(

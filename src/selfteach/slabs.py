@@ -64,10 +64,12 @@ def divergence_sum(
     def of_chunk(rows: slice) -> None:
         student_CV = products.linear(student_NH[rows], student_VH, None)
         teacher_CV = products.linear(teacher_NH[rows], teacher_VH, None)
-        grad_CV = torch.empty_like(student_CV, dtype=torch.float32) if grad_NH is not None else None
+        grad_CV = None if grad_NH is None else teacher_CV  # whose logits are read for the last time
+        if grad_CV is not None and grad_CV.dtype != student_CV.dtype:
+            grad_CV = torch.empty_like(student_CV)
         said, own = closed_form.walked(form, student_CV, teacher_CV, ids_N[rows, None], grad_CV)
         if grad_NH is not None and grad_CV is not None:
-            grad_NH[rows] = products.times(products.narrowed(grad_CV, student_NH), student_VH)
+            grad_NH[rows] = products.times(grad_CV, student_VH)
         told.append(said)
         kept.append(own)
 

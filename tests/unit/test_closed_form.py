@@ -16,6 +16,15 @@ from selfteach.divergence import (
     top_k_and_tail,
 )
 
+SAMPLED = [
+    Divergence(kind, support="sampled", temperature=t)
+    for kind in ("forward_kl", "reverse_kl")
+    for t in (1.0, 0.7)
+]
+DTYPES = [
+    (torch.float64, torch.float64), (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
+]  # fmt: skip
 PLAIN = {"forward_kl": forward_kl_terms, "reverse_kl": reverse_kl_terms, "jsd": jsd_terms}
 
 
@@ -74,6 +83,40 @@ def test_logits_are_left_as_they_are_and_differentiate_twice_alike(spec) -> None
     first, again = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(student, kept[0]) and torch.equal(teacher, kept[1])
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("spec", EXACT + CLIPPED + TEMPERED, ids=name)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_a_spent_teacher_s_logits_become_the_gradient(spec, dtypes, monkeypatch) -> None:
+    """Where they can hold it, two rows at a time; what is said is the same to the last bit."""
+    monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", 2 * 11 + 5)
+    student, teacher = (x.to(to) for x, to in zip(3 * noise(2, 5, 11), dtypes, strict=True))
+    weights, ids, told = noise(5, seed=1).to(student.dtype), torch.arange(5), []
+    for spend in (False, True):
+        own, others = student.clone().requires_grad_(), teacher.clone()
+        said = per_token(spec, own, others, ids, spend=spend)
+        loss = (weights * said.loss).sum()
+        (grad,) = torch.autograd.grad(loss, own, retain_graph=True)
+        told.append((*said, grad))
+        assert torch.equal(own, student)
+        holds = spend and teacher.dtype == torch.promote_types(student.dtype, torch.float32)
+        assert torch.equal(others, teacher) != holds
+    for whole, spent in zip(*told, strict=True):
+        assert torch.equal(whole, spent)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, own)  # a gradient is scaled where it lies, once
+
+
+@pytest.mark.parametrize("spec", EXACT + CLIPPED + TEMPERED + SAMPLED, ids=name)
+def test_a_loss_says_the_tokens_own_log_probabilities(spec) -> None:
+    student, teacher = 3 * noise(2, 6, 11)
+    said = per_token(spec, student, teacher, torch.arange(6))
+    at = [
+        log_probs(x, t).diagonal()
+        for x, t in ((student, spec.temperature), (student, 1.0), (teacher, 1.0))
+    ]
+    close(said.logp, at[0], rtol=1e-12, atol=1e-14)
+    close(said.advantage, at[2] - at[1], rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("entries", [16, 19, 40, 67])

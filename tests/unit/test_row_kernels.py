@@ -45,7 +45,7 @@ def both(student: Tensor, teacher: Tensor, ids: Tensor, form: Form) -> list[tupl
     weights, told = noise(*ids.shape, seed=1), []
     for rows in (FusedRows, Rows):
         own = student.clone().requires_grad_()
-        said = rows.apply(own, teacher, ids, form)
+        said = rows.apply(own, teacher, ids, form, False)
         (grad,) = torch.autograd.grad((weights * said[0]).sum(), own)
         assert said[0].shape == ids.shape and grad.shape == student.shape
         told.append((*said, grad))
