@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -105,7 +106,11 @@ class Inputs:
         return told
 
 
-def ours(case: Case, inputs: Inputs, fn: Callable = per_token, chunk: int | None = None) -> Tensor:
+SPENDING = partial(per_token, spend=True)
+"""As the objectives ask for it: the teacher's logits are nobody else's."""
+
+
+def ours(case: Case, inputs: Inputs, fn: Callable = SPENDING, chunk: int | None = None) -> Tensor:
     """Fused, chunk by chunk."""
     teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
     weight_N = torch.full((case.tokens,), 1 / case.tokens, device=DEVICE)
@@ -117,7 +122,7 @@ def ours(case: Case, inputs: Inputs, fn: Callable = per_token, chunk: int | None
 
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     chunk = chunk or chunk_tokens(case.vocabulary, DEVICE)
-    if fn is per_token and slabs.runs(
+    if fn is SPENDING and slabs.runs(
         form(case.spec), student, teacher
     ):  # as `objective.summed` chooses
         return slabs.divergence_sum(

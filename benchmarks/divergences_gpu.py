@@ -84,7 +84,7 @@ def ours_compiled(case: Case, inputs: Inputs) -> Tensor:
     fused = _compiled(case.kind)
 
     def fn(_: Divergence, student_CV: Tensor, teacher_CV: Tensor, ids_C: Tensor) -> PerToken:
-        return PerToken(fused(student_CV, teacher_CV), ids_C, ids_C)
+        return PerToken(fused(student_CV, teacher_CV), ids_C, ids_C, ids_C)
 
     return ours(case, inputs, fn)
 

@@ -63,8 +63,9 @@ from selfteach.types import Problem, Sampling
 CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**25}
 """Logits (tokens times vocabulary) that exist at a time while a loss is computed: 4 and 128 MB each. A
 GPU waits for the calls of a chunk if it is much smaller."""
-CHUNK_TOKENS = 54
-"""Tokens at least: the head is read once per chunk, and with fewer that is what takes the time."""
+CHUNK_TOKENS = 76
+"""Tokens at least: the head is read once per chunk, and with fewer that is what takes the time. Two
+buffers of their logits and what else a loss holds are a tenth of the logits of 2,048 tokens."""
 
 
 @dataclass(frozen=True, slots=True)

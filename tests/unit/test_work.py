@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from selfteach import products
 from selfteach.build import Built, build
 from selfteach.config import Recipe
 from selfteach.decoding.llama import LlamaPasses
@@ -172,13 +173,15 @@ LOGITS = 4 * CHUNK * V
 
 
 def peak(
-    tokens: int, *, trainable_head: bool, width: int = H, kind: Literal["reverse_kl", "jsd"] = "jsd"
-) -> int:
+    tokens: int, *, trainable_head: bool, width: int = H,
+    kind: Literal["reverse_kl", "jsd"] = "jsd", dtype: torch.dtype = torch.float32,
+) -> int:  # fmt: skip
     """Most bytes alive in forward and backward of the fused loss, beyond what it was given."""
     torch.manual_seed(0)
-    weight_VH = torch.randn(V, width, requires_grad=trainable_head)
-    hidden_NH = torch.randn(tokens, width, requires_grad=True)
-    teacher = Scores.single(torch.randn(tokens, width), Head(torch.randn(V, width)))
+    weight_VH = torch.randn(V, width, dtype=dtype, requires_grad=trainable_head)
+    hidden_NH = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    teacher_NH, teacher_VH = (torch.randn(n, width, dtype=dtype) for n in (tokens, V))
+    teacher = Scores.single(teacher_NH, Head(teacher_VH))
     ids_N, weight_N = torch.randint(V, (tokens,)), torch.full((tokens,), 1 / tokens)
 
     def fn(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
@@ -208,6 +211,18 @@ def test_the_fused_loss_holds_a_handful_of_chunks_whatever_the_number_of_tokens(
     assert many < 4 * 8192 * V / 4, (
         "less than a quarter of the full logits, of which a plain loss has six"
     )
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])
+def test_halves_cost_no_more_than_float32(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where they are multiplied in float32 nor where they are multiplied as they are."""
+    monkeypatch.setattr(products, "multiplies_halves", lambda _: native)
+    for width in (H, 4 * H):  # no sum over all tokens is of another dtype than theirs
+        few, many = (
+            peak(n, trainable_head=False, width=width, dtype=torch.bfloat16) for n in (1024, 8192)
+        )
+        assert few <= 2.6 * LOGITS
+        assert many - few <= (8192 - 1024) * (2 * 2 * width + 4 * 8)
 
 
 def test_a_trainable_head_costs_its_gradient_and_no_copy_of_it() -> None:
