@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from selfteach import products
+from selfteach import products, slabs
 from selfteach.build import Built, build
 from selfteach.config import Recipe
 from selfteach.decoding.llama import LlamaPasses
-from selfteach.divergence import Divergence, per_token
+from selfteach.divergence import Divergence, form, per_token
 from selfteach.scores import Head, Scores, chunked_sum
 from selfteach.settings import merge
 from selfteach.step import train_step
@@ -217,12 +217,32 @@ def test_the_fused_loss_holds_a_handful_of_chunks_whatever_the_number_of_tokens(
 def test_halves_cost_no_more_than_float32(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither where they are multiplied in float32 nor where they are multiplied as they are."""
     monkeypatch.setattr(products, "multiplies_halves", lambda _: native)
-    for width in (H, 4 * H):  # no sum over all tokens is of another dtype than theirs
-        few, many = (
-            peak(n, trainable_head=False, width=width, dtype=torch.bfloat16) for n in (1024, 8192)
-        )
-        assert few <= 2.6 * LOGITS
-        assert many - few <= (8192 - 1024) * (2 * 2 * width + 4 * 8)
+    few, many = (peak(n, trainable_head=False, dtype=torch.bfloat16) for n in (1024, 4096))
+    assert few <= 2.6 * LOGITS
+    assert many - few <= (4096 - 1024) * (2 * 2 * H + 4 * 8), "hidden states' own dtype"
+
+
+@pytest.mark.parametrize(("native", "chunks"), [(False, 2.3), (True, 1.3)])
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_a_walk_in_slabs_holds_both_sides_of_a_chunk(
+    native: bool, chunks: float, top_k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, or in halves where they are multiplied as they are; one side becomes the gradient."""
+    monkeypatch.setattr(products, "multiplies_halves", lambda _: native)
+    monkeypatch.setattr(slabs, "SLAB_ENTRIES", 64 * CHUNK)  # so that the first walk is the larger
+    monkeypatch.setattr(slabs, "WIDE", H)
+    torch.manual_seed(0)
+    hidden_NH, teacher_NH = (torch.randn(CHUNK, H).bfloat16() for _ in range(2))
+    weight_VH, teacher_VH = (torch.randn(V, H).bfloat16() for _ in range(2))
+    support: Any = {"support": "top_k", "top_k": top_k} if top_k else {}
+    with Alive() as alive:
+        student = Scores.single(hidden_NH.requires_grad_(), Head(weight_VH.requires_grad_()))
+        teacher = Scores.single(teacher_NH, Head(teacher_VH))
+        asked = form(Divergence("jsd", **support))
+        assert slabs.runs(asked, student, teacher)
+        ids_N, weight_N = torch.zeros(CHUNK, dtype=torch.long), torch.ones(CHUNK)
+        slabs.divergence_sum(asked, student, teacher, ids_N, weight_N, chunk_tokens=CHUNK)
+    assert alive.most <= chunks * LOGITS
 
 
 def test_a_trainable_head_costs_its_gradient_and_no_copy_of_it() -> None:
