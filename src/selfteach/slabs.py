@@ -30,7 +30,8 @@ def runs(form: Form, student: Scores, teacher: Scores) -> bool:
     weight_VH = student.terms[0][1].weight_VH
     if weight_VH.shape[1] < WIDE:
         return False
-    halves = all(x.terms[0][0].dtype in products.HALVES for x in (student, teacher))
+    own, others = (x.terms[0][0].dtype for x in (student, teacher))
+    halves = own == others and own in products.HALVES
     trains = wanted(weight_VH) and weight_VH.is_cpu and weight_VH.dtype in products.HALVES
     return is_plain(student) and is_plain(teacher) and halves and trains and form.temperature == 1
 
@@ -65,8 +66,6 @@ def divergence_sum(
         student_CV = products.linear(student_NH[rows], student_VH, None)
         teacher_CV = products.linear(teacher_NH[rows], teacher_VH, None)
         grad_CV = None if grad_NH is None else teacher_CV  # whose logits are read for the last time
-        if grad_CV is not None and grad_CV.dtype != student_CV.dtype:
-            grad_CV = torch.empty_like(student_CV)
         said, own = closed_form.walked(form, student_CV, teacher_CV, ids_N[rows, None], grad_CV)
         if grad_NH is not None and grad_CV is not None:
             grad_NH[rows] = products.times(grad_CV, student_VH)

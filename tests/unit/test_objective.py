@@ -216,6 +216,17 @@ def test_the_importance_weight_scales_a_tokens_loss() -> None:
     assert torch.allclose(weighted["loss"], loss["loss"] * ratio)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_are_at_the_temperature_that_sampled(temperature: float) -> None:
+    objective = Distillation(Divergence(kind="reverse_kl"), temperature)
+    signals, _ = weigh(objective, LESSONS[:1])
+    (batch,) = collate(LESSONS[:1], signals, pad_id=0, micro_batch_tokens=100)
+    logits, teacher = torch.randn(2, 3, VOCABULARY).double()
+    said = objective.per_token(logits, teacher, batch, slice(None))
+    own = (logits / temperature).log_softmax(-1).gather(-1, batch.ids_N[:, None])[:, 0]
+    torch.testing.assert_close(said["logp"], own)
+
+
 def test_batches_hold_the_answers_tokens_on_both_sides() -> None:
     signals, _ = weigh(distillation(), LESSONS)
     batches = collate(LESSONS, signals, pad_id=0, micro_batch_tokens=30)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,8 @@ from selfteach import products, slabs
 from selfteach.build import Built, build
 from selfteach.config import Recipe
 from selfteach.decoding.llama import LlamaPasses
-from selfteach.divergence import Divergence, form, per_token
+from selfteach.divergence import Divergence, form
+from selfteach.objective import Distillation
 from selfteach.scores import Head, Scores, chunked_sum
 from selfteach.settings import merge
 from selfteach.step import train_step
@@ -184,11 +186,13 @@ def peak(
     teacher = Scores.single(teacher_NH, Head(teacher_VH))
     ids_N, weight_N = torch.randint(V, (tokens,)), torch.full((tokens,), 1 / tokens)
 
+    batch: Any = SimpleNamespace(ids_N=ids_N)
+
     def fn(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
         with torch.no_grad():
             teacher_CV = teacher.logits(rows)
-        told = per_token(Divergence(kind), logits_CV, teacher_CV, ids_N[rows], spend=True)
-        return {"loss": told.loss}
+        said = Distillation(Divergence(kind), 1.0).per_token(logits_CV, teacher_CV, batch, rows)
+        return {"loss": said["loss"]}
 
     with Alive() as alive:
         student = Scores.single(hidden_NH, Head(weight_VH))
@@ -217,9 +221,11 @@ def test_the_fused_loss_holds_a_handful_of_chunks_whatever_the_number_of_tokens(
 def test_halves_cost_no_more_than_float32(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither where they are multiplied in float32 nor where they are multiplied as they are."""
     monkeypatch.setattr(products, "multiplies_halves", lambda _: native)
-    few, many = (peak(n, trainable_head=False, dtype=torch.bfloat16) for n in (1024, 4096))
+    few, many = (
+        peak(n, trainable_head=False, width=4 * H, dtype=torch.bfloat16) for n in (1024, 2048)
+    )
     assert few <= 2.6 * LOGITS
-    assert many - few <= (4096 - 1024) * (2 * 2 * H + 4 * 8), "hidden states' own dtype"
+    assert many - few <= 1024 * (2 * 2 * 4 * H + 4 * 8), "gradients in hidden states' own dtype"
 
 
 @pytest.mark.parametrize(("native", "chunks"), [(False, 2.3), (True, 1.3)])
