@@ -164,6 +164,7 @@ def test_only_a_plain_wide_head_of_halves_that_trains_is_walked_in_slabs(
     assert not slabs.runs(own, scores(hidden, head.detach()), teacher)
     assert not slabs.runs(own, scores(hidden, head.float().detach().requires_grad_()), teacher)
     assert not slabs.runs(own, scores(hidden.float(), head), teacher)
+    assert not slabs.runs(own, scores(hidden, head), scores(teacher_hidden.half(), teacher_head))
     biased = Scores.single(hidden, Head(head, torch.zeros(V)))
     assert not slabs.runs(own, biased, teacher) and not slabs.runs(own, teacher, biased)
     mixed = Scores(((teacher_hidden, Head(teacher_head), 0.5),) * 2)

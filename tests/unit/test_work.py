@@ -8,7 +8,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from selfteach.objective import Distillation
 from selfteach.scores import Head, Scores, chunked_sum
 from selfteach.settings import merge
 from selfteach.step import train_step
+from selfteach.types import Batch, Sequences
 
 PROBLEMS, ANSWERS = 3, 4
 RECIPE = {
@@ -186,7 +186,8 @@ def peak(
     teacher = Scores.single(teacher_NH, Head(teacher_VH))
     ids_N, weight_N = torch.randint(V, (tokens,)), torch.full((tokens,), 1 / tokens)
 
-    batch: Any = SimpleNamespace(ids_N=ids_N)
+    asked = Sequences(ids_N[:, None], ids_N, ids_N)  # which a loss does not look at
+    batch = Batch(asked, asked, ids_N, weight_N, weight_N, weight_N)
 
     def fn(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
         with torch.no_grad():
