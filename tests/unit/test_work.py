@@ -226,7 +226,7 @@ def test_halves_cost_no_more_than_float32(native: bool, monkeypatch: pytest.Monk
         peak(n, trainable_head=False, width=4 * H, dtype=torch.bfloat16) for n in (1024, 2048)
     )
     assert few <= 2.6 * LOGITS
-    assert many - few <= 1024 * (2 * 2 * 4 * H + 4 * 8), "gradients in hidden states' own dtype"
+    assert many - few <= 1024 * (2 * 4 * H + 4 * 8), "the gradient is in hidden states' dtype"
 
 
 @pytest.mark.parametrize(("native", "chunks"), [(False, 2.3), (True, 1.3)])
