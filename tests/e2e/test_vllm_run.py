@@ -86,8 +86,8 @@ def test_a_run_samples_and_evaluates_with_the_weights_of_each_step(
     for row in steps(tmp_path / "run"):
         assert 0 <= row["mismatch_mean"] <= row["mismatch_max"] < 1e-4
         assert -1e-7 <= row["mismatch_kl"] < 1e-6
-        # At a cap of 1 about half of all ratios are truncated: those of rounding upwards.
-        assert 0 < row["importance_truncated"] < 1
+        # At a cap of 1 those ratios are truncated that are 1, or that rounding has put above it.
+        assert 0 < row["importance_truncated"] <= 1
 
 
 def test_a_served_engine_samples_beside_learning(server: Vllm, tmp_path: Path) -> None:
