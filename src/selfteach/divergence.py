@@ -124,14 +124,17 @@ def per_token(
     of their size, and ``loss`` can be differentiated one time only.
     """
     teacher_logits = teacher_logits.detach()
-    scaled = spec.temperature != 1
-    before = _advantage(student_logits, teacher_logits, ids) if scaled else None
+    advantage = None
+    if spec.temperature != 1:  # asked now: the teacher's logits may be gone afterwards
+        advantage = _advantage(student_logits, teacher_logits, ids)
     if spec.support == "sampled":
         told = _of_sampled(spec, student_logits, teacher_logits, ids)
     else:
         told = of_rows(student_logits, teacher_logits, ids, form(spec), spend=spend)
     loss, clipped, logp, teacher_logp = told
-    return PerToken(loss, teacher_logp - logp if before is None else before, clipped, logp)
+    if advantage is None:
+        advantage = teacher_logp - logp
+    return PerToken(loss, advantage, clipped, logp)
 
 
 def form(spec: Divergence) -> Form:

@@ -125,7 +125,8 @@ def chunked_sum(
     ((hidden_NH, head, mix),) = student.terms
     sources = (hidden_NH, head.weight_VH, head.bias_V)
     grads = [
-        _room(x, added=x is not hidden_NH) if x is not None and wanted(x) else None for x in sources
+        _zeros_for(x, added=x is not hidden_NH) if x is not None and wanted(x) else None
+        for x in sources
     ]
     constant = (hidden_NH.detach(), _constant(head, hidden_NH), mix)
     stats: dict[str, list[Tensor]] = {}
@@ -163,8 +164,8 @@ def wanted(source: Tensor) -> bool:
     return torch.is_grad_enabled() and source.requires_grad
 
 
-def _room(source: Tensor, *, added: bool) -> Tensor:
-    """For a gradient: in float32 at least where chunks are added up, else in the source's dtype."""
+def _zeros_for(source: Tensor, *, added: bool) -> Tensor:
+    """A gradient to fill: in float32 at least where chunks are added up, else in the source's dtype."""
     dtype = torch.promote_types(source.dtype, torch.float32) if added else source.dtype
     return torch.zeros_like(source, dtype=dtype)
 

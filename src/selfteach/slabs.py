@@ -49,7 +49,7 @@ def divergence_sum(
     """As `fused.divergence_sum` in arguments, values and gradients, for what `runs` allows; tokens are
     walked ``chunk_tokens`` at a time. Top-K too.
 
-    Peak workspace: a handful of [C, V] for chunks of C tokens, or three times `SLAB_ENTRIES`; [N, H] in
+    Peak workspace: both sides' [C, V] for chunks of C tokens, or three times `SLAB_ENTRIES`; [N, H] in
     float32 and once more in the hidden states' dtype; and a copy of a teacher's head of another dtype.
     """
     ((hidden_NH, head, _),), ((teacher_NH, teacher_head, _),) = student.terms, teacher.terms
@@ -65,10 +65,10 @@ def divergence_sum(
     def of_chunk(rows: slice) -> None:
         student_CV = products.linear(student_NH[rows], student_VH, None)
         teacher_CV = products.linear(teacher_NH[rows], teacher_VH, None)
-        grad_CV = None if grad_NH is None else teacher_CV  # whose logits are read for the last time
+        grad_CV = teacher_CV if grad_NH is not None else None  # nobody reads their logits again
         said, own = closed_form.walked(form, student_CV, teacher_CV, ids_N[rows, None], grad_CV)
-        if grad_NH is not None and grad_CV is not None:
-            grad_NH[rows] = products.times(grad_CV, student_VH)
+        if grad_NH is not None:
+            grad_NH[rows] = products.times(teacher_CV, student_VH)
         told.append(said)
         kept.append(own)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import selfteach
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -102,9 +105,16 @@ def test_a_page_holds_its_machine_s_newest_results_and_nothing_else(
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
 def test_what_a_benchmark_takes_from_the_package_is_there(path: Path) -> None:
     """Read, not run: most need TRL, a GPU or an hour."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("selfteach"):
-            module = importlib.import_module(str(node.module))
-            for name in (alias.name for alias in node.names):
-                if not hasattr(module, name):
-                    importlib.import_module(f"{node.module}.{name}")
+    taken = [
+        (str(node.module), alias.name)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "selfteach"
+        for alias in node.names
+    ]
+    modules = {name.name for name in pkgutil.iter_modules(selfteach.__path__, "selfteach.")}
+    missing = [
+        f"{module}.{name}"
+        for module, name in taken
+        if not hasattr(importlib.import_module(module), name) and f"{module}.{name}" not in modules
+    ]
+    assert missing == []
