@@ -26,6 +26,12 @@ GROUP = 64
 """Entries of which `largest` looks at the largest first."""
 
 
+def block_rows(logits_NV: Tensor) -> int:
+    """How many rows of logits to work on at a time, on their device."""
+    most = BLOCK_ENTRIES.get(logits_NV.device.type, BLOCK_ENTRIES["cuda"])
+    return max(1, most // max(1, logits_NV.shape[-1]))
+
+
 class Form(NamedTuple):
     """What to compute; see ``divergence.Divergence`` for the meanings."""
 
@@ -117,9 +123,7 @@ def walked(
 ) -> tuple[Told, Kept]:
     """All rows, a few at a time; their gradient goes into ``grad_NV``, in its dtype. It may be a side's
     logits: a row is read before it is written."""
-    entries = student_NV.shape[-1]
-    most = BLOCK_ENTRIES.get(ids_N1.device.type, BLOCK_ENTRIES["cuda"])
-    rows, said = max(1, most // entries), list[tuple[Told, Kept]]()
+    rows, said = block_rows(student_NV), list[tuple[Told, Kept]]()
     for start in range(0, max(1, len(student_NV)), rows):
         at = slice(start, start + rows)
         into = None if grad_NV is None else grad_NV[at]
@@ -139,7 +143,7 @@ def gradient_of_slab(
     of W entries from ``first`` on, in the dtype of ``into_NW``. Both sides' logits of these entries are
     given; the teacher's may be None where only K entries are kept.
     """
-    rows = max(1, BLOCK_ENTRIES["cpu"] // student_NW.shape[1])
+    rows = block_rows(student_NW)
     dtype = torch.promote_types(student_NW.dtype, torch.float32)
     for start in range(0, len(student_NW), rows):
         at = slice(start, start + rows)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from selfteach import row_kernels
+from selfteach.closed_form import block_rows
 
 GRPO_EPSILON = 1e-4
 """Added to a group's standard deviation; the constant of TRL 1.16's GRPOTrainer."""
@@ -113,14 +114,48 @@ def token_logp(
 ) -> Float[Tensor, "*rows"]:
     """Log-probability (nats) of one token per row under ``softmax(logits / temperature)``.
 
-    Computed in float32 at least; a token whose logit is -inf gets -inf.
+    Computed in float32 at least; a token whose logit is -inf gets -inf. Differentiable once, in the
+    logits; of their size it makes nothing but that gradient.
     """
-    if row_kernels.runs(logits):
-        return _FusedTokenLogp.apply(logits, ids, temperature)  # pyright: ignore
+    by = _FusedTokenLogp if row_kernels.runs(logits) else _TokenLogp
+    return by.apply(logits, ids, temperature)  # pyright: ignore
+
+
+class _TokenLogp(torch.autograd.Function):
+    """`token_logp` a few rows at a time, in a processor's cache: of the logits' size is only their
+    gradient, made when it is asked for. Log-probabilities are made as the sampler makes them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+        logits_NV, ids_N1 = logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, 1)
+        ctx.save_for_backward(logits_NV, ids_N1)
+        ctx.temperature, ctx.shape = temperature, logits.shape
+        rows = block_rows(logits_NV)
+        told = [
+            _scaled(logits_BV, temperature).log_softmax(-1).gather(-1, ids_B1)
+            for logits_BV, ids_B1 in zip(logits_NV.split(rows), ids_N1.split(rows), strict=True)
+        ]
+        return torch.cat(told).reshape(ids.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """``(1[v = id] - p_v) / temperature`` times each row's gradient, in the logits' dtype."""
+        logits_NV, ids_N1 = ctx.saved_tensors
+        scale_N1 = grad_logp.reshape(-1, 1) / ctx.temperature
+        grad_NV = torch.empty_like(logits_NV)
+        rows = block_rows(logits_NV)
+        parts = (x.split(rows) for x in (logits_NV, ids_N1, scale_N1, grad_NV))
+        for logits_BV, ids_B1, scale_B1, into_BV in zip(*parts, strict=True):
+            grad_BV = _scaled(logits_BV, ctx.temperature).softmax(-1).mul_(-scale_B1)
+            into_BV.copy_(grad_BV.scatter_add_(-1, ids_B1, scale_B1))
+        return grad_NV.reshape(ctx.shape), None, None
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """``logits / temperature`` in float32 at least; no copy where they are that already."""
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if temperature != 1:  # a copy of the logits otherwise
-        scaled = scaled / temperature
-    return scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+    return scaled if temperature == 1 else scaled / temperature
 
 
 class _FusedTokenLogp(torch.autograd.Function):
@@ -145,7 +180,6 @@ class _FusedTokenLogp(torch.autograd.Function):
 
 def entropy(logits: Float[Tensor, "*rows V"], temperature: float = 1.0) -> Float[Tensor, "*rows"]:
     """Entropy (nats) of ``softmax(logits / temperature)``, in float32 at least, 0 log 0 = 0."""
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    logp = scaled.log_softmax(-1)
+    logp = _scaled(logits, temperature).log_softmax(-1)
     mass = logp.exp()
     return -(mass * logp.masked_fill(mass == 0, 0.0)).sum(-1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from selfteach import closed_form
 from selfteach.policy_gradient import (
     clipped_surrogate,
     entropy,
@@ -153,6 +154,40 @@ def test_token_logp_is_minus_the_cross_entropy() -> None:
     torch.testing.assert_close(got_NV, want_NV, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0,)])
+def test_token_logp_a_few_rows_at_a_time(shape, temperature, monkeypatch) -> None:
+    """Two rows in a block, so that blocks end within the leading axes and the last is short."""
+    monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", 23)
+    generator = torch.Generator().manual_seed(6)
+    logits = 3 * torch.randn(*shape, 11, generator=generator, dtype=torch.float64)
+    ids = torch.randint(11, shape, generator=generator)
+    logits[..., 4] = -math.inf  # also where it is the token: its log-probability is -inf
+    ids[:1] = 4
+    weights = torch.randn(shape, generator=generator, dtype=torch.float64)
+    told = []
+    for fn in (token_logp, plain_token_logp):
+        own = logits.clone().requires_grad_()
+        logp = fn(own, ids, temperature)
+        finite = torch.where(logp.isfinite(), logp, 0.0)
+        told.append((logp, *torch.autograd.grad((weights * finite).sum(), own)))
+    for got, want in zip(*told, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+def plain_token_logp(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """As written in papers, by autograd."""
+    return (logits / temperature).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def test_token_logp_gradcheck(monkeypatch) -> None:
+    monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", 12)
+    logits_NV = torch.randn(3, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    ids_N = torch.tensor([4, 0, 2])
+    fn = lambda x: token_logp(x, ids_N, 1.3)  # noqa: E731
+    assert torch.autograd.gradcheck(fn, logits_NV.requires_grad_())
+
+
 def test_entropy_golden() -> None:
     # (1/4, 3/4): ln 4 - (3/4) ln 3. Uniform over five: ln 5.
     torch.testing.assert_close(
@@ -192,4 +227,10 @@ def test_half_precision_logits_are_computed_in_float32(dtype) -> None:
     ids_N = torch.tensor([1, 8])
     assert token_logp(logits_NV, ids_N, 1.0).dtype == entropy(logits_NV).dtype == torch.float32
     want_N = token_logp(logits_NV.double(), ids_N, 1.0).float()
-    torch.testing.assert_close(token_logp(logits_NV, ids_N, 1.0), want_N)
+    own_NV = logits_NV.clone().requires_grad_()
+    got_N = token_logp(own_NV, ids_N, 1.0)
+    torch.testing.assert_close(got_N, want_N)
+    (grad_NV,) = torch.autograd.grad(got_N.sum(), own_NV)
+    want_NV = torch.nn.functional.one_hot(ids_N, 9) - logits_NV.double().softmax(-1)
+    assert grad_NV.dtype == dtype, "rounded once, from float32"
+    torch.testing.assert_close(grad_NV, want_NV.to(dtype))

@@ -22,7 +22,7 @@ from selfteach.build import Built, build
 from selfteach.config import Recipe
 from selfteach.decoding.llama import LlamaPasses
 from selfteach.divergence import Divergence, form
-from selfteach.objective import Distillation
+from selfteach.objective import Distillation, Grpo
 from selfteach.scores import Head, Scores, chunked_sum
 from selfteach.settings import merge
 from selfteach.step import train_step
@@ -176,8 +176,9 @@ LOGITS = 4 * CHUNK * V
 
 def peak(
     tokens: int, *, trainable_head: bool, width: int = H,
-    kind: Literal["reverse_kl", "jsd"] = "jsd", dtype: torch.dtype = torch.float32,
-) -> int:  # fmt: skip
+    kind: Literal["reverse_kl", "jsd", "grpo", "sampled"] = "jsd",
+    dtype: torch.dtype = torch.float32,
+) -> int:
     """Most bytes alive in forward and backward of the fused loss, beyond what it was given."""
     torch.manual_seed(0)
     weight_VH = torch.randn(V, width, dtype=dtype, requires_grad=trainable_head)
@@ -188,12 +189,18 @@ def peak(
 
     asked = Sequences(ids_N[:, None], ids_N, ids_N)  # which a loss does not look at
     batch = Batch(asked, asked, ids_N, weight_N, weight_N, weight_N)
+    match kind:
+        case "grpo":
+            objective = Grpo(1.0)
+        case "sampled":
+            objective = Distillation(Divergence("reverse_kl", support="sampled"), 1.0)
+        case _:
+            objective = Distillation(Divergence(kind), 1.0)
 
     def fn(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
         with torch.no_grad():
-            teacher_CV = teacher.logits(rows)
-        said = Distillation(Divergence(kind), 1.0).per_token(logits_CV, teacher_CV, batch, rows)
-        return {"loss": said["loss"]}
+            teacher_CV = teacher.logits(rows) if objective.needs_teacher else None
+        return {"loss": objective.per_token(logits_CV, teacher_CV, batch, rows)["loss"]}
 
     with Alive() as alive:
         student = Scores.single(hidden_NH, Head(weight_VH))
@@ -216,6 +223,13 @@ def test_the_fused_loss_holds_a_handful_of_chunks_whatever_the_number_of_tokens(
     assert many < 4 * 8192 * V / 4, (
         "less than a quarter of the full logits, of which a plain loss has six"
     )
+
+
+@pytest.mark.parametrize(("kind", "chunks"), [("grpo", 2.2), ("sampled", 3.2)])
+def test_a_loss_of_sampled_tokens_holds_logits_and_their_gradient(kind: Any, chunks: float) -> None:
+    few, many = (peak(n, trainable_head=False, kind=kind) for n in (1024, 8192))
+    assert few <= chunks * LOGITS, "a teacher's logits are one chunk more"
+    assert many - few <= 4 * (8192 - 1024) * (2 * H + 8), "only what is of hidden states' size"
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])
