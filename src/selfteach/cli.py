@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from selfteach import __version__, commands, launched
+from selfteach import __version__, collector, commands, launched
 from selfteach.analysis.plain_text import plain
 from selfteach.cli_plan import plan
 from selfteach.config import Recipe
@@ -358,6 +358,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
+    collector.rest()
     try:
         _require_one_process()
         app(sys.argv[1:] or ["--help"], standalone_mode=False)

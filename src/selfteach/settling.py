@@ -8,6 +8,8 @@ import sys
 
 import torch
 
+from selfteach import collector
+
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """Names of mallopt(3)."""
 
@@ -17,8 +19,9 @@ def settle(device: torch.device) -> None:
 
     cuDNN's attention, which PyTorch prefers on Hopper, makes a plan for every shape that comes with a
     mask, and makes it again: a pass of one token took 29 ms instead of 3 (an H200, PyTorch 2.11), and
-    no two micro-batches are of one shape.
+    no two micro-batches are of one shape. What a process needs is imported by now.
     """
+    collector.resume()
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
         own_keys_in_float32()

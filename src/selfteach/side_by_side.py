@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfteach import collector
 from selfteach.config import Recipe
 from selfteach.config_critic import CriticConfig, EndpointConfig
 from selfteach.config_engine import VllmServerConfig
@@ -186,6 +187,8 @@ def one_thread(recipe: Recipe) -> Recipe:
 
 def _end_with_parent(parent: int) -> None:
     """In a worker: end at once when the study's process is gone, so that a resume finds no one."""
+    collector.rest()
+
     import torch
 
     torch.set_num_threads(1)
