@@ -19,7 +19,7 @@ RUNS := runs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lab lab-sweep lab-controls dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
-	test test-slow test-gpu test-vllm check bench wheel clean
+	test tests test-slow test-gpu test-vllm check bench wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -122,10 +122,15 @@ check: $(READY) ## linters, types, layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# Files of tests side by side, a core each; a process of tests holds about a gigabyte.
-SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
+# Files of tests side by side, a core each, those of whole runs first; a process of tests holds about a
+# gigabyte.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: $(READY) check ## check, then the tests; under ten minutes on two cores
+# Both at once: whole runs wait for disks, servers and clocks, and leave time for linters.
+test: $(READY) ## check and, beside it, the tests; under ten minutes on two cores
+	@$(MAKE) --no-print-directory -j 2 check tests
+
+tests: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not vllm" $(SIDE_BY_SIDE)
 
 test-slow: $(READY) ## the tests that take longer

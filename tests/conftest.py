@@ -1,42 +1,59 @@
-"""What all tests share: one thread, fixed seeds, and a tiny model with the lab's tokenizer."""
+"""What all tests share: one thread, fixed seeds, and a tiny model with the lab's tokenizer.
+
+torch and transformers are imported by fixtures: with a process of tests per core the one that hands the
+files out imports this too, and the others wait for it.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-gc.set_threshold(50_000)  # a tenth of all time, walking through what was imported, at Python's pace
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import pytest
-import torch
-
-if not torch.cuda.is_available():  # the kernels' tests go through Triton's interpreter
+if not any(Path("/dev", driver).exists() for driver in ("nvidiactl", "dxg", "kfd")):
+    # Without a GPU the kernels' tests go through Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from selfteach.lab.tokenizer import build_tokenizer
-
-torch.set_num_threads(1)
+# At Python's own pace it walks through what was imported for a tenth of all time.
+gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
+def _fixed_seed(_one_thread: None) -> None:
+    import torch
+
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def lab_tokenizer() -> PreTrainedTokenizerFast:
+    from selfteach.lab.tokenizer import build_tokenizer
+
     return build_tokenizer()
 
 
 @pytest.fixture
 def tiny_llama(lab_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A random Llama of 10 k parameters, the same in every test, in evaluation mode."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=len(lab_tokenizer),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from selfteach import collector
 from selfteach import side_by_side as processes
 from selfteach.config import Recipe
 from selfteach.recipes import study_from
@@ -67,8 +69,9 @@ def test_runs_of_one_model_and_seed_begin_alike(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def _tunables() -> None:
+def _settings() -> None:
     """In a worker."""
+    assert gc.get_threshold()[0] == collector.SELDOM, "imports are still to come"
     if os.environ.get("GLIBC_TUNABLES") != "glibc.malloc.hugetlb=1":
         raise LookupError(os.environ.get("GLIBC_TUNABLES"))
 
@@ -77,9 +80,9 @@ def test_runs_processes_ask_for_huge_pages_and_nobody_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    run_jobs([], 1, lambda _: None, beside=_tunables)
+    run_jobs([], 1, lambda _: None, beside=_settings)
     assert "GLIBC_TUNABLES" not in os.environ
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
     with pytest.raises(LookupError, match="check"):
-        run_jobs([], 1, lambda _: None, beside=_tunables)
+        run_jobs([], 1, lambda _: None, beside=_settings)
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1"

@@ -175,7 +175,10 @@ LOGITS = 4 * CHUNK * V
 
 
 def peak(
-    tokens: int, *, trainable_head: bool, width: int = H,
+    tokens: int,
+    *,
+    trainable_head: bool,
+    width: int = H,
     kind: Literal["reverse_kl", "jsd", "grpo", "sampled"] = "jsd",
     dtype: torch.dtype = torch.float32,
 ) -> int:

@@ -1,0 +1,43 @@
+"""When Python looks for garbage: seldom while commands import, as before once a model runs."""
+
+import gc
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from selfteach import cli, collector
+from selfteach.settling import settle
+
+OWN = (1_234, 12, 13)
+
+
+@pytest.fixture(autouse=True)
+def _own_pace() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(*OWN)
+    yield
+    gc.set_threshold(*before)
+
+
+def test_rest_is_over_when_a_model_is_about_to_run() -> None:
+    collector.rest()
+    collector.rest()  # a command within a command changes nothing
+    assert gc.get_threshold() == (collector.SELDOM, *OWN[1:]) and gc.isenabled()
+    settle(torch.device("cpu"))
+    assert gc.get_threshold() == OWN
+
+
+def test_whoever_does_not_ask_keeps_their_pace() -> None:
+    settle(torch.device("cpu"))
+    assert gc.get_threshold() == OWN
+
+
+def test_commands_ask_for_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["selfteach", "--version"])
+    cli.main()
+    assert capsys.readouterr().out.startswith("selfteach ")
+    assert gc.get_threshold()[0] == collector.SELDOM
