@@ -43,8 +43,7 @@ def main() -> None:
                 if model != "lab" and kind == "full, critique":
                     continue
                 rounds = 1 if args.quick else args.rounds if model == "lab" else 2
-                memory = not args.quick and (model == "lab" or kind == "full")
-                compare(table, model, kind, rounds, memory=memory)
+                compare(table, model, kind, rounds, memory=not args.quick)
         table.notes = (
             "`times ours` above 1: slower than ours. `teacher`: its passes; TRL's hold the head and "
             "the full logits, ours make logits later, chunk by chunk, in `student`. `rest`: rewards or "
