@@ -7,6 +7,7 @@ What is compared, and how it is made the same, says `training_ways`. On a GPU se
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -64,6 +65,8 @@ def compare(table: Table, model: str, kind: str, rounds: int, *, memory: bool) -
         theirs.others.append(Ours(model, kind, clocks["ours, bf16"], BF16))
     theirs.trainer.train()
     said = {who: clock.medians() for who, clock in clocks.items()}
+    del ours, theirs  # gigabytes, while other processes are measured
+    gc.collect()
     spaces: dict[str, float] = {}
     for who in clocks if memory else ():
         steps, changes = their_steps if who == "TRL" else our_steps, BF16 if "bf16" in who else {}

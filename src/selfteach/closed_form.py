@@ -26,6 +26,12 @@ GROUP = 64
 """Entries of which `largest` looks at the largest first."""
 
 
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """``logits / temperature`` in float32 at least; no copy where they are that already."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if temperature == 1 else wide / temperature
+
+
 def block_rows(logits_NV: Tensor) -> int:
     """How many rows of logits to work on at a time, on their device."""
     most = BLOCK_ENTRIES.get(logits_NV.device.type, BLOCK_ENTRIES["cuda"])
@@ -196,7 +202,7 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if temperature == 1:
         return logits.log_softmax(-1, dtype=dtype)
-    return (logits.to(dtype) / temperature).log_softmax(-1)
+    return scaled(logits, temperature).log_softmax(-1)
 
 
 def _entries(form: Form, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

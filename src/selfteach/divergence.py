@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfteach.closed_form import Form, of_rows
+from selfteach.closed_form import Form, of_rows, scaled
 from selfteach.errors import RecipeError
 from selfteach.policy_gradient import token_logp
 
@@ -172,8 +172,7 @@ def log_probs(
     logits: Float[Tensor, "*rows V"], temperature: float = 1.0
 ) -> Float[Tensor, "*rows V"]:
     """Log-softmax of ``logits / temperature``, in float32 at least."""
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    return scaled.log_softmax(-1)
+    return scaled(logits, temperature).log_softmax(-1)
 
 
 def kl_terms(p: Float[Tensor, "*rows V"], q: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:

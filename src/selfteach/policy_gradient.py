@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from selfteach import row_kernels
-from selfteach.closed_form import block_rows
+from selfteach.closed_form import block_rows, scaled
 
 GRPO_EPSILON = 1e-4
 """Added to a group's standard deviation; the constant of TRL 1.16's GRPOTrainer."""
@@ -132,7 +132,7 @@ class _TokenLogp(torch.autograd.Function):
         ctx.temperature, ctx.shape = temperature, logits.shape
         rows = block_rows(logits_NV)
         told = [
-            _scaled(logits_BV, temperature).log_softmax(-1).gather(-1, ids_B1)
+            scaled(logits_BV, temperature).log_softmax(-1).gather(-1, ids_B1)
             for logits_BV, ids_B1 in zip(logits_NV.split(rows), ids_N1.split(rows), strict=True)
         ]
         return torch.cat(told).reshape(ids.shape)
@@ -147,15 +147,9 @@ class _TokenLogp(torch.autograd.Function):
         rows = block_rows(logits_NV)
         parts = (x.split(rows) for x in (logits_NV, ids_N1, scale_N1, grad_NV))
         for logits_BV, ids_B1, scale_B1, into_BV in zip(*parts, strict=True):
-            grad_BV = _scaled(logits_BV, ctx.temperature).softmax(-1).mul_(-scale_B1)
+            grad_BV = scaled(logits_BV, ctx.temperature).softmax(-1).mul_(-scale_B1)
             into_BV.copy_(grad_BV.scatter_add_(-1, ids_B1, scale_B1))
         return grad_NV.reshape(ctx.shape), None, None
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """``logits / temperature`` in float32 at least; no copy where they are that already."""
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return scaled if temperature == 1 else scaled / temperature
 
 
 class _FusedTokenLogp(torch.autograd.Function):
@@ -180,6 +174,6 @@ class _FusedTokenLogp(torch.autograd.Function):
 
 def entropy(logits: Float[Tensor, "*rows V"], temperature: float = 1.0) -> Float[Tensor, "*rows"]:
     """Entropy (nats) of ``softmax(logits / temperature)``, in float32 at least, 0 log 0 = 0."""
-    logp = _scaled(logits, temperature).log_softmax(-1)
+    logp = scaled(logits, temperature).log_softmax(-1)
     mass = logp.exp()
     return -(mass * logp.masked_fill(mass == 0, 0.0)).sum(-1)
