@@ -30,8 +30,11 @@ def test_rest_is_over_when_a_model_is_about_to_run() -> None:
 
 
 def test_whoever_does_not_ask_keeps_their_pace() -> None:
+    collector.rest()
+    collector.resume()
+    gc.set_threshold(4_321, 9, 9)  # another than was kept for a rest
     settle(torch.device("cpu"))
-    assert gc.get_threshold() == OWN
+    assert gc.get_threshold() == (4_321, 9, 9)
 
 
 def test_commands_ask_for_rest(
