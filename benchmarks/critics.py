@@ -29,12 +29,12 @@ from harness import Table, parser, ratio, reported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import vllm_server
-from selfteach.build import build
-from selfteach.build_critic import Solver, build_critic
-from selfteach.config import Recipe
-from selfteach.critics.chat import ChatModel, Reply, Request
-from selfteach.critics.text import TextCritic
-from selfteach.settings import validate
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import validate
+from selfteach.feedback.critics.chat_model import ChatModel, Reply, Request
+from selfteach.feedback.critics.llm import TextCritic
+from selfteach.trainer.build import build
+from selfteach.trainer.build_critic import Solver, build_critic
 from selfteach.types import Critique, Sampling
 
 HOLISTIC = "In a few sentences of your own, say what is good and what is wrong in this solution:"

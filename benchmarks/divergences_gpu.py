@@ -43,10 +43,11 @@ from divergences import (
 from harness import Table, parser, reported
 from torch import Tensor
 
-from selfteach import divergence, fused, linear_kernels, row_kernels
-from selfteach.divergence import Divergence, PerToken
-from selfteach.linear_kernels import Tiling
-from selfteach.scores import Head, Scores
+from selfteach.losses import divergence, fused_gpu
+from selfteach.losses.divergence import Divergence, PerToken
+from selfteach.losses.kernels import linear_kernels, row_kernels
+from selfteach.losses.kernels.linear_kernels import Tiling
+from selfteach.models.lm_head import Head, Scores
 
 Way = Callable[[Case, Inputs], Tensor]
 TILINGS = [
@@ -67,10 +68,10 @@ def ours_whole(case: Case, inputs: Inputs) -> Tensor:
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
     asked = divergence.form(case.spec)
-    if not fused.runs(asked, student, teacher):
+    if not fused_gpu.runs(asked, student, teacher):
         return ours(case, inputs)
     weight_N = torch.full((case.tokens,), 1 / case.tokens, device=inputs.ids_N.device)
-    return fused.divergence_sum(asked, student, teacher, inputs.ids_N, weight_N)[0]
+    return fused_gpu.divergence_sum(asked, student, teacher, inputs.ids_N, weight_N)[0]
 
 
 def ours_torch(case: Case, inputs: Inputs) -> Tensor:

@@ -22,13 +22,14 @@ import torch
 from harness import Table, parser, reported
 from torch.profiler import ProfilerActivity, profile
 
-from selfteach import products, step
-from selfteach.build import build
-from selfteach.collate import collate
-from selfteach.config import Recipe
-from selfteach.prefixes import shared_length
-from selfteach.settings import validate
-from selfteach.step import Parts
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import validate
+from selfteach.models import matmul
+from selfteach.models.prefix_cache import shared_length
+from selfteach.trainer import step
+from selfteach.trainer.batching import collate
+from selfteach.trainer.build import build
+from selfteach.trainer.step import Parts
 from selfteach.types import Lesson, Rollout
 
 FLOAT = 4
@@ -145,8 +146,8 @@ def measured_rates(table: Table) -> dict[str, float]:
         a, b = (torch.randn(1024, 1024, dtype=dtype) for _ in range(2))
         rates[str(dtype)] = 2 * 1024**3 / best(lambda a=a, b=b: a @ b)
     a, b = (torch.randn(1024, 1024) for _ in range(2))
-    if products.packs(b):  # the faster of two libraries is what the machine can do
-        by_onednn = products.packed(b, None, 1024)
+    if matmul.packs(b):  # the faster of two libraries is what the machine can do
+        by_onednn = matmul.packed(b, None, 1024)
         rates["torch.float32, oneDNN"] = 2 * 1024**3 / best(lambda: by_onednn(a))
     source, target = (torch.randn(2**25) for _ in range(2))
     moved = 2 * FLOAT * source.numel() / best(lambda: target.copy_(source))

@@ -26,12 +26,12 @@ import torch
 from harness import Table, parser, ratio, reported
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfteach.build import build
-from selfteach.config import Recipe
-from selfteach.lab.worlds import BASES
-from selfteach.pipeline import train_steps
-from selfteach.settings import merge, validate
-from selfteach.step import Turn
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
+from selfteach.models.loading import BASES
+from selfteach.trainer.build import build
+from selfteach.trainer.overlapped import train_steps
+from selfteach.trainer.step import Turn
 
 ROOT = Path(__file__).resolve().parents[1]
 LAB = ROOT / "experiments" / "paper_in_miniature" / "recipe.toml"

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from scripted_critic import criticises
 from scripted_server import Server, says, serving
-from selfteach.config import Recipe
-from selfteach.run_folder import RunFolder
-from selfteach.settings import validate
-from selfteach.train import run_to_end
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import validate
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.loop import run_to_end
 
 SETTINGS = ((0, False), (1, False), (2, False), (2, True))
 """Staleness, and whether the engine has weights of its own."""

@@ -18,20 +18,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from selfteach.build import build
-from selfteach.config import Recipe
-from selfteach.data import training_order
+from selfteach.commands.check.sizes import look
+from selfteach.config.recipe import Recipe
+from selfteach.config.recipe_file import load_study
+from selfteach.config.schema import merge, validate
 from selfteach.planning.calibration import Measured, calibrate, lengths_of
 from selfteach.planning.devices import HERE, measured_here
-from selfteach.planning.forecast import Where, forecast
+from selfteach.planning.estimate import Where, forecast
 from selfteach.planning.layout import Layout
-from selfteach.planning.work import Work, work_of
+from selfteach.planning.workload import Work, work_of
 from selfteach.protocols import Critic
-from selfteach.recipes import load_study
-from selfteach.run_folder import write_json
-from selfteach.settings import merge, validate
-from selfteach.step import Parts, train_step
-from selfteach.survey import look
+from selfteach.runtime.run_folder import write_json
+from selfteach.tasks.task import training_order
+from selfteach.trainer.build import build
+from selfteach.trainer.step import Parts, train_step
 from selfteach.types import Critique, NoCritique, Rollout, Verdict
 
 RECIPE = Path(__file__).parents[1] / "experiments" / "paper_in_miniature" / "recipe.toml"

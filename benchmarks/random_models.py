@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from selfteach.settling import settle
+from selfteach.runtime.torch_setup import settle
 from selfteach.types import Lesson, Marked, Problem, Rollout, Verdict
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from playwright.sync_api import sync_playwright
 
-from selfteach.analysis.report import write_report
+from selfteach.analysis.report.page import write_report
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 WORDS = [*"let x be the sum of two terms so that we have".split(), *"=+-123456789().x"]  # noqa: SIM905

@@ -27,10 +27,10 @@ import torch
 from harness import MIB, Table, alternated, on_device, parser, peak_bytes, ratio, reported
 from random_models import SIZED, model_of
 
-from selfteach.build import build
-from selfteach.config import ModelConfig, Recipe
-from selfteach.engines.transformers import TransformersEngine
-from selfteach.loading import load_model, load_tokenizer, pad_id
+from selfteach.config.recipe import ModelConfig, Recipe
+from selfteach.models.loading import load_model, load_tokenizer, pad_id
+from selfteach.rollout.transformers_engine import TransformersEngine
+from selfteach.trainer.build import build
 from selfteach.types import Problem, Sampling
 
 HERE = Path(__file__).resolve().parent

@@ -20,8 +20,8 @@ from harness import _MALLOC, MIB, Table, _status, alternated, parser, ratio, rep
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfteach.distributed import Ranks, joined
-from selfteach.sharding import Shards
+from selfteach.models.fsdp import Shards
+from selfteach.runtime.distributed import Ranks, joined
 
 EACH, ONCE = "after each", "at the end"
 MICRO_BATCHES = 8

@@ -19,7 +19,7 @@ from step_clock import PHASES, Clock
 from training_ways import BF16, KINDS, Ours, Theirs
 
 import vllm_server
-from selfteach import products
+from selfteach.models import matmul
 
 MODELS = ("lab", "SmolLM2-135M")
 
@@ -60,7 +60,7 @@ def compare(table: Table, model: str, kind: str, rounds: int, *, memory: bool) -
     ours = Ours(model, kind, clocks["ours"])
     theirs = Theirs(model, kind, clocks["TRL"], ours, steps=rounds + 1)
     # Without instructions for halves a step of SmolLM2 takes minutes.
-    if kind == "full" and (model == "lab" or products.multiplies_halves("cpu")):
+    if kind == "full" and (model == "lab" or matmul.multiplies_halves("cpu")):
         clocks["ours, bf16"] = Clock()
         theirs.others.append(Ours(model, kind, clocks["ours, bf16"], BF16))
     theirs.trainer.train()

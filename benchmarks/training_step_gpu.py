@@ -20,7 +20,7 @@ from random_models import SIZED
 from step_clock import PHASES, Clock
 from training_ways import BF16, KINDS, Again, Ours, Theirs
 
-from selfteach.settings import merge
+from selfteach.config.schema import merge
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},

@@ -34,11 +34,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from datasets import Dataset
 from transformers import TrainerCallback
 
-import selfteach.build as building
-from selfteach import step
-from selfteach.build import Built, build
-from selfteach.config import Recipe
-from selfteach.settings import merge, validate
+import selfteach.trainer.build as building
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
+from selfteach.trainer import step
+from selfteach.trainer.build import Built, build
 from selfteach.types import Lesson, Verdict
 
 BF16: dict[str, Any] = {"model": {"autocast": "bfloat16"}}

@@ -43,7 +43,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def lab_tokenizer() -> PreTrainedTokenizerFast:
-    from selfteach.lab.tokenizer import build_tokenizer
+    from selfteach.tasks.lab.tokenizer import build_tokenizer
 
     return build_tokenizer()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfteach.inspection.table import SCHEMA
+from selfteach.commands.inspect.token_table import SCHEMA
 
 
 def answer(

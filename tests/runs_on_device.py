@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from selfteach import step
-from selfteach.build import Built
-from selfteach.collate import collate
-from selfteach.config import Recipe
-from selfteach.settings import merge, validate
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
+from selfteach.trainer import step
+from selfteach.trainer.batching import collate
+from selfteach.trainer.build import Built
 from selfteach.types import Lesson, Verdict
 
 RUN: dict[str, Any] = {

@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import selfteach.build as building
-from selfteach import launched, pipeline
-from selfteach.config import Recipe
+import selfteach.trainer.build as building
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge
 from selfteach.errors import SelfteachError, Terminated
-from selfteach.evaluation import evaluation_of
-from selfteach.run_folder import RunFolder, result_of
-from selfteach.settings import merge
-from selfteach.train import run_to_end, train
+from selfteach.evaluation.evaluation_record import evaluation_of
+from selfteach.runtime import torchrun
+from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.trainer import overlapped
+from selfteach.trainer.loop import run_to_end, train
 
 RUN = {
     "data": {"type": "lab", "train": 12, "validation": 4, "test": 4},
@@ -43,14 +44,14 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def until_a_rank_ends(recipe: Recipe, folder: Path) -> str:
-    learning = pipeline.take_in
+    learning = overlapped.take_in
 
     def dies(*args: Any, **more: Any) -> Any:
-        if more["step"] == 3 and launched.rank() == 1:
+        if more["step"] == 3 and torchrun.rank() == 1:
             os._exit(9)
         return learning(*args, **more)
 
-    pipeline.take_in = dies
+    overlapped.take_in = dies
     with pytest.raises(SelfteachError) as caught:
         run_to_end(recipe, folder)
     return str(caught.value)
@@ -58,14 +59,14 @@ def until_a_rank_ends(recipe: Recipe, folder: Path) -> str:
 
 def until_told_to_end(recipe: Recipe, folder: Path) -> str:
     """The second rank gets SIGTERM while it learns in step 2."""
-    learning = pipeline.take_in
+    learning = overlapped.take_in
 
     def told(*args: Any, **more: Any) -> Any:
-        if more["step"] == 2 and launched.rank() == 1:
+        if more["step"] == 2 and torchrun.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return learning(*args, **more)
 
-    pipeline.take_in = told
+    overlapped.take_in = told
     with pytest.raises(Terminated):
         run_to_end(recipe, folder)
     return "ended"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from selfteach.lab import oracle
-from selfteach.lab.worlds import BASES, world_of
+from selfteach.models.loading import BASES
+from selfteach.tasks.lab import lab_oracle
+from selfteach.tasks.lab.worlds import world_of
 
 WORLD = world_of(BASES / "two_styles")
 
@@ -21,5 +22,5 @@ def criticises(body: dict[str, Any]) -> str:
     """What the lab's oracle says, as text."""
     asked = body["messages"][-1]["content"]
     question, answer = between("PROBLEM", asked).split(), between("ATTEMPT", asked)
-    said = oracle.criticise(WORLD, question, answer, finished="cut off" not in asked)
+    said = lab_oracle.criticise(WORLD, question, answer, finished="cut off" not in asked)
     return "\n".join([*(step.text for step in said.steps), f"# {said.answer}"])

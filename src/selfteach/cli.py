@@ -12,14 +12,16 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from selfteach import __version__, collector, commands, launched
-from selfteach.analysis.plain_text import plain
-from selfteach.cli_plan import plan
-from selfteach.config import Recipe
-from selfteach.config_data import SelectConfig
+from selfteach import __version__
+from selfteach.analysis.terminal.sanitize import plain
+from selfteach.commands import actions
+from selfteach.config.data_section import SelectConfig
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError, RecipeError, SelfteachError, Terminated
-from selfteach.settings import validate
-from selfteach.termination import STATUS
+from selfteach.planning.plan_cli import plan
+from selfteach.runtime import gc_pause, torchrun
+from selfteach.runtime.signals import STATUS
 
 MANY_RANKS = ("train", "resume")
 """Commands that torchrun may start, several times over."""
@@ -77,7 +79,7 @@ def study(recipe: RecipePath, out: Out, settings: Settings = None) -> None:
     Writes OUT/results.json and OUT/report.html. Stopped at any point, it goes on with
     `selfteach resume OUT`.
     """
-    commands.run_study(commands.load(recipe, settings), out, command=_command())
+    actions.run_study(actions.load(recipe, settings), out, command=_command())
 
 
 @app.command()
@@ -85,7 +87,7 @@ def train(
     recipe: RecipePath, out: Out, arm: Arm = None, seed: Seed = 0, settings: Settings = None
 ) -> None:
     """One run: one arm, one seed. The trained model is OUT/model, in Hugging Face format."""
-    commands.run_one(commands.one_run(commands.load(recipe, settings, arm), arm, seed), out)
+    actions.run_one(actions.one_run(actions.load(recipe, settings, arm), arm, seed), out)
 
 
 @app.command()
@@ -94,24 +96,24 @@ def resume(
 ) -> None:
     """Go on with a study, a run or a selection, however it was stopped; what is on disk is kept."""
     if (folder / "study.json").exists():
-        from selfteach.study import load_existing
+        from selfteach.commands.study.run_study import load_existing
 
         existing, command, kind = load_existing(folder)
-        run = commands.run_sweep if kind == "sweep" else commands.run_study
+        run = actions.run_sweep if kind == "sweep" else actions.run_study
         run(existing, folder, command=command)
     else:
-        from selfteach.run_folder import RunFolder
+        from selfteach.runtime.run_folder import RunFolder
 
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
         config = RunFolder(folder).config()
         if "select" in config:
             chosen = validate(SelectConfig, config["select"], where=str(folder))
-            commands.run_selection(
+            actions.run_selection(
                 validate(Recipe, config["recipe"], where=str(folder)), chosen, folder
             )
         else:
-            commands.run_one(validate(Recipe, config, where=str(folder)), folder)
+            actions.run_one(validate(Recipe, config, where=str(folder)), folder)
 
 
 @app.command()
@@ -133,21 +135,19 @@ def evaluate(
     settings: Settings = None,
 ) -> None:
     """Avg@k, Pass@k and Maj@k with 95 % intervals over problems."""
-    from selfteach.api import evaluate_model
+    from selfteach.commands.evaluate import evaluate_model
 
     chosen = (
-        commands.one_run(commands.load(recipe, settings), None, seed, first=True)
-        if recipe
-        else None
+        actions.one_run(actions.load(recipe, settings), None, seed, first=True) if recipe else None
     )
     result = evaluate_model(what, recipe=chosen, problems=problems, k=k, seed=seed)
     if out is not None:
-        from selfteach.run_folder import write_json
+        from selfteach.runtime.run_folder import write_json
 
         write_json(out, result)
-    from selfteach.analysis.console import print_evaluation
+    from selfteach.analysis.terminal.tables import print_evaluation
 
-    print_evaluation(result, commands.console())
+    print_evaluation(result, actions.console())
 
 
 @app.command()
@@ -189,10 +189,9 @@ def inspect(
 
     Writes OUT/tokens.parquet (a row per token), OUT/answers.jsonl and OUT/localisation.json.
     """
-    from selfteach.api import inspect_model
-    from selfteach.config import CONTEXTS
-    from selfteach.inspection.request import Request
-    from selfteach.progress import answers_progress
+    from selfteach.commands.inspect.inspection import Request, inspect_model
+    from selfteach.commands.progress import answers_progress
+    from selfteach.config.recipe import CONTEXTS
 
     if teacher not in ("given", "initial"):
         raise RecipeError(f"--teacher {teacher!r}: write given or initial")
@@ -209,10 +208,10 @@ def inspect(
         labelled,
         recorded,  # type: ignore[arg-type]
     )
-    chosen = commands.run_with_critic(commands.load(recipe, None), arm, seed) if recipe else None
+    chosen = actions.run_with_critic(actions.load(recipe, None), arm, seed) if recipe else None
     with answers_progress() as progress:
         inspect_model(what, request, out, recipe=chosen, settings=settings or (), progress=progress)
-    commands.sum_up(out, commands.console())
+    actions.sum_up(out, actions.console())
 
 
 @app.command()
@@ -228,15 +227,15 @@ def check(
     settings: Settings = None,
 ) -> None:
     """Validate a recipe and print what it resolves to, its sizes, memory and budget. Spends nothing."""
-    from selfteach.check import describe_study
+    from selfteach.commands.check.describe_recipe import describe_study
 
-    loaded = commands.load(recipe, settings)
+    loaded = actions.load(recipe, settings)
     # All of it first: a recipe that fails prints its one line of error and nothing else.
     lines = list(describe_study(loaded, offline=offline))
     if not offline:
-        from selfteach.build_critic import require_critic
-        from selfteach.build_engine import require_engine
-        from selfteach.study import critics_of, engines_of
+        from selfteach.commands.study.run_study import critics_of, engines_of
+        from selfteach.trainer.build_critic import require_critic
+        from selfteach.trainer.build_engine import require_engine
 
         for critic in critics_of(loaded):
             require_critic(critic)
@@ -264,7 +263,7 @@ def report(
 
     Figures are written beside it, as SVG and PNG. An inspection in DIR/inspection is shown too.
     """
-    from selfteach.analysis.report import write_report
+    from selfteach.analysis.report.page import write_report
 
     typer.echo(f"report: {write_report(*folders, out=out)}")
 
@@ -279,9 +278,9 @@ def watch(
 
     Reads what the runs write and touches nothing; ends when all runs are complete.
     """
-    from selfteach.analysis.watch import watch as look
+    from selfteach.analysis.terminal.watch import watch as look
 
-    look(folder, commands.console(), once=once, every=every)
+    look(folder, actions.console(), once=once, every=every)
 
 
 @app.command()
@@ -305,21 +304,21 @@ def critique(
     show: Annotated[int, typer.Option(min=0, help="Examples to show side by side.")] = 4,
 ) -> None:
     """Let a critic mark answers from a file, and show what it takes to judge its prompt."""
-    from selfteach.analysis.review import print_review
-    from selfteach.build_critic import require_critic
-    from selfteach.progress import review_progress
-    from selfteach.review import recipe_beside, recipe_of, review
-    from selfteach.run_folder import write_lines
+    from selfteach.analysis.terminal.critique_summary import print_review
+    from selfteach.commands.critique import recipe_beside, recipe_of, review
+    from selfteach.commands.progress import review_progress
+    from selfteach.runtime.run_folder import write_lines
+    from selfteach.trainer.build_critic import require_critic
 
     chosen = (
-        recipe_of(commands.load(recipe, settings, arm), arm)
+        recipe_of(actions.load(recipe, settings, arm), arm)
         if recipe
         else recipe_beside(file, settings)
     )
     require_critic(chosen.critic)
     with review_progress() as progress:
         rows, seconds = review(chosen, file, progress)
-    print_review(rows, seconds, commands.console(), show=show)
+    print_review(rows, seconds, actions.console(), show=show)
     if out is not None:
         write_lines(out, rows)
         typer.echo(f"critiques: {out}")
@@ -329,11 +328,11 @@ def critique(
 def select(recipe: RecipePath, out: Out, arm: Arm = None, settings: Settings = None) -> None:
     """Choose a training set as the paper does, by the recipe's [select]: problems that are hard for
     the solver, answered in the right form, and solved by the critic; with splits and a data card."""
-    loaded = commands.load(recipe, settings, arm)
+    loaded = actions.load(recipe, settings, arm)
     if arm is None:  # arms share solver and problems; the one with a critic knows all
         arms = {name: loaded.recipe(name, seed=0) for name in loaded.arms}
         arm = next((name for name, own in arms.items() if own.critic), next(iter(arms)))
-    commands.run_selection(loaded.recipe(arm, seed=0), loaded.select, out)
+    actions.run_selection(loaded.recipe(arm, seed=0), loaded.select, out)
 
 
 @app.command()
@@ -346,9 +345,9 @@ def sweep(
     settings: Settings = None,
 ) -> None:
     """The recipe's [sweep]: the same rates and seeds for every arm, judged on validation problems."""
-    from selfteach.run_folder import write_json
+    from selfteach.runtime.run_folder import write_json
 
-    result = commands.run_sweep(commands.load(recipe, settings), out, command=_command())
+    result = actions.run_sweep(actions.load(recipe, settings), out, command=_command())
     if record is not None:
         write_json(record, result)
 
@@ -358,7 +357,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
-    collector.rest()
+    gc_pause.rest()
     try:
         _require_one_process()
         app(sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -369,10 +368,10 @@ def main() -> None:
     except Terminated:
         _end("terminated; what had been learned is saved, and selfteach resume goes on from there")
     except SelfteachError as error:
-        if not launched.leads():
+        if not torchrun.leads():
             # What is wrong for all is said by rank 0, whose end ends this rank while it waits.
             time.sleep(PATIENCE_S)
-            _fail(f"rank {launched.rank()}: {error}")
+            _fail(f"rank {torchrun.rank()}: {error}")
         _fail(str(error))
     except Exception as error:
         # Usage errors come from Typer's click, whose module moved between releases.
@@ -385,7 +384,7 @@ def main() -> None:
 def _require_one_process() -> None:
     """Raises `RecipeError` under torchrun for a command that is not for many ranks."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if launched.by_torchrun() and command not in MANY_RANKS:
+    if torchrun.by_torchrun() and command not in MANY_RANKS:
         raise RecipeError(
             f"selfteach {command} is one process: call it without torchrun, which is for "
             + " and ".join(MANY_RANKS)

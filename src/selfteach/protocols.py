@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from selfteach.scores import Scores
+from selfteach.models.lm_head import Scores
 from selfteach.types import (
     Batch,
     Critique,

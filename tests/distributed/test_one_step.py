@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from on_ranks import on_ranks
-from selfteach import branches
-from selfteach.build import build
-from selfteach.config import Recipe
-from selfteach.distributed import ALONE, Ranks, joined
-from selfteach.settings import merge
-from selfteach.sharding import whole
-from selfteach.step import learn, mark, teach
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge
+from selfteach.models import tree_attention
+from selfteach.models.fsdp import whole
+from selfteach.runtime.distributed import ALONE, Ranks, joined
+from selfteach.trainer.build import build
+from selfteach.trainer.step import learn, mark, teach
 from selfteach.types import Lesson
 
 TOLERANCE = 1e-10
@@ -60,11 +60,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _double() -> Any:
-    looks = branches.looks_along_paths
+    looks = tree_attention.looks_along_paths
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-    branches.looks_along_paths = looks
+    tree_attention.looks_along_paths = looks
 
 
 @functools.cache
@@ -89,11 +89,11 @@ def step(
     ranks: Ranks, way: str, shard: str, lessons: list[Lesson], micro_batch_tokens: int
 ) -> dict[str, Any]:
     """Metrics, gradients of the last update before clipping, and weights after a step."""
-    import selfteach.build as building
+    import selfteach.trainer.build as building
 
     # A sharded pass folds nothing (`branches`), and Llama's norms round to float32: states that differ
     # in their last bit may differ in the eighth digit behind it.
-    branches.looks_along_paths = lambda _: False
+    tree_attention.looks_along_paths = lambda _: False
     loaded = building.load_model
     building.load_model = lambda *told: loaded(*told).double()  # type: ignore[assignment]
     try:

@@ -25,11 +25,11 @@ from runs_on_ranks import (
 )
 from scripted_critic import criticises
 from scripted_server import Server, refuses, says, serving
-from selfteach.config import Recipe
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge
 from selfteach.errors import SelfteachError
-from selfteach.run_folder import RunFolder, result_of
-from selfteach.settings import merge
-from selfteach.train import run_to_end
+from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.trainer.loop import run_to_end
 
 LATE: dict[str, Any] = {
     "sampling": {"own_weights": True},

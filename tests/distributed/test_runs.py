@@ -22,7 +22,7 @@ from runs_on_ranks import (
     until_a_rank_ends,
     until_told_to_end,
 )
-from selfteach.train import run_to_end, train
+from selfteach.trainer.loop import run_to_end, train
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -19,13 +19,13 @@ from runs_on_ranks import (
     rows_seen,
 )
 from scripted_vllm import Vllm, serving
-from selfteach.build import build
-from selfteach.config import Recipe
-from selfteach.engines import vllm_engine
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge
 from selfteach.errors import SelfteachError
-from selfteach.run_folder import RunFolder
-from selfteach.settings import merge
-from selfteach.train import run_to_end
+from selfteach.rollout.vllm import vllm_engine
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.build import build
+from selfteach.trainer.loop import run_to_end
 
 SMALL = {
     "model": {"path": "lab:two_styles"},

@@ -18,11 +18,11 @@ import pytest
 
 import selfteach
 from selfteach import cli
-from selfteach.environment import processor
-from selfteach.recipes import BASE, load_study
-from selfteach.run_folder import RunFolder
-from selfteach.side_by_side import run_jobs
-from selfteach.study import jobs_of
+from selfteach.commands.study.jobs import run_jobs
+from selfteach.commands.study.run_study import jobs_of
+from selfteach.config.recipe_file import BASE, load_study
+from selfteach.runtime.provenance import processor
+from selfteach.runtime.run_folder import RunFolder
 
 RECIPE = """
 [model]

@@ -13,9 +13,9 @@ import pytest
 from families import byte_level
 from scripted_server import refuses, says, serving
 from selfteach import cli
-from selfteach.config import Recipe
-from selfteach.settings import validate
-from selfteach.train import run_to_end
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import validate
+from selfteach.trainer.loop import run_to_end
 
 Call = Callable[..., tuple[int, str, str]]
 

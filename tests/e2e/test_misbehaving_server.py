@@ -18,11 +18,11 @@ from test_served_critic import assert_same, criticises
 
 from forked import killed
 from scripted_server import Behaviour, Server, cuts, raw, refuses, says, serving, stalls
-from selfteach.config import Recipe
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
 from selfteach.errors import CriticError
-from selfteach.run_folder import RunFolder
-from selfteach.settings import merge, validate
-from selfteach.train import run_to_end
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.loop import run_to_end
 
 TINY = {
     "model": {"path": "lab:two_styles"},

@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfteach import products, survey
-from selfteach.check import SLOW_HALVES, describe_study, notes
-from selfteach.config import Recipe
+from selfteach.commands.check import sizes
+from selfteach.commands.check.describe_recipe import SLOW_HALVES, describe_study, notes
+from selfteach.config.recipe import Recipe
+from selfteach.config.recipe_file import load_study, study_from
+from selfteach.config.schema import merge, validate
 from selfteach.errors import DataError, EngineError, RecipeError
-from selfteach.recipes import load_study, study_from
-from selfteach.run_folder import RunFolder
-from selfteach.settings import merge, validate
-from selfteach.train import run_to_end, train
+from selfteach.models import matmul
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.loop import run_to_end, train
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 RECIPES = sorted(EXPERIMENTS.glob("*/*.toml"))
@@ -55,9 +56,9 @@ def twin(path: Path, arm: str | None = None, **changes: object) -> Recipe:
 @pytest.fixture(autouse=True)
 def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model of a hub is here, whatever this machine's cache holds."""
-    real = survey._cached
+    real = sizes._cached
     monkeypatch.setattr(
-        survey, "_cached", lambda m: None if survey.HUB_ID.fullmatch(m.path) else real(m)
+        sizes, "_cached", lambda m: None if sizes.HUB_ID.fullmatch(m.path) else real(m)
     )
 
 
@@ -118,7 +119,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
     ours, theirs = (
         load_file(run / "checkpoints/step_000002/weights.safetensors") for run in (one, other)
     )
-    initial = load_file(Path("src/selfteach/lab/bases/two_styles/model.safetensors"))
+    initial = load_file(Path("src/selfteach/tasks/lab/bases/two_styles/model.safetensors"))
     assert any(not torch.equal(value, initial[name]) for name, value in ours.items())
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
@@ -196,7 +197,7 @@ def test_check_says_what_the_lab_cannot_read() -> None:
 def test_a_processor_without_products_of_halves_is_told_of(
     monkeypatch: pytest.MonkeyPatch, halves: bool
 ) -> None:
-    monkeypatch.setattr(products, "multiplies_halves", lambda _: halves)
+    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: halves)
 
     def said(model: dict[str, object], **where: bool) -> bool:
         study = study_from({"context": {"type": "reference"}, "model": {"device": "cpu", **model}})

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from forked import begun, killed
 from scripted_critic import criticises
 from scripted_server import refuses, says, serving
-from selfteach import policy
-from selfteach.config import Recipe
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, LossError, RecipeError
-from selfteach.run_folder import RunFolder
-from selfteach.settings import merge, validate
-from selfteach.train import run_to_end, train
+from selfteach.models import policy
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.loop import run_to_end, train
 
 TINY = {
     "model": {"path": "lab:two_styles"},
@@ -229,7 +229,7 @@ def test_a_critic_that_is_gone_for_a_while_is_waited_for(
 
 
 def test_two_runs_started_on_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selfteach.run_folder.LOCK_PATIENCE_S", 0.2)
+    monkeypatch.setattr("selfteach.runtime.run_folder.LOCK_PATIENCE_S", 0.2)
     first = tmp_path / "run" / "answers" / "step_000001.000.jsonl"
     process = begun(first.exists, run_to_end, recipe(), tmp_path / "run")
     assert process.pid is not None

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from forked import killed
-from selfteach import checkpoint
-from selfteach.config import Recipe
-from selfteach.engines.transformers import TransformersEngine
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError
-from selfteach.evaluation import evaluation_of
-from selfteach.run_folder import RunFolder, result_of
-from selfteach.settings import merge, validate
-from selfteach.train import run_to_end, train
+from selfteach.evaluation.evaluation_record import evaluation_of
+from selfteach.rollout.transformers_engine import TransformersEngine
+from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.trainer import checkpoint
+from selfteach.trainer.loop import run_to_end, train
 
 TINY = {
     "model": {"path": "lab:two_styles"},
@@ -82,7 +82,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_learns_and_writes_what_it_promises(whole: Path) -> None:
     before, after = evaluation_of(whole, "validation", 0), weights(whole)
     assert before.k == 2 and len(before.problem_ids) == 4
-    initial = load_file(Path("src/selfteach/lab/bases/two_styles/model.safetensors"))
+    initial = load_file(Path("src/selfteach/tasks/lab/bases/two_styles/model.safetensors"))
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(after[name], initial[name])
     result = result_of(whole)
@@ -179,7 +179,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_processes_never_write_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selfteach.run_folder.LOCK_PATIENCE_S", 0.2)
+    monkeypatch.setattr("selfteach.runtime.run_folder.LOCK_PATIENCE_S", 0.2)
     held = train(recipe(), tmp_path / "run")
     next(held)
     with pytest.raises(CheckpointError, match="another process"):

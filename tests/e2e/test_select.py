@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from forked import killed
-from selfteach import chain_sums, cli, selection
-from selfteach.build import Built, build
-from selfteach.config import Recipe
-from selfteach.config_data import ChainSumsData, FilesData, SelectConfig
-from selfteach.critics.oracle import OracleCritic
-from selfteach.data import load_task
+from selfteach import cli
+from selfteach.commands.select import selection
+from selfteach.config.data_section import ChainSumsData, FilesData, SelectConfig
+from selfteach.config.recipe import Recipe
 from selfteach.errors import CheckpointError, DataError, RecipeError
+from selfteach.feedback.critics.oracle import OracleCritic
+from selfteach.tasks import chain_sums
+from selfteach.tasks.task import load_task
+from selfteach.trainer.build import Built, build
 from selfteach.types import Critique, NoCritique, Problem, Rollout, Sampling, Verdict
 
 RECIPE = """

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from scripted_critic import criticises
 from scripted_server import Server, refuses, says, serving
-from selfteach.config import Recipe
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
 from selfteach.errors import CriticError
-from selfteach.run_folder import RunFolder
-from selfteach.settings import merge, validate
-from selfteach.train import run_to_end
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.loop import run_to_end
 
 TINY = {
     "model": {"path": "lab:two_styles"},

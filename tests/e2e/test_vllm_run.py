@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from scripted_vllm import Vllm, serving
 from selfteach import cli
-from selfteach.build import build
-from selfteach.config import Recipe
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
 from selfteach.errors import EngineError
-from selfteach.run_folder import RunFolder
-from selfteach.settings import merge, validate
-from selfteach.train import run_to_end
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.build import build
+from selfteach.trainer.loop import run_to_end
 
 RUN: dict[str, Any] = {
     "model": {"path": "lab:two_styles"},

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfteach.build_critic import _local, fingerprint, initial_weights
-from selfteach.config_critic import LocalCriticConfig
-from selfteach.critics.chat import Reply, Request
-from selfteach.critics.local import LocalModel
-from selfteach.policy import Policy, Schedule
-from selfteach.rendering import Renderer
-from selfteach.template_sets import Templates
+from selfteach.config.critic_section import LocalCriticConfig
+from selfteach.feedback.critics.chat_model import Reply, Request
+from selfteach.feedback.critics.local import LocalModel
+from selfteach.models.policy import Policy, Schedule
+from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.template_set import Templates
+from selfteach.trainer.build_critic import _local, fingerprint, initial_weights
 
 pytestmark = pytest.mark.gpu
 

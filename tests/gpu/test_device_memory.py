@@ -13,11 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from runs_on_device import ALIGNED, lessons_of, recipe
-from selfteach import step
-from selfteach.build import build
-from selfteach.memory import gib, memory
-from selfteach.settling import settle
-from selfteach.survey import load_of, survey
+from selfteach.commands.check.memory import gib, memory
+from selfteach.commands.check.sizes import load_of, survey
+from selfteach.runtime.torch_setup import settle
+from selfteach.trainer import step
+from selfteach.trainer.build import build
 from selfteach.types import Lesson
 
 pytestmark = pytest.mark.gpu
@@ -68,7 +68,7 @@ def model_folder(
         folder
     )
     lab_tokenizer.save_pretrained(folder)
-    world = Path(__file__).parents[2] / "src/selfteach/lab/bases/two_styles/world.json"
+    world = Path(__file__).parents[2] / "src/selfteach/tasks/lab/bases/two_styles/world.json"
     (folder / "world.json").write_text(world.read_text())
     return folder
 

@@ -10,7 +10,7 @@ import torch
 
 from runs_on_device import ALIGNED, recipe
 from selfteach.planning.devices import measured_here
-from selfteach.planning.request import Request, plan, prepare
+from selfteach.planning.plan import Request, plan, prepare
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfteach.run_folder import RunFolder
+from selfteach.runtime.run_folder import RunFolder
 
 pytestmark = pytest.mark.gpu
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from runs_on_device import ARMS, recipe
-from selfteach.config import Recipe
-from selfteach.evaluation import evaluation_of
-from selfteach.run_folder import RunFolder
-from selfteach.train import run_to_end, train
+from selfteach.config.recipe import Recipe
+from selfteach.evaluation.evaluation_record import evaluation_of
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.loop import run_to_end, train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from runs_on_device import ALIGNED, HALF, lessons_of, recipe
-from selfteach.build import build
-from selfteach.collate import sequences
-from selfteach.decoding import llama
-from selfteach.decoding.drawing import draw
-from selfteach.decoding.llama import LlamaPasses
-from selfteach.decoding.passes import ModelPasses, Prompts
+from selfteach.models.sequences import sequences
+from selfteach.rollout.decoding import llama
+from selfteach.rollout.decoding.forward import ModelPasses, Prompts
+from selfteach.rollout.decoding.llama import LlamaPasses
+from selfteach.rollout.decoding.token_sampling import draw
+from selfteach.trainer.build import build
 
 pytestmark = pytest.mark.gpu
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from runs_on_device import ALIGNED, ARMS, HALF, learned, lessons_of, recipe
-from selfteach import step
-from selfteach.build import build
-from selfteach.run_folder import RunFolder, result_of
-from selfteach.train import run_to_end
+from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.trainer import step
+from selfteach.trainer.build import build
+from selfteach.trainer.loop import run_to_end
 
 pytestmark = pytest.mark.gpu
 

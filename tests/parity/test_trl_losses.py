@@ -23,8 +23,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfteach.divergence import Divergence, per_token
-from selfteach.policy_gradient import (
+from selfteach.losses.divergence import Divergence, per_token
+from selfteach.losses.policy_gradient import (
     clipped_surrogate,
     entropy,
     group_advantages,

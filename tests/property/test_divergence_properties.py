@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfteach.divergence import (
+from selfteach.losses.divergence import (
     Divergence,
     forward_kl,
     jsd,

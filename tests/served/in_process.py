@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from selfteach.build import build
-from selfteach.collate import sequences
-from selfteach.config import Recipe
-from selfteach.policy_gradient import token_logp
-from selfteach.settings import merge, parse_setting, validate
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, parse_setting, validate
+from selfteach.losses.policy_gradient import token_logp
+from selfteach.models.sequences import sequences
+from selfteach.trainer.build import build
 from selfteach.types import Rollout, Sampling
 
 SAMPLING = Sampling(samples=2, temperature=0.7, max_tokens=8, seed=5)

@@ -16,17 +16,17 @@ from meter import Meter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_server
-from selfteach import chain_sums
-from selfteach.control_tokens import Spellings
-from selfteach.critics.chat import NoReply, Reply, Request, as_dicts
-from selfteach.critics.endpoint import Endpoint, EndpointModel
-from selfteach.critics.local import LocalModel
-from selfteach.critics.reading import Reader
-from selfteach.critics.store import ReplyStore, Stored
-from selfteach.critics.text import Asking, TextCritic
 from selfteach.errors import CriticError
-from selfteach.rendering import Renderer
-from selfteach.template_sets import Templates
+from selfteach.feedback.critics.chat_model import NoReply, Reply, Request, as_dicts
+from selfteach.feedback.critics.endpoint import Endpoint, EndpointModel
+from selfteach.feedback.critics.llm import Asking, TextCritic
+from selfteach.feedback.critics.local import LocalModel
+from selfteach.feedback.critics.parser import Reader
+from selfteach.feedback.critics.reply_cache import ReplyStore, Stored
+from selfteach.prompts.control_tokens import Spellings
+from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.template_set import Templates
+from selfteach.tasks import chain_sums
 from selfteach.types import NoCritique, Problem, Rollout
 from vllm_server import Server
 

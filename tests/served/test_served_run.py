@@ -19,10 +19,10 @@ import pytest
 from meter import Meter
 
 import vllm_server
-from selfteach.config import Recipe
-from selfteach.run_folder import RunFolder
-from selfteach.settings import merge, validate
-from selfteach.train import run_to_end
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.loop import run_to_end
 from vllm_server import Server
 
 ANSWERS = 2 * 2 * 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 import vllm_server
-from selfteach.build_engine import require_engine
-from selfteach.config import Recipe
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import validate
 from selfteach.errors import EngineError
-from selfteach.settings import validate
+from selfteach.trainer.build_engine import require_engine
 from vllm_server import Server
 
 

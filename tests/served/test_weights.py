@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import vllm_server
-from selfteach.build import Built, build
-from selfteach.build_engine import require_engine
-from selfteach.collate import sequences
-from selfteach.config import Recipe
-from selfteach.policy_gradient import token_logp
-from selfteach.run_folder import RunFolder
-from selfteach.settings import merge, validate
-from selfteach.train import run_to_end
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
+from selfteach.losses.policy_gradient import token_logp
+from selfteach.models.sequences import sequences
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.build import Built, build
+from selfteach.trainer.build_engine import require_engine
+from selfteach.trainer.loop import run_to_end
 from selfteach.types import Rollout, Sampling
 from vllm_server import Server
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selfteach.analysis.axis import along_axis, axis_lines
+from selfteach.analysis.figures.dose_response import along_axis, axis_lines
+from selfteach.commands.inspect.folder import check_contexts, position
+from selfteach.commands.study.run_study import inspection_of
+from selfteach.config.recipe_file import study_from
 from selfteach.errors import RecipeError
-from selfteach.inspection.folder import check_contexts, position
-from selfteach.recipes import study_from
-from selfteach.study import inspection_of
 
 POSITIONS = (0.0, 0.4, 1.0)
 

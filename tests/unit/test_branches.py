@@ -18,10 +18,10 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from selfteach import branches, prefixes
-from selfteach.branches import looks_along_paths
-from selfteach.collate import sequences
-from selfteach.policy import Policy, Schedule, recompute_activations
+from selfteach.models import prefix_cache, tree_attention
+from selfteach.models.policy import Policy, Schedule, recompute_activations
+from selfteach.models.sequences import sequences
+from selfteach.models.tree_attention import looks_along_paths
 
 TOKEN = st.integers(1, 3)  # few, so that beginnings meet
 TOKENS = st.lists(TOKEN, min_size=1, max_size=8)
@@ -39,8 +39,8 @@ def test_every_path_holds_its_sequence_and_no_beginning_is_twice(groups, shared,
     order = data.draw(st.permutations(pairs))
     prompts, answers = [p for p, _ in order], [a for _, a in order]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branches, "PAYS", 1.0)
-        found = branches.branches(prompts, answers, shared)
+        patch.setattr(tree_attention, "PAYS", 1.0)
+        found = tree_attention.branches(prompts, answers, shared)
     assert found is not None
     ids_U, positions_U = found.ids_1U[0], found.positions_1U[0]
     whole = [[*p, *a[:-1]][shared:] for p, a in order]
@@ -60,7 +60,7 @@ def test_every_path_holds_its_sequence_and_no_beginning_is_twice(groups, shared,
 
 def test_a_question_and_a_common_start_have_one_place() -> None:
     prompts, answers = [[1, 2, 3, 4]] * 3, [[5, 6, 7], [5, 6, 8], [5, 9, 8]]
-    found = branches.branches(prompts, answers, 0)
+    found = tree_attention.branches(prompts, answers, 0)
     assert found is not None
     assert found.ids_1U.tolist() == [[1, 2, 3, 4, 5, 6, 9]]
     assert found.positions_1U.tolist() == [[0, 1, 2, 3, 4, 5, 5]]
@@ -68,11 +68,11 @@ def test_a_question_and_a_common_start_have_one_place() -> None:
 
 
 def test_nothing_is_folded_where_it_does_not_pay() -> None:
-    assert branches.branches([[1, 2], [3, 4]], [[5, 6], [7, 8]], 0) is None
-    assert branches.branches([[1] * 20] * 2, [[2, 3], [3, 4]], 0) is not None
+    assert tree_attention.branches([[1, 2], [3, 4]], [[5, 6], [7, 8]], 0) is None
+    assert tree_attention.branches([[1] * 20] * 2, [[2, 3], [3, 4]], 0) is not None
 
 
-@pytest.mark.parametrize("common", [0, prefixes.MIN_SHARED + 2], ids=["", "behind a prefix"])
+@pytest.mark.parametrize("common", [0, prefix_cache.MIN_SHARED + 2], ids=["", "behind a prefix"])
 @pytest.mark.parametrize("kind", ["llama", "grouped", "recomputed", "gpt2"])
 def test_scores_and_gradients_are_those_of_the_plain_pass(
     tiny_llama: LlamaForCausalLM, common: int, kind: str
@@ -133,7 +133,7 @@ MODELS = {
 def test_what_is_saved_names_no_attention_of_ours(tiny_llama: LlamaForCausalLM, tmp_path) -> None:
     assert looks_along_paths(tiny_llama) and looks_along_paths(tiny_llama)
     tiny_llama.save_pretrained(tmp_path)
-    assert branches.ATTENTION not in (tmp_path / "config.json").read_text()
+    assert tree_attention.ATTENTION not in (tmp_path / "config.json").read_text()
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     assert again.config._attn_implementation == "sdpa"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from selfteach.budget import Lengths, Tokens, plus, step_cost, step_tokens
-from selfteach.config import Recipe
-from selfteach.settings import merge, validate
+from selfteach.commands.check.tokens import Lengths, Tokens, plus, step_cost, step_tokens
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
 
 BASE = {
     "sampling": {"max_tokens": 100},

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfteach import chain_sums
-from selfteach.config import CONTEXTS
-from selfteach.contexts import SHARED_TEMPLATE
+from selfteach.config.recipe import CONTEXTS
 from selfteach.errors import DataError, RecipeError
-from selfteach.template_sets import SHIPPED, TURN, Templates, conversation
+from selfteach.feedback.contexts import SHARED_TEMPLATE
+from selfteach.prompts.template_set import SHIPPED, TURN, Templates, conversation
+from selfteach.tasks import chain_sums
 from selfteach.types import Critique, CritiqueStep, Problem
 
 pytest.importorskip("reasoning_gym")

@@ -6,11 +6,11 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from families import FAMILIES, Family, byte_level, smollm2, tokenizer_of
-from selfteach.build import build_renderer, end_ids
-from selfteach.config import ModelConfig
+from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
-from selfteach.rendering import Renderer
-from selfteach.template_sets import Templates
+from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.template_set import Templates
+from selfteach.trainer.build import build_renderer, end_ids
 from selfteach.types import Problem
 
 QUESTION = Problem("p", "What is 2 + 2?", "4")

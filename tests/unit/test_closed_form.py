@@ -5,8 +5,8 @@ import torch
 from test_divergence import CLIPPED, EXACT, INF, TEMPERED, close, name, noise
 from torch import Tensor
 
-from selfteach import closed_form
-from selfteach.divergence import (
+from selfteach.losses import analytic_gradients
+from selfteach.losses.divergence import (
     Divergence,
     forward_kl_terms,
     jsd_terms,
@@ -64,7 +64,7 @@ def test_rows_are_worked_on_a_few_at_a_time(spec, shape, monkeypatch: pytest.Mon
     weights, ids = noise(*shape[:-1], seed=1), torch.zeros(shape[:-1], dtype=torch.long) + 3
     told = []
     for entries in (2 * 11 + 5, 10**6):
-        monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", entries)
+        monkeypatch.setitem(analytic_gradients.BLOCK_ENTRIES, "cpu", entries)
         own = student.clone().requires_grad_()
         said = per_token(spec, own, teacher, ids)
         assert said.loss.shape == said.advantage.shape == said.clipped.shape == shape[:-1]
@@ -89,7 +89,7 @@ def test_logits_are_left_as_they_are_and_differentiate_twice_alike(spec) -> None
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_a_spent_teacher_s_logits_become_the_gradient(spec, dtypes, monkeypatch) -> None:
     """Where they can hold it, two rows at a time; what is said is the same to the last bit."""
-    monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", 2 * 11 + 5)
+    monkeypatch.setitem(analytic_gradients.BLOCK_ENTRIES, "cpu", 2 * 11 + 5)
     student, teacher = (x.to(to) for x, to in zip(3 * noise(2, 5, 11), dtypes, strict=True))
     weights, ids, told = noise(5, seed=1).to(student.dtype), torch.arange(5), []
     for spend in (False, True):
@@ -124,7 +124,7 @@ def test_a_loss_says_the_tokens_own_log_probabilities(spec) -> None:
 @pytest.mark.parametrize("kind", ["any", "ties", "mostly -inf", "one NaN", "rising"])
 def test_the_largest_entries_are_those_of_a_full_search(entries, k, kind, monkeypatch) -> None:
     """Found in groups of four, where there are enough groups, and with a rest that is no group."""
-    monkeypatch.setattr(closed_form, "GROUP", 4)
+    monkeypatch.setattr(analytic_gradients, "GROUP", 4)
     rows = noise(6, entries)
     match kind:
         case "ties":
@@ -135,7 +135,7 @@ def test_the_largest_entries_are_those_of_a_full_search(entries, k, kind, monkey
             rows[:, entries // 2] = torch.nan
         case "rising":  # the largest are neighbours, at the end
             rows = rows.sort(-1).values
-    index = closed_form.largest(rows, k)
+    index = analytic_gradients.largest(rows, k)
     assert index.shape == (6, k) and all(len(set(own)) == k for own in index.tolist())
     got = rows.gather(-1, index).sort(-1, descending=True).values
     torch.testing.assert_close(got, rows.topk(k, -1).values, rtol=0, atol=0, equal_nan=True)
@@ -146,8 +146,8 @@ def test_of_many_entries_only_groups_with_large_ones_are_searched(monkeypatch) -
     monkeypatch.setattr(
         Tensor, "topk", lambda x, *a, **kw: (searched.append(x.shape[-1]), topk(x, *a, **kw))[1]
     )
-    closed_form.largest(torch.randn(2, 64 * 100 + 3), 5)
+    analytic_gradients.largest(torch.randn(2, 64 * 100 + 3), 5)
     assert searched == [100, 5 * 64 + 3]
     searched.clear()
-    closed_form.largest(torch.randn(2, 64 * 9), 5)
+    analytic_gradients.largest(torch.randn(2, 64 * 9), 5)
     assert searched == [64 * 9], "too few groups to leave one out"

@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from selfteach import collate as module
-from selfteach.collate import check_same_tokens, collate, sequences
 from selfteach.errors import AlignmentError
+from selfteach.models.sequences import sequences
+from selfteach.trainer import batching as module
+from selfteach.trainer.batching import check_same_tokens, collate
 from selfteach.types import Lesson, Marked, Problem, Rollout, Signal, Verdict
 
 PAD = 0

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from selfteach import cli, collector
-from selfteach.settling import settle
+from selfteach import cli
+from selfteach.runtime import gc_pause
+from selfteach.runtime.torch_setup import settle
 
 OWN = (1_234, 12, 13)
 
@@ -22,16 +23,16 @@ def _own_pace() -> Iterator[None]:
 
 
 def test_rest_is_over_when_a_model_is_about_to_run() -> None:
-    collector.rest()
-    collector.rest()  # a command within a command changes nothing
-    assert gc.get_threshold() == (collector.SELDOM, *OWN[1:]) and gc.isenabled()
+    gc_pause.rest()
+    gc_pause.rest()  # a command within a command changes nothing
+    assert gc.get_threshold() == (gc_pause.SELDOM, *OWN[1:]) and gc.isenabled()
     settle(torch.device("cpu"))
     assert gc.get_threshold() == OWN
 
 
 def test_whoever_does_not_ask_keeps_their_pace() -> None:
-    collector.rest()
-    collector.resume()
+    gc_pause.rest()
+    gc_pause.resume()
     gc.set_threshold(4_321, 9, 9)  # another than was kept for a rest
     settle(torch.device("cpu"))
     assert gc.get_threshold() == (4_321, 9, 9)
@@ -43,4 +44,4 @@ def test_commands_ask_for_rest(
     monkeypatch.setattr(sys, "argv", ["selfteach", "--version"])
     cli.main()
     assert capsys.readouterr().out.startswith("selfteach ")
-    assert gc.get_threshold()[0] == collector.SELDOM
+    assert gc.get_threshold()[0] == gc_pause.SELDOM

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from selfteach.config import CONTEXTS, CRITIC_CONTEXTS, Recipe
+from selfteach.config.recipe import CONTEXTS, CRITIC_CONTEXTS, Recipe
+from selfteach.config.recipe_file import load_study, pairs, study_from
+from selfteach.config.schema import merge, parse_setting, validate
 from selfteach.errors import RecipeError
-from selfteach.recipes import load_study, pairs, study_from
-from selfteach.settings import merge, parse_setting, validate
 
 ALIGNED = 'critic = { type = "oracle" }\ncontext = { type = "step_aligned" }\n'
 TWO_ARMS = (
@@ -245,9 +245,12 @@ def test_values_do_not_change_once_read() -> None:
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
-        ("selfteach.config", ("torch", "transformers", "numpy")),
+        ("selfteach.config.recipe", ("torch", "transformers", "numpy")),
         # What a study's own process waits for before its runs' processes begin.
-        ("selfteach.cli, selfteach.progress, selfteach.study", ("torch", "transformers")),
+        (
+            "selfteach.cli, selfteach.commands.progress, selfteach.commands.study.run_study",
+            ("torch", "transformers"),
+        ),
     ],
 )
 def test_reading_a_recipe_imports_no_torch(modules: str, heavy: tuple[str, ...]) -> None:
@@ -266,8 +269,8 @@ def test_beginning_a_study_imports_no_torch(tmp_path: Path) -> None:
     """Its own process asks for nothing that only its runs' processes have."""
     code = (
         "import sys, tomllib, pathlib\n"
-        "from selfteach.recipes import study_from\n"
-        "from selfteach.study import create_study, jobs_of\n"
+        "from selfteach.config.recipe_file import study_from\n"
+        "from selfteach.commands.study.run_study import create_study, jobs_of\n"
         f"study, folder = study_from(tomllib.loads({TWO_ARMS!r})), pathlib.Path({str(tmp_path)!r})\n"
         "create_study(study, folder, 'x', 'study'), jobs_of(study, folder)\n"
         "sys.exit('torch' in sys.modules)"

@@ -7,18 +7,18 @@ from itertools import pairwise
 
 import pytest
 
-from selfteach import verifiers
-from selfteach.config import CONTEXTS
-from selfteach.contexts import FallBack, PartlyAligned, TemplateContext
-from selfteach.critics.oracle import OracleCritic
-from selfteach.lab import task
-from selfteach.lab.dial import partly_aligned
-from selfteach.lab.world import STYLES, World, text_of
-from selfteach.template_sets import Templates
+from selfteach.config.recipe import CONTEXTS
+from selfteach.feedback.contexts import FallBack, PartlyAligned, TemplateContext
+from selfteach.feedback.critics.oracle import OracleCritic
+from selfteach.prompts.template_set import Templates
+from selfteach.tasks import verifiers
+from selfteach.tasks.lab import lab_task
+from selfteach.tasks.lab.alignment_dial import partly_aligned
+from selfteach.tasks.lab.world import STYLES, World, text_of
 from selfteach.types import Critique, Marked, NoCritique, Problem, Rollout, Verdict
 
 WORLD = World()
-PROBLEMS = task.problems(WORLD, "train", 3)
+PROBLEMS = lab_task.problems(WORLD, "train", 3)
 
 
 def rollout(problem: Problem, text: str, sample: int = 0) -> Rollout:
@@ -39,8 +39,8 @@ def right_answer(problem: Problem, style: str = "plus") -> str:
 
 def marked(problem: Problem, sample: int = 0, text: str | None = None) -> Marked:
     answer = rollout(problem, text or wrong_answer(problem), sample)
-    verdict = task.StepVerifier(WORLD)(problem, answer.text)
-    (critique,) = OracleCritic(task.Oracle(WORLD), error_rate=0.0, seed=0)([(answer, verdict)])
+    verdict = lab_task.StepVerifier(WORLD)(problem, answer.text)
+    (critique,) = OracleCritic(lab_task.Oracle(WORLD), error_rate=0.0, seed=0)([(answer, verdict)])
     return Marked(answer, verdict, critique)
 
 
@@ -242,11 +242,11 @@ def test_the_dial_needs_a_critique_and_a_reference() -> None:
 
 
 def test_a_critic_errs_as_often_as_told_and_the_same_way_each_time() -> None:
-    problems = task.problems(WORLD, "train", 200)
+    problems = lab_task.problems(WORLD, "train", 200)
     judged = [(rollout(p, wrong_answer(p)), Verdict(False, True, "p")) for p in problems]
 
     def wrong(rate: float) -> list[bool]:
-        critiques = OracleCritic(task.Oracle(WORLD), error_rate=rate, seed=3)(judged)
+        critiques = OracleCritic(lab_task.Oracle(WORLD), error_rate=rate, seed=3)(judged)
         return [
             isinstance(c, Critique) and c.answer != p.answer
             for c, p in zip(critiques, problems, strict=True)

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 
 from scripted_server import Server, cuts, raw, refuses, says, serving, stalls, trickles
-from selfteach import steps, verifiers
-from selfteach.background import Span, later, timed
-from selfteach.control_tokens import Spellings
-from selfteach.critics.chat import Keep, NoReply, Reply, Request, key_of
-from selfteach.critics.endpoint import Endpoint, EndpointModel
-from selfteach.critics.reading import Reader
-from selfteach.critics.store import ReplyStore, Stored
-from selfteach.critics.text import Asking, TextCritic
 from selfteach.errors import CriticError
-from selfteach.template_sets import Templates
+from selfteach.feedback.critics.chat_model import Keep, NoReply, Reply, Request, key_of
+from selfteach.feedback.critics.endpoint import Endpoint, EndpointModel
+from selfteach.feedback.critics.llm import Asking, TextCritic
+from selfteach.feedback.critics.parser import Reader
+from selfteach.feedback.critics.reply_cache import ReplyStore, Stored
+from selfteach.prompts.control_tokens import Spellings
+from selfteach.prompts.template_set import Templates
+from selfteach.runtime.futures import Span, later, timed
+from selfteach.tasks import segmentation, verifiers
 from selfteach.types import Critique, NoCritique, Problem, Rollout, Usage
 
 POLICIES = {
@@ -58,7 +58,7 @@ def critic(
     return TextCritic(
         Stored(served, ReplyStore(store)),  # type: ignore[arg-type]
         Templates("steps"),
-        Reader(steps.tags, verifiers.exact),
+        Reader(segmentation.tags, verifiers.exact),
         Asking(max_tokens=64, **asking),  # type: ignore[arg-type]
         {**POLICIES, **(policies or {})},
     )
@@ -336,7 +336,7 @@ def test_an_answer_without_tags_is_shown_in_numbered_ones_and_told_from_its_end(
         free = TextCritic(
             Stored(model(server), ReplyStore(store)),
             Templates("free"),
-            Reader(steps.lines, verifiers.exact),
+            Reader(segmentation.lines, verifiers.exact),
             Asking(max_tokens=64),
             POLICIES,
         )

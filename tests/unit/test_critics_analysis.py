@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
-from selfteach.analysis import critics, review, wording
-from selfteach.analysis.console import print_critics
-from selfteach.analysis.plain_text import plain
+from selfteach.analysis import critic_statistics, wording
+from selfteach.analysis.terminal import critique_summary
+from selfteach.analysis.terminal.sanitize import plain
+from selfteach.analysis.terminal.tables import print_critics
 
 HOSTILE = "<script>alert(1)</script>"
 NEVER = {"step": None, "token": None, "fidelity": 1.0}
@@ -58,7 +59,7 @@ ROWS = [
 
 
 def test_counts_by_hand() -> None:
-    total = critics.summarise(ROWS)
+    total = critic_statistics.summarise(ROWS)
     assert (total.answers, total.right, total.critiques, total.writes) == (9, 4, 6, True)
     assert total.cases == {"A": 1, "B": 2, "C": 1, "D": 2}
     assert list(total.failures.items()) == [("empty", 1), ("wrong_answer", 2)]
@@ -71,19 +72,19 @@ def test_counts_by_hand() -> None:
     assert total.usage == {
         "asked": 5, "reused": 1, "prompt_tokens": 100, "completion_tokens": 42, "cost": 2.5,
     }  # fmt: skip
-    assert critics.in_words(total) == (
+    assert critic_statistics.in_words(total) == (
         "9 answers, 6 critiques (A 1, B 2, C 1, D 2); empty 1; wrong_answer 2; fidelity 0.42; "
         "5 asked, 1 from the store; 142 tokens, cost 2.50"
     )
 
 
 def test_quantiles_by_hand() -> None:
-    total = critics.summarise(ROWS)
+    total = critic_statistics.summarise(ROWS)
     assert total.quantile(0.0) == 0.0 and total.quantile(1.0) == 1.0
     assert total.quantile(0.5) == pytest.approx(0.375) and total.quantile(0.1) == pytest.approx(
         0.025
     )
-    nothing = critics.summarise([])
+    nothing = critic_statistics.summarise([])
     assert math.isnan(nothing.quantile(0.5)) and math.isnan(nothing.mean_fidelity)
     assert nothing.answers == 0 and not nothing.writes
 
@@ -110,21 +111,21 @@ def study(tmp_path: Path) -> Path:
 
 
 def test_runs_of_an_arm_are_read_together(study: Path) -> None:
-    found = critics.read_study(study)
+    found = critic_statistics.read_study(study)
     assert list(found) == ["oracle", "served"], "arms without a critic have nothing to show"
     served = found["served"]
-    assert served.total == critics.summarise(ROWS) and served.seconds == 3.0
+    assert served.total == critic_statistics.summarise(ROWS) and served.seconds == 3.0
     assert {step: s.answers for step, s in served.by_step.items()} == {1: 6, 2: 3}
     assert not found["oracle"].total.writes
 
 
-def page(records: dict[str, critics.Record]) -> str:
-    folder = Path(critics.__file__).parent
+def page(records: dict[str, critic_statistics.Record]) -> str:
+    folder = Path(critic_statistics.__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined
     )
     template = environment.get_template("critics.html.jinja")
-    return template.render(critics=records, critic_words=critics, w=wording)
+    return template.render(critics=records, critic_words=critic_statistics, w=wording)
 
 
 class Seen(HTMLParser):
@@ -150,7 +151,7 @@ class Seen(HTMLParser):
 
 
 def test_the_report_shows_outcomes_fidelity_agreement_and_cost(study: Path) -> None:
-    html = page(critics.read_study(study))
+    html = page(critic_statistics.read_study(study))
     seen = Seen(html)
     assert seen.tags.count("table") == seen.tags.count("caption") == 5
     assert "script" not in seen.tags and "NaN" not in html and "nan" not in html
@@ -164,24 +165,26 @@ def test_the_report_shows_outcomes_fidelity_agreement_and_cost(study: Path) -> N
 
 
 def test_names_and_reasons_are_text_in_the_report() -> None:
-    summary = critics.summarise([row(none(HOSTILE), False, dropped=HOSTILE)])
-    html = page({HOSTILE: critics.Record(summary, {1: summary}, 0.0)})
+    summary = critic_statistics.summarise([row(none(HOSTILE), False, dropped=HOSTILE)])
+    html = page({HOSTILE: critic_statistics.Record(summary, {1: summary}, 0.0)})
     assert "script" not in Seen(html).tags and "&lt;script&gt;" in html
 
 
 def test_a_line_per_arm_whose_critic_writes(study: Path) -> None:
     out = io.StringIO()
-    print_critics(critics.read_study(study), Console(file=out, width=300))
+    print_critics(critic_statistics.read_study(study), Console(file=out, width=300))
     (line,) = out.getvalue().splitlines()
     assert line.strip().startswith("critic of served: 9 answers, 6 critiques")
     assert line.strip().endswith("3 seconds")
 
 
 def test_examples_show_every_outcome_before_any_twice() -> None:
-    kinds = [review._kind(found) for found in review.examples(ROWS[:9], 9)]
+    kinds = [critique_summary._kind(found) for found in critique_summary.examples(ROWS[:9], 9)]
     assert kinds[:6] == ["B", "D", "wrong_answer", "A", "C", "empty"]
-    assert sorted(kinds) == sorted(review._kind(r) for r in ROWS[:9])
-    assert len(review.examples(ROWS[:9], 2)) == 2 and review.examples([], 3) == []
+    assert sorted(kinds) == sorted(critique_summary._kind(r) for r in ROWS[:9])
+    assert (
+        len(critique_summary.examples(ROWS[:9], 2)) == 2 and critique_summary.examples([], 3) == []
+    )
 
 
 def test_an_answer_stands_beside_its_critique_step_by_step() -> None:
@@ -191,12 +194,12 @@ def test_an_answer_stands_beside_its_critique_step_by_step() -> None:
     told = critique("D", "10", 1)
     told["steps"] = [step("one", "kept", "one"), step("2", "fixed", "two"), step("3", "new")]
     shown = row(told, False, (1, 0.3), answer_steps=["one", "two", "three", "four"])
-    assert list(review.pairs(shown)) == [
+    assert list(critique_summary.pairs(shown)) == [
         ("one", "kept", "one"), ("two", "fixed", "2"), ("three", "new", "3"), ("four", "gone", ""),
         ("9", "fixed", "10"),
     ]  # fmt: skip
     unfinished = {**shown, "parsed": None, "answer_steps": ["one", "two"]}
-    assert list(review.pairs(unfinished))[2:] == [("", "new", "3"), ("", "new", "10")]
+    assert list(critique_summary.pairs(unfinished))[2:] == [("", "new", "3"), ("", "new", "10")]
 
 
 @pytest.mark.parametrize(

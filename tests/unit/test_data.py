@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfteach import steps, verifiers
-from selfteach.config_data import FilesData
-from selfteach.data import load_task, training_order
+from selfteach.config.data_section import FilesData
 from selfteach.errors import DataError
-from selfteach.lab import task
-from selfteach.lab.world import World
-from selfteach.problem_sets.reading import read_file
+from selfteach.tasks import segmentation, verifiers
+from selfteach.tasks.lab import lab_task
+from selfteach.tasks.lab.world import World
+from selfteach.tasks.sources.load import read_file
+from selfteach.tasks.task import load_task, training_order
 from selfteach.types import Problem
 
 
@@ -73,14 +73,14 @@ def test_another_seed_is_another_order() -> None:
 def test_lab_splits_are_disjoint_and_filtered_by_difficulty() -> None:
     world = World()
     sets = {
-        split: {p.question for p in task.problems(world, split, 400)}
+        split: {p.question for p in lab_task.problems(world, split, 400)}
         for split in ("train", "validation", "test")
     }
     assert not sets["train"] & sets["test"] and not sets["train"] & sets["validation"]
     assert not sets["validation"] & sets["test"]
-    hard = task.problems(world, "train", 100, chance_below=0.01)
+    hard = lab_task.problems(world, "train", 100, chance_below=0.01)
     assert all(world.author_chance(p.question.split()) < 0.01 for p in hard)
-    easy = task.problems(world, "train", 100)
+    easy = lab_task.problems(world, "train", 100)
     assert any(world.author_chance(p.question.split()) > 0.9 for p in easy)
 
 
@@ -115,7 +115,7 @@ def test_math_verify_knows_equal_answers_and_gives_them_one_vote() -> None:
 
 def test_free_form_answers_are_split_as_the_recipe_says(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
-    for name, splitter in steps.SPLITTERS.items():
+    for name, splitter in segmentation.SPLITTERS.items():
         config = FilesData.model_validate(
             {"type": "files", "train": str(tmp_path / "p.jsonl"), "steps": name}
         )

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfteach.divergence import (
+from selfteach.errors import RecipeError
+from selfteach.losses.divergence import (
     Divergence,
     forward_kl,
     forward_kl_terms,
@@ -22,7 +23,6 @@ from selfteach.divergence import (
     sampled_reverse_kl,
     top_k_and_tail,
 )
-from selfteach.errors import RecipeError
 
 INF, LN2, LN3 = math.inf, math.log(2), math.log(3)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selfteach.build import build
-from selfteach.collate import sequences
-from selfteach.config import Recipe
-from selfteach.decoding.drawing import BLOCK, draw
-from selfteach.engines.transformers import TransformersEngine
+from selfteach.config.recipe import Recipe
 from selfteach.errors import EngineError
-from selfteach.policy_gradient import token_logp
+from selfteach.losses.policy_gradient import token_logp
+from selfteach.models.sequences import sequences
+from selfteach.rollout.decoding.token_sampling import BLOCK, draw
+from selfteach.rollout.transformers_engine import TransformersEngine
+from selfteach.trainer.build import build
 from selfteach.types import Problem, Sampling
 
 RECIPE = Recipe.model_validate(

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfteach import estimates
-from selfteach.estimates import (
+from selfteach.evaluation import statistics
+from selfteach.evaluation.statistics import (
     Interval,
     avg_at_k,
     bootstrap_difference,
@@ -143,14 +143,14 @@ def test_one_row_or_column_still_varies_over_the_other_axis():
 def test_draws_that_are_kept_are_those_drawn_anew(monkeypatch):
     values_SP = np.random.default_rng(4).random((2, 30))
     kept = [bootstrap_mean(values_SP + i, resamples=100, seed=7) for i in range(2)]
-    assert estimates._kept_draws((2, 30), 100, 7) is estimates._kept_draws((2, 30), 100, 7)
-    monkeypatch.setattr(estimates, "KEPT", 0)
+    assert statistics._kept_draws((2, 30), 100, 7) is statistics._kept_draws((2, 30), 100, 7)
+    monkeypatch.setattr(statistics, "KEPT", 0)
     assert kept == [bootstrap_mean(values_SP + i, resamples=100, seed=7) for i in range(2)]
     assert kept[0] != bootstrap_mean(values_SP, resamples=100, seed=8)
 
 
 def test_blocks_of_resamples_are_all_drawn(monkeypatch):
-    monkeypatch.setattr(estimates, "BLOCK", 3)  # 3000 resamples in 1000 blocks
+    monkeypatch.setattr(statistics, "BLOCK", 3)  # 3000 resamples in 1000 blocks
     values_SP = np.random.default_rng(3).normal(size=(1, 400))
     interval = bootstrap_mean(values_SP, resamples=3000, seed=0)
     # One seed: the plain bootstrap, whose standard error is std / sqrt(P).

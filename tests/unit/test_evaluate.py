@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from selfteach.evaluate import evaluate
-from selfteach.evaluation import Evaluation
+from selfteach.evaluation.evaluation_record import Evaluation
+from selfteach.evaluation.evaluator import evaluate
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
 PROBLEMS = [Problem("p", "?", "1"), Problem("q", "?", "2"), Problem("r", "?", "3")]

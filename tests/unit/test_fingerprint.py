@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfteach.engines.fingerprint import Fingerprint, Probe
 from selfteach.errors import EngineError
+from selfteach.rollout.vllm.weight_check import Fingerprint, Probe
 
 SAID = {0: math.log(0.2), 1: math.log(0.8)}
 """Logits (0, ln 4): probabilities 1/5 and 4/5."""

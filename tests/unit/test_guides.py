@@ -12,8 +12,8 @@ import typer
 import yaml
 
 from selfteach import cli
-from selfteach.config import Recipe
-from selfteach.settings import merge, validate
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("planning", "one_gpu", "one_node", "many_nodes", "mixed_hardware", "hosted_critics")

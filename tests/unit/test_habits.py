@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfteach.habits import end_supervised, hesitations, repetition, taught
+from selfteach.trainer.habits import end_supervised, hesitations, repetition, taught
 from selfteach.types import Lesson, Marked, Problem, Rollout, Signal, Verdict
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from selfteach.engines.handover import Handover
+from selfteach.rollout.vllm.weight_sync import Handover
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
 

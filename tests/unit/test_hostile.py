@@ -17,9 +17,9 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from families import CHAT, CORPUS, FAMILIES, byte_level, tokenizer_of
-from selfteach.control_tokens import CUT, JOINER, ControlTokens, Spellings
-from selfteach.rendering import Renderer
-from selfteach.template_sets import TURN, Templates, conversation, fence, untagged
+from selfteach.prompts.control_tokens import CUT, JOINER, ControlTokens, Spellings
+from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.template_set import TURN, Templates, conversation, fence, untagged
 from selfteach.types import Critique, CritiqueStep, Problem
 
 CONTROL = {

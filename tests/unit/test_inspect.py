@@ -14,16 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from selfteach import cli
-from selfteach.api import inspect_model
-from selfteach.config import CONTEXTS, Recipe
+from selfteach.commands.inspect import folder as inspection_folder
+from selfteach.commands.inspect.inspection import Request, inspect_model
+from selfteach.commands.inspect.labelled import read_labelled
+from selfteach.commands.inspect.token_table import SCHEMA
+from selfteach.commands.study.run_study import inspection_of
+from selfteach.config.recipe import CONTEXTS, Recipe
+from selfteach.config.recipe_file import study_from
 from selfteach.errors import CheckpointError, DataError, RecipeError
-from selfteach.inspection import folder as inspection_folder
-from selfteach.inspection.labelled import read_labelled
-from selfteach.inspection.request import Request
-from selfteach.inspection.table import SCHEMA
-from selfteach.recipes import study_from
-from selfteach.study import inspection_of
-from selfteach.train import run_to_end
+from selfteach.trainer.loop import run_to_end
 
 EVERY = tuple(name for name in CONTEXTS if name != "none")
 

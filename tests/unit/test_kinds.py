@@ -6,8 +6,8 @@ from itertools import accumulate
 
 import pytest
 
-from selfteach.inspection.kinds import LISTS, STYLE_WORDS, kinds
-from selfteach.lab.world import STYLES, SYMBOLS
+from selfteach.commands.inspect.token_kinds import LISTS, STYLE_WORDS, kinds
+from selfteach.tasks.lab.world import STYLES, SYMBOLS
 
 
 def told(*pieces: str, language: str = "english") -> list[str]:

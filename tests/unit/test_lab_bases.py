@@ -13,13 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfteach.errors import DataError
-from selfteach.lab import probe
-from selfteach.lab.pretrain import pretrain, save
-from selfteach.lab.tokenizer import build_tokenizer
-from selfteach.lab.world import ROOT, World, WorldConfig
-from selfteach.lab.worlds import BASES, WORLDS, world_of
-from selfteach.lab.writing import CONTEXT_SHARES, DIAL_SHARES
-from selfteach.template_sets import Templates
+from selfteach.models.loading import BASES
+from selfteach.prompts.template_set import Templates
+from selfteach.tasks.lab import probe
+from selfteach.tasks.lab.corpus import CONTEXT_SHARES, DIAL_SHARES
+from selfteach.tasks.lab.pretrain import pretrain, save
+from selfteach.tasks.lab.tokenizer import build_tokenizer
+from selfteach.tasks.lab.world import ROOT, World, WorldConfig
+from selfteach.tasks.lab.worlds import WORLDS, world_of
 
 FOLDERS = sorted(path.parent for path in BASES.glob("*/model.safetensors"))
 
@@ -73,7 +74,7 @@ def test_the_card_says_what_the_base_is_and_what_was_measured(folder: Path) -> N
     assert card.startswith("---\nlicense: apache-2.0\n")
     assert (
         f"--world {folder.name} --steps {training['steps']} --seed {training['seed']} "
-        f"--out src/selfteach/lab/bases/{folder.name}" in card
+        f"--out src/selfteach/tasks/lab/bases/{folder.name}" in card
     )
     lines = [line.split("|") for line in card.splitlines()]
     rows = {cells[1].strip(): cells[2:-1] for cells in lines if len(cells) == 10}
@@ -95,7 +96,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> probe.Reading:
     """Keeps `save` from asking thousands of questions."""
     some = probe.Shares(10, 0.2, 0.7, 0.1, 0.0, 0.3)
     reading = probe.Reading(0, 0.25, some, {kind: some for kind in probe.CONTEXTS})  # noqa: C420
-    monkeypatch.setattr("selfteach.lab.pretrain.measure", lambda out: reading)
+    monkeypatch.setattr("selfteach.tasks.lab.pretrain.measure", lambda out: reading)
     return reading
 
 

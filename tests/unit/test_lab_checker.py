@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from selfteach.lab import checker
-from selfteach.lab.checker import check, parse_answer, parse_line, split, style_of
-from selfteach.lab.world import STYLES, SYMBOLS, Line, World, text_of
+from selfteach.tasks.lab import checker
+from selfteach.tasks.lab.checker import check, parse_answer, parse_line, split, style_of
+from selfteach.tasks.lab.world import STYLES, SYMBOLS, Line, World, text_of
 
 WORLD = World()
 QUESTION = next(WORLD.questions("train"))

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfteach.lab import dial, oracle
-from selfteach.lab.checker import check, parse_line, unflagged
-from selfteach.lab.world import REFERENCE_STYLE, STYLES, World, text_of
-from selfteach.lab.writing import references
+from selfteach.tasks.lab import alignment_dial, lab_oracle
+from selfteach.tasks.lab.checker import check, parse_line, unflagged
+from selfteach.tasks.lab.corpus import references
+from selfteach.tasks.lab.world import REFERENCE_STYLE, STYLES, World, text_of
 from selfteach.types import Critique
 
 WORLD = World()
@@ -22,7 +22,7 @@ def critique(style: str, at: int | None) -> Critique:
     texts = [str(line) for line in lines]
     if at is not None:
         texts[at] = texts[at][:-1] + ("a" if lines[at].c != "a" else "b")
-    return oracle.criticise(WORLD, QUESTION, "\n".join([*texts, "# p"]))
+    return lab_oracle.criticise(WORLD, QUESTION, "\n".join([*texts, "# p"]))
 
 
 def kept(*steps: int) -> list[bool]:
@@ -31,7 +31,7 @@ def kept(*steps: int) -> list[bool]:
 
 def partly_aligned(told: Critique, reference: str, keeps: list[bool]) -> str:
     """As a context shows it."""
-    steps = dial.partly_aligned(told, reference, keeps).steps
+    steps = alignment_dial.partly_aligned(told, reference, keeps).steps
     return "\n".join([*(step.text for step in steps), f"# {told.answer}"])
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from selfteach.lab.tokenizer import SPECIAL, WORDS
-from selfteach.lab.world import ROOT, STYLES, World, text_of
-from selfteach.lab.writing import CONTEXT_SHARES, Believer, context_for, references
-from selfteach.template_sets import SHIPPED, Templates
+from selfteach.prompts.template_set import SHIPPED, Templates
+from selfteach.tasks.lab.corpus import CONTEXT_SHARES, Believer, context_for, references
+from selfteach.tasks.lab.tokenizer import SPECIAL, WORDS
+from selfteach.tasks.lab.world import ROOT, STYLES, World, text_of
 
 QUESTION = [{"role": "user", "content": "a b c d e f"}]
 ANSWERED = [*QUESTION, {"role": "assistant", "content": "# k"}]

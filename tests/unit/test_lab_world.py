@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from selfteach.lab.world import (
+from selfteach.tasks.lab.world import (
     BELIEFS,
     CHILDREN,
     ROOT,

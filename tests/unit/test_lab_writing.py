@@ -9,10 +9,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from selfteach.lab.checker import check
-from selfteach.lab.pretrain import batches, documents, encode
-from selfteach.lab.world import REFERENCE_STYLE, ROOT, STYLES, World, WorldConfig, split_of
-from selfteach.lab.writing import (
+from selfteach.prompts.template_set import Templates
+from selfteach.tasks.lab.checker import check
+from selfteach.tasks.lab.corpus import (
     CONTEXT_SHARES,
     DIAL_SHARES,
     Believer,
@@ -22,7 +21,8 @@ from selfteach.lab.writing import (
     view_of,
     write,
 )
-from selfteach.template_sets import Templates
+from selfteach.tasks.lab.pretrain import batches, documents, encode
+from selfteach.tasks.lab.world import REFERENCE_STYLE, ROOT, STYLES, World, WorldConfig, split_of
 
 WORLD = World()
 TEMPLATES = Templates("lab")
@@ -168,7 +168,7 @@ def test_omission_shows_no_right_step_of_the_answer() -> None:
 
 
 def _critique(style: str, wrong_at: int):
-    from selfteach.lab.oracle import criticise
+    from selfteach.tasks.lab.lab_oracle import criticise
 
     question = next(WORLD.questions("train"))
     texts = [str(line) for line in WORLD.solution(question, STYLES[style])]

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfteach import loading, products
-from selfteach.config import ModelConfig
+from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
-from selfteach.loading import autocast_of, choose_device, load_model, load_tokenizer
-from selfteach.settling import settle
+from selfteach.models import loading, matmul
+from selfteach.models.loading import autocast_of, choose_device, load_model, load_tokenizer
+from selfteach.runtime.torch_setup import settle
 
 CPU = torch.device("cpu")
 
@@ -92,7 +92,7 @@ def test_on_a_gpu_attention_is_not_planned_shape_by_shape() -> None:
 
 FAULTS = """
 import resource, torch
-from selfteach.settling import settle
+from selfteach.runtime.torch_setup import settle
 settle(torch.device("cpu"))
 def steps():
     for _ in range(20):
@@ -132,7 +132,7 @@ def test_autocast_asks_the_device_only_where_it_may_choose(
     monkeypatch: pytest.MonkeyPatch, asked: str | None, halves: bool, got: torch.dtype | None
 ) -> None:
     kinds = list[str]()
-    monkeypatch.setattr(products, "multiplies_halves", lambda kind: (kinds.append(kind), halves)[1])
+    monkeypatch.setattr(matmul, "multiplies_halves", lambda kind: (kinds.append(kind), halves)[1])
     config = ModelConfig(autocast=asked)  # pyright: ignore[reportArgumentType]
     for device, kind in (("cpu", "cpu"), ("cuda:1", "cuda"), ("auto", choose_device("auto").type)):
         assert autocast_of(config, device) == got

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from selfteach.build_critic import fingerprint, initial_weights
-from selfteach.critics.chat import NoReply, Reply, Request
-from selfteach.critics.local import LocalModel
-from selfteach.policy import Policy, Schedule, add_adapters
-from selfteach.rendering import Renderer
-from selfteach.template_sets import Templates
+from selfteach.feedback.critics.chat_model import NoReply, Reply, Request
+from selfteach.feedback.critics.local import LocalModel
+from selfteach.models.policy import Policy, Schedule, add_adapters
+from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.template_set import Templates
+from selfteach.trainer.build_critic import fingerprint, initial_weights
 
 REQUESTS = [
     Request((("user", text),), 0.0, 8) for text in ("a b c", "d", "a b c d e f a b", "f e", "a a")

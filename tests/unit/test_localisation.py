@@ -10,10 +10,10 @@ import pytest
 from scipy.stats import rankdata, spearmanr
 
 from inspections import answer, write
-from selfteach.analysis import figures
-from selfteach.analysis.inspected import example, load
-from selfteach.analysis.inspection import draw, summarise
-from selfteach.analysis.localisation import aligned, localise, ranks
+from selfteach.analysis.figures import style
+from selfteach.analysis.inspection.inspection_data import example, load
+from selfteach.analysis.inspection.inspection_summary import draw, summarise
+from selfteach.analysis.inspection.localisation import aligned, localise, ranks
 from selfteach.errors import CheckpointError
 
 ANSWERS = [
@@ -145,7 +145,7 @@ def test_the_example_and_all_figures(folder: Path) -> None:
     assert shown["steps"] == [0, 0, 1, 1, 2] and list(shown["contexts"]) == ["x", "y"]
     assert shown["contexts"]["y"]["advantage"] == pytest.approx(ADVANTAGES[0, "y"])
     assert list(example(folder, answer=1, contexts=["x"])["contexts"]) == ["x"]  # type: ignore[index]
-    assert "first error" in figures.svg(figures.token_advantages(shown))
+    assert "first error" in style.svg(style.token_advantages(shown))
 
 
 def test_an_unfinished_or_unknown_folder_is_refused(folder: Path, tmp_path: Path) -> None:

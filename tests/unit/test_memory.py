@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selfteach.config import Recipe
-from selfteach.memory import Load, Vllm, layer_token_bytes, memory
-from selfteach.policy import add_adapters, recompute_activations
-from selfteach.shapes import Shape, known_shapes
-from selfteach.survey import load_of, look
+from selfteach.commands.check.memory import Load, Vllm, layer_token_bytes, memory
+from selfteach.commands.check.sizes import load_of, look
+from selfteach.config.recipe import Recipe
+from selfteach.models.architectures import Shape, known_shapes
+from selfteach.models.policy import add_adapters, recompute_activations
 
 TOKENS = 56
 SHAPES = list(dict.fromkeys(known_shapes().values()))

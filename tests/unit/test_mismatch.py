@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfteach.collate import sequences
-from selfteach.distributed import ALONE
-from selfteach.divergence import Divergence
-from selfteach.objective import Anneal, Distillation, Grpo, Hybrid
+from selfteach.losses.divergence import Divergence
+from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
+from selfteach.models.sequences import sequences
 from selfteach.protocols import Objective
-from selfteach.step import _summary
+from selfteach.runtime.distributed import ALONE
+from selfteach.trainer.metrics import _summary
 from selfteach.types import Batch
 
 LN2 = math.log(2)

@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfteach.collate import check_same_tokens, collate
-from selfteach.divergence import Divergence
 from selfteach.errors import AlignmentError
-from selfteach.gates import Gate
-from selfteach.objective import Anneal, Distillation, Grpo, Hybrid, first_error_token
+from selfteach.feedback.alignment import first_error_token
+from selfteach.losses.divergence import Divergence
+from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
+from selfteach.losses.token_masks import Gate
+from selfteach.models.lm_head import Head, Scores, chunked_sum
 from selfteach.protocols import Objective
-from selfteach.scores import Head, Scores, chunked_sum
+from selfteach.trainer.batching import check_same_tokens, collate
 from selfteach.types import (
     Critique,
     Lesson,

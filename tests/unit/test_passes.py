@@ -23,11 +23,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from selfteach import prefixes
-from selfteach.decoding import llama
-from selfteach.decoding.answers import branches
-from selfteach.decoding.llama import LlamaPasses
-from selfteach.decoding.passes import ModelPasses, Prompts
+from selfteach.models import prefix_cache
+from selfteach.rollout.decoding import llama
+from selfteach.rollout.decoding.forward import ModelPasses, Prompts
+from selfteach.rollout.decoding.generate import branches
+from selfteach.rollout.decoding.llama import LlamaPasses
 
 VOCABULARY = 50
 SHAPE = {
@@ -84,7 +84,7 @@ def test_its_logits_are_the_models(
         models = told(ModelPasses(model, Prompts(model, prompts, 0)))
     for a, b in zip(own, models, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * float(b.abs().max()))
-    assert (prefixes.shared_length(prompts) > 0) == (prompts is SHARED)
+    assert (prefix_cache.shared_length(prompts) > 0) == (prompts is SHARED)
 
 
 def test_adapters_and_half_precision_are_the_models() -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfteach.background import covered
 from selfteach.errors import Terminated
-from selfteach.pipeline import overlap_of, overlapped
-from selfteach.termination import listening
+from selfteach.runtime.futures import covered
+from selfteach.runtime.signals import listening
+from selfteach.trainer.overlapped import overlap_of, overlapped
 
 
 class Killed(Exception):

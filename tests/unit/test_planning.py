@@ -9,22 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfteach.config import Recipe
+from selfteach.commands.check.memory import Load, memory
+from selfteach.commands.check.sizes import look
+from selfteach.config.recipe import Recipe
+from selfteach.config.recipe_file import load_study
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.memory import Load, memory
+from selfteach.models.architectures import Shape, known_shapes
 from selfteach.planning import costs
 from selfteach.planning.calibration import Measured, calibrate, read_run
 from selfteach.planning.costs import Decoding, Efficiency
+from selfteach.planning.describe_plan import describe
 from selfteach.planning.devices import Device, find_device, known_devices
-from selfteach.planning.forecast import Where, best, estimate, forecast, with_concurrency
+from selfteach.planning.estimate import Where, best, estimate, forecast, with_concurrency
 from selfteach.planning.layout import Layout, fewest_trainers, require_room
-from selfteach.planning.pipeline import Line, simulate
-from selfteach.planning.spread import Spread
-from selfteach.planning.telling import describe
-from selfteach.planning.work import Asked, Work, work_of
-from selfteach.recipes import load_study
-from selfteach.shapes import Shape, known_shapes
-from selfteach.survey import look
+from selfteach.planning.lengths import Spread
+from selfteach.planning.simulation import Line, simulate
+from selfteach.planning.workload import Asked, Work, work_of
 
 PAPER = Path(__file__).parents[2] / "experiments" / "paper" / "recipe.toml"
 TINY = Shape("llama", 8, 16, 2, 2, 2, 4, 32, 512, True)

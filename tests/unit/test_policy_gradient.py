@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfteach import closed_form
-from selfteach.policy_gradient import (
+from selfteach.losses import analytic_gradients
+from selfteach.losses.policy_gradient import (
     clipped_surrogate,
     entropy,
     group_advantages,
@@ -158,7 +158,7 @@ def test_token_logp_is_minus_the_cross_entropy() -> None:
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (0,)])
 def test_token_logp_a_few_rows_at_a_time(shape, temperature, monkeypatch) -> None:
     """Two rows in a block, so that blocks end within the leading axes and the last is short."""
-    monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", 23)
+    monkeypatch.setitem(analytic_gradients.BLOCK_ENTRIES, "cpu", 23)
     generator = torch.Generator().manual_seed(6)
     logits = 3 * torch.randn(*shape, 11, generator=generator, dtype=torch.float64)
     ids = torch.randint(11, shape, generator=generator)
@@ -181,7 +181,7 @@ def plain_token_logp(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 
 def test_token_logp_gradcheck(monkeypatch) -> None:
-    monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", 12)
+    monkeypatch.setitem(analytic_gradients.BLOCK_ENTRIES, "cpu", 12)
     logits_NV = torch.randn(3, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     ids_N = torch.tensor([4, 0, 2])
     fn = lambda x: token_logp(x, ids_N, 1.3)  # noqa: E731

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from selfteach import prefixes
-from selfteach.collate import sequences
-from selfteach.engines.transformers import TransformersEngine
-from selfteach.policy import Policy, Schedule, add_adapters, recompute_activations
-from selfteach.prefixes import MIN_SHARED, shared_length
-from selfteach.rendering import Renderer
+from selfteach.models import prefix_cache
+from selfteach.models.policy import Policy, Schedule, add_adapters, recompute_activations
+from selfteach.models.prefix_cache import MIN_SHARED, shared_length
+from selfteach.models.sequences import sequences
+from selfteach.prompts.renderer import Renderer
+from selfteach.rollout.transformers_engine import TransformersEngine
 from selfteach.types import Problem, Sampling
 
 COMMON = [3 + i % 7 for i in range(MIN_SHARED)]
@@ -100,7 +100,7 @@ def test_with_activations_recomputed_nothing_is_shared(
     with torch.no_grad():
         expected = plain.score(side).logits(slice(None))
     recompute_activations(tiny_llama)
-    monkeypatch.setattr(prefixes, "fill", None)
+    monkeypatch.setattr(prefix_cache, "fill", None)
     policy = Policy(tiny_llama, Schedule(1e-3))
     torch.testing.assert_close(policy.score(side).logits(slice(None)).detach(), expected)
 
@@ -110,7 +110,7 @@ def test_answers_are_the_same_whether_the_prefix_is_shared_or_not(
     tiny_llama: LlamaForCausalLM, monkeypatch, threshold: int
 ) -> None:
     def answers(least: int):
-        monkeypatch.setattr(prefixes, "MIN_SHARED", least)
+        monkeypatch.setattr(prefix_cache, "MIN_SHARED", least)
         engine = TransformersEngine(tiny_llama, _Fixed(), end_ids=[2], pad_id=0, max_length=64)
         problems = [Problem(str(i), "", "") for i in range(len(PROMPTS))]
         return engine.generate(problems, Sampling(3, 1.0, 12, 0))

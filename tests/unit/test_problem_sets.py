@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from selfteach.config_data import FilesData, GymData, HubData, Splitting
-from selfteach.data import Task, check_answers, load_task
+from selfteach.config.data_section import FilesData, GymData, HubData, Splitting
 from selfteach.errors import DataError, RecipeError, SelfteachError
-from selfteach.problem_sets.columns import (
+from selfteach.tasks.sources.columns import (
     Missing,
     column_value,
     problem_from,
     ready_mappings,
     with_mapping,
 )
-from selfteach.problem_sets.rows import Row
-from selfteach.problem_sets.splits import disjoint, normalised, split_pool, without_duplicates
+from selfteach.tasks.sources.rows import Row
+from selfteach.tasks.sources.splits import disjoint, normalised, split_pool, without_duplicates
+from selfteach.tasks.task import Task, check_answers, load_task
 from selfteach.types import Problem
 
 ROWS = [
@@ -472,7 +472,7 @@ def test_problems_that_cannot_be_judged_are_named_dropped_or_refused(tmp_path: P
 
 
 def test_a_verifier_that_accepts_everything_is_found() -> None:
-    from selfteach.problem_sets.audit import audit
+    from selfteach.tasks.sources.audit import audit
     from selfteach.types import Verdict
 
     found = audit(pool_of(3), lambda problem, text: Verdict(True, True, text), str)
@@ -485,6 +485,6 @@ def test_a_verifier_that_accepts_everything_is_found() -> None:
 
 @given(st.text(min_size=1))
 def test_a_corruption_is_another_answer(answer: str) -> None:
-    from selfteach.problem_sets.audit import corrupt
+    from selfteach.tasks.sources.audit import corrupt
 
     assert corrupt(answer) != answer

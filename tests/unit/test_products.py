@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from selfteach import products
+from selfteach.models import matmul
 
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Every weight counts as wide; and the rows that oneDNN was given."""
-    monkeypatch.setattr(products, "WIDE", 0)
+    monkeypatch.setattr(matmul, "WIDE", 0)
     seen, ask = list[torch.Tensor](), torch.ops.mkldnn._linear_pointwise
 
     class Watched:
@@ -38,7 +38,7 @@ def test_values_are_those_of_float64(wide: list, shape: tuple[int, ...], biased:
     bias = torch.randn(101) if biased else None
     want = F.linear(rows.double(), weight.double(), None if bias is None else bias.double())
     with torch.no_grad():
-        told = products.linear(rows, weight, bias), products.packed(weight, bias, 8)(rows)
+        told = matmul.linear(rows, weight, bias), matmul.packed(weight, bias, 8)(rows)
     assert len(wide) == 2
     for got in told:
         torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
@@ -48,14 +48,14 @@ def test_values_are_those_of_float64(wide: list, shape: tuple[int, ...], biased:
 def test_rows_of_a_view_are_the_rows(wide: list) -> None:
     rows, weight = torch.randn(48, 12).t()[::2], torch.randn(101, 96).t()[:48].t()
     with torch.no_grad():
-        got = products.linear(rows, weight, None)
+        got = matmul.linear(rows, weight, None)
     assert len(wide) == 1
     torch.testing.assert_close(got, rows @ weight.T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_gradient_goes_through(wide: list) -> None:
     rows, weight = torch.randn(4, 8).requires_grad_(), torch.randn(9, 8).requires_grad_()
-    products.linear(rows, weight, None).sum().backward()
+    matmul.linear(rows, weight, None).sum().backward()
     assert not wide
     torch.testing.assert_close(rows.grad, weight.sum(0).expand(4, 8))
 
@@ -64,29 +64,29 @@ def test_a_gradient_goes_through(wide: list) -> None:
 def test_other_types_are_left_alone(
     wide: list, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "multiplies_halves", lambda _: True)
+    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: True)
     rows, weight = torch.randn(4, 8, dtype=dtype), torch.randn(9, 8, dtype=dtype)
     with torch.no_grad():
-        assert torch.equal(products.linear(rows, weight, None), F.linear(rows, weight))
+        assert torch.equal(matmul.linear(rows, weight, None), F.linear(rows, weight))
     assert not wide
 
 
 def test_no_rows_are_no_rows(wide: list) -> None:
     with torch.no_grad():
-        assert products.linear(torch.zeros(0, 8), torch.zeros(9, 8), None).shape == (0, 9)
+        assert matmul.linear(torch.zeros(0, 8), torch.zeros(9, 8), None).shape == (0, 9)
 
 
 def test_autocast_is_obeyed(wide: list) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        told = products.linear(torch.ones(4, 8), torch.ones(9, 8), None)
+        told = matmul.linear(torch.ones(4, 8), torch.ones(9, 8), None)
     assert told.dtype == torch.bfloat16 and not wide
 
 
 @pytest.fixture
 def widening(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor without instructions for halves; and weights of several parts, the last not whole."""
-    monkeypatch.setattr(products, "multiplies_halves", lambda _: False)
-    monkeypatch.setattr(products, "PART_ENTRIES", 40 * 48)
+    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: False)
+    monkeypatch.setattr(matmul, "PART_ENTRIES", 40 * 48)
 
 
 def halves(*shape: int) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_halves_are_multiplied_in_float32_where_there_are_no_instructions_for_th
 ) -> None:
     rows, weight, bias = halves(*shape, 48), halves(101, 48), halves(101) if biased else None
     with torch.no_grad():
-        got = products.linear(rows, weight, bias)
+        got = matmul.linear(rows, weight, bias)
     want = F.linear(rows.float(), weight.float(), None if bias is None else bias.float())
     assert got.shape == want.shape and (got.dtype == torch.float32 or not got.numel())
     torch.testing.assert_close(got.float(), want, rtol=1e-5, atol=1e-5)
@@ -108,32 +108,32 @@ def test_halves_are_multiplied_in_float32_where_there_are_no_instructions_for_th
 
 def test_a_gradient_of_halves_goes_through_all_the_same(widening: None) -> None:
     rows, weight = halves(4, 48).requires_grad_(), halves(101, 48)
-    products.linear(rows, weight, None).sum().backward()
+    matmul.linear(rows, weight, None).sum().backward()
     torch.testing.assert_close(rows.grad, weight.sum(0).expand(4, 48), rtol=0.02, atol=0.05)
 
 
 def test_products_with_a_wide_gradient_are_those_of_float64(widening: None) -> None:
     """What `scores` and `slabs` ask for behind a loss whose logits came in float32."""
     grad, weight, rows = torch.randn(7, 101), halves(101, 48), halves(7, 48)
-    assert products.narrowed(grad, rows) is grad
+    assert matmul.narrowed(grad, rows) is grad
     close = {"rtol": 1e-5, "atol": 1e-5}
-    got = products.times(grad, weight)
+    got = matmul.times(grad, weight)
     torch.testing.assert_close(got, (grad.double() @ weight.double()).float(), **close)
     summed = torch.ones(101, 48)
-    products.add(summed, grad.T, rows)
+    matmul.add(summed, grad.T, rows)
     want = grad.T.double() @ rows.double()
     torch.testing.assert_close(summed, (1 + want).float(), **close)
     into = torch.empty(101, 48, dtype=torch.bfloat16)
-    products.write(into, grad.T, rows)
+    matmul.write(into, grad.T, rows)
     torch.testing.assert_close(into, want.bfloat16(), rtol=1e-2, atol=1e-5)
 
 
 def test_a_processor_with_instructions_for_halves_is_asked_for_halves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "multiplies_halves", lambda _: True)
+    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: True)
     rows, weight = halves(4, 48), halves(101, 48)
     with torch.no_grad():
-        assert torch.equal(products.linear(rows, weight, None), F.linear(rows, weight))
-    assert products.narrowed(torch.randn(4, 101), rows).dtype == torch.bfloat16
-    assert not products.widens(rows.float())
+        assert torch.equal(matmul.linear(rows, weight, None), F.linear(rows, weight))
+    assert matmul.narrowed(torch.randn(4, 101), rows).dtype == torch.bfloat16
+    assert not matmul.widens(rows.float())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selfteach.progress import note
+from selfteach.commands.progress import note
 
 STEP = {"correct": 0.25, "length": 33.4, "loss": 0.1234, "dropped": 0.0, "truncated": 0.5}
 

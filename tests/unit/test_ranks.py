@@ -9,14 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfteach import cli, launched
-from selfteach.build import build_sharding
-from selfteach.collate import collate
-from selfteach.config import Recipe
-from selfteach.distributed import ALONE, Ranks
+from selfteach import cli
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import validate
 from selfteach.errors import RecipeError
-from selfteach.settings import validate
-from selfteach.train import run_to_end
+from selfteach.runtime import torchrun
+from selfteach.runtime.distributed import ALONE, Ranks
+from selfteach.trainer.batching import collate
+from selfteach.trainer.build import build_sharding
+from selfteach.trainer.loop import run_to_end
 from selfteach.types import Lesson, Marked, Problem, Rollout, Signal, Verdict
 
 
@@ -97,7 +98,7 @@ def test_other_commands_are_one_process(monkeypatch: pytest.MonkeyPatch, capsys)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and "without torchrun" in capsys.readouterr().err
-    assert launched.leads()
+    assert torchrun.leads()
 
 
 def test_another_rank_says_who_it_is(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

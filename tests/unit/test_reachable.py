@@ -9,11 +9,11 @@ import pytest
 
 from scripted_server import Behaviour, Server, cuts, lists, raw, refuses, says, serving, stalls
 from selfteach import cli
-from selfteach.build_critic import require_critic
-from selfteach.config_critic import EndpointConfig, OracleConfig
-from selfteach.critics.endpoint import Endpoint
-from selfteach.critics.reachable import require_server
+from selfteach.config.critic_section import EndpointConfig, OracleConfig
 from selfteach.errors import CriticError
+from selfteach.feedback.critics.critic_healthcheck import require_server
+from selfteach.feedback.critics.endpoint import Endpoint
+from selfteach.trainer.build_critic import require_critic
 
 RECIPE = """
 [model]

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfteach import chain_sums, steps, verifiers
-from selfteach.alignment import first_change
-from selfteach.critics.reading import Reader
+from selfteach.feedback.alignment import first_change
+from selfteach.feedback.critics.parser import Reader
+from selfteach.tasks import chain_sums, segmentation, verifiers
 from selfteach.types import Critique, FirstChange, Marked, NoCritique, Problem, Rollout
 
 PROBLEM = Problem("p", "Tom has 3 bags of 4 apples and eats 2. How many are left?", "10")
-READ = Reader(steps.tags, verifiers.exact)
+READ = Reader(segmentation.tags, verifiers.exact)
 WRONG = (
     "<step_1>3 bags of 4 are 12 apples.</step_1>\n"
     "<step_2>He eats 2, so 12 - 2 = 9.</step_2>\n<answer>9</answer>"
@@ -138,7 +138,7 @@ def test_an_answer_without_tags_is_criticised_in_tags(name: str, end: str) -> No
     """The template set ``free`` shows the steps to the critic in numbered tags."""
     gap = "\n\n" if name == "paragraphs" else "\n"
     text = f"3 bags of 4 are 12 apples.{gap}He eats 2, so 12 - 2 = 9.{end}"
-    split = steps.SPLITTERS[name]
+    split = segmentation.SPLITTERS[name]
     answer, verdict = rollout(text), verifiers.exact(PROBLEM, text)
     said = Reader(split, verifiers.exact)(f"<case>D</case>\n{RIGHT}", answer, verdict)
     assert isinstance(said, Critique), said
@@ -169,7 +169,7 @@ def test_no_tags_break_the_reader(text: list[str], answer: list[str]) -> None:
 def change(said: Critique | NoCritique, answer: str) -> FirstChange | None:
     marked = Marked(rollout(answer), verifiers.exact(PROBLEM, answer), said)
     ends = list(range(1, len(answer) + 1))  # a token per character
-    return first_change(marked, steps.tags(answer), ends)
+    return first_change(marked, segmentation.tags(answer), ends)
 
 
 def test_where_a_critique_departs_from_the_answer_by_hand() -> None:

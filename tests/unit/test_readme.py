@@ -6,8 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
-from selfteach import step
-from selfteach.recipes import study_from
+from selfteach.config.recipe_file import study_from
+from selfteach.trainer import step
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

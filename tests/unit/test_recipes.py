@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from selfteach.recipes import load_study
+from selfteach.config.recipe_file import load_study
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 RECIPES = sorted(EXPERIMENTS.glob("*/*.toml"))

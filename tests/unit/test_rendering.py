@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from families import byte_level
-from selfteach import chain_sums
-from selfteach.config import CONTEXTS
-from selfteach.contexts import SHARED_TEMPLATE
+from selfteach.config.recipe import CONTEXTS
 from selfteach.errors import EngineError, RecipeError
-from selfteach.rendering import Renderer
-from selfteach.template_sets import TURN, Templates, conversation
+from selfteach.feedback.contexts import SHARED_TEMPLATE
+from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.template_set import TURN, Templates, conversation
+from selfteach.tasks import chain_sums
 from selfteach.types import Critique, CritiqueStep, Problem
 
 PROMPTS = Path(__file__).parents[1] / "fixtures" / "prompts"

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from selfteach.analysis import figures, wording
-from selfteach.analysis.console import print_evaluation, print_results
-from selfteach.analysis.packing import unpacked
-from selfteach.analysis.report import render, write_report
+from selfteach.analysis import wording
+from selfteach.analysis.figures import style
+from selfteach.analysis.report.packing import unpacked
+from selfteach.analysis.report.page import render, write_report
+from selfteach.analysis.terminal.tables import print_evaluation, print_results
 from selfteach.errors import CheckpointError
 
 SEEDS = [0, 1, 2]
@@ -143,7 +144,7 @@ def html(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """No figures, for tests that look at words: drawing is what takes the time."""
-    monkeypatch.setattr("selfteach.analysis.report._drawn", lambda *_: {})
+    monkeypatch.setattr("selfteach.analysis.report.page._drawn", lambda *_: {})
 
 
 def records_in(html):
@@ -323,7 +324,7 @@ def test_results_that_cannot_be_read_are_refused_in_one_line(tmp_path, content, 
 
 
 def test_curves_are_means_and_bands_are_extremes(results):
-    axes = figures.learning_curves(results).axes[0]
+    axes = style.learning_curves(results).axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert set(lines) == set(SCORES)
     np.testing.assert_allclose(lines["step_aligned"].get_ydata()[-1], 35.8)
@@ -338,12 +339,12 @@ def test_a_forest_of_many_arms_shows_the_headline_and_what_is_against_the_base(r
     pairs = [f"{b}-{a}" for i, a in enumerate(arms) for b in arms[i + 1 :]]
     results["paired"] = dict.fromkeys([*pairs, *(f"{arm}-base" for arm in arms)], value)
     results["headline"], results["variants"] = ["arm1-arm0"], {}
-    labels = [text.get_text() for text in figures.forest(results).axes[0].get_yticklabels()]
+    labels = [text.get_text() for text in style.forest(results).axes[0].get_yticklabels()]
     assert labels == ["arm1 − arm0", *(f"{arm} − base" for arm in arms)]
 
 
 def test_forest_draws_every_pair_and_fills_what_is_decided(results):
-    axes = figures.forest(results).axes[0]
+    axes = style.forest(results).axes[0]
     labels = [label.get_text().strip() for label in axes.get_yticklabels()]
     titles = [text.get_text() for text in axes.texts]
     assert labels.count("step_aligned − grpo") == 3 and "no pull of style (ρ = 0)" in titles
@@ -357,19 +358,19 @@ def test_forest_draws_every_pair_and_fills_what_is_decided(results):
 
 def test_variants_of_one_title_are_all_drawn(results):
     results["variants"]["easy"]["title"] = results["variants"]["no_pull"]["title"] = "main"
-    axes = figures.forest(results).axes[0]
+    axes = style.forest(results).axes[0]
     labels = [label.get_text() for label in axes.get_yticklabels()]
     titles = [text.get_text() for text in axes.texts]
     assert titles.count("main") == labels.count("grpo − base") == 3
 
 
 def test_token_figure_has_a_panel_per_context_on_one_scale(example):
-    figure = figures.token_advantages(example)
+    figure = style.token_advantages(example)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["reference", "step_aligned"]
     heights = [bar.get_height() for bar in figure.axes[1].patches]
     np.testing.assert_allclose(heights, example["contexts"]["step_aligned"]["advantage"])
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
-    drawn = figures.svg(figure)
+    drawn = style.svg(figure)
     assert drawn.count("first error") == 2 and ">$x$<" in drawn and ">&lt;script&gt;" in drawn
     assert f">{HOSTILE[:13]}…<".replace("<script>", "&lt;script&gt;") in drawn
 
@@ -377,21 +378,21 @@ def test_token_figure_has_a_panel_per_context_on_one_scale(example):
 def test_a_long_answer_is_drawn_without_naming_its_tokens(example):
     long = {**example, "tokens": ["中"] * 600, "steps": [t // 60 for t in range(600)]}
     long["contexts"] = {"reference": {"text": "", "advantage": [0.1] * 600}}
-    assert "token of the answer" in figures.svg(figures.token_advantages(long))
+    assert "token of the answer" in style.svg(style.token_advantages(long))
 
 
 def test_svg_is_text_that_stands_alone_and_stays_the_same(results):
-    drawn = figures.svg(figures.forest(results))
-    assert drawn == figures.svg(figures.forest(results))
+    drawn = style.svg(style.forest(results))
+    assert drawn == style.svg(style.forest(results))
     assert drawn.startswith("<svg") and drawn.endswith("</svg>")
-    assert "no pull of style" in drawn and "currentColor" in drawn and figures.INK not in drawn
+    assert "no pull of style" in drawn and "currentColor" in drawn and style.INK not in drawn
     assert not re.search(r"<!|<\?|<metadata|\d{4}-\d\d-\d\d", drawn)
 
 
 def test_svg_can_be_drawn_from_threads(results):
     drawn = []
     threads = [
-        threading.Thread(target=lambda: drawn.append(figures.svg(figures.forest(results))))
+        threading.Thread(target=lambda: drawn.append(style.svg(style.forest(results))))
         for _ in range(2)
     ]
     for thread in threads:
@@ -403,8 +404,8 @@ def test_svg_can_be_drawn_from_threads(results):
 
 def test_an_arm_keeps_its_style_and_no_two_look_alike():
     names = ["base", "grpo", "reference", "mine", "step_aligned", "yours", "omission"]
-    look = figures.styles(names)
-    assert look["grpo"] == figures.styles(["grpo"])["grpo"]
+    look = style.styles(names)
+    assert look["grpo"] == style.styles(["grpo"])["grpo"]
     assert len({(style.dash, style.marker) for style in look.values()}) == len(names)
 
 
@@ -412,7 +413,7 @@ def test_an_arm_keeps_its_style_and_no_two_look_alike():
     ("token", "seen"), [(" a", "␣a"), ("\n", "↵"), ("\t", "⇥"), ("\x00", "␀"), ("é", "é")]
 )
 def test_white_space_can_be_seen(token, seen):
-    assert figures.visible(token) == seen
+    assert style.visible(token) == seen
 
 
 # -- terminal --------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selfteach.analysis.report import render
-from selfteach.inspection.table import SCHEMA
+from selfteach.analysis.report.page import render
+from selfteach.commands.inspect.token_table import SCHEMA
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe = pytest.importorskip("axe_core_python.sync_playwright", reason="axe is not installed")

@@ -11,10 +11,10 @@ pytest.importorskip("triton", reason="builds of PyTorch for processors come with
 
 from test_divergence import CLIPPED, EXACT, INF, TEMPERED, name
 
-from selfteach import row_kernels
-from selfteach.closed_form import Form, FusedRows, Rows
-from selfteach.divergence import Divergence
-from selfteach.policy_gradient import _FusedTokenLogp, token_logp
+from selfteach.losses.analytic_gradients import Form, FusedRows, Rows
+from selfteach.losses.divergence import Divergence
+from selfteach.losses.kernels import row_kernels
+from selfteach.losses.policy_gradient import _FusedTokenLogp, token_logp
 
 # -inf - -inf, whose NaN is then passed over: NumPy, which interprets, says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from selfteach.analysis import comparison, curves, figures, health
-from selfteach.analysis.answers import learned_from
-from selfteach.analysis.packing import pack, unpacked
-from selfteach.analysis.reading import grouped, read_run, read_runs
-from selfteach.analysis.report import render
-from selfteach.analysis.watch import looks, watch
+from selfteach.analysis import comparison, health
+from selfteach.analysis.figures import curves, style
+from selfteach.analysis.report.answer_records import learned_from
+from selfteach.analysis.report.packing import pack, unpacked
+from selfteach.analysis.report.page import render
+from selfteach.analysis.run_data import grouped, read_run, read_runs
+from selfteach.analysis.terminal.watch import looks, watch
 from selfteach.errors import CheckpointError
 
 STEPS, K = 12, 4
@@ -150,7 +151,7 @@ def test_what_training_changed_is_paired_by_problem(tmp_path):
 
 
 def test_one_run_has_a_claim_with_its_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr("selfteach.analysis.report._drawn", lambda *_: {})
+    monkeypatch.setattr("selfteach.analysis.report.page._drawn", lambda *_: {})
     html, _ = render([write_run(tmp_path / "first", right=(2, 2, 2, 2), truncated=0.4)])
     text = " ".join(html.split())
     assert "first answers 50.0 % of validation samples right after step 12, 25.0 % before" in text
@@ -256,7 +257,7 @@ def test_seconds_add_up_and_phases_are_told_apart_without_colour(tmp_path):
 
 def test_inline_figures_share_no_ids(tmp_path):
     groups = grouped([read_run(write_run(tmp_path / "arm"))])
-    drawn = figures.svg(curves.training(groups), "one")
+    drawn = style.svg(curves.training(groups), "one")
     assert 'id="one-' in drawn and "url(#one-" in drawn
     assert not [part for part in drawn.split(' id="')[1:] if not part.startswith("one-")]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from selfteach.divergence import forward_kl
+from selfteach.losses.divergence import forward_kl
 
 SOURCE = Path("src")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfteach import collector
-from selfteach import side_by_side as processes
-from selfteach.config import Recipe
-from selfteach.recipes import study_from
-from selfteach.side_by_side import Job, run_jobs, side_by_side
-from selfteach.study import jobs_of
+from selfteach.commands.study import jobs as processes
+from selfteach.commands.study.jobs import Job, run_jobs, side_by_side
+from selfteach.commands.study.run_study import jobs_of
+from selfteach.config.recipe import Recipe
+from selfteach.config.recipe_file import study_from
+from selfteach.runtime import gc_pause
 
 
 def jobs(device: str) -> list[Job]:
@@ -71,7 +71,7 @@ def test_runs_of_one_model_and_seed_begin_alike(tmp_path: Path) -> None:
 
 def _settings() -> None:
     """In a worker."""
-    assert gc.get_threshold()[0] == collector.SELDOM, "imports are still to come"
+    assert gc.get_threshold()[0] == gc_pause.SELDOM, "imports are still to come"
     if os.environ.get("GLIBC_TUNABLES") != "glibc.malloc.hugetlb=1":
         raise LookupError(os.environ.get("GLIBC_TUNABLES"))
 

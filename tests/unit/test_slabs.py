@@ -7,10 +7,11 @@ import torch
 from test_divergence import INF, name
 from torch import Tensor
 
-from selfteach import closed_form, products, slabs
-from selfteach.divergence import Divergence, form, per_token
-from selfteach.objective import Distillation, summed
-from selfteach.scores import Head, Scores, chunked_sum
+from selfteach.losses import analytic_gradients, fused_cpu
+from selfteach.losses.divergence import Divergence, form, per_token
+from selfteach.losses.objectives import Distillation, summed
+from selfteach.models import matmul
+from selfteach.models.lm_head import Head, Scores, chunked_sum
 from selfteach.types import Batch, Sequences
 
 N, V, H = 21, 75, 40
@@ -28,15 +29,15 @@ SPECS = [
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several slabs and blocks of rows, the last of each in part."""
-    monkeypatch.setattr(slabs, "WIDE", H)
-    monkeypatch.setattr(slabs, "SLAB_ENTRIES", N * 32)
-    monkeypatch.setitem(closed_form.BLOCK_ENTRIES, "cpu", 8 * 32)
+    monkeypatch.setattr(fused_cpu, "WIDE", H)
+    monkeypatch.setattr(fused_cpu, "SLAB_ENTRIES", N * 32)
+    monkeypatch.setitem(analytic_gradients.BLOCK_ENTRIES, "cpu", 8 * 32)
 
 
 @pytest.fixture(params=[True, False], ids=["halves", "widened"])
 def both_processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With instructions for products of halves, and without."""
-    monkeypatch.setattr(products, "multiplies_halves", lambda _: request.param)
+    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: request.param)
     return request.param
 
 
@@ -59,7 +60,7 @@ def scores(hidden_NH: Tensor, head_VH: Tensor) -> Scores:
 
 
 def of(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, weight: Tensor):
-    return slabs.divergence_sum(form(spec), student, teacher, ids, weight, chunk_tokens=5)
+    return fused_cpu.divergence_sum(form(spec), student, teacher, ids, weight, chunk_tokens=5)
 
 
 def plainly(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, weight: Tensor):
@@ -86,7 +87,7 @@ def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(
 ) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs(width)
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
-    assert slabs.runs(form(spec), student, teacher)
+    assert fused_cpu.runs(form(spec), student, teacher)
     (got, said), (want, stats) = (fn(spec, student, teacher, ids, weight) for fn in (of, plainly))
     torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-4, atol=1e-5)
     for one in ("loss", "clipped"):
@@ -104,7 +105,7 @@ def test_without_instructions_for_halves_gradients_are_those_of_float64(
     spec: Divergence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits and their gradient stay in float32 there, so that the only rounding is the last."""
-    monkeypatch.setattr(products, "multiplies_halves", lambda _: False)
+    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: False)
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     wide = [x.detach().double() for x in (hidden, head, teacher_hidden, teacher_head)]
     wanted = (wide[0].requires_grad_(), wide[1].requires_grad_())
@@ -123,12 +124,12 @@ def test_a_slab_s_gradient_is_the_walk_s_to_the_digit(spec: Divergence) -> None:
     student, teacher = noise(N, V).double(), noise(N, V, seed=1).double()
     ids, scale = torch.arange(N)[:, None], torch.linspace(-0.5, 1.0, N).double()
     want = torch.empty_like(student)
-    _, kept = closed_form.walked(form(spec), student, teacher, ids, want)
+    _, kept = analytic_gradients.walked(form(spec), student, teacher, ids, want)
     got = torch.empty_like(student)
     for first in range(0, V, 32):
         part = slice(first, first + 32)
         theirs = teacher[:, part] if form(spec).whole(V) else None
-        closed_form.gradient_of_slab(
+        analytic_gradients.gradient_of_slab(
             form(spec), student[:, part], theirs, kept, first, scale, got[:, part]
         )
     torch.testing.assert_close(got, want * scale[:, None], rtol=1e-9, atol=1e-12)
@@ -159,22 +160,24 @@ def test_only_a_plain_wide_head_of_halves_that_trains_is_walked_in_slabs(
 ) -> None:
     hidden, head, teacher_hidden, teacher_head, *_ = inputs()
     own, teacher = form(SPECS[1]), scores(teacher_hidden, teacher_head)
-    assert slabs.runs(own, scores(hidden, head), teacher)
-    assert slabs.runs(own, scores(hidden, head), scores(teacher_hidden, teacher_head.float()))
-    assert not slabs.runs(own, scores(hidden, head.detach()), teacher)
-    assert not slabs.runs(own, scores(hidden, head.float().detach().requires_grad_()), teacher)
-    assert not slabs.runs(own, scores(hidden.float(), head), teacher)
-    assert not slabs.runs(own, scores(hidden, head), scores(teacher_hidden.half(), teacher_head))
+    assert fused_cpu.runs(own, scores(hidden, head), teacher)
+    assert fused_cpu.runs(own, scores(hidden, head), scores(teacher_hidden, teacher_head.float()))
+    assert not fused_cpu.runs(own, scores(hidden, head.detach()), teacher)
+    assert not fused_cpu.runs(own, scores(hidden, head.float().detach().requires_grad_()), teacher)
+    assert not fused_cpu.runs(own, scores(hidden.float(), head), teacher)
+    assert not fused_cpu.runs(
+        own, scores(hidden, head), scores(teacher_hidden.half(), teacher_head)
+    )
     biased = Scores.single(hidden, Head(head, torch.zeros(V)))
-    assert not slabs.runs(own, biased, teacher) and not slabs.runs(own, teacher, biased)
+    assert not fused_cpu.runs(own, biased, teacher) and not fused_cpu.runs(own, teacher, biased)
     mixed = Scores(((teacher_hidden, Head(teacher_head), 0.5),) * 2)
-    assert not slabs.runs(own, scores(hidden, head), mixed)
+    assert not fused_cpu.runs(own, scores(hidden, head), mixed)
     warmer = form(Divergence("reverse_kl", temperature=2.0))
-    assert not slabs.runs(warmer, scores(hidden, head), teacher)
+    assert not fused_cpu.runs(warmer, scores(hidden, head), teacher)
     with torch.no_grad():
-        assert not slabs.runs(own, scores(hidden, head), teacher)
-    monkeypatch.setattr(slabs, "WIDE", H + 1)
-    assert not slabs.runs(own, scores(hidden, head), teacher)
+        assert not fused_cpu.runs(own, scores(hidden, head), teacher)
+    monkeypatch.setattr(fused_cpu, "WIDE", H + 1)
+    assert not fused_cpu.runs(own, scores(hidden, head), teacher)
 
 
 def test_the_objective_says_what_the_walk_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +192,7 @@ def test_the_objective_says_what_the_walk_says(monkeypatch: pytest.MonkeyPatch) 
     told = []
     for folded in (True, False):
         if not folded:
-            monkeypatch.setattr(slabs, "runs", lambda *_: False)
+            monkeypatch.setattr(fused_cpu, "runs", lambda *_: False)
         sides = scores(hidden, head), scores(teacher_hidden, teacher_head)
         total, said = summed(objective, *sides, batch, 5)
         told.append((said, torch.autograd.grad(total, (hidden, head))))

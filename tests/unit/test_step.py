@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from selfteach import prefixes, protocols
-from selfteach.build import build
-from selfteach.config import Recipe
-from selfteach.divergence import Divergence, per_token
-from selfteach.objective import Distillation, Grpo
-from selfteach.rendering import Renderer
-from selfteach.run_folder import lesson_row
-from selfteach.step import Parts, coverage, describe, learn, mark, teach, train_step
-from selfteach.template_sets import Templates
-from selfteach.thinking import Thinking
+from selfteach import protocols
+from selfteach.config.recipe import Recipe
+from selfteach.losses.divergence import Divergence, per_token
+from selfteach.losses.objectives import Distillation, Grpo
+from selfteach.models import prefix_cache
+from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.template_set import Templates
+from selfteach.prompts.thinking import Thinking
+from selfteach.runtime.run_folder import lesson_row
+from selfteach.trainer.build import build
+from selfteach.trainer.metrics import coverage, describe
+from selfteach.trainer.step import Parts, learn, mark, teach, train_step
 from selfteach.types import (
     Critique,
     CritiqueStep,
@@ -141,7 +143,7 @@ def test_what_is_said_of_an_answer_stays_with_it(parts: Parts) -> None:
 def test_learning_is_the_slow_loss_and_its_gradient(
     parts: Parts, monkeypatch, micro_batch_tokens: int, min_shared: int, recompute: bool
 ) -> None:
-    monkeypatch.setattr(prefixes, "MIN_SHARED", min_shared)
+    monkeypatch.setattr(prefix_cache, "MIN_SHARED", min_shared)
     if recompute:
         data = {"type": "lab", "train": 1, "validation": 1, "test": 1}
         checkpointed = {"gradient_checkpointing": True}

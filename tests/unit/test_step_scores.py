@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from inspections import answer, write
-from selfteach.analysis.inspected import load
-from selfteach.analysis.step_scores import (
+from selfteach.analysis.inspection.inspection_data import load
+from selfteach.analysis.inspection.step_scores import (
     Steps,
     auroc,
     best_threshold,

@@ -9,26 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfteach import steps
-from selfteach.config_data import FilesData
-from selfteach.lab import checker
-from selfteach.lab.world import ROOT, STYLES, World, text_of
+from selfteach.config.data_section import FilesData
+from selfteach.tasks import segmentation
+from selfteach.tasks.lab import checker
+from selfteach.tasks.lab.world import ROOT, STYLES, World, text_of
 
 
-def pieces(text: str, spans: list[steps.Span]) -> list[str]:
+def pieces(text: str, spans: list[segmentation.Span]) -> list[str]:
     return [text[a:b] for a, b in spans]
 
 
 def test_lines_skip_blank_ones_and_keep_their_own_spaces() -> None:
     text = "one\n\n  two \n \nthree"
-    assert pieces(text, steps.lines(text)) == ["one", "  two ", "three"]
-    assert steps.lines("") == steps.lines(" \n ") == []
+    assert pieces(text, segmentation.lines(text)) == ["one", "  two ", "three"]
+    assert segmentation.lines("") == segmentation.lines(" \n ") == []
 
 
 def test_paragraphs_are_parted_by_blank_lines() -> None:
     text = "\n\none\nstill one\n \t\ntwo \n\n\n\\boxed{3}\n"
-    assert pieces(text, steps.paragraphs(text)) == ["one\nstill one", "two ", "\\boxed{3}\n"]
-    assert steps.paragraphs("") == steps.paragraphs(" \n\n ") == []
+    assert pieces(text, segmentation.paragraphs(text)) == ["one\nstill one", "two ", "\\boxed{3}\n"]
+    assert segmentation.paragraphs("") == segmentation.paragraphs(" \n\n ") == []
 
 
 @pytest.mark.parametrize(
@@ -47,20 +47,20 @@ def test_paragraphs_are_parted_by_blank_lines() -> None:
     ],
 )  # fmt: skip
 def test_sentences(text: str, expected: list[str]) -> None:
-    assert pieces(text, steps.sentences(text)) == expected
+    assert pieces(text, segmentation.sentences(text)) == expected
 
 
 @pytest.mark.parametrize("name", ["lines", "paragraphs", "sentences"])
 @given(text=st.text(st.sampled_from("aB1 .!?\n$*)"), max_size=40))
 def test_free_form_steps_leave_out_only_white_space(name: str, text: str) -> None:
-    spans = steps.SPLITTERS[name](text)
+    spans = segmentation.SPLITTERS[name](text)
     outside = [text[a:b] for a, b in itertools.pairwise([0, *itertools.chain(*spans), len(text)])]
     assert not any(gap.strip() for gap in outside[::2]) and all(p.strip() for p in outside[1::2])
 
 
 def test_a_recipe_names_every_splitter_there_is() -> None:
     (field,) = [f for name, f in FilesData.model_fields.items() if name == "steps"]
-    assert set(get_args(field.annotation)) == set(steps.SPLITTERS)
+    assert set(get_args(field.annotation)) == set(segmentation.SPLITTERS)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_recipe_names_every_splitter_there_is() -> None:
     ],
 )  # fmt: skip
 def test_tags(text: str, expected: list[str]) -> None:
-    assert pieces(text, steps.tags(text)) == expected
+    assert pieces(text, segmentation.tags(text)) == expected
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -91,14 +91,14 @@ def test_lab_steps_are_the_checker_s(style: str, joint: str) -> None:
     question = next(world.questions("train"))
     text = text_of(world.solution(question, STYLES[style]), world.truth(question)[ROOT])
     text = text.replace("\n", joint)
-    found = pieces(text, steps.lab(text))
+    found = pieces(text, segmentation.lab(text))
     assert [piece.strip() for piece in found] == checker.split(text)
     assert len(found) == 6 and found[-1].startswith("#")
 
 
 @given(st.text(st.sampled_from("01234 +=ab#\n"), max_size=40))
 def test_lab_steps_cover_the_text_from_the_first_one_on(text: str) -> None:
-    spans = steps.lab(text)
+    spans = segmentation.lab(text)
     if spans:
         assert "".join(pieces(text, spans)) == text[spans[0][0] :]
         assert spans[-1][1] == len(text)
@@ -106,18 +106,18 @@ def test_lab_steps_cover_the_text_from_the_first_one_on(text: str) -> None:
 
 def test_token_spans_by_hand() -> None:
     # "ab|c |de|f" as tokens that end at 2, 4, 6, 7; steps "abc" and "def" at 0-3 and 4-7.
-    assert steps.token_spans([(0, 3), (4, 7)], [2, 4, 6, 7]) == [(0, 2), (2, 4)]
+    assert segmentation.token_spans([(0, 3), (4, 7)], [2, 4, 6, 7]) == [(0, 2), (2, 4)]
     # A token that begins in one step and ends in the next belongs to the next.
-    assert steps.token_spans([(0, 3), (3, 7)], [2, 4, 7]) == [(0, 1), (1, 3)]
+    assert segmentation.token_spans([(0, 3), (3, 7)], [2, 4, 7]) == [(0, 1), (1, 3)]
     # What comes before the first step belongs to none.
-    assert steps.token_spans([(3, 7)], [2, 4, 7]) == [(1, 3)]
-    assert steps.token_spans([], [2, 4]) == []
+    assert segmentation.token_spans([(3, 7)], [2, 4, 7]) == [(1, 3)]
+    assert segmentation.token_spans([], [2, 4]) == []
     # A special token decodes to nothing: it ends where its predecessor does.
-    assert steps.token_spans([(0, 2), (2, 4)], [2, 4, 4]) == [(0, 1), (1, 3)]
+    assert segmentation.token_spans([(0, 2), (2, 4)], [2, 4, 4]) == [(0, 1), (1, 3)]
 
 
 @st.composite
-def segmentation(draw) -> tuple[list[steps.Span], list[int]]:
+def segmented_texts(draw) -> tuple[list[segmentation.Span], list[int]]:
     length = draw(st.integers(1, 30))
     cuts = sorted(draw(st.sets(st.integers(0, length - 1), min_size=1)))
     spans = list(zip(cuts, [*cuts[1:], length], strict=True))
@@ -125,12 +125,12 @@ def segmentation(draw) -> tuple[list[steps.Span], list[int]]:
     return spans, ends
 
 
-@given(segmentation())
+@given(segmented_texts())
 def test_token_spans_leave_no_token_out_and_share_none(
-    case: tuple[list[steps.Span], list[int]],
+    case: tuple[list[segmentation.Span], list[int]],
 ) -> None:
     spans, ends = case
-    found = steps.token_spans(spans, ends)
+    found = segmentation.token_spans(spans, ends)
     covered = [i for a, b in found for i in range(a, b)]
     assert covered == list(range(found[0][0], len(ends)))
     for (start, stop), (a, b) in zip(spans, found, strict=True):

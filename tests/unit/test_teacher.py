@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selfteach.build import build, build_teacher
-from selfteach.collate import sequences
-from selfteach.config import EmaTeacher, InitialTeacher, LiveTeacher, Recipe, TrustRegionTeacher
-from selfteach.policy import Policy
+from selfteach.config.recipe import (
+    EmaTeacher,
+    InitialTeacher,
+    LiveTeacher,
+    Recipe,
+    TrustRegionTeacher,
+)
+from selfteach.models.policy import Policy
+from selfteach.models.sequences import sequences
+from selfteach.trainer.build import build, build_teacher
 
 SIDE = sequences([[1, 4, 5], [1, 6]], [[7, 8, 2], [9, 2]], 0)
 ALL = slice(None)

@@ -7,17 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import byte_level, tokenizer_of
-from selfteach import steps, verifiers
-from selfteach.build import build_renderer
-from selfteach.collate import collate
-from selfteach.config import ModelConfig
-from selfteach.divergence import Divergence
+from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
-from selfteach.gates import Gate
-from selfteach.objective import Distillation, Grpo, first_error_token
-from selfteach.rendering import Renderer
-from selfteach.template_sets import Templates
-from selfteach.thinking import Thinking, split_thinking
+from selfteach.feedback.alignment import first_error_token
+from selfteach.losses.divergence import Divergence
+from selfteach.losses.objectives import Distillation, Grpo
+from selfteach.losses.token_masks import Gate
+from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.template_set import Templates
+from selfteach.prompts.thinking import Thinking, split_thinking
+from selfteach.tasks import segmentation, verifiers
+from selfteach.trainer.batching import collate
+from selfteach.trainer.build import build_renderer
 from selfteach.types import Critique, CritiqueStep, Lesson, Marked, Problem, Rollout, Verdict
 
 QWEN3 = tokenizer_of("qwen3")
@@ -41,7 +42,7 @@ def lesson(made_by: Renderer, text: str) -> Lesson:
     rollout = Rollout(
         PROBLEM, 0, made_by.solver_prompt(PROBLEM), ids, (-1.0,) * len(ids), said, True, 0
     )
-    spans = steps.token_spans(steps.tags(said), made_by.token_ends(ids))
+    spans = segmentation.token_spans(segmentation.tags(said), made_by.token_ends(ids))
     return Lesson(
         Marked(rollout, Verdict(False, True, "4"), CRITIQUE),
         "# 4",

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from selfteach.inspection.token_scores import Asked, Limits, compare, score_answers
-from selfteach.policy import Policy, Schedule
-from selfteach.scores import Scores
+from selfteach.evaluation.token_scores import Asked, Limits, compare, score_answers
+from selfteach.models.lm_head import Scores
+from selfteach.models.policy import Policy, Schedule
 
 ASKED = [
     Asked((1, 5, 6), (7, 8, 2), {"long": (1, 9, 10, 11, 12, 5, 6), "short": (1, 4)}),

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from selfteach import tracking
-from selfteach.build import build
-from selfteach.config import Recipe
+from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
-from selfteach.tracking import Tracked, identify, run_name, sending, values_of
+from selfteach.runtime import tracking
+from selfteach.runtime.tracking import Tracked, identify, run_name, sending, values_of
+from selfteach.trainer.build import build
 
 ROWS = [
     {"step": 0, "kind": "validation", "k": 4, "avg": 12.5},

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from selfteach import verifiers
-from selfteach.config_data import FilesData, GymData
-from selfteach.data import load_task
+from selfteach.config.data_section import FilesData, GymData
 from selfteach.errors import DataError
-from selfteach.evaluate import one_vote
-from selfteach.judge import Judge
+from selfteach.evaluation.evaluator import one_vote
+from selfteach.tasks import verifiers
+from selfteach.tasks.task import load_task
+from selfteach.tasks.verify_client import Judge
 from selfteach.types import Problem
 
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from scripted_vllm import Vllm, serving
-from selfteach.build import Built, build
-from selfteach.build_engine import require_engine
-from selfteach.collate import sequences
-from selfteach.config import Recipe
-from selfteach.config_engine import VllmProcessConfig
-from selfteach.engines import vllm_engine
-from selfteach.engines.vllm_process import Serving, arguments
+from selfteach.config.engine_section import VllmProcessConfig
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
 from selfteach.errors import EngineError, RecipeError
-from selfteach.policy_gradient import token_logp
-from selfteach.run_folder import RunFolder
-from selfteach.sampling import Interrupted, sample_batches
-from selfteach.settings import merge, validate
+from selfteach.losses.policy_gradient import token_logp
+from selfteach.models.sequences import sequences
+from selfteach.rollout.rollouts import Interrupted, sample_batches
+from selfteach.rollout.vllm import vllm_engine
+from selfteach.rollout.vllm.in_process import Serving, arguments
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.build import Built, build
+from selfteach.trainer.build_engine import require_engine
 from selfteach.types import Rollout, Sampling
 
 TINY: dict[str, Any] = {

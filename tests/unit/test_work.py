@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from selfteach import products, slabs
-from selfteach.build import Built, build
-from selfteach.config import Recipe
-from selfteach.decoding.llama import LlamaPasses
-from selfteach.divergence import Divergence, form
-from selfteach.objective import Distillation, Grpo
-from selfteach.scores import Head, Scores, chunked_sum
-from selfteach.settings import merge
-from selfteach.step import train_step
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge
+from selfteach.losses import fused_cpu
+from selfteach.losses.divergence import Divergence, form
+from selfteach.losses.objectives import Distillation, Grpo
+from selfteach.models import matmul
+from selfteach.models.lm_head import Head, Scores, chunked_sum
+from selfteach.rollout.decoding.llama import LlamaPasses
+from selfteach.trainer.build import Built, build
+from selfteach.trainer.step import train_step
 from selfteach.types import Batch, Sequences
 
 PROBLEMS, ANSWERS = 3, 4
@@ -238,7 +239,7 @@ def test_a_loss_of_sampled_tokens_holds_logits_and_their_gradient(kind: Any, chu
 @pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])
 def test_halves_cost_no_more_than_float32(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither where they are multiplied in float32 nor where they are multiplied as they are."""
-    monkeypatch.setattr(products, "multiplies_halves", lambda _: native)
+    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: native)
     few, many = (
         peak(n, trainable_head=False, width=4 * H, dtype=torch.bfloat16) for n in (1024, 2048)
     )
@@ -252,9 +253,11 @@ def test_a_walk_in_slabs_holds_both_sides_of_a_chunk(
     native: bool, chunks: float, top_k: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, or in halves where they are multiplied as they are; one side becomes the gradient."""
-    monkeypatch.setattr(products, "multiplies_halves", lambda _: native)
-    monkeypatch.setattr(slabs, "SLAB_ENTRIES", 64 * CHUNK)  # so that the first walk is the larger
-    monkeypatch.setattr(slabs, "WIDE", H)
+    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: native)
+    monkeypatch.setattr(
+        fused_cpu, "SLAB_ENTRIES", 64 * CHUNK
+    )  # so that the first walk is the larger
+    monkeypatch.setattr(fused_cpu, "WIDE", H)
     torch.manual_seed(0)
     hidden_NH, teacher_NH = (torch.randn(CHUNK, H).bfloat16() for _ in range(2))
     weight_VH, teacher_VH = (torch.randn(V, H).bfloat16() for _ in range(2))
@@ -263,9 +266,9 @@ def test_a_walk_in_slabs_holds_both_sides_of_a_chunk(
         student = Scores.single(hidden_NH.requires_grad_(), Head(weight_VH.requires_grad_()))
         teacher = Scores.single(teacher_NH, Head(teacher_VH))
         asked = form(Divergence("jsd", **support))
-        assert slabs.runs(asked, student, teacher)
+        assert fused_cpu.runs(asked, student, teacher)
         ids_N, weight_N = torch.zeros(CHUNK, dtype=torch.long), torch.ones(CHUNK)
-        slabs.divergence_sum(asked, student, teacher, ids_N, weight_N, chunk_tokens=CHUNK)
+        fused_cpu.divergence_sum(asked, student, teacher, ids_N, weight_N, chunk_tokens=CHUNK)
     assert alive.most <= chunks * LOGITS
 
 

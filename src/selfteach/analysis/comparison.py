@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from selfteach.analysis.reading import Groups, Row, Run, evaluations, per_problem, read_json
+from selfteach.analysis.run_data import Groups, Row, Run, evaluations, per_problem, read_json
 from selfteach.analysis.wording import BUDGET, MEASURES
-from selfteach.estimates import Interval, bootstrap_difference, bootstrap_mean
+from selfteach.evaluation.statistics import Interval, bootstrap_difference, bootstrap_mean
 
 RESAMPLES = 10_000
 COMPARED = ("avg", "pass", "maj", "length")

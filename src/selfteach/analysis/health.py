@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selfteach.analysis.reading import Groups, Run
+from selfteach.analysis.run_data import Groups, Run
 
 WINDOW = 5
 """Steps that are averaged before they are judged: one bad batch is no failure."""

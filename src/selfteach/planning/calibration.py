@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from selfteach.config import Recipe
+from selfteach.commands.check.sizes import look
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.planning import costs
 from selfteach.planning.costs import Efficiency
 from selfteach.planning.devices import Device
 from selfteach.planning.layout import SEATS
-from selfteach.planning.spread import Spread
-from selfteach.planning.work import Work, with_answers, work_of
-from selfteach.settings import merge, validate
-from selfteach.survey import look
+from selfteach.planning.lengths import Spread
+from selfteach.planning.workload import Work, with_answers, work_of
 
 HERE_STEPS = 4
 """Steps of each of the two runs that are made here; the first of each warms up."""
@@ -119,7 +119,7 @@ def measure_here(recipe: Recipe) -> list[Measured]:
 
 def _run(recipe: Recipe, folder: Path) -> None:
     """Until the last step is on disk: what comes after it is not needed."""
-    from selfteach.train import train
+    from selfteach.trainer.loop import train
 
     for row in train(recipe, folder):
         if row["kind"] == "step" and row["step"] == recipe.train.steps:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selfteach.memory import FLOAT
+from selfteach.commands.check.memory import FLOAT
+from selfteach.models.architectures import Shape
 from selfteach.planning.devices import Device
-from selfteach.planning.work import Work
-from selfteach.shapes import Shape
+from selfteach.planning.workload import Work
 
 SERVED_BYTES = 2
 """Of a weight, a key or a value in an engine: bfloat16."""

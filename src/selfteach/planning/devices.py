@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pydantic import Field
 
+from selfteach.config.schema import Section, validate
 from selfteach.errors import RecipeError
-from selfteach.settings import Section, validate
 
 KNOWN = Path(__file__).with_name("devices.toml")
 HERE = "here"

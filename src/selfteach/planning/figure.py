@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from selfteach.analysis.figures import GRID, INK, SMALL, SPARE, TINY, bare, legend, save
+from selfteach.analysis.figures.style import GRID, INK, SMALL, SPARE, TINY, bare, legend, save
 from selfteach.errors import RecipeError
-from selfteach.planning.forecast import Forecast, Where, best, with_concurrency
-from selfteach.planning.work import Work
+from selfteach.planning.estimate import Forecast, Where, best, with_concurrency
+from selfteach.planning.workload import Work
 
 COUNTS = tuple(2**n for n in range(11))
 """1 to 1,024 devices."""

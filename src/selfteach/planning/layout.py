@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from selfteach.commands.check.memory import FLOAT, Item, gib, memory
 from selfteach.errors import RecipeError
-from selfteach.memory import FLOAT, Item, gib, memory
+from selfteach.models.architectures import Shape
 from selfteach.planning.costs import SERVED_BYTES, served_bytes
 from selfteach.planning.devices import Device
-from selfteach.planning.work import Work, longest_teacher
-from selfteach.shapes import Shape
+from selfteach.planning.workload import Work, longest_teacher
 
 TRAINER_ROOM, ENGINE_ROOM = 0.92, 0.90
 """Shares of a device's memory that are filled: the allocator and the driver take the rest; an engine

@@ -1,0 +1,180 @@
+"""Figures over training and over k: a line is the mean over an arm's seeds, its band worst to best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from selfteach.analysis.comparison import mean_spent
+from selfteach.analysis.figures.style import ALERT, INK, SMALL, Style, bare, legend, styles
+from selfteach.analysis.health import WINDOW, Check, smoothed
+from selfteach.analysis.run_data import Groups, Run, evaluations
+from selfteach.evaluation.statistics import bootstrap_mean, pass_at_k
+
+MARKS = 6
+"""Markers on a line of many points."""
+RESAMPLES = 2_000
+LEAST_SPAN = 0.3
+"""Share of the largest value that a y axis spans at least."""
+PHASES = {
+    "seconds_sampling": ("sampling", ""),
+    "seconds_marking": ("marking", "//"),
+    "seconds_learning": ("learning", ".."),
+    "seconds_evaluating": ("evaluating", "xx"),
+}
+"""Where the seconds of a run go: names and hatches (colour is never alone)."""
+SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+
+
+def over_seeds(runs: Sequence[Run], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps [E] that every run has logged, and values [S, E], averaged over `WINDOW` steps."""
+    series = [dict(zip(*run.series(metric), strict=True)) for run in runs]
+    series = [own for own in series if own]
+    steps = sorted(set.intersection(*map(set, series))) if series else []
+    if not steps:
+        return None
+    values_SE = np.stack([smoothed(np.array([own[s] for s in steps])) for own in series])
+    return np.array(steps)[-values_SE.shape[1] :], values_SE
+
+
+def check_curve(groups: Groups, check: Check) -> Figure:
+    """One failure mode's metric over training, with the line from which a warning is given."""
+    figure = Figure(figsize=(5.2, 2.5), layout="constrained")
+    axes = figure.add_subplot()
+    _panel(axes, groups, check.metric, check.unit)
+    if check.limit is not None:
+        axes.axhline(
+            check.limit, color=ALERT, linestyle=(0, (1, 2)), linewidth=1.4, label="warning"
+        )
+        axes.relim()
+        axes.autoscale(axis="y")
+        _calm(axes)
+    legend(axes, columns=3)
+    return figure
+
+
+def training(groups: Groups) -> Figure:
+    """Share of right answers and loss while training. Losses of unlike objectives do not compare."""
+    return _side_by_side(groups, {"correct": "right while training", "loss": "loss"})
+
+
+def length_and_entropy(groups: Groups) -> Figure:
+    """Mean length (tokens) and entropy (nats per token) of the answers sampled to learn from."""
+    return _side_by_side(groups, {"length": "length, tokens", "entropy": "entropy, nats per token"})
+
+
+def pass_at_each_k(groups: Groups) -> Figure | None:
+    """Unbiased Pass@k on test problems (percent) against k < n, with 95 % bands over problems.
+
+    At k = n it would be plain any-correct, so n itself is left out. None without test answers.
+    """
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    bare(axes)
+    look, drawn = styles(groups), False
+    for name, runs in groups.items():
+        tables = [saved[max(saved)] for run in runs if (saved := evaluations(run, "test"))]
+        shapes = {(e["k"], len(e["problem_ids"])) for e in tables}
+        if len(shapes) != 1 or (n := tables[0]["k"]) < 2:
+            continue
+        ks = range(1, n)
+        estimates = [
+            bootstrap_mean(
+                np.stack([100 * pass_at_k(np.array(e["correct"], dtype=float), k) for e in tables]),
+                resamples=RESAMPLES, seed=0,
+            )
+            for k in ks
+        ]  # fmt: skip
+        _line(axes, np.array(ks), np.array([e.mean for e in estimates]), look[name], name)
+        low, high = [e.low for e in estimates], [e.high for e in estimates]
+        axes.fill_between(ks, low, high, color=look[name].colour, alpha=0.12, linewidth=0)
+        drawn = True
+    axes.set_xlabel("k", color=INK, fontsize=SMALL)
+    axes.set_ylabel("Pass@k on test, %", color=INK, fontsize=SMALL)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend(axes)
+    return figure if drawn else None
+
+
+def seconds_by_phase(groups: Groups) -> Figure | None:
+    """Where each arm's seconds went, mean per run. None if nothing was timed."""
+    spent = {name: mean_spent(runs) for name, runs in groups.items()}
+    if not any(own["seconds"] for own in spent.values()):
+        return None
+    figure = Figure(figsize=(7.2, 0.9 + 0.34 * len(spent)), layout="constrained")
+    axes = figure.add_subplot()
+    bare(axes, grid="x")
+    left = np.zeros(len(spent))
+    for (key, (label, hatch)), shade in zip(PHASES.items(), SHADES, strict=True):
+        width = np.array([own.get(key, 0.0) for own in spent.values()])
+        axes.barh(
+            range(len(spent)), width, left=left, height=0.62, label=label, color=shade,
+            hatch=hatch, edgecolor="#ffffff", linewidth=0.6,
+        )  # fmt: skip
+        left += width
+    axes.set_yticks(range(len(spent)), list(spent), color=INK, fontsize=SMALL, parse_math=False)
+    axes.set_ylim(len(spent) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("seconds per run", color=INK, fontsize=SMALL)
+    legend(axes)
+    return figure
+
+
+def _side_by_side(groups: Groups, metrics: dict[str, str]) -> Figure:
+    figure = Figure(figsize=(7.2, 3.1), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
+        _panel(axes, groups, metric, label)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        lines = -(-len(handles) // 4)
+        shown = figure.legend(
+            handles, labels, loc="outside upper left", ncols=-(-len(handles) // lines),
+            frameon=False, fontsize=SMALL, labelcolor=INK, handlelength=3.4,
+        )  # fmt: skip
+        for text in shown.get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def _panel(axes: Axes, groups: Groups, metric: str, label: str) -> None:
+    bare(axes)
+    look = styles(groups)
+    for name, runs in groups.items():
+        if (found := over_seeds(runs, metric)) is None:
+            continue
+        steps_E, values_SE = found
+        _line(axes, steps_E, values_SE.mean(0), look[name], name)
+        if len(values_SE) > 1:
+            axes.fill_between(
+                steps_E, values_SE.min(0), values_SE.max(0), color=look[name].colour,
+                alpha=0.14, linewidth=0,
+            )  # fmt: skip
+    axes.set_xlabel(f"training step (means of {WINDOW})", color=INK, fontsize=SMALL)
+    axes.set_ylabel(label, color=INK, fontsize=SMALL)
+    _calm(axes)
+
+
+def _calm(axes: Axes) -> None:
+    """A y axis that makes no mountain of noise: at least `LEAST_SPAN` of its height, from 0 if near."""
+    low, high = axes.get_ylim()
+    drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()]
+    values = np.concatenate(drawn) if drawn else np.zeros(1)
+    values = values[np.isfinite(values)]
+    least, most = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+    missing = max(0.0, LEAST_SPAN * max(abs(least), abs(most), 1e-3) - (high - low)) / 2
+    low, high = low - missing, high + missing
+    if least >= 0 and (low < 0 or low < LEAST_SPAN * high):
+        low = 0.0
+    axes.set_ylim(low, high)
+
+
+def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: Style, name: str) -> None:
+    axes.plot(
+        x, y, color=style.colour, linestyle=style.dash, marker=style.marker, markersize=4.5,
+        markevery=max(1, len(x) // MARKS), linewidth=1.8, label=name,
+    )  # fmt: skip

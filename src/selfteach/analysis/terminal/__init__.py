@@ -1,0 +1,1 @@
+"""Tables and live views on the terminal."""

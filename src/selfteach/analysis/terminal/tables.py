@@ -1,0 +1,144 @@
+"""Results on the terminal: the report's tables, as plain text of up to 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from selfteach.analysis.critic_statistics import Record, in_words
+from selfteach.analysis.wording import (
+    BUDGET,
+    MEASURES,
+    Estimate,
+    Results,
+    Setting,
+    budget_columns,
+    budgets,
+    count,
+    difference,
+    estimate,
+    headline,
+    measure,
+    order,
+    pair_title,
+    pairs,
+    standing,
+)
+
+SCORES = ("avg", "pass", "maj")
+"""What arms are compared by."""
+SHORT = {"length": "tokens", "truncated": "cut", "format": "form"}
+COLOURS = {"higher": "green", "lower": "red", "open": "dim"}
+
+
+def print_results(results: Results, console: Console) -> None:
+    """Print arms, paired differences, budget and variants; means are over seeds and problems."""
+    if results["title"]:
+        console.print(Text(results["title"], style="bold"))
+    seeds = ", ".join(str(seed) for seed in results["seeds"])
+    console.print(Text(f"seeds {seeds}; mean [95 % interval], rates in %; *: it excludes 0"))
+    _print_collapsed(results, console)
+    console.print()
+    console.print(_arms(results, results["k"]))
+    if results["paired"]:
+        console.print(_pairs(results))
+    console.print(_budget(results))
+    for name, variant in results.get("variants", {}).items():
+        _print_variant(results, variant, variant["title"] or name, console)
+
+
+def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
+    """Print one model's measures, each with its interval over problems (`api.evaluate_model`)."""
+    console.print(Text(f"{result['what']}: {result['split']}, {result['problems']} problems"))
+    table = _table(["", "mean [95 % interval]"])
+    for name in MEASURES:
+        _row(table, [measure(name, result["k"]), estimate(result[name])])
+    console.print(table)
+
+
+def print_critics(records: Mapping[str, Record], console: Console) -> None:
+    """One line for each arm whose critic writes: what came back, and what it took, over all seeds."""
+    for arm, record in records.items():
+        if record.total.writes:
+            line = f" critic of {arm}: {in_words(record.total)}; {count(record.seconds)} seconds"
+            console.print(Text(line))
+
+
+def _arms(setting: Setting, k: int) -> Table:
+    table = _table(["arm", *(_short(name, k) for name in MEASURES)])
+    for name, arm in setting["arms"].items():
+        # The interval stands below its mean, so that six measures fit a narrow terminal.
+        cells = [estimate(arm[key]).replace(" [", "\n[", 1) for key in MEASURES]
+        _row(table, [name, *cells])
+    return table
+
+
+def _print_collapsed(setting: Setting, console: Console) -> None:
+    total = len(setting["seeds"])
+    for name, arm in setting["arms"].items():
+        if lost := arm.get("collapsed", []):
+            console.print(Text(f" collapsed: {name} {len(lost)} of {total} seeds", style="red"))
+
+
+def _pairs(results: Results) -> Table:
+    table = _table(["difference", *(_short(name, results["k"]) for name in SCORES)])
+    for pair in pairs(results, results):
+        values = results["paired"][pair]
+        cells = [_starred(values[name]) for name in SCORES]
+        _row(table, [pair_title(pair), *cells], _colour(values["avg"]))
+    return table
+
+
+def _budget(setting: Setting) -> Table:
+    columns = budget_columns(budgets(setting))
+    shown = [key for key in columns if key != "evaluation_answers"]  # the same for every arm
+    table = _table(["per seed", *(BUDGET[key] for key in shown)])
+    for name, arm in setting["arms"].items():
+        spent = arm["budget"]
+        _row(table, [name, *(count(spent[key]) if key in spent else "" for key in shown)])
+    return table
+
+
+def _print_variant(results: Results, variant: Setting, title: str, console: Console) -> None:
+    seeds = ", ".join(str(seed) for seed in variant["seeds"])
+    means = [f"{name} {arm['avg']['mean']:.1f}" for name, arm in variant["arms"].items()]
+    console.print(Text(f"{title}; seeds {seeds}", style="bold"))
+    console.print(Text(f" Avg@{results['k']}: {', '.join(means)}"))
+    _print_collapsed(variant, console)
+    table = _table(["", "", ""])
+    for pair in (pair for pair in headline(results) if pair in variant["paired"]):
+        value, main = variant["paired"][pair]["avg"], results["paired"][pair]["avg"]
+        _row(table, [pair_title(pair), _starred(value), order(value, main)], _colour(value))
+    if table.row_count:
+        console.print(table)
+
+
+def _short(name: str, k: int) -> str:
+    return SHORT.get(name) or measure(name, k).removesuffix(", %")
+
+
+def _starred(value: Estimate) -> str:
+    return difference(value) + (" " if standing(value) == "open" else "*")
+
+
+def _colour(value: Estimate) -> str:
+    return COLOURS[standing(value)]
+
+
+def _table(titles: Sequence[str]) -> Table:
+    """Without rules; names to the left, numbers to the right; a line of space below."""
+    table = Table(
+        box=None, show_header=any(titles), padding=(0, 1), header_style="dim", caption=" "
+    )  # fmt: skip
+    for i, title in enumerate(titles):
+        table.add_column(Text(title), justify="right" if i else "left", no_wrap=i == 0)
+    return table
+
+
+def _row(table: Table, cells: Sequence[str], style: str = "") -> None:
+    """Cells are never read as markup."""
+    table.add_row(*(Text(cell) for cell in cells), style=style)

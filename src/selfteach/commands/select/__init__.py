@@ -1,0 +1,1 @@
+"""`selfteach select`: build a training set of hard, well-formed, critic-solvable problems."""

@@ -1,0 +1,1 @@
+"""Evaluate a policy: sampled answers, Avg@k, Pass@k, Maj@k, intervals, and scores per token."""

@@ -1,0 +1,66 @@
+"""What judged answers to a problem set come to per problem; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfteach.evaluation.statistics import avg_at_k, maj_at_k, pass_at_k
+from selfteach.runtime.run_folder import read_json
+
+RATES = ("avg", "pass", "maj", "truncated", "format")
+"""Measures given in percent; ``length`` is in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """k judged answers to each of P problems; every list is [P][k]."""
+
+    split: str
+    step: int
+    k: int
+    problem_ids: list[str]
+    correct: list[list[bool]]
+    formatted: list[list[bool]]
+    parsed: list[list[str | None]]
+    finished: list[list[bool]]
+    lengths: list[list[int]]
+
+    def per_problem(self) -> dict[str, np.ndarray]:
+        """avg, pass, maj, truncated and format in percent, length in tokens; each [P]."""
+        correct_PK = np.array(self.correct, dtype=float)
+        values = {
+            "avg": avg_at_k(correct_PK),
+            "pass": pass_at_k(correct_PK, self.k),
+            "maj": maj_at_k(self.parsed, correct_PK),
+            "truncated": 1 - np.array(self.finished, dtype=float).mean(1),
+            "format": np.array(self.formatted, dtype=float).mean(1),
+            "length": np.array(self.lengths, dtype=float).mean(1),
+        }
+        return {name: value * (100 if name in RATES else 1) for name, value in values.items()}
+
+    def means(self) -> dict[str, float]:
+        """The same, averaged over problems."""
+        return {name: float(value.mean()) for name, value in self.per_problem().items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Evaluation:
+        """From `to_json`."""
+        return cls(**data)
+
+
+def evaluation_of(folder: Path, split: str, step: int) -> Evaluation:
+    """An evaluation that a run has saved."""
+    return Evaluation.from_json(read_json(evaluation_path(folder, split, step)))
+
+
+def evaluation_path(folder: Path, split: str, step: int) -> Path:
+    """Where a run keeps an evaluation."""
+    return folder / "evaluations" / f"{split}_{step:06d}.json"

@@ -1,5 +1,0 @@
-"""The lab: a tiny world in which every quantity of the paper exists and its truth is known."""
-
-from selfteach.lab.world import BELIEFS, STYLES, World, WorldConfig
-
-__all__ = ["BELIEFS", "STYLES", "World", "WorldConfig"]

@@ -1,0 +1,305 @@
+"""How far the student is from the teacher at each token: KL divergences, JSD and their surrogates.
+
+Pure functions of log-probabilities and logits: no config, no logging, no collectives. Everything
+is in nats. ``student`` and ``teacher`` are log-probabilities over the last axis; the teacher is a
+constant and is detached here. Computed in float32 at least (float64 stays float64).
+
+A mass of zero contributes zero (0 log 0 = 0), in value and in gradient, so that -inf logits are
+allowed. A divergence that *is* infinite (KL(p ‖ q) where q misses a part of p) comes out infinite
+instead of being hidden; only the JSD and a clipped term stay finite there.
+
+Sources: generalised JSD, Agarwal et al. (GKD, arXiv:2306.13649, eq. 1); top-K and a tail bucket,
+SDPO (arXiv:2601.20802); pointwise clip, OPSD (arXiv:2601.18734); control variate, vOPD
+(arXiv:2605.07865).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from selfteach.errors import RecipeError
+from selfteach.losses.analytic_gradients import Form, of_rows, scaled
+from selfteach.losses.policy_gradient import token_logp
+
+Kind = Literal["forward_kl", "reverse_kl", "jsd"]
+Support = Literal["full", "top_k", "sampled"]
+Side = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Which divergence, over which part of the vocabulary.
+
+    Example (SDPO: the student's hundred likeliest tokens and a bucket for the rest)::
+
+        Divergence(kind="jsd", support="top_k", top_k=100)
+
+    Raises RecipeError when a value is impossible or would have no effect.
+    """
+
+    kind: Kind
+    """``forward_kl`` KL(teacher ‖ student), ``reverse_kl`` KL(student ‖ teacher), or ``jsd``."""
+    support: Support = "full"
+    """Every vocabulary entry, K entries and a tail bucket, or the sampled token alone."""
+    beta: float = 0.5
+    """The teacher's share of the JSD's mixture, strictly between 0 and 1."""
+    jsd_scaled: bool = False
+    """Divide the JSD by beta (1 - beta), so that its limits at 0 and 1 are the two KLs."""
+    top_k: int | None = None
+    top_k_from: Side = "student"
+    """Whose likeliest tokens are kept."""
+    clip: float | None = None
+    """Cap (nats) on each entry's term, the tail bucket's included; the sum may become negative."""
+    temperature: float = 1.0
+    """Divides both sides' logits; the loss is not rescaled by its square."""
+    control_variate: bool = False
+    """Add KL(student ‖ teacher) to the sampled token's reward: same expected gradient."""
+
+    def __post_init__(self) -> None:
+        for allowed, message in self._requirements():
+            if not allowed:
+                raise RecipeError(f"divergence: {message}")
+
+    def _requirements(self) -> tuple[tuple[bool, str], ...]:
+        """What must hold, and what to say when it does not."""
+        jsd, top_k, sampled = self.kind == "jsd", self.support == "top_k", self.support == "sampled"
+        reverse = self.kind == "reverse_kl"
+        return (
+            _one_of("kind", self.kind, get_args(Kind)),
+            _one_of("support", self.support, get_args(Support)),
+            _one_of("top_k_from", self.top_k_from, get_args(Side)),
+            (jsd or self.beta == 0.5, f"beta = {self.beta} has no meaning for {self.kind}"),
+            (0 < self.beta < 1, f"beta must lie strictly between 0 and 1, got {self.beta}"),
+            (jsd or not self.jsd_scaled, f"jsd_scaled has no meaning for {self.kind}"),
+            (not (jsd and sampled), "jsd has no sampled-token form; use full or top_k"),
+            (top_k == (self.top_k is not None), "top_k goes with support = 'top_k', and only then"),
+            (self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"),
+            (top_k or self.top_k_from == "student", "top_k_from needs support = 'top_k'"),
+            (self.clip is None or self.clip > 0, f"clip must be positive, got {self.clip}"),
+            (self.clip is None or not sampled, "clip has no meaning for a sampled token"),
+            (0 < self.temperature < math.inf, f"temperature must be positive: {self.temperature}"),
+            (
+                (reverse and sampled) or not self.control_variate,
+                "control_variate needs kind = 'reverse_kl' and support = 'sampled'",
+            ),
+        )
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> tuple[bool, str]:
+    return value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}"
+
+
+class PerToken(NamedTuple):
+    """What a divergence says of each token; all fields have the shape of the token ids."""
+
+    loss: Tensor
+    """The term to minimise (nats); for a sampled token a surrogate with the KL's gradient."""
+    advantage: Tensor
+    """log teacher(y) - log student(y) of the sampled token, at temperature 1, detached (nats)."""
+    clipped: Tensor
+    """Share of the entries whose term was capped, detached."""
+    logp: Tensor
+    """log student(y) of the sampled token at the divergence's temperature, detached (nats)."""
+
+
+def per_token(
+    spec: Divergence,
+    student_logits: Float[Tensor, "*rows V"],
+    teacher_logits: Float[Tensor, "*rows V"],
+    ids: Int[Tensor, "*rows"],
+    *,
+    spend: bool = False,
+) -> PerToken:
+    """The divergence that ``spec`` names, for every row, from logits; differentiable in ``loss``.
+
+    ``ids`` are the tokens that were sampled: the sampled-token losses and the advantage are about
+    them. ``spec.temperature`` applies to the loss only; the advantage is reported at temperature 1.
+    With ``spend`` the teacher's logits are nobody else's: they may be overwritten, which saves a buffer
+    of their size, and ``loss`` can be differentiated one time only.
+    """
+    teacher_logits = teacher_logits.detach()
+    advantage = None
+    if spec.temperature != 1:  # asked now: the teacher's logits may be gone afterwards
+        advantage = _advantage(student_logits, teacher_logits, ids)
+    if spec.support == "sampled":
+        told = _of_sampled(spec, student_logits, teacher_logits, ids)
+    else:
+        told = of_rows(student_logits, teacher_logits, ids, form(spec), spend=spend)
+    loss, clipped, logp, teacher_logp = told
+    if advantage is None:
+        advantage = teacher_logp - logp
+    return PerToken(loss, advantage, clipped, logp)
+
+
+def form(spec: Divergence) -> Form:
+    """What the closed form and the kernels are told to compute."""
+    return Form(
+        spec.kind, spec.beta, spec.jsd_scaled, spec.top_k, spec.top_k_from, spec.clip,
+        spec.temperature,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _advantage(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> Tensor:
+    return token_logp(teacher_logits, ids, 1.0) - token_logp(student_logits, ids, 1.0)
+
+
+def _of_sampled(
+    spec: Divergence, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `of_rows` says, from the sampled tokens alone."""
+    logp = token_logp(student_logits, ids, spec.temperature)
+    teacher_logp = token_logp(teacher_logits, ids, spec.temperature)
+    if spec.kind == "forward_kl":
+        loss = sampled_forward_kl(logp, teacher_logp)
+    elif not spec.control_variate:
+        loss = sampled_reverse_kl(logp, teacher_logp)
+    else:
+        with torch.no_grad():
+            student = log_probs(student_logits, spec.temperature)
+            kl = reverse_kl(student, log_probs(teacher_logits, spec.temperature))
+        loss = sampled_reverse_kl(logp, teacher_logp, kl=kl)
+    return loss, torch.zeros_like(teacher_logp), logp.detach(), teacher_logp
+
+
+def log_probs(
+    logits: Float[Tensor, "*rows V"], temperature: float = 1.0
+) -> Float[Tensor, "*rows V"]:
+    """Log-softmax of ``logits / temperature``, in float32 at least."""
+    return scaled(logits, temperature).log_softmax(-1)
+
+
+def kl_terms(p: Float[Tensor, "*rows V"], q: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
+    """The terms p log(p/q) whose sum is KL(p ‖ q), from log-probabilities of both.
+
+    Differentiable in both. A term may be negative; their sum over the vocabulary is not.
+    """
+    # Mass that is zero, or too small for the dtype, is taken out of value and gradient together:
+    # both sides filled with 0 give 1 * (0 - 0), and the fill lets no gradient through.
+    nothing = p.exp() == 0
+    p, q = p.masked_fill(nothing, 0.0), q.masked_fill(nothing, 0.0)
+    return p.exp() * (p - q)
+
+
+def forward_kl_terms(
+    student: Float[Tensor, "*rows V"], teacher: Float[Tensor, "*rows V"]
+) -> Float[Tensor, "*rows V"]:
+    """Terms t log(t/s) of KL(teacher ‖ student), from log-probabilities."""
+    return kl_terms(teacher.detach(), student)
+
+
+def reverse_kl_terms(
+    student: Float[Tensor, "*rows V"], teacher: Float[Tensor, "*rows V"]
+) -> Float[Tensor, "*rows V"]:
+    """Terms s log(s/t) of KL(student ‖ teacher), from log-probabilities."""
+    return kl_terms(student, teacher.detach())
+
+
+def jsd_terms(
+    student: Float[Tensor, "*rows V"],
+    teacher: Float[Tensor, "*rows V"],
+    beta: float,
+    *,
+    scaled: bool = False,
+) -> Float[Tensor, "*rows V"]:
+    """Terms of the generalised Jensen-Shannon divergence, from log-probabilities.
+
+    ``beta KL(t ‖ m) + (1 - beta) KL(s ‖ m)`` with the mixture ``m = beta t + (1 - beta) s`` and
+    ``0 < beta < 1``. It is at most the entropy of (beta, 1 - beta) and vanishes at both ends.
+    ``scaled`` divides by beta (1 - beta): the limits are then KL(t ‖ s) at 0 and KL(s ‖ t) at 1.
+    """
+    teacher = teacher.detach()
+    absent = (student == -math.inf) & (teacher == -math.inf)  # logaddexp has no gradient there
+    mixture = torch.logaddexp(
+        teacher.masked_fill(absent, 0.0) + math.log(beta),
+        student.masked_fill(absent, 0.0) + math.log1p(-beta),
+    )
+    terms = beta * kl_terms(teacher, mixture) + (1 - beta) * kl_terms(student, mixture)
+    return terms / (beta * (1 - beta)) if scaled else terms
+
+
+def forward_kl(
+    student: Float[Tensor, "*rows V"], teacher: Float[Tensor, "*rows V"]
+) -> Float[Tensor, "*rows"]:
+    """KL(teacher ‖ student) per row, in nats, from log-probabilities."""
+    return forward_kl_terms(student, teacher).sum(-1)
+
+
+def reverse_kl(
+    student: Float[Tensor, "*rows V"], teacher: Float[Tensor, "*rows V"]
+) -> Float[Tensor, "*rows"]:
+    """KL(student ‖ teacher) per row, in nats, from log-probabilities."""
+    return reverse_kl_terms(student, teacher).sum(-1)
+
+
+def jsd(
+    student: Float[Tensor, "*rows V"],
+    teacher: Float[Tensor, "*rows V"],
+    beta: float,
+    *,
+    scaled: bool = False,
+) -> Float[Tensor, "*rows"]:
+    """Generalised Jensen-Shannon divergence per row, in nats; see ``jsd_terms``."""
+    return jsd_terms(student, teacher, beta, scaled=scaled).sum(-1)
+
+
+def top_k_and_tail(
+    student: Float[Tensor, "*rows V"],
+    teacher: Float[Tensor, "*rows V"],
+    k: int,
+    side: Side = "student",
+) -> tuple[Float[Tensor, "*rows K1"], Float[Tensor, "*rows K1"]]:
+    """Keep one side's k likeliest entries and pour the rest into one bucket: K1 = k + 1 entries.
+
+    Any divergence of the result is at most the one over the whole vocabulary (the log-sum
+    inequality) and at least 0. The bucket is summed from the entries themselves: 1 minus the kept
+    mass would lose its digits exactly where the top k hold nearly everything. With k >= V both
+    come back as they are. Ties are broken as ``torch.topk`` does.
+    """
+    if k >= student.shape[-1]:
+        return student, teacher
+    index = (student if side == "student" else teacher).detach().topk(k, dim=-1).indices
+    return _pour(student, index), _pour(teacher, index)
+
+
+def _pour(logp: Tensor, index: Tensor) -> Tensor:
+    kept, rest = logp.gather(-1, index), logp.scatter(-1, index, -math.inf)
+    empty = (rest == -math.inf).all(-1, keepdim=True)  # logsumexp has no gradient there
+    tail = rest.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
+    return torch.cat([kept, tail], dim=-1)
+
+
+def sampled_reverse_kl(
+    logp: Float[Tensor, "*rows"],
+    teacher_logp: Float[Tensor, "*rows"],
+    *,
+    kl: Float[Tensor, "*rows"] | None = None,
+) -> Float[Tensor, "*rows"]:
+    """Policy-gradient surrogate of KL(student ‖ teacher) on a token y that the student sampled.
+
+    ``-A log s(y)`` with the constant reward ``A = log t(y) - log s(y)``. The value means nothing;
+    its gradient, in expectation over y ~ student, is the gradient of the KL. ``kl`` is the full
+    KL(student ‖ teacher) as control variate (vOPD): A's mean is -KL, so A + KL is centred. That
+    keeps the expected gradient and lowers its variance as a rule, though not for every pair.
+    """
+    reward = (teacher_logp - logp).detach()
+    if kl is not None:
+        reward = reward + kl.detach()
+    return -reward * logp
+
+
+def sampled_forward_kl(
+    logp: Float[Tensor, "*rows"], teacher_logp: Float[Tensor, "*rows"]
+) -> Float[Tensor, "*rows"]:
+    """Importance-weighted surrogate of KL(teacher ‖ student) on a token y the student sampled.
+
+    ``-(t(y) / s(y)) log s(y)`` with the ratio held constant. The value means nothing; its
+    gradient, in expectation over y ~ student, is the gradient of the KL. The ratio is not capped.
+    """
+    return -(teacher_logp - logp).detach().exp() * logp

@@ -1,0 +1,332 @@
+# pyright: reportInvalidTypeForm=false
+"""Triton kernels from hidden states to a divergence: both heads' logits live and die in registers.
+
+A program multiplies a block of rows with a block of both heads' entries, into float32, and keeps of
+the tile what it needs of it: running sums per row, or the tile's gradient. So nothing of the logits'
+size is ever in memory but, in half precision and a slab of the vocabulary at a time, the gradient.
+The price is that logits are computed once for the sums and again for the gradient (and once more
+where a term needs both sides' sums first: a JSD, a capped term).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from selfteach.losses.kernels.row_kernels import KINDS, _jit, _term_slope_mass, tl, triton
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a kernel cuts up its work."""
+
+    rows: int = 128
+    entries: int = 128
+    inner: int = 64
+    """Of the hidden states' width at a time."""
+    warps: int = 8
+    stages: int = 4
+
+
+SUMS, GRADIENT = Tiling(), Tiling()
+"""The best of sixteen on an H200; `benchmarks/divergences_gpu.py --parts tilings` tries them again."""
+PROGRAMS = 528
+"""Programs that sums are split among, as far as there is work: four for each of 132 multiprocessors."""
+SLAB_BYTES = 32 * 2**20
+"""Of the gradient in the logits that exists at a time."""
+
+
+def runs(*states: Tensor) -> bool:
+    """True where the kernels can take these hidden states and heads."""
+    return triton is not None and all(x.is_cuda and x.dtype in HALVES for x in states)
+
+
+class Sides(NamedTuple):
+    """Hidden states [N, H] and heads [V, H] of both sides, rows contiguous."""
+
+    student_NH: Tensor
+    student_VH: Tensor
+    teacher_NH: Tensor
+    teacher_VH: Tensor
+
+
+@_jit
+def _tile(
+    hidden, head, rows, entries, H, hidden_stride, head_stride,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """The logits of a block of rows and entries, in float32."""
+    inner = tl.arange(0, INNER)
+    a_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + inner[None, :]
+    b_at = head + entries.to(tl.int64)[None, :] * head_stride + inner[:, None]
+    made = tl.zeros((ROWS, ENTRIES), tl.float32)
+    for start in range(0, H, INNER):
+        if EVEN:
+            a = tl.load(a_at)
+            b = tl.load(b_at)
+        else:
+            a = tl.load(a_at, mask=(start + inner)[None, :] < H, other=0.0)
+            b = tl.load(b_at, mask=(start + inner)[:, None] < H, other=0.0)
+        made = tl.dot(a, b, made, input_precision="ieee")
+        a_at += INNER
+        b_at += INNER
+    return made
+
+
+@_jit
+def _sums(
+    student, student_head, teacher, teacher_head, ids, out,
+    N, V, H, TH, student_stride, head_stride, teacher_stride, teacher_head_stride,
+    splits, per_split,
+    KIND: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    """Of some rows and a part of the vocabulary: what `sums` puts together, one number per row each.
+
+    0, 1: the student's largest logit m and Σ exp(x - m); 2, 3: the teacher's; 4: the mass-weighted gap
+    of the KL's first side to its second; 5, 6: both sides' logit of the row's id.
+    """
+    # Programs that run together read the same part of the heads: it comes from the cache.
+    blocks = tl.cdiv(N, ROWS)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    rows = block * ROWS + tl.arange(0, ROWS)
+    safe = tl.minimum(rows, N - 1)
+    own = tl.load(ids + safe)
+    high = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    teacher_high = tl.full((ROWS,), -float("inf"), tl.float32)
+    teacher_total = tl.zeros((ROWS,), tl.float32)
+    gap = tl.zeros((ROWS,), tl.float32)
+    at_id = tl.zeros((ROWS,), tl.float32)
+    teacher_at_id = tl.zeros((ROWS,), tl.float32)
+    for start in range(split * per_split, tl.minimum((split + 1) * per_split, V), ENTRIES):
+        entries = start + tl.arange(0, ENTRIES)
+        there = (entries < V)[None, :]
+        inside = tl.minimum(entries, V - 1)
+        s = _tile(
+            student, student_head, safe, inside, H, student_stride, head_stride,
+            EVEN, ROWS, ENTRIES, INNER,
+        )  # fmt: skip
+        t = _tile(
+            teacher, teacher_head, safe, inside, TH, teacher_stride, teacher_head_stride,
+            EVEN, ROWS, ENTRIES, INNER,
+        )  # fmt: skip
+        is_own = there & (entries[None, :] == own[:, None])
+        at_id += tl.sum(tl.where(is_own, s, 0.0), axis=1)
+        teacher_at_id += tl.sum(tl.where(is_own, t, 0.0), axis=1)
+        top = tl.maximum(high, tl.max(tl.where(there, s, -float("inf")), axis=1))
+        mass = tl.where(there, tl.exp(s - top[:, None]), 0.0)
+        shrink = tl.exp(high - top)
+        total = total * shrink + tl.sum(mass, axis=1)
+        high = top
+        if KIND == 1:
+            gap = gap * shrink + tl.sum(mass * (s - t), axis=1)
+        top = tl.maximum(teacher_high, tl.max(tl.where(there, t, -float("inf")), axis=1))
+        mass = tl.where(there, tl.exp(t - top[:, None]), 0.0)
+        shrink = tl.exp(teacher_high - top)
+        teacher_total = teacher_total * shrink + tl.sum(mass, axis=1)
+        teacher_high = top
+        if KIND == 0:
+            gap = gap * shrink + tl.sum(mass * (t - s), axis=1)
+    at = out + split * N + rows
+    known = rows < N
+    step = splits * N
+    tl.store(at, high, mask=known)
+    tl.store(at + step, total, mask=known)
+    tl.store(at + 2 * step, teacher_high, mask=known)
+    tl.store(at + 3 * step, teacher_total, mask=known)
+    tl.store(at + 4 * step, gap, mask=known)
+    tl.store(at + 5 * step, at_id, mask=known)
+    tl.store(at + 6 * step, teacher_at_id, mask=known)
+
+
+@_jit
+def _losses(
+    student, student_head, teacher, teacher_head, log_sum, teacher_log_sum, out,
+    N, V, H, TH, student_stride, head_stride, teacher_stride, teacher_head_stride,
+    splits, per_split, beta, factor, clip,
+    KIND: tl.constexpr, CLIP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Of some rows and a part of the vocabulary: Σ f, how many are capped, and Σ g."""
+    blocks = tl.cdiv(N, ROWS)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    rows = block * ROWS + tl.arange(0, ROWS)
+    safe = tl.minimum(rows, N - 1)
+    z = tl.load(log_sum + safe)[:, None]
+    teacher_z = tl.load(teacher_log_sum + safe)[:, None]
+    loss = tl.zeros((ROWS,), tl.float32)
+    capped = tl.zeros((ROWS,), tl.float32)
+    slopes = tl.zeros((ROWS,), tl.float32)
+    for start in range(split * per_split, tl.minimum((split + 1) * per_split, V), ENTRIES):
+        entries = start + tl.arange(0, ENTRIES)
+        there = (entries < V)[None, :]
+        inside = tl.minimum(entries, V - 1)
+        s = _tile(
+            student, student_head, safe, inside, H, student_stride, head_stride,
+            EVEN, ROWS, ENTRIES, INNER,
+        )  # fmt: skip
+        t = _tile(
+            teacher, teacher_head, safe, inside, TH, teacher_stride, teacher_head_stride,
+            EVEN, ROWS, ENTRIES, INNER,
+        )  # fmt: skip
+        term, slope, _, cap = _term_slope_mass(
+            s - z, t - teacher_z, beta, factor, clip, tl.float32, KIND, CLIP
+        )
+        loss += tl.sum(tl.where(there, term, 0.0), axis=1)
+        slopes += tl.sum(tl.where(there, slope, 0.0), axis=1)
+        if CLIP:
+            capped += tl.sum(tl.where(there & cap, 1.0, 0.0), axis=1)
+    at = out + split * N + rows
+    known = rows < N
+    tl.store(at, loss, mask=known)
+    tl.store(at + splits * N, capped, mask=known)
+    tl.store(at + 2 * splits * N, slopes, mask=known)
+
+
+@_jit
+def _slab(
+    student, student_head, teacher, teacher_head, log_sum, teacher_log_sum, slope_sum, scale, grad,
+    N, V, H, TH, student_stride, head_stride, teacher_stride, teacher_head_stride,
+    first, width, beta, factor, clip,
+    KIND: tl.constexpr, CLIP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient (g - s Σ g) times a row's scale; exactly 0 in a row whose scale is 0."""
+    blocks = tl.cdiv(N, ROWS)
+    rows = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) // blocks) * ENTRIES + tl.arange(0, ENTRIES)
+    safe = tl.minimum(rows, N - 1)
+    inside = tl.minimum(first + columns, V - 1)
+    s = _tile(
+        student, student_head, safe, inside, H, student_stride, head_stride,
+        EVEN, ROWS, ENTRIES, INNER,
+    )  # fmt: skip
+    t = _tile(
+        teacher, teacher_head, safe, inside, TH, teacher_stride, teacher_head_stride,
+        EVEN, ROWS, ENTRIES, INNER,
+    )  # fmt: skip
+    z = tl.load(log_sum + safe)[:, None]
+    teacher_z = tl.load(teacher_log_sum + safe)[:, None]
+    _, slope, mass, _ = _term_slope_mass(
+        s - z, t - teacher_z, beta, factor, clip, tl.float32, KIND, CLIP
+    )
+    weight = tl.load(scale + safe)[:, None]
+    told = tl.where(weight == 0, 0.0, (slope - mass * tl.load(slope_sum + safe)[:, None]) * weight)
+    at = grad + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    here = (rows < N)[:, None] & (columns < width)[None, :]
+    tl.store(at, told.to(grad.dtype.element_ty), mask=here)
+
+
+class Sums(NamedTuple):
+    """What `sums` says of each row, in float32 and nats."""
+
+    log_sum_N: Tensor
+    teacher_log_sum_N: Tensor
+    logp_N: Tensor
+    teacher_logp_N: Tensor
+    kl_N: Tensor
+    """KL(teacher ‖ student) or KL(student ‖ teacher), as asked; nothing for a JSD."""
+
+
+def sums(sides: Sides, ids_N: Tensor, kind: str) -> Sums:
+    """Both sides' log-sum-exps and log-probabilities of ids, and a KL between the two."""
+    N, V, tiling = len(sides.student_NH), len(sides.student_VH), SUMS
+    splits, per_split = _splits(N, V, tiling)
+    out = sides.student_NH.new_empty(7, splits, N, dtype=torch.float32)
+    _launch(
+        _sums, splits * triton.cdiv(N, tiling.rows), tiling, sides, ids_N.contiguous(), out,
+        tail=(splits, per_split), KIND=KINDS[kind],
+    )  # fmt: skip
+    high, total, teacher_high, teacher_total, gap, at_id, teacher_at_id = out
+    log_sum, top, own = _together(high, total)
+    teacher_log_sum, teacher_top, others = _together(teacher_high, teacher_total)
+    logp, teacher_logp = at_id.sum(0) - log_sum, teacher_at_id.sum(0) - teacher_log_sum
+    if kind == "reverse_kl":
+        kl = (own * gap).sum(0) * (top - log_sum).exp() - log_sum + teacher_log_sum
+    else:
+        kl = (others * gap).sum(0) * (teacher_top - teacher_log_sum).exp()
+        kl = kl - teacher_log_sum + log_sum
+    return Sums(log_sum, teacher_log_sum, logp, teacher_logp, kl)
+
+
+def _together(high: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of parts [S, N], the largest logit, and each part's scale against it."""
+    top = high.amax(0)
+    scale = (high - top).exp()
+    return top + (scale * total).sum(0).log(), top, scale
+
+
+class Losses(NamedTuple):
+    """What `losses` says of each row."""
+
+    loss_N: Tensor
+    clipped_N: Tensor
+    slope_sum_N: Tensor
+
+
+def losses(
+    sides: Sides, own: Sums, kind: str, beta: float, factor: float, clip: float | None
+) -> Losses:
+    """The divergence, the share of capped terms and Σ g; an uncapped KL is known from its sums."""
+    if clip is None and kind != "jsd":
+        # Σ g of KL(t ‖ s) is -Σ t; of KL(s ‖ t), up to a multiple of s, the KL itself.
+        slope_sum = own.kl_N if kind == "reverse_kl" else torch.full_like(own.kl_N, -1.0)
+        return Losses(own.kl_N, torch.zeros_like(own.kl_N), slope_sum)
+    N, V, tiling = len(sides.student_NH), len(sides.student_VH), SUMS
+    splits, per_split = _splits(N, V, tiling)
+    out = sides.student_NH.new_empty(3, splits, N, dtype=torch.float32)
+    _launch(
+        _losses, splits * triton.cdiv(N, tiling.rows), tiling, sides, own.log_sum_N,
+        own.teacher_log_sum_N, out, tail=(splits, per_split, beta, factor, _cap(clip)),
+        KIND=KINDS[kind], CLIP=clip is not None,
+    )  # fmt: skip
+    loss, capped, slope_sum = out.sum(1)
+    return Losses(loss, capped / V, slope_sum)
+
+
+def slab(
+    sides: Sides, own: Sums, slope_sum_N: Tensor, scale_N: Tensor, into_NW: Tensor, first: int,
+    kind: str, beta: float, factor: float, clip: float | None,
+) -> None:  # fmt: skip
+    """The gradient of Σ scale times divergence in the student's logits from entry ``first`` on."""
+    (N, width), tiling = into_NW.shape, GRADIENT
+    _launch(
+        _slab, triton.cdiv(N, tiling.rows) * triton.cdiv(width, tiling.entries), tiling, sides,
+        own.log_sum_N, own.teacher_log_sum_N, slope_sum_N, scale_N, into_NW,
+        tail=(first, width, beta, factor, _cap(clip)), KIND=KINDS[kind], CLIP=clip is not None,
+    )  # fmt: skip
+
+
+def _cap(clip: float | None) -> float:
+    return math.inf if clip is None else clip
+
+
+def _splits(N: int, V: int, tiling: Tiling) -> tuple[int, int]:
+    """Into how many parts the vocabulary is split, and entries of each."""
+    blocks = triton.cdiv(V, tiling.entries)
+    wanted = min(blocks, max(1, PROGRAMS // triton.cdiv(N, tiling.rows)))
+    per_split = triton.cdiv(blocks, wanted) * tiling.entries
+    return triton.cdiv(V, per_split), per_split
+
+
+def _launch(
+    kernel: Any, programs: int, tiling: Tiling, sides: Sides, *args: Any, tail: tuple, **flags: Any
+) -> None:
+    H, TH = sides.student_NH.shape[1], sides.teacher_NH.shape[1]
+    with torch.cuda.device_of(sides.student_NH):
+        kernel[(programs,)](
+            *sides, *args, len(sides.student_NH), len(sides.student_VH), H, TH,
+            *(x.stride(0) for x in sides), *tail, **flags,
+            EVEN=H % tiling.inner == 0 == TH % tiling.inner, ROWS=tiling.rows,
+            ENTRIES=tiling.entries, INNER=tiling.inner, num_warps=tiling.warps,
+            num_stages=tiling.stages,
+        )  # fmt: skip

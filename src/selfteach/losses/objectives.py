@@ -1,0 +1,324 @@
+"""The objectives, behind one seam: distillation from the self-teacher, GRPO, and both at once.
+
+All say what they divide by (`count`), how much each token counts (`weigh`) and what is lost on it
+(`per_token`). The loss is the sum of weights times losses; counts are those of all ranks and
+micro-batches, so that no split of a step changes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selfteach.losses import divergence, fused_cpu, fused_gpu
+from selfteach.losses.policy_gradient import (
+    clipped_surrogate,
+    group_advantages,
+    importance_weight,
+    k3,
+    token_logp,
+)
+from selfteach.losses.token_masks import Gate
+from selfteach.models.lm_head import Scores, chunked_sum
+from selfteach.protocols import Objective
+from selfteach.types import Batch, Lesson, Signal
+
+Aggregation = Literal["token_mean", "sequence_mean"]
+Masks = Sequence[Sequence[float]]
+"""One number per token of each lesson: 1 where it counts, else 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """Divergence between the student and the self-teacher, on the tokens that pass the gate.
+
+    Token mean: every token that passes counts alike. Sequence mean: every answer with such a token
+    counts alike. A lesson that is gated out, or was dropped, is absent from the denominator too.
+    """
+
+    spec: divergence.Divergence
+    sampling_temperature: float
+    gate: Gate = field(default_factory=Gate)
+    aggregation: Aggregation = "token_mean"
+    importance_cap: float | None = None
+    needs_teacher: bool = True
+
+    def masks(self, lessons: Sequence[Lesson]) -> list[list[float]]:
+        """The tokens that pass the gate."""
+        return [self.gate.mask(lesson) for lesson in lessons]
+
+    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+        """Tokens (answers) that count."""
+        return (total(self.masks(lessons), self.aggregation),)
+
+    def weigh(
+        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int = 0
+    ) -> list[Signal]:
+        """Weights by gate."""
+        weights = share_out(self.masks(lessons), counts[0], self.aggregation)
+        return [Signal(tuple(own)) for own in weights]
+
+    def per_token(
+        self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
+    ) -> Mapping[str, Tensor]:
+        """The divergence of each token, its advantage, and the student's log-probability."""
+        assert teacher_logits_CV is not None, "distillation asks for a teacher"
+        ids_C = batch.ids_N[rows]
+        told = divergence.per_token(self.spec, logits_CV, teacher_logits_CV, ids_C, spend=True)
+        logp_C = told.logp
+        if self.spec.temperature != self.sampling_temperature:
+            logp_C = token_logp(logits_CV.detach(), ids_C, self.sampling_temperature)
+        said = {"logp": logp_C, "advantage": told.advantage, "clipped": told.clipped}
+        if self.importance_cap is None:
+            return {"loss": told.loss, **said}
+        cap, sampled_C = self.importance_cap, batch.sampled_logp_N[rows]
+        weight_C = importance_weight(logp_C, sampled_C, cap)
+        return {"loss": told.loss * weight_C, **said, "truncated": (weight_C >= cap).float()}
+
+    def fuses(self, student: Scores, teacher: Scores) -> bool:
+        """True where `fused` can stand for `per_token`."""
+        if self.spec.support == "sampled" or self.sampling_temperature != 1:
+            return False
+        form = divergence.form(self.spec)
+        return fused_gpu.runs(form, student, teacher) or fused_cpu.runs(form, student, teacher)
+
+    def fused(
+        self, student: Scores, teacher: Scores, batch: Batch, chunk_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The weighted sum of what `per_token` says of all tokens, and the rest of it."""
+        cap = self.importance_cap
+
+        def importance(logp_N: Tensor) -> Tensor:
+            if cap is None:
+                return torch.ones_like(logp_N)
+            return importance_weight(logp_N, batch.sampled_logp_N, cap)
+
+        form = divergence.form(self.spec)
+        by = fused_gpu.divergence_sum
+        if not fused_gpu.runs(form, student, teacher):
+            by = partial(fused_cpu.divergence_sum, chunk_tokens=chunk_tokens)
+        loss, told = by(form, student, teacher, batch.ids_N, batch.weight_N, importance)
+        logp_N, weight_N = told["logp"], importance(told["logp"])
+        said = {
+            "loss": told["loss"] * weight_N, "logp": logp_N,
+            "advantage": told["teacher_logp"] - logp_N, "clipped": told["clipped"],
+        }  # fmt: skip
+        if cap is not None:
+            said["truncated"] = (weight_N >= cap).float()
+        return loss, said
+
+
+@dataclass(frozen=True, slots=True)
+class Grpo:
+    """Group-relative policy optimisation (arXiv:2402.03300), as used today.
+
+    Every answer of the step counts in the denominator, also those of groups that score alike and
+    have no gradient. With ``kl_weight`` the initial policy is asked for as teacher, on the student's
+    own prompt.
+    """
+
+    sampling_temperature: float
+    normalise: Literal["std", "none"] = "std"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_weight: float = 0.0
+    aggregation: Aggregation = "token_mean"
+    importance_cap: float | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Only a penalty towards the initial policy asks for one."""
+        return self.kl_weight > 0
+
+    def masks(self, lessons: Sequence[Lesson]) -> list[list[float]]:
+        """All tokens that are scored, also those of groups that score alike."""
+        return [
+            [float(i >= lesson.scored_from) for i in range(len(lesson.rollout.answer_ids))]
+            for lesson in lessons
+        ]
+
+    def advantages(self, lessons: Sequence[Lesson]) -> list[float]:
+        """How each answer compares with the others to its question."""
+        return group_advantages(
+            [float(lesson.marked.verdict.correct) for lesson in lessons],
+            [lesson.rollout.problem.id for lesson in lessons],
+            normalise=self.normalise,
+        )
+
+    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+        """All tokens (answers)."""
+        return (total(self.masks(lessons), self.aggregation),)
+
+    def weigh(
+        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int = 0
+    ) -> list[Signal]:
+        """Advantages within each question's group; without one, and a penalty, nothing to do."""
+        weights = share_out(self.masks(lessons), counts[0], self.aggregation)
+        return [
+            Signal(tuple(own) if advantage or self.needs_teacher else (0.0,) * len(own), advantage)
+            for own, advantage in zip(weights, self.advantages(lessons), strict=True)
+        ]
+
+    def per_token(
+        self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
+    ) -> Mapping[str, Tensor]:
+        """The clipped surrogate (and penalty) of each token."""
+        ids_C = batch.ids_N[rows]
+        logp_C = token_logp(logits_CV, ids_C, self.sampling_temperature)
+        sampled_C = batch.sampled_logp_N[rows]
+        old_C = logp_C.detach() if batch.old_logp_N is None else batch.old_logp_N[rows]
+        loss_C, clipped_C = clipped_surrogate(
+            logp_C, old_C, batch.advantage_N[rows], clip_low=self.clip_low, clip_high=self.clip_high
+        )
+        said = {"logp": logp_C.detach(), "clipped": clipped_C}
+        if self.importance_cap is not None:
+            weight_C = importance_weight(old_C, sampled_C, self.importance_cap)
+            loss_C = loss_C * weight_C
+            said["truncated"] = (weight_C >= self.importance_cap).float()
+        if self.needs_teacher:
+            assert teacher_logits_CV is not None
+            reference_C = token_logp(teacher_logits_CV, ids_C, self.sampling_temperature)
+            said["kl"] = k3(logp_C, reference_C)
+            loss_C = loss_C + self.kl_weight * said["kl"]
+        return {"loss": loss_C, **said}
+
+
+@dataclass(frozen=True, slots=True)
+class Anneal:
+    """A weight that goes from ``start`` to ``end`` in a straight line and stays there.
+
+    It depends on the number of updates alone, so that a resumed run repeats itself.
+    """
+
+    start: float
+    end: float
+    updates: int = 0
+    """Updates after which the end is reached; 0: there from the first."""
+
+    def __call__(self, update: int) -> float:
+        """The weight after ``update`` updates."""
+        done = min(1.0, update / self.updates) if self.updates else 1.0
+        return (1 - done) * self.start + done * self.end
+
+
+@dataclass(frozen=True, slots=True)
+class Hybrid:
+    """w L_distillation + v L_grpo, each a mean over a count of its own.
+
+    w is ``weight`` at the update that the step begins with; v is ``grpo_weight``, or 1 − w where
+    that is None: a mixture, which is GRPO at w = 0 and distillation at w = 1. With
+    ``grpo_tokens = "others"`` GRPO has the tokens that pass distillation's gate neither in its sum
+    nor in its count (TRACE, arXiv:2605.10194). An answer without a teacher's prompt learns by GRPO.
+
+    Both share one pass: a token's weight is a + b, with a = w m_d / n_d and b = v m_g / n_g of the
+    masks m and counts n, and its loss the mean of both in the proportion a : b.
+    """
+
+    distillation: Distillation
+    grpo: Grpo
+    weight: Anneal
+    grpo_weight: float | None = None
+    grpo_tokens: Literal["all", "others"] = "all"
+    needs_teacher: bool = True
+
+    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+        """Distillation's denominator, then GRPO's."""
+        told, rewarded = self._masks(lessons)
+        return (
+            total(told, self.distillation.aggregation),
+            total(rewarded, self.grpo.aggregation),
+        )
+
+    def weigh(
+        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int
+    ) -> list[Signal]:
+        """Both weights of each token, as their sum and distillation's share of it."""
+        w = self.weight(update)
+        v = 1 - w if self.grpo_weight is None else self.grpo_weight
+        told, rewarded = self._masks(lessons)
+        a = share_out(told, counts[0], self.distillation.aggregation)
+        b = share_out(rewarded, counts[1], self.grpo.aggregation)
+        return [
+            _mixed([w * x for x in own_a], [v * x if advantage else 0.0 for x in own_b], advantage)
+            for own_a, own_b, advantage in zip(a, b, self.grpo.advantages(lessons), strict=True)
+        ]
+
+    def per_token(
+        self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
+    ) -> Mapping[str, Tensor]:
+        """The mixed loss of each token. Where distillation has no share, its advantage is 0."""
+        assert batch.share_N is not None
+        share_C = batch.share_N[rows]
+        rewarded = self._stated(self.grpo.per_token(logits_CV, None, batch, rows))
+        if teacher_logits_CV is None:
+            return {**rewarded, "advantage": torch.zeros_like(share_C), "share": share_C}
+        # A teacher that is not asked about a token must not spoil it, whatever it says.
+        alone_C1 = (share_C == 0)[:, None]
+        teacher_CV = torch.where(alone_C1, logits_CV.detach(), teacher_logits_CV)
+        told = self._stated(self.distillation.per_token(logits_CV, teacher_CV, batch, rows))
+        mixed = {
+            name: share_C * told[name] + (1 - share_C) * rewarded[name]
+            for name in ("loss", "clipped", "truncated")
+            if name in told
+        }
+        return {**mixed, "logp": told["logp"], "advantage": told["advantage"], "share": share_C}
+
+    def _stated(self, said: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """With the truncation of weights where either term has a cap: none by the one without."""
+        if self.distillation.importance_cap is None and self.grpo.importance_cap is None:
+            return said
+        return {"truncated": torch.zeros_like(said["loss"]), **said}
+
+    def _masks(self, lessons: Sequence[Lesson]) -> tuple[Masks, Masks]:
+        told, rewarded = self.distillation.masks(lessons), self.grpo.masks(lessons)
+        if self.grpo_tokens == "others":
+            rewarded = [
+                [r * (1 - t) for r, t in zip(own_r, own_t, strict=True)]
+                for own_r, own_t in zip(rewarded, told, strict=True)
+            ]
+        return told, rewarded
+
+
+def summed(
+    objective: Objective, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The sum of weights times losses over a micro-batch, and what is said of each of its tokens.
+
+    Its gradient is taken as it is computed, chunk by chunk or in other ways where these are better, and
+    reaches the student's hidden states and head.
+    """
+    if isinstance(objective, Distillation) and teacher and objective.fuses(student, teacher):
+        return objective.fused(student, teacher, batch, chunk_tokens)
+
+    def per_token(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
+        with torch.no_grad():
+            teacher_CV = teacher.logits(rows) if teacher is not None else None
+        return dict(objective.per_token(logits_CV, teacher_CV, batch, rows))
+
+    return chunked_sum(per_token, student, batch.weight_N, chunk_tokens=chunk_tokens)
+
+
+def total(masks: Masks, aggregation: Aggregation) -> float:
+    """The denominator of a mean over tokens, or over answers that have a token that counts."""
+    counted = (sum(mask) if aggregation == "token_mean" else any(mask) for mask in masks)
+    return float(sum(counted))
+
+
+def share_out(masks: Masks, count: float, aggregation: Aggregation) -> list[list[float]]:
+    """Weights with which the sum over tokens is the wanted mean; all 0 where nothing counts."""
+    shares = []
+    for mask in masks:
+        among = count * (sum(mask) if aggregation == "sequence_mean" else 1)
+        shares.append([weight / among if among else 0.0 for weight in mask])
+    return shares
+
+
+def _mixed(a: Sequence[float], b: Sequence[float], advantage: float) -> Signal:
+    weights = tuple(x + y for x, y in zip(a, b, strict=True))
+    shares = tuple(x / w if w else 0.0 for x, w in zip(a, weights, strict=True))
+    return Signal(weights, advantage, shares)

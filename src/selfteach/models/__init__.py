@@ -1,0 +1,1 @@
+"""The policy, the self-teacher and how their forward passes are made."""

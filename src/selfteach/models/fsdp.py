@@ -1,0 +1,171 @@
+"""A model in pieces on all ranks (FSDP2), and what must know that it is.
+
+Decoder layers are a group of weights each; embedding, last norm and head are the root's group, which
+stays whole between forward and backward: the chunked loss multiplies by the head outside of the
+module's forward, and its gradient arrives in the same backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from selfteach.errors import CheckpointError, EngineError
+from selfteach.models.lm_head import Head
+
+
+class Shards:
+    """Shards a model in place; from then on every pass is one that all ranks make together.
+
+    ``param_dtype`` is what weights are gathered and multiplied in, ``reduce_dtype`` what gradients
+    are summed in; None: as they are stored. Gradients are summed over ranks, not averaged.
+    Raises `EngineError` for a model whose layers are not to be found.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mesh: DeviceMesh,
+        *,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
+        mixed = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+        for layer in _layers(model):
+            fully_shard(layer, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
+        backbone: nn.Module = getattr(model, model.base_model_prefix)
+
+        def last_hidden(ids_BT: Tensor) -> Tensor:
+            return backbone(input_ids=ids_BT, use_cache=False)[0]
+
+        # The backbone alone is no root: its embedding and norm belong to the whole model's group.
+        self._model = cast(Any, model)
+        self._model.selfteach_hidden = last_hidden
+        fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
+        register_fsdp_forward_method(model, "selfteach_hidden")
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # FSDP2 would average
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """The last layer's states, [B, T, H]."""
+        return self._model.selfteach_hidden(ids_BT)
+
+    def head(self, head: Head) -> Head:
+        """The head as it is after a pass. Outside grad mode it is a copy, and the root is put back
+        into pieces: no backward will do that, and the next pass may be under other weights."""
+        linear = self._model.get_output_embeddings()
+        weight_VH, bias_V = linear.weight, linear.bias
+        if not torch.is_grad_enabled():
+            weight_VH = weight_VH.detach().clone()
+            bias_V = None if bias_V is None else bias_V.detach().clone()
+            self._model.reshard()
+        return replace(head, weight_VH=weight_VH, bias_V=bias_V)
+
+    @contextmanager
+    def swapped(self, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values in this rank's pieces, put back on leaving. Copied, not exchanged: FSDP2
+        gathers from a buffer of its own, of which a parameter's piece is a view."""
+        pieces = {name: local(weight) for name, weight in own.items()}
+        kept = {name: piece.clone() for name, piece in pieces.items()}
+        self._model.reshard()
+        try:
+            for name, piece in pieces.items():
+                piece.copy_(local(other[name]))
+            yield
+        finally:
+            for name, piece in pieces.items():
+                piece.copy_(kept[name])
+            self._model.reshard()
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's piece, sharing memory with the weight."""
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The whole of a weight, on every rank; all ranks together."""
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def whole_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The model's weights and buffers in the host's memory, where they are kept; all ranks together."""
+    state, seen = {}, dict[int, Tensor]()  # a tied head stays one with its embedding
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            full = whole(value)
+            seen[id(value)] = full.cpu() if keep else full.new_empty(0)
+        if keep:
+            state[name] = seen[id(value)]
+    return state
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy a whole value, or a piece like the target's, into the target."""
+    if isinstance(target, DTensor) and not isinstance(value, DTensor):
+        value = distribute_tensor(
+            value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+    target.copy_(value)
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a distributed checkpoint; all ranks together."""
+    state_dict_saver.save(
+        {name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=folder
+    )
+
+
+def names(folder: Path) -> set[str]:
+    """What a distributed checkpoint holds. Raises `CheckpointError` if it is damaged."""
+    try:
+        return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    except Exception as error:  # whatever unpickling may raise
+        raise CheckpointError(f"{folder} is damaged: {error}") from None
+
+
+def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, whole or in pieces, from a distributed checkpoint of any number of ranks.
+
+    Raises `CheckpointError` if it is damaged or holds other tensors.
+    """
+    alone = not torch.distributed.is_initialized()
+    targets = {name: tensor.detach() for name, tensor in tensors.items()}
+    try:
+        state_dict_loader.load(targets, checkpoint_id=folder, no_dist=alone)
+    except (CheckpointException, RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is damaged or of another model: {error}") from None
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise EngineError(
+        f"{type(model).__name__} has no list of {count} layers to shard; "
+        'set distributed.shard = "none"'
+    )

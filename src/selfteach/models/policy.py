@@ -1,0 +1,245 @@
+"""The policy: a causal language model that is trained, its optimizer, and how it scores answers."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfteach.errors import EngineError
+from selfteach.models import prefix_cache, tree_attention
+from selfteach.models.fsdp import Shards, whole
+from selfteach.models.lm_head import Head, Scores
+from selfteach.runtime.distributed import ALONE, Ranks
+from selfteach.types import Sequences
+
+PROBE_TOLERANCE = 1e-3
+"""Largest difference between our logits and the model's own, relative to the logits' spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The learning rate of each update, counted from 0."""
+
+    lr: float
+    warmup_steps: int = 0
+    decay: Literal["constant", "linear"] = "constant"
+    total_steps: int = 1
+
+    def __call__(self, update: int) -> float:
+        """The learning rate of an update."""
+        rate = self.lr
+        if self.warmup_steps:
+            rate *= min(1.0, (update + 1) / self.warmup_steps)
+        if self.decay == "linear":
+            rate *= max(0.0, 1 - update / max(1, self.total_steps))
+        return rate
+
+
+class Policy:
+    """A model with its optimizer; scores answers as hidden states with their head.
+
+    The weights that train are the adapters' where there are any, else all. With ``shard`` each rank
+    holds a piece of every weight, and all ranks make every pass together; without, each holds all of
+    them and gradients are added up over ``ranks`` before an update.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        schedule: Schedule,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip: float = 1.0,
+        autocast: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
+        shard: Callable[[PreTrainedModel], Shards] | None = None,
+    ) -> None:
+        self.model = model
+        self.version = 0
+        self._schedule, self._grad_clip, self._autocast = schedule, grad_clip, autocast
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(causal, PreTrainedModel)
+        self._backbone: nn.Module = getattr(causal, causal.base_model_prefix)
+        self._head = head_of(causal)
+        # Recomputing activations and keeping keys and values exclude each other in transformers.
+        self._shares_prefixes = not any(
+            getattr(module, "gradient_checkpointing", False) for module in causal.modules()
+        )
+        self._takes_branches = tree_attention.looks_along_paths(causal)
+        # The head is probed on the whole model; the optimizer must see the pieces.
+        self._ranks, self._shards = ranks, shard(causal) if shard is not None else None
+        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trainable.values(), lr=schedule(0), betas=betas, eps=eps, weight_decay=weight_decay,
+            fused=True,  # one pass over weights and moments: a quarter to a seventh of the time
+        )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.trainable.values())).device
+
+    @property
+    def is_sharded(self) -> bool:
+        """True when this rank holds a piece of each weight."""
+        return self._shards is not None
+
+    @property
+    def has_adapters(self) -> bool:
+        """True when only low-rank adapters train."""
+        return isinstance(self.model, PeftModel)
+
+    def score(self, sequences: Sequences) -> Scores:
+        """Logits of the answers' tokens, on demand. Prompt tokens never meet the head."""
+        if self.model.training != torch.is_grad_enabled():  # it walks through all modules
+            self.model.train(torch.is_grad_enabled())
+        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+            hidden_NH = self._hidden(sequences)
+        head = self._head if self._shards is None else self._shards.head(self._head)
+        hidden_NH = hidden_NH.to(self._autocast or hidden_NH.dtype)
+        if not torch.is_grad_enabled():  # a teacher's: cast once, not once per chunk of its logits
+            head = _cast(head, hidden_NH.dtype)
+        return Scores.single(hidden_NH, head)
+
+    def _hidden(self, sequences: Sequences) -> Tensor:
+        """The last layer's states that predict the answers' tokens, [N, H]."""
+        ids_BT, rows_N, columns_N = sequences.ids_BT, sequences.rows_N, sequences.columns_N
+        if self._shards is not None:  # a pass for the prefix would be one that other ranks lack
+            return self._shards.hidden(ids_BT)[rows_N, columns_N]
+        shared = sequences.shared if self._shares_prefixes else 0
+        ids_BT, columns_N, told = ids_BT[:, shared:], columns_N - shared, dict[str, Any]()
+        if sequences.branches and self._takes_branches and shared == sequences.shared:
+            folded = sequences.branches
+            ids_BT, rows_N, columns_N = folded.ids_1U, 0, folded.columns_N
+            told = tree_attention.inputs(folded, shared, self.model.dtype)
+        if shared:
+            cache = prefix_cache.fill(self._backbone, sequences.ids_BT[0, :shared], len(ids_BT))
+            told[prefix_cache.cache_argument(self._backbone)] = cache
+        return self._backbone(input_ids=ids_BT, use_cache=shared > 0, **told)[0][rows_N, columns_N]
+
+    def optimizer_step(self) -> dict[str, float]:
+        """One AdamW step on the gradients that have been added up; returns what it did.
+
+        A gradient that is not finite changes nothing and is counted.
+        """
+        rate = self._schedule(self.version)
+        if self._shards is None:
+            self._ranks.add_up(self.trainable.values())
+        norm = whole(nn.utils.clip_grad_norm_(self.trainable.values(), self._grad_clip)).item()
+        finite = norm == norm and norm != float("inf")
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.version += 1
+        return {"grad_norm": norm, "lr": rate, "updates_not_finite": float(not finite)}
+
+    @contextlib.contextmanager
+    def weights_swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with other values in its trainable weights, put back on leaving."""
+        if self._shards is not None:
+            with self._shards.swapped(self.trainable, weights):
+                yield
+            return
+        own = {name: param.data for name, param in self.trainable.items()}
+        try:
+            for name, param in self.trainable.items():
+                param.data = weights[name]
+            yield
+        finally:
+            for name, param in self.trainable.items():
+                param.data = own[name]
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The model without its adapters: the initial policy."""
+        assert isinstance(self.model, PeftModel)
+        with self.model.disable_adapter():
+            yield
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: tuple[str, ...],
+    seed: int,
+) -> PeftModel:
+    """Low-rank adapters on the named modules, initialised from ``seed``.
+
+    Raises `EngineError` if the model has no module of these names.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - PEFT takes any number
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks transformers for something by its old name; nobody here can mend that.
+            warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise EngineError(f"model.lora.targets = {list(targets)}: {error}") from error
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Trade time for memory: keep no activations of the layers, run them again going backward."""
+    # transformers renames this one too; the old name warns and goes with its version 6.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    """The head in a dtype; itself where it has it."""
+    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+    return replace(head, weight_VH=head.weight_VH.to(dtype), bias_V=bias_V)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """A model's output head, checked against the model's own logits on a few tokens.
+
+    Raises `EngineError` for a model whose logits are more than a linear map, a scale and a soft cap
+    of its last hidden states: divergences would be of another distribution than it samples from.
+    """
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise EngineError(f"{type(model).__name__} has no plain linear output head to score with")
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if getattr(config, "logits_scaling", None):
+        scale /= config.logits_scaling
+    head = Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+    ids = torch.arange(min(8, config.get_text_config().vocab_size), device=linear.weight.device)[
+        None
+    ]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)[0]
+        error = (head.logits(hidden) - expected).abs().max() / expected.std().clamp(min=1e-6)
+    # bf16 weights leave our float32 head and the model's bf16 one further apart.
+    tolerance = PROBE_TOLERANCE if linear.weight.dtype == torch.float32 else 0.1
+    if error > tolerance:
+        raise EngineError(
+            f"{type(model).__name__} does something to its logits that we do not know "
+            f"(relative difference {error:.2g}); its divergences would be wrong"
+        )
+    return head

@@ -1,0 +1,31 @@
+"""Prompts and answers as right-padded id tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+
+from selfteach.models.prefix_cache import shared_length
+from selfteach.models.tree_attention import branches
+from selfteach.types import Sequences
+
+
+def sequences(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int
+) -> Sequences:
+    """Prompts with their answers appended, right-padded, and where the answers are predicted."""
+    whole = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(map(len, whole))
+    lengths = [len(answer) for answer in answers]
+    # A tensor per row would cost more than the rows themselves.
+    predicted = (range(len(p) - 1, len(ids) - 1) for p, ids in zip(prompts, whole, strict=True))
+    shared = shared_length(prompts)
+    return Sequences(
+        ids_BT=torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in whole]),
+        rows_N=torch.arange(len(whole)).repeat_interleave(torch.tensor(lengths)),
+        columns_N=torch.tensor(list(chain.from_iterable(predicted)), dtype=torch.long),
+        shared=shared,
+        branches=branches(prompts, answers, shared),
+    )

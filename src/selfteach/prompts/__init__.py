@@ -1,0 +1,1 @@
+"""Prompts: the tokenizer, chat templates and Jinja templates."""

@@ -1,0 +1,156 @@
+"""Template sets: what solver, self-teacher and critic are shown, as Jinja files and chat messages.
+
+A *template set* is a folder of Jinja files: ``solver.jinja`` (the question as the student sees it),
+``teacher.jinja`` (question and context as the self-teacher sees them), ``critic.jinja`` (what a
+critic is asked) and one file per context. Sets ship with the package; a recipe may name a folder of
+its own instead, whose files override those of ``steps`` one by one.
+
+A template that shows worked examples writes ``{{ turn }}`` between the turns of a conversation: the
+user speaks first, then the assistant, and so on; the last turn is the user's.
+
+Questions, answers, critiques and references are *data*: they are passed as values and never read as
+templates, they cannot write ``{{ turn }}``, and a control token in them (``<|im_end|>``) is encoded
+as the text it looks like (`rendering`). Two filters keep data inside what a template puts around it:
+``fence`` and ``untagged``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from selfteach.errors import RecipeError
+from selfteach.prompts.control_tokens import CUT, NONCHARACTERS
+from selfteach.types import Critique
+
+SHIPPED = Path(__file__).parent / "templates"
+
+Message = dict[str, str]
+"""One turn of a chat: ``role`` and ``content``."""
+
+TURN = "\ufdd1"
+"""What ``{{ turn }}`` stands for until the chat template is applied; data cannot hold it."""
+
+_STEP_TAG = re.compile(rf"<{CUT}?/?(?:step_\d+|answer)>")
+
+
+class Templates:
+    """A template set by name or folder.
+
+    Raises `RecipeError` if the set does not exist, or a template fails on what it is given.
+    """
+
+    def __init__(self, name_or_folder: str = "steps") -> None:
+        folder = SHIPPED / name_or_folder if "/" not in name_or_folder else Path(name_or_folder)
+        if not folder.is_dir():
+            shipped = ", ".join(sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()))
+            raise RecipeError(
+                f"templates = {name_or_folder!r}: no such template set; "
+                f"shipped: {shipped}; a folder of your own is named by a path with a slash"
+            )
+        self._environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader([folder, SHIPPED / "steps"]),
+            undefined=jinja2.StrictUndefined,
+            autoescape=False,
+            keep_trailing_newline=False,
+            auto_reload=False,  # would look at the file each time
+        )
+        self._environment.globals["turn"] = TURN
+        self._environment.filters |= {"fence": fence, "untagged": untagged}
+
+    def has(self, name: str) -> bool:
+        """True if the set (or the shipped one behind it) holds a template of this name."""
+        return f"{name}.jinja" in self._environment.list_templates()
+
+    def render(self, name: str, **values: Any) -> str:
+        """Render one template; values are data."""
+        data = {key: _without_turns(value) for key, value in values.items()}
+        try:
+            return self._environment.get_template(f"{name}.jinja").render(**data).strip()
+        except jinja2.TemplateError as error:
+            raise RecipeError(f"template {name}.jinja: {error}") from error
+
+    def context(
+        self,
+        name: str,
+        *,
+        critique: Critique | None,
+        references: Mapping[str, str],
+        correct: bool,
+        attempt: str = "",
+        peer: str | None = None,
+        feedback: str | None = None,
+    ) -> str:
+        """Render a context from what is known of an answer.
+
+        ``attempt`` is the answer itself, for templates of one's own: no shipped one shows it.
+        """
+        return self.render(
+            name,
+            steps=critique.steps if critique else (),
+            answer=critique.answer if critique else None,
+            first_error=critique.first_error if critique else None,
+            case=critique.case if critique else None,
+            references=references,
+            correct=correct,
+            attempt=attempt,
+            peer=peer,
+            feedback=feedback,
+        )
+
+    def critic(
+        self,
+        question: str,
+        answer: str,
+        *,
+        steps: Sequence[str],
+        final: str | None = None,
+        finished: bool,
+        reference: str | None = None,
+    ) -> list[Message]:
+        """What a critic is asked about an answer, as chat messages.
+
+        ``steps`` are the answer's steps one by one, ``final`` its final answer, None without one;
+        ``finished`` is False for an answer that was cut off.
+        """
+        said = {"answer": answer, "steps": tuple(steps), "final": final, "finished": finished}
+        return conversation(self.render("critic", question=question, reference=reference, **said))
+
+
+def conversation(content: str) -> list[Message]:
+    """A rendered template as chat messages, user and assistant by turns, the user's last.
+
+    Raises `RecipeError` if the last turn would be the assistant's.
+    """
+    turns = content.split(TURN)
+    if len(turns) % 2 == 0:
+        raise RecipeError("a template's last turn must be the user's: an even number of {{ turn }}")
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": turn.strip()}
+        for i, turn in enumerate(turns)
+    ]
+
+
+def fence(data: str, character: str, least: int = 3) -> str:
+    """A run of a character that is longer than any in the data, so that no data can end it."""
+    runs = re.findall(f"{re.escape(character)}+", NONCHARACTERS.sub("", data))
+    return character * max(least, 1 + max(map(len, runs), default=0))
+
+
+def untagged(data: str) -> str:
+    """Data without the tags that structure an answer: it stands inside such tags itself."""
+    while (bare := _STEP_TAG.sub("", data)) != data:
+        data = bare
+    return data
+
+
+def _without_turns(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(TURN, "")
+    if isinstance(value, tuple):
+        return tuple(map(_without_turns, value))
+    return value

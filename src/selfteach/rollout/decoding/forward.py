@@ -1,0 +1,100 @@
+"""Prompts that are read once, and passes of one token per row behind them.
+
+A row is what some answers have in common so far. Before each pass rows are rearranged: ``parent_R``
+says, for each row of the pass, which row of the one before it continues. Rows that are nobody's parent
+are gone, and a row may be the parent of several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from selfteach.models import prefix_cache
+
+
+class Prompts:
+    """Prompts that have been read: their keys and values, one row each, ``[shared | padding | rest]``.
+
+    What all prompts begin with is run once (`prefixes`); the rest is padded on the left.
+    """
+
+    def __init__(
+        self, causal: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
+    ) -> None:
+        device = next(causal.parameters()).device
+        shared, width = prefix_cache.shared_length(prompts), max(map(len, prompts))
+        ids = torch.full((len(prompts), width), pad_id)
+        mask = torch.zeros((len(prompts), width), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            rest = torch.tensor(prompt[shared:])
+            ids[row, width - len(rest) :] = rest
+            mask[row, width - len(rest) :] = 1
+        mask[:, :shared] = 1
+        self.lengths_Q = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        padded = not bool(mask.all())
+        ids, mask = ids.to(device), mask.to(device)
+        self.shared = shared
+        self.mask_QT = mask if padded else None
+        """1 where a token stands; None where nothing is padded."""
+        self.width = width
+        self.cache = DynamicCache()
+        cache_name = prefix_cache.cache_argument(causal)
+        if shared:
+            backbone = getattr(causal, causal.base_model_prefix)
+            self.cache = prefix_cache.fill(
+                backbone, ids.new_tensor(prompts[0][:shared]), len(prompts)
+            )
+        self.logits_QV: Tensor = causal(
+            input_ids=ids[:, shared:],
+            attention_mask=self.mask_QT,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, shared:],
+            **{cache_name: self.cache},
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        """Of each answer's first token."""
+
+
+@runtime_checkable
+class Passes(Protocol):
+    """One token for every row."""
+
+    def __call__(self, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
+        """Rows continue their parents with a token each; the logits [R, V] of what comes next."""
+        ...
+
+
+class ModelPasses:
+    """Of any model that takes transformers' dynamic cache."""
+
+    def __init__(self, causal: PreTrainedModel, prompts: Prompts) -> None:
+        self._causal, self._cache, self._mask_RT = causal, prompts.cache, prompts.mask_QT
+        self._cache_name = prefix_cache.cache_argument(causal)
+        self._position_R = prompts.lengths_Q
+
+    def __call__(self, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
+        """See `Passes`."""
+        mask_RT = self._mask_RT
+        if not np.array_equal(parent_R, np.arange(len(self._position_R))):
+            parent = torch.from_numpy(parent_R).to(token_R.device)
+            self._cache.batch_select_indices(parent)
+            self._position_R = self._position_R[parent]
+            mask_RT = mask_RT[parent] if mask_RT is not None else None
+        if mask_RT is not None:
+            self._mask_RT = F.pad(mask_RT, (0, 1), value=1)
+        logits = self._causal(
+            input_ids=token_R[:, None],
+            attention_mask=self._mask_RT,
+            position_ids=self._position_R[:, None],
+            **{self._cache_name: self._cache},
+            use_cache=True,
+        ).logits[:, -1]
+        self._position_R = self._position_R + 1
+        return logits

@@ -1,0 +1,94 @@
+"""Sampling with transformers, on CPU or one GPU: batched, KV-cached, reproducible row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfteach.errors import EngineError
+from selfteach.prompts.renderer import Renderer
+from selfteach.rollout.decoding.generate import decoded
+from selfteach.rollout.decoding.token_sampling import uniforms
+from selfteach.runtime.seeds import stream_key
+from selfteach.types import Problem, Rollout, Sampling
+
+
+class TransformersEngine:
+    """Samples from a model in this process, usually the very module that is trained.
+
+    Every answer has a random stream of its own, keyed by (seed, question, sample, version) and
+    consumed one number per token, so its draw does not depend on its neighbours, on the order of
+    questions, or on what was sampled before a resume. (Its logits do, in the last bits: a batch of
+    another shape adds floats in another order. Callers re-form the same batches.)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        renderer: Renderer,
+        *,
+        end_ids: Sequence[int],
+        pad_id: int,
+        max_length: int,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self._model, self._renderer = model, renderer
+        self._end_ids, self._pad_id, self._max_length = tuple(end_ids), pad_id, max_length
+        self._autocast = autocast
+        self._version = 0
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(causal, PreTrainedModel)
+        self._causal = causal
+
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy weights into the model (those it already shares stay as they are)."""
+        own = dict(self._model.named_parameters())
+        for name, value in named_weights:
+            if own[name].data_ptr() != value.data_ptr():
+                own[name].data.copy_(value)
+        self._version = version
+
+    @torch.inference_mode()
+    def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
+        """One prefill per question, then one token at a time for all its answers side by side.
+
+        Raises `EngineError` if a question leaves no room for an answer.
+        """
+        self._model.eval()
+        prompts = [self._renderer.solver_prompt(problem) for problem in problems]
+        for problem, prompt in zip(problems, prompts, strict=True):
+            if len(prompt) >= self._max_length:
+                raise EngineError(
+                    f"problem {problem.id!r} has a prompt of {len(prompt)} tokens; "
+                    f"the context holds {self._max_length} with the answer"
+                )
+        device = next(self._model.parameters()).device
+        keys = [(problem, sample) for problem in problems for sample in range(sampling.samples)]
+        streams = (stream_key(*key, sampling, self._version) for key in keys)
+        uniforms_BT = np.stack([uniforms(stream, sampling.max_tokens) for stream in streams])
+        with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
+            ids, logps = decoded(
+                self._causal, prompts, uniforms_BT, temperature=sampling.temperature,
+                end_ids=self._end_ids, pad_id=self._pad_id, max_length=self._max_length,
+            )  # fmt: skip
+        rollouts = []
+        for row, (problem, sample) in enumerate(keys):
+            answer = ids[row]
+            rollouts.append(
+                Rollout(
+                    problem=problem,
+                    sample=sample,
+                    prompt_ids=prompts[row // sampling.samples],
+                    answer_ids=tuple(answer),
+                    logps=tuple(logps[row]),
+                    text=self._renderer.decode(answer),
+                    finished=answer[-1] in self._end_ids,
+                    policy_version=self._version,
+                )
+            )
+        return rollouts

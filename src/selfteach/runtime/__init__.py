@@ -1,0 +1,1 @@
+"""What surrounds a run: its folder, ranks, signals, seeds, tracking."""

@@ -1,0 +1,96 @@
+"""The lab as a task: its problem sets, its verifier and its oracle, by problem."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+
+import numpy as np
+
+from selfteach.tasks.lab import checker, lab_oracle
+from selfteach.tasks.lab.corpus import references
+from selfteach.tasks.lab.world import ANSWER_MARK, FLAG, ROOT, Split, World, WorldConfig
+from selfteach.types import Critique, Problem, Verdict
+
+
+def problems(
+    world: World, split: Split, count: int, *, chance_below: float = 1.0
+) -> tuple[Problem, ...]:
+    """The first ``count`` problems of a split; splits share no question.
+
+    Only those that an author without a context solves with a probability below ``chance_below``:
+    the paper, too, keeps the problems on which its solver's Avg@16 is below 5/16.
+    """
+    return _problems(world.config, split, count, chance_below)
+
+
+@lru_cache(maxsize=16)  # the runs of a study ask the same questions, many in one process
+def _problems(
+    config: WorldConfig, split: Split, count: int, chance_below: float
+) -> tuple[Problem, ...]:
+    world = World(config)
+    wanted = (q for q in world.questions(split) if world.author_chance(q) < chance_below)
+    return tuple(
+        Problem(
+            id=f"{split}-{index}",
+            question=" ".join(question),
+            answer=world.truth(question)[ROOT],
+            references=references(world, question),
+        )
+        for index, question in enumerate(islice(wanted, count))
+    )
+
+
+def verify(problem: Problem, text: str) -> Verdict:
+    """Right if the symbol after the answer mark is the root's true value."""
+    parsed = checker.parse_answer(text)
+    return Verdict(correct=parsed == problem.answer, formatted=parsed is not None, parsed=parsed)
+
+
+def write_answer(answer: str) -> str:
+    """The shortest text that states an answer."""
+    return f"{ANSWER_MARK} {answer}"
+
+
+class StepVerifier:
+    """`verify`, with feedback from the step checker in the lab's own words.
+
+    Of a refused answer it names the first step that the checker rejects (``2 wrong`` is about node 2,
+    a line that is none is ``! wrong``), or else the final answer (``# wrong``).
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __call__(self, problem: Problem, text: str) -> Verdict:
+        """Right if the final symbol is; wrong with the place of the first error."""
+        verdict = verify(problem, text)
+        if verdict.correct:
+            return verdict
+        checked = checker.check(self._world, problem.question.split(), text)
+        wrong = next((step for step in checked.steps if step.error), None)
+        place = ANSWER_MARK if wrong is None else FLAG if wrong.line is None else wrong.line.node
+        return replace(verdict, feedback=f"{place} wrong")
+
+
+class Oracle:
+    """The step checker as a critic of one answer at a time."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __call__(
+        self,
+        problem: Problem,
+        text: str,
+        *,
+        finished: bool,
+        error_rate: float,
+        rng: np.random.Generator,
+    ) -> Critique:
+        """The corrected trace of an answer; see `selfteach.tasks.lab.lab_oracle.criticise`."""
+        return lab_oracle.criticise(
+            self._world, problem.question.split(), text,
+            finished=finished, error_rate=error_rate, rng=rng,
+        )  # fmt: skip

@@ -1,0 +1,65 @@
+"""Rows of Hugging Face datasets: from the hub, its cache, or a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from selfteach.config.schema import nearest
+from selfteach.errors import DataError
+from selfteach.tasks.sources.rows import Row
+
+
+def read_hub(
+    path: str, split: str, *, name: str | None, revision: str | None, streaming: bool
+) -> Iterator[Row]:
+    """Rows of one split of a dataset. Raises `DataError` in one line for whatever is wrong."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            'data.type = "hub" needs Hugging Face datasets: pip install "selfteach[hub]"'
+        ) from None
+    saved = Path(path)
+    if (saved / "dataset_dict.json").exists() or (saved / "state.json").exists():
+        rows = _from_disk(datasets, path, split)
+    else:
+        rows = _load(datasets, path, split, name=name, revision=revision, streaming=streaming)
+    number = 0
+    try:
+        for values in rows:
+            number += 1
+            yield Row(dict(values), f"{path} ({split}): row {number}", f"{split}-{number}")
+    except OSError as error:  # the network, while rows stream in
+        raise DataError(f"data.path = {path!r}: {_explained(error)}") from None
+
+
+def _from_disk(datasets: Any, path: str, split: str) -> Any:
+    """What ``save_to_disk`` wrote: several splits, or one without a name."""
+    found = datasets.load_from_disk(path)
+    if not isinstance(found, Mapping):
+        return found
+    if split not in found:
+        raise DataError(f"data.path = {path!r}: no split {split!r}; {nearest(split, list(found))}")
+    return found[split]
+
+
+def _load(datasets: Any, path: str, split: str, **settings: Any) -> Any:
+    name = settings.pop("name")
+    try:
+        return datasets.load_dataset(path, name, split=split, **settings)
+    except Exception as error:  # the library raises a dozen kinds, most of them the hub's
+        raise DataError(f"data.path = {path!r}: {_explained(error)}") from None
+
+
+def _explained(error: Exception) -> str:
+    """One line from what the library says, with what to do where we know it."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= 240 else said[:240] + "…"
+    if isinstance(error, ConnectionError) or "Offline" in type(error).__name__ or "offline" in said:
+        return (
+            "not in the cache, and the hub cannot be reached "
+            f"(HF_HUB_OFFLINE, or no network): {said}"
+        )
+    return f"cannot be loaded: {said}"

@@ -1,0 +1,57 @@
+"""Open a run, a checkpoint or a plain model by the name a user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge, validate
+from selfteach.errors import CheckpointError, DataError
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.tasks.sources.load import read_file
+from selfteach.trainer import checkpoint
+from selfteach.trainer.build import Built, build
+from selfteach.types import Problem
+
+
+def open_model(
+    path: Path, what: str, recipe: Recipe | None, adapt: Callable[[Recipe], Recipe] = lambda r: r
+) -> tuple[Built, Recipe]:
+    """The parts behind a run, a checkpoint or a model; ``adapt`` has the last say on the recipe."""
+    if (path / "state.json").exists():
+        return _from_checkpoint(path, path.parent.parent, recipe, adapt)
+    if (path / "study.json").exists():
+        raise CheckpointError(f"{path} is a study; name one of its runs, {path}/runs/ARM/seed_N")
+    if (path / "environment.json").exists():
+        saved = checkpoint.checkpoints(RunFolder(path).checkpoints)
+        if not saved:
+            raise CheckpointError(f"{path} has no checkpoint yet")
+        return _from_checkpoint(saved[-1], path, recipe, adapt)
+    resolved = recipe or Recipe.model_validate({"train": {"steps": 0}})
+    changed = {"model": {"path": what}, "train": {"steps": 0}}
+    resolved = validate(Recipe, merge(resolved.model_dump(mode="json"), changed), where="recipe")
+    resolved = adapt(resolved)
+    return build(resolved), resolved
+
+
+def _from_checkpoint(
+    saved: Path, run: Path, recipe: Recipe | None, adapt: Callable[[Recipe], Recipe]
+) -> tuple[Built, Recipe]:
+    own = validate(Recipe, RunFolder(run).config(), where=str(run))
+    resolved = adapt(recipe.model_copy(update={"model": own.model}) if recipe else own)
+    built = build(resolved)
+    checkpoint.load_weights(saved, built.parts.policy)
+    return built, resolved
+
+
+def named_problems(built: Built, name: str) -> tuple[tuple[Problem, ...], str]:
+    """The problems of a split or a file, and the name to record. Raises `DataError`."""
+    if name in ("train", "validation", "test"):
+        return built.task.problems(name), name
+    path = Path(name)
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        raise DataError(
+            f"--problems {name!r}: write train, validation, test, or name a .jsonl or .parquet file"
+        )
+    return read_file(path), path.stem
