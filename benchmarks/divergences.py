@@ -106,7 +106,7 @@ class Inputs:
         return told
 
 
-SPENDING = partial(per_token, spend=True)
+SPENDING = partial(per_token, donate_teacher_logits=True)
 """As the objectives ask for it: the teacher's logits are nobody else's."""
 
 

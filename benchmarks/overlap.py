@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "fakes"))
 
 from scripted_critic import criticises
 from scripted_server import Server, says, serving
+
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.runtime.run_folder import RunFolder
@@ -33,21 +34,21 @@ SETTINGS = ((0, False), (1, False), (2, False), (2, True))
 
 def recipe(server: Server, folder: Path, args: argparse.Namespace, setting: tuple) -> Recipe:
     """A run whose critic is the server; each step is one batch, so its marking is one latency."""
-    staleness, own_weights = setting
+    staleness, separate_copy = setting
     answers = args.problems * args.answers
     values = {
         "model": {"path": "lab:two_styles"},
         "data": {"type": "lab", "train": 256, "validation": 2, "test": 2},
-        "sampling": {"max_tokens": 64, "batch_answers": answers, "own_weights": own_weights},
+        "sampling": {"max_tokens": 64, "batch_size": answers, "separate_copy": separate_copy},
         "critic": {
             "type": "endpoint", "base_url": server.url, "model": "oracle", "max_tokens": 64,
-            "store": str(folder / "replies.sqlite"), "min_similarity": 0.0, "concurrency": answers,
+            "reply_cache": str(folder / "replies.sqlite"), "min_similarity": 0.0, "concurrency": answers,
         },
         "context": {"type": "step_aligned"},
         "objective": {"type": "distillation", "importance_cap": 2.0},
         "train": {
             "steps": args.steps, "problems_per_step": args.problems, "staleness": staleness,
-            "answers_per_problem": args.answers, "checkpoint_every": args.steps, "threads": 1,
+            "group_size": args.answers, "checkpoint_every": args.steps, "threads": 1,
         },
         "evaluation": {"every": args.steps, "validation_k": 1, "test": False},
     }  # fmt: skip
@@ -67,7 +68,7 @@ def measure(args: argparse.Namespace, setting: tuple) -> tuple[dict[str, float],
         run_to_end(recipe(server, folder, args, setting), folder / "run")
         rows = [row for row in RunFolder(folder / "run").metrics() if row["kind"] == "step"]
         rows = rows[warm_up:]
-        names = [n for n in rows[0] if n.startswith(("seconds_", "busy_")) or n == "waiting"]
+        names = [n for n in rows[0] if n.startswith(("time/", "active_")) or n == "waiting"]
         return {n: sum(row[n] for row in rows) / len(rows) for n in names}, len(server.asked)
 
 
@@ -84,9 +85,9 @@ def main() -> None:
     longest = whole = 0.0
     for setting in SETTINGS:
         mean, asked = measure(args, setting)
-        step = sum(v for n, v in mean.items() if n.startswith("seconds_"))
+        step = sum(v for n, v in mean.items() if n.startswith("time/"))
         sampling, marking, learning = (
-            mean[f"busy_{n}"] for n in ("sampling", "marking", "learning")
+            mean[f"active_{n}"] for n in ("rollout", "critique", "train")
         )
         if setting[0] == 0:  # the engine and the trainer share a module: they are one phase
             longest, whole = max(marking, sampling + learning), sampling + marking + learning

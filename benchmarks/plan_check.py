@@ -31,21 +31,21 @@ from selfteach.protocols import Critic
 from selfteach.runtime.run_folder import write_json
 from selfteach.tasks.task import training_order
 from selfteach.trainer.build import build
-from selfteach.trainer.step import Parts, train_step
-from selfteach.types import Critique, NoCritique, Rollout, Verdict
+from selfteach.trainer.step import Components, train_step
+from selfteach.types import Critique, CritiqueFailure, Rollout, Verdict
 
 RECIPE = Path(__file__).parents[1] / "experiments" / "paper_in_miniature" / "recipe.toml"
-PHASES = ("sampling", "marking", "learning")
+PHASES = ("rollout", "critique", "train")
 CALIBRATED = ("as it is", "a quarter of the problems")
 SETTINGS: dict[str, dict[str, dict[str, int]]] = {
     "as it is": {},
     "a quarter of the problems": {"train": {"problems_per_step": 1}},
-    "twice the answers": {"train": {"answers_per_problem": 16}},
-    "eight times the answers": {"train": {"answers_per_problem": 16, "problems_per_step": 16}},
+    "twice the answers": {"train": {"group_size": 16}},
+    "eight times the answers": {"train": {"group_size": 16, "problems_per_step": 16}},
     "answers of 20 tokens": {"sampling": {"max_tokens": 20}},
-    "batches of 8": {"sampling": {"batch_answers": 8}},
+    "batches of 8": {"sampling": {"batch_size": 8}},
     "micro-batches of 1,024": {"train": {"micro_batch_tokens": 1024}},
-    "two updates": {"train": {"updates_per_batch": 2}},
+    "two updates": {"train": {"num_iterations": 2}},
 }
 LATENCY_S, AT_A_TIME = 0.25, 8
 SLOW = "a critic of 0.25 s, 8 at a time"
@@ -57,7 +57,9 @@ class Slow:
 
     critic: Critic
 
-    def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | NoCritique]:
+    def __call__(
+        self, judged: Sequence[tuple[Rollout, Verdict]]
+    ) -> list[Critique | CritiqueFailure]:
         """As the critic within, after so long."""
         time.sleep(LATENCY_S * -(-len(judged) // AT_A_TIME))
         return self.critic(judged)
@@ -69,10 +71,10 @@ class Setting:
     def __init__(self, name: str, recipe: Recipe) -> None:
         self.name, self.recipe, self.built = name, recipe, build(recipe)
         self.work: Work = work_of(recipe, look(recipe))
-        self.parts: Parts = self.built.parts
+        self.components: Components = self.built.components
         if name == SLOW:
-            assert self.parts.critic is not None
-            self.parts = dataclasses.replace(self.parts, critic=Slow(self.parts.critic))
+            assert self.components.critic is not None
+            self.parts = dataclasses.replace(self.parts, critic=Slow(self.components.critic))
             asked = dataclasses.replace(
                 self.work.asked, marker="latency", latency=LATENCY_S, concurrency=AT_A_TIME
             )
@@ -85,11 +87,11 @@ class Setting:
         """Take steps one by one; the first warms up."""
         order = training_order(len(self.problems), 0, self.recipe.train.problems_per_step)
         for step, indices in enumerate(islice(order, count + 1)):
-            lessons, said = train_step(self.parts, [self.problems[i] for i in indices], step=step)
+            samples, said = train_step(self.parts, [self.problems[i] for i in indices], step=step)
             if step > 0:
-                lengths = [float(len(lesson.rollout.answer_ids)) for lesson in lessons]
+                lengths = [float(len(sample.rollout.token_ids)) for sample in samples]
                 self.answers.append(np.array(lengths))
-                self.seconds.append({phase: said[f"seconds_{phase}"] for phase in PHASES})
+                self.seconds.append({phase: said[f"time/{phase}"] for phase in PHASES})
             yield
 
     @property

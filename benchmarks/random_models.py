@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights, and lessons that are there already.
+"""Models of known shapes with random weights, and samples that are there already.
 
 For machines that no weights can be brought to: what a step costs depends on shapes, not on what
 weights say. Questions, answers and contexts are random tokens, the same for all who are compared; no
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfteach.runtime.torch_setup import settle
-from selfteach.types import Lesson, Marked, Problem, Rollout, Verdict
+from selfteach.types import CritiquedRollout, Problem, Rollout, TrainingSample, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ def model_of(name: str, device: torch.device | str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def lessons_of(name: str) -> list[Lesson]:
-    """A step's lessons; every other answer to a question is right."""
+def lessons_of(name: str) -> list[TrainingSample]:
+    """A step's samples; every other answer to a question is right."""
     sized = SIZED[name]
     dice = torch.Generator().manual_seed(1)
 
@@ -100,11 +100,13 @@ def lessons_of(name: str) -> list[Lesson]:
         )
         for sample in range(sized.each):
             rollout = Rollout(
-                problem=problem, sample=sample, prompt_ids=prompt, answer_ids=ids(sized.length),
+                problem=problem, sample=sample, prompt_ids=prompt, token_ids=ids(sized.length),
                 logps=(-10.0,) * sized.length, text=str(sample), finished=True, policy_version=0,
             )  # fmt: skip
             verdict = Verdict(sample % 2 == 0, True, "x")
             made.append(
-                Lesson(Marked(rollout, verdict, None), context="", teacher_prompt_ids=shown)
+                TrainingSample(
+                    CritiquedRollout(rollout, verdict, None), context="", teacher_prompt_ids=shown
+                )
             )
     return made

@@ -42,7 +42,7 @@ OURS, GENERATE, STATIC, PEER = "selfteach", "generate", "generate, static cache"
 LAB = Recipe.model_validate(
     {
         "data": {
-            "type": "lab", "train": 16, "validation": 1, "test": 1, "chance_below": 0.01,
+            "type": "lab", "train": 16, "validation": 1, "test": 1, "max_solve_rate": 0.01,
         },
         "train": {"steps": 0},
     }
@@ -85,12 +85,12 @@ class Job:
         """``lab``, ``lab, ends early`` (letters end an answer too: all lengths), or ``SmolLM2``."""
         if name.startswith("lab"):
             built = build(LAB)
-            prompts = [built.parts.renderer.solver_prompt(p) for p in built.task.train]
+            prompts = [built.components.renderer.solver_prompt(p) for p in built.task.train]
             ends = [built.tokenizer.eos_token_id]
             if name != "lab":
                 ends += built.tokenizer.convert_tokens_to_ids(["a", "b", "c"])  # pyright: ignore
             pad = built.tokenizer.pad_token_id
-            return cls(built.parts.policy.model, prompts, ends, pad, LAB_TOKENS)  # pyright: ignore
+            return cls(built.components.policy.model, prompts, ends, pad, LAB_TOKENS)  # pyright: ignore
         tokenizer = load_tokenizer(SMOLLM2)
         prompts: list[Any]
         texts = [SUMS[i % 3].format(a=i * 37 % 89 + 2, b=i * 53 % 97 + 3) for i in range(16)]
@@ -113,9 +113,9 @@ class Job:
         if name == "lab":
             changes = {"device": device, "weights_dtype": str(dtype).removeprefix("torch.")}
             built = build(LAB.model_copy(update={"model": ModelConfig(**changes)}))  # pyright: ignore
-            prompts = [built.parts.renderer.solver_prompt(p) for p in built.task.train]
+            prompts = [built.components.renderer.solver_prompt(p) for p in built.task.train]
             ends, pad = [built.tokenizer.eos_token_id], built.tokenizer.pad_token_id
-            return cls(built.parts.policy.model, prompts, ends, pad, LAB_TOKENS)  # pyright: ignore
+            return cls(built.components.policy.model, prompts, ends, pad, LAB_TOKENS)  # pyright: ignore
         torch.manual_seed(1)
         size = SIZED[name].shape["vocab_size"]
         prompts = [tuple(torch.randint(3, size, (64,)).tolist()) for _ in range(16)]
@@ -132,7 +132,7 @@ class Job:
 
         def call(seed: int) -> int:
             said = engine.generate(problems, Sampling(EACH, 1.0, self.max_tokens, seed))
-            return sum(len(rollout.answer_ids) for rollout in said)
+            return sum(len(rollout.token_ids) for rollout in said)
 
         return call
 

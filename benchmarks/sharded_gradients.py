@@ -103,7 +103,7 @@ def _run(rank: int, port: int, said: Any, work: Callable[..., Any], args: tuple)
     os.environ.update({name: str(value) for name, value in settings.items()})
     with joined("cpu", 120.0) as ranks:
         result = work(ranks, *args)
-        if ranks.leads:
+        if ranks.is_main:
             said.put(result)
 
 
@@ -122,10 +122,13 @@ def main() -> None:
                 del os.environ[name]
             for way in WAYS:
                 table.add(
-                    tokens=2 * tokens, summed=way, seconds=seconds[way], peak_MiB=memory[way] / MIB
+                    tokens=2 * tokens,
+                    weighted_loss=way,
+                    seconds=seconds[way],
+                    peak_MiB=memory[way] / MIB,
                 )
             table.add(
-                tokens=2 * tokens, summed="ratio",
+                tokens=2 * tokens, weighted_loss="ratio",
                 seconds=ratio(seconds[ONCE], seconds[EACH]),
                 peak_MiB=ratio(memory[ONCE], memory[EACH]),
             )  # fmt: skip

@@ -100,9 +100,9 @@ def their_steps(model: str, kind: str, _: object) -> Callable[[], object]:
     warnings.simplefilter("ignore")
     ours = Ours(model, kind, Clock())
     theirs = Theirs(model, kind, Clock(), ours, steps=2)
-    lessons = ours.sample()
-    ours.sample = lambda: lessons  # type: ignore[method-assign]
-    ours.learn = lambda lessons: None  # type: ignore[method-assign]
+    samples = ours.sample()
+    ours.sample = lambda: samples  # type: ignore[method-assign]
+    ours.learn = lambda samples: None  # type: ignore[method-assign]
     return theirs.trainer.train
 
 

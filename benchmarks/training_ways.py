@@ -39,16 +39,16 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.trainer import step
 from selfteach.trainer.build import Built, build
-from selfteach.types import Lesson, Verdict
+from selfteach.types import TrainingSample, Verdict
 
 BF16: dict[str, Any] = {"model": {"autocast": "bfloat16"}}
 
 MODELS: dict[str, dict[str, Any]] = {
     "lab": {
         "model": {"path": "lab:two_styles"},
-        "data": {"type": "lab", "chance_below": 0.01, "train": 64, "validation": 1, "test": 1},
+        "data": {"type": "lab", "max_solve_rate": 0.01, "train": 64, "validation": 1, "test": 1},
         "sampling": {"max_tokens": 40},
-        "train": {"steps": 1, "problems_per_step": 4, "answers_per_problem": 8},
+        "train": {"steps": 1, "problems_per_step": 4, "group_size": 8},
     },
     "SmolLM2-135M": {
         "model": {"path": str(vllm_server.MODEL)},  # a folder that TRL can load, too
@@ -57,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "train": 16, "validation": 1, "test": 1,
         },
         "sampling": {"max_tokens": 32},
-        "train": {"steps": 1, "problems_per_step": 2, "answers_per_problem": 4},
+        "train": {"steps": 1, "problems_per_step": 2, "group_size": 4},
     },
 }  # fmt: skip
 
@@ -67,7 +67,7 @@ for _name, _sized in SIZED.items():  # the lab's data and tokenizer are there, a
         "sampling": {"max_tokens": _sized.length},
         "train": {
             "steps": 1, "problems_per_step": _sized.answers // _sized.each,
-            "answers_per_problem": _sized.each, "micro_batch_tokens": _sized.micro_batch_tokens,
+            "group_size": _sized.each, "micro_batch_tokens": _sized.micro_batch_tokens,
         },
     }  # fmt: skip
 
@@ -102,14 +102,14 @@ class Ours:
         self.clock, self.taken = clock, 0
         self.timing = clock
         """Whose the phases are that happen now."""
-        parts = self.built.parts
+        components = self.built.components
         if kind == "grpo":
-            parts = dataclasses.replace(parts, verify=by_coin)
-        policy: Any = parts.policy
+            components = dataclasses.replace(components, verify=by_coin)
+        policy: Any = components.policy
         policy.optimizer_step = self._timed("optimizer", policy.optimizer_step)
-        teacher: Any = parts.teacher
+        teacher: Any = components.teacher
         teacher.score = self._timed("teacher", teacher.score)
-        self.parts = parts
+        self.components = components
 
     def _timed(self, phase: str, function: Callable) -> Callable:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -118,40 +118,40 @@ class Ours:
 
         return timed
 
-    def sample(self) -> list[Lesson]:
+    def sample(self) -> list[TrainingSample]:
         """The next problems, answered and marked."""
         if self.given is not None:
             return self.given
-        count = self.built.parts.sampling.samples
+        count = self.built.components.sampling.samples
         asked = {4: 2, 8: 4}[count]
         problems = self.built.task.problems("train")
         start = self.taken * asked % (len(problems) - asked + 1)
         self.taken += 1
         with self.clock("sampling"):
-            rollouts = self.parts.engine.generate(
-                problems[start : start + asked], self.parts.sampling
+            rollouts = self.components.engine.generate(
+                problems[start : start + asked], self.components.sampling
             )
-        return step.teach(self.parts, step.mark(self.parts, rollouts))
+        return step.teach(self.components, step.mark(self.components, rollouts))
 
-    def step(self, lessons: list[Lesson] | None = None) -> None:
-        """One step, timed as a whole, too; from lessons that have been sampled already, or others."""
+    def step(self, samples: list[TrainingSample] | None = None) -> None:
+        """One step, timed as a whole, too; from samples that have been sampled already, or others."""
         before, began = held_bytes(), instant()
-        self.learn(self.sample() if lessons is None else lessons)
+        self.learn(self.sample() if samples is None else samples)
         self.clock.end(instant() - began)
         self.clock.peak = held_bytes(before)
 
-    def learn(self, lessons: list[Lesson]) -> None:
+    def learn(self, samples: list[TrainingSample]) -> None:
         """What `step.take_in` does after teaching."""
         backward = self.clock.around("student", step._backward)
         with mock.patch.object(step, "_backward", backward):
-            {**step.describe(lessons), **step.learn(self.parts, lessons)}
-        self.parts.engine.load_weights(
-            self.parts.policy.trainable.items(), self.parts.policy.version
+            {**step.describe(samples), **step.learn(self.components, samples)}
+        self.components.engine.load_weights(
+            self.components.policy.trainable.items(), self.components.policy.version
         )
 
 
 def built_of(model: str, values: dict[str, Any]) -> Built:
-    """A recipe's parts; a model of random weights takes the place of the one that is loaded."""
+    """A recipe's components; a model of random weights takes the place of the one that is loaded."""
     recipe = validate(Recipe, values, where="benchmark")
     if model not in SIZED:
         return build(recipe)
@@ -168,13 +168,15 @@ class Again(Ours):
     def __init__(self, ours: Ours, clock: Clock, entries: int) -> None:
         self.ours, self.built, self.given = ours, ours.built, ours.given
         self.clock, self.taken = clock, 0
-        vocabulary = ours.built.parts.policy.model.config.vocab_size
-        self.parts = dataclasses.replace(ours.parts, chunk_tokens=max(1, entries // vocabulary))
+        vocabulary = ours.built.components.policy.model.config.vocab_size
+        self.components = dataclasses.replace(
+            ours.components, chunk_tokens=max(1, entries // vocabulary)
+        )
 
-    def learn(self, lessons: list[Lesson]) -> None:
+    def learn(self, samples: list[TrainingSample]) -> None:
         """With the phases timed as its own."""
         self.ours.timing = self.clock
-        super().learn(lessons)
+        super().learn(samples)
         self.ours.timing = self.ours.clock
 
 
@@ -194,18 +196,18 @@ class Theirs:
         from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
         self.clock, self.ours, self.kind = clock, ours, kind
-        self.lessons: list[Lesson] = []
+        self.samples: list[TrainingSample] = []
         self.others: list[Ours] = []
-        parts = ours.built.parts
+        components = ours.built.components
         rows = MODELS[model]["train"]
-        batch = rows["problems_per_step"] * rows["answers_per_problem"]
+        batch = rows["problems_per_step"] * rows["group_size"]
         more: dict[str, Any] = {"use_cpu": True, "bf16": False}
         if device == "cuda":
             more = {"use_cpu": False, "bf16": precision == "bf16"}
         if model in SIZED:
             sized = SIZED[model]
             dtype = torch.bfloat16 if precision == "bf16 weights" else torch.float32
-            where = ours.parts.policy.device
+            where = ours.components.policy.device
             policy = model_of(model, where, dtype)
             loaded = mock.patch(
                 "trl.experimental.sdpo.sdpo_trainer.create_model_from_path",
@@ -216,9 +218,9 @@ class Theirs:
         else:
             policy = Ours(
                 model, kind, Clock(), {"model": {"device": device}}
-            ).built.parts.policy.model
+            ).built.components.policy.model
             loaded = contextlib.nullcontext()
-        renderer = parts.renderer
+        renderer = components.renderer
         prompts = [
             renderer._messages("solver", question=p.question)
             for p in ours.built.task.problems("train")
@@ -226,7 +228,7 @@ class Theirs:
         place = self.place = tempfile.TemporaryDirectory()
         common: dict[str, Any] = {
             "output_dir": place.name, "per_device_train_batch_size": batch, "max_steps": steps,
-            "gradient_accumulation_steps": 1, "num_generations": rows["answers_per_problem"],
+            "gradient_accumulation_steps": 1, "num_generations": rows["group_size"],
             "max_completion_length": MODELS[model]["sampling"]["max_tokens"], "report_to": [],
             "logging_strategy": "no", "save_strategy": "no",
             "gradient_checkpointing": False, "learning_rate": 1e-5, "disable_tqdm": True,
@@ -260,7 +262,7 @@ class Theirs:
         if self.kind == "grpo" and given_too:
             trainer._generate_single_turn = lambda *_, **__: (self._answers(), None)
             trainer._tokenize_prompts = lambda _: (
-                [list(lesson.rollout.prompt_ids) for lesson in self.lessons], None, {}
+                [list(sample.rollout.prompt_ids) for sample in self.samples], None, {}
             )  # fmt: skip
             trainer.reward_funcs = [_every_other]
         elif self.kind == "grpo":
@@ -271,7 +273,7 @@ class Theirs:
             def given(prompt_ids: Any) -> Any:
                 with clock("sampling"):
                     None if given_too else generate(prompt_ids)
-                prompts = [list(lesson.rollout.prompt_ids) for lesson in self.lessons]
+                prompts = [list(sample.rollout.prompt_ids) for sample in self.samples]
                 return prompts, self._answers()
 
             trainer._generate = given
@@ -285,10 +287,10 @@ class Theirs:
             trainer._forward_logits = logits
 
     def _answers(self) -> list[list[int]]:
-        return [list(lesson.rollout.answer_ids) for lesson in self.lessons]
+        return [list(sample.rollout.token_ids) for sample in self.samples]
 
     def _context(self, output: dict, prompts: Any, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
-        told = [lesson.teacher_prompt_ids or () for lesson in self.lessons]
+        told = [sample.teacher_prompt_ids or () for sample in self.samples]
         width, pad = max(map(len, told)), self.ours.built.tokenizer.pad_token_id
         where = output["completion_ids"].device
         ids = torch.tensor([[pad] * (width - len(t)) + list(t) for t in told], device=where)
@@ -320,7 +322,7 @@ class _Steps(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         ours = self.theirs.ours
         began = instant()
-        self.theirs.lessons = ours.sample()
+        self.theirs.samples = ours.sample()
         ours.clock.begun = instant() - began
         self._held = held_bytes()
         self._began = instant()
@@ -338,4 +340,4 @@ class _Steps(TrainerCallback):
         theirs.clock.end(instant() - self._began)
         theirs.clock.peak = held_bytes(self._held)
         for one in (ours, *theirs.others):
-            one.step(theirs.lessons if one is ours else None)
+            one.step(theirs.samples if one is ours else None)

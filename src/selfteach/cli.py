@@ -289,7 +289,7 @@ def critique(
         Path,
         typer.Argument(
             help="JSON lines with question, text (the answer to be marked) and answer (the right "
-            "one); or a run's answers/*.jsonl or lessons/*.jsonl."
+            "one); or a run's rollouts/*.jsonl or samples/*.jsonl."
         ),
     ],
     recipe: Annotated[
@@ -368,7 +368,7 @@ def main() -> None:
     except Terminated:
         _end("terminated; what had been learned is saved, and selfteach resume goes on from there")
     except SelfteachError as error:
-        if not torchrun.leads():
+        if not torchrun.is_main():
             # What is wrong for all is said by rank 0, whose end ends this rank while it waits.
             time.sleep(PATIENCE_S)
             _fail(f"rank {torchrun.rank()}: {error}")

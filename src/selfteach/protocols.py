@@ -15,14 +15,14 @@ from selfteach.models.lm_head import Scores
 from selfteach.types import (
     Batch,
     Critique,
-    Lesson,
-    Marked,
-    NoCritique,
+    CritiquedRollout,
+    CritiqueFailure,
     Problem,
     Rollout,
     Sampling,
     Sequences,
-    Signal,
+    TokenWeights,
+    TrainingSample,
     Verdict,
 )
 
@@ -53,7 +53,9 @@ class Verifier(Protocol):
 class Critic(Protocol):
     """Marks answers step by step. Frozen; never sees the trainer; may fail, with a reason."""
 
-    def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | NoCritique]:
+    def __call__(
+        self, judged: Sequence[tuple[Rollout, Verdict]]
+    ) -> list[Critique | CritiqueFailure]:
         """One critique, or the reason for none, per answer, in order."""
         ...
 
@@ -62,7 +64,7 @@ class Critic(Protocol):
 class Context(Protocol):
     """Decides what the self-teacher is shown. Sees all answers of a step, since some need others."""
 
-    def __call__(self, marked: Sequence[Marked]) -> list[str | NoCritique]:
+    def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
         """One context, or the reason for none, per answer, in order."""
         ...
 
@@ -97,15 +99,15 @@ class Objective(Protocol):
         """True if the teacher's scores are asked for."""
         ...
 
-    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+    def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:
         """The denominators of the means that the loss is made of: the local counts, to be added up
         over all ranks before `weigh` gets them."""
         ...
 
-    def weigh(
-        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int
-    ) -> list[Signal]:
-        """How much each token of each lesson counts, after ``update`` updates of the weights."""
+    def token_weights(
+        self, samples: Sequence[TrainingSample], counts: Sequence[float], update: int
+    ) -> list[TokenWeights]:
+        """How much each token of each sample counts, after ``update`` updates of the weights."""
         ...
 
     def per_token(

@@ -1,6 +1,6 @@
 """The records of one training step, one per stage.
 
-    Problem -> Rollout -> Verdict -> Critique -> Lesson -> Batch
+    Problem -> Rollout -> Verdict -> Critique -> TrainingSample -> Batch
 
 What is said of an answer stays with the answer: stages add a record, none rewrites an earlier one.
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:  # who only reads what runs have written does not wait for it
 
 StepStatus = Literal["kept", "fixed", "new"]
 Case = Literal["A", "B", "C", "D"]
-Outcome = Literal["empty", "truncated", "malformed", "misaligned", "wrong_answer", "unavailable"]
+CritiqueFailureKind = Literal[
+    "empty", "truncated", "malformed", "misaligned", "wrong_answer", "unavailable"
+]
 """Why a critic's text is no critique: nothing was written; it was cut at the token limit; it has not
 the form of an answer; it is about something else; its own final answer is wrong; or there was no
 reply at all."""
@@ -57,7 +59,7 @@ class Rollout:
     sample: int
     """Which of the group's answers this is, from 0."""
     prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
     """Sampled ids, the end token included when the answer ended by itself."""
     logps: tuple[float, ...]
     """Log-probability of each sampled token under the sampling distribution (nats)."""
@@ -69,7 +71,7 @@ class Rollout:
     """Number of weight updates behind the weights that sampled this answer."""
 
     def __post_init__(self) -> None:
-        assert len(self.answer_ids) == len(self.logps) > 0
+        assert len(self.token_ids) == len(self.logps) > 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -126,9 +128,9 @@ class CritiqueStep:
 class Usage:
     """What a critique took; every field is zero for a critic that is a program."""
 
-    asked: int = 0
+    requests: int = 0
     """Requests that were sent and answered, repeated ones too."""
-    reused: int = 0
+    cached: int = 0
     """Requests whose reply was already in the store."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -158,11 +160,11 @@ Blend = Callable[[Critique, str, Sequence[bool]], Critique]
 
 
 @dataclass(frozen=True, slots=True)
-class NoCritique:
+class CritiqueFailure:
     """Why there is no critique of an answer."""
 
     reason: str
-    """One of a few, counted as a metric; `Outcome` for what a critic wrote."""
+    """One of a few, counted as a metric; `CritiqueFailureKind` for what a critic wrote."""
     detail: str = ""
     """What exactly was wrong, for a person to read."""
     usage: Usage = Usage()
@@ -173,12 +175,12 @@ class NoCritique:
 
 
 @dataclass(frozen=True, slots=True)
-class Marked:
+class CritiquedRollout:
     """An answer with what verifier and critic say of it."""
 
     rollout: Rollout
     verdict: Verdict
-    critique: Critique | NoCritique | None
+    critique: Critique | CritiqueFailure | None
     """None when no critic was asked."""
 
 
@@ -199,38 +201,38 @@ class FirstChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class TrainingSample:
     """A marked answer, ready to learn from.
 
     With ``teacher_prompt_ids`` it teaches by distillation; with ``dropped`` it does not, and the reason
     is counted; GRPO learns from its verdict either way.
     """
 
-    marked: Marked
+    critiqued: CritiquedRollout
     context: str | None = None
     """What the self-teacher is shown, as text."""
     teacher_prompt_ids: tuple[int, ...] | None = None
     dropped: str | None = None
     first_error_token: int | None = None
-    """Index into ``answer_ids`` where the first wrong step begins; None when there is none."""
+    """Index into ``token_ids`` where the first wrong step begins; None when there is none."""
     change: FirstChange | None = None
     """Where the critique departs from the answer; None without a critique."""
     changed_spans: tuple[tuple[int, int], ...] = ()
-    """The steps that the critique does not repeat, as half-open ranges of ``answer_ids``."""
+    """The steps that the critique does not repeat, as half-open ranges of ``token_ids``."""
     scored_from: int = 0
-    """Index into ``answer_ids`` of the first token that counts: behind a thought that is not scored."""
+    """Index into ``token_ids`` of the first token that counts: behind a thought that is not scored."""
     steps: tuple[tuple[int, int], ...] = ()
     """The answer's steps as half-open ranges of characters of its text, the final answer last."""
 
     @property
     def rollout(self) -> Rollout:
         """The answer itself."""
-        return self.marked.rollout
+        return self.critiqued.rollout
 
 
 @dataclass(frozen=True, slots=True)
-class Signal:
-    """How much each token of one lesson counts in the loss of the step.
+class TokenWeights:
+    """How much each token of one sample counts in the loss of the step.
 
     ``weights`` has one entry per answer token, with every denominator in it: the loss is the sum of
     weights times losses. A token of weight 0 is as if it were absent.
@@ -244,7 +246,7 @@ class Signal:
 
 
 @dataclass(frozen=True, slots=True)
-class Branches:
+class TokenTree:
     """U places that hold every distinct beginning of B sequences once.
 
     Tokens that all sequences share and that are run before (`prefixes`) are not among the places.
@@ -259,9 +261,9 @@ class Branches:
     columns_N: Tensor
     """The places whose states predict the answers' tokens."""
 
-    def to(self, device: torch.device) -> Branches:
+    def to(self, device: torch.device) -> TokenTree:
         """The same branches on another device."""
-        return Branches(*(getattr(self, name).to(device) for name in self.__slots__))
+        return TokenTree(*(getattr(self, name).to(device) for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +280,7 @@ class Sequences:
     columns_N: Tensor
     shared: int = 0
     """Leading tokens that are the same in every row, before any that is read: run once."""
-    branches: Branches | None = None
+    branches: TokenTree | None = None
     """The same sequences as paths of a tree, no beginning twice, where that pays."""
 
     def to(self, device: torch.device) -> Sequences:

@@ -14,25 +14,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from on_ranks import on_ranks
 from torch import Tensor
 
-from on_ranks import on_ranks
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
 from selfteach.models import tree_attention
 from selfteach.models.fsdp import whole
-from selfteach.runtime.distributed import ALONE, Ranks, joined
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks, joined
 from selfteach.trainer.build import build
 from selfteach.trainer.step import learn, mark, teach
-from selfteach.types import Lesson
+from selfteach.types import TrainingSample
 
 TOLERANCE = 1e-10
 BASE = {
     "data": {"type": "lab", "train": 3, "validation": 1, "test": 1},
-    "sampling": {"max_tokens": 40, "batch_answers": 2},
+    "sampling": {"max_tokens": 40, "batch_size": 2},
     "critic": {"type": "oracle"},
     "context": {"type": "step_aligned"},
-    "train": {"steps": 2, "problems_per_step": 3, "answers_per_problem": 2},
+    "train": {"steps": 2, "problems_per_step": 3, "group_size": 2},
 }
 GRPO = {"critic": None, "context": {"type": "none"}}
 HYBRID = {
@@ -44,15 +44,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "sequence_mean": {"objective": {"aggregation": "sequence_mean"}},
     "grpo": {**GRPO, "objective": {"type": "grpo"}},
     "grpo_with_penalty": {
-        **GRPO, "objective": {"type": "grpo", "kl_weight": 0.1}, "train": {"updates_per_batch": 2},
+        **GRPO, "objective": {"type": "grpo", "kl_coef": 0.1}, "train": {"num_iterations": 2},
     },
     "hybrid": {"objective": HYBRID},
     "live": {"teacher": {"type": "live"}},
-    "ema": {"teacher": {"type": "ema", "rate": 0.3}, "train": {"updates_per_batch": 2}},
+    "ema": {"teacher": {"type": "ema", "rate": 0.3}, "train": {"num_iterations": 2}},
     "trust_region": {
-        "teacher": {"type": "trust_region", "live_share": 0.3}, "train": {"updates_per_batch": 2},
+        "teacher": {"type": "trust_region", "student_mix": 0.3}, "train": {"num_iterations": 2},
     },
-    "lora": {"model": {"lora": {"rank": 4, "alpha": 8}}, "train": {"updates_per_batch": 2}},
+    "lora": {"model": {"lora": {"rank": 4, "alpha": 8}}, "train": {"num_iterations": 2}},
     "half": {"distributed": {"param_dtype": "bfloat16", "reduce_dtype": "float32"}},
     "recomputed": {"model": {"gradient_checkpointing": True}},
 }  # fmt: skip
@@ -60,25 +60,27 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _double() -> Any:
-    looks = tree_attention.looks_along_paths
+    looks = tree_attention.enable_tree_attention
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-    tree_attention.looks_along_paths = looks
+    tree_attention.enable_tree_attention = looks
 
 
 @functools.cache
-def lessons_of(way: str) -> list[Lesson]:
+def lessons_of(way: str) -> list[TrainingSample]:
     """Six answers to three questions, sampled and marked in one process; right ones among wrong."""
     built = build(recipe(way, "none"))
-    parts = built.parts
-    marked = mark(parts, parts.engine.generate(built.task.problems("train"), parts.sampling))
+    components = built.components
+    critiqued = mark(
+        components, components.engine.generate(built.task.problems("train"), components.sampling)
+    )
     for index in (0, 3):  # so that groups differ and GRPO has something to compare
         right = dataclasses.replace(
-            marked[index].verdict, correct=not marked[index].verdict.correct
+            critiqued[index].verdict, correct=not critiqued[index].verdict.correct
         )
-        marked[index] = dataclasses.replace(marked[index], verdict=right)
-    return teach(parts, marked)
+        critiqued[index] = dataclasses.replace(critiqued[index], verdict=right)
+    return teach(components, critiqued)
 
 
 def recipe(way: str, shard: str) -> Recipe:
@@ -86,40 +88,42 @@ def recipe(way: str, shard: str) -> Recipe:
 
 
 def step(
-    ranks: Ranks, way: str, shard: str, lessons: list[Lesson], micro_batch_tokens: int
+    ranks: Ranks, way: str, shard: str, samples: list[TrainingSample], micro_batch_tokens: int
 ) -> dict[str, Any]:
     """Metrics, gradients of the last update before clipping, and weights after a step."""
     import selfteach.trainer.build as building
 
     # A sharded pass folds nothing (`branches`), and Llama's norms round to float32: states that differ
     # in their last bit may differ in the eighth digit behind it.
-    tree_attention.looks_along_paths = lambda _: False
+    tree_attention.enable_tree_attention = lambda _: False
     loaded = building.load_model
     building.load_model = lambda *told: loaded(*told).double()  # type: ignore[assignment]
     try:
-        parts = build(recipe(way, shard), ranks).parts
+        components = build(recipe(way, shard), ranks).components
     finally:
         building.load_model = loaded
-    parts = dataclasses.replace(parts, micro_batch_tokens=micro_batch_tokens, chunk_tokens=7)
+    components = dataclasses.replace(
+        components, micro_batch_tokens=micro_batch_tokens, chunk_tokens=7
+    )
     gradients: dict[str, Tensor] = {}
 
     def look(*_: object) -> None:
         gradients.update(
             {
                 n: whole(p.grad).clone()
-                for n, p in parts.policy.trainable.items()
+                for n, p in components.policy.trainable.items()
                 if p.grad is not None
             }
         )
 
-    parts.policy.optimizer.register_step_pre_hook(look)
-    metrics = learn(parts, lessons)
-    parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
-    sampler = getattr(parts.engine, "_engine", parts.engine)
+    components.policy.optimizer.register_step_pre_hook(look)
+    metrics = learn(components, samples)
+    components.engine.load_weights(components.policy.trainable.items(), components.policy.version)
+    sampler = getattr(components.engine, "_engine", components.engine)
     published = dict(sampler._model.named_parameters())
-    weights = {n: whole(p).clone() for n, p in parts.policy.trainable.items()}
+    weights = {n: whole(p).clone() for n, p in components.policy.trainable.items()}
     assert all(torch.equal(published[n], w) for n, w in weights.items())
-    teacher = {n: whole(t).clone() for n, t in parts.teacher.state().items()}
+    teacher = {n: whole(t).clone() for n, t in components.teacher.state().items()}
     numpy = [{n: t.numpy() for n, t in d.items()} for d in (gradients, weights, teacher)]
     return {"metrics": metrics, "gradients": numpy[0], "weights": numpy[1], "teacher": numpy[2]}
 
@@ -150,36 +154,38 @@ PAIRS = [
 
 @pytest.mark.parametrize("way, shard", PAIRS)
 def test_two_ranks_take_the_step_of_one(way: str, shard: str) -> None:
-    lessons = lessons_of(way if way.startswith("grpo") else "distillation")
-    alone = step(ALONE, way, "none", lessons, 10_000)
-    for both in on_ranks(2, step_of_rank, way, shard, lessons, 10_000):
+    samples = lessons_of(way if way.startswith("grpo") else "distillation")
+    alone = step(SINGLE_PROCESS, way, "none", samples, 10_000)
+    for both in on_ranks(2, step_of_rank, way, shard, samples, 10_000):
         assert_same(both, alone)
 
 
 SPLITS = tuple(itertools.product((5, 1), (1, 120)))
-"""Five lessons on two ranks (uneven) and one (a rank has none), in micro-batches of many sizes."""
+"""Five samples on two ranks (uneven) and one (a rank has none), in micro-batches of many sizes."""
 
 
-def steps(shard: str, lessons: list[Lesson]) -> list[dict[str, Any]]:
+def steps(shard: str, samples: list[TrainingSample]) -> list[dict[str, Any]]:
     with joined("cpu", 60.0) as ranks:
-        return [step(ranks, "hybrid", shard, lessons[:count], tokens) for count, tokens in SPLITS]
+        return [step(ranks, "hybrid", shard, samples[:count], tokens) for count, tokens in SPLITS]
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_no_split_changes_the_step(shard: str) -> None:
-    lessons = lessons_of("distillation")
-    alone = {count: step(ALONE, "hybrid", "none", lessons[:count], 10_000) for count in (5, 1)}
-    for said in on_ranks(2, steps, shard, lessons):
+    samples = lessons_of("distillation")
+    alone = {
+        count: step(SINGLE_PROCESS, "hybrid", "none", samples[:count], 10_000) for count in (5, 1)
+    }
+    for said in on_ranks(2, steps, shard, samples):
         for (count, _), both in zip(SPLITS, said, strict=True):
             assert_same(both, alone[count])
 
 
 def test_weights_gathered_in_half_precision_take_nearly_the_same_step() -> None:
     """bfloat16 has 8 bits: gradients agree in direction and size, stored weights stay as they were."""
-    lessons = lessons_of("distillation")
-    alone = step(ALONE, "distillation", "none", lessons, 10_000)
+    samples = lessons_of("distillation")
+    alone = step(SINGLE_PROCESS, "distillation", "none", samples, 10_000)
     exact = np.concatenate([alone["gradients"][n].ravel() for n in sorted(alone["gradients"])])
-    for both in on_ranks(2, step_of_rank, "half", "full", lessons, 10_000):
+    for both in on_ranks(2, step_of_rank, "half", "full", samples, 10_000):
         told = np.concatenate([both["gradients"][n].ravel() for n in sorted(both["gradients"])])
         cosine = exact @ told / np.linalg.norm(exact) / np.linalg.norm(told)
         assert 0.98 < cosine < 1 - 1e-9, "close, and not the exact step by mistake"

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from on_ranks import on_ranks
 from runs_on_ranks import (
     SHARDED,
@@ -23,8 +21,10 @@ from runs_on_ranks import (
     until_a_rank_ends,
     until_told_to_end,
 )
+from safetensors.torch import load_file
 from scripted_critic import criticises
 from scripted_server import Server, refuses, says, serving
+
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
 from selfteach.errors import SelfteachError
@@ -32,14 +32,14 @@ from selfteach.runtime.run_folder import RunFolder, result_of
 from selfteach.trainer.loop import run_to_end
 
 LATE: dict[str, Any] = {
-    "sampling": {"own_weights": True},
+    "sampling": {"separate_copy": True},
     "objective": {"importance_cap": 2.0},
     "train": {"staleness": 2},
 }
 WAYS: dict[str, dict[str, Any]] = {
     "beside": {},
     "beside_in_pieces": SHARDED,
-    "between_updates": {"sampling": {"own_weights": False}},
+    "between_updates": {"sampling": {"separate_copy": False}},
 }
 
 
@@ -62,7 +62,7 @@ def late(critic: Server) -> Callable[..., Recipe]:
     def in_folder(folder: Path, change: dict[str, Any] | None = None) -> Recipe:
         asked = {
             "type": "endpoint", "base_url": critic.url, "model": "oracle", "max_tokens": 64,
-            "store": str(folder / "replies.sqlite"), "min_similarity": 0.0, "max_retries": 0,
+            "reply_cache": str(folder / "replies.sqlite"), "min_similarity": 0.0, "http_retries": 0,
         }  # fmt: skip
         return recipe(**merge(merge(LATE, {"critic": asked}), change or {}))
 
@@ -87,9 +87,9 @@ def both(tmp_path_factory: pytest.TempPathFactory, late: Callable[..., Recipe]) 
 
 def answers(run: Path) -> dict[str, list[Any]]:
     said = {}
-    for path in sorted((run / "answers").glob("*.jsonl")):
+    for path in sorted((run / "rollouts").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        said[path.stem] = [(row["answer_ids"], row["policy_version"]) for row in rows]
+        said[path.stem] = [(row["token_ids"], row["policy_version"]) for row in rows]
     return said
 
 
@@ -106,7 +106,7 @@ def test_two_ranks_overlap_as_one_process_does(
 ) -> None:
     paid = len(critic.asked)
     rows, others = on_ranks(2, rows_seen, late(tmp_path, WAYS[way]), tmp_path / "run")
-    asked = result_of(tmp_path / "run")["budget"]["critic_asked"]
+    asked = result_of(tmp_path / "run")["budget"]["critic_requests"]
     assert len(critic.asked) - paid == asked, "each answer is marked once"
     assert others == [] and all(row["ranks"] == 2 for row in rows if row["kind"] == "step")
     assert answers(tmp_path / "run") == answers(alone)
@@ -143,7 +143,7 @@ def test_sigterm_to_one_rank_ends_all_with_steps_under_way(
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
     # The weights that answered step 4 are no more. Without the second rank's share nobody goes on.
     without = shutil.copytree(run, tmp_path / "without")
-    (without / "answers" / "step_000004.001.jsonl").unlink()
+    (without / "rollouts" / "step_000004.001.jsonl").unlink()
     said = on_ranks(2, failed, rare, without)
     assert said[0] == said[1] and "step_000004.001.jsonl is missing" in said[0], said
     rows, _ = on_ranks(2, rows_seen, rare, run)

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from on_ranks import on_ranks
 from runs_on_ranks import (
     SHARDED,
@@ -22,6 +19,9 @@ from runs_on_ranks import (
     until_a_rank_ends,
     until_told_to_end,
 )
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from selfteach.trainer.loop import run_to_end, train
 
 
@@ -49,7 +49,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_ranks_go_on_after_one_has_died(broken: Path, alone: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(broken, tmp_path / "run")
-    answers = sorted((folder / "answers").iterdir())
+    answers = sorted((folder / "rollouts").iterdir())
     before = {path.name: path.stat().st_mtime_ns for path in answers}
     rows, others = on_ranks(2, rows_seen, recipe(**SHARDED), folder)
     assert_same_run(folder, alone)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from on_ranks import on_ranks
 from runs_on_ranks import (
     SHARDED,
@@ -19,6 +18,7 @@ from runs_on_ranks import (
     rows_seen,
 )
 from scripted_vllm import Vllm, serving
+
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
 from selfteach.errors import SelfteachError
@@ -30,7 +30,7 @@ from selfteach.trainer.loop import run_to_end
 SMALL = {
     "model": {"path": "lab:two_styles"},
     "data": {"train": 6, "validation": 2, "test": 2},
-    "sampling": {"max_tokens": 8, "batch_answers": 2},
+    "sampling": {"max_tokens": 8, "batch_size": 2},
     "train": {"steps": 2, "problems_per_step": 2, "checkpoint_every": 1, "max_length": 96},
     "evaluation": {"every": 2, "validation_k": 1, "test_k": 1},
     "distributed": {"timeout_seconds": 60},
@@ -49,7 +49,7 @@ def _double() -> Iterator[None]:
 @pytest.fixture
 def server(_double: None) -> Iterator[Vllm]:
     built = build(recipe(**merge(SMALL, {"train": {"steps": 0}})))
-    with serving(built.parts.policy.model, built.tokenizer) as server:  # type: ignore[arg-type]
+    with serving(built.components.policy.model, built.tokenizer) as server:  # type: ignore[arg-type]
         yield server
 
 
@@ -67,9 +67,9 @@ def served(server: Vllm, *changes: dict[str, Any], patience: float = 0.0) -> Rec
 
 def answers(run: Path) -> dict[str, list[tuple[Any, ...]]]:
     said = {}
-    for path in sorted((run / "answers").glob("*.jsonl")):
+    for path in sorted((run / "rollouts").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        said[path.stem] = [(tuple(row["answer_ids"]), row["policy_version"]) for row in rows]
+        said[path.stem] = [(tuple(row["token_ids"]), row["policy_version"]) for row in rows]
     return said
 
 

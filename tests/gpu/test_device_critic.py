@@ -27,7 +27,7 @@ DRAWN = [Request((("user", text),), 1.0, 24) for text in TEXTS]
 def local(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, **more: object
 ) -> LocalModel:
-    told = {"batch": 4, "weights": contextlib.nullcontext, **more}
+    told = {"batch_size": 4, "weights": contextlib.nullcontext, **more}
     return LocalModel(
         model, Renderer(tokenizer, Templates("lab")), identity="tiny",
         end_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id, max_length=64, **told,
@@ -60,7 +60,7 @@ def test_guessing_changes_no_greedy_reply(
 ) -> None:
     there = moved(tiny_llama, device)
     guessed = ask(local(there, lab_tokenizer, prompt_lookup=3), GREEDY)
-    assert guessed == ask(local(there, lab_tokenizer, batch=1), GREEDY)
+    assert guessed == ask(local(there, lab_tokenizer, batch_size=1), GREEDY)
 
 
 def test_a_guess_leaves_the_random_stream_alone(

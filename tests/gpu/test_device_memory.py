@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from runs_on_device import ALIGNED, lessons_of, recipe
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from runs_on_device import ALIGNED, lessons_of, recipe
 from selfteach.commands.check.memory import gib, memory
 from selfteach.commands.check.sizes import load_of, survey
 from selfteach.runtime.torch_setup import settle
 from selfteach.trainer import step
 from selfteach.trainer.build import build
-from selfteach.types import Lesson
+from selfteach.types import TrainingSample
 
 pytestmark = pytest.mark.gpu
 
@@ -44,17 +44,17 @@ ARMS: dict[str, tuple[dict[str, Any], float]] = {
 answers of both sides, of which the teacher's leave nothing behind: an estimate is high there."""
 
 
-def long_answers(lessons: list[Lesson], vocabulary: int) -> list[Lesson]:
-    """The same lessons with answers of random tokens, none of which begin alike."""
+def long_answers(samples: list[TrainingSample], vocabulary: int) -> list[TrainingSample]:
+    """The same samples with answers of random tokens, none of which begin alike."""
     torch.manual_seed(0)
     made = []
-    for index, lesson in enumerate(lessons[:ROWS]):
+    for index, sample in enumerate(samples[:ROWS]):
         ids = tuple(torch.randint(3, vocabulary, (ANSWER,)).tolist())
         rollout = dataclasses.replace(
-            lesson.rollout, answer_ids=ids, logps=(-3.0,) * ANSWER, sample=index
+            sample.rollout, token_ids=ids, logps=(-3.0,) * ANSWER, sample=index
         )
-        marked = dataclasses.replace(lesson.marked, rollout=rollout)
-        made.append(dataclasses.replace(lesson, marked=marked, steps=()))
+        critiqued = dataclasses.replace(sample.critiqued, rollout=rollout)
+        made.append(dataclasses.replace(sample, critiqued=critiqued, steps=()))
     return made
 
 
@@ -81,12 +81,12 @@ def test_the_estimate_holds_a_real_step(
     answers = 2 * ANSWER if "context" in changes else ANSWER
     own = {
         "model": {"path": str(model_folder)},
-        "sampling": {"max_tokens": ANSWER, "batch_answers": ROWS},
+        "sampling": {"max_tokens": ANSWER, "batch_size": ROWS},
         "train": {"micro_batch_tokens": ROWS * (answers + 128), "max_length": 1024},
     }
     asked = recipe(device, changes, own)
-    # Contexts are those of a model that can answer: ids, not weights, are what the lessons need.
-    lessons = long_answers(lessons_of(build(recipe("cpu", changes))), SHAPE["vocab_size"])
+    # Contexts are those of a model that can answer: ids, not weights, are what the samples need.
+    samples = long_answers(lessons_of(build(recipe("cpu", changes))), SHAPE["vocab_size"])
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -96,7 +96,7 @@ def test_the_estimate_holds_a_real_step(
     estimate = memory(needed) if (needed := load_of(asked, survey(asked, built))) else None
     assert estimate is not None
     for _ in range(2):  # with gradients and moments of the step before
-        said = step.learn(built.parts, lessons)
+        said = step.learn(built.components, samples)
         assert said["grad_norm"] > 0
     if device != "cuda":
         return

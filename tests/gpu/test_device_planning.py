@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-
 from runs_on_device import ALIGNED, recipe
+
 from selfteach.planning.devices import measured_here
 from selfteach.planning.plan import Request, plan, prepare
 

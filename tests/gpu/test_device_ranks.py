@@ -27,11 +27,11 @@ validation = 4
 test = 4
 [sampling]
 max_tokens = 40
-batch_answers = 8
+batch_size = 8
 [train]
 steps = 3
 problems_per_step = 2
-answers_per_problem = 4
+group_size = 4
 checkpoint_every = 2
 threads = 1
 [evaluation]
@@ -45,7 +45,7 @@ teacher = {{ type = "ema", rate = 0.2 }}
 """
 
 
-ALONE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+SINGLE_PROCESS = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """No network is needed, and none may be there."""
 
 
@@ -62,7 +62,7 @@ def run(device: str, folder: Path, *settings: str, torchrun: bool = True) -> Non
     for setting in settings:
         command += ["--set", setting]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, **ALONE}
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, **SINGLE_PROCESS}
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from runs_on_device import ARMS, recipe
 from safetensors.torch import load_file
 
-from runs_on_device import ARMS, recipe
 from selfteach.config.recipe import Recipe
 from selfteach.evaluation.evaluation_record import evaluation_of
 from selfteach.runtime.run_folder import RunFolder
@@ -28,7 +28,7 @@ pytestmark = [
 
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
-    clocks = ("seconds", "busy", "waiting", "overlap")
+    clocks = ("time/", "active_", "waiting", "overlap")
     rows = RunFolder(folder).metrics()
     return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]
 

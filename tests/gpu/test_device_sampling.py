@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from runs_on_device import ALIGNED, HALF, lessons_of, recipe
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -18,7 +19,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from runs_on_device import ALIGNED, HALF, lessons_of, recipe
 from selfteach.models.sequences import sequences
 from selfteach.rollout.decoding import llama
 from selfteach.rollout.decoding.forward import ModelPasses, Prompts
@@ -110,12 +110,12 @@ def test_a_device_draws_the_tokens_that_the_processor_draws(vocabulary: int, dev
 @pytest.mark.parametrize("precision", ["float32", *HALF])
 def test_stored_log_probabilities_are_what_scoring_says(precision: str, device: str) -> None:
     built = build(recipe(device, ALIGNED, HALF.get(precision, {})))
-    parts = built.parts
-    rollouts = parts.engine.generate(built.task.problems("train")[:8], parts.sampling)
-    prompts, answers = ([getattr(r, n) for r in rollouts] for n in ("prompt_ids", "answer_ids"))
-    side = sequences(prompts, answers, parts.pad_id).to(parts.policy.device)
+    components = built.components
+    rollouts = components.engine.generate(built.task.problems("train")[:8], components.sampling)
+    prompts, answers = ([getattr(r, n) for r in rollouts] for n in ("prompt_ids", "token_ids"))
+    side = sequences(prompts, answers, components.pad_id).to(components.policy.device)
     with torch.no_grad():
-        logits_NV = parts.policy.score(side).logits(slice(None)).float()
+        logits_NV = components.policy.score(side).logits(slice(None)).float()
     assert logits_NV.device.type == device
     ids_N = torch.tensor([i for ids in answers for i in ids], device=logits_NV.device)
     said_N = logits_NV.log_softmax(-1).gather(-1, ids_N[:, None])[:, 0].cpu()
@@ -131,19 +131,21 @@ def test_stored_log_probabilities_are_what_scoring_says(precision: str, device: 
 def test_the_same_seed_draws_the_same_answers(precision: str, device: str) -> None:
     asked = [recipe(device, ALIGNED, HALF.get(precision, {}), {"seed": s}) for s in (0, 0, 1)]
     first, again, other = (
-        built.parts.engine.generate(built.task.problems("train")[:8], s)
+        built.components.engine.generate(built.task.problems("train")[:8], s)
         for built in map(build, asked)
-        for s in [built.parts.sampling]
+        for s in [built.components.sampling]
     )
-    assert [r.answer_ids for r in first] == [r.answer_ids for r in again]
+    assert [r.token_ids for r in first] == [r.token_ids for r in again]
     assert [r.logps for r in first] == [r.logps for r in again], "to the last bit"
-    assert [r.answer_ids for r in first] != [r.answer_ids for r in other]
+    assert [r.token_ids for r in first] != [r.token_ids for r in other]
 
 
 def test_answers_are_the_processors_but_for_rounding(device: str) -> None:
     here, there = (build(recipe(where, ALIGNED)) for where in ("cpu", device))
     problems = here.task.problems("train")
-    own, others = (b.parts.engine.generate(problems, b.parts.sampling) for b in (there, here))
-    same = [a.answer_ids == b.answer_ids for a, b in zip(own, others, strict=True)]
+    own, others = (
+        b.components.engine.generate(problems, b.components.sampling) for b in (there, here)
+    )
+    same = [a.token_ids == b.token_ids for a, b in zip(own, others, strict=True)]
     assert statistics.mean(same) >= 0.95
     assert len(lessons_of(there)) == 16

@@ -1,4 +1,4 @@
-"""A step on a device is the processor's step: same lessons, same loss, same gradient."""
+"""A step on a device is the processor's step: same samples, same loss, same gradient."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from runs_on_device import ALIGNED, ARMS, HALF, learned, lessons_of, recipe
+
 from selfteach.runtime.run_folder import RunFolder, result_of
 from selfteach.trainer import step
 from selfteach.trainer.build import build
@@ -22,16 +22,16 @@ FLOAT32 = 2e-4
 @pytest.mark.parametrize("arm", ARMS)
 def test_loss_and_gradient_are_the_processors(arm: str, device: str) -> None:
     here, there = (build(recipe(where, ARMS[arm])) for where in ("cpu", device))
-    for name, weight in here.parts.policy.trainable.items():
-        assert torch.equal(there.parts.policy.trainable[name].cpu(), weight), name
-        assert there.parts.policy.trainable[name].device.type == device
-    lessons = lessons_of(here)
-    if there.parts.policy.has_adapters:  # a B of zeros would leave A without a gradient
-        for name, weight in here.parts.policy.trainable.items():
+    for name, weight in here.components.policy.trainable.items():
+        assert torch.equal(there.components.policy.trainable[name].cpu(), weight), name
+        assert there.components.policy.trainable[name].device.type == device
+    samples = lessons_of(here)
+    if there.components.policy.has_adapters:  # a B of zeros would leave A without a gradient
+        for name, weight in here.components.policy.trainable.items():
             torch.nn.init.normal_(weight, 0.0, 0.05)
-            there.parts.policy.trainable[name].data.copy_(weight)
-    loss, gradients, said = learned(here, lessons)
-    own_loss, own_gradients, own_said = learned(there, lessons)
+            there.components.policy.trainable[name].data.copy_(weight)
+    loss, gradients, said = learned(here, samples)
+    own_loss, own_gradients, own_said = learned(there, samples)
     assert own_loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
     assert own_gradients.keys() == gradients.keys()
     largest = max(float(g.abs().max()) for g in gradients.values())
@@ -47,14 +47,14 @@ def test_loss_and_gradient_are_the_processors(arm: str, device: str) -> None:
 def test_an_update_moves_the_weights_as_on_the_processor(arm: str, device: str) -> None:
     """AdamW's first step is about the sign of each gradient: entries near 0 may go either way."""
     here, there = (build(recipe(where, ARMS[arm])) for where in ("cpu", device))
-    lessons = lessons_of(here)
-    before = {n: w.detach().clone() for n, w in here.parts.policy.trainable.items()}
-    said, own = (step.learn(built.parts, lessons) for built in (here, there))
-    for name in ("loss", "grad_norm", "lr", "clipped", "tokens_trained"):
+    samples = lessons_of(here)
+    before = {n: w.detach().clone() for n, w in here.components.policy.trainable.items()}
+    said, own = (step.learn(built.components, samples) for built in (here, there))
+    for name in ("loss", "grad_norm", "lr", "clip_fraction", "tokens_trained"):
         assert own[name] == pytest.approx(said[name], rel=1e-3, abs=1e-6), name
     apart = moved = entries = 0.0
-    for name, weight in here.parts.policy.trainable.items():
-        other = there.parts.policy.trainable[name].detach().cpu()
+    for name, weight in here.components.policy.trainable.items():
+        other = there.components.policy.trainable[name].detach().cpu()
         apart += float((other - weight.detach()).abs().gt(0.1 * said["lr"]).sum())
         moved += float((weight.detach() - before[name]).abs().sum())
         entries += weight.numel()
@@ -71,10 +71,10 @@ def test_a_run_goes_through(arm: str, device: str, tmp_path: Path) -> None:
     steps = [row for row in rows if row["kind"] == "step"]
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert all(row["mismatch_max"] < 1e-3 for row in steps), "engine and trainer agree"
-    assert all(row["updates_not_finite"] == 0 for row in steps)
+    assert all(row["nonfinite_updates"] == 0 for row in steps)
     assert any(row["grad_norm"] > 0 for row in steps)
     assert {row["kind"] for row in rows} == {"step", "validation", "test"}
-    assert result_of(tmp_path)["budget"]["answers_sampled"] == 3 * 16
+    assert result_of(tmp_path)["budget"]["rollouts_sampled"] == 3 * 16
     assert list((tmp_path / "model").glob("*model.safetensors"))
 
 
@@ -83,9 +83,9 @@ def test_a_run_goes_through(arm: str, device: str, tmp_path: Path) -> None:
 def test_half_precision_is_near_the_processors_float32(half: str, arm: str, device: str) -> None:
     exact = build(recipe("cpu", ARMS[arm]))
     there = build(recipe(device, ARMS[arm], HALF[half]))
-    lessons = lessons_of(exact)
-    loss, gradients, _ = learned(exact, lessons)
-    own_loss, own, _ = learned(there, lessons)
+    samples = lessons_of(exact)
+    loss, gradients, _ = learned(exact, samples)
+    own_loss, own, _ = learned(there, samples)
     if "lora" in half:  # other weights train: only that it is a gradient
         assert own and all(torch.isfinite(g).all() for g in own.values())
     else:
@@ -106,7 +106,7 @@ def test_a_run_in_half_precision_goes_through(half: str, device: str, tmp_path: 
 def test_sampling_beside_learning_goes_through(device: str, tmp_path: Path) -> None:
     """A copy of the weights answers in a thread of its own while the policy learns."""
     beside = {
-        "sampling": {"own_weights": True},
+        "sampling": {"separate_copy": True},
         "train": {"staleness": 1},
         "objective": {"importance_cap": 2.0},
     }

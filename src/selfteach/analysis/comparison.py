@@ -75,10 +75,10 @@ def gain(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 def spent(run: Run) -> dict[str, float]:
     """What a run has cost so far: sums over all rows of metrics.jsonl, seconds by phase."""
-    timed = ("seconds_", "busy_", "waiting")
+    timed = ("time/", "active_", "waiting")
     keys = {key for row in run.rows for key in row if key in BUDGET or key.startswith(timed)}
     sums = {key: float(sum(row.get(key, 0) for row in run.rows)) for key in sorted(keys)}
-    return {**sums, "seconds": sum(v for k, v in sums.items() if k.startswith("seconds_"))}
+    return {**sums, "seconds": sum(v for k, v in sums.items() if k.startswith("time/"))}
 
 
 def mean_spent(runs: Sequence[Run]) -> dict[str, float]:
@@ -93,9 +93,9 @@ def overlap(own: Mapping[str, float]) -> float | None:
 
     0: phases one after another; 1: all took as long as the longest of them.
     """
-    phases = ("sampling", "marking", "learning")
-    busy = [own.get(f"busy_{phase}", 0.0) for phase in phases]
-    took = sum(own.get(f"seconds_{phase}", 0.0) for phase in phases)
+    phases = ("rollout", "critique", "train")
+    busy = [own.get(f"active_{phase}", 0.0) for phase in phases]
+    took = sum(own.get(f"time/{phase}", 0.0) for phase in phases)
     could = sum(busy) - max(busy)
     return min(1.0, max(0.0, (sum(busy) - took) / could)) if could > 0 else None
 

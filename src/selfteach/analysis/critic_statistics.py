@@ -1,7 +1,7 @@
-"""What critics said and what it took, from the lessons of runs; nothing else is read.
+"""What critics said and what it took, from the samples of runs; nothing else is read.
 
-A row is one line of ``lessons/step_*.jsonl``: an answer with its verdict, its critique (or the reason
-why there is none) and where the two part (`run_folder.lesson_row`).
+A row is one line of ``samples/step_*.jsonl``: an answer with its verdict, its critique (or the reason
+why there is none) and where the two part (`run_folder.sample_row`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from selfteach.config.migrations import migrate_metrics, migrate_usage, run_subfolder
 
 Row = Mapping[str, Any]
 
@@ -32,7 +34,7 @@ OUTCOMES = {
     "wrong_answer": "its own final answer is wrong",
     "unavailable": "no reply",
 }
-"""What can come back instead of a critique (`types.Outcome`)."""
+"""What can come back instead of a critique (`types.CritiqueFailureKind`)."""
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 BINS = 10
@@ -72,7 +74,7 @@ class Summary:
     @property
     def writes(self) -> bool:
         """True if the critic is a model that was asked, or whose reply was in the store."""
-        return self.usage["asked"] + self.usage["reused"] > 0
+        return self.usage["requests"] + self.usage["cached"] > 0
 
     @property
     def mean_fidelity(self) -> float:
@@ -98,7 +100,7 @@ class Summary:
 
 
 UNMARKED = '"critique": null'
-"""In a lesson that no critic was asked about: most of a study's, of which nothing is wanted here."""
+"""In a sample that no critic was asked about: most of a study's, of which nothing is wanted here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def summarise(rows: Iterable[Row]) -> Summary:
     changes = [row["first_change"] for row in said if row["first_change"] is not None]
     right = [row["critique"] for row in said if row["correct"]]
     steps = Counter(-1 if c["step"] is None else int(c["step"]) for c in changes)
-    names = ("asked", "reused", "prompt_tokens", "completion_tokens", "cost")
+    names = ("requests", "cached", "prompt_tokens", "completion_tokens", "cost")
     return Summary(
         answers=len(asked),
         right=sum(bool(row["correct"]) for row in asked),
@@ -133,7 +135,9 @@ def summarise(rows: Iterable[Row]) -> Summary:
         added=sum(c["first_error"] is None and c["case"] == "B" for c in right),
         misses=sum(map(_missed, asked)),
         usage={
-            n: float(sum(row["critique"].get("usage", {}).get(n, 0) for row in asked))
+            n: float(
+                sum(migrate_usage(row["critique"].get("usage", {})).get(n, 0) for row in asked)
+            )
             for n in names
         },
     )
@@ -155,14 +159,16 @@ def read_runs(folders: Sequence[Path]) -> Record:
     """One arm's runs together."""
     by_step: dict[int, list[Row]] = {}
     for folder in folders:
-        for path in sorted(folder.glob("lessons/step_*.jsonl")):
+        for path in sorted(run_subfolder(folder, "samples").glob("step_*.jsonl")):
             step = int(path.stem.removeprefix("step_"))
             by_step.setdefault(step, []).extend(_lines(path, without=UNMARKED))
-    metrics = [row for folder in folders for row in _lines(folder / "metrics.jsonl")]
+    metrics = [
+        migrate_metrics(row) for folder in folders for row in _lines(folder / "metrics.jsonl")
+    ]
     return Record(
         summarise(row for step in sorted(by_step) for row in by_step[step]),
         {step: summarise(rows) for step, rows in sorted(by_step.items())},
-        sum((row.get("seconds_marking", 0.0) for row in metrics), 0.0),
+        sum((row.get("time/critique", 0.0) for row in metrics), 0.0),
     )
 
 

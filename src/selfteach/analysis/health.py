@@ -89,13 +89,13 @@ def checks() -> tuple[Check, ...]:
         Check("entropy", "Entropy", "How open the next token still is. At zero all answers to a "
               "question are one answer, and nothing more can be learned from sampling.",
               "nats per token", _entropy, ENTROPY_BELOW),
-        Check("end_supervised", "End token taught", "Share of the taught answers whose end token "
+        Check("eos_in_loss", "End token taught", "Share of the taught answers whose end token "
               "counts in the loss. A model that is never taught its end forgets to stop.", "share",
               _below(END_BELOW, "of the taught answers teach their end token", "{:.0%}"), END_BELOW),
-        Check("clipped", "Clipped tokens", "Tokens whose term in the loss was capped.", "share",
+        Check("clip_fraction", "Clipped tokens", "Tokens whose term in the loss was capped.", "share",
               _above(CLIPPED_ABOVE, "of the tokens are clipped", "{:.0%}"), CLIPPED_ABOVE),
         Check("dropped", "Answers without usable feedback", "Sampled and dropped: the critic gave "
-              "nothing usable, or the lesson did not fit.", "share",
+              "nothing usable, or the sample did not fit.", "share",
               _above(DROPPED_ABOVE, "of the answers teach nothing for want of feedback", "{:.0%}"),
               DROPPED_ABOVE),
         Check("fidelity", "Fidelity of the critique", "Share of an answer that the critique repeats "

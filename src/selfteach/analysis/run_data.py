@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from selfteach.config.migrations import migrate_config, migrate_metrics
 from selfteach.errors import CheckpointError
 from selfteach.evaluation.statistics import avg_at_k, maj_at_k, pass_at_k
 
@@ -70,8 +71,10 @@ def read_run(folder: Path, variant: str | None = None) -> Run:
     path = folder.resolve()
     inner = path.parent if SEED_FOLDER.fullmatch(path.name) else path
     arm = f"{inner.parent.name} {inner.name}" if RATE_FOLDER.fullmatch(inner.name) else inner.name
-    config = read_json(folder / "config.json")
-    return Run(folder, arm, variant, config, read_rows(folder / "metrics.jsonl"))
+    path = folder / "config.json"
+    config = migrate_config(read_json(path), str(path))
+    rows = [migrate_metrics(row) for row in read_rows(folder / "metrics.jsonl")]
+    return Run(folder, arm, variant, config, rows)
 
 
 def read_runs(folder: Path) -> list[Run]:

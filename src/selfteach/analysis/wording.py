@@ -29,18 +29,18 @@ MEASURES = {
 """Column titles of an arm's measures, in order."""
 
 BUDGET = {
-    "answers_sampled": "answers",
+    "rollouts_sampled": "answers",
     "tokens_sampled": "tokens sampled",
     "tokens_trained": "tokens trained",
     "teacher_tokens": "teacher tokens",
     "critiques": "critiques",
-    "critic_asked": "critic requests",
-    "critic_reused": "of these reused",
+    "critic_requests": "critic requests",
+    "critic_cached": "of these reused",
     "critic_prompt_tokens": "critic tokens read",
     "critic_completion_tokens": "critic tokens written",
     "critic_cost": "critic cost",
     "optimizer_steps": "updates",
-    "evaluation_answers": "evaluation answers",
+    "evaluation_rollouts": "evaluation answers",
     "seconds": "seconds",
 }
 """Column titles of an arm's budget, in order."""

@@ -77,12 +77,12 @@ def run_one(recipe: Recipe, folder: Path) -> None:
     from selfteach.commands.progress import run_progress
     from selfteach.trainer.loop import train as run
 
-    for note in notes([recipe]) if torchrun.leads() else ():
+    for note in notes([recipe]) if torchrun.is_main() else ():
         typer.echo(note, err=True)
     with run_progress(recipe) as progress:
         for row in run(recipe, folder):
             progress(row)
-    if not torchrun.leads():
+    if not torchrun.is_main():
         return
     from selfteach.analysis.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""A critic over answers from a file: what it says of each, as rows like those of a run's lessons/."""
+"""A critic over answers from a file: what it says of each, as rows like those of a run's samples/."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.alignment import first_change
 from selfteach.prompts.thinking import split_thinking
 from selfteach.rollout.rollouts import known_ids
-from selfteach.runtime.run_folder import lesson_row
+from selfteach.runtime.run_folder import sample_row
 from selfteach.tasks import segmentation
 from selfteach.trainer.build import Marker, build_marker
-from selfteach.types import Lesson, Marked, Problem, Rollout
+from selfteach.types import CritiquedRollout, Problem, Rollout, TrainingSample
 
 AT_ONCE = 64
 """Answers that are given to the critic together."""
@@ -47,7 +47,7 @@ def review(
 ) -> tuple[list[dict[str, Any]], float]:
     """Mark the answers of a JSONL file with a recipe's critic; rows, and the seconds it took.
 
-    A row is that of ``lessons/`` (`run_folder.lesson_row`) and holds the answer's steps as well.
+    A row is that of ``samples/`` (`run_folder.sample_row`) and holds the answer's steps as well.
     Where no reply is to be had, the row says so, whatever the recipe's policy. Raises `DataError` for
     a file that cannot be read, and what `build_marker` raises.
     """
@@ -84,8 +84,8 @@ def read_answers(path: Path, marker: Marker) -> list[Answered]:
     """Answers from JSON lines of three kinds, told apart by their fields.
 
     One's own file has ``question``, ``text`` (the answer to be marked) and ``answer`` (the right one),
-    optionally ``reference``, ``correct``, ``finished``, ``id`` and ``sample``. A run's ``answers/`` and
-    ``lessons/`` refer to the problems of the recipe. Raises `DataError` naming the line.
+    optionally ``reference``, ``correct``, ``finished``, ``id`` and ``sample``. A run's ``rollouts/`` and
+    ``samples/`` refer to the problems of the recipe. Raises `DataError` naming the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -115,18 +115,18 @@ def _mark(marker: Marker, answers: Sequence[Answered]) -> list[dict[str, Any]]:
         judged.append((answer.rollout, verdict))
     said = marker.critic(judged)
     return [
-        _row(marker, Marked(rollout, verdict, critique))
+        _row(marker, CritiquedRollout(rollout, verdict, critique))
         for (rollout, verdict), critique in zip(judged, said, strict=True)
     ]
 
 
-def _row(marker: Marker, marked: Marked) -> dict[str, Any]:
-    text, ids = marked.rollout.text, marked.rollout.answer_ids
+def _row(marker: Marker, critiqued: CritiquedRollout) -> dict[str, Any]:
+    text, ids = critiqued.rollout.text, critiqued.rollout.token_ids
     spans = marker.task.split_steps(text)
-    change = first_change(marked, spans, marker.renderer.token_ends(ids))
-    said = spans[:-1] if marked.verdict.parsed is not None else spans
+    change = first_change(critiqued, spans, marker.renderer.token_ends(ids))
+    said = spans[:-1] if critiqued.verdict.parsed is not None else spans
     own = [segmentation.content(text, span) for span in said]
-    return {**lesson_row(Lesson(marked, change=change)), "answer_steps": own}
+    return {**sample_row(TrainingSample(critiqued, change=change)), "answer_steps": own}
 
 
 def _answer(line: str, where: str, number: int, known: _Known, marker: Marker) -> Answered:
@@ -136,7 +136,7 @@ def _answer(line: str, where: str, number: int, known: _Known, marker: Marker) -
         sample = int(row.get("sample", number - 1))
     except (ValueError, TypeError, AttributeError):
         raise DataError(f"{where}: not a JSON object") from None
-    of_a_run = "answer_ids" in row or "critique" in row
+    of_a_run = "token_ids" in row or "critique" in row
     try:
         text = str(row["answer"] if "critique" in row else row["text"])
         problem = (
@@ -152,7 +152,7 @@ def _answer(line: str, where: str, number: int, known: _Known, marker: Marker) -
             "answer (the right one)"
         ) from None
     text = split_thinking(text)[1]
-    ids = tuple(row["answer_ids"]) if "answer_ids" in row else _ids(marker, text, finished)
+    ids = tuple(row["token_ids"]) if "token_ids" in row else _ids(marker, text, finished)
     logps = (0.0,) * len(ids)
     rollout = Rollout(problem, sample, (), ids, logps, text, finished, 0)
     return Answered(rollout, None if correct is None else bool(correct))
@@ -182,7 +182,7 @@ def _with_critic(recipe: Recipe) -> Recipe:
 
 def _never_stopping(recipe: Recipe) -> Recipe:
     critic = recipe.critic
-    if not isinstance(critic, TextCriticConfig) or critic.on.unavailable != "stop":
+    if not isinstance(critic, TextCriticConfig) or critic.on_failure.unavailable != "stop":
         return recipe
-    on = critic.on.model_copy(update={"unavailable": "drop"})
-    return recipe.model_copy(update={"critic": critic.model_copy(update={"on": on})})
+    on = critic.on_failure.model_copy(update={"unavailable": "drop"})
+    return recipe.model_copy(update={"critic": critic.model_copy(update={"on_failure": on})})

@@ -39,8 +39,8 @@ def evaluate_model(
         seed=seed,
     )
     result = evaluate(
-        built.parts.engine, built.parts.verify, chosen, sampling,
-        split=split, batch_answers=resolved.sampling.batch_answers, same=built.task.form.same,
+        built.components.engine, built.components.verify, chosen, sampling,
+        split=split, batch_size=resolved.sampling.batch_size, same=built.task.form.same,
     )  # fmt: skip
     return summary(result, what)
 

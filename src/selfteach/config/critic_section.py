@@ -8,22 +8,22 @@ from pydantic import Field
 
 from selfteach.config.schema import Section
 
-Policy = Literal["retry", "drop", "fall_back"]
+FailurePolicy = Literal["retry", "drop", "fallback"]
 """What becomes of an answer without a usable critique: ask again (and then drop it), drop it, or
-teach it with the context that ``fall_back`` names."""
+teach it with the context that ``fallback`` names."""
 
 
-class OutcomePolicies(Section):
+class FailurePolicies(Section):
     """A policy for everything that can come back instead of a critique."""
 
-    empty: Policy = "retry"
-    truncated: Policy = "drop"
-    malformed: Policy = "retry"
-    misaligned: Policy = "retry"
+    empty: FailurePolicy = "retry"
+    truncated: FailurePolicy = "drop"
+    malformed: FailurePolicy = "retry"
+    misaligned: FailurePolicy = "retry"
     """The critique is about something else."""
-    wrong_answer: Policy = "drop"
+    wrong_answer: FailurePolicy = "drop"
     """The critic's own final answer is wrong."""
-    unavailable: Literal["stop", "drop", "fall_back"] = "stop"
+    unavailable: Literal["stop", "drop", "fallback"] = "stop"
     """No reply after all retries; ``stop`` ends the run, which a resume takes up."""
 
 
@@ -45,14 +45,15 @@ class TextCriticConfig(Section):
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy."""
     max_tokens: int = Field(default=4096, ge=1)
-    retries: int = Field(default=1, ge=0)
-    """How often a critique of no use is asked for again, where ``on`` says so."""
+    max_attempts: int = Field(default=2, ge=1)
+    """Requests for one critique, the first included: a critique that failed is requested again where
+    ``on_failure`` says ``retry``."""
     retry_temperature: float = Field(default=0.7, gt=0)
     min_similarity: float = Field(default=0.3, ge=0, le=1)
     """A critique that keeps no step is misaligned if its first step is less like the answer's."""
-    on: OutcomePolicies = OutcomePolicies()
-    fall_back: Literal["reference", "aligned_reference"] = "reference"
-    store: str | None = None
+    on_failure: FailurePolicies = FailurePolicies()
+    fallback: Literal["reference", "aligned_reference"] = "reference"
+    reply_cache: str | None = None
     """SQLite file of all replies ever paid for; by default one in the user's cache folder."""
 
 
@@ -67,9 +68,9 @@ class EndpointConfig(TextCriticConfig):
     """The environment variable that holds the key; the key itself is never written anywhere."""
     concurrency: int = Field(default=16, ge=1)
     timeout_seconds: float = Field(default=600.0, gt=0)
-    max_retries: int = Field(default=16, ge=0)
+    http_retries: int = Field(default=16, ge=0)
     """Enough for a server that is gone for a minute: pauses of 76 to 104 s in all."""
-    ask_first: bool = True
+    healthcheck: bool = True
     """Ask at the start whether the server is there; false for a run whose replies are all stored."""
     requests_per_minute: float | None = Field(default=None, gt=0)
     price_prompt: float = Field(default=0.0, ge=0)
@@ -93,18 +94,18 @@ class LocalCriticConfig(TextCriticConfig):
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = False
-    batch: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     prompt_lookup: int | None = Field(default=None, ge=1)
     """Guess so many tokens at a time from what stands in the prompt after the same words: a critique
     repeats the answer. A greedy critique stays the same; requests are then taken one by one, so it pays
-    where ``batch`` would be small."""
+    where ``batch_size`` would be small."""
 
 
 class PolicyCriticConfig(TextCriticConfig):
     """The solver's own initial weights."""
 
     type: Literal["policy"]
-    batch: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
 
 
 class RecordedConfig(Section):

@@ -18,7 +18,7 @@ class LabData(Section):
 
     type: Literal["lab"] = "lab"
     world: str | None = None
-    chance_below: float = Field(default=1.0, gt=0, le=1)
+    max_solve_rate: float = Field(default=1.0, gt=0, le=1)
     """Keep only problems that the solver's authors get right with a probability below this (the
     paper keeps those with an Avg@16 of its solver below 5/16)."""
     train: int = Field(default=2048, ge=1)
@@ -93,7 +93,7 @@ class AnswerReading(Section):
     answer_in: Literal["tag", "boxed", "tag_or_boxed"] = "tag"
     """Where the final answer stands: in ``<answer>…</answer>``, in the last ``\\boxed{…}``, or in the
     tag and, where there is none, in the box."""
-    unsound: Literal["warn", "drop", "stop"] = "warn"
+    invalid_problems: Literal["warn", "drop", "stop"] = "warn"
     """What becomes of a problem whose own answer the verifier rejects, or whose corrupted answer it
     accepts: ``selfteach check`` names it, or it is left out and counted, or nothing begins."""
 
@@ -107,10 +107,10 @@ class RowsData(AnswerReading):
     """A ready-made mapping by name (``gsm8k``, ``math``, ``openmathreasoning``, …); what ``columns``
     says goes before it."""
     columns: Columns | None = None
-    only: dict[str, Any] = Field(default_factory=dict)
+    filter: dict[str, Any] = Field(default_factory=dict)
     """Keep rows whose column has this value, or one of these: ``{ level = [4, 5] }``."""
     limit: int | None = Field(default=None, ge=1)
-    """Rows read of each source, after ``only``."""
+    """Rows read of each source, after ``filter``."""
     bad_rows: Literal["stop", "drop"] = "stop"
     """A row without a question or an answer: name it and stop, or leave it out and count it."""
     split: Splitting = Splitting()
@@ -180,9 +180,9 @@ class SelectConfig(Section):
     temperature: float | None = Field(default=None, gt=0)
     """By default as in ``sampling``."""
     max_tokens: int | None = Field(default=None, ge=1)
-    avg_below: float = Field(default=5 / 16, gt=0, le=1)
+    max_solve_rate: float = Field(default=5 / 16, gt=0, le=1)
     """Keep problems whose share of right answers is below this."""
-    format_from: float = Field(default=0.5, ge=0, le=1)
+    min_format_rate: float = Field(default=0.5, ge=0, le=1)
     """Keep problems of which at least this share of answers could be parsed. The paper asks for
     well-formatted answers and gives no figure."""
     critic: bool = True

@@ -25,11 +25,11 @@ class DistillationConfig(Section):
     """Upper cap of each vocabulary entry's term (OPSD: 0.05)."""
     temperature: float = Field(default=1.0, gt=0)
     control_variate: bool = False
-    gate: Literal["all", "wrong", "right"] = "all"
-    """Which answers teach, by their verdict (SDPG: ``right``)."""
+    train_on: Literal["all", "incorrect", "correct"] = "all"
+    """Rollouts that are distilled, by their verdict (SDPG: ``correct``)."""
     from_first_error: bool = False
     """Only tokens from the first wrong step on (ROSD); right answers then teach nothing."""
-    spans: float | None = Field(default=None, gt=0, le=1)
+    changed_steps_fraction: float | None = Field(default=None, gt=0, le=1)
     """Only steps that the critique changes, and of their tokens the earliest, up to this share of the
     answer's (TRACE: 0.25). A token has to pass all gates."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
@@ -39,17 +39,18 @@ class DistillationConfig(Section):
     @property
     def needs_critique(self) -> bool:
         """True if a gate asks where the answer is wrong."""
-        return self.from_first_error or self.spans is not None
+        return self.from_first_error or self.changed_steps_fraction is not None
 
 
 class GrpoConfig(Section):
     """Group-relative policy optimisation on the binary verdict."""
 
     type: Literal["grpo"] = "grpo"
-    normalise: Literal["std", "none"] = "std"
+    scale_rewards: Literal["group", "none"] = "group"
+    """Divide a group's advantages by its standard deviation (``group``), or do not."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     clip_high: float = Field(default=0.2, ge=0)
-    kl_weight: float = Field(default=0.0, ge=0)
+    kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy‖initial policy)."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     importance_cap: float | None = Field(default=None, gt=0)
@@ -88,9 +89,9 @@ class HybridConfig(Section):
     def _sensible(self) -> HybridConfig:
         if self.grpo_weight is None and max(self.weight.start, self.weight.end) > 1:
             raise ValueError("weight is above 1: a mixture goes from 0 to 1; or name a grpo_weight")
-        if self.grpo.kl_weight > 0:
+        if self.grpo.kl_coef > 0:
             raise ValueError(
-                "grpo.kl_weight must be 0 in a hybrid: its one teacher is the one with a context"
+                "grpo.kl_coef must be 0 in a hybrid: its one teacher is the one with a context"
             )
         return self
 

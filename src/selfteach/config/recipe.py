@@ -54,13 +54,13 @@ class ThinkingConfig(Section):
     student: bool | None = None
     """None: whatever the model's chat template does by itself."""
     teacher: bool | None = None
-    boundary: Literal["student", "own"] = "student"
+    boundary: Literal["student", "teacher"] = "student"
     """What stands between the teacher's prompt and the answer it scores, where the two are asked
     differently: the student's header (with Qwen3 and ``student = false`` an empty thought), or the
     teacher's own, after which it expects another first token than the student's."""
     scored: bool = True
     """False: only tokens behind the thought count."""
-    marks: tuple[str, str] = ("<think>", "</think>")
+    tags: tuple[str, str] = ("<think>", "</think>")
     """What the model writes around a thought. Verifier, critic and steps see what follows it."""
 
 
@@ -103,9 +103,9 @@ class SamplingConfig(Section):
 
     temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=64, ge=1)
-    batch_answers: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=256, ge=1)
     """Answers decoded side by side; also the unit that is saved before it is used."""
-    own_weights: bool = False
+    separate_copy: bool = False
     """Sample with a copy of the weights, so that sampling and learning can go on at the same time: for
     ``train.staleness`` above 0, on a machine with cores or memory to spare."""
 
@@ -114,7 +114,7 @@ class ContextConfig(Section):
     """What the self-teacher is shown."""
 
     type: ContextName = "step_aligned"
-    fall_back: ContextName | None = None
+    fallback: ContextName | None = None
     """What is shown of an answer that has no context of this type (SDPO: ``environment`` where no
     ``peer`` is right)."""
     alignment: float = Field(default=0.5, ge=0, le=1)
@@ -129,12 +129,12 @@ class ContextConfig(Section):
     @property
     def names(self) -> tuple[ContextName, ...]:
         """All kinds that may be shown."""
-        return (self.type,) if self.fall_back is None else (self.type, self.fall_back)
+        return (self.type,) if self.fallback is None else (self.type, self.fallback)
 
     @model_validator(mode="after")
     def _two_kinds(self) -> ContextConfig:
-        if self.fall_back is not None and self.fall_back in (self.type, "none"):
-            raise ValueError('fall_back is another context than type, and not "none"')
+        if self.fallback is not None and self.fallback in (self.type, "none"):
+            raise ValueError('fallback is another context than type, and not "none"')
         return self
 
 
@@ -162,7 +162,7 @@ class TrustRegionTeacher(Section):
     """Logits between the initial policy's and the live policy's."""
 
     type: Literal["trust_region"]
-    live_share: float = Field(default=0.5, ge=0, le=1)
+    student_mix: float = Field(default=0.5, ge=0, le=1)
 
 
 TeacherConfig = Annotated[
@@ -188,15 +188,15 @@ class TrainConfig(Section):
 
     steps: int = Field(default=60, ge=0)
     problems_per_step: int = Field(default=16, ge=1)
-    answers_per_problem: int = Field(default=8, ge=1)
-    updates_per_batch: int = Field(default=1, ge=1)
+    group_size: int = Field(default=8, ge=1)
+    num_iterations: int = Field(default=1, ge=1)
     staleness: int = Field(default=0, ge=0)
     """How many steps old the weights are that answer. 0: each step is over before the next begins. 1: a
     step is marked while another one learns; 2 and more: sampling is further ahead."""
     micro_batch_tokens: int = Field(default=16_384, ge=1)
     """Padded tokens (prompt and answer, student and teacher) in one forward pass."""
     max_length: int | None = Field(default=None, ge=2)
-    """Longest prompt with answer, in tokens; by default what the model was built for. A lesson that
+    """Longest prompt with answer, in tokens; by default what the model was built for. A sample that
     does not fit is dropped and counted, never cut."""
     checkpoint_every: int = Field(default=10, ge=1)
     keep_checkpoints: int = Field(default=1, ge=1)
@@ -274,7 +274,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_types(cls, values: Any) -> Any:
-        """A section that names no ``type`` is of the default one: ``objective.gate=wrong`` suffices."""
+        """A section that names no ``type`` is of the default one: ``objective.train_on=incorrect`` suffices."""
         if not isinstance(values, Mapping):
             return values
         defaults = {
@@ -301,14 +301,14 @@ class Recipe(Section):
             raise ValueError(f'grpo takes no context, found context "{self.context.type}"')
         if told is not None and self.train.steps > 0:
             _can_teach(told, self)
-        few = self.train.answers_per_problem < 2
+        few = self.train.group_size < 2
         if rewarded is not None and few:
-            raise ValueError("grpo needs at least 2 answers_per_problem to compare")
+            raise ValueError("grpo needs at least 2 group_size to compare")
         if "peer" in self.context.names and few:
-            raise ValueError('context "peer" needs at least 2 answers_per_problem')
-        if self.sampling.own_weights and self.engine.type != "transformers":
+            raise ValueError('context "peer" needs at least 2 group_size')
+        if self.sampling.separate_copy and self.engine.type != "transformers":
             raise ValueError(
-                "sampling.own_weights is a copy for the engine in this process; "
+                "sampling.separate_copy is a copy for the engine in this process; "
                 f'engine.type = "{self.engine.type}" needs none'
             )
         return self
@@ -321,7 +321,7 @@ def _can_teach(told: DistillationConfig, recipe: Recipe) -> None:
             'for example [context] type = "step_aligned"'
         )
     if told.needs_critique and recipe.critic is None:
-        gate = "from_first_error" if told.from_first_error else "spans"
+        gate = "from_first_error" if told.from_first_error else "changed_steps_fraction"
         raise ValueError(f"{gate} needs a critic to say where the first error is")
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from selfteach.config.data_section import SelectConfig
+from selfteach.config.migrations import migrate_study
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import Section, merge, nearest, parse_setting, validate
 from selfteach.errors import RecipeError
@@ -182,7 +183,7 @@ def study_from(
     tables = {key: values.pop(key) for key in TABLES if key in values}
     tables.setdefault("arms", {default_arm: {}})
     try:
-        study = validate(Study, {"common": values, **tables})
+        study = validate(Study, migrate_study({"common": values, **tables}, where))
         _check(study)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None

@@ -9,7 +9,7 @@ from typing import Any
 from selfteach.evaluation.evaluation_record import Evaluation
 from selfteach.protocols import Engine, Verifier
 from selfteach.rollout.rollouts import sample_batches
-from selfteach.runtime.distributed import ALONE, Ranks
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
@@ -22,10 +22,10 @@ def evaluate(
     *,
     split: str = "problems",
     step: int = 0,
-    batch_answers: int = 256,
+    batch_size: int = 256,
     journal: RunFolder | None = None,
     same: Callable[[str, str], bool] = operator.eq,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Evaluation:
     """Answer each problem ``sampling.samples`` times and judge the answers.
 
@@ -34,14 +34,14 @@ def evaluate(
     """
     k = sampling.samples
     sampled = sample_batches(
-        engine, problems, sampling, batch_answers=batch_answers,
-        journal=journal, name=answers_name(split, step), ranks=ranks,
+        engine, problems, sampling, batch_size=batch_size,
+        journal=journal, name=rollouts_name(split, step), ranks=ranks,
     )  # fmt: skip
 
     def own() -> list[tuple[Rollout, Verdict]]:
         return [(r, verify(r.problem, r.text)) for batch in sampled for r in batch]
 
-    judged = ranks.gather(ranks.agreed(own))
+    judged = ranks.gather(ranks.all_or_raise(own))
     rollouts, verdicts = [rollout for rollout, _ in judged], [verdict for _, verdict in judged]
 
     def by_problem(values: Sequence[Any]) -> list[list[Any]]:
@@ -56,11 +56,11 @@ def evaluate(
         formatted=by_problem([verdict.formatted for verdict in verdicts]),
         parsed=[one_vote(row, same) for row in by_problem([v.parsed for v in verdicts])],
         finished=by_problem([rollout.finished for rollout in rollouts]),
-        lengths=by_problem([len(rollout.answer_ids) for rollout in rollouts]),
+        lengths=by_problem([len(rollout.token_ids) for rollout in rollouts]),
     )
 
 
-def answers_name(split: str, step: int) -> str:
+def rollouts_name(split: str, step: int) -> str:
     """Under which the answers of an evaluation are kept, batch by batch."""
     return f"{split}_{step:06d}"
 

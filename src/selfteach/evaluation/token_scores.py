@@ -27,14 +27,14 @@ class Asked:
     """One answer with the prompts before it: the question alone, and one with each context."""
 
     prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
     teacher_prompts: Mapping[str, tuple[int, ...]]
 
     @property
     def length(self) -> int:
         """Tokens of the longest prompt with the answer."""
         prompts = [self.prompt_ids, *self.teacher_prompts.values()]
-        return max(map(len, prompts)) + len(self.answer_ids)
+        return max(map(len, prompts)) + len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def score_answers(
     told: list[dict[str, TokenScores]] = [{} for _ in asked]
     for bucket in _buckets(asked, limits.batch_tokens):
         own = [asked[i] for i in bucket]
-        answers = [a.answer_ids for a in own]
+        answers = [a.token_ids for a in own]
         side = sequences([a.prompt_ids for a in own], answers, pad_id)
         plain = student(side.to(device))
         for name in dict.fromkeys(name for a in own for name in a.teacher_prompts):

@@ -6,20 +6,20 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from selfteach.tasks.segmentation import Span, content
-from selfteach.types import Critique, FirstChange, Marked
+from selfteach.types import Critique, CritiquedRollout, FirstChange
 
 
 def first_change(
-    marked: Marked, spans: Sequence[Span], token_ends: Sequence[int]
+    critiqued: CritiquedRollout, spans: Sequence[Span], token_ends: Sequence[int]
 ) -> FirstChange | None:
     """Where an answer's first step begins to differ from its critique's; see `changed_steps`.
 
     ``token_ends`` says where each of the answer's tokens ends in its text. None without a critique.
     """
-    if not isinstance(marked.critique, Critique):
+    if not isinstance(critiqued.critique, Critique):
         return None
-    text = marked.rollout.text
-    for index, told in changed_steps(marked, spans):
+    text = critiqued.rollout.text
+    for index, told in changed_steps(critiqued, spans):
         span, own = spans[index], content(text, spans[index])
         begin = text.index(own, span[0]) if own else span[0]
         changed_at = begin + _common_length(own, told) if told else span[0]
@@ -28,14 +28,14 @@ def first_change(
     return FirstChange(None, None, 1.0)
 
 
-def changed_steps(marked: Marked, spans: Sequence[Span]) -> Iterator[tuple[int, str]]:
+def changed_steps(critiqued: CritiquedRollout, spans: Sequence[Span]) -> Iterator[tuple[int, str]]:
     """The steps of an answer that its critique does not repeat, and what it says in their places.
 
     Steps are compared in order, white space apart. ``spans`` are those of the answer's text, the
     final answer last if it has one; that is repeated if the verifier reads the same one in both. A
     step with nothing in its place has "". Nothing without a critique.
     """
-    critique, text, parsed = marked.critique, marked.rollout.text, marked.verdict.parsed
+    critique, text, parsed = critiqued.critique, critiqued.rollout.text, critiqued.verdict.parsed
     if not isinstance(critique, Critique):
         return
     steps = [step.text for step in critique.steps]

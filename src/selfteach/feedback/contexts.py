@@ -11,7 +11,7 @@ import numpy as np
 from selfteach.config.recipe import CRITIC_CONTEXTS
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context
-from selfteach.types import Blend, Critique, Marked, NoCritique
+from selfteach.types import Blend, Critique, CritiquedRollout, CritiqueFailure
 
 SHARED_TEMPLATE = {
     "shuffled_lines": "step_aligned",
@@ -38,16 +38,20 @@ class TemplateContext:
         self._name, self._templates, self._seed = name, templates, seed
         self._template = SHARED_TEMPLATE.get(name, name)
 
-    def __call__(self, marked: Sequence[Marked]) -> list[str | NoCritique]:
+    def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
         """One context, or the reason for none, per answer."""
         if self._name == "peer":
-            return [self._peer(answer, marked) for answer in marked]
+            return [self._peer(answer, critiqued) for answer in critiqued]
         if self._name == "environment":
-            return [self._environment(answer) for answer in marked]
-        subjects = self._others(marked) if self._name == "other_answer" else marked
-        return [self._render(answer, about) for answer, about in zip(marked, subjects, strict=True)]
+            return [self._environment(answer) for answer in critiqued]
+        subjects = self._others(critiqued) if self._name == "other_answer" else critiqued
+        return [
+            self._render(answer, about) for answer, about in zip(critiqued, subjects, strict=True)
+        ]
 
-    def _peer(self, answer: Marked, marked: Sequence[Marked]) -> str | NoCritique:
+    def _peer(
+        self, answer: CritiquedRollout, critiqued: Sequence[CritiquedRollout]
+    ) -> str | CritiqueFailure:
         """One of the accepted answers to the same question, drawn by (seed, question, sample).
 
         Never the answer itself, nor one that is the same to the letter.
@@ -55,25 +59,25 @@ class TemplateContext:
         own = answer.rollout
         peers = [
             other.rollout.text
-            for other in marked
+            for other in critiqued
             if other.verdict.correct
             and other.rollout.problem.id == own.problem.id
             and other.rollout.text != own.text
         ]
         if not peers:
-            return NoCritique("no other answer is right")
+            return CritiqueFailure("no other answer is right")
         peer = peers[stream(self._seed, answer).integers(len(peers))]
         return self._show(answer, correct=answer.verdict.correct, peer=peer)
 
-    def _environment(self, answer: Marked) -> str | NoCritique:
+    def _environment(self, answer: CritiquedRollout) -> str | CritiqueFailure:
         feedback = answer.verdict.feedback
         if feedback is None:
-            return NoCritique("the environment says nothing")
+            return CritiqueFailure("the environment says nothing")
         return self._show(answer, feedback=feedback)
 
     def _show(
         self,
-        answer: Marked,
+        answer: CritiquedRollout,
         *,
         critique: Critique | None = None,
         correct: bool = False,
@@ -88,33 +92,36 @@ class TemplateContext:
             **said,
         )
 
-    def _render(self, answer: Marked, about: Marked | None) -> str | NoCritique:
+    def _render(
+        self, answer: CritiquedRollout, about: CritiquedRollout | None
+    ) -> str | CritiqueFailure:
         if about is None:
-            return NoCritique("no other question in this step")
+            return CritiqueFailure("no other question in this step")
         critique = about.critique
         if self._name in CRITIC_CONTEXTS:
             if not isinstance(critique, Critique):
-                return critique or NoCritique("no critic was asked")
+                return critique or CritiqueFailure("no critic was asked")
         else:
             critique = None
             if self._name not in answer.rollout.problem.references:
-                return NoCritique(f"the problem has no {self._name}")
+                return CritiqueFailure(f"the problem has no {self._name}")
         if self._name == "shuffled_lines" and critique is not None:
             critique = self._shuffled(critique, about)
         return self._show(answer, critique=critique, correct=about.verdict.correct)
 
-    def _shuffled(self, critique: Critique, about: Marked) -> Critique:
+    def _shuffled(self, critique: Critique, about: CritiquedRollout) -> Critique:
         order = stream(self._seed, about).permutation(len(critique.steps))
         return dataclasses.replace(critique, steps=tuple(critique.steps[i] for i in order))
 
     @staticmethod
-    def _others(marked: Sequence[Marked]) -> list[Marked | None]:
+    def _others(critiqued: Sequence[CritiquedRollout]) -> list[CritiquedRollout | None]:
         """For each answer, the same sample of the next question in the step."""
-        by_key = {(m.rollout.problem.id, m.rollout.sample): m for m in marked}
-        ids = list(dict.fromkeys(m.rollout.problem.id for m in marked))
+        by_key = {(m.rollout.problem.id, m.rollout.sample): m for m in critiqued}
+        ids = list(dict.fromkeys(m.rollout.problem.id for m in critiqued))
         following = dict(zip(ids, [*ids[1:], ids[0]], strict=True)) if len(ids) > 1 else {}
         return [
-            by_key.get((following.get(m.rollout.problem.id, ""), m.rollout.sample)) for m in marked
+            by_key.get((following.get(m.rollout.problem.id, ""), m.rollout.sample))
+            for m in critiqued
         ]
 
 
@@ -128,16 +135,16 @@ class PartlyAligned:
     def __init__(self, context: Context, blend: Blend, alignment: float, *, seed: int) -> None:
         self._context, self._blend, self._alignment, self._seed = context, blend, alignment, seed
 
-    def __call__(self, marked: Sequence[Marked]) -> list[str | NoCritique]:
+    def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
         """What ``context`` makes of each answer's blended critique, or the reason for none."""
-        return self._context([self._blended(answer) for answer in marked])
+        return self._context([self._blended(answer) for answer in critiqued])
 
-    def _blended(self, answer: Marked) -> Marked:
+    def _blended(self, answer: CritiquedRollout) -> CritiquedRollout:
         critique, references = answer.critique, answer.rollout.problem.references
         if not isinstance(critique, Critique):
             return answer
         if "reference" not in references:
-            missing = NoCritique("the problem has no reference")
+            missing = CritiqueFailure("the problem has no reference")
             return dataclasses.replace(answer, critique=missing)
         count = len(critique.steps)
         kept = stream(self._seed, answer).permutation(count) < round(self._alignment * count)
@@ -145,14 +152,14 @@ class PartlyAligned:
         return dataclasses.replace(answer, critique=blended)
 
 
-def stream(seed: int, about: Marked) -> np.random.Generator:
+def stream(seed: int, about: CritiquedRollout) -> np.random.Generator:
     """The random stream of an answer: the same for the same seed, question and sample."""
     key = repr((seed, about.rollout.problem.id, about.rollout.sample))
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
-class FallBack:
+class FallbackContext:
     """Another context for answers that have none of the first kind, for one of some reasons.
 
     Where the other has none either, the first's reason counts.
@@ -163,16 +170,16 @@ class FallBack:
     ) -> None:
         self._context, self._other, self._reasons = context, other, reasons
 
-    def __call__(self, marked: Sequence[Marked]) -> list[str | NoCritique]:
+    def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
         """The first context of each answer, or the other where the first is missing for a reason
         that counts (by default any)."""
-        shown, instead = self._context(marked), self._other(marked)
+        shown, instead = self._context(critiqued), self._other(critiqued)
         return [
-            a if isinstance(b, NoCritique) or not self._falls(a) else b
+            a if isinstance(b, CritiqueFailure) or not self._falls(a) else b
             for a, b in zip(shown, instead, strict=True)
         ]
 
-    def _falls(self, shown: str | NoCritique) -> bool:
-        return isinstance(shown, NoCritique) and (
+    def _falls(self, shown: str | CritiqueFailure) -> bool:
+        return isinstance(shown, CritiqueFailure) and (
             self._reasons is None or shown.reason in self._reasons
         )

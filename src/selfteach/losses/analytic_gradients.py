@@ -60,17 +60,22 @@ class Form(NamedTuple):
 
 
 def of_rows(
-    student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form, *, spend: bool = False
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    ids: Tensor,
+    form: Form,
+    *,
+    donate_teacher_logits: bool = False,
 ) -> tuple[Tensor, ...]:
     """(loss, share clipped, log s(y), log t(y)) per row from logits; ``loss`` has a gradient.
 
     The log-probabilities of the tokens y are at the form's temperature, in float32 at least.
-    Differentiable once, in the student's logits, which are not written to. With ``spend`` the teacher's
+    Differentiable once, in the student's logits, which are not written to. With ``donate_teacher_logits`` the teacher's
     are nobody else's: the gradient may take their place, and no backward may come a second time.
     """
     fused = row_kernels.runs(student_logits, teacher_logits)
     rows = FusedRows if fused else Rows
-    return rows.apply(student_logits, teacher_logits, ids, form, spend)  # pyright: ignore
+    return rows.apply(student_logits, teacher_logits, ids, form, donate_teacher_logits)  # pyright: ignore
 
 
 class Rows(torch.autograd.Function):
@@ -79,18 +84,20 @@ class Rows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form,
-        spend: bool,
+        donate_teacher_logits: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Values, and the gradient where one is asked for."""
         entries = student_logits.shape[-1]
         student_NV, teacher_NV = (x.reshape(-1, entries) for x in (student_logits, teacher_logits))
         needed = ctx.needs_input_grad[0]
-        grad_NV = _room(student_NV, teacher_NV if spend else None) if needed else None
+        grad_NV = (
+            _room(student_NV, teacher_NV if donate_teacher_logits else None) if needed else None
+        )
         told, _ = walked(form, student_NV, teacher_NV, ids.reshape(-1, 1), grad_NV)
         loss, clipped, logp, teacher_logp = (x.reshape(ids.shape) for x in told)
         if grad_NV is not None:
             ctx.save_for_backward(grad_NV.reshape(student_logits.shape))
-        ctx.spend = spend
+        ctx.donate_teacher_logits = donate_teacher_logits
         ctx.mark_non_differentiable(clipped, logp, teacher_logp)
         ctx.set_materialize_grads(False)
         return loss, clipped, logp, teacher_logp
@@ -105,7 +112,13 @@ class Rows(torch.autograd.Function):
             return None, None, None, None, None
         (grad,) = ctx.saved_tensors  # raises if it was scaled where it lies before
         scale = grad_loss[..., None]
-        return grad.mul_(scale) if ctx.spend else grad * scale, None, None, None, None
+        return (
+            grad.mul_(scale) if ctx.donate_teacher_logits else grad * scale,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _room(student_NV: Tensor, spent_NV: Tensor | None) -> Tensor:
@@ -318,7 +331,7 @@ class FusedRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form,
-        spend: bool,
+        donate_teacher_logits: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Values; of a few numbers per row the gradient can be made later, from logits nobody spent."""
         entries = student_logits.shape[-1]

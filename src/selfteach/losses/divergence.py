@@ -100,7 +100,7 @@ class PerToken(NamedTuple):
 
     loss: Tensor
     """The term to minimise (nats); for a sampled token a surrogate with the KL's gradient."""
-    advantage: Tensor
+    teacher_logratio: Tensor
     """log teacher(y) - log student(y) of the sampled token, at temperature 1, detached (nats)."""
     clipped: Tensor
     """Share of the entries whose term was capped, detached."""
@@ -114,27 +114,33 @@ def per_token(
     teacher_logits: Float[Tensor, "*rows V"],
     ids: Int[Tensor, "*rows"],
     *,
-    spend: bool = False,
+    donate_teacher_logits: bool = False,
 ) -> PerToken:
     """The divergence that ``spec`` names, for every row, from logits; differentiable in ``loss``.
 
-    ``ids`` are the tokens that were sampled: the sampled-token losses and the advantage are about
-    them. ``spec.temperature`` applies to the loss only; the advantage is reported at temperature 1.
-    With ``spend`` the teacher's logits are nobody else's: they may be overwritten, which saves a buffer
+    ``ids`` are the tokens that were sampled: the sampled-token losses and the teacher_logratio are about
+    them. ``spec.temperature`` applies to the loss only; the teacher_logratio is reported at temperature 1.
+    With ``donate_teacher_logits`` the teacher's logits are nobody else's: they may be overwritten, which saves a buffer
     of their size, and ``loss`` can be differentiated one time only.
     """
     teacher_logits = teacher_logits.detach()
-    advantage = None
+    teacher_logratio = None
     if spec.temperature != 1:  # asked now: the teacher's logits may be gone afterwards
-        advantage = _advantage(student_logits, teacher_logits, ids)
+        teacher_logratio = _teacher_logratio(student_logits, teacher_logits, ids)
     if spec.support == "sampled":
         told = _of_sampled(spec, student_logits, teacher_logits, ids)
     else:
-        told = of_rows(student_logits, teacher_logits, ids, form(spec), spend=spend)
+        told = of_rows(
+            student_logits,
+            teacher_logits,
+            ids,
+            form(spec),
+            donate_teacher_logits=donate_teacher_logits,
+        )
     loss, clipped, logp, teacher_logp = told
-    if advantage is None:
-        advantage = teacher_logp - logp
-    return PerToken(loss, advantage, clipped, logp)
+    if teacher_logratio is None:
+        teacher_logratio = teacher_logp - logp
+    return PerToken(loss, teacher_logratio, clipped, logp)
 
 
 def form(spec: Divergence) -> Form:
@@ -146,7 +152,7 @@ def form(spec: Divergence) -> Form:
 
 
 @torch.no_grad()
-def _advantage(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> Tensor:
+def _teacher_logratio(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> Tensor:
     return token_logp(teacher_logits, ids, 1.0) - token_logp(student_logits, ids, 1.0)
 
 

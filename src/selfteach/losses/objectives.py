@@ -23,14 +23,14 @@ from selfteach.losses.policy_gradient import (
     k3,
     token_logp,
 )
-from selfteach.losses.token_masks import Gate
+from selfteach.losses.token_masks import TokenMask
 from selfteach.models.lm_head import Scores, chunked_sum
 from selfteach.protocols import Objective
-from selfteach.types import Batch, Lesson, Signal
+from selfteach.types import Batch, TokenWeights, TrainingSample
 
 Aggregation = Literal["token_mean", "sequence_mean"]
 Masks = Sequence[Sequence[float]]
-"""One number per token of each lesson: 1 where it counts, else 0."""
+"""One number per token of each sample: 1 where it counts, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +38,30 @@ class Distillation:
     """Divergence between the student and the self-teacher, on the tokens that pass the gate.
 
     Token mean: every token that passes counts alike. Sequence mean: every answer with such a token
-    counts alike. A lesson that is gated out, or was dropped, is absent from the denominator too.
+    counts alike. A sample that is gated out, or was dropped, is absent from the denominator too.
     """
 
     spec: divergence.Divergence
     sampling_temperature: float
-    gate: Gate = field(default_factory=Gate)
+    token_mask: TokenMask = field(default_factory=TokenMask)
     aggregation: Aggregation = "token_mean"
     importance_cap: float | None = None
     needs_teacher: bool = True
 
-    def masks(self, lessons: Sequence[Lesson]) -> list[list[float]]:
+    def masks(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
         """The tokens that pass the gate."""
-        return [self.gate.mask(lesson) for lesson in lessons]
+        return [self.token_mask.mask(sample) for sample in samples]
 
-    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+    def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:
         """Tokens (answers) that count."""
-        return (total(self.masks(lessons), self.aggregation),)
+        return (num_counted(self.masks(samples), self.aggregation),)
 
-    def weigh(
-        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int = 0
-    ) -> list[Signal]:
+    def token_weights(
+        self, samples: Sequence[TrainingSample], counts: Sequence[float], update: int = 0
+    ) -> list[TokenWeights]:
         """Weights by gate."""
-        weights = share_out(self.masks(lessons), counts[0], self.aggregation)
-        return [Signal(tuple(own)) for own in weights]
+        weights = normalize(self.masks(samples), counts[0], self.aggregation)
+        return [TokenWeights(tuple(own)) for own in weights]
 
     def per_token(
         self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
@@ -69,16 +69,22 @@ class Distillation:
         """The divergence of each token, its advantage, and the student's log-probability."""
         assert teacher_logits_CV is not None, "distillation asks for a teacher"
         ids_C = batch.ids_N[rows]
-        told = divergence.per_token(self.spec, logits_CV, teacher_logits_CV, ids_C, spend=True)
+        told = divergence.per_token(
+            self.spec, logits_CV, teacher_logits_CV, ids_C, donate_teacher_logits=True
+        )
         logp_C = told.logp
         if self.spec.temperature != self.sampling_temperature:
             logp_C = token_logp(logits_CV.detach(), ids_C, self.sampling_temperature)
-        said = {"logp": logp_C, "advantage": told.advantage, "clipped": told.clipped}
+        said = {"logp": logp_C, "teacher_logratio": told.teacher_logratio, "clipped": told.clipped}
         if self.importance_cap is None:
             return {"loss": told.loss, **said}
         cap, sampled_C = self.importance_cap, batch.sampled_logp_N[rows]
         weight_C = importance_weight(logp_C, sampled_C, cap)
-        return {"loss": told.loss * weight_C, **said, "truncated": (weight_C >= cap).float()}
+        return {
+            "loss": told.loss * weight_C,
+            **said,
+            "importance_capped": (weight_C >= cap).float(),
+        }
 
     def fuses(self, student: Scores, teacher: Scores) -> bool:
         """True where `fused` can stand for `per_token`."""
@@ -106,10 +112,10 @@ class Distillation:
         logp_N, weight_N = told["logp"], importance(told["logp"])
         said = {
             "loss": told["loss"] * weight_N, "logp": logp_N,
-            "advantage": told["teacher_logp"] - logp_N, "clipped": told["clipped"],
+            "teacher_logratio": told["teacher_logp"] - logp_N, "clipped": told["clipped"],
         }  # fmt: skip
         if cap is not None:
-            said["truncated"] = (weight_N >= cap).float()
+            said["importance_capped"] = (weight_N >= cap).float()
         return loss, said
 
 
@@ -118,50 +124,52 @@ class Grpo:
     """Group-relative policy optimisation (arXiv:2402.03300), as used today.
 
     Every answer of the step counts in the denominator, also those of groups that score alike and
-    have no gradient. With ``kl_weight`` the initial policy is asked for as teacher, on the student's
+    have no gradient. With ``kl_coef`` the initial policy is asked for as teacher, on the student's
     own prompt.
     """
 
     sampling_temperature: float
-    normalise: Literal["std", "none"] = "std"
+    scale_rewards: Literal["group", "none"] = "group"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    kl_weight: float = 0.0
+    kl_coef: float = 0.0
     aggregation: Aggregation = "token_mean"
     importance_cap: float | None = None
 
     @property
     def needs_teacher(self) -> bool:
         """Only a penalty towards the initial policy asks for one."""
-        return self.kl_weight > 0
+        return self.kl_coef > 0
 
-    def masks(self, lessons: Sequence[Lesson]) -> list[list[float]]:
+    def masks(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
         """All tokens that are scored, also those of groups that score alike."""
         return [
-            [float(i >= lesson.scored_from) for i in range(len(lesson.rollout.answer_ids))]
-            for lesson in lessons
+            [float(i >= sample.scored_from) for i in range(len(sample.rollout.token_ids))]
+            for sample in samples
         ]
 
-    def advantages(self, lessons: Sequence[Lesson]) -> list[float]:
+    def advantages(self, samples: Sequence[TrainingSample]) -> list[float]:
         """How each answer compares with the others to its question."""
         return group_advantages(
-            [float(lesson.marked.verdict.correct) for lesson in lessons],
-            [lesson.rollout.problem.id for lesson in lessons],
-            normalise=self.normalise,
+            [float(sample.critiqued.verdict.correct) for sample in samples],
+            [sample.rollout.problem.id for sample in samples],
+            scale_rewards=self.scale_rewards,
         )
 
-    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+    def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:
         """All tokens (answers)."""
-        return (total(self.masks(lessons), self.aggregation),)
+        return (num_counted(self.masks(samples), self.aggregation),)
 
-    def weigh(
-        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int = 0
-    ) -> list[Signal]:
+    def token_weights(
+        self, samples: Sequence[TrainingSample], counts: Sequence[float], update: int = 0
+    ) -> list[TokenWeights]:
         """Advantages within each question's group; without one, and a penalty, nothing to do."""
-        weights = share_out(self.masks(lessons), counts[0], self.aggregation)
+        weights = normalize(self.masks(samples), counts[0], self.aggregation)
         return [
-            Signal(tuple(own) if advantage or self.needs_teacher else (0.0,) * len(own), advantage)
-            for own, advantage in zip(weights, self.advantages(lessons), strict=True)
+            TokenWeights(
+                tuple(own) if advantage or self.needs_teacher else (0.0,) * len(own), advantage
+            )
+            for own, advantage in zip(weights, self.advantages(samples), strict=True)
         ]
 
     def per_token(
@@ -179,12 +187,12 @@ class Grpo:
         if self.importance_cap is not None:
             weight_C = importance_weight(old_C, sampled_C, self.importance_cap)
             loss_C = loss_C * weight_C
-            said["truncated"] = (weight_C >= self.importance_cap).float()
+            said["importance_capped"] = (weight_C >= self.importance_cap).float()
         if self.needs_teacher:
             assert teacher_logits_CV is not None
             reference_C = token_logp(teacher_logits_CV, ids_C, self.sampling_temperature)
             said["kl"] = k3(logp_C, reference_C)
-            loss_C = loss_C + self.kl_weight * said["kl"]
+            loss_C = loss_C + self.kl_coef * said["kl"]
         return {"loss": loss_C, **said}
 
 
@@ -226,26 +234,26 @@ class Hybrid:
     grpo_tokens: Literal["all", "others"] = "all"
     needs_teacher: bool = True
 
-    def count(self, lessons: Sequence[Lesson]) -> tuple[float, ...]:
+    def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:
         """Distillation's denominator, then GRPO's."""
-        told, rewarded = self._masks(lessons)
+        told, rewarded = self._masks(samples)
         return (
-            total(told, self.distillation.aggregation),
-            total(rewarded, self.grpo.aggregation),
+            num_counted(told, self.distillation.aggregation),
+            num_counted(rewarded, self.grpo.aggregation),
         )
 
-    def weigh(
-        self, lessons: Sequence[Lesson], counts: Sequence[float], update: int
-    ) -> list[Signal]:
+    def token_weights(
+        self, samples: Sequence[TrainingSample], counts: Sequence[float], update: int
+    ) -> list[TokenWeights]:
         """Both weights of each token, as their sum and distillation's share of it."""
         w = self.weight(update)
         v = 1 - w if self.grpo_weight is None else self.grpo_weight
-        told, rewarded = self._masks(lessons)
-        a = share_out(told, counts[0], self.distillation.aggregation)
-        b = share_out(rewarded, counts[1], self.grpo.aggregation)
+        told, rewarded = self._masks(samples)
+        a = normalize(told, counts[0], self.distillation.aggregation)
+        b = normalize(rewarded, counts[1], self.grpo.aggregation)
         return [
             _mixed([w * x for x in own_a], [v * x if advantage else 0.0 for x in own_b], advantage)
-            for own_a, own_b, advantage in zip(a, b, self.grpo.advantages(lessons), strict=True)
+            for own_a, own_b, advantage in zip(a, b, self.grpo.advantages(samples), strict=True)
         ]
 
     def per_token(
@@ -256,26 +264,35 @@ class Hybrid:
         share_C = batch.share_N[rows]
         rewarded = self._stated(self.grpo.per_token(logits_CV, None, batch, rows))
         if teacher_logits_CV is None:
-            return {**rewarded, "advantage": torch.zeros_like(share_C), "share": share_C}
+            return {
+                **rewarded,
+                "teacher_logratio": torch.zeros_like(share_C),
+                "distillation_share": share_C,
+            }
         # A teacher that is not asked about a token must not spoil it, whatever it says.
         alone_C1 = (share_C == 0)[:, None]
         teacher_CV = torch.where(alone_C1, logits_CV.detach(), teacher_logits_CV)
         told = self._stated(self.distillation.per_token(logits_CV, teacher_CV, batch, rows))
         mixed = {
             name: share_C * told[name] + (1 - share_C) * rewarded[name]
-            for name in ("loss", "clipped", "truncated")
+            for name in ("loss", "clipped", "importance_capped")
             if name in told
         }
-        return {**mixed, "logp": told["logp"], "advantage": told["advantage"], "share": share_C}
+        return {
+            **mixed,
+            "logp": told["logp"],
+            "teacher_logratio": told["teacher_logratio"],
+            "distillation_share": share_C,
+        }
 
     def _stated(self, said: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """With the truncation of weights where either term has a cap: none by the one without."""
         if self.distillation.importance_cap is None and self.grpo.importance_cap is None:
             return said
-        return {"truncated": torch.zeros_like(said["loss"]), **said}
+        return {"importance_capped": torch.zeros_like(said["loss"]), **said}
 
-    def _masks(self, lessons: Sequence[Lesson]) -> tuple[Masks, Masks]:
-        told, rewarded = self.distillation.masks(lessons), self.grpo.masks(lessons)
+    def _masks(self, samples: Sequence[TrainingSample]) -> tuple[Masks, Masks]:
+        told, rewarded = self.distillation.masks(samples), self.grpo.masks(samples)
         if self.grpo_tokens == "others":
             rewarded = [
                 [r * (1 - t) for r, t in zip(own_r, own_t, strict=True)]
@@ -284,7 +301,7 @@ class Hybrid:
         return told, rewarded
 
 
-def summed(
+def weighted_loss(
     objective: Objective, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The sum of weights times losses over a micro-batch, and what is said of each of its tokens.
@@ -303,13 +320,13 @@ def summed(
     return chunked_sum(per_token, student, batch.weight_N, chunk_tokens=chunk_tokens)
 
 
-def total(masks: Masks, aggregation: Aggregation) -> float:
+def num_counted(masks: Masks, aggregation: Aggregation) -> float:
     """The denominator of a mean over tokens, or over answers that have a token that counts."""
     counted = (sum(mask) if aggregation == "token_mean" else any(mask) for mask in masks)
     return float(sum(counted))
 
 
-def share_out(masks: Masks, count: float, aggregation: Aggregation) -> list[list[float]]:
+def normalize(masks: Masks, count: float, aggregation: Aggregation) -> list[list[float]]:
     """Weights with which the sum over tokens is the wanted mean; all 0 where nothing counts."""
     shares = []
     for mask in masks:
@@ -318,7 +335,7 @@ def share_out(masks: Masks, count: float, aggregation: Aggregation) -> list[list
     return shares
 
 
-def _mixed(a: Sequence[float], b: Sequence[float], advantage: float) -> Signal:
+def _mixed(a: Sequence[float], b: Sequence[float], advantage: float) -> TokenWeights:
     weights = tuple(x + y for x, y in zip(a, b, strict=True))
     shares = tuple(x / w if w else 0.0 for x, w in zip(a, weights, strict=True))
-    return Signal(weights, advantage, shares)
+    return TokenWeights(weights, advantage, shares)

@@ -28,13 +28,13 @@ def group_advantages(
     rewards: Sequence[float],
     groups: Sequence[Hashable],
     *,
-    normalise: Literal["std", "none"],
+    scale_rewards: Literal["group", "none"],
     eps: float = GRPO_EPSILON,
 ) -> list[float]:
     """How much better each answer did than the other answers to its question.
 
     ``A_i = (r_i - mean) / (std + eps)`` within each group, with the unbiased standard deviation
-    (divided by n - 1, as TRL does); ``normalise="none"`` leaves out the division (Dr. GRPO,
+    (divided by n - 1, as TRL does); ``scale_rewards="none"`` leaves out the division (Dr. GRPO,
     arXiv:2503.20783). Exactly 0 where all rewards of a group are alike, a group of one included.
     Groups may come in any order; the result is in the order of ``rewards``.
 
@@ -43,7 +43,9 @@ def group_advantages(
     members: defaultdict[Hashable, list[float]] = defaultdict(list)
     for reward, group in zip(rewards, groups, strict=True):
         members[group].append(reward)
-    centre_scale = {group: _centre_and_scale(own, normalise, eps) for group, own in members.items()}
+    centre_scale = {
+        group: _centre_and_scale(own, scale_rewards, eps) for group, own in members.items()
+    }
     return [
         (reward - centre_scale[group][0]) / centre_scale[group][1]
         for reward, group in zip(rewards, groups, strict=True)
@@ -51,13 +53,13 @@ def group_advantages(
 
 
 def _centre_and_scale(
-    rewards: Sequence[float], normalise: Literal["std", "none"], eps: float
+    rewards: Sequence[float], scale_rewards: Literal["group", "none"], eps: float
 ) -> tuple[float, float]:
     """What to subtract from, and then divide, one group's rewards by."""
     if max(rewards) == min(rewards):  # a rounded mean could differ from them by an ulp
         return rewards[0], 1.0
     mean = math.fsum(rewards) / len(rewards)
-    if normalise == "none":
+    if scale_rewards == "none":
         return mean, 1.0
     variance = math.fsum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)
     return mean, math.sqrt(variance) + eps

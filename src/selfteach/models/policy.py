@@ -17,7 +17,7 @@ from selfteach.errors import EngineError
 from selfteach.models import prefix_cache, tree_attention
 from selfteach.models.fsdp import Shards, whole
 from selfteach.models.lm_head import Head, Scores
-from selfteach.runtime.distributed import ALONE, Ranks
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.types import Sequences
 
 PROBE_TOLERANCE = 1e-3
@@ -61,7 +61,7 @@ class Policy:
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
         autocast: torch.dtype | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         shard: Callable[[PreTrainedModel], Shards] | None = None,
     ) -> None:
         self.model = model
@@ -75,7 +75,7 @@ class Policy:
         self._shares_prefixes = not any(
             getattr(module, "gradient_checkpointing", False) for module in causal.modules()
         )
-        self._takes_branches = tree_attention.looks_along_paths(causal)
+        self._takes_branches = tree_attention.enable_tree_attention(causal)
         # The head is probed on the whole model; the optimizer must see the pieces.
         self._ranks, self._shards = ranks, shard(causal) if shard is not None else None
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -134,7 +134,7 @@ class Policy:
         """
         rate = self._schedule(self.version)
         if self._shards is None:
-            self._ranks.add_up(self.trainable.values())
+            self._ranks.sum_gradients(self.trainable.values())
         norm = whole(nn.utils.clip_grad_norm_(self.trainable.values(), self._grad_clip)).item()
         finite = norm == norm and norm != float("inf")
         if finite:
@@ -143,7 +143,7 @@ class Policy:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.version += 1
-        return {"grad_norm": norm, "lr": rate, "updates_not_finite": float(not finite)}
+        return {"grad_norm": norm, "lr": rate, "nonfinite_updates": float(not finite)}
 
     @contextlib.contextmanager
     def weights_swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

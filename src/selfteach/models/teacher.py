@@ -98,12 +98,12 @@ class EmaTeacher:
 class TrustRegionTeacher:
     """Logits between the initial policy's and the live policy's (SDPO, arXiv:2601.20802).
 
-    ``logits = (1 - live_share) * initial + live_share * live``: a teacher that follows the policy
+    ``logits = (1 - student_mix) * initial + student_mix * live``: a teacher that follows the policy
     but cannot leave the neighbourhood of where it began.
     """
 
-    def __init__(self, policy: Policy, live_share: float) -> None:
-        self._policy, self._live_share = policy, live_share
+    def __init__(self, policy: Policy, student_mix: float) -> None:
+        self._policy, self._student_mix = policy, student_mix
         self._weights = {} if policy.has_adapters else _copy(policy)
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class TrustRegionTeacher:
         """Logits interpolated between initial and current weights."""
         ((initial, initial_head, _),) = score_initial(self._policy, self._weights, sequences).terms
         ((live, live_head, _),) = self._policy.score(sequences).terms
-        share = self._live_share
+        share = self._student_mix
         return Scores(((initial, initial_head, 1 - share), (live, live_head, share)))
 
     def update(self) -> None:

@@ -20,17 +20,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from selfteach.types import Branches
+from selfteach.types import TokenTree
 
 ATTENTION = "sdpa_along_paths"
 """Our attention's name in a model's settings: PyTorch's, along paths where a pass has some."""
-PAYS = 0.9
+MIN_SAVING = 0.9
 """Places are used where they are at most this share of the padded rows: gathering costs, too."""
 
 
 def branches(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], shared: int
-) -> Branches | None:
+) -> TokenTree | None:
     """The sequences behind their first ``shared`` tokens as paths of a tree; None if that does not pay.
 
     ``prompts`` and ``answers`` are B lists of ids; the result has U places and N of them that predict,
@@ -51,13 +51,13 @@ def branches(
         positions += range(shared + alike, shared + end)
         first += range(row * length + alike, row * length + end)
         before, last = own, row
-    if len(ids) > PAYS * path_BL.size:
+    if len(ids) > MIN_SAVING * path_BL.size:
         return None
     predicting = [
         path_L[len(own) - len(answer) : len(own)]
         for path_L, own, answer in zip(path_BL, read, answers, strict=True)
     ]
-    return Branches(
+    return TokenTree(
         torch.tensor([ids]), torch.tensor([positions]), torch.from_numpy(path_BL),
         torch.tensor(first), torch.from_numpy(np.concatenate(predicting)),
     )  # fmt: skip
@@ -81,8 +81,8 @@ class Paths(NamedTuple):
     """What is added behind a common beginning: [1, 1, L, shared + L]; None without one."""
 
 
-def inputs(found: Branches, shared: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a model that `looks_along_paths` is told besides ids and a common beginning's cache."""
+def inputs(found: TokenTree, shared: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What a model that `enable_tree_attention` is told besides ids and a common beginning's cache."""
     length, device = found.path_BL.shape[1], found.path_BL.device
     mask = None
     if shared:
@@ -132,7 +132,7 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def looks_along_paths(model: PreTrainedModel) -> bool:
+def enable_tree_attention(model: PreTrainedModel) -> bool:
     """Have a model look along paths where a pass has some; False for one that cannot, left as it was.
 
     Asked of its settings, since a window may be wider than any probe, and then of the model itself: its

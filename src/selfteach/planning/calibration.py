@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from selfteach.commands.check.sizes import look
+from selfteach.config.migrations import run_subfolder
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
@@ -85,13 +86,13 @@ def read_run(path: Path) -> Measured:
         raise CheckpointError(f"--calibrate {path}: at least two steps are needed")
     recipe = validate(Recipe, config, where=str(folder))
     answers = tuple(_answers(folder, row) for row in rows)
-    asked = sum(row.get("critic_asked", 0) for row in rows)
+    asked = sum(row.get("critic_requests", 0) for row in rows)
     said = sum(row.get("critic_completion_tokens", 0) for row in rows)
-    phases = ("sampling", "marking", "learning")
+    phases = ("rollout", "critique", "train")
     return Measured(
         work_of(recipe, look(recipe)),
         answers,
-        tuple({phase: float(row[f"seconds_{phase}"]) for phase in phases} for row in rows),
+        tuple({phase: float(row[f"time/{phase}"]) for phase in phases} for row in rows),
         said / asked if asked else None,
     )
 
@@ -129,10 +130,10 @@ def _run(recipe: Recipe, folder: Path) -> None:
 def _answers(folder: Path, row: Mapping[str, Any]) -> np.ndarray:
     """Lengths of a step's answers, from its files; where these are gone, all are the mean."""
     lengths: list[float] = []
-    for path in sorted((folder / "answers").glob(f"step_{row['step']:06d}.*.jsonl")):
+    for path in sorted(run_subfolder(folder, "rollouts").glob(f"step_{row['step']:06d}.*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
-            lengths.append(float(len(json.loads(line)["answer_ids"])))
-    return np.array(lengths or [row["length"]] * int(row["answers_sampled"]), dtype=float)
+            lengths.append(float(len(json.loads(line)["token_ids"])))
+    return np.array(lengths or [row["length"]] * int(row["rollouts_sampled"]), dtype=float)
 
 
 def _typical(runs: Sequence[Measured], phase: str) -> Iterator[tuple[Work, np.ndarray, float]]:
@@ -146,7 +147,7 @@ def _typical(runs: Sequence[Measured], phase: str) -> Iterator[tuple[Work, np.nd
 def _fit_learning(runs: Sequence[Measured], device: Device, have: Efficiency) -> dict[str, float]:
     """Share of the operations that are had, and what a micro-batch costs besides."""
     rows = []
-    for work, answers, seconds in _typical(runs, "learning"):
+    for work, answers, seconds in _typical(runs, "train"):
         flops = work.updates * float(costs.learn_flops(work, answers).sum())
         tokens = float(costs.micro_tokens(work, answers).sum())
         micro = work.updates * float(np.ceil(tokens / work.load.learn_tokens))
@@ -165,8 +166,8 @@ def _fit_sampling(
     ideal = dataclasses.replace(have, decode_share=1.0, pass_s=0.0, layer_pass_s=0.0)
     bare = costs.decoding(shape, device, ideal, group=1, slots=SEATS, engine=engine)
     roofline, line = [], []
-    for work, answers, seconds in _typical(runs, "sampling"):
-        per_batch = max(1, work.batch_answers // work.samples) * work.samples
+    for work, answers, seconds in _typical(runs, "rollout"):
+        per_batch = max(1, work.batch_size // work.samples) * work.samples
         batches = [answers[at : at + per_batch] for at in range(0, len(answers), per_batch)]
         passes = sum(float(batch.max()) for batch in batches)
         busy = sum(bare.drain(batch, work.prompt) for batch in batches)
@@ -185,7 +186,7 @@ def _fit_marking(runs: Sequence[Measured]) -> dict[str, float]:
     """Seconds of an answer, where a program marks."""
     if runs[0].work.asked.marker not in ("program", "nobody"):
         return {}
-    rows = list(_typical(runs, "marking"))
+    rows = list(_typical(runs, "critique"))
     return {"mark_s": sum(s for _, _, s in rows) / sum(len(answers) for _, answers, _ in rows)}
 
 

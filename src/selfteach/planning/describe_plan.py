@@ -133,12 +133,12 @@ def _spread(spread: Spread) -> str:
 def _arithmetic(told: Forecast) -> Iterator[str]:
     line, work = told.line, told.work
     yield from _generation(
-        "sampling", line.sampler, work.answers / line.samplers, line.prompt, line.answer
+        "rollout", line.sampler, work.answers / line.samplers, line.prompt, line.answer
     )
     if line.critic is not None and line.critique is not None:
         rows = min(work.answers, line.concurrency) / line.critics
         read = line.critic_prompt + line.answer.mean
-        yield from _generation("marking", line.critic, rows, read, line.critique)
+        yield from _generation("critique", line.critic, rows, read, line.critique)
     yield from _learning(told)
     if line.publish:
         yield (

@@ -82,19 +82,19 @@ class Forecast:
         """Mean seconds of a step in each phase, waiting for its turn left out where it is known."""
         time = self.timeline
         return {
-            "sampling": time.mean("begun", "sampled"),
-            "marking": max(0.0, time.mean("sampled", "marked")),
-            "learning": time.mean("learning", "learned"),
+            "rollout": time.mean("begun", "sampled"),
+            "critique": max(0.0, time.mean("sampled", "marked")),
+            "train": time.mean("learning", "learned"),
         }
 
     @property
     def tokens(self) -> dict[str, float]:
         """Mean tokens of a step: sampled, written by the critic, and passed through the trainers."""
         work, one = self.work, np.array([self.work.answer.mean])
-        marked = work.asked.critique.mean if work.asked.critique else 0.0
+        critiqued = work.asked.critique.mean if work.asked.critique else 0.0
         learned = float(costs.micro_tokens(work, one)[0]) * work.updates
-        each = (work.answer.mean, marked, learned)
-        names = ("sampling", "marking", "learning")
+        each = (work.answer.mean, critiqued, learned)
+        names = ("rollout", "critique", "train")
         return {name: work.answers * own for name, own in zip(names, each, strict=True)}
 
 
@@ -129,7 +129,7 @@ def line_of(work: Work, where: Where, layout: Layout) -> tuple[Line, Learning]:
     """The pipeline of a layout, with what its trainers take."""
     device, have, asked = where.device, where.have, work.asked
     learning = costs.learning(work, device, have, layout.trainers)
-    per_batch = max(1, work.batch_answers // work.samples) * work.samples
+    per_batch = max(1, work.batch_size // work.samples) * work.samples
     sizes = [min(per_batch, work.answers - start) for start in range(0, work.answers, per_batch)]
     alone = layout.samplers > 0
     engine = "vllm" if alone else work.engine
@@ -247,7 +247,7 @@ def _sampler(work: Work, where: Where, layout: Layout, engine: str) -> Decoding:
     shape, group = work.load.shape, layout.sampler_group
     if engine != "vllm":  # every answer of a batch has a row
         return costs.decoding(
-            shape, where.device, where.have, group=1, slots=work.batch_answers, engine=engine
+            shape, where.device, where.have, group=1, slots=work.batch_size, engine=engine
         )
     kept = 0 if layout.samplers else resting(work, layout)
     slots = slots_of(shape, where.device, group, work.prompt + work.answer.mean, kept)

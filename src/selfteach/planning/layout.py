@@ -207,8 +207,8 @@ def _engine(shape: Shape, group: int, longest: float, name: str) -> tuple[Item, 
 
 
 def check_lengths(work: Work) -> str | None:
-    """A word of warning where lessons at the limit would not fit the window; None if they do."""
+    """A word of warning where samples at the limit would not fit the window; None if they do."""
     longest, window = longest_teacher(work), work.load.shape.positions
     if longest <= window:
         return None
-    return f"a lesson at the limit has {longest:,} tokens, the model's window {window:,}"
+    return f"a sample at the limit has {longest:,} tokens, the model's window {window:,}"

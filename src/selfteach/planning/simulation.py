@@ -2,7 +2,7 @@
 
 Step t is sampled batch by batch; a batch's answers go to the critic once the whole batch is there, and
 the step is learned when all its answers are marked. Weights that sample step t have seen at least
-t − s updates (s the staleness limit): with s = 0 each step waits for the one before. Parts that share
+t − s updates (s the staleness limit): with s = 0 each step waits for the one before. Components that share
 devices take turns, the older step first. Time is in seconds.
 """
 
@@ -69,7 +69,7 @@ class Step:
 
     begun: float
     sampled: float
-    marked: float
+    critiqued: float
     learning: float
     learned: float
     """New weights are with the samplers."""
@@ -190,7 +190,7 @@ class _Shop:
         served = line.critic is not None
         self.critics = [_Replica(env, line.critic) for _ in range(line.critics if served else 0)]  # type: ignore[arg-type]
         self.sampled = [env.event() for _ in range(self.count)]
-        self.marked = [env.event() for _ in range(self.count)]
+        self.critiqued = [env.event() for _ in range(self.count)]
         self.learned = [env.event() for _ in range(self.count)]
         self.missing = [sum(line.batches)] * self.count
         self.lengths = [line.answer.draw(self.random, sum(line.batches)) for _ in self.missing]
@@ -273,7 +273,7 @@ class _Shop:
             self.room.release(place)
         self.missing[step] -= size
         if not self.missing[step]:
-            self.marked[step].succeed()
+            self.critiqued[step].succeed()
 
     def _asks(self, step: int, first: int, size: int) -> list[simpy.Event]:
         tokens = self.lengths[step][first : first + size]
@@ -299,8 +299,8 @@ class _Shop:
     def _learn_all(self) -> Process:
         line, env = self.line, self.env
         for step in range(self.count):
-            yield self.sampled[step] & self.marked[step]
-            marked = env.now
+            yield self.sampled[step] & self.critiqued[step]
+            critiqued = env.now
             with self._turn(line.samplers_share or line.critics_share, step) as turn:
                 yield turn
                 start, seconds = env.now, line.learn(self.lengths[step])
@@ -308,5 +308,5 @@ class _Shop:
                 self.learning += seconds
             yield env.timeout(line.publish)
             begun = self.steps[step]
-            self.steps[step] = Step(begun.begun, begun.sampled, marked, start, env.now)
+            self.steps[step] = Step(begun.begun, begun.sampled, critiqued, start, env.now)
             self.learned[step].succeed()

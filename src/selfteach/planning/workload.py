@@ -50,7 +50,7 @@ class Work:
     problems: int
     samples: int
     """Answers per problem."""
-    batch_answers: int
+    batch_size: int
     """Answers that are sampled together, and handed on together."""
     prompt: float
     answer: Spread
@@ -75,7 +75,7 @@ class Work:
     @property
     def batches(self) -> int:
         """Batches of answers in a step; they hold whole problems."""
-        per_batch = max(1, self.batch_answers // self.samples)
+        per_batch = max(1, self.batch_size // self.samples)
         return -(-self.problems // per_batch)
 
 
@@ -100,7 +100,7 @@ def work_of(recipe: Recipe, known: Survey, wishes: Wishes = Wishes()) -> Work:
     train, cap = recipe.train, recipe.sampling.max_tokens
     prompt = float(known.lengths.mean_prompt or known.lengths.longest_prompt)
     told, rewarded = terms(recipe.objective)
-    has_teacher = told is not None or (rewarded is not None and rewarded.kl_weight > 0)
+    has_teacher = told is not None or (rewarded is not None and rewarded.kl_coef > 0)
     by_reference = recipe.context.type in ("reference", "aligned_reference")
     reference = known.lengths.mean_reference if by_reference else None
     answer = Spread.around(wishes.answer_tokens or SHARE * cap, cap)
@@ -109,14 +109,14 @@ def work_of(recipe: Recipe, known: Survey, wishes: Wishes = Wishes()) -> Work:
         load=dataclasses.replace(load, sampler="trainer"),  # the layout says who else samples
         steps=train.steps,
         problems=train.problems_per_step,
-        samples=train.answers_per_problem,
-        batch_answers=recipe.sampling.batch_answers,
+        samples=train.group_size,
+        batch_size=recipe.sampling.batch_size,
         prompt=prompt,
         answer=answer,
         teacher_prompt=prompt + (reference or 0.0) if has_teacher else 0.0,
         shows_trace=told is not None and reference is None,
         teacher_sides=(2 if recipe.teacher.type == "trust_region" else 1) if has_teacher else 0,
-        updates=train.updates_per_batch,
+        updates=train.num_iterations,
         micro_batch_tokens=train.micro_batch_tokens,
         asked=asked,
         staleness=wishes.staleness if wishes.staleness is not None else staleness_of(recipe),

@@ -67,7 +67,7 @@ class Renderer:
         self._system_has_role = system is not None and self._places_system()
         self._headers = self._headers_of_both()
         asked = self._chat([_user(_PROBE)], self._thinking.student)
-        self._opens_thought = asked.rstrip().endswith(self._thinking.marks[0])
+        self._opens_thought = asked.rstrip().endswith(self._thinking.tags[0])
         self.end_id = self._end_of_turn()
         """The token that ends an answer in this chat template."""
 
@@ -99,9 +99,9 @@ class Renderer:
         ]
         return self._control.encode(self._chat(self._with_system(cut), self._thinking.student))
 
-    def decode(self, answer_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int]) -> str:
         """An answer's text, without special tokens and without a thought before it."""
-        return self._split(self._decode(answer_ids))[1]
+        return self._split(self._decode(token_ids))[1]
 
     def token_text(self, token: int) -> str:
         """One token as text, special tokens by name."""
@@ -114,35 +114,35 @@ class Renderer:
         """
         return (*self._tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id)
 
-    def token_ends(self, answer_ids: Sequence[int]) -> list[int]:
+    def token_ends(self, token_ids: Sequence[int]) -> list[int]:
         """Where each token of an answer ends in its text, in characters; 0 for those of a thought.
 
         Decoding token by token is exact for most tokenizers and is checked; where pieces do not add
         up to the text (characters split over tokens) every prefix is decoded instead.
         """
-        text = self._decode(answer_ids)
+        text = self._decode(token_ids)
         thought = len(text) - len(self._split(text)[1])
-        return [max(0, end - thought) for end in self._ends(answer_ids, text)]
+        return [max(0, end - thought) for end in self._ends(token_ids, text)]
 
-    def scored_from(self, answer_ids: Sequence[int]) -> int:
+    def scored_from(self, token_ids: Sequence[int]) -> int:
         """Index of the first token that counts: past the thought where thoughts are not scored.
 
         A thought that never ends leaves no token to score.
         """
-        if self._thinking.scored or not self._split(self._decode(answer_ids))[0]:
+        if self._thinking.scored or not self._split(self._decode(token_ids))[0]:
             return 0
-        return bisect_right(self.token_ends(answer_ids), 0)
+        return bisect_right(self.token_ends(token_ids), 0)
 
-    def _ends(self, answer_ids: Sequence[int], text: str) -> list[int]:
-        pieces = [self._piece(token) for token in answer_ids]
+    def _ends(self, token_ids: Sequence[int], text: str) -> list[int]:
+        pieces = [self._piece(token) for token in token_ids]
         for gap in ("", " "):
             ends = _ends(pieces, gap)
             if ends and ends[-1] == len(text) and gap.join(filter(None, pieces)) == text:
                 return ends
-        return [len(self._decode(answer_ids[: i + 1])) for i in range(len(answer_ids))]
+        return [len(self._decode(token_ids[: i + 1])) for i in range(len(token_ids))]
 
     def _split(self, text: str) -> tuple[str, str]:
-        return split_thinking(text, self._thinking.marks, opened=self._opens_thought)
+        return split_thinking(text, self._thinking.tags, opened=self._opens_thought)
 
     def _messages(self, template: str, **data: str) -> list[Message]:
         cut = {name: self._cut(text) for name, text in data.items()}
@@ -168,7 +168,7 @@ class Renderer:
     def _headers_of_both(self) -> tuple[str, str] | None:
         """The teacher's header and the student's that replaces it; None where none is replaced."""
         asked = self._thinking
-        if asked.boundary == "own" or asked.student == asked.teacher:
+        if asked.boundary == "teacher" or asked.student == asked.teacher:
             return None
         headers = []
         for switch in (asked.teacher, asked.student):
@@ -177,7 +177,7 @@ class Renderer:
             if not whole.startswith(body):
                 raise EngineError(
                     f"the chat template of {self._tokenizer.name_or_path!r} does not end in a header "
-                    'of its own: set model.thinking.boundary = "own"'
+                    'of its own: set model.thinking.boundary = "teacher"'
                 )
             headers.append(whole.removeprefix(body))
         return headers[0], headers[1]
@@ -212,7 +212,7 @@ class Renderer:
     def _decode(self, ids: Sequence[int]) -> str:
         # Some families' end of a turn is not special by name, and is no text all the same.
         said = [token for token in ids if token != self.end_id]
-        shown = self._control.without(said, kept=self._thinking.marks)
+        shown = self._control.without(said, kept=self._thinking.tags)
         text = self._tokenizer.decode(shown, skip_special_tokens=False)
         assert isinstance(text, str)
         return text

@@ -19,11 +19,11 @@ class Thinking:
     student: bool | None = None
     """Passed to the chat template as ``enable_thinking``; None passes nothing."""
     teacher: bool | None = None
-    boundary: Literal["student", "own"] = "student"
+    boundary: Literal["student", "teacher"] = "student"
     """Whose header ends the teacher's prompt where both differ."""
     scored: bool = True
     """False: only tokens behind the thought count."""
-    marks: tuple[str, str] = ("<think>", "</think>")
+    tags: tuple[str, str] = ("<think>", "</think>")
     """What the model writes around a thought."""
 
 

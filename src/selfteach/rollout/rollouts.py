@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from selfteach.errors import CheckpointError, EngineError
 from selfteach.protocols import Engine
-from selfteach.runtime.distributed import ALONE, Ranks
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.tasks.lab import lab_task as lab_task
 from selfteach.types import Problem, Rollout, Sampling
@@ -28,31 +28,31 @@ def sample_batches(
     problems: Sequence[Problem],
     sampling: Sampling,
     *,
-    batch_answers: int,
+    batch_size: int,
     journal: RunFolder | None = None,
     name: str = "",
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Iterator[list[Rollout]]:
     """``sampling.samples`` answers to each problem; with a journal, none that it already holds.
 
-    Batches hold whole problems and at most ``batch_answers`` answers (or one problem). A resumed run
+    Batches hold whole problems and at most ``batch_size`` answers (or one problem). A resumed run
     forms the same batches, so its answers are the same to the last bit. Of a batch that an engine has
     left unfinished (`Interrupted`) the problems that are answered are kept and not asked again. Each
     rank samples its share of the batches, which are those of one rank: a run may go on with another
     number of them. Without an engine all must be in the
     journal: raises `CheckpointError` for what is not.
     """
-    per_batch = max(1, batch_answers // sampling.samples)
+    per_batch = max(1, batch_size // sampling.samples)
     known = known_ids(problems)
     batches = list(enumerate(range(0, len(problems), per_batch)))
     for number, start in ranks.share(batches):
         part, asked = f"{name}.{number:03d}", problems[start : start + per_batch]
-        batch = journal.load_answers(part, known) if journal else None
+        batch = journal.load_rollouts(part, known) if journal else None
         if batch is not None and len(batch) < len(asked) * sampling.samples:
             batch = None  # a power cut has left a part of it
         if batch is None and engine is None:
             raise CheckpointError(
-                f"answers/{part}.jsonl is missing, and the weights that could write it again are "
+                f"rollouts/{part}.jsonl is missing, and the weights that could write it again are "
                 "gone: put the file back, or begin anew in another folder"
             )
         if batch is None:
@@ -69,18 +69,18 @@ def _finish(
 ) -> list[Rollout]:
     """A batch on disk, with what an earlier attempt had received of it."""
     unfinished = f"unfinished/{part}"
-    kept = journal.load_answers(unfinished, known_ids(problems)) or []
+    kept = journal.load_rollouts(unfinished, known_ids(problems)) or []
     answered = {rollout.problem.id for rollout in kept}
     missing = [problem for problem in problems if problem.id not in answered]
     try:
         sampled = engine.generate(missing, sampling)
     except Interrupted as gone:
-        journal.save_answers(unfinished, [*kept, *gone.received])
+        journal.save_rollouts(unfinished, [*kept, *gone.received])
         raise
     place = {problem.id: at for at, problem in enumerate(problems)}
     batch = sorted([*kept, *sampled], key=lambda r: (place[r.problem.id], r.sample))
-    journal.save_answers(part, batch)
-    journal.forget_answers(unfinished)
+    journal.save_rollouts(part, batch)
+    journal.delete_rollouts(unfinished)
     return batch
 
 

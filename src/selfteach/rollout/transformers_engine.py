@@ -84,7 +84,7 @@ class TransformersEngine:
                     problem=problem,
                     sample=sample,
                     prompt_ids=prompts[row // sampling.samples],
-                    answer_ids=tuple(answer),
+                    token_ids=tuple(answer),
                     logps=tuple(logps[row]),
                     text=self._renderer.decode(answer),
                     finished=answer[-1] in self._end_ids,

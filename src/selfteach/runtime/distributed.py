@@ -48,7 +48,7 @@ class Ranks:
     """What all ranks can read and write from any thread, in no order; None as above."""
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """True for the rank that talks, and writes what is written once."""
         return self.rank == 0
 
@@ -65,7 +65,7 @@ class Ranks:
         dist.all_gather_object(lists, own)
         return [item for part in lists for item in part]
 
-    def first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What rank 0 says, on every rank."""
         if self.size == 1:
             return value
@@ -97,7 +97,7 @@ class Ranks:
         )
         return self._reduced(own, dist.ReduceOp.MAX).item()
 
-    def add_up(self, weights: Iterable[Tensor]) -> None:
+    def sum_gradients(self, weights: Iterable[Tensor]) -> None:
         """Sum the gradients of weights that every rank holds whole: summed, not averaged, since
         every loss has the step's denominators in it."""
         if self.size == 1:
@@ -110,7 +110,7 @@ class Ranks:
                 weight.grad = torch.zeros_like(weight)
             dist.all_reduce(weight.grad)
 
-    def agreed(self, call: Callable[[], T]) -> T:
+    def all_or_raise(self, call: Callable[[], T]) -> T:
         """What a call gives here, once it has ended well on all ranks. It makes no collective itself.
 
         Where it fails on one, all raise what that one says: nobody waits for a rank that has left.
@@ -131,7 +131,7 @@ class Ranks:
         return made[0]
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def mutex(self) -> Iterator[None]:
         """A stretch in which one rank is at a time; no collective, so in any thread."""
         if self.store is None:
             yield
@@ -147,7 +147,7 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
-            self.first(None)
+            self.broadcast(None)
             self.sum(0)
 
     def _reduced(self, value: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
@@ -156,7 +156,7 @@ class Ranks:
         return value
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 """A process on its own."""
 
 
@@ -169,7 +169,7 @@ def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
     ``timeout_s`` seconds.
     """
     if not torchrun.by_torchrun():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     if device == "cuda":
         torch.cuda.set_device(torchrun.local_rank())

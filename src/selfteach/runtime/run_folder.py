@@ -4,16 +4,16 @@
     environment.json       commit, versions, machine
     metrics.jsonl          one line per step, and per evaluation
     tracking.json          how much of it each sink has been given; only where there are sinks
-    answers/               sampled answers, a file per batch, written before they are used;
+    rollouts/              sampled answers, a file per batch, written before they are used;
                            unfinished/ holds what came of a batch before its engine died
-    lessons/               what was said of them: verdict, critique, context; a file per step
+    samples/               what was said of them: verdict, critique, context; a file per step
     evaluations/           per-problem results, a file per evaluation
     checkpoints/           what a resume needs
     model/                 the final model in Hugging Face format
     result.json            written last: the run is complete
 
 Files appear whole or not at all (written aside, flushed, renamed), so a kill at any moment leaves
-nothing half-written, and what is there is never sampled or bought again. Answers and lessons are
+nothing half-written, and what is there is never sampled or bought again. Answers and samples are
 renamed first and flushed while the work goes on, a few milliseconds each, before a checkpoint counts on
 them: what a power cut leaves of them in between is known as cut off, and made again.
 """
@@ -35,8 +35,23 @@ from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
+from selfteach.config.migrations import (
+    migrate_config,
+    migrate_metrics,
+    migrate_rollout,
+    migrate_usage,
+    run_subfolder,
+)
 from selfteach.errors import CheckpointError
-from selfteach.types import Critique, CritiqueStep, Lesson, NoCritique, Problem, Rollout, Usage
+from selfteach.types import (
+    Critique,
+    CritiqueFailure,
+    CritiqueStep,
+    Problem,
+    Rollout,
+    TrainingSample,
+    Usage,
+)
 
 ANSWER_FIELDS = [field.name for field in fields(Rollout) if field.name != "problem"]
 
@@ -93,7 +108,8 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """The resolved recipe. Raises `CheckpointError` if there is none."""
-        return read_json(self.path / "config.json")
+        path = self.path / "config.json"
+        return migrate_config(read_json(path), str(path))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -111,7 +127,7 @@ class RunFolder:
             yield
             self.flushed()
 
-    # -- answers and lessons -----------------------------------------------------------------
+    # -- answers and samples -----------------------------------------------------------------
 
     def _write(self, path: Path, rows: Iterable[Any]) -> None:
         """JSON lines, there at once and on disk soon. Raises what an earlier flush has met with."""
@@ -124,50 +140,52 @@ class RunFolder:
         self._flushing.append(_flusher(os.getpid()).submit(_flush, path))
 
     def flushed(self) -> None:
-        """Wait until answers and lessons are on disk. Raises `CheckpointError` where that is full."""
+        """Wait until answers and samples are on disk. Raises `CheckpointError` where that is full."""
         waiting, self._flushing = self._flushing, []
         for flush in waiting:
             flush.result()
 
-    def save_answers(self, name: str, rollouts: Sequence[Rollout]) -> None:
+    def save_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
         """Answers of one batch, by a name like ``step_000012.000``."""
         rows = (
             {"problem_id": r.problem.id, **{name: getattr(r, name) for name in ANSWER_FIELDS}}
             for r in rollouts
         )
-        self._write(self.path / "answers" / f"{name}.jsonl", rows)
+        self._write(run_subfolder(self.path, "rollouts") / f"{name}.jsonl", rows)
 
-    def load_answers(self, name: str, problems: Mapping[str, Problem]) -> list[Rollout] | None:
+    def load_rollouts(self, name: str, problems: Mapping[str, Problem]) -> list[Rollout] | None:
         """Answers saved under a name; None if there are none, or a power cut has left a part."""
-        rows = _read_lines(self.path / "answers" / f"{name}.jsonl")
+        rows = _read_lines(run_subfolder(self.path, "rollouts") / f"{name}.jsonl")
         if rows is None:
             return None
         rollouts = []
-        for row in rows:
+        for row in map(migrate_rollout, rows):
             problem = problems[row.pop("problem_id")]
-            for field in ("prompt_ids", "answer_ids", "logps"):
+            for field in ("prompt_ids", "token_ids", "logps"):
                 row[field] = tuple(row[field])
             rollouts.append(Rollout(problem=problem, **row))
         return rollouts
 
-    def take_over(self, name: str, other: RunFolder) -> None:
+    def copy_rollouts(self, name: str, other: RunFolder) -> None:
         """Copy the batches that another run has on disk under a name, but for those that are here."""
-        for path in sorted((other.path / "answers").glob(f"{name}.*.jsonl")):
-            own = self.path / "answers" / path.name
+        for path in sorted(run_subfolder(other.path, "rollouts").glob(f"{name}.*.jsonl")):
+            own = run_subfolder(self.path, "rollouts") / path.name
             if not own.exists():
                 write_text(own, path.read_text(encoding="utf-8"))
 
-    def forget_answers(self, name: str) -> None:
+    def delete_rollouts(self, name: str) -> None:
         """Remove what was saved under a name, if anything was."""
-        (self.path / "answers" / f"{name}.jsonl").unlink(missing_ok=True)
+        (run_subfolder(self.path, "rollouts") / f"{name}.jsonl").unlink(missing_ok=True)
 
-    def save_lessons(self, step: int, lessons: Sequence[Lesson]) -> None:
+    def save_samples(self, step: int, samples: Sequence[TrainingSample]) -> None:
         """What was said of a step's answers."""
-        self._write(self.path / "lessons" / f"step_{step:06d}.jsonl", map(lesson_row, lessons))
+        self._write(
+            run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl", map(sample_row, samples)
+        )
 
-    def load_critiques(self, step: int) -> dict[tuple[str, int], Critique | NoCritique | None]:
+    def load_critiques(self, step: int) -> dict[tuple[str, int], Critique | CritiqueFailure | None]:
         """The critiques of a step's answers by their key; empty if they were not saved."""
-        rows = _read_lines(self.path / "lessons" / f"step_{step:06d}.jsonl") or []
+        rows = _read_lines(run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl") or []
         return {(row["problem_id"], row["sample"]): critique_from(row["critique"]) for row in rows}
 
     # -- metrics -----------------------------------------------------------------------------
@@ -184,34 +202,34 @@ class RunFolder:
         rows = []
         for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append(migrate_metrics(json.loads(line)))
             except json.JSONDecodeError:
                 break  # the line that a kill cut off
         return rows
 
-    def keep_metrics_until(self, step: int) -> None:
+    def truncate_metrics(self, step: int) -> None:
         """Forget what comes after a checkpoint, the test evaluation too: it is written again."""
         kept = (r for r in self.metrics() if r["step"] <= step and r["kind"] != "test")
         write_lines(self.metrics_path, kept)
 
 
-def lesson_row(lesson: Lesson) -> dict[str, Any]:
-    """A lesson as one JSON object; joins the answers by problem_id and sample."""
-    rollout, critique = lesson.rollout, lesson.marked.critique
+def sample_row(sample: TrainingSample) -> dict[str, Any]:
+    """A sample as one JSON object; joins the answers by problem_id and sample."""
+    rollout, critique = sample.rollout, sample.critiqued.critique
     return {
         "problem_id": rollout.problem.id,
         "sample": rollout.sample,
         "question": rollout.problem.question,
         "answer": rollout.text,
         "finished": rollout.finished,
-        **asdict(lesson.marked.verdict),
+        **asdict(sample.critiqued.verdict),
         "critique": None if critique is None else asdict(critique),
-        "context": lesson.context,
-        "dropped": lesson.dropped,
-        "steps": lesson.steps,
+        "context": sample.context,
+        "dropped": sample.dropped,
+        "steps": sample.steps,
         "gold": rollout.problem.answer,
-        "first_error_token": lesson.first_error_token,
-        "first_change": None if lesson.change is None else asdict(lesson.change),
+        "first_error_token": sample.first_error_token,
+        "first_change": None if sample.change is None else asdict(sample.change),
     }
 
 
@@ -300,7 +318,7 @@ def written_whole(path: Path, *, flushed: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def enough_disk() -> Iterator[None]:
-    """Turn a full or read-only disk into one clear line."""
+    """RolloutRequest a full or read-only disk into one clear line."""
     try:
         yield
     except OSError as error:
@@ -339,14 +357,14 @@ def _acquire(handle: TextIO, path: Path) -> None:
             time.sleep(0.1)
 
 
-def critique_from(row: dict[str, Any] | None) -> Critique | NoCritique | None:
-    """A critique, or the reason for none, from a row of ``lessons/``."""
+def critique_from(row: dict[str, Any] | None) -> Critique | CritiqueFailure | None:
+    """A critique, or the reason for none, from a row of ``samples/``."""
     if row is None:
         return None
-    usage = Usage(**row.get("usage", {}))
+    usage = Usage(**migrate_usage(row.get("usage", {})))
     if "reason" in row:
         said, answer = row.get("said", ""), row.get("answer")
-        return NoCritique(row["reason"], row.get("detail", ""), usage, said, answer)
+        return CritiqueFailure(row["reason"], row.get("detail", ""), usage, said, answer)
     return Critique(
         case=row["case"],
         steps=tuple(CritiqueStep(**step) for step in row["steps"]),

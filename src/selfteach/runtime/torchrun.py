@@ -20,6 +20,6 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if by_torchrun() else 0
 
 
-def leads() -> bool:
+def is_main() -> bool:
     """True for the one process that talks."""
     return rank() == 0

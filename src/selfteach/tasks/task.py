@@ -97,7 +97,11 @@ def load_task(config: DataConfig, model_folder: str, *, may_be_empty: bool = Fal
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
     _check_meta(config.verifier, [*train, *validation, *test])
     task = Task(train, validation, test, counts=counts, **kind)
-    return task if config.unsound == "warn" else _sound(task, drop=config.unsound == "drop")
+    return (
+        task
+        if config.invalid_problems == "warn"
+        else _sound(task, drop=config.invalid_problems == "drop")
+    )
 
 
 def check_answers(task: Task) -> Audit:
@@ -113,14 +117,14 @@ def describe_problems(task: Task, *, most: int = 5) -> Iterator[str]:
     without = f", {found.without_answer:,} have none" if found.without_answer else ""
     yield (
         f"answers: {found.checked:,} tried{without}; the verifier misjudges "
-        f"{len(found.unsound):,} of the problems"
+        f"{len(found.invalid_problems):,} of the problems"
     )
     for finding in found.findings[:most]:
         yield f"warning: {finding}"
     if len(found.findings) > most:
         yield f"warning: and {len(found.findings) - most:,} more"
     if found.findings:
-        yield 'data.unsound = "drop" leaves such problems out, "stop" refuses to begin'
+        yield 'data.invalid_problems = "drop" leaves such problems out, "stop" refuses to begin'
 
 
 def training_order(count: int, seed: int, problems_per_step: int) -> Iterator[list[int]]:
@@ -141,11 +145,11 @@ def training_order(count: int, seed: int, problems_per_step: int) -> Iterator[li
 
 
 def _lab(config: LabData, model_folder: str) -> Task:
-    world, below = _world(config.world, model_folder), config.chance_below
+    world, below = _world(config.world, model_folder), config.max_solve_rate
     return Task(
-        train=lab_task.problems(world, "train", config.train, chance_below=below),
-        validation=lab_task.problems(world, "validation", config.validation, chance_below=below),
-        test=lab_task.problems(world, "test", config.test, chance_below=below),
+        train=lab_task.problems(world, "train", config.train, max_solve_rate=below),
+        validation=lab_task.problems(world, "validation", config.validation, max_solve_rate=below),
+        test=lab_task.problems(world, "test", config.test, max_solve_rate=below),
         **_of_lab(world),
     )
 
@@ -226,11 +230,13 @@ def _sound(task: Task, *, drop: bool) -> Task:
         return task
     if not drop:
         raise DataError(
-            f"{found.findings[0]}, and {len(found.unsound) - 1} more problems are like it; "
-            'data.unsound = "drop" leaves them out'
+            f"{found.findings[0]}, and {len(found.invalid_problems) - 1} more problems are like it; "
+            'data.invalid_problems = "drop" leaves them out'
         )
     kept = {
-        name: tuple(p for p in getattr(task, name) if p.question not in found.unsound)
+        name: tuple(p for p in getattr(task, name) if p.question not in found.invalid_problems)
         for name in ("train", "validation", "test")
     }
-    return replace(task, **kept, counts={**task.counts, "unsound": len(found.unsound)})
+    return replace(
+        task, **kept, counts={**task.counts, "invalid_problems": len(found.invalid_problems)}
+    )

@@ -8,22 +8,22 @@ import torch
 
 from selfteach.errors import AlignmentError
 from selfteach.models.sequences import sequences
-from selfteach.runtime.distributed import ALONE, Ranks
-from selfteach.types import Batch, Lesson, Sequences, Signal
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
+from selfteach.types import Batch, Sequences, TokenWeights, TrainingSample
 
-Pair = tuple[Lesson, Signal]
-"""A lesson and how much its tokens count."""
+Pair = tuple[TrainingSample, TokenWeights]
+"""A sample and how much its tokens count."""
 
 
 def collate(
-    lessons: Sequence[Lesson],
-    signals: Sequence[Signal],
+    samples: Sequence[TrainingSample],
+    token_weights: Sequence[TokenWeights],
     *,
     pad_id: int,
     micro_batch_tokens: int,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> list[Batch]:
-    """Micro-batches of at most ``micro_batch_tokens`` padded tokens (a longer lesson stands alone).
+    """Micro-batches of at most ``micro_batch_tokens`` padded tokens (a longer sample stands alone).
 
     Lessons of which no token counts are left out: they have no gradient, and a denominator that
     counts them does not need them here. Rows are ordered by length, so that little is padded, those
@@ -35,9 +35,9 @@ def collate(
     a sharded model is one that all ranks make.
     """
     pairs = [
-        (lesson, signal)
-        for lesson, signal in zip(lessons, signals, strict=True)
-        if any(signal.weights)
+        (sample, weights)
+        for sample, weights in zip(samples, token_weights, strict=True)
+        if any(weights.weights)
     ]
     pairs.sort(key=lambda pair: _length(pair[0]))
     batches: list[Batch] = []
@@ -70,33 +70,34 @@ def check_same_tokens(batch: Batch) -> None:
             raise AlignmentError(f"the {name}'s sequence does not hold the answers' token ids")
 
 
-def _has_teacher(lesson: Lesson) -> bool:
-    return lesson.teacher_prompt_ids is not None
+def _has_teacher(sample: TrainingSample) -> bool:
+    return sample.teacher_prompt_ids is not None
 
 
-def _length(lesson: Lesson) -> int:
-    """Tokens of a lesson's student and teacher sequences together."""
-    answer = len(lesson.rollout.answer_ids)
-    length = len(lesson.rollout.prompt_ids) + answer
-    if lesson.teacher_prompt_ids is not None:
-        length += len(lesson.teacher_prompt_ids) + answer
+def _length(sample: TrainingSample) -> int:
+    """Tokens of a sample's student and teacher sequences together."""
+    answer = len(sample.rollout.token_ids)
+    length = len(sample.rollout.prompt_ids) + answer
+    if sample.teacher_prompt_ids is not None:
+        length += len(sample.teacher_prompt_ids) + answer
     return length
 
 
-def _batch(pairs: Sequence[tuple[Lesson, Signal]], pad_id: int) -> Batch:
-    rollouts = [lesson.rollout for lesson, _ in pairs]
-    answers = [rollout.answer_ids for rollout in rollouts]
-    teacher_prompts = [lesson.teacher_prompt_ids for lesson, _ in pairs]
+def _batch(pairs: Sequence[tuple[TrainingSample, TokenWeights]], pad_id: int) -> Batch:
+    rollouts = [sample.rollout for sample, _ in pairs]
+    answers = [rollout.token_ids for rollout in rollouts]
+    teacher_prompts = [sample.teacher_prompt_ids for sample, _ in pairs]
     told = [prompt for prompt in teacher_prompts if prompt is not None]
-    assert len(told) in (0, len(pairs)), "lessons with and without a teacher do not mix"
-    shares = [signal.shares for _, signal in pairs if signal.shares is not None]
+    assert len(told) in (0, len(pairs)), "samples with and without a teacher do not mix"
+    shares = [weights.shares for _, weights in pairs if weights.shares is not None]
     batch = Batch(
         student=sequences([rollout.prompt_ids for rollout in rollouts], answers, pad_id),
         teacher=sequences(told, answers, pad_id) if told else None,
         ids_N=torch.tensor([token for answer in answers for token in answer]),
-        weight_N=torch.tensor([w for _, signal in pairs for w in signal.weights]),
+        weight_N=torch.tensor([w for _, weights in pairs for w in weights.weights]),
         advantage_N=torch.tensor(
-            [signal.advantage for _, signal in pairs for _ in signal.weights], dtype=torch.float32
+            [weights.advantage for _, weights in pairs for _ in weights.weights],
+            dtype=torch.float32,
         ),
         sampled_logp_N=torch.tensor([logp for rollout in rollouts for logp in rollout.logps]),
         share_N=torch.tensor([share for own in shares for share in own]) if shares else None,
@@ -107,16 +108,16 @@ def _batch(pairs: Sequence[tuple[Lesson, Signal]], pad_id: int) -> Batch:
 
 def _empty(like: Pair, pad_id: int) -> Batch:
     """A micro-batch of the same kind in which no token is read: one token in, nothing out."""
-    lesson, signal = like
+    sample, weights = like
     nothing = torch.zeros(0, dtype=torch.long)
     padding = Sequences(torch.tensor([[pad_id]]), nothing, nothing)
     none_N = torch.zeros(0)
     return Batch(
         student=padding,
-        teacher=padding if _has_teacher(lesson) else None,
+        teacher=padding if _has_teacher(sample) else None,
         ids_N=nothing,
         weight_N=none_N,
         advantage_N=torch.zeros(0, dtype=torch.float32),
         sampled_logp_N=none_N,
-        share_N=None if signal.shares is None else none_N,
+        share_N=None if weights.shares is None else none_N,
     )

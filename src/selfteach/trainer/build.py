@@ -1,4 +1,4 @@
-"""From a recipe to parts: the one file that knows every implementation."""
+"""From a recipe to components: the one file that knows every implementation."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from selfteach.config.recipe import (
     TrustRegionTeacher,
 )
 from selfteach.errors import DataError, RecipeError
-from selfteach.feedback.contexts import FallBack, PartlyAligned, TemplateContext
+from selfteach.feedback.contexts import FallbackContext, PartlyAligned, TemplateContext
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
-from selfteach.losses.token_masks import Gate
+from selfteach.losses.token_masks import TokenMask
 from selfteach.models.fsdp import Shards
 from selfteach.models.loading import (
     DTYPES,
@@ -53,12 +53,12 @@ from selfteach.prompts.thinking import Thinking
 from selfteach.protocols import Context, Critic, Objective, Teacher
 from selfteach.rollout.gathered_weights import Gathering
 from selfteach.runtime import tracking
-from selfteach.runtime.distributed import ALONE, Ranks
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.torch_setup import settle
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import Solver, build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
-from selfteach.trainer.step import Parts
+from selfteach.trainer.step import Components
 from selfteach.types import Problem, Sampling
 
 CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**25}
@@ -71,14 +71,14 @@ buffers of their logits and what else a loss holds are a tenth of the logits of 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A recipe's parts, its problems, and the tokenizer to save a model with."""
+    """A recipe's components, its problems, and the tokenizer to save a model with."""
 
-    parts: Parts
+    components: Components
     task: Task
     tokenizer: PreTrainedTokenizerBase
 
 
-def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
+def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     """Everything a run needs, checked before anything is spent; this rank's part of it.
 
     Raises `RecipeError`, `EngineError` or `DataError` in one line.
@@ -99,7 +99,7 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
     # samples from a whole copy. So does who samples while the policy learns.
     # An engine elsewhere needs neither.
     here = recipe.engine.type == "transformers"
-    apart = here and (shard is not None or recipe.sampling.own_weights)
+    apart = here and (shard is not None or recipe.sampling.separate_copy)
     sampler = copy.deepcopy(adapted).requires_grad_(False) if apart else adapted
     if here or shard is None:
         nn.Module.to(sampler, device)
@@ -109,7 +109,7 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
     solver = Solver(policy, renderer, ends, pad, max_length, autocast)
     prompts = (renderer.solver_prompt(p) for p in (*task.train, *task.validation, *task.test))
     engine = build_engine(recipe, solver, prompts, sampler, ranks)
-    parts = Parts(
+    components = Components(
         engine=Gathering(engine) if shard else engine,
         verify=task.verify,
         critic=build_critic(recipe.critic, task, templates, solver, seed=recipe.seed)
@@ -122,22 +122,22 @@ def build(recipe: Recipe, ranks: Ranks = ALONE) -> Built:
         renderer=renderer,
         split_steps=task.split_steps,
         sampling=Sampling(
-            recipe.train.answers_per_problem,
+            recipe.train.group_size,
             recipe.sampling.temperature,
             recipe.sampling.max_tokens,
             recipe.seed,
         ),
-        batch_answers=recipe.sampling.batch_answers,
+        batch_size=recipe.sampling.batch_size,
         critic_threads=critic_threads(recipe.critic),
         samples_beside=_samples_beside(recipe),
-        updates_per_batch=recipe.train.updates_per_batch,
+        num_iterations=recipe.train.num_iterations,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         chunk_tokens=chunk_tokens(model.config.get_text_config().vocab_size, device.type),
         max_length=max_length,
         pad_id=pad,
         ranks=ranks,
     )
-    return Built(parts, task, tokenizer)
+    return Built(components, task, tokenizer)
 
 
 def chunk_tokens(vocabulary: int, device: str) -> int:
@@ -163,8 +163,8 @@ def build_marker(recipe: Recipe) -> Marker:
     assert recipe.critic is not None
     if isinstance(recipe.critic, PolicyCriticConfig):
         built = build(recipe)
-        assert built.parts.critic is not None
-        return Marker(built.parts.critic, built.task, built.parts.renderer)
+        assert built.components.critic is not None
+        return Marker(built.components.critic, built.task, built.components.renderer)
     task = load_task(recipe.data, resolve(recipe.model.path), may_be_empty=True)
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
@@ -194,7 +194,7 @@ def build_objective(recipe: Recipe) -> Objective:
             return Hybrid(
                 _distillation(config.distillation, temperature),
                 _grpo(config.grpo, temperature),
-                Anneal(weight.start, weight.end, max(0, steps - 1) * train.updates_per_batch),
+                Anneal(weight.start, weight.end, max(0, steps - 1) * train.num_iterations),
                 config.grpo_weight,
                 config.grpo_tokens,
             )
@@ -215,7 +215,9 @@ def _distillation(config: DistillationConfig, sampling_temperature: float) -> Di
     return Distillation(
         spec,
         sampling_temperature,
-        gate=Gate(config.gate, config.from_first_error, config.spans),
+        token_mask=TokenMask(
+            config.train_on, config.from_first_error, config.changed_steps_fraction
+        ),
         aggregation=config.aggregation,
         importance_cap=config.importance_cap,
     )
@@ -235,7 +237,7 @@ def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
         case EmaTeacher():
             return Ema(policy, config.rate)
         case TrustRegionTeacher():
-            return TrustRegion(policy, config.live_share)
+            return TrustRegion(policy, config.student_mix)
 
 
 def build_sinks(
@@ -297,7 +299,7 @@ def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMo
 def _samples_beside(recipe: Recipe) -> bool:
     """Whether the engine has weights of its own, and there is something to do beside sampling."""
     served = recipe.engine.type == "vllm_server"
-    return recipe.train.staleness > 0 and (served or recipe.sampling.own_weights)
+    return recipe.train.staleness > 0 and (served or recipe.sampling.separate_copy)
 
 
 def build_sharding(recipe: Recipe, ranks: Ranks) -> Callable[[PreTrainedModel], Shards] | None:
@@ -305,7 +307,7 @@ def build_sharding(recipe: Recipe, ranks: Ranks) -> Callable[[PreTrainedModel], 
 
     Raises `RecipeError` for a step that leaves ranks without a question to ask.
     """
-    per_batch = max(1, recipe.sampling.batch_answers // recipe.train.answers_per_problem)
+    per_batch = max(1, recipe.sampling.batch_size // recipe.train.group_size)
     batches = -(-recipe.train.problems_per_step // per_batch)
     if recipe.train.problems_per_step < ranks.size:
         raise RecipeError(
@@ -313,11 +315,11 @@ def build_sharding(recipe: Recipe, ranks: Ranks) -> Callable[[PreTrainedModel], 
             f"{ranks.size} ranks: each must have a question"
         )
     if batches < ranks.size:
-        most = recipe.train.problems_per_step // ranks.size * recipe.train.answers_per_problem
+        most = recipe.train.problems_per_step // ranks.size * recipe.train.group_size
         raise RecipeError(
-            f"sampling.batch_answers = {recipe.sampling.batch_answers} makes {batches} of a step's "
+            f"sampling.batch_size = {recipe.sampling.batch_size} makes {batches} of a step's "
             f"answers, too few for {ranks.size} ranks, each of which samples whole batches: "
-            f"set sampling.batch_answers = {most} or less"
+            f"set sampling.batch_size = {most} or less"
         )
     config, mesh = recipe.distributed, ranks.mesh
     if config.shard == "none" or mesh is None:
@@ -342,7 +344,7 @@ def _policy(
     shard: Callable[[PreTrainedModel], Shards] | None,
 ) -> Policy:
     optimizer, train = recipe.optimizer, recipe.train
-    updates = train.steps * train.updates_per_batch
+    updates = train.steps * train.num_iterations
     return Policy(
         model,
         Schedule(optimizer.lr, optimizer.warmup_steps, optimizer.decay, updates),
@@ -372,7 +374,7 @@ def build_context(
 
 
 def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:
-    name, instead, critic = recipe.context.type, recipe.context.fall_back, recipe.critic
+    name, instead, critic = recipe.context.type, recipe.context.fallback, recipe.critic
     if name == "none":
         return None
 
@@ -382,12 +384,12 @@ def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None
 
     context = named(name)
     if isinstance(critic, TextCriticConfig):
-        policies = critic.on.model_dump()
-        reasons = {reason for reason, policy in policies.items() if policy == "fall_back"}
-        other = named(critic.fall_back)
-        context = FallBack(context, other, frozenset(reasons)) if reasons else context
+        policies = critic.on_failure.model_dump()
+        reasons = {reason for reason, policy in policies.items() if policy == "fallback"}
+        other = named(critic.fallback)
+        context = FallbackContext(context, other, frozenset(reasons)) if reasons else context
     if instead is not None:
-        context = FallBack(context, named(instead))
+        context = FallbackContext(context, named(instead))
     return context
 
 

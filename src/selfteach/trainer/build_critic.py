@@ -88,13 +88,15 @@ def build_critic(
                 raise RecipeError(
                     f'critic.type = "{config.type}": the template set has no critic.jinja'
                 )
-            store = ReplyStore(Path(config.store).expanduser() if config.store else default_path())
+            store = ReplyStore(
+                Path(config.reply_cache).expanduser() if config.reply_cache else default_path()
+            )
             return TextCritic(
                 Stored(_chat_model(config, templates, solver), store),
                 templates,
                 Reader(task.split_steps, task.verify, config.min_similarity),
                 _asking(config),
-                config.on.model_dump(),
+                config.on_failure.model_dump(),
             )
 
 
@@ -109,7 +111,7 @@ def _asking(config: TextCriticConfig) -> Asking:
         max_tokens=config.max_tokens,
         temperature=config.temperature,
         retry_temperature=config.retry_temperature,
-        retries=config.retries,
+        max_attempts=config.max_attempts,
         sees_reference=config.sees_reference,
         price_prompt=config.price_prompt if paid else 0.0,
         price_completion=config.price_completion if paid else 0.0,
@@ -144,7 +146,7 @@ def _chat_model(
                 end_ids=solver.end_ids,
                 pad_id=solver.pad_id,
                 max_length=solver.max_length,
-                batch=config.batch,
+                batch_size=config.batch_size,
                 weights=initial_weights(solver.policy),
                 autocast=solver.autocast,
             )
@@ -155,7 +157,7 @@ def require_critic(config: CriticConfig | None) -> None:
 
     Raises `CriticError` in one line.
     """
-    if isinstance(config, EndpointConfig) and config.ask_first:
+    if isinstance(config, EndpointConfig) and config.healthcheck:
         endpoint = _endpoint(config)
         from selfteach.feedback.critics.critic_healthcheck import require_server
 
@@ -177,7 +179,7 @@ def _endpoint(config: EndpointConfig) -> Endpoint:
         api_key_env=config.api_key_env,
         concurrency=config.concurrency,
         timeout_s=config.timeout_seconds,
-        max_retries=config.max_retries,
+        http_retries=config.http_retries,
         requests_per_minute=config.requests_per_minute,
         extra_body={**asked, **config.extra_body},
     )
@@ -202,7 +204,7 @@ def _local(config: LocalCriticConfig, templates: Templates) -> ChatModel:
         end_ids=end_ids(model, tokenizer, renderer),
         pad_id=pad_id(tokenizer),
         max_length=context_length(model),
-        batch=config.batch,
+        batch_size=config.batch_size,
         weights=contextlib.nullcontext,
         prompt_lookup=config.prompt_lookup,
     )

@@ -31,7 +31,7 @@ from selfteach.rollout.vllm.in_process import Serving, VllmProcess
 from selfteach.rollout.vllm.vllm_engine import Sampler, VllmEngine, Weights
 from selfteach.rollout.vllm.weight_check import Fingerprint, Probe
 from selfteach.rollout.vllm.weight_sync import Handover
-from selfteach.runtime.distributed import ALONE, Ranks
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.trainer.build_critic import Solver
 from selfteach.types import Sequences
 
@@ -47,7 +47,7 @@ def build_engine(
     solver: Solver,
     prompts: Iterable[tuple[int, ...]],
     model: PreTrainedModel | PeftModel,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Engine:
     """The engine of a recipe; ``prompts`` are what it will be asked, for a look at some.
 
@@ -77,7 +77,7 @@ def build_engine(
         solver.renderer,
         Fingerprint(probe, config.tolerance),
         Weights(policy.trainable.items, tied_weights(policy)),
-        owner=ranks.first(uuid.uuid4().hex[:8]),
+        owner=ranks.broadcast(uuid.uuid4().hex[:8]),
         end_ids=solver.end_ids,
         max_length=solver.max_length,
         ranks=ranks,
@@ -140,8 +140,8 @@ def _sampler(recipe: Recipe, config: EngineConfig, solver: Solver, ranks: Ranks)
     match config:
         case VllmServerConfig():
             # Rank 0 writes there; the others only have to know its name.
-            folder = ranks.agreed(lambda: _folder(config.folder) if ranks.leads else None)
-            handover = Handover(ranks.first(folder) or Path(), adapter)
+            folder = ranks.all_or_raise(lambda: _folder(config.folder) if ranks.is_main else None)
+            handover = Handover(ranks.broadcast(folder) or Path(), adapter)
             return _served().VllmServer(config, handover)
         case VllmProcessConfig():
             return VllmProcess(config, _serving(recipe, solver), Handover(_folder(None), adapter))

@@ -21,7 +21,7 @@ from selfteach.errors import CheckpointError
 from selfteach.models import fsdp
 from selfteach.models.policy import Policy
 from selfteach.protocols import Teacher
-from selfteach.runtime.distributed import ALONE, Ranks
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.run_folder import enough_disk, read_json, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -33,7 +33,7 @@ SHARDS = "shards"
 
 def save(
     folder: Path, step: int, policy: Policy, teacher: Teacher, *, keep: int = 1,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Path:  # fmt: skip
     """Write ``folder/step_NNNNNN`` whole or not at all, then delete all but the newest ``keep``.
 
@@ -42,21 +42,21 @@ def save(
     target = path_of(folder, step)
     aside = folder / f".{target.name}.tmp"
     with enough_disk():
-        if ranks.leads:
+        if ranks.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         ranks.wait()
         try:
             _fill(aside, step, policy, teacher, ranks)
             ranks.wait()
-            if ranks.leads:
+            if ranks.is_main:
                 if target.exists():
                     shutil.rmtree(target)
                 aside.replace(target)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
             raise
-        if ranks.leads:
+        if ranks.is_main:
             _sync(folder)
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
@@ -67,7 +67,7 @@ def save(
 def _fill(aside: Path, step: int, policy: Policy, teacher: Teacher, ranks: Ranks) -> None:
     if policy.is_sharded:
         fsdp.save(aside / SHARDS, _all_tensors(policy, teacher))
-    if not ranks.leads:
+    if not ranks.is_main:
         return
     if not policy.is_sharded:
         _save_tensors(aside / "weights.safetensors", dict(policy.trainable))

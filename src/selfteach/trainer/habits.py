@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from selfteach.types import Lesson, Signal
+from selfteach.types import TokenWeights, TrainingSample
 
 NGRAM = 4
 """Length of the runs of tokens that `repetition` looks for: long enough that prose rarely repeats one,
@@ -36,17 +36,19 @@ def hesitations(text: str) -> int:
     return len(HESITATION.findall(text))
 
 
-def taught(signals: Sequence[Signal]) -> float:
+def taught(token_weights: Sequence[TokenWeights]) -> float:
     """Share of the answers of which some token counts in the loss; 0 for no answers."""
-    return sum(any(s.weights) for s in signals) / max(1, len(signals))
+    return sum(any(s.weights) for s in token_weights) / max(1, len(token_weights))
 
 
-def end_supervised(lessons: Sequence[Lesson], signals: Sequence[Signal]) -> float | None:
+def eos_in_loss(
+    samples: Sequence[TrainingSample], token_weights: Sequence[TokenWeights]
+) -> float | None:
     """Of the answers that count in the loss, the share whose end token counts too.
 
     An answer that was cut at the token limit has no end token. None if no answer counts: a model
     whose end token is never supervised forgets to stop.
     """
-    counted = [(x, s) for x, s in zip(lessons, signals, strict=True) if any(s.weights)]
+    counted = [(x, s) for x, s in zip(samples, token_weights, strict=True) if any(s.weights)]
     ended = sum(x.rollout.finished and s.weights[-1] != 0 for x, s in counted)
     return ended / len(counted) if counted else None

@@ -14,7 +14,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import RecipeError, Terminated
 from selfteach.evaluation.evaluation_record import evaluation_path
-from selfteach.evaluation.evaluator import answers_name, evaluate
+from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
 from selfteach.models.loading import choose_device, resolve
 from selfteach.runtime import torchrun, tracking
@@ -29,17 +29,17 @@ from selfteach.trainer.build_critic import require_critic
 from selfteach.trainer.build_engine import require_engine
 from selfteach.trainer.metrics import coverage
 from selfteach.trainer.overlapped import train_steps
-from selfteach.trainer.step import Turn
+from selfteach.trainer.step import RolloutRequest
 from selfteach.types import Sampling
 
 BUDGET = (
-    "answers_sampled",
+    "rollouts_sampled",
     "tokens_sampled",
     "tokens_trained",
     "teacher_tokens",
     "critiques",
-    "critic_asked",
-    "critic_reused",
+    "critic_requests",
+    "critic_cached",
     "critic_prompt_tokens",
     "critic_completion_tokens",
     "critic_cost",
@@ -64,21 +64,21 @@ def train(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> Iterator[
     """
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
-    with _joined(recipe) as ranks, run.lock() if ranks.leads else nullcontext():
-        if ranks.leads:
+    with _joined(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
+        if ranks.is_main:
             made = {**environment(), "processor": processor()}
-            run.create(recipe.model_dump(mode="json"), made, _as_now)
+            run.create(recipe.model_dump(mode="json"), made, _migrated)
             for other in alike:
-                run.take_over(answers_name("validation", 0), RunFolder(other))
-        if ranks.first(run.is_complete):
+                run.copy_rollouts(rollouts_name("validation", 0), RunFolder(other))
+        if ranks.broadcast(run.is_complete):
             return
-        ranks.agreed(lambda: _require(recipe) if ranks.leads else None)
+        ranks.all_or_raise(lambda: _require(recipe) if ranks.is_main else None)
         built = build(recipe, ranks)
-        step = _take_up(run, built)
-        heard = _recording(run, recipe) if ranks.leads else nullcontext(_unheard)
+        step = _restore(run, built)
+        heard = _recording(run, recipe) if ranks.is_main else nullcontext(_unheard)
         with heard as record, listening(waits=ranks.size > 1) as termination:
             for row in _steps(run, recipe, built, step, record, termination):
-                if ranks.leads:
+                if ranks.is_main:
                     yield row
             with termination.safe():
                 _finish(run, recipe, built, record)
@@ -90,7 +90,7 @@ def _require(recipe: Recipe) -> None:
     require_engine(recipe)
 
 
-def _as_now(config: dict[str, Any]) -> dict[str, Any]:
+def _migrated(config: dict[str, Any]) -> dict[str, Any]:
     """A recipe of an earlier version with what recipes have had since."""
     return validate(Recipe, config, where="config.json").model_dump(mode="json")
 
@@ -117,13 +117,15 @@ def _unheard(row: Mapping[str, Any]) -> None:
     """Rank 0 writes rows down, and it alone."""
 
 
-def _take_up(run: RunFolder, built: Built) -> int:
+def _restore(run: RunFolder, built: Built) -> int:
     """Load the newest checkpoint if there is one; the number of steps that are done."""
-    ranks = built.parts.ranks
-    saved = ranks.first(checkpoint.checkpoints(run.checkpoints)[-1:])
-    step = checkpoint.load(saved[0], built.parts.policy, built.parts.teacher) if saved else 0
-    if ranks.leads:
-        run.keep_metrics_until(step if saved else -1)
+    ranks = built.components.ranks
+    saved = ranks.broadcast(checkpoint.checkpoints(run.checkpoints)[-1:])
+    step = (
+        checkpoint.load(saved[0], built.components.policy, built.components.teacher) if saved else 0
+    )
+    if ranks.is_main:
+        run.truncate_metrics(step if saved else -1)
     return step
 
 
@@ -147,10 +149,10 @@ def _steps(
     run: RunFolder, recipe: Recipe, built: Built, done: int, record: Record, end: Termination
 ) -> Iterator[dict[str, Any]]:
     """The loop. A step's row precedes its checkpoint, so none is ever missing."""
-    parts, last = built.parts, recipe.train.steps
-    parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
+    components, last = built.components, recipe.train.steps
+    components.engine.load_weights(components.policy.trainable.items(), components.policy.version)
     learning = train_steps(
-        parts, _turns(recipe, built), range(done + 1, last + 1),
+        components, _turns(recipe, built), range(done + 1, last + 1),
         staleness=recipe.train.staleness, journal=run, safely=end.safe,
     )  # fmt: skip
 
@@ -158,27 +160,38 @@ def _steps(
         keep = recipe.train.keep_checkpoints
         run.flushed()  # it counts on the answers that led to it
         checkpoint.save(
-            run.checkpoints, step, parts.policy, parts.teacher, keep=keep, ranks=parts.ranks
+            run.checkpoints,
+            step,
+            components.policy,
+            components.teacher,
+            keep=keep,
+            ranks=components.ranks,
         )
 
     try:
-        if parts.ranks.first(_due(run, recipe, done)):
+        if components.ranks.broadcast(_due(run, recipe, done)):
             with end.safe():
                 row = _measure(run, recipe, built, "validation", done, record)
             yield row
-        for step, (lessons, metrics) in learning:
-            among = {"ranks": parts.ranks.size} if parts.ranks.size > 1 else {}
-            row = {"step": step, "kind": "step", **among, **metrics, **coverage(parts, lessons)}
+        for step, (samples, metrics) in learning:
+            among = {"ranks": components.ranks.size} if components.ranks.size > 1 else {}
+            row = {
+                "step": step,
+                "kind": "step",
+                **among,
+                **metrics,
+                **coverage(components, samples),
+            }
             record(row)
             done = step
             yield row
-            if parts.ranks.first(_due(run, recipe, step)):
+            if components.ranks.broadcast(_due(run, recipe, step)):
                 with end.safe():
                     row = _measure(run, recipe, built, "validation", step, record)
                 yield row
             if step % recipe.train.checkpoint_every == 0 or step == last:
                 save(step)
-            if step < last and parts.ranks.size > 1 and parts.ranks.any(end.asked):
+            if step < last and components.ranks.size > 1 and components.ranks.any(end.asked):
                 raise Terminated  # on every rank, at the same step
     except Terminated:
         if done > 0 and not checkpoint.path_of(run.checkpoints, done).exists():
@@ -186,7 +199,7 @@ def _steps(
         raise
 
 
-def _turns(recipe: Recipe, built: Built) -> Callable[[int], Turn]:
+def _turns(recipe: Recipe, built: Built) -> Callable[[int], RolloutRequest]:
     """Who answers what in each step. Raises `RecipeError` if steps of one version share problems."""
     train, problems = recipe.train, built.task.problems("train")
     most = min(train.steps, train.staleness + 1) * min(train.problems_per_step, len(problems))
@@ -198,10 +211,10 @@ def _turns(recipe: Recipe, built: Built) -> Callable[[int], Turn]:
     order = training_order(len(problems), recipe.seed, train.problems_per_step)
     of_step = [[problems[i] for i in indices] for indices in islice(order, train.steps)]
 
-    def turn(step: int) -> Turn:
-        version = max(0, step - 1 - train.staleness) * train.updates_per_batch
-        over = version != built.parts.policy.version
-        return Turn(step, of_step[step - 1], version, over)
+    def turn(step: int) -> RolloutRequest:
+        version = max(0, step - 1 - train.staleness) * train.num_iterations
+        over = version != built.components.policy.version
+        return RolloutRequest(step, of_step[step - 1], version, over)
 
     return turn
 
@@ -227,19 +240,19 @@ def _measure(
         seed=recipe.seed,
     )
     evaluation = evaluate(
-        built.parts.engine, built.parts.verify, built.task.problems(split), sampling,
-        split=split, step=step, batch_answers=recipe.sampling.batch_answers, journal=run,
-        same=built.task.form.same, ranks=built.parts.ranks,
+        built.components.engine, built.components.verify, built.task.problems(split), sampling,
+        split=split, step=step, batch_size=recipe.sampling.batch_size, journal=run,
+        same=built.task.form.same, ranks=built.components.ranks,
     )  # fmt: skip
-    if built.parts.ranks.leads:
+    if built.components.ranks.is_main:
         write_json(evaluation_path(run.path, split, step), evaluation.to_json())
     row = {
         "step": step,
         "kind": split,
         "k": sampling.samples,
         **evaluation.means(),
-        "evaluation_answers": sampling.samples * len(evaluation.problem_ids),
-        "seconds_evaluating": time.monotonic() - started,
+        "evaluation_rollouts": sampling.samples * len(evaluation.problem_ids),
+        "time/evaluate": time.monotonic() - started,
     }
     record(row)
     return row
@@ -252,12 +265,12 @@ def _finish(run: RunFolder, recipe: Recipe, built: Built, record: Record) -> Non
         _measure(run, recipe, built, "test", step, record)
     if step > 0:
         _export(run, recipe, built)
-    if not built.parts.ranks.leads:
+    if not built.components.ranks.is_main:
         return
     rows = run.metrics()
-    seconds = sum(v for row in rows for k, v in row.items() if k.startswith("seconds_"))
+    seconds = sum(v for row in rows for k, v in row.items() if k.startswith("time/"))
     budget = {
-        name: sum(row.get(name, 0) for row in rows) for name in (*BUDGET, "evaluation_answers")
+        name: sum(row.get(name, 0) for row in rows) for name in (*BUDGET, "evaluation_rollouts")
     }
     curve = [(row["step"], row["avg"]) for row in rows if row["kind"] == "validation"]
     write_json(
@@ -274,13 +287,13 @@ def _finish(run: RunFolder, recipe: Recipe, built: Built, record: Record) -> Non
 def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:
     """The final model as ``transformers`` and PEFT read it, with its tokenizer."""
     aside, target = run.path / ".model.tmp", run.path / "model"
-    policy, ranks = built.parts.policy, built.parts.ranks
+    policy, ranks = built.components.policy, built.components.ranks
     model = policy.model
     # Adapters never touch the embeddings; PEFT would go and look for the base's config to see.
     extra: dict[str, Any] = {"save_embedding_layers": False} if policy.has_adapters else {}
     if policy.is_sharded:
-        extra["state_dict"] = whole_state(model, keep=ranks.leads)
-    if not ranks.leads:
+        extra["state_dict"] = whole_state(model, keep=ranks.is_main)
+    if not ranks.is_main:
         return
     with enough_disk():
         shutil.rmtree(aside, ignore_errors=True)

@@ -13,53 +13,58 @@ from torch import Tensor
 from selfteach.runtime.distributed import Ranks
 from selfteach.trainer import habits
 from selfteach.types import (
-    Lesson,
-    NoCritique,
+    CritiqueFailure,
+    TrainingSample,
     Usage,
 )
 
 if TYPE_CHECKING:
-    from selfteach.trainer.step import Parts
+    from selfteach.trainer.step import Components
 
 Metrics = dict[str, float]
 
 
-def coverage(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
+def coverage(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
     """Which answers, and of these which end tokens, the loss of the step just taken has counted."""
-    version = parts.policy.version - parts.updates_per_batch
-    signals = parts.objective.weigh(lessons, parts.objective.count(lessons), version)
-    ended = habits.end_supervised(lessons, signals)
+    version = components.policy.version - components.num_iterations
+    token_weights = components.objective.token_weights(
+        samples, components.objective.denominators(samples), version
+    )
+    ended = habits.eos_in_loss(samples, token_weights)
     return {
-        "taught": habits.taught(signals),
-        **({} if ended is None else {"end_supervised": ended}),
+        "taught": habits.taught(token_weights),
+        **({} if ended is None else {"eos_in_loss": ended}),
     }
 
 
-def describe(lessons: Sequence[Lesson]) -> Metrics:
+def describe(samples: Sequence[TrainingSample]) -> Metrics:
     """What the step's answers were like: the health of a run."""
-    rollouts = [lesson.rollout for lesson in lessons]
-    tokens = sum(len(rollout.answer_ids) for rollout in rollouts)
+    rollouts = [sample.rollout for sample in samples]
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     count = max(1, len(rollouts))
-    dropped = Counter(lesson.dropped for lesson in lessons if lesson.dropped)
-    critiques = [lesson.marked.critique for lesson in lessons if lesson.marked.critique]
-    refused = Counter(c.reason for c in critiques if isinstance(c, NoCritique))
-    fidelity = [lesson.change.fidelity for lesson in lessons if lesson.change]
+    dropped = Counter(sample.dropped for sample in samples if sample.dropped)
+    critiques = [sample.critiqued.critique for sample in samples if sample.critiqued.critique]
+    refused = Counter(c.reason for c in critiques if isinstance(c, CritiqueFailure))
+    fidelity = [sample.change.fidelity for sample in samples if sample.change]
     usage = sum((critique.usage for critique in critiques), Usage())
     return {
-        "correct": sum(lesson.marked.verdict.correct for lesson in lessons) / count,
-        "formatted": sum(lesson.marked.verdict.formatted for lesson in lessons) / count,
+        "correct": sum(sample.critiqued.verdict.correct for sample in samples) / count,
+        "formatted": sum(sample.critiqued.verdict.formatted for sample in samples) / count,
         "truncated": sum(not rollout.finished for rollout in rollouts) / count,
         "length": tokens / count,
         # The mean of -log p over sampled tokens is an unbiased estimate of the entropy per token.
         "entropy": -sum(sum(rollout.logps) for rollout in rollouts) / max(1, tokens),
-        "repetition": sum(habits.repetition(rollout.answer_ids) for rollout in rollouts) / count,
+        "repetition": sum(habits.repetition(rollout.token_ids) for rollout in rollouts) / count,
         "hesitations": sum(habits.hesitations(rollout.text) for rollout in rollouts) / count,
-        "answers_sampled": len(rollouts),
+        "rollouts_sampled": len(rollouts),
         "tokens_sampled": tokens,
         "critiques": len(critiques) - sum(refused.values()),
         **({"fidelity": sum(fidelity) / len(fidelity)} if fidelity else {}),
         **{f"critic_{name}": value for name, value in asdict(usage).items()},
-        **{f"no_critique/{reason}": number / count for reason, number in sorted(refused.items())},
+        **{
+            f"critique_failure/{reason}": number / count
+            for reason, number in sorted(refused.items())
+        },
         "dropped": sum(dropped.values()) / count,
         **{f"dropped/{reason}": number / count for reason, number in sorted(dropped.items())},
     }
@@ -77,14 +82,14 @@ def summarize(said: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metrics:
         "mismatch_max": ranks.max(mismatch_N),
         # KL(engine ‖ trainer), estimated by k3 on what the engine has sampled.
         "mismatch_kl": ranks.mean(joined["mismatch"].expm1() - joined["mismatch"]),
-        "clipped": ranks.mean(joined["clipped"]),
+        "clip_fraction": ranks.mean(joined["clipped"]),
     }
-    if "advantage" in joined:
-        metrics["advantage_abs"] = ranks.mean(joined["advantage"].abs())
-    if "truncated" in joined:
-        metrics["importance_truncated"] = ranks.mean(joined["truncated"])
-    if "share" in joined:
-        metrics["distilled_share"] = ranks.mean(joined["share"])
+    if "teacher_logratio" in joined:
+        metrics["teacher_logratio_abs"] = ranks.mean(joined["teacher_logratio"].abs())
+    if "importance_capped" in joined:
+        metrics["importance_ratio_capped"] = ranks.mean(joined["importance_capped"])
+    if "distillation_share" in joined:
+        metrics["distillation_share"] = ranks.mean(joined["distillation_share"])
     if "kl" in joined:
         metrics["kl_initial"] = ranks.mean(joined["kl"])
     return metrics

@@ -2,7 +2,7 @@
 
 ``offending/step_000012.safetensors`` holds the micro-batch (the fields of `types.Batch`, the sequences'
 as ``student.ids_BT``, …) and what was said of each of its tokens (``loss``, ``logp``, …). Which answers
-they are stands in ``lessons/`` of the same step.
+they are stands in ``samples/`` of the same step.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def kept_if_not_finite(journal: RunFolder | None, step: int) -> Iterator[None]:
             save_file({n: t.detach().cpu().contiguous() for n, t in error.tensors.items()}, aside)
         raise LossError(
             f"step {step}: {error}; the batch is {path}, its answers are in "
-            f"lessons/step_{step:06d}.jsonl. A resume would meet it again: look at the batch, and "
+            f"samples/step_{step:06d}.jsonl. A resume would meet it again: look at the batch, and "
             "begin anew with a lower optimizer.lr, or with model.autocast and weights_dtype as wide "
             "as the model needs"
         ) from None

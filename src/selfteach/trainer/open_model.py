@@ -41,7 +41,7 @@ def _from_checkpoint(
     own = validate(Recipe, RunFolder(run).config(), where=str(run))
     resolved = adapt(recipe.model_copy(update={"model": own.model}) if recipe else own)
     built = build(resolved)
-    checkpoint.load_weights(saved, built.parts.policy)
+    checkpoint.load_weights(saved, built.components.policy)
     return built, resolved
 
 

@@ -31,17 +31,17 @@ from typing import ParamSpec, TypeVar
 from selfteach.runtime.futures import Later, Span, at_once, covered, later, timed
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.metrics import Metrics
-from selfteach.trainer.step import Parts, Turn, ask, take_in
-from selfteach.types import Lesson, Marked
+from selfteach.trainer.step import Components, RolloutRequest, ask, take_in
+from selfteach.types import CritiquedRollout, TrainingSample
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Asked = TypeVar("Asked")
 Done = TypeVar("Done")
-Learned = tuple[list[Lesson], Metrics]
+Learned = tuple[list[TrainingSample], Metrics]
 Safely = Callable[[], AbstractContextManager[None]]
 """Opens a stretch in which the process may be told to end."""
-PHASES = ("sampling", "marking", "learning")
+PHASES = ("rollout", "critique", "train")
 
 
 def overlapped(
@@ -70,35 +70,37 @@ def overlapped(
 
 
 def train_steps(
-    parts: Parts,
-    turns: Callable[[int], Turn],
+    components: Components,
+    turns: Callable[[int], RolloutRequest],
     steps: Iterable[int],
     *,
     staleness: int = 0,
     journal: RunFolder | None = None,
     safely: Safely = nullcontext,
 ) -> Iterator[tuple[int, Learned]]:
-    """Steps with their lessons and metrics, as `step.train_step` takes them one by one.
+    """Steps with their samples and metrics, as `step.train_step` takes them one by one.
 
     ``turns`` says who answers what in a step; it is asked when the step's sampling begins. When a
     step is yielded, its weights are published.
     """
     with ExitStack() as stack:
-        mark_later = stack.enter_context(later(parts.critic_threads))
-        sample_later = stack.enter_context(later(1)) if parts.samples_beside else at_once
-        clock, agreed = Clock(), parts.ranks.agreed
+        mark_later = stack.enter_context(later(components.critic_threads))
+        sample_later = stack.enter_context(later(1)) if components.samples_beside else at_once
+        clock, agreed = Clock(), components.ranks.all_or_raise
 
         def begin(step: int) -> Callable[[], _Asked]:
             asked = _Asked()
             mark = _timing(mark_later, asked.marking)
-            with clock("sampling"), safely():
+            with clock("rollout"), safely():
                 turn = turns(step)
                 sampled = agreed(
-                    lambda: sample_later(timed, ask, asked.sampling, parts, turn, mark, journal)
+                    lambda: sample_later(
+                        timed, ask, asked.sampling, components, turn, mark, journal
+                    )
                 )
 
             def wait() -> _Asked:
-                with clock("sampling", waits=parts.samples_beside):
+                with clock("rollout", waits=components.samples_beside):
                     asked.batches = agreed(sampled)
                 return asked
 
@@ -107,16 +109,18 @@ def train_steps(
         def finish(step: int, wait: Callable[[], _Asked]) -> Learned:
             with safely():
                 asked = wait()
-            beside = parts.critic_threads > 0
+            beside = components.critic_threads > 0
             # A critic in this process may have swapped weights: not to be left in the middle.
-            with clock("marking", waits=beside), (safely if beside else nullcontext)():
-                marked = agreed(lambda: [said for batch in asked.batches for said in batch()])
-            with clock("learning"):
-                lessons, metrics = take_in(parts, marked, step=step, journal=journal)
-            return lessons, {**metrics, **clock.row(asked.sampling, asked.marking)}
+            with clock("critique", waits=beside), (safely if beside else nullcontext)():
+                critiqued = agreed(lambda: [said for batch in asked.batches for said in batch()])
+            with clock("train"):
+                samples, metrics = take_in(components, critiqued, step=step, journal=journal)
+            return samples, {**metrics, **clock.row(asked.sampling, asked.marking)}
 
         def publish() -> None:
-            parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
+            components.engine.load_weights(
+                components.policy.trainable.items(), components.policy.version
+            )
 
         yield from overlapped(begin, finish, publish, steps, staleness)
 
@@ -142,20 +146,20 @@ class Clock:
     def row(self, sampling: Iterable[Span], marking: Iterable[Span]) -> Metrics:
         """What to write down of a step, and the clock set to zero.
 
-        ``seconds_*`` add up to the time of this thread since the last row. ``busy_*`` are the seconds
+        ``time/*`` add up to the time of this thread since the last row. ``active_*`` are the seconds
         in which somebody was at work on this step's answers; ``waiting`` those in which this thread
         was not, and ``overlap`` is `overlap_of` them.
         """
         seconds, waiting = self._seconds, self._waiting
         self.__init__()
         busy = {
-            "sampling": covered(sampling),
-            "marking": covered(marking),
-            "learning": seconds["learning"],
+            "rollout": covered(sampling),
+            "critique": covered(marking),
+            "train": seconds["train"],
         }
         return {
-            **{f"seconds_{phase}": seconds[phase] for phase in PHASES},
-            **{f"busy_{phase}": busy[phase] for phase in PHASES},
+            **{f"time/{phase}": seconds[phase] for phase in PHASES},
+            **{f"active_{phase}": busy[phase] for phase in PHASES},
             "waiting": waiting,
             "overlap": overlap_of(list(busy.values()), sum(seconds.values())),
         }
@@ -175,7 +179,7 @@ class _Asked:
     """A step that is being answered: its batches on their way to the critic, and when it was busy."""
 
     def __init__(self) -> None:
-        self.batches: list[Callable[[], list[Marked]]] = []
+        self.batches: list[Callable[[], list[CritiquedRollout]]] = []
         self.sampling: list[Span] = []
         self.marking: list[Span] = []
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from selfteach.feedback.alignment import changed_steps, first_change, first_error_token
-from selfteach.losses.objectives import summed
+from selfteach.losses.objectives import weighted_loss
 from selfteach.models.policy import Policy
 from selfteach.prompts.renderer import Renderer
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
 from selfteach.rollout.rollouts import sample_batches, signed
-from selfteach.runtime.distributed import ALONE, Ranks
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.futures import Later, later
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.tasks import segmentation
@@ -27,18 +27,18 @@ from selfteach.trainer.nonfinite import kept_if_not_finite, require_finite
 from selfteach.types import (
     Batch,
     Critique,
-    Lesson,
-    Marked,
-    NoCritique,
+    CritiquedRollout,
+    CritiqueFailure,
     Problem,
     Rollout,
     Sampling,
+    TrainingSample,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """All that a step is made of; `build.build_parts` makes one from a recipe."""
+class Components:
+    """All that a step is made of; `build.build_components` makes one from a recipe."""
 
     engine: Engine
     verify: Verifier
@@ -50,22 +50,22 @@ class Parts:
     renderer: Renderer
     split_steps: segmentation.Splitter
     sampling: Sampling
-    batch_answers: int
+    batch_size: int
     critic_threads: int
     """Batches that are marked beside other work; 0 for a critic that needs this machine."""
     samples_beside: bool
     """The engine has weights of its own: it may sample while the policy learns."""
-    updates_per_batch: int
+    num_iterations: int
     micro_batch_tokens: int
     chunk_tokens: int
     max_length: int
     pad_id: int
-    ranks: Ranks = ALONE
-    """Who else takes this step; each rank knows all lessons and learns from its share."""
+    ranks: Ranks = SINGLE_PROCESS
+    """Who else takes this step; each rank knows all samples and learns from its share."""
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class RolloutRequest:
     """The problems of a step, and whose answers it learns from."""
 
     step: int
@@ -77,135 +77,154 @@ class Turn:
 
 
 def train_step(
-    parts: Parts, problems: Sequence[Problem], *, step: int = 0, journal: RunFolder | None = None
-) -> tuple[list[Lesson], Metrics]:
+    components: Components,
+    problems: Sequence[Problem],
+    *,
+    step: int = 0,
+    journal: RunFolder | None = None,
+) -> tuple[list[TrainingSample], Metrics]:
     """Answer, be marked, re-read with the marks in view, and learn what one would now say."""
-    with later(parts.critic_threads) as soon:  # a server marks one batch while the next is sampled
-        marking = ask(parts, Turn(step, problems, parts.policy.version), soon, journal)
-        marked = [answer for batch in marking for answer in batch()]
-    lessons, metrics = take_in(parts, marked, step=step, journal=journal)
-    parts.engine.load_weights(parts.policy.trainable.items(), parts.policy.version)
-    return lessons, metrics
+    with later(
+        components.critic_threads
+    ) as soon:  # a server marks one batch while the next is sampled
+        marking = ask(
+            components, RolloutRequest(step, problems, components.policy.version), soon, journal
+        )
+        critiqued = [answer for batch in marking for answer in batch()]
+    samples, metrics = take_in(components, critiqued, step=step, journal=journal)
+    components.engine.load_weights(components.policy.trainable.items(), components.policy.version)
+    return samples, metrics
 
 
 def ask(
-    parts: Parts, turn: Turn, soon: Later, journal: RunFolder | None = None
-) -> list[Callable[[], list[Marked]]]:
+    components: Components, turn: RolloutRequest, soon: Later, journal: RunFolder | None = None
+) -> list[Callable[[], list[CritiquedRollout]]]:
     """Answer every problem, and hand each batch of answers over to be marked."""
     known = journal.load_critiques(turn.step) if journal else {}
     sampled = sample_batches(
-        None if turn.over else parts.engine, turn.problems, parts.sampling,
-        batch_answers=parts.batch_answers, journal=journal, name=f"step_{turn.step:06d}",
-        ranks=parts.ranks,
+        None if turn.over else components.engine, turn.problems, components.sampling,
+        batch_size=components.batch_size, journal=journal, name=f"step_{turn.step:06d}",
+        ranks=components.ranks,
     )  # fmt: skip
-    return [soon(mark, parts, signed(batch, turn.version), known) for batch in sampled]
+    return [soon(mark, components, signed(batch, turn.version), known) for batch in sampled]
 
 
 def take_in(
-    parts: Parts, marked: list[Marked], *, step: int = 0, journal: RunFolder | None = None
-) -> tuple[list[Lesson], Metrics]:
+    components: Components,
+    critiqued: list[CritiquedRollout],
+    *,
+    step: int = 0,
+    journal: RunFolder | None = None,
+) -> tuple[list[TrainingSample], Metrics]:
     """Re-read the answers with their marks in view, and learn."""
-    lessons = teach(parts, parts.ranks.gather(marked))
-    if journal and parts.ranks.leads:
-        journal.save_lessons(step, lessons)
+    samples = teach(components, components.ranks.gather(critiqued))
+    if journal and components.ranks.is_main:
+        journal.save_samples(step, samples)
     with kept_if_not_finite(journal, step):
-        learned = learn(parts, lessons)
-    return lessons, {**describe(lessons), **learned}
+        learned = learn(components, samples)
+    return samples, {**describe(samples), **learned}
 
 
 def mark(
-    parts: Parts,
+    components: Components,
     rollouts: Sequence[Rollout],
-    known: Mapping[tuple[str, int], Critique | NoCritique | None] | None = None,
-) -> list[Marked]:
+    known: Mapping[tuple[str, int], Critique | CritiqueFailure | None] | None = None,
+) -> list[CritiquedRollout]:
     """Verdict and critique of each answer; critiques that are known are not asked for again."""
-    verdicts = [parts.verify(rollout.problem, rollout.text) for rollout in rollouts]
-    critiques: Sequence[Critique | NoCritique | None]
+    verdicts = [components.verify(rollout.problem, rollout.text) for rollout in rollouts]
+    critiques: Sequence[Critique | CritiqueFailure | None]
     if known and all(rollout.key in known for rollout in rollouts):
         critiques = [known[rollout.key] for rollout in rollouts]
-    elif parts.critic is not None:
-        critiques = parts.critic(list(zip(rollouts, verdicts, strict=True)))
+    elif components.critic is not None:
+        critiques = components.critic(list(zip(rollouts, verdicts, strict=True)))
     else:
         critiques = [None] * len(rollouts)
-    return [Marked(*said) for said in zip(rollouts, verdicts, critiques, strict=True)]
+    return [CritiquedRollout(*said) for said in zip(rollouts, verdicts, critiques, strict=True)]
 
 
-def teach(parts: Parts, marked: Sequence[Marked]) -> list[Lesson]:
+def teach(components: Components, critiqued: Sequence[CritiquedRollout]) -> list[TrainingSample]:
     """What the self-teacher will be shown of each answer; what cannot be shown is dropped, not cut."""
-    if parts.context is None:
-        own_prompt = parts.objective.needs_teacher
+    if components.context is None:
+        own_prompt = components.objective.needs_teacher
         return [
-            Lesson(
+            TrainingSample(
                 m,
                 teacher_prompt_ids=m.rollout.prompt_ids if own_prompt else None,
-                scored_from=parts.renderer.scored_from(m.rollout.answer_ids),
-                steps=tuple(parts.split_steps(m.rollout.text)),
+                scored_from=components.renderer.scored_from(m.rollout.token_ids),
+                steps=tuple(components.split_steps(m.rollout.text)),
             )
-            for m in marked
+            for m in critiqued
         ]
-    shown = parts.context(marked)
-    return [_lesson(parts, m, context) for m, context in zip(marked, shown, strict=True)]
+    shown = components.context(critiqued)
+    return [
+        _training_sample(components, m, context)
+        for m, context in zip(critiqued, shown, strict=True)
+    ]
 
 
-def learn(parts: Parts, lessons: Sequence[Lesson]) -> Metrics:
+def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
     """Move the policy, which sees only the question, towards what its teacher says."""
     # One denominator for every micro-batch and rank: no split of the step changes loss or gradient.
-    counts = parts.objective.count(lessons)
-    signals = parts.objective.weigh(lessons, counts, parts.policy.version)
+    counts = components.objective.denominators(samples)
+    token_weights = components.objective.token_weights(samples, counts, components.policy.version)
     batches = collate(
-        lessons, signals, pad_id=parts.pad_id,
-        micro_batch_tokens=parts.micro_batch_tokens, ranks=parts.ranks,
+        samples, token_weights, pad_id=components.pad_id,
+        micro_batch_tokens=components.micro_batch_tokens, ranks=components.ranks,
     )  # fmt: skip
-    batches = [batch.to(parts.policy.device) for batch in batches]
+    batches = [batch.to(components.policy.device) for batch in batches]
     metrics: Metrics = {}
-    for update in range(parts.updates_per_batch):
-        said = [_backward(parts, batch) for batch in batches]
+    for update in range(components.num_iterations):
+        said = [_backward(components, batch) for batch in batches]
         require_finite(said, batches)
-        stepped = parts.policy.optimizer_step()
-        parts.teacher.update()
+        stepped = components.policy.optimizer_step()
+        components.teacher.update()
         if update == 0:
-            metrics = summarize(said, parts.ranks)
+            metrics = summarize(said, components.ranks)
             batches = [  # later updates are measured from where the first one began
                 dataclasses.replace(batch, old_logp_N=own["logp"])
                 for batch, own in zip(batches, said, strict=True)
             ]
         metrics |= stepped
-    scored = [len(batch.ids_N) * parts.updates_per_batch for batch in batches]
+    scored = [len(batch.ids_N) * components.num_iterations for batch in batches]
     told = [number for number, batch in zip(scored, batches, strict=True) if batch.teacher]
     return {
         **metrics,
-        "tokens_trained": parts.ranks.sum(sum(scored)),
-        "teacher_tokens": parts.ranks.sum(sum(told)),
-        "optimizer_steps": parts.updates_per_batch,
+        "tokens_trained": components.ranks.sum(sum(scored)),
+        "teacher_tokens": components.ranks.sum(sum(told)),
+        "optimizer_steps": components.num_iterations,
     }
 
 
-def _backward(parts: Parts, batch: Batch) -> dict[str, Tensor]:
+def _backward(components: Components, batch: Batch) -> dict[str, Tensor]:
     """Add one micro-batch's gradient of the whole step's loss; what was said of its tokens."""
-    teacher = parts.teacher.score(batch.teacher) if batch.teacher is not None else None
-    student = parts.policy.score(batch.student)
-    loss, said = summed(parts.objective, student, teacher, batch, parts.chunk_tokens)
+    teacher = components.teacher.score(batch.teacher) if batch.teacher is not None else None
+    student = components.policy.score(batch.student)
+    loss, said = weighted_loss(
+        components.objective, student, teacher, batch, components.chunk_tokens
+    )
     loss.backward()
     return {**said, "total": loss.detach()[None], "mismatch": said["logp"] - batch.sampled_logp_N}
 
 
-def _lesson(parts: Parts, marked: Marked, context: str | NoCritique) -> Lesson:
-    rollout = marked.rollout
-    spans = tuple(parts.split_steps(rollout.text))
-    scored_from = parts.renderer.scored_from(rollout.answer_ids)
-    told = Lesson(marked, scored_from=scored_from, steps=spans)
-    if isinstance(context, NoCritique):
+def _training_sample(
+    components: Components, critiqued: CritiquedRollout, context: str | CritiqueFailure
+) -> TrainingSample:
+    rollout = critiqued.rollout
+    spans = tuple(components.split_steps(rollout.text))
+    scored_from = components.renderer.scored_from(rollout.token_ids)
+    told = TrainingSample(critiqued, scored_from=scored_from, steps=spans)
+    if isinstance(context, CritiqueFailure):
         return dataclasses.replace(told, dropped=context.reason)
-    prompt = parts.renderer.teacher_prompt(rollout.problem, context)
-    if len(prompt) + len(rollout.answer_ids) > parts.max_length:
+    prompt = components.renderer.teacher_prompt(rollout.problem, context)
+    if len(prompt) + len(rollout.token_ids) > components.max_length:
         return dataclasses.replace(told, context=context, dropped="longer than the context window")
-    ends = parts.renderer.token_ends(rollout.answer_ids)
+    ends = components.renderer.token_ends(rollout.token_ids)
     in_tokens = segmentation.token_spans(spans, ends)
     return dataclasses.replace(
         told,
         context=context,
         teacher_prompt_ids=prompt,
-        first_error_token=first_error_token(marked.critique, in_tokens),
-        change=first_change(marked, spans, ends),
-        changed_spans=tuple(in_tokens[index] for index, _ in changed_steps(marked, spans)),
+        first_error_token=first_error_token(critiqued.critique, in_tokens),
+        change=first_change(critiqued, spans, ends),
+        changed_spans=tuple(in_tokens[index] for index, _ in changed_steps(critiqued, spans)),
     )

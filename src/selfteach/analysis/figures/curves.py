@@ -21,10 +21,10 @@ RESAMPLES = 2_000
 LEAST_SPAN = 0.3
 """Share of the largest value that a y axis spans at least."""
 PHASES = {
-    "seconds_sampling": ("sampling", ""),
-    "seconds_marking": ("marking", "//"),
-    "seconds_learning": ("learning", ".."),
-    "seconds_evaluating": ("evaluating", "xx"),
+    "time/rollout": ("sampling", ""),
+    "time/critique": ("critiques", "//"),
+    "time/train": ("training", ".."),
+    "time/evaluate": ("evaluating", "xx"),
 }
 """Where the seconds of a run go: names and hatches (colour is never alone)."""
 SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")

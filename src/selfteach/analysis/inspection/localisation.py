@@ -111,7 +111,7 @@ def style_leak(sums: Sums, where: str = "all") -> np.ndarray:
 MEASURES: dict[str, Callable[[Sums], np.ndarray]] = {
     **{f"mass.{r}": lambda sums, r=r: mass(sums, r) for r in REGIONS[:3]},
     **{f"advantage.{r}": lambda sums, r=r: mean_advantage(sums, r) for r in REGIONS},
-    **{f"advantage_abs.{r}": lambda sums, r=r: mean_abs(sums, r) for r in REGIONS},
+    **{f"teacher_logratio_abs.{r}": lambda sums, r=r: mean_abs(sums, r) for r in REGIONS},
     "concentration": concentration,
     "collateral": collateral,
     "hits": hits,
@@ -121,7 +121,7 @@ MEASURES: dict[str, Callable[[Sums], np.ndarray]] = {
 UNITS = {
     "mass": "percent of |A|",
     "advantage": "nats",
-    "advantage_abs": "nats",
+    "teacher_logratio_abs": "nats",
     "concentration": "ratio",
     "collateral": "percent of tokens",
     "hits": "percent of tokens",

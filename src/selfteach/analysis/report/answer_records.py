@@ -1,4 +1,4 @@
-"""Answers for the report's browser: from an inspection, or from what a run has saved of its lessons.
+"""Answers for the report's browser: from an inspection, or from what a run has saved of its samples.
 
 A record holds all that is said of one answer, as plain JSON:
 
@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from selfteach.analysis.run_data import Groups, Run, read_rows
+from selfteach.config.migrations import run_subfolder
 
 Record = dict[str, Any]
 
@@ -52,7 +53,7 @@ def learned_from(groups: Groups, most: int = MOST) -> tuple[list[Record], int]:
 
     Up to ``most``, the same number from each arm: whole steps are left out, evenly.
     """
-    steps = {name: _lesson_files(runs[0]) for name, runs in groups.items()}
+    steps = {name: _sample_files(runs[0]) for name, runs in groups.items()}
     steps = {name: files for name, files in steps.items() if files}
     share = max(0, most) // max(1, len(steps))
     records, total = [], 0
@@ -62,12 +63,12 @@ def learned_from(groups: Groups, most: int = MOST) -> tuple[list[Record], int]:
         total += len(first) * len(files)
         for i in _evenly(len(files), share // max(1, len(first))):
             step = int(files[i].stem.rpartition("_")[2])
-            records += [_lesson(row, run, name, step) for row in read_rows(files[i])]
+            records += [_training_sample(row, run, name, step) for row in read_rows(files[i])]
     return records, total
 
 
-def _lesson_files(run: Run) -> list[Path]:
-    return sorted((run.folder / "lessons").glob("step_*.jsonl"))
+def _sample_files(run: Run) -> list[Path]:
+    return sorted(run_subfolder(run.folder, "samples").glob("step_*.jsonl"))
 
 
 def example(found: Mapping[str, Any]) -> Record:
@@ -120,7 +121,7 @@ def _inspected(row: Mapping[str, Any], scored: Mapping[str, Any]) -> Record:
     }  # fmt: skip
 
 
-def _lesson(row: Mapping[str, Any], run: Run, name: str, step: int) -> Record:
+def _training_sample(row: Mapping[str, Any], run: Run, name: str, step: int) -> Record:
     critique, change = row["critique"], row.get("first_change")
     context = run.config["context"]["type"]
     shown = {"text": row["context"], "dropped": row["dropped"], "advantage": None}

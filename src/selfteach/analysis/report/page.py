@@ -26,6 +26,7 @@ from selfteach.analysis.report import answer_records
 from selfteach.analysis.report.packing import pack
 from selfteach.analysis.run_data import Groups, Run, grouped, read_json, read_runs
 from selfteach.analysis.wording import Results
+from selfteach.config.migrations import migrate_results
 from selfteach.errors import CheckpointError
 
 FORMAT = 1
@@ -112,7 +113,7 @@ def _results(folders: Sequence[Path], runs: Sequence[Run]) -> dict[str, Any]:
         made = {"versions": {}, "seconds": 0.0, **read_json(folders[0] / "inspection.json")}
         return comparison.nothing(title=str(made.get("model") or folders[0].name), made=made)
     if len(folders) == 1 and path.exists():
-        results = read_json(path)
+        results = migrate_results(read_json(path))
         if results.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {results.get('format')!r}, known is {FORMAT}")
         return {"split": "test", "notes": [], **results}

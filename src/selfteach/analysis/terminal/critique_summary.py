@@ -150,7 +150,7 @@ def _cost(summary: Summary, seconds: float) -> Table:
     table = _table("what it took", "in all", "per answer", "")
     used: Mapping[str, Any] = summary.usage
     for title, name in (
-        ("requests that were sent", "asked"), ("replies from the store", "reused"),
+        ("requests that were sent", "requests"), ("replies from the cache", "cached"),
         ("prompt tokens", "prompt_tokens"), ("tokens written", "completion_tokens"),
     ):  # fmt: skip
         each = used[name] / max(1, summary.answers)

@@ -95,7 +95,7 @@ def _pairs(results: Results) -> Table:
 
 def _budget(setting: Setting) -> Table:
     columns = budget_columns(budgets(setting))
-    shown = [key for key in columns if key != "evaluation_answers"]  # the same for every arm
+    shown = [key for key in columns if key != "evaluation_rollouts"]  # the same for every arm
     table = _table(["per seed", *(BUDGET[key] for key in shown)])
     for name, arm in setting["arms"].items():
         spent = arm["budget"]

@@ -107,7 +107,7 @@ def _is_quiet(run: Run, now: float) -> bool:
 
 
 def _seconds(row: Mapping[str, Any]) -> float:
-    return sum(value for key, value in row.items() if key.startswith("seconds_"))
+    return sum(value for key, value in row.items() if key.startswith("time/"))
 
 
 def _planned(folder: Path) -> Iterator[Path]:

@@ -149,7 +149,7 @@ def _budget(recipe: Recipe, known: Survey) -> Iterator[str]:
         yield (
             f"{budget.answers:,} answers (at most {budget.tokens:,} tokens), "
             f"{budget.critiques:,} critiques, {budget.optimizer_steps:,} optimizer steps, "
-            f"{budget.evaluation_answers:,} answers to evaluate"
+            f"{budget.evaluation_rollouts:,} answers to evaluate"
         )
     steps, rows = recipe.train.steps, step_tokens(recipe, known.lengths)
     yield f"tokens at most (expected): per step, in {steps:,} steps"
@@ -184,5 +184,5 @@ def _total(recipes: Mapping[str, Recipe], known: Mapping[str, Survey], seeds: in
     ]
     if len(budgets) < len(recipes):
         return f"main setting, {seeds} seeds; nothing has been spent"
-    answers = seeds * sum(budget.answers + budget.evaluation_answers for budget in budgets)
+    answers = seeds * sum(budget.answers + budget.evaluation_rollouts for budget in budgets)
     return f"main setting, {seeds} seeds: {answers:,} answers in all; nothing has been spent"

@@ -74,14 +74,16 @@ class Survey:
 
 def survey(recipe: Recipe, built: Built) -> Survey:
     """Of a run that could be built."""
-    policy = built.parts.policy
+    policy = built.components.policy
     shape = shape_of(policy.model.config)
     adapters = sum(p.numel() for p in policy.trainable.values()) if policy.has_adapters else 0
     parameters = sum(p.numel() for p in policy.model.parameters()) - adapters
     trained = sum(p.numel() for p in policy.trainable.values())
     problems = {s: len(getattr(built.task, s)) for s in ("train", "validation", "test")}
     templates = Templates(recipe.model.templates or built.task.templates)
-    lengths = measure(built.parts.max_length, built.parts.renderer, templates, built.task, recipe)
+    lengths = measure(
+        built.components.max_length, built.components.renderer, templates, built.task, recipe
+    )
     return Survey(
         str(policy.device), shape, parameters, trained, lengths, problems, task=built.task
     )
@@ -125,7 +127,7 @@ def load_of(recipe: Recipe, known: Survey) -> Load | None:
         recipe.teacher.type != "live" and (recipe.teacher.type == "ema" or model.lora is None)
     )
     copies += int(isinstance(recipe.critic, PolicyCriticConfig) and model.lora is None)
-    rows = min(recipe.sampling.batch_answers, train.problems_per_step * train.answers_per_problem)
+    rows = min(recipe.sampling.batch_size, train.problems_per_step * train.group_size)
     return Load(
         shape=shape,
         parameters=known.parameters,
@@ -135,7 +137,7 @@ def load_of(recipe: Recipe, known: Survey) -> Load | None:
         compute_bytes=2 if autocast_of(model, known.device) else weights,
         recompute=model.gradient_checkpointing,
         copies=copies,
-        # A lesson longer than a micro-batch stands alone; the teacher's side keeps no activations.
+        # A sample longer than a micro-batch stands alone; the teacher's side keeps no activations.
         learn_tokens=max(train.micro_batch_tokens, prompt + answer),
         chunk_entries=chunk_tokens(shape.vocabulary, known.device) * shape.vocabulary,
         sample_rows=rows,

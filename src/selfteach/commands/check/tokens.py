@@ -40,13 +40,13 @@ class Budget:
     """Of these answers, at most."""
     critiques: int
     optimizer_steps: int
-    evaluation_answers: int
+    evaluation_rollouts: int
 
     @classmethod
     def of(cls, recipe: Recipe, problems: dict[str, int]) -> Budget:
         """The budget of a recipe over problem sets of these sizes."""
         train, evaluation = recipe.train, recipe.evaluation
-        per_step = min(train.problems_per_step, problems["train"]) * train.answers_per_problem
+        per_step = min(train.problems_per_step, problems["train"]) * train.group_size
         answers = train.steps * per_step
         points = 0
         if train.steps:
@@ -58,8 +58,8 @@ class Budget:
             answers=answers,
             tokens=answers * recipe.sampling.max_tokens,
             critiques=answers if recipe.critic is not None else 0,
-            optimizer_steps=train.steps * train.updates_per_batch,
-            evaluation_answers=evaluated,
+            optimizer_steps=train.steps * train.num_iterations,
+            evaluation_rollouts=evaluated,
         )
 
 
@@ -75,9 +75,9 @@ class Tokens:
 def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
     """What one step reads and writes; rows that are nothing are left out."""
     train, sampled = recipe.train, recipe.sampling.max_tokens
-    answers = train.problems_per_step * train.answers_per_problem
+    answers = train.problems_per_step * train.group_size
     prompt, mean = lengths.longest_prompt, lengths.mean_prompt
-    scored = answers * train.updates_per_batch
+    scored = answers * train.num_iterations
 
     def row(name: str, times: int, at_most: int, expected: float | None) -> Tokens:
         return Tokens(name, times * at_most, None if expected is None else round(times * expected))
@@ -90,7 +90,7 @@ def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
     shown = _shown(recipe, lengths)
     if shown is not None:
         name, at_most, expected = shown
-        times = answers * train.updates_per_batch
+        times = answers * train.num_iterations
         if recipe.teacher.type == "trust_region":
             times *= 2
         rows.append(row(name, times, at_most, expected))
@@ -125,7 +125,7 @@ def _shown(recipe: Recipe, lengths: Lengths) -> tuple[str, int, float | None] | 
         by_reference = recipe.context.type in ("reference", "aligned_reference")
         context = lengths.mean_reference if by_reference else float(sampled)
         return name, lengths.window, plus(mean, context, sampled)
-    if rewarded is not None and rewarded.kl_weight > 0:
+    if rewarded is not None and rewarded.kl_coef > 0:
         return name, lengths.longest_prompt + sampled, plus(mean, sampled)
     return None
 
@@ -139,7 +139,7 @@ def _asked(
     reference = lengths.mean_reference if critic.sees_reference else 0.0
     read = plus(lengths.mean_prompt, reference, sampled, template)
     most = template + prompt + sampled + (lengths.window if critic.sees_reference else 0)
-    times = answers * (1 + critic.retries)
+    times = answers * critic.max_attempts
     return [
         Tokens("read by the critic", times * most, None if read is None else round(answers * read)),
         Tokens("written by the critic", times * critic.max_tokens),

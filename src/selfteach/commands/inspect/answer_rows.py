@@ -16,7 +16,7 @@ from selfteach.tasks import segmentation
 from selfteach.tasks.segmentation import Span
 from selfteach.tasks.task import OracleFn
 from selfteach.trainer.build import Built
-from selfteach.types import Critique, FirstChange, Marked, NoCritique
+from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, FirstChange
 
 Region = Literal["before", "failing", "after", "right"]
 Source = Literal["oracle", "critic", "label"]
@@ -30,7 +30,7 @@ class Told:
     Example: an answer of three steps whose second is wrong: ``first_error=1``, ``located=True``.
     """
 
-    marked: Marked
+    critiqued: CritiquedRollout
     spans: tuple[Span, ...]
     """Steps in characters of the answer's text, the final answer last."""
     first_error: int | None
@@ -57,12 +57,12 @@ class Inspected:
     @property
     def asked(self) -> Asked:
         """The answer as `token_scores` wants it."""
-        rollout = self.told.marked.rollout
-        return Asked(rollout.prompt_ids, rollout.answer_ids, self.teacher_prompts)
+        rollout = self.told.critiqued.rollout
+        return Asked(rollout.prompt_ids, rollout.token_ids, self.teacher_prompts)
 
     def steps(self) -> list[int]:
         """Index of each token's step; −1 outside all steps."""
-        count = len(self.told.marked.rollout.answer_ids)
+        count = len(self.told.critiqued.rollout.token_ids)
         inside = [-1] * count
         for index, (start, stop) in enumerate(self.token_spans):
             inside[start:stop] = [index] * (stop - start)
@@ -79,46 +79,46 @@ def region(step: int, told: Told) -> Region | None:
     if step < 0 or not told.located:
         return None
     if told.first_error is None:
-        return "right" if told.marked.verdict.correct else None
+        return "right" if told.critiqued.verdict.correct else None
     if step == told.first_error:
         return "failing"
     return "before" if step < told.first_error else "after"
 
 
-def tell(built: Built, marked: Sequence[Marked]) -> list[Told]:
+def tell(built: Built, critiqued: Sequence[CritiquedRollout]) -> list[Told]:
     """Steps and first error of each answer; by the task's oracle if it has one, else its critique.
 
     A critic may err, and be made to; the regions then still say the truth.
     """
-    return [_tell(built, answer) for answer in marked]
+    return [_tell(built, answer) for answer in critiqued]
 
 
-def _tell(built: Built, marked: Marked) -> Told:
-    spans = tuple(built.parts.split_steps(marked.rollout.text))
-    oracle, critique = built.task.oracle, marked.critique
+def _tell(built: Built, critiqued: CritiquedRollout) -> Told:
+    spans = tuple(built.components.split_steps(critiqued.rollout.text))
+    oracle, critique = built.task.oracle, critiqued.critique
     source: Source = "critic"
     if oracle is not None:
-        critique, source = _true_critique(oracle, marked), "oracle"
+        critique, source = _true_critique(oracle, critiqued), "oracle"
     if not isinstance(critique, Critique):
-        return Told(marked, spans, None, located=False)
+        return Told(critiqued, spans, None, located=False)
     first = critique.first_error
-    if first is None and spans and _ends_wrong(marked):
+    if first is None and spans and _ends_wrong(critiqued):
         first = len(spans) - 1  # every step is right and the final answer is not
     if first is not None and first >= len(spans):
-        return Told(marked, spans, None, located=False)
-    return Told(marked, spans, first, located=True, source=source)
+        return Told(critiqued, spans, None, located=False)
+    return Told(critiqued, spans, first, located=True, source=source)
 
 
-def _true_critique(oracle: OracleFn, marked: Marked) -> Critique:
-    rollout = marked.rollout
+def _true_critique(oracle: OracleFn, critiqued: CritiquedRollout) -> Critique:
+    rollout = critiqued.rollout
     return oracle(
         rollout.problem, rollout.text, finished=rollout.finished, error_rate=0.0,
         rng=np.random.default_rng(0),
     )  # fmt: skip
 
 
-def _ends_wrong(marked: Marked) -> bool:
-    return marked.verdict.parsed is not None and not marked.verdict.correct
+def _ends_wrong(critiqued: CritiquedRollout) -> bool:
+    return critiqued.verdict.parsed is not None and not critiqued.verdict.correct
 
 
 def prepare(
@@ -129,8 +129,8 @@ def prepare(
     language: Language,
 ) -> list[Inspected]:
     """What the self-teacher is shown of each answer under each context, and each token's kind."""
-    marked = [told.marked for told in answers]
-    shown = {name: context(marked) for name, context in contexts.items()}
+    critiqued = [told.critiqued for told in answers]
+    shown = {name: context(critiqued) for name, context in contexts.items()}
     return [
         _inspected(built, told, {name: texts[i] for name, texts in shown.items()}, language)
         for i, told in enumerate(answers)
@@ -138,20 +138,20 @@ def prepare(
 
 
 def _inspected(
-    built: Built, told: Told, shown: Mapping[str, str | NoCritique], language: Language
+    built: Built, told: Told, shown: Mapping[str, str | CritiqueFailure], language: Language
 ) -> Inspected:
-    rollout, renderer = told.marked.rollout, built.parts.renderer
-    ends = renderer.token_ends(rollout.answer_ids)
+    rollout, renderer = told.critiqued.rollout, built.components.renderer
+    ends = renderer.token_ends(rollout.token_ids)
     contexts: dict[str, str | None] = {}
     dropped: dict[str, str] = {}
     prompts: dict[str, tuple[int, ...]] = {}
     for name, text in shown.items():
-        if isinstance(text, NoCritique):
+        if isinstance(text, CritiqueFailure):
             contexts[name], dropped[name] = None, text.reason
             continue
         contexts[name] = text
         prompt = renderer.teacher_prompt(rollout.problem, text)
-        if len(prompt) + len(rollout.answer_ids) > built.parts.max_length:
+        if len(prompt) + len(rollout.token_ids) > built.components.max_length:
             dropped[name] = "longer than the context window"
         else:
             prompts[name] = prompt
@@ -161,13 +161,15 @@ def _inspected(
         contexts=contexts,
         dropped=dropped,
         teacher_prompts=prompts,
-        change=first_change(told.marked, told.spans, ends) if _has_steps(told.marked) else None,
+        change=first_change(told.critiqued, told.spans, ends)
+        if _has_steps(told.critiqued)
+        else None,
         kinds=tuple(kinds(rollout.text, ends, language)),
     )
 
 
-def _has_steps(marked: Marked) -> bool:
-    return isinstance(marked.critique, Critique) and bool(marked.critique.steps)
+def _has_steps(critiqued: CritiquedRollout) -> bool:
+    return isinstance(critiqued.critique, Critique) and bool(critiqued.critique.steps)
 
 
 def verbatim(inspected: Inspected, context: str) -> float | None:
@@ -180,7 +182,7 @@ def verbatim(inspected: Inspected, context: str) -> float | None:
     before = told.spans[: told.first_error] if told.first_error is not None else ()
     if text is None or not before:
         return None
-    said = told.marked.rollout.text
+    said = told.critiqued.rollout.text
     return float(np.mean([_stands_in(segmentation.content(said, span), text) for span in before]))
 
 
@@ -196,7 +198,11 @@ def _spaced(text: str) -> str:
 def answer_row(inspected: Inspected) -> dict[str, Any]:
     """One line of ``answers.jsonl``; joins ``tokens.parquet`` by problem_id and sample."""
     told = inspected.told
-    rollout, verdict, critique = told.marked.rollout, told.marked.verdict, told.marked.critique
+    rollout, verdict, critique = (
+        told.critiqued.rollout,
+        told.critiqued.verdict,
+        told.critiqued.critique,
+    )
     token_spans = [list(span) for span in inspected.token_spans]
     return {
         "problem_id": rollout.problem.id,
@@ -209,7 +215,7 @@ def answer_row(inspected: Inspected) -> dict[str, Any]:
         "formatted": verdict.formatted,
         "parsed": verdict.parsed,
         "finished": rollout.finished,
-        "tokens": len(rollout.answer_ids),
+        "tokens": len(rollout.token_ids),
         "step_spans": {"tokens": token_spans, "characters": [list(span) for span in told.spans]},
         "first_error": told.first_error,
         "first_error_from": told.source,

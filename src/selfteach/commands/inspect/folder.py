@@ -21,7 +21,7 @@ from selfteach.rollout.rollouts import sample_batches
 from selfteach.runtime.run_folder import require_empty, write_json, write_lines, written_whole
 from selfteach.trainer.build import Built
 from selfteach.trainer.step import mark
-from selfteach.types import Marked, Problem, Sampling
+from selfteach.types import CritiquedRollout, Problem, Sampling
 
 FORMAT = 1
 WINDOW = 512
@@ -76,11 +76,11 @@ def position(name: str) -> float | None:
 
 
 def sample_and_mark(
-    built: Built, problems: Sequence[Problem], sampling: Sampling, *, batch_answers: int
-) -> list[Marked]:
+    built: Built, problems: Sequence[Problem], sampling: Sampling, *, batch_size: int
+) -> list[CritiquedRollout]:
     """Fresh answers with verdict and critique."""
-    batches = sample_batches(built.parts.engine, problems, sampling, batch_answers=batch_answers)
-    return [marked for batch in batches for marked in mark(built.parts, batch)]
+    batches = sample_batches(built.components.engine, problems, sampling, batch_size=batch_size)
+    return [critiqued for batch in batches for critiqued in mark(built.components, batch)]
 
 
 def write_inspection(
@@ -107,7 +107,7 @@ def write_inspection(
         **about,
         "temperature": 1.0,
         "answers": len(answers),
-        "right": sum(answer.told.marked.verdict.correct for answer in answers),
+        "right": sum(answer.told.critiqued.verdict.correct for answer in answers),
         "first_errors": sum(answer.told.first_error is not None for answer in answers),
         "rows": tokens,
         "scored": dict(Counter(name for a in answers for name in a.teacher_prompts)),
@@ -126,8 +126,8 @@ def _write_tokens(
     progress: Progress | None,
 ) -> int:
     """tokens.parquet, a row group per window of answers; the number of its rows."""
-    parts, written = built.parts, 0
-    limits = Limits(parts.micro_batch_tokens, parts.chunk_tokens)
+    components, written = built.components, 0
+    limits = Limits(components.micro_batch_tokens, components.chunk_tokens)
     with (
         written_whole(path) as aside,
         pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer,
@@ -136,9 +136,9 @@ def _write_tokens(
             window = answers[start : start + WINDOW]
             told = score_answers(
                 scorers.student, scorers.teacher, [answer.asked for answer in window],
-                pad_id=parts.pad_id, device=parts.policy.device, limits=limits,
+                pad_id=components.pad_id, device=components.policy.device, limits=limits,
             )  # fmt: skip
-            table = rows(parts.renderer, start, list(zip(window, told, strict=True)))
+            table = rows(components.renderer, start, list(zip(window, told, strict=True)))
             writer.write_table(table)
             written += table.num_rows
             if progress is not None:

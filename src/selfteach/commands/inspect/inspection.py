@@ -18,6 +18,7 @@ from selfteach.commands.inspect.folder import (
 )
 from selfteach.commands.inspect.labelled import as_answers, read_labelled, require_critic
 from selfteach.config.data_section import MARKED_BY_PROGRAM
+from selfteach.config.migrations import run_subfolder
 from selfteach.config.recipe import DIAL, Recipe
 from selfteach.config.schema import merge, parse_setting, validate
 from selfteach.errors import CheckpointError, DataError
@@ -29,7 +30,7 @@ from selfteach.runtime.run_folder import RunFolder, require_empty
 from selfteach.trainer.build import Built, build_context
 from selfteach.trainer.open_model import named_problems, open_model
 from selfteach.trainer.step import mark
-from selfteach.types import Marked, Problem, Sampling
+from selfteach.types import CritiquedRollout, Problem, Sampling
 
 TeacherWeights = Literal["given", "initial"]
 
@@ -73,8 +74,8 @@ def inspect(
     }
     language = "lab" if recipe.data.type == "lab" else "english"
     prepared = prepare(built, answers, contexts, language=language)
-    student = built.parts.policy.score
-    teacher = built.parts.teacher.score if request.teacher == "initial" else student
+    student = built.components.policy.score
+    teacher = built.components.teacher.score if request.teacher == "initial" else student
     about = {
         "contexts": list(contexts),
         "alignment": alignment if DIAL in contexts else None,
@@ -101,8 +102,8 @@ def sampled(
         request.k, recipe.sampling.temperature, recipe.sampling.max_tokens, request.seed
     )
     chosen = problems[: request.limit]
-    batch = recipe.sampling.batch_answers
-    return tell(built, sample_and_mark(built, chosen, sampling, batch_answers=batch))
+    batch = recipe.sampling.batch_size
+    return tell(built, sample_and_mark(built, chosen, sampling, batch_size=batch))
 
 
 def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
@@ -114,22 +115,24 @@ def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
     name, task = str(request.recorded), built.task
     known = known_ids([*task.train, *task.validation, *task.test])
     critiques = run.load_critiques(int(name[5:])) if name.removeprefix("step_").isdigit() else {}
-    marked: list[Marked] = []
-    for path in sorted((run.path / "answers").glob(f"{name}.*.jsonl")):
+    critiqued: list[CritiquedRollout] = []
+    for path in sorted(run_subfolder(run.path, "rollouts").glob(f"{name}.*.jsonl")):
         try:
-            rollouts = run.load_answers(path.stem, known) or []
+            rollouts = run.load_rollouts(path.stem, known) or []
         except KeyError as missing:
             raise DataError(f"{path}: the recipe's data has no problem {missing}") from None
-        marked += mark(built.parts, rollouts, critiques)
-    if not marked:
-        have = sorted({p.name.split(".")[0] for p in (run.path / "answers").glob("*.jsonl")})
+        critiqued += mark(built.components, rollouts, critiques)
+    if not critiqued:
+        have = sorted(
+            {p.name.split(".")[0] for p in run_subfolder(run.path, "rollouts").glob("*.jsonl")}
+        )
         raise CheckpointError(
             f"{run.path} has no answers {name!r}; it has: {', '.join(have[:3] + have[-3:]) or 'none'}"
         )
     if request.limit is not None:
-        first = list(dict.fromkeys(m.rollout.problem.id for m in marked))[: request.limit]
-        marked = [m for m in marked if m.rollout.problem.id in first]
-    return tell(built, marked)
+        first = list(dict.fromkeys(m.rollout.problem.id for m in critiqued))[: request.limit]
+        critiqued = [m for m in critiqued if m.rollout.problem.id in first]
+    return tell(built, critiqued)
 
 
 def _context(

@@ -20,7 +20,7 @@ from selfteach.config.recipe import CRITIC_CONTEXTS
 from selfteach.errors import DataError, RecipeError
 from selfteach.tasks.segmentation import Span
 from selfteach.trainer.build import Built
-from selfteach.types import Critique, Marked, NoCritique, Problem, Rollout, Verdict
+from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, Problem, Rollout, Verdict
 
 BETWEEN_STEPS = "\n\n"
 """What stands between steps when a model reads them as one answer."""
@@ -89,15 +89,15 @@ def as_answers(built: Built, labelled: Sequence[Labelled]) -> tuple[list[Told], 
     ]
     kept = [i for i, own in enumerate(spans) if own is not None]
     verdicts = [_verdict(built, rollouts[i], labelled[i]) for i in kept]
-    critiques: Sequence[Critique | NoCritique]
-    if built.parts.critic is not None:
+    critiques: Sequence[Critique | CritiqueFailure]
+    if built.components.critic is not None:
         judged = [(rollouts[i], verdict) for i, verdict in zip(kept, verdicts, strict=True)]
-        critiques = built.parts.critic(judged)
+        critiques = built.components.critic(judged)
     else:
         critiques = [_answer_alone(labelled[i]) for i in kept]
     told = [
         Told(
-            Marked(rollouts[i], verdict, critique), tuple(spans[i] or ()), labelled[i].first_error,
+            CritiquedRollout(rollouts[i], verdict, critique), tuple(spans[i] or ()), labelled[i].first_error,
             located=True, source="label",
         )
         for i, verdict, critique in zip(kept, verdicts, critiques, strict=True)
@@ -133,13 +133,13 @@ def _labelled(row: Mapping[str, Any], problem: Problem, sample: int, where: str)
 
 
 def _rollout(built: Built, one: Labelled) -> Rollout:
-    renderer = built.parts.renderer
+    renderer = built.components.renderer
     ids = renderer.encode_answer(BETWEEN_STEPS.join(step.strip() for step in one.steps))
     return Rollout(
         problem=one.problem,
         sample=one.sample,
         prompt_ids=renderer.solver_prompt(one.problem),
-        answer_ids=ids,
+        token_ids=ids,
         logps=(float("nan"),) * len(ids),  # nobody sampled them
         text=renderer.decode(ids),
         finished=True,
@@ -164,9 +164,9 @@ def _verdict(built: Built, rollout: Rollout, one: Labelled) -> Verdict:
     return Verdict(one.correct, read.formatted, read.parsed)
 
 
-def _answer_alone(one: Labelled) -> Critique | NoCritique:
+def _answer_alone(one: Labelled) -> Critique | CritiqueFailure:
     """What suffices for `BARE` contexts, where the file has the right answer."""
     if not one.problem.answer:
-        return NoCritique("the file has no answer")
+        return CritiqueFailure("the file has no answer")
     case = "A" if one.first_error is None and one.correct else "D"
     return Critique(case, (), one.problem.answer, one.first_error)

@@ -69,8 +69,8 @@ def rows(
 def _rows_of(
     renderer: Renderer, answer: int, inspected: Inspected, context: str, scores: TokenScores
 ) -> pa.Table:
-    rollout, verdict = inspected.told.marked.rollout, inspected.told.marked.verdict
-    ids = rollout.answer_ids
+    rollout, verdict = inspected.told.critiqued.rollout, inspected.told.critiqued.verdict
+    ids = rollout.token_ids
     columns: dict[str, Any] = {
         "position": np.arange(len(ids), dtype=np.int32),
         "token_id": ids,

@@ -22,11 +22,11 @@ def card_text(card: Mapping[str, Any]) -> str:
     rows = [
         ("problems in", card["in"]),
         (
-            f"too easy (Avg@{chosen['samples']} ≥ {chosen['avg_below']:g})",
+            f"too easy (Avg@{chosen['samples']} ≥ {chosen['max_solve_rate']:g})",
             card["filters"]["too easy"],
         ),
         (
-            f"badly formatted (under {chosen['format_from']:.0%} of the answers could be read)",
+            f"badly formatted (under {chosen['min_format_rate']:.0%} of the answers could be read)",
             card["filters"]["badly formatted"],
         ),
         ("the critic does not end in the right answer", card["filters"]["critic fails"]),

@@ -28,9 +28,9 @@ from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.splits import split_pool, without_duplicates
 from selfteach.trainer.build import Built, build, set_threads
 from selfteach.trainer.step import mark
-from selfteach.types import Critique, Lesson, Problem, Rollout, Sampling, Usage
+from selfteach.types import Critique, Problem, Rollout, Sampling, TrainingSample, Usage
 
-FILTERS = ("avg_below", "format_from", "critic", "critic_answers", "split")
+FILTERS = ("max_solve_rate", "min_format_rate", "critic", "critic_answers", "split")
 """Settings of ``[select]`` that may change over the same answers."""
 
 
@@ -83,7 +83,7 @@ def select(recipe: Recipe, chosen: SelectConfig, folder: Path) -> Iterator[Stand
     run = RunFolder(folder)
     with run.lock():
         _take_other_filters(run, as_config(recipe, chosen))
-        run.create(as_config(recipe, chosen), environment(), _as_now)
+        run.create(as_config(recipe, chosen), environment(), _migrated)
         if is_complete(folder):
             return
         built = build(recipe)
@@ -117,7 +117,7 @@ def as_config(recipe: Recipe, chosen: SelectConfig) -> dict[str, Any]:
     return {"select": chosen.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json")}
 
 
-def _as_now(config: dict[str, Any]) -> dict[str, Any]:
+def _migrated(config: dict[str, Any]) -> dict[str, Any]:
     """The same of an earlier version with what recipes have had since."""
     where = "config.json"
     return as_config(
@@ -153,9 +153,9 @@ def candidates(built: Built, chosen: SelectConfig) -> tuple[list[Problem], int]:
 
 def reasons_against(tally: Tally, chosen: SelectConfig) -> str | None:
     """Which filter a problem fails first; None if it is kept."""
-    if tally.avg >= chosen.avg_below:
+    if tally.avg >= chosen.max_solve_rate:
         return "too easy"
-    if tally.format < chosen.format_from:
+    if tally.format < chosen.min_format_rate:
         return "badly formatted"
     if chosen.critic and not tally.solved:
         return "critic fails"
@@ -173,14 +173,14 @@ def _tallies(
         chosen.seed,
     )
     batches = sample_batches(
-        built.parts.engine, pool, sampling,
-        batch_answers=recipe.sampling.batch_answers, journal=run, name="select",
+        built.components.engine, pool, sampling,
+        batch_size=recipe.sampling.batch_size, journal=run, name="select",
     )  # fmt: skip
-    with later(built.parts.critic_threads) as soon:
+    with later(built.components.critic_threads) as soon:
         waiting = []
         for number, batch in enumerate(batches):
             waiting.append(soon(_judged, run, chosen, built, number, batch))
-            while len(waiting) > built.parts.critic_threads:
+            while len(waiting) > built.components.critic_threads:
                 yield waiting.pop(0)()
         for tallies in waiting:
             yield tallies()
@@ -190,7 +190,7 @@ def _judged(
     run: RunFolder, chosen: SelectConfig, built: Built, number: int, batch: Sequence[Rollout]
 ) -> list[Tally]:
     """Count right and parsable answers, then ask the critic about hard problems' wrong ones."""
-    verify = built.parts.verify
+    verify = built.components.verify
     tallies: dict[str, Tally] = {}
     wrong: dict[str, list[Rollout]] = {}
     for rollout in batch:
@@ -217,14 +217,14 @@ def _with_critic(
     """The tallies with what the critic made of the answers it was asked about; kept on disk."""
     known = run.load_critiques(number)
     old, new = ([r for r in asked if (r.key in known) is there] for there in (True, False))
-    marked = [*mark(built.parts, old, known), *mark(built.parts, new)]
-    run.save_lessons(number, [Lesson(answer) for answer in marked])
-    for answer in marked:
+    critiqued = [*mark(built.components, old, known), *mark(built.components, new)]
+    run.save_samples(number, [TrainingSample(answer) for answer in critiqued])
+    for answer in critiqued:
         problem, said = answer.rollout.problem, answer.critique
         assert said is not None, "a critic was asked"
         ends_right = (
             isinstance(said, Critique)
-            and built.parts.verify(problem, built.task.form.write(said.answer)).correct
+            and built.components.verify(problem, built.task.form.write(said.answer)).correct
         )
         tally = tallies[problem.id]
         tallies[problem.id] = dataclasses.replace(

@@ -18,6 +18,7 @@ from selfteach.commands.study.jobs import Job, Progress, by_engine, distinct, on
 from selfteach.commands.study.results import gather
 from selfteach.config.critic_section import CriticConfig
 from selfteach.config.data_section import MARKED_BY_PROGRAM
+from selfteach.config.migrations import migrate_study
 from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import BASE, Study
 from selfteach.config.schema import merge, validate
@@ -44,7 +45,7 @@ def create_study(study: Study, folder: Path, command: str, kind: Kind) -> None:
     plain = study.model_dump(mode="json")
     if marker.exists():
         saved = read_json(marker)
-        if (_as_now(saved["study"]), saved.get("kind")) != (plain, kind):
+        if (_migrated(saved["study"]), saved.get("kind")) != (plain, kind):
             raise CheckpointError(
                 f"{folder} holds another study; choose another --out, "
                 f"or go on with that one: selfteach resume {folder}"
@@ -54,10 +55,10 @@ def create_study(study: Study, folder: Path, command: str, kind: Kind) -> None:
     write_json(marker, {"kind": kind, "study": plain, "command": command, **environment()})
 
 
-def _as_now(plain: dict[str, Any]) -> dict[str, Any] | None:
+def _migrated(plain: dict[str, Any]) -> dict[str, Any] | None:
     """A study of an earlier version with what studies have had since; None for what is none."""
     try:
-        return validate(Study, plain).model_dump(mode="json")
+        return validate(Study, migrate_study(plain)).model_dump(mode="json")
     except RecipeError:
         return None
 
@@ -65,7 +66,8 @@ def _as_now(plain: dict[str, Any]) -> dict[str, Any] | None:
 def load_existing(folder: Path) -> tuple[Study, str, Kind]:
     """The study that a folder holds, the command that began it, and whether it is a sweep."""
     saved = read_json(folder / "study.json")
-    return validate(Study, saved["study"], where=str(folder)), saved["command"], saved["kind"]
+    study = migrate_study(saved["study"], str(folder / "study.json"))
+    return validate(Study, study, where=str(folder)), saved["command"], saved["kind"]
 
 
 def jobs_of(study: Study, folder: Path) -> list[Job]:

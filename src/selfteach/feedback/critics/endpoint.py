@@ -41,7 +41,7 @@ class Endpoint:
     concurrency: int = 16
     timeout_s: float = 600.0
     """Of one request."""
-    max_retries: int = 16
+    http_retries: int = 16
     """After a refusal, a time-out, 408, 409, 429 or 5xx, with growing pauses (half a second to eight
     seconds, with jitter) or as long as the server's Retry-After says, up to two minutes."""
     requests_per_minute: float | None = None
@@ -74,7 +74,7 @@ class EndpointModel:
             base_url=endpoint.base_url,
             api_key=key,
             timeout=endpoint.timeout_s,
-            max_retries=endpoint.max_retries,
+            max_retries=endpoint.http_retries,
         )
         weakref.finalize(self, _shut_down, self._loop, self._client).atexit = False
 

@@ -12,7 +12,7 @@ from selfteach.feedback.critics.reply_cache import Stored
 from selfteach.prompts.control_tokens import Spellings
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.segmentation import content
-from selfteach.types import Critique, NoCritique, Rollout, Usage, Verdict
+from selfteach.types import Critique, CritiqueFailure, Rollout, Usage, Verdict
 
 Judged = tuple[Rollout, Verdict]
 SHOWN = 2_000
@@ -27,7 +27,7 @@ class Asking:
     temperature: float = 0.0
     retry_temperature: float = 0.7
     """Of a repeated request: a greedy critic would only say the same again."""
-    retries: int = 1
+    max_attempts: int = 2
     sees_reference: bool = False
     price_prompt: float = 0.0
     """Per million tokens sent."""
@@ -49,20 +49,20 @@ class TextCritic:
         asking: Asking,
         policies: Mapping[str, str],
     ) -> None:
-        """``policies`` says for every `Outcome`: ``retry`` (then drop), ``drop``, ``fall_back`` (to
+        """``policies`` says for every `CritiqueFailureKind`: ``retry`` (then drop), ``drop``, ``fallback`` (to
         another context, which is not decided here) or ``stop``."""
         self._model, self._templates, self._reader = model, templates, reader
         self._asking, self._policies = asking, policies
 
-    def __call__(self, judged: Sequence[Judged]) -> list[Critique | NoCritique]:
+    def __call__(self, judged: Sequence[Judged]) -> list[Critique | CritiqueFailure]:
         """A critique of every answer, or the reason for none.
 
         Raises `CriticError` for an outcome whose policy is to stop; what had been answered by then
         is in the store.
         """
-        said: dict[int, Critique | NoCritique] = {}
+        said: dict[int, Critique | CritiqueFailure] = {}
         waiting = list(range(len(judged)))
-        for attempt in range(1 + self._asking.retries):
+        for attempt in range(self._asking.max_attempts):
             requests = [self._request(*judged[index], attempt) for index in waiting]
             replies = self._model.complete(requests)
             for index, (reply, reused) in zip(waiting, replies, strict=True):
@@ -74,14 +74,14 @@ class TextCritic:
                 break
         for critique in said.values():
             if self._policy(critique) == "stop":
-                assert isinstance(critique, NoCritique)
+                assert isinstance(critique, CritiqueFailure)
                 raise CriticError(
                     f"critic: {critique.reason}: {critique.detail}; what it has answered is kept, "
                     "and selfteach resume asks only for the rest"
                 )
         return [said[index] for index in range(len(judged))]
 
-    def _policy(self, said: Critique | NoCritique) -> str | None:
+    def _policy(self, said: Critique | CritiqueFailure) -> str | None:
         return None if isinstance(said, Critique) else self._policies[said.reason]
 
     def _request(self, rollout: Rollout, verdict: Verdict, attempt: int) -> Request:
@@ -103,9 +103,9 @@ class TextCritic:
 
     def _read(
         self, reply: Reply | NoReply, rollout: Rollout, verdict: Verdict
-    ) -> Critique | NoCritique:
+    ) -> Critique | CritiqueFailure:
         if isinstance(reply, NoReply):
-            return NoCritique("unavailable", reply.reason)
+            return CritiqueFailure("unavailable", reply.reason)
         spellings = self._asking.spellings
         text = spellings.mended(reply.text) if spellings else reply.text
         said = self._reader(text, rollout, verdict, finished=reply.finished)
@@ -115,7 +115,7 @@ class TextCritic:
         if isinstance(reply, NoReply):
             return Usage()
         if reused:
-            return Usage(reused=1)
+            return Usage(cached=1)
         asking = self._asking
         cost = reply.prompt_tokens * asking.price_prompt
         cost += reply.completion_tokens * asking.price_completion

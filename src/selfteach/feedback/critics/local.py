@@ -34,7 +34,7 @@ class LocalModel:
         end_ids: Sequence[int],
         pad_id: int,
         max_length: int,
-        batch: int,
+        batch_size: int,
         weights: Callable[[], AbstractContextManager[object]],
         autocast: torch.dtype | None = None,
         prompt_lookup: int | None = None,
@@ -47,7 +47,7 @@ class LocalModel:
         self._model, self._renderer, self._weights = model, renderer, weights
         self.identity = identity
         self._end_ids, self._pad_id, self._max_length = list(end_ids), pad_id, max_length
-        self._batch, self._autocast = 1 if prompt_lookup else batch, autocast
+        self._batch, self._autocast = 1 if prompt_lookup else batch_size, autocast
         self._guessed = prompt_lookup
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(causal, PreTrainedModel)

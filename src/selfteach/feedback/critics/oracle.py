@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from selfteach.tasks.task import OracleFn
-from selfteach.types import Critique, NoCritique, Rollout, Verdict
+from selfteach.types import Critique, CritiqueFailure, Rollout, Verdict
 
 
 class OracleCritic:
@@ -17,7 +17,9 @@ class OracleCritic:
     def __init__(self, oracle: OracleFn, *, error_rate: float, seed: int) -> None:
         self._oracle, self._error_rate, self._seed = oracle, error_rate, seed
 
-    def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | NoCritique]:
+    def __call__(
+        self, judged: Sequence[tuple[Rollout, Verdict]]
+    ) -> list[Critique | CritiqueFailure]:
         """A critique of every answer; whether it errs depends on the answer's key alone."""
         return [
             self._oracle(

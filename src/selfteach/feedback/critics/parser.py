@@ -14,9 +14,9 @@ from selfteach.tasks.segmentation import Splitter, content, tags
 from selfteach.types import (
     Case,
     Critique,
+    CritiqueFailure,
+    CritiqueFailureKind,
     CritiqueStep,
-    NoCritique,
-    Outcome,
     Problem,
     Rollout,
     StepStatus,
@@ -54,7 +54,7 @@ class Reader:
 
     def __call__(
         self, text: str, rollout: Rollout, verdict: Verdict, *, finished: bool = True
-    ) -> Critique | NoCritique:
+    ) -> Critique | CritiqueFailure:
         """A critic's whole reply about an answer; ``finished`` is False if the reply was cut.
 
         A thought before the trace is stripped. The four cases are the paper's: A all right, B right
@@ -156,5 +156,5 @@ def _misnumbered(text: str) -> str | None:
     return f"steps are numbered {', '.join(map(str, found[:12]))}"
 
 
-def _none(outcome: Outcome, detail: str, answer: str | None = None) -> NoCritique:
-    return NoCritique(outcome, detail, answer=None if answer is None else _shown(answer))
+def _none(outcome: CritiqueFailureKind, detail: str, answer: str | None = None) -> CritiqueFailure:
+    return CritiqueFailure(outcome, detail, answer=None if answer is None else _shown(answer))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from selfteach.errors import CriticError
 from selfteach.runtime.run_folder import critique_from
-from selfteach.types import Critique, NoCritique, Rollout, Usage, Verdict
+from selfteach.types import Critique, CritiqueFailure, Rollout, Usage, Verdict
 
 
 class RecordedCritic:
@@ -19,8 +19,10 @@ class RecordedCritic:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._known: dict[tuple[str, str], Critique | NoCritique] = {}
-        for path in sorted(folder.rglob("lessons/step_*.jsonl")):
+        self._known: dict[tuple[str, str], Critique | CritiqueFailure] = {}
+        for path in sorted(
+            [*folder.rglob("samples/step_*.jsonl"), *folder.rglob("lessons/step_*.jsonl")]
+        ):
             for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
                 said = critique_from(row["critique"])
                 if said is not None:
@@ -28,7 +30,9 @@ class RecordedCritic:
         if not self._known:
             raise CriticError(f"critic.run = {str(folder)!r}: no critiques are recorded there")
 
-    def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | NoCritique]:
+    def __call__(
+        self, judged: Sequence[tuple[Rollout, Verdict]]
+    ) -> list[Critique | CritiqueFailure]:
         """What was said of the same answer to the same question, or that nothing was."""
-        missing = NoCritique("unrecorded", "the recorded run had no such answer")
+        missing = CritiqueFailure("unrecorded", "the recorded run had no such answer")
         return [self._known.get((r.problem.question, r.text), missing) for r, _ in judged]

@@ -54,7 +54,7 @@ class ReplyStore:
             with self._open() as database:
                 database.executescript(SCHEMA)
         except (OSError, sqlite3.Error) as error:
-            raise CriticError(f"critic.store = {str(path)!r}: {error}") from None
+            raise CriticError(f"critic.reply_cache = {str(path)!r}: {error}") from None
 
     def get(self, key: str) -> Reply | None:
         """A stored reply, or None."""

@@ -10,7 +10,7 @@ from typing import Any
 from selfteach.config.engine_section import VllmServerConfig
 from selfteach.errors import EngineError
 from selfteach.rollout.vllm.http_client import Http, Missing
-from selfteach.rollout.vllm.vllm_engine import Gone
+from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
 
 PATIENCE_S = 10.0
 TEXT = "Question: 12 + 7 = ?\nÄnswer → <|im_end|></s> 19 \t\t ½ 数"
@@ -43,7 +43,7 @@ def require_server(config: VllmServerConfig, wanted: Wanted) -> None:
             _require_adapters(http)
         else:
             _require_developer_mode(http)
-    except Gone as gone:
+    except EngineUnavailable as gone:
         raise EngineError(
             f"engine: nobody answers at {config.url} ({gone}): start the server (docs/vllm.md), or "
             "mend engine.url"

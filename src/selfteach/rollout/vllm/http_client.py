@@ -10,7 +10,7 @@ import openai
 
 from selfteach.config.engine_section import VllmServerConfig
 from selfteach.errors import EngineError
-from selfteach.rollout.vllm.vllm_engine import Gone
+from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
 
 BUSY = (408, 409, 429)
 
@@ -35,7 +35,7 @@ class Http:
     def post(self, path: str, body: Mapping[str, Any], *, passing: bool = False) -> Any:
         """What a server says to this body.
 
-        Raises `Gone` if nobody answers in time, and where errors of the server's own (5xx) may be
+        Raises `EngineUnavailable` if nobody answers in time, and where errors of the server's own (5xx) may be
         ``passing``; `Missing` for an address or a model that is not there; else `EngineError`.
         """
         return self._said(path, body, passing=passing)
@@ -46,9 +46,9 @@ class Http:
                 return self._client.get(path, cast_to=object)
             return self._client.post(path, cast_to=object, body=dict(body))
         except openai.APITimeoutError:
-            raise Gone(f"no reply within {self._timeout_s:g} s") from None
+            raise EngineUnavailable(f"no reply within {self._timeout_s:g} s") from None
         except openai.APIConnectionError as error:
-            raise Gone(_one_line(str(error.__cause__ or error))) from None
+            raise EngineUnavailable(_one_line(str(error.__cause__ or error))) from None
         except openai.APIStatusError as error:
             said = _one_line(_message(error))
             if error.status_code in (401, 403):
@@ -57,10 +57,10 @@ class Http:
             if error.status_code == 404:
                 raise Missing(f"engine: {self.url}{path}: {said}") from None
             if error.status_code in BUSY or (passing and error.status_code >= 500):
-                raise Gone(said) from None
+                raise EngineUnavailable(said) from None
             raise EngineError(f"engine: {self.url}{path} refuses: {said}") from None
         except (openai.OpenAIError, ValueError) as error:
-            raise Gone(_one_line(f"a reply that cannot be read: {error}")) from None
+            raise EngineUnavailable(_one_line(f"a reply that cannot be read: {error}")) from None
 
 
 class Missing(EngineError):

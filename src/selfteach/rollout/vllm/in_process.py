@@ -97,7 +97,7 @@ class VllmProcess:
             self._llm.update_weight_version(label)
         self._label = label
 
-    def load_again(self, label: str) -> None:
+    def reload_weights(self, label: str) -> None:
         """It cannot be started again behind our back."""
         raise AssertionError(label)
 

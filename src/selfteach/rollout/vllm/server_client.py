@@ -17,7 +17,7 @@ from torch import Tensor
 from selfteach.config.engine_section import VllmServerConfig
 from selfteach.errors import EngineError
 from selfteach.rollout.vllm.http_client import Http, Missing
-from selfteach.rollout.vllm.vllm_engine import AGAIN, Answer, Ask, Gone
+from selfteach.rollout.vllm.vllm_engine import AGAIN, Answer, Ask, EngineUnavailable
 from selfteach.rollout.vllm.weight_sync import Handover
 
 LIKELIEST = 20
@@ -51,15 +51,17 @@ class VllmServer:
     def load(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
         """Leave the weights on disk and have the server take them from there."""
         self._handover.write(named_weights, label)
-        self.load_again(label)
+        self.reload_weights(label)
 
-    def load_again(self, label: str) -> None:
+    def reload_weights(self, label: str) -> None:
         """Have the server take what lies on disk."""
         path = str(self._handover.path(label))
         if self._handover.adapters:
             self._load_adapter(path, label)
             return
-        self._bear(_loading(label))  # whoever else samples here sees it before the weights change
+        self._set_weight_version(
+            _loading(label)
+        )  # whoever else samples here sees it before the weights change
         reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         self._http.post("/collective_rpc", reload)
         if not any(self._http.post("/reset_prefix_cache", {})["success"] for _ in range(RESETS)):
@@ -67,7 +69,7 @@ class VllmServer:
                 f"engine: {self.where} does not empty its prefix cache, which the old weights filled: "
                 "another run uses it; give each run an engine of its own"
             )
-        self._bear(f"{label}{AGAIN}{uuid.uuid4().hex[:8]}")
+        self._set_weight_version(f"{label}{AGAIN}{uuid.uuid4().hex[:8]}")
 
     def label(self, ours: str) -> str | None:
         """With adapters: ours if the server knows it. Else what it says of its weights."""
@@ -108,14 +110,14 @@ class VllmServer:
             reply = self._http.post("/v1/completions", asked, passing=True)
         except Missing as missing:
             if self._handover.adapters:  # it was there a moment ago
-                raise Gone(str(missing)) from None
+                raise EngineUnavailable(str(missing)) from None
             raise
         try:
             (choice,), answered = reply["choices"], reply["model"]
         except (KeyError, TypeError, ValueError):
-            raise Gone("a reply that is no completion") from None
+            raise EngineUnavailable("a reply that is no completion") from None
         if choice.get("finish_reason") == "abort":
-            raise Gone("it has given up what it was asked")
+            raise EngineUnavailable("it has given up what it was asked")
         if answered != name:
             raise EngineError(
                 f"engine: {self.where} is stale: {answered!r} answered where {name!r} was asked"
@@ -136,7 +138,7 @@ class VllmServer:
     def _names(self) -> list[str]:
         return [str(card["id"]) for card in self._http.get("/v1/models")["data"]]
 
-    def _bear(self, label: str) -> None:
+    def _set_weight_version(self, label: str) -> None:
         self._http.post("/update_weight_version", {"new_version": label})
 
 

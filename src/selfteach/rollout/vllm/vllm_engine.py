@@ -24,7 +24,7 @@ from selfteach.errors import EngineError
 from selfteach.prompts.renderer import Renderer
 from selfteach.rollout.rollouts import Interrupted
 from selfteach.rollout.vllm.weight_check import Fingerprint
-from selfteach.runtime.distributed import ALONE, Ranks
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.seeds import stream_key
 from selfteach.types import Problem, Rollout, Sampling
 
@@ -65,13 +65,13 @@ class Weights:
     """Other names of some of them, like that of a tied output head."""
 
 
-class Gone(Exception):
+class EngineUnavailable(Exception):
     """Nobody answers, or not as an engine that is well."""
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """A vLLM in this process or behind an address. Any method may raise `Gone`."""
+    """A vLLM in this process or behind an address. Any method may raise `EngineUnavailable`."""
 
     @property
     def where(self) -> str:
@@ -88,7 +88,7 @@ class Sampler(Protocol):
         a suffix behind `AGAIN`)."""
         ...
 
-    def load_again(self, label: str) -> None:
+    def reload_weights(self, label: str) -> None:
         """Take the weights of the last ``load`` once more, after a restart: with another suffix."""
         ...
 
@@ -116,7 +116,7 @@ class Patience:
         """It was there a moment ago."""
         self._deadline = time.monotonic() + self._seconds
 
-    def wait(self, gone: Gone) -> None:
+    def wait(self, gone: EngineUnavailable) -> None:
         """A pause before the next attempt. Raises ``gone`` when there is to be none."""
         if time.monotonic() >= self._deadline:
             raise gone
@@ -136,7 +136,7 @@ class VllmEngine:
         owner: str,
         end_ids: Sequence[int],
         max_length: int,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self._sampler, self._renderer, self._fingerprint = sampler, renderer, fingerprint
         self._weights, self._patience_s = weights, sampler.patience_s
@@ -157,18 +157,18 @@ class VllmEngine:
             self._loads += 1
             label = f"selfteach-{self._owner}-{self._loads}-v{version}"
             named = self._to_hand_over(named_weights)
-            self._ranks.agreed(lambda: self._hand_over(named, label))
+            self._ranks.all_or_raise(lambda: self._hand_over(named, label))
             self._version, self._label = version, label
             logits_V = (
                 self._fingerprint.probe.logits()
             )  # a pass of all ranks where weights are sharded
-            self._ranks.agreed(lambda: self._patiently(lambda: self._prove_current(logits_V)))
+            self._ranks.all_or_raise(lambda: self._patiently(lambda: self._prove_current(logits_V)))
 
     def _to_hand_over(
         self, named_weights: Iterable[tuple[str, Tensor]]
     ) -> list[tuple[str, Tensor]]:
         """The weights by all their names on rank 0; the others help to gather them, and keep none."""
-        many, leads = self._ranks.size > 1, self._ranks.leads
+        many, leads = self._ranks.size > 1, self._ranks.is_main
         # The whole of a sharded model may not fit the device.
         own = {name: w.cpu() if many else w for name, w in named_weights if leads}
         # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by its own name.
@@ -176,7 +176,7 @@ class VllmEngine:
         return [*own.items(), *tied.items()]
 
     def _hand_over(self, named: list[tuple[str, Tensor]], label: str) -> None:
-        if self._ranks.leads:
+        if self._ranks.is_main:
             self._patiently(lambda: self._sampler.load(named, label))
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
@@ -194,7 +194,7 @@ class VllmEngine:
             got: dict[int, Answer] = {}
             try:
                 self._collect(asks, got)
-            except Gone as gone:
+            except EngineUnavailable as gone:
                 whole = _whole_problems(len(problems), sampling.samples, got)
                 rollouts = [self._rollout(*keys[i], prompts, got[i]) for i in whole]
                 raise Interrupted(
@@ -221,18 +221,18 @@ class VllmEngine:
     def _collect(self, asks: Sequence[Ask], got: dict[int, Answer]) -> None:
         """Fill ``got``; what an engine that dies had answered stays in it.
 
-        Raises `Gone` if there was no answer for as long as patience lasts.
+        Raises `EngineUnavailable` if there was no answer for as long as patience lasts.
         """
         patience = Patience(self._patience_s)
         while len(got) < len(asks):
             missing = [i for i in range(len(asks)) if i not in got]
             try:
                 if self._be_current():
-                    self._fingerprint.recognise(self._said(), self._sampler.where)
+                    self._fingerprint.verify_restart(self._said(), self._sampler.where)
                 for index, answer in self._vouched_for([asks[i] for i in missing]):
                     got[missing[index]] = answer
                     patience.renew()
-            except Gone as gone:
+            except EngineUnavailable as gone:
                 patience.wait(gone)
 
     def _vouched_for(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Answer]]:
@@ -252,9 +252,9 @@ class VllmEngine:
         """Give an engine that was started again its weights, of which it has none then; True if so."""
         before = self._look()
         if before is None:
-            with self._ranks.in_turn():
+            with self._ranks.mutex():
                 if self._look() is None:  # no other rank was faster
-                    self._sampler.load_again(self._label)
+                    self._sampler.reload_weights(self._label)
         self._seen = before or self._look()
         return before is None
 
@@ -265,7 +265,7 @@ class VllmEngine:
     def _still_current(self) -> None:
         # Another suffix: between the looks another rank gave it our weights, and before it had others.
         if self._look() != self._seen or self._seen is None:
-            raise Gone("it was started again")
+            raise EngineUnavailable("it was started again")
 
     def _look(self) -> str | None:
         label = self._sampler.label(self._label)
@@ -288,13 +288,13 @@ class VllmEngine:
         while True:
             try:
                 return call()
-            except Gone as gone:
+            except EngineUnavailable as gone:
                 try:
                     patience.wait(gone)
-                except Gone:
+                except EngineUnavailable:
                     raise EngineError(self._gone(gone)) from None
 
-    def _gone(self, gone: Gone, answered: str | None = None) -> str:
+    def _gone(self, gone: EngineUnavailable, answered: str | None = None) -> str:
         kept = f"; {answered} answers of this batch are kept" if answered else ""
         return (
             f"engine: {self._sampler.where} is gone ({gone}){kept}: start it again, "
@@ -312,7 +312,7 @@ class VllmEngine:
             problem=problem,
             sample=sample,
             prompt_ids=prompts[problem.id],
-            answer_ids=answer.ids,
+            token_ids=answer.ids,
             logps=answer.logps,
             text=self._renderer.decode(answer.ids),
             finished=answer.ids[-1] in self._end_ids,

@@ -62,7 +62,7 @@ class Fingerprint:
             self._engine, self._trainer = dict(said), own_V
         return difference
 
-    def recognise(self, said: Mapping[int, float], where: str) -> None:
+    def verify_restart(self, said: Mapping[int, float], where: str) -> None:
         """Compare with what the engine said of the same weights before it was started again.
 
         The trainer is not asked: it may be a step ahead by then. Raises `EngineError`.

@@ -15,22 +15,22 @@ from selfteach.types import Critique, Problem, Verdict
 
 
 def problems(
-    world: World, split: Split, count: int, *, chance_below: float = 1.0
+    world: World, split: Split, count: int, *, max_solve_rate: float = 1.0
 ) -> tuple[Problem, ...]:
     """The first ``count`` problems of a split; splits share no question.
 
-    Only those that an author without a context solves with a probability below ``chance_below``:
+    Only those that an author without a context solves with a probability below ``max_solve_rate``:
     the paper, too, keeps the problems on which its solver's Avg@16 is below 5/16.
     """
-    return _problems(world.config, split, count, chance_below)
+    return _problems(world.config, split, count, max_solve_rate)
 
 
 @lru_cache(maxsize=16)  # the runs of a study ask the same questions, many in one process
 def _problems(
-    config: WorldConfig, split: Split, count: int, chance_below: float
+    config: WorldConfig, split: Split, count: int, max_solve_rate: float
 ) -> tuple[Problem, ...]:
     world = World(config)
-    wanted = (q for q in world.questions(split) if world.author_chance(q) < chance_below)
+    wanted = (q for q in world.questions(split) if world.author_chance(q) < max_solve_rate)
     return tuple(
         Problem(
             id=f"{split}-{index}",

@@ -40,7 +40,7 @@ class Audit:
     findings: tuple[Finding, ...]
 
     @property
-    def unsound(self) -> frozenset[str]:
+    def invalid_problems(self) -> frozenset[str]:
         """Questions of the problems that were found (ids may be the same in two files)."""
         return frozenset(finding.problem.question for finding in self.findings)
 

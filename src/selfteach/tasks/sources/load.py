@@ -81,14 +81,14 @@ def _chosen(config: RowsData, source: str, counts: Counter[str]) -> Iterator[Row
         try:
             keep = all(
                 column_value(row.values, column) in _several(wanted)
-                for column, wanted in config.only.items()
+                for column, wanted in config.filter.items()
             )
         except Missing as missing:
-            raise DataError(f"{row.where}: data.only: {missing}") from None
+            raise DataError(f"{row.where}: data.filter: {missing}") from None
         if keep:
             yield row
         else:
-            counts["not in data.only"] += 1
+            counts["not in data.filter"] += 1
 
 
 def _rows(config: RowsData, source: str) -> Iterator[Row]:

@@ -1,0 +1,225 @@
+"""A server that speaks vLLM's addresses around a tiny model of its own, and does what it is told badly.
+
+It loads what it is given and runs it, so that its log-probabilities are those of its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from scripted_server import send
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Body = dict[str, Any]
+
+
+class Refusal(Exception):
+    """A status that is no success, and what is said with it."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Vllm:
+    """What `vllm serve` does, as far as an engine asks for it; one switch per thing that goes wrong."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._initial, self._tokenizer = copy.deepcopy(model).eval(), tokenizer
+        self.developer, self.lora, self.hot_loading = True, True, True
+        self.processed = True
+        """Log-probabilities with the temperature, as --logprobs-mode processed_logprobs."""
+        self.stale = False
+        """New weights are acknowledged and not loaded."""
+        self.cache_stays = False
+        self.dies_after: int | None = None
+        """So many answers, and then every connection is cut."""
+        self.restarts_after: int | None = None
+        """So many answers, and then it is the server that was started, with its first weights."""
+        self.meddles_after: int | None = None
+        """So many answers, and then somebody else loads weights."""
+        self.asked: list[Body] = []
+        self.loads = 0
+        self.errors: list[BaseException | None] = []
+        self._lock = threading.Lock()
+        self._http: ThreadingHTTPServer | None = None
+        self.port = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """The first weights, and no label."""
+        self.model, self.label = copy.deepcopy(self._initial), "default"
+        self.adapters: dict[str, PeftModel] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        script = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                script.answer(self, {})
+
+            def do_POST(self) -> None:
+                script.answer(
+                    self, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                )
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self._http.daemon_threads = True
+        self._http.handle_error = lambda *_: self.errors.append(
+            sys.exception()
+        )  # for whoever looks
+        self.port = self._http.server_address[1]
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()
+            self._http = None
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: Body) -> None:
+        address = handler.path
+        with self._lock:  # one thing after another: what is told to happen after n answers does
+            if self.dies_after == 0:
+                handler.connection.close()
+                return
+            try:
+                said, status = self._route(address)(body), 200
+            except Refusal as refusal:
+                said, status = {"error": {"message": str(refusal)}}, refusal.status
+        send(handler, status, json.dumps(said).encode())
+
+    def _route(self, address: str) -> Callable[[Body], Any]:
+        plain: Mapping[str, Callable[[Body], Any]] = {
+            "/v1/models": self._models,
+            "/v1/completions": self._complete,
+            "/tokenize": lambda body: {"tokens": self._tokenizer(body["prompt"])["input_ids"]},
+        }
+        developer: Mapping[str, Callable[[Body], Any]] = {
+            "/weight_info": lambda _: {"weight_version": self.label},
+            "/update_weight_version": self._set_weight_version,
+            "/collective_rpc": self._reload,
+            "/reset_prefix_cache": lambda _: {"success": not self.cache_stays},
+        }
+        hot: Mapping[str, Callable[[Body], Any]] = {
+            "/v1/load_lora_adapter": self._load_adapter,
+            "/v1/unload_lora_adapter": self._unload_adapter,
+        }
+        known = {
+            **plain,
+            **(developer if self.developer else {}),
+            **(hot if self.hot_loading else {}),
+        }
+        if address not in known:
+            raise Refusal(404, "Not Found")
+        return known[address]
+
+    def _models(self, _: Body) -> Any:
+        names = ["tiny", *self.adapters]
+        return {"object": "list", "data": [{"id": name, "max_model_len": 96} for name in names]}
+
+    def _set_weight_version(self, body: Body) -> Any:
+        self.label = body["new_version"]
+        return {"success": True}
+
+    def _reload(self, body: Body) -> Any:
+        assert body["method"] == "reload_weights"
+        self.loads += 1
+        weights = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
+        if not self.stale:
+            self.model.load_state_dict(weights, strict=False)
+        return {"results": [None]}
+
+    def _load_adapter(self, body: Body) -> Any:
+        name, path = body["lora_name"], Path(body["lora_path"])
+        if not self.lora:
+            raise Refusal(500, "LoRA is not enabled. Use --enable-lora to enable LoRA.")
+        if not path.is_dir():
+            raise Refusal(404, f"Loading lora {name} failed: No adapter found for {path}")
+        self.loads += 1
+        if self.stale and self.adapters:
+            self.adapters[name] = next(iter(self.adapters.values()))
+        else:
+            with warnings.catch_warnings():  # PEFT asks transformers for something by its old name
+                warnings.simplefilter("ignore")
+                adapted = PeftModel.from_pretrained(copy.deepcopy(self.model), str(path))
+            self.adapters[name] = adapted.eval()
+        return "Success"
+
+    def _unload_adapter(self, body: Body) -> Any:
+        if not self.stale:  # or there would be nothing left to serve in place of what is new
+            del self.adapters[body["lora_name"]]
+        return "Success"
+
+    def _complete(self, body: Body) -> Any:
+        self.asked.append(body)
+        model = {"tiny": self.model, **self.adapters}.get(body["model"])
+        if model is None:
+            raise Refusal(404, f"The model `{body['model']}` does not exist.")
+        choice = self._choice(model, body)
+        if body["max_tokens"] > 1:  # an answer, and no question about the weights
+            self._one_more()
+        return {"model": body["model"], "choices": [choice]}
+
+    def _one_more(self) -> None:
+        for name in ("dies_after", "restarts_after", "meddles_after"):
+            left = getattr(self, name)
+            if left is not None and left > 0:
+                setattr(self, name, left - 1)
+        if self.restarts_after == 0:
+            self.restarts_after = None
+            self.restart()
+        if self.meddles_after == 0:
+            self.label = "somebody-else-1-v0"
+
+    @torch.no_grad()
+    def _choice(self, model: PreTrainedModel | PeftModel, body: Body) -> dict[str, Any]:
+        stream = torch.Generator().manual_seed(body["seed"])
+        ids, logps, top = list(body["prompt"]), [], []
+        sampled: list[int] = []
+        while len(sampled) < body["max_tokens"] and (
+            not sampled or sampled[-1] not in body["stop_token_ids"]
+        ):
+            logits_V = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+            hot_V = (logits_V / body["temperature"]).log_softmax(-1)
+            said_V = hot_V if self.processed else logits_V.log_softmax(-1)
+            token = int(torch.multinomial(hot_V.exp(), 1, generator=stream))
+            best = said_V.topk(min(body["logprobs"], len(said_V))).indices.tolist()
+            top.append({f"token_id:{i}": said_V[i].item() for i in (token, *best)})
+            logps.append(said_V[token].item())
+            sampled.append(token)
+            ids.append(token)
+        return {
+            "index": 0, "text": "", "token_ids": sampled, "prompt_token_ids": body["prompt"],
+            "logprobs": {"token_logprobs": logps, "top_logprobs": top},
+        }  # fmt: skip
+
+
+@contextmanager
+def serving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Vllm]:
+    """A server for the length of a block."""
+    server = Vllm(model, tokenizer)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()

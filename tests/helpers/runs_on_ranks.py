@@ -1,0 +1,107 @@
+"""Runs in float64 on two ranks that are compared with one process, and what may happen to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import selfteach.trainer.build as building
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge
+from selfteach.errors import SelfteachError, Terminated
+from selfteach.evaluation.evaluation_record import evaluation_of
+from selfteach.runtime import torchrun
+from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.trainer import overlapped
+from selfteach.trainer.loop import run_to_end, train
+
+RUN = {
+    "data": {"type": "lab", "train": 12, "validation": 4, "test": 4},
+    "sampling": {"max_tokens": 24, "batch_size": 4},
+    "critic": {"type": "oracle"},
+    "context": {"type": "step_aligned"},
+    "teacher": {"type": "ema", "rate": 0.2},
+    "train": {
+        "steps": 4, "problems_per_step": 3, "group_size": 2,
+        "checkpoint_every": 2, "threads": 1,
+    },
+    "evaluation": {"every": 4, "validation_k": 2, "test_k": 2},
+}  # fmt: skip
+SHARDED = {"distributed": {"shard": "full", "timeout_seconds": 60}}
+TOLERANCE = 1e-6
+"""Of weights, after four updates: Llama's norms are in float32 whatever the weights are, and ranks that
+hold other samples fold them otherwise (`branches`)."""
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate(merge(RUN, changes))
+
+
+def until_a_rank_ends(recipe: Recipe, folder: Path) -> str:
+    learning = overlapped.take_in
+
+    def dies(*args: Any, **more: Any) -> Any:
+        if more["step"] == 3 and torchrun.rank() == 1:
+            os._exit(9)
+        return learning(*args, **more)
+
+    overlapped.take_in = dies
+    with pytest.raises(SelfteachError) as caught:
+        run_to_end(recipe, folder)
+    return str(caught.value)
+
+
+def until_told_to_end(recipe: Recipe, folder: Path) -> str:
+    """The second rank gets SIGTERM while it learns in step 2."""
+    learning = overlapped.take_in
+
+    def told(*args: Any, **more: Any) -> Any:
+        if more["step"] == 2 and torchrun.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning(*args, **more)
+
+    overlapped.take_in = told
+    with pytest.raises(Terminated):
+        run_to_end(recipe, folder)
+    return "ended"
+
+
+def rows_seen(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    return list(train(recipe, folder))
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    """Of the exported models, within the tolerance."""
+    (name,) = {path.name for path in (theirs / "model").glob("*model.safetensors")}
+    a, b = (load_file(folder / "model" / name) for folder in (ours, theirs))
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        torch.testing.assert_close(a[name], value, rtol=0, atol=TOLERANCE)
+
+
+def assert_same_run(ours: Path, theirs: Path, *, step: int = 4) -> None:
+    """Weights, evaluation and metrics, but for the seconds."""
+    assert_same_weights(ours, theirs)
+    assert evaluation_of(ours, "test", step) == evaluation_of(theirs, "test", step)
+    for row, other in zip(RunFolder(ours).metrics(), RunFolder(theirs).metrics(), strict=True):
+        for name in (row.keys() | other.keys()) - {"ranks", "kind"}:
+            if not name.startswith(("time/", "active_", "waiting", "overlap")):
+                assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
+    own, other = result_of(ours)["budget"], result_of(theirs)["budget"]
+    assert {**own, "seconds": 0} == {**other, "seconds": 0}
+
+
+def in_double() -> Any:
+    """The body of a fixture under which all models are in float64."""
+    loaded = building.load_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "load_model", lambda *told: loaded(*told).double())
+        torch.set_default_dtype(torch.float64)
+        yield
+        torch.set_default_dtype(torch.float32)

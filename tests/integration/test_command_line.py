@@ -1,0 +1,345 @@
+"""The command line as a user meets it: a study end to end, and one clear line for wrong input."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from operator import truediv
+from pathlib import Path
+
+import pytest
+
+import selfteach
+from selfteach import cli
+from selfteach.commands.study.jobs import run_jobs
+from selfteach.commands.study.run_study import jobs_of
+from selfteach.config.recipe_file import BASE, load_study
+from selfteach.runtime.provenance import processor
+from selfteach.runtime.run_folder import RunFolder
+
+RECIPE = """
+[model]
+path = "lab:two_styles"
+[data]
+type = "lab"
+train = 8
+validation = 3
+test = 4
+[sampling]
+max_tokens = 40
+batch_size = 8
+[train]
+steps = 2
+problems_per_step = 2
+group_size = 3
+[evaluation]
+every = 1
+validation_k = 2
+test_k = 3
+[study]
+title = "tiny"
+seeds = [0, 1]
+headline = ["step_aligned-grpo"]
+bootstrap = 200
+inspect_answers = 8
+[arms.grpo]
+objective = { type = "grpo" }
+[arms.step_aligned]
+critic = { type = "oracle" }
+context = { type = "step_aligned" }
+[variants.easy]
+title = "an easy world"
+seeds = [0]
+set = { model = { path = "lab:easy" } }
+[sweep]
+lr = [1e-4, 1e-3]
+seeds = [100]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Run the console script in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["selfteach", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> str:
+    """What a refused call says: exactly one line, exit status 2."""
+    assert call(monkeypatch, *words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("selfteach: ") and said.err.count("\n") == 1, said.err
+    return said.err
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a whole study, and what was printed; its runs came one after the other."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "recipe.toml").write_text(RECIPE)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        words = ("study", folder / "recipe.toml", "--set", "study.workers=1")
+        assert call(patch, *words, "--out", folder / "out") == 0
+    return folder / "out", printed.getvalue()
+
+
+def test_a_study_from_recipe_to_report(
+    study: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out, printed = study
+    for word in ("base", "grpo", "step_aligned", "Avg@3", "report.html"):
+        assert word in printed
+    results = json.loads((out / "results.json").read_text())
+    for arm in ("base", "grpo", "step_aligned"):
+        for measure in ("avg", "pass", "maj", "length", "truncated", "format"):
+            estimate = results["arms"][arm][measure]
+            low, high = estimate["ci95"]
+            assert low <= estimate["mean"] <= high
+            assert list(estimate["per_seed"]) == ["0", "1"]
+        assert results["arms"][arm]["budget"]["evaluation_rollouts"] > 0
+    assert set(results["paired"]) == {"step_aligned-grpo", "grpo-base", "step_aligned-base"}
+    difference = results["paired"]["step_aligned-grpo"]["avg"]["mean"]
+    means = {arm: results["arms"][arm]["avg"]["mean"] for arm in results["arms"]}
+    assert difference == pytest.approx(means["step_aligned"] - means["grpo"])
+    budgets = [results["arms"][arm]["budget"] for arm in ("grpo", "step_aligned")]
+    assert budgets[0]["rollouts_sampled"] == budgets[1]["rollouts_sampled"] == 12
+    assert budgets[0]["optimizer_steps"] == budgets[1]["optimizer_steps"] == 2
+    easy = results["variants"]["easy"]
+    assert easy["title"] == "an easy world"
+    assert list(easy["arms"]) == list(results["arms"]) == ["base", "grpo", "step_aligned"]
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert len(report) > 10_000 and "Outcomes: answers, critiques by case" in report
+    inspected = json.loads((out / "inspection" / "inspection.json").read_text())
+    assert inspected["answers"] == 8 and "step_aligned" in inspected["contexts"]
+    assert (out / "inspection" / "localisation.json").exists()
+    scored_at = (out / "inspection" / "tokens.parquet").stat().st_mtime_ns
+    before = (out / "results.json").read_text()
+    assert call(monkeypatch, "resume", out) == 0  # nothing left to do: the same numbers
+    after = json.loads((out / "results.json").read_text())
+    assert after["arms"] == json.loads(before)["arms"]
+    assert (out / "inspection" / "tokens.parquet").stat().st_mtime_ns == scored_at
+    assert after["made"]["seconds"] > json.loads(before)["made"]["seconds"], (
+        "what it took is added up"
+    )
+    assert after["made"]["processor"] == processor()
+    capsys.readouterr()
+    assert call(monkeypatch, "watch", out, "--once") == 0
+    told = capsys.readouterr().out
+    assert "9 of 9 runs complete" in told and "easy step_aligned 0" in told
+    two = [out / "runs" / arm / "seed_0" for arm in ("grpo", "step_aligned")]
+    assert call(monkeypatch, "report", *two, "--out", out / "two.html") == 0
+    assert "step_aligned − grpo" in (out / "two.html").read_text(encoding="utf-8")
+
+
+def test_what_goes_wrong_beside_runs_is_said_when_they_are_done(
+    recipe: Path, tmp_path: Path
+) -> None:
+    study = load_study(recipe, ["study.seeds=[0, 1, 2, 3]"])  # more than wait in the worker's queue
+    jobs = [job for job in jobs_of(study, tmp_path / "out") if job.arm == BASE]
+    with pytest.raises(ZeroDivisionError):
+        run_jobs(jobs, 1, lambda _: None, beside=partial(truediv, 1, 0))
+    assert all(RunFolder(job.folder).is_complete for job in jobs)
+
+
+def test_a_killed_study_goes_on_and_is_the_same(
+    study: tuple[Path, str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed by a real signal, with two runs side by side; and the same as runs in turn."""
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "selfteach", "study", recipe, "--set", "study.workers=2"]
+    process = subprocess.Popen(
+        [*words, "--out", out], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(out.glob("runs/*/seed_0/samples/step_000001.jsonl")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert call(monkeypatch, "resume", out) == 0
+    ours, theirs = (json.loads((f / "results.json").read_text()) for f in (out, study[0]))
+    for results in (ours, theirs):
+        for arm in [*results["arms"].values(), *results["variants"]["easy"]["arms"].values()]:
+            arm["budget"].pop("seconds")
+    assert ours["arms"] == theirs["arms"] and ours["variants"] == theirs["variants"]
+
+
+def test_check_tells_sizes_and_budget_and_spends_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    assert call(monkeypatch, "check", recipe) == 0
+    printed = capsys.readouterr().out
+    asked = "12 answers (at most 480 tokens)"
+    assert f"# grpo, per seed\n{asked}, 0 critiques, 2 optimizer steps" in printed
+    assert f"# step_aligned, per seed\n{asked}, 12 critiques" in printed
+    assert "8 train, 3 validation, 4 test" in printed
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_train_and_evaluate(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    assert call(monkeypatch, "train", recipe, "--out", out, "--arm", "grpo", "--seed", 3) == 0
+    capsys.readouterr()
+    table = tmp_path / "evaluation.json"
+    for what in (out, out / "checkpoints" / "step_000002", out / "model", "lab:two_styles"):
+        words = ("evaluate", what, "--recipe", recipe, "-k", 2, "--out", table)
+        assert call(monkeypatch, *words) == 0
+        assert "Avg@2" in capsys.readouterr().out
+        result = json.loads(table.read_text())
+        assert result["problems"] == 3 and result["k"] == 2
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"question": "a b c d e f", "answer": "g"}\n')
+    assert call(monkeypatch, "evaluate", out, "--problems", own, "-k", 2, "--out", table) == 0
+    assert json.loads(table.read_text())["problems"] == 1
+
+
+def test_the_sweep_never_scores_test_and_records_its_choice(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "sweep.json"
+    words = ("sweep", recipe, "--out", tmp_path / "sweep", "--record", record)
+    words += ("--set", "study.workers=1")
+    assert call(monkeypatch, *words) == 0
+    table = json.loads(record.read_text())["settings"]["main"]["grpo"]
+    assert set(table["avg"]) == {"0.0001", "0.001"}
+    best = max(table["mean"], key=lambda lr: table["mean"][lr])
+    assert table["chosen"] == float(best)
+    assert not list((tmp_path / "sweep").rglob("test_*"))
+    before = (tmp_path / "sweep" / "sweep.json").read_text()
+    assert call(monkeypatch, "resume", tmp_path / "sweep") == 0  # as a sweep, not as a study
+    assert (tmp_path / "sweep" / "sweep.json").read_text() == before
+    assert not list((tmp_path / "sweep").rglob("test_*"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optimizer.lrr=1", "did you mean 'lr'?"),
+        ("modell.path=x", "did you mean 'model'?"),
+        ("optimizer.lr=-1", "greater than 0"),
+        ("train.group_size=1", "at least 2 group_size"),
+        ("data.type=labb", "expected tags"),
+        ("model.path=lab:nowhere", "no such base model"),
+        ("model.path=/no/such/model", "/no/such/model"),
+        ("model.path=package:no_such_package", "not installed"),
+        ("model.templates=nowhere", "no such template set"),
+        ("model.device=mps", "not supported"),
+        ("train.max_length=20", "exceeds the context"),
+        ("train.max_length=4096", "built for 256"),
+        ("data.world=mars", "known worlds"),
+        ("study.headline=['grpo-nothing']", "study.headline"),
+        ("nonsense", "key=value"),
+        ("arms.step_aligned.objective.support=top_k", "top_k"),
+        ("arms.step_aligned.objective.beta=3.0", "beta"),
+    ],
+)
+def test_wrong_values_are_one_line(
+    setting: str,
+    said: str,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert said in refused(monkeypatch, capsys, "check", recipe, "--set", setting)
+
+
+def test_wrong_calls_are_one_line(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def said(*words: object) -> str:
+        return refused(monkeypatch, capsys, *words)
+
+    assert "no such recipe" in said("check", tmp_path / "nothing.toml")
+    assert "name the recipe file" in said("check", tmp_path)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[model\n")
+    assert "not valid TOML" in said("check", broken)
+    assert "--arm grpo|step_aligned" in said("train", recipe, "--out", tmp_path / "x")
+    assert "did you mean 'grpo'?" in said("train", recipe, "--out", tmp_path / "x", "--arm", "grp")
+    assert "no such folder" in said("resume", tmp_path / "nowhere")
+    assert "no run folder" in said("resume", tmp_path)
+    assert "no run, no study" in said("report", tmp_path)
+    assert "neither a run nor a study" in said("watch", tmp_path)
+    assert "not empty" in said("study", recipe, "--out", tmp_path)
+    assert "is a file" in said("study", recipe, "--out", recipe)
+    assert "Missing option" in said("study", recipe)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    assert "is empty" in said("evaluate", "lab:two_styles", "--problems", empty)
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"question": "a"}\n')
+    assert "no such folder" in said("evaluate", tmp_path / "nowhere")
+    assert "no run, no study" in said("report", tmp_path / "nowhere")
+    assert "no such file" in said("critique", tmp_path / "nowhere.jsonl")
+    dial = (
+        "--set",
+        "arms.step_aligned.context.type=partly_aligned",
+        "--set",
+        "data.type=chain_sums",
+    )
+    assert "only the lab" in said("check", recipe, *dial, "--set", "model.templates=lab")
+    assert "wrong.jsonl:1" in said("evaluate", "lab:two_styles", "--problems", wrong)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_with_another_study_is_refused(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "study.json").write_text('{"study": {}}')
+    said = refused(monkeypatch, capsys, "study", recipe, "--out", out)
+    assert "holds another study" in said and "selfteach resume" in said
+
+
+@pytest.mark.parametrize("words", [(), ("--help",)])
+def test_help_teaches(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *words) == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) > 20
+    commands = (
+        "study", "train", "resume", "evaluate", "inspect", "critique", "check", "report", "watch",
+        "sweep",
+    )  # fmt: skip
+    for command in commands:
+        assert command in printed
+
+
+def test_the_version_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"selfteach {selfteach.__version__}\n"

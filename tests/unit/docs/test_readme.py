@@ -1,0 +1,32 @@
+"""What the README quotes is what there is."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from selfteach.config.recipe_file import study_from
+from selfteach.trainer import step
+
+README = (Path(__file__).parents[3] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_step_is_quoted_to_the_letter() -> None:
+    source = Path(step.__file__).read_text()
+    (quoted,) = (block for block in blocks("python") if "def train_step" in block)
+    functions = re.split(r"\n{3,}(?=def )", quoted.strip())
+    assert [function.split("(")[0] for function in functions] == [
+        "def train_step", "def ask", "def take_in", "def learn", "def _backward",
+    ]  # fmt: skip
+    for function in functions:
+        assert f"\n{function}\n" in source, function.split("(")[0]
+
+
+def test_the_arms_are_a_recipe() -> None:
+    (arms,) = blocks("toml")
+    assert {"grpo", "reference", "step_aligned"} == set(study_from(tomllib.loads(arms)).arms)

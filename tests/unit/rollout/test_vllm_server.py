@@ -1,0 +1,79 @@
+"""A server ends with whoever started it, asked or killed, and takes its children with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vllm_server import Group, free_port, taken
+
+PARENT_AND_CHILD = """
+import os, pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path("pids.tmp").write_text(f"{os.getpid()} {child.pid}")
+os.rename("pids.tmp", "pids")
+time.sleep(600)
+"""
+OWNER = f"""
+import os, pathlib, sys, time
+sys.path.insert(0, {str(Path(__file__).parents[3] / "tools")!r})
+from vllm_server import Group
+command = [sys.executable, "-c", {PARENT_AND_CHILD!r}]
+group = Group(command, env=dict(os.environ), log=pathlib.Path("log"))
+time.sleep(600)
+"""
+
+
+def pids_of(folder: Path) -> list[int]:
+    eventually(lambda: (folder / "pids").exists())
+    return [int(pid) for pid in (folder / "pids").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return (
+        "Z"
+        not in subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+        ).stdout
+    )
+
+
+def eventually(holds, within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_group_ends_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-c", PARENT_AND_CHILD]
+    group = Group(command, env=dict(os.environ), log=tmp_path / "log")
+    pids = pids_of(tmp_path)
+    assert pids[0] == group.pid and not group.ended and all(map(alive, pids))
+    group.end(at_once=at_once)
+    assert group.ended
+    eventually(lambda: not any(map(alive, pids)))
+
+
+def test_a_group_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], cwd=tmp_path)
+    pids = pids_of(tmp_path)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    eventually(lambda: not any(map(alive, pids)))
+
+
+def test_a_free_port_is_not_taken() -> None:
+    assert not taken(free_port())

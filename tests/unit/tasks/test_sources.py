@@ -1,0 +1,490 @@
+"""Problem sets from rows: sources, columns, ready mappings, filters, duplicates, splits, generators."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from selfteach.config.data_section import FilesData, GymData, HubData, Splitting
+from selfteach.errors import DataError, RecipeError, SelfteachError
+from selfteach.tasks.sources.columns import (
+    Missing,
+    column_value,
+    problem_from,
+    ready_mappings,
+    with_mapping,
+)
+from selfteach.tasks.sources.rows import Row
+from selfteach.tasks.sources.splits import disjoint, normalised, split_pool, without_duplicates
+from selfteach.tasks.task import Task, check_answers, load_task
+from selfteach.types import Problem
+
+ROWS = [
+    {"question": f"What is {i} + 1?", "answer": f"{i} and 1 make {i + 1}.\n#### {i + 1}"}
+    for i in range(30)
+]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def files(**settings: object) -> Task:
+    return load_task(FilesData.model_validate({"type": "files", **settings}), "")
+
+
+def hub(**settings: object) -> Task:
+    return load_task(HubData.model_validate({"type": "hub", **settings}), "")
+
+
+def gym(**settings: object) -> Task:
+    sizes = {"train": 4, "validation": 2, "test": 2}
+    return load_task(GymData.model_validate({"type": "reasoning_gym", **sizes, **settings}), "")
+
+
+def questions(task: Task) -> dict[str, set[str]]:
+    names = ("train", "validation", "test")
+    return {name: {p.question for p in getattr(task, name)} for name in names}
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+def test_the_same_problems_from_every_kind_of_file(tmp_path: Path) -> None:
+    lines = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    tasks = [
+        files(train=str(path), mapping="gsm8k")
+        for path in (lines, tmp_path / "a.json", tmp_path / "a.parquet")
+    ]
+    assert tasks[0].train == tasks[1].train == tasks[2].train
+    first = tasks[0].train[0]
+    assert (first.id, first.answer, first.references) == (
+        "a-1",
+        "1",
+        {"reference": "0 and 1 make 1."},
+    )
+
+
+def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "one\u2028two", "answer": "3"}\n', encoding="utf-8")
+    assert files(train=str(path)).train[0].question == "one\u2028two"
+
+
+def test_references_and_meta_survive(tmp_path: Path) -> None:
+    row = {"id": 7, "question": "q", "answer": 2.0, "reference": "r", "aligned_reference": "a",
+           "meta": {"level": 3}}  # fmt: skip
+    (problem,) = files(train=str(write_jsonl(tmp_path / "a.jsonl", [row]))).train
+    assert (problem.id, problem.answer, dict(problem.meta)) == ("7", "2", {"level": 3})
+    assert problem.references == {"reference": "r", "aligned_reference": "a"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train": "none.jsonl"}, "none.jsonl: no such problem set"),
+        ({"train": "none.parquet"}, "none.parquet: no such problem set"),
+        ({"train": "a.csv"}, "a problem set is a .jsonl, .json or .parquet file"),
+        ({"train": "bad.parquet"}, "cannot be read as Parquet"),
+        ({"train": "table.json"}, "not a JSON list"),
+        ({}, "name a source"),
+        ({"train": "a.jsonl", "columns": {"question": "qestion"}},
+         "a.jsonl:1: no column 'qestion'; did you mean 'question'?"),
+        ({"train": "a.jsonl", "columns": {"reference": "solution"}}, "no column 'solution'"),
+        ({"train": "a.jsonl", "columns": {"id": "uuid"}}, "no column 'uuid'"),
+        ({"train": "a.jsonl", "columns": {"meta": ["levle"]}}, "no column 'levle'"),
+        ({"train": "a.jsonl", "columns": {"answer": "answer | boxed"}}, r"no \boxed{} in it"),
+        ({"train": "a.jsonl", "columns": {"answer": "answer | box"}}, "no rule 'box'; known: after"),
+        ({"train": "a.jsonl", "filter": {"lvl": 1}}, "data.filter: no column 'lvl'"),
+        ({"train": "a.jsonl", "filter": {"question": "x"}}, "the problem set is empty"),
+        ({"train": "a.jsonl", "mapping": "gsm9k"}, "did you mean 'gsm8k'?"),
+        ({"pool": "a.jsonl", "split": {"validation": 20, "test": 20}}, "30 problems are too few"),
+        ({"train": "empty.jsonl"}, "is empty"),
+        ({"train": "a.jsonl", "verifier": "reasoning_gym"}, "'a-1' did not come from there"),
+        ({"train": "a.jsonl", "verifier": "lab", "world": "mars"}, "known worlds"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("a.jsonl"), ROWS)
+    Path("empty.jsonl").write_text("\n\n")
+    Path("bad.parquet").write_text("PAR1 not really")
+    Path("table.json").write_text("{}")
+    with pytest.raises(SelfteachError) as caught:
+        files(**settings)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_only_and_limit_and_bad_rows_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"question": str(i), "answer": "" if i == 3 else "x", "level": i % 3} for i in range(12)
+    ]
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    kept = files(train=path, only={"level": [0, 1]}, bad_rows="drop", limit=6)
+    assert [p.question for p in kept.train] == ["0", "1", "4", "6", "7"]
+    assert kept.counts == {"rows": 8, "not in data.filter": 2, "bad rows": 1}
+    with pytest.raises(DataError, match=r"a\.jsonl:4: the answer is empty"):
+        files(train=path, only={"level": [0, 1]})
+    with pytest.raises(DataError, match="no column 'anser'; did you mean 'answer'"):
+        files(train=path, columns={"answer": "anser"}, bad_rows="drop")
+
+
+# -- columns ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("a", "x ## y ## z"),
+        ("a | after:##", " z"),
+        ("a | before:## | before:##", "x "),
+        ("b.c.1", "two"),
+        ("b.c.-1", "three"),
+        ("b.c|first", "one"),
+        ("b.c | last", "three"),
+        ("b.c | join:; ", "one; two; three"),
+        ("s | boxed", r"\frac{1}{2}"),
+        ("dotted.name", 5),
+        ("{a}!\n{b.c.0} {n} {t}", "x ## y ## z!\none 3 true"),
+    ],
+)
+def test_columns(column: str, value: object) -> None:
+    values = {
+        "a": "x ## y ## z",
+        "b": {"c": ["one", "two", "three"]},
+        "s": r"so \boxed{1}, no: \boxed{\frac{1}{2}}.",
+        "dotted.name": 5,
+        "n": 3.0,
+        "t": True,
+    }
+    assert column_value(values, column) == value
+
+
+@pytest.mark.parametrize(
+    "column", ["x", "b.d", "b.c.9", "a | after:#", "a | first", "n | boxed", "b | last"]
+)
+def test_columns_that_are_not_there(column: str) -> None:
+    with pytest.raises(Missing):
+        column_value({"a": "x", "b": {"c": [1]}, "n": 1}, column)
+
+
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the "
+    "form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is 1 + "
+    '1?\n\nRemember to put your answer on its own line after "Answer:".'
+)
+SAMPLES: dict[str, tuple[dict, tuple[str, str, str | None]]] = {
+    "openmathreasoning": (
+        {"problem": "What is 1 + 1?", "expected_answer": "2", "problem_type": "has_answer_extracted",
+         "generated_solution": "<think>Hm.</think>\n1 + 1 = \\boxed{2}", "problem_source": "aops",
+         "pass_rate_72b_tir": "0.5"},
+        ("What is 1 + 1?", "2", "1 + 1 = \\boxed{2}"),
+    ),
+    "gsm8k": (
+        {"question": "What is 1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"},
+        ("What is 1 + 1?", "2", "1 + 1 = <<1+1=2>>2"),
+    ),
+    "math": (
+        {"problem": "What is 1 + 1?", "solution": "$\\boxed{2}$.", "level": "Level 1", "type": "A"},
+        ("What is 1 + 1?", "2", "$\\boxed{2}$."),
+    ),
+    "math500": (
+        {"problem": "What is 1 + 1?", "solution": "Two.", "answer": "2", "subject": "A", "level": 1,
+         "unique_id": "test/1.json"},
+        ("What is 1 + 1?", "2", "Two."),
+    ),
+    "aime24": (
+        {"id": 60, "problem": "What is 1 + 1?", "solution": "Two.", "answer": "2"},
+        ("What is 1 + 1?", "2", "Two."),
+    ),
+    "aime25": ({"id": "0", "problem": "What is 1 + 1?", "answer": "2"}, ("What is 1 + 1?", "2", None)),
+    "deepscaler": (
+        {"problem": "What is 1 + 1?", "answer": "2", "solution": ""},
+        ("What is 1 + 1?", "2", None),
+    ),
+    "dapo": (
+        {"prompt": [{"role": "user", "content": DAPO}], "reward_model": {"ground_truth": "2"},
+         "extra_info": {"index": "9a9b"}},
+        ("What is 1 + 1?", "2", None),
+    ),
+    "olympiadbench": (
+        {"id": 1, "question": "What is 1 + 1?", "solution": ["Two."], "final_answer": ["2"],
+         "is_multiple_answer": False, "subfield": "A", "answer_type": "Numerical"},
+        ("What is 1 + 1?", "2", "Two."),
+    ),
+}  # fmt: skip
+
+
+def test_every_ready_mapping_reads_a_row_of_its_kind() -> None:
+    assert set(SAMPLES) == set(ready_mappings())
+    for name, (values, expected) in SAMPLES.items():
+        config = with_mapping(HubData(type="hub", mapping=name))
+        assert config.path and any((config.train, config.test, config.pool)), name
+        assert config.columns is not None
+        problem = problem_from(Row(values, "here", "row"), config.columns)
+        assert (problem.question, problem.answer, problem.references.get("reference")) == expected
+        assert all(column_value(values, column) == value for column, value in config.only.items())
+
+
+def test_what_a_recipe_says_goes_before_its_mapping() -> None:
+    own = {"answer": "answer | after:####", "meta": ["level"]}
+    config = with_mapping(
+        HubData.model_validate(
+            {"type": "hub", "mapping": "gsm8k", "path": "mine", "train": "all", "columns": own,
+             "verifier": "exact"}
+        )
+    )  # fmt: skip
+    assert (config.path, config.name, config.train, config.pool) == ("mine", None, "all", None)
+    assert config.verifier == "exact" and config.columns is not None
+    assert config.columns.meta == ("level",)
+    assert config.columns.reference == "answer | before:####"
+
+
+# -- datasets -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the hub would hold it: train has 20 questions, five of which test repeats."""
+    folder = tmp_path_factory.mktemp("hub")
+    for name, rows in (("train", ROWS[:20]), ("test", ROWS[15:])):
+        parquet.write_table(pa.Table.from_pylist(rows), folder / f"{name}-0.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_dataset_is_read_by_its_mapping(dataset: Path, streaming: bool) -> None:
+    task = hub(path=str(dataset), mapping="gsm8k", streaming=streaming)
+    assert len(task.test) == 15 and len(task.train) + len(task.validation) == 15
+    assert task.counts == {"rows": 35, "in two sources": 5}
+    assert task.test[0].id == "test-1" and task.test[0].answer == "16"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_saved_dataset_is_read_from_disk(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    splits["train"].save_to_disk(tmp_path / "one")
+    task = hub(
+        path=str(tmp_path / "saved"), train="train", columns={"answer": "answer | after:####"}
+    )
+    assert len(task.train) == 30 and task.train[3].answer == "4"
+    assert len(hub(path=str(tmp_path / "one"), train="train").train) == 30
+    with pytest.raises(DataError, match="no split 'trian'; did you mean 'train'"):
+        hub(path=str(tmp_path / "saved"), train="trian")
+
+
+def test_datasets_that_cannot_be_had_are_one_line(dataset: Path, tmp_path: Path) -> None:
+    for settings, said in [
+        ({"path": "nobody/nothing", "train": "train"}, "not in the cache, and the hub cannot"),
+        ({"mapping": "gsm8k"}, "openai/gsm8k': not in the cache"),
+        ({"path": str(dataset), "train": "trian"}, 'Unknown split "trian"'),
+        ({"path": str(dataset), "train": "train", "name": "main"}, "'main' not found"),
+        ({"path": str(tmp_path / "nowhere"), "train": "train"}, "cannot be loaded"),
+        ({"train": "train"}, "needs a data.path"),
+        ({"path": str(dataset)}, "name a source"),
+    ]:
+        with pytest.raises(SelfteachError) as caught:
+            hub(**settings)
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "load", "pip"),
+    [
+        ("datasets", lambda: hub(path="x", train="train"), "selfteach[hub]"),
+        ("reasoning_gym.factory", lambda: gym(task="gsm_symbolic"), "selfteach[problems]"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, module: str, load: object, pip: str
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match="pip install") as caught:
+        load()  # type: ignore[operator]
+    assert pip in str(caught.value)
+
+
+# -- splits -------------------------------------------------------------------------------------
+
+
+def pool_of(count: int) -> list[Problem]:
+    return [Problem(f"p{i}", f"Question {i}?", str(i)) for i in range(count)]
+
+
+sizes = st.one_of(
+    st.builds(lambda a, b: {"validation": a, "test": b}, st.integers(0, 9), st.integers(0, 9)),
+    st.builds(
+        lambda a, b: {"validation": a, "test": b}, st.floats(0.01, 0.49), st.floats(0.01, 0.49)
+    ),
+)
+
+
+@given(sizes, st.integers(18, 40), st.integers(0, 3), st.randoms())
+def test_splits_are_disjoint_and_do_not_depend_on_the_order(
+    sizes: dict, count: int, seed: int, shuffle: random.Random
+) -> None:
+    pool, how = pool_of(count), Splitting(seed=seed, **sizes)
+    split = split_pool(pool, how)
+    ids = [p.id for problems in split.values() for p in problems]
+    assert sorted(ids) == sorted(p.id for p in pool), "each is in one split"
+    shuffled = list(pool)
+    shuffle.shuffle(shuffled)
+    again = split_pool(shuffled, how)
+    assert {n: {p.id for p in ps} for n, ps in split.items()} == {
+        n: {p.id for p in ps} for n, ps in again.items()
+    }
+    if isinstance(how.test, int):
+        assert len(split["test"]) == how.test and len(split["validation"]) == how.validation
+
+
+def test_with_shares_a_growing_pool_moves_no_question() -> None:
+    how = Splitting(validation=0.2, test=0.3)
+    small, large = split_pool(pool_of(200), how), split_pool(pool_of(1000), how)
+    for name, problems in small.items():
+        assert {p.id for p in problems} <= {p.id for p in large[name]}
+    assert 240 < len(large["test"]) < 360 and 140 < len(large["validation"]) < 260
+    assert split_pool(pool_of(200), Splitting(seed=1, validation=0.2, test=0.3)) != small
+
+
+def test_the_papers_counts() -> None:
+    split = split_pool(pool_of(400), Splitting(train=282, validation=0, test=30))
+    assert {name: len(problems) for name, problems in split.items()} == {
+        "test": 30,
+        "validation": 0,
+        "train": 282,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"validation": 10, "test": 0.1}, "all as counts or all as shares"),
+        ({"validation": 0.6, "test": 0.6}, "add up to 1.2"),
+        ({"validation": -1}, "validation"),
+    ],
+)
+def test_sizes_that_make_no_sense(settings: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Splitting.model_validate(settings)
+
+
+def test_a_question_is_its_words() -> None:
+    assert normalised("  What  IS\n½? ") == normalised("what is ½?") != normalised("what is 2?")
+    twice = [Problem("a", "What is x?", "1"), Problem("b", "what is  X?", "1")]
+    kept, again = without_duplicates(twice)
+    assert [p.id for p in kept] == ["a"] and again == 1
+
+
+def test_a_question_of_two_sources_stays_in_test() -> None:
+    q = {name: Problem(name, "the same", "1") for name in ("train", "validation", "test", "pool")}
+    kept, shared = disjoint({name: [problem] for name, problem in q.items()})
+    assert kept == {"test": [q["test"]], "validation": [], "train": [], "pool": []}
+    assert shared == 3
+
+
+# -- reasoning-gym ------------------------------------------------------------------------------
+
+
+def test_a_generator_gives_disjoint_problems_with_its_worked_solutions() -> None:
+    task = gym(task="gsm_symbolic", seed=3)
+    assert [len(s) for s in (task.train, task.validation, task.test)] == [4, 2, 2]
+    assert task.train == gym(task="gsm_symbolic", seed=3).train
+    assert task.train != gym(task="gsm_symbolic", seed=4).train
+    first = task.train[0]
+    assert f"#### {first.answer}" in first.references["reference"]
+
+
+def test_two_seeds_of_a_generator_share_no_question_between_train_and_test() -> None:
+    few = {"min_terms": 2, "max_terms": 2, "max_digits": 1}  # so few that seeds do share questions
+    ours, theirs = (
+        questions(gym(task="chain_sum", config=few, train=60, test=8, seed=seed)) for seed in (0, 5)
+    )
+    assert ours["train"] & theirs["train"] and ours["train"] != theirs["train"]
+    assert not ours["train"] & theirs["test"] and not ours["test"] & theirs["train"]
+
+
+def test_a_reference_by_its_path_and_an_answer_among_many() -> None:
+    task = gym(task="propositional_logic", reference="example_answer")
+    assert all(p.answer == p.references["reference"] for p in task.train)
+    assert not any(f.kind == "rejected" for f in check_answers(task).findings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"task": "gsm_symbolc"}, "data.task = 'gsm_symbolc'; did you mean 'gsm_symbolic'?"),
+        ({"task": "chain_sum", "config": {"min_term": 2}}, "did you mean 'min_terms'?"),
+        ({"task": "chain_sum", "config": {"min_terms": 0}}, "data.config of 'chain_sum': "),
+        ({"task": "chain_sum", "config": {"seed": 1}}, "say data.seed"),
+        ({"task": "gsm_symbolic", "reference": "cot"}, "data.reference of 'gsm_symbolic'"),
+        ({"task": "chain_sum", "train": 500,
+          "config": {"max_terms": 2, "min_terms": 2, "max_digits": 1}}, "too few distinct questions"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_generator_is_one_line(settings: dict, said: str) -> None:
+    with pytest.raises((RecipeError, DataError)) as caught:
+        gym(**settings)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+# -- the audit ----------------------------------------------------------------------------------
+
+
+def test_problems_that_cannot_be_judged_are_named_dropped_or_refused(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(5)]
+    rows[2]["answer"] = "</answer>"  # ends the tag it stands in
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    found = check_answers(files(train=path))
+    assert found.checked == 5
+    assert [str(f) for f in found.findings] == [
+        "problem 'a-3': the own answer '</answer>' is rejected"
+    ]
+    dropped = files(train=path, invalid_problems="drop")
+    assert len(dropped.train) == 4 and dropped.counts["invalid_problems"] == 1
+    with pytest.raises(DataError, match="problem 'a-3'"):
+        files(train=path, invalid_problems="stop")
+
+
+def test_a_verifier_that_accepts_everything_is_found() -> None:
+    from selfteach.tasks.sources.audit import audit
+    from selfteach.types import Verdict
+
+    found = audit(pool_of(3), lambda problem, text: Verdict(True, True, text), str)
+    assert [f.kind for f in found.findings] == ["accepted"] * 3 and found.invalid_problems == {
+        "Question 0?",
+        "Question 1?",
+        "Question 2?",
+    }
+
+
+@given(st.text(min_size=1))
+def test_a_corruption_is_another_answer(answer: str) -> None:
+    from selfteach.tasks.sources.audit import corrupt
+
+    assert corrupt(answer) != answer

@@ -1,0 +1,336 @@
+"""The step, with scripted components around a real small model: what each stage hands to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from selfteach import protocols
+from selfteach.config.recipe import Recipe
+from selfteach.losses.divergence import Divergence, per_token
+from selfteach.losses.objectives import Distillation, Grpo
+from selfteach.models import prefix_cache
+from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.template_set import Templates
+from selfteach.prompts.thinking import Thinking
+from selfteach.runtime.run_folder import sample_row
+from selfteach.trainer.build import build
+from selfteach.trainer.metrics import coverage, describe
+from selfteach.trainer.step import Components, learn, mark, teach, train_step
+from selfteach.types import (
+    Critique,
+    CritiquedRollout,
+    CritiqueFailure,
+    CritiqueStep,
+    Problem,
+    Rollout,
+    Sampling,
+    Verdict,
+)
+
+PROBLEMS = [Problem(f"q{i}", question, "a") for i, question in enumerate(["a b", "c d e", "f"])]
+ANSWERS = ["0 + a b = c # c", "0 + c d = e 1 - e e > a # a", "# a"]
+
+
+class Scripted:
+    """An engine that gives the answers it was told to, and remembers what it was given."""
+
+    def __init__(self, encode: Callable[[Problem, str], Rollout]) -> None:
+        self.encode, self.versions = encode, list[int]()
+
+    def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
+        told = dict(zip((p.id for p in PROBLEMS), ANSWERS, strict=True))
+        return [
+            dataclasses.replace(
+                self.encode(p, told[p.id]), sample=i, policy_version=(self.versions or [0])[-1]
+            )
+            for p in problems
+            for i in range(sampling.samples)
+        ]
+
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.versions.append(version)
+
+
+def verify(problem: Problem, text: str) -> Verdict:
+    return Verdict(text.endswith(problem.answer), True, text[-1])
+
+
+def critic(judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | CritiqueFailure]:
+    """Refuses the last question; finds the second step of the others wrong."""
+    return [
+        CritiqueFailure("refused")
+        if rollout.problem.id == "q2"
+        else Critique("D", (CritiqueStep(rollout.text, "kept"),), "a", 1)
+        for rollout, _ in judged
+    ]
+
+
+def context(critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
+    return [m.critique if isinstance(m.critique, CritiqueFailure) else "# a" for m in critiqued]
+
+
+@pytest.fixture
+def components() -> Components:
+    data = {"type": "lab", "train": 1, "validation": 1, "test": 1}
+    built = build(Recipe.model_validate({"data": data, "train": {"steps": 0}}))
+
+    def encode(problem: Problem, text: str) -> Rollout:
+        ids = built.components.renderer.encode_answer(text)
+        prompt = built.components.renderer.solver_prompt(problem)
+        return Rollout(problem, 0, prompt, ids, (-1.0,) * len(ids), text, True, 0)
+
+    return dataclasses.replace(
+        built.components,
+        engine=Scripted(encode),
+        verify=verify,
+        critic=critic,
+        context=context,
+        sampling=Sampling(2, 1.0, 40, 0),
+    )
+
+
+def lessons_of(components: Components) -> list:
+    return teach(
+        components, mark(components, components.engine.generate(PROBLEMS, components.sampling))
+    )
+
+
+def slow_loss(components: Components, samples: Sequence, spec: Divergence) -> Tensor:
+    """One answer at a time, full logits, plain form, mean over all tokens that are taught."""
+    losses = []
+    for sample in samples:
+        if sample.teacher_prompt_ids is None:
+            continue
+        answer = torch.tensor(sample.rollout.token_ids)
+
+        def logits(prompt: Sequence[int], answer: Tensor = answer) -> Tensor:
+            ids = torch.cat([torch.tensor(prompt), answer])[None]
+            return components.policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+
+        with torch.no_grad():
+            teacher = logits(sample.teacher_prompt_ids)
+        losses.append(per_token(spec, logits(sample.rollout.prompt_ids), teacher, answer).loss)
+    return torch.cat(losses).mean()
+
+
+def test_scripted_parts_are_parts() -> None:
+    assert isinstance(Scripted(lambda p, t: None), protocols.Engine)  # type: ignore[arg-type,return-value]
+    for seam, fake in ((protocols.Verifier, verify), (protocols.Critic, critic),
+                       (protocols.Context, context)):  # fmt: skip
+        assert isinstance(fake, seam)
+
+
+def test_what_is_said_of_an_answer_stays_with_it(components: Components) -> None:
+    samples = lessons_of(components)
+    assert [sample.rollout.problem.id for sample in samples] == ["q0", "q0", "q1", "q1", "q2", "q2"]
+    assert [sample.dropped for sample in samples] == [None] * 4 + ["refused"] * 2
+    assert [sample.critiqued.verdict.correct for sample in samples] == [False] * 2 + [True] * 4
+    # "0 + c d = e" has six tokens, so the second step begins at the seventh.
+    assert [sample.first_error_token for sample in samples[:4]] == [6, 6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    "micro_batch_tokens, min_shared, recompute",
+    [(1, 32, False), (60, 32, False), (10_000, 32, False), (10_000, 1, False), (10_000, 1, True)],
+)
+def test_learning_is_the_slow_loss_and_its_gradient(
+    components: Components, monkeypatch, micro_batch_tokens: int, min_shared: int, recompute: bool
+) -> None:
+    monkeypatch.setattr(prefix_cache, "MIN_SHARED", min_shared)
+    if recompute:
+        data = {"type": "lab", "train": 1, "validation": 1, "test": 1}
+        checkpointed = {"gradient_checkpointing": True}
+        recipe = {"model": checkpointed, "data": data, "train": {"steps": 0}}
+        built = build(Recipe.model_validate(recipe)).components
+        components = dataclasses.replace(components, policy=built.policy, teacher=built.teacher)
+    spec = Divergence("reverse_kl")
+    components = dataclasses.replace(
+        components, objective=Distillation(spec, 1.0), micro_batch_tokens=micro_batch_tokens,
+        chunk_tokens=5,
+    )  # fmt: skip
+    samples = lessons_of(components)
+    expected = slow_loss(components, samples, spec)
+    expected.backward()
+    gradient = {
+        n: p.grad.clone() for n, p in components.policy.trainable.items() if p.grad is not None
+    }
+    components.policy.optimizer.zero_grad()
+    found: dict[str, Tensor] = {}
+
+    def look(*_: object) -> None:
+        found.update({n: p.grad.clone() for n, p in components.policy.trainable.items()})  # type: ignore[union-attr]
+
+    components.policy.optimizer.register_step_pre_hook(look)
+    metrics = learn(components, samples)
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    scale = min(1.0, 1.0 / metrics["grad_norm"])  # the clip at norm 1
+    for name, value in gradient.items():
+        assert torch.allclose(found[name], scale * value, atol=1e-5), name
+    assert metrics["tokens_trained"] == 2 * (9 + 15)
+
+
+def test_a_step_publishes_and_tells_the_teacher(components: Components) -> None:
+    updates = []
+    teacher = components.teacher
+
+    class Watched:
+        score, state, load_state = teacher.score, teacher.state, teacher.load_state
+
+        def update(self) -> None:
+            updates.append(components.policy.version)
+
+    components = dataclasses.replace(components, teacher=Watched(), num_iterations=3)
+    samples, metrics = train_step(components, PROBLEMS)
+    assert isinstance(components.engine, Scripted)
+    assert components.engine.versions == [3] and updates == [1, 2, 3]
+    assert metrics["rollouts_sampled"] == 6 and metrics["critiques"] == 4
+    assert metrics["dropped"] == metrics["dropped/refused"] == pytest.approx(1 / 3)
+    assert coverage(components, samples) == {"taught": pytest.approx(2 / 3), "eos_in_loss": 1.0}
+    assert 0 <= metrics["repetition"] < 1 and metrics["hesitations"] == 0
+
+
+def test_a_lesson_says_where_the_steps_of_its_answer_are(components: Components) -> None:
+    for shown in (context, None):
+        for sample in lessons_of(dataclasses.replace(components, context=shown)):
+            text = sample.rollout.text
+            assert list(sample.steps) == components.split_steps(text)
+            assert sample_row(sample)["steps"] == sample.steps
+            assert "".join(text[a:b] for a, b in sample.steps) == text
+
+
+def test_nothing_to_learn_leaves_the_weights(components: Components) -> None:
+    before = {n: p.detach().clone() for n, p in components.policy.trainable.items()}
+    alike = [PROBLEMS[2]]  # refused by the critic; for GRPO: all answers score alike
+    for objective, shown in ((components.objective, context), (Grpo(1.0), None)):
+        changed = dataclasses.replace(components, objective=objective, context=shown)
+        samples, metrics = train_step(changed, alike)
+        assert metrics["tokens_trained"] == 0 and metrics["loss"] == 0
+        assert coverage(changed, samples) == {"taught": 0.0}
+    for name, param in components.policy.trainable.items():
+        assert torch.equal(param, before[name])
+
+
+def test_a_thought_counts_as_the_recipe_says(
+    components: Components, lab_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # As if "0 + a b =" were a thought: five tokens of the first answer, none of the last.
+    unscored = Thinking(scored=False, tags=("0", "="))
+    renderer = Renderer(lab_tokenizer, Templates("lab"), thinking=unscored)
+    for shown in (context, None):
+        changed = dataclasses.replace(components, renderer=renderer, context=shown)
+        by_question = {m.rollout.problem.id: m.scored_from for m in lessons_of(changed)}
+        assert by_question["q0"] == 5 and (shown is not None or by_question["q2"] == 0)
+        plain = dataclasses.replace(components, context=shown)
+        assert {sample.scored_from for sample in lessons_of(plain)} == {0}
+
+
+def test_a_lesson_that_does_not_fit_is_dropped_whole(components: Components) -> None:
+    fits = lessons_of(components)[0]
+    assert fits.teacher_prompt_ids is not None
+    length = len(fits.teacher_prompt_ids) + len(fits.rollout.token_ids)
+    for room, dropped in ((length, None), (length - 1, "longer than the context window")):
+        sample = lessons_of(dataclasses.replace(components, max_length=room))[0]
+        assert sample.dropped == dropped
+        assert (sample.teacher_prompt_ids is None) == (dropped is not None)
+
+
+# The components are read only; built anew for every example they would take seconds each.
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(max_length=st.integers(2, 60))
+def test_nothing_of_a_lesson_is_ever_cut(components: Components, max_length: int) -> None:
+    """Question, critique, header and end token are whole in every sample that is taught."""
+    samples = lessons_of(dataclasses.replace(components, max_length=max_length))
+    header, end = components.renderer.solver_prompt(PROBLEMS[0])[-1], components.renderer.end_id
+    for sample in samples:
+        rollout, prompt = sample.rollout, sample.teacher_prompt_ids
+        if sample.context is None:
+            assert sample.dropped == "refused"
+            continue
+        whole = components.renderer.teacher_prompt(rollout.problem, sample.context)
+        fits = len(whole) + len(rollout.token_ids) <= max_length
+        assert (sample.dropped is None) == fits
+        if prompt is not None:
+            assert prompt == whole and len(prompt) + len(rollout.token_ids) <= max_length
+            text = " ".join(map(components.renderer.token_text, prompt))
+            assert rollout.problem.question in text and sample.context in text
+            assert prompt[-1] == header and rollout.token_ids[-1] == end
+            assert components.renderer.decode(rollout.token_ids) == rollout.text
+    lost = sum(sample.dropped == "longer than the context window" for sample in samples)
+    told = describe(samples)
+    assert told.get("dropped/longer than the context window", 0) == pytest.approx(lost / 6)
+    assert told["dropped"] == pytest.approx((lost + 2) / 6)
+
+
+def test_later_updates_are_measured_from_the_first(components: Components) -> None:
+    """GRPO's ratio is 1 in the first update, and in the second taken against what that one said."""
+    first, moved = list[torch.Tensor](), list[float]()
+
+    class Watched(Grpo):
+        def per_token(self, logits_CV, teacher_logits_CV, batch, rows):  # type: ignore[no-untyped-def]
+            said = super().per_token(logits_CV, teacher_logits_CV, batch, rows)
+            if batch.old_logp_N is None:  # the first update: what it says is what it starts from
+                first.append(said["logp"])
+            else:
+                assert torch.equal(batch.old_logp_N[rows], first[len(moved)])
+                moved.append((said["logp"] - batch.old_logp_N[rows]).abs().max().item())
+            return said
+
+    mixed = dataclasses.replace(PROBLEMS[0], id="q1")  # one right and one wrong answer to "q1"
+    rollouts = [*components.engine.generate(PROBLEMS[1:2], components.sampling)[:1]]
+    wrong = dataclasses.replace(rollouts[0], sample=1, text="# b")
+    assert mixed.id == wrong.problem.id
+    components = dataclasses.replace(
+        components, objective=Watched(1.0), context=None, num_iterations=2
+    )
+    learn(components, teach(components, mark(components, [*rollouts, wrong])))
+    assert len(first) == len(moved) > 0 and max(moved) > 1e-4
+
+
+def test_known_critiques_are_not_asked_for_again(components: Components) -> None:
+    rollouts = components.engine.generate(PROBLEMS[:1], components.sampling)
+    known = {("q0", 1): CritiqueFailure("too"), ("q0", 0): CritiqueFailure("kept"), ("q1", 0): None}
+    critiqued = mark(dataclasses.replace(components, critic=None), rollouts, known)
+    assert [m.critique for m in critiqued] == [known["q0", 0], known["q0", 1]]
+
+
+def test_a_served_critic_marks_a_batch_while_the_next_is_sampled(components: Components) -> None:
+    began, seen = threading.Event(), list[str]()
+
+    def served(judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | CritiqueFailure]:
+        seen.append(judged[0][0].problem.id)
+        began.set()
+        return [CritiqueFailure("late") for _ in judged]
+
+    class Waiting(Scripted):
+        def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
+            if problems[0].id == "q1":
+                assert began.wait(20), "nobody reads the first batch"
+            return super().generate(problems, sampling)
+
+    assert isinstance(components.engine, Scripted)
+    components = dataclasses.replace(
+        components,
+        critic=served,
+        engine=Waiting(components.engine.encode),
+        batch_size=1,
+        critic_threads=1,
+    )
+    samples, metrics = train_step(components, PROBLEMS[:2])
+    assert [sample.rollout.key for sample in samples] == [
+        ("q0", 0),
+        ("q0", 1),
+        ("q1", 0),
+        ("q1", 1),
+    ]
+    assert metrics["critique_failure/late"] == 1.0 and seen == ["q0", "q1"]
