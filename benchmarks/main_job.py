@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.models.loading import BASES
+from selfteach.trainer.async_training import train_steps
 from selfteach.trainer.build import build
-from selfteach.trainer.overlapped import train_steps
 from selfteach.trainer.step import RolloutRequest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ from selfteach.models import tree_attention
 from selfteach.models.fsdp import whole
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks, joined
 from selfteach.trainer.build import build
-from selfteach.trainer.step import learn, mark, teach
+from selfteach.trainer.step import build_samples, learn, verify_and_critique
 from selfteach.types import TrainingSample
 
 TOLERANCE = 1e-10
@@ -72,7 +72,7 @@ def lessons_of(way: str) -> list[TrainingSample]:
     """Six answers to three questions, sampled and marked in one process; right ones among wrong."""
     built = build(recipe(way, "none"))
     components = built.components
-    critiqued = mark(
+    critiqued = verify_and_critique(
         components, components.engine.generate(built.task.problems("train"), components.sampling)
     )
     for index in (0, 3):  # so that groups differ and GRPO has something to compare
@@ -80,7 +80,7 @@ def lessons_of(way: str) -> list[TrainingSample]:
             critiqued[index].verdict, correct=not critiqued[index].verdict.correct
         )
         critiqued[index] = dataclasses.replace(critiqued[index], verdict=right)
-    return teach(components, critiqued)
+    return build_samples(components, critiqued)
 
 
 def recipe(way: str, shard: str) -> Recipe:

@@ -71,9 +71,9 @@ def lessons_of(built: Built) -> list[TrainingSample]:
     rollouts = components.engine.generate(built.task.problems("train")[:4], components.sampling)
     critiqued = [
         dataclasses.replace(m, verdict=Verdict(m.rollout.sample % 2 == 0, True, "x"))
-        for m in step.mark(components, rollouts)
+        for m in step.verify_and_critique(components, rollouts)
     ]
-    return step.teach(components, critiqued)
+    return step.build_samples(components, critiqued)
 
 
 def learned(

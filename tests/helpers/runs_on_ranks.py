@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from selfteach.errors import SelfteachError, Terminated
 from selfteach.evaluation.evaluation_record import evaluation_of
 from selfteach.runtime import torchrun
 from selfteach.runtime.run_folder import RunFolder, result_of
-from selfteach.trainer import overlapped
+from selfteach.trainer import step
 from selfteach.trainer.loop import run_to_end, train
 
 RUN = {
@@ -43,30 +45,36 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate(merge(RUN, changes))
 
 
+def _before_learning(monkeypatched: Callable[[int], None]) -> None:
+    """Call a function with the number of the step before each `step.learn`."""
+    learn, steps = step.learn, itertools.count(1)
+
+    def learning(*args: Any) -> Any:
+        monkeypatched(next(steps))
+        return learn(*args)
+
+    step.learn = learning
+
+
 def until_a_rank_ends(recipe: Recipe, folder: Path) -> str:
-    learning = overlapped.take_in
-
-    def dies(*args: Any, **more: Any) -> Any:
-        if more["step"] == 3 and torchrun.rank() == 1:
+    def die(number: int) -> None:
+        if number == 3 and torchrun.rank() == 1:
             os._exit(9)
-        return learning(*args, **more)
 
-    overlapped.take_in = dies
+    _before_learning(die)
     with pytest.raises(SelfteachError) as caught:
         run_to_end(recipe, folder)
     return str(caught.value)
 
 
 def until_told_to_end(recipe: Recipe, folder: Path) -> str:
-    """The second rank gets SIGTERM while it learns in step 2."""
-    learning = overlapped.take_in
+    """The second rank gets SIGTERM while it trains in step 2."""
 
-    def told(*args: Any, **more: Any) -> Any:
-        if more["step"] == 2 and torchrun.rank() == 1:
+    def terminate(number: int) -> None:
+        if number == 2 and torchrun.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return learning(*args, **more)
 
-    overlapped.take_in = told
+    _before_learning(terminate)
     with pytest.raises(Terminated):
         run_to_end(recipe, folder)
     return "ended"

@@ -174,8 +174,8 @@ def test_a_loss_that_is_none_ends_the_run_with_its_batch(
     folder = tmp_path / "run"
     with pytest.raises(LossError, match=r"step 2: the loss is nan; no update was made"):
         run_to_end(recipe(train={"staleness": 1}), folder)
-    kept = load_file(folder / "offending" / "step_000002.safetensors")
-    assert kept["said.total"].isnan().all() and len(kept["ids_N"]) == len(kept["weight_N"]) > 0
+    kept = load_file(folder / "nonfinite" / "step_000002.safetensors")
+    assert kept["stats.total"].isnan().all() and len(kept["ids_N"]) == len(kept["weight_N"]) > 0
     assert [row["step"] for row in RunFolder(folder).metrics() if row["kind"] == "step"] == [1]
 
 

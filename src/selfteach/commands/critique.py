@@ -16,7 +16,7 @@ from selfteach.config.schema import merge, parse_setting, validate
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.alignment import first_change
 from selfteach.prompts.thinking import split_thinking
-from selfteach.rollout.rollouts import known_ids
+from selfteach.rollout.journaled_engine import problems_by_id
 from selfteach.runtime.run_folder import sample_row
 from selfteach.tasks import segmentation
 from selfteach.trainer.build import Marker, build_marker
@@ -95,7 +95,7 @@ def read_answers(path: Path, marker: Marker) -> list[Answered]:
         raise DataError(f"{path}: cannot be read: {error}") from None
     task = marker.task
     problems = [*task.train, *task.validation, *task.test]
-    known = _Known(known_ids(problems), {problem.question: problem for problem in problems})
+    known = _Known(problems_by_id(problems), {problem.question: problem for problem in problems})
     read = [
         _answer(line, f"{path}:{number}", number, known, marker)
         for number, line in enumerate(lines, start=1)

@@ -40,7 +40,7 @@ def evaluate_model(
     )
     result = evaluate(
         built.components.engine, built.components.verify, chosen, sampling,
-        split=split, batch_size=resolved.sampling.batch_size, same=built.task.form.same,
+        split=split, same=built.task.form.same,
     )  # fmt: skip
     return summary(result, what)
 

@@ -1,4 +1,4 @@
-"""Answers to a problem set, judged."""
+"""Evaluate an engine on a problem set."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 
 from selfteach.evaluation.evaluation_record import Evaluation
 from selfteach.protocols import Engine, Verifier
-from selfteach.rollout.rollouts import sample_batches
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
-from selfteach.runtime.run_folder import RunFolder
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
 
@@ -22,26 +20,21 @@ def evaluate(
     *,
     split: str = "problems",
     step: int = 0,
-    batch_size: int = 256,
-    journal: RunFolder | None = None,
     same: Callable[[str, str], bool] = operator.eq,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Evaluation:
-    """Answer each problem ``sampling.samples`` times and judge the answers.
+    """Sample ``sampling.samples`` rollouts of each problem and verify them.
 
-    ``same`` says when two final answers are one, so that a majority does not depend on spelling.
-    Ranks share the work, and each returns the whole.
+    ``same`` says whether two final answers are equal, so that a majority vote does not depend on
+    spelling. With several ranks the engine samples this rank's share, and each rank returns the whole.
     """
     k = sampling.samples
-    sampled = sample_batches(
-        engine, problems, sampling, batch_size=batch_size,
-        journal=journal, name=rollouts_name(split, step), ranks=ranks,
-    )  # fmt: skip
 
-    def own() -> list[tuple[Rollout, Verdict]]:
-        return [(r, verify(r.problem, r.text)) for batch in sampled for r in batch]
+    def verified() -> list[tuple[Rollout, Verdict]]:
+        rollouts = engine.generate(problems, sampling)
+        return [(rollout, verify(rollout.problem, rollout.text)) for rollout in rollouts]
 
-    judged = ranks.gather(ranks.all_or_raise(own))
+    judged = ranks.gather(ranks.all_or_raise(verified))
     rollouts, verdicts = [rollout for rollout, _ in judged], [verdict for _, verdict in judged]
 
     def by_problem(values: Sequence[Any]) -> list[list[Any]]:
@@ -61,12 +54,12 @@ def evaluate(
 
 
 def rollouts_name(split: str, step: int) -> str:
-    """Under which the answers of an evaluation are kept, batch by batch."""
+    """Return the name under which the rollouts of an evaluation are journaled."""
     return f"{split}_{step:06d}"
 
 
 def one_vote(parsed: Sequence[str | None], same: Callable[[str, str], bool]) -> list[str | None]:
-    """Each answer as the first of the row that is the same; None is no vote and stays."""
+    """Replace each answer by the first equal one of the row; None is no vote and stays."""
     firsts: list[str] = []
     votes: list[str | None] = []
     for answer in parsed:

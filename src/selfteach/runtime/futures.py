@@ -1,4 +1,4 @@
-"""Calls that are made now and waited for later, and how long they took."""
+"""Run calls in background threads, and measure when they were at work."""
 
 from __future__ import annotations
 
@@ -17,72 +17,73 @@ T = TypeVar("T")
 
 
 @runtime_checkable
-class Later(Protocol):
-    """Takes a call, gives back what waits for its result (or raises what it raised)."""
+class Submit(Protocol):
+    """Takes a call and returns a function that waits for its result (or raises what it raised)."""
 
     def __call__(
         self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> Callable[[], T]:
-        """Begin the call if there is a thread for it; else it begins when it is waited for."""
+        """Start the call if a thread is free; otherwise it starts when its result is requested."""
         ...
 
 
 @contextmanager
-def later(threads: int) -> Iterator[Later]:
-    """Calls in so many threads beside this one; with none, each runs when its result is asked for.
+def executor(threads: int) -> Iterator[Submit]:
+    """Yield a `Submit` with so many threads; with none, a call runs when its result is requested.
 
-    Leaving waits for what has begun and forgets what has not; when the process is to end (`Terminated`)
-    it does not wait.
+    Leaving the block waits for calls that have started and cancels the others; when the process is to
+    end (`Terminated`) it does not wait.
     """
     if threads == 0:
         yield partial
         return
     pool = ThreadPoolExecutor(threads)
 
-    def soon(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Callable[[], T]:
+    def submit(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Callable[[], T]:
         return pool.submit(function, *args, **kwargs).result
 
-    waits = True
+    wait = True
     try:
-        yield soon
+        yield submit
     except Terminated:
-        waits = False
+        wait = False
         raise
     finally:
-        pool.shutdown(wait=waits, cancel_futures=True)
+        pool.shutdown(wait=wait, cancel_futures=True)
 
 
-def at_once(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Callable[[], T]:
-    """A `Later` that makes the call here and now."""
+def submit_inline(
+    function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> Callable[[], T]:
+    """Run the call now, in this thread; a `Submit`."""
     result = function(*args, **kwargs)
     return lambda: result
 
 
 Span = tuple[float, float]
-"""When something began and ended, in seconds of a clock that only goes forward."""
+"""When a call began and ended, in seconds of a monotonic clock."""
 
-
-_at_work: ContextVar[list[Span] | None] = ContextVar("at_work", default=None)
+_active_spans: ContextVar[list[Span] | None] = ContextVar("active_spans", default=None)
 
 
 def timed(function: Callable[P, T], spans: list[Span], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """A call whose span is added to a list (which is safe from any thread).
+    """Make a call and append its span to ``spans`` (safe from any thread).
 
-    If the call says when it is `at_work`, those spans are added instead: the rest was waiting.
+    If the call opens `active` stretches, their spans are appended instead: the rest was waiting.
     """
-    own: list[Span] = []
-    began, outer = time.monotonic(), _at_work.set(own)
+    stretches: list[Span] = []
+    began, outer = time.monotonic(), _active_spans.set(stretches)
     try:
         return function(*args, **kwargs)
     finally:
-        _at_work.reset(outer)
-        spans.extend(own or [(began, time.monotonic())])
+        _active_spans.reset(outer)
+        spans.extend(stretches or [(began, time.monotonic())])
 
 
 @contextmanager
-def at_work() -> Iterator[None]:
-    """A stretch of a `timed` call in which something is done for it, in whatever thread."""
-    spans, began = _at_work.get(), time.monotonic()
+def active() -> Iterator[None]:
+    """Measure a stretch of a `timed` call in which work is done for it, in whatever thread."""
+    spans, began = _active_spans.get(), time.monotonic()
     try:
         yield
     finally:
@@ -91,7 +92,7 @@ def at_work() -> Iterator[None]:
 
 
 def covered(spans: Iterable[Span]) -> float:
-    """Seconds in which at least one of the spans was under way."""
+    """Return the seconds in which at least one of the spans was under way."""
     seconds, until = 0.0, float("-inf")
     for began, ended in sorted(spans):
         seconds += max(0.0, ended - max(began, until))

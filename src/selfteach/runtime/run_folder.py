@@ -6,6 +6,7 @@
     tracking.json          how much of it each sink has been given; only where there are sinks
     rollouts/              sampled answers, a file per batch, written before they are used;
                            unfinished/ holds what came of a batch before its engine died
+    critiques/             what the critic returned, a file per batch, written before it is used
     samples/               what was said of them: verdict, critique, context; a file per step
     evaluations/           per-problem results, a file per evaluation
     checkpoints/           what a resume needs
@@ -177,15 +178,39 @@ class RunFolder:
         """Remove what was saved under a name, if anything was."""
         (run_subfolder(self.path, "rollouts") / f"{name}.jsonl").unlink(missing_ok=True)
 
+    def save_critiques(
+        self,
+        name: str,
+        rollouts: Sequence[Rollout],
+        critiques: Sequence[Critique | CritiqueFailure | None],
+    ) -> None:
+        """Save the critiques of one batch, under a name like ``step_000012.000``."""
+        rows = (
+            {
+                "problem_id": rollout.problem.id,
+                "sample": rollout.sample,
+                "critique": None if critique is None else asdict(critique),
+            }
+            for rollout, critique in zip(rollouts, critiques, strict=True)
+        )
+        self._write(self.path / "critiques" / f"{name}.jsonl", rows)
+
     def save_samples(self, step: int, samples: Sequence[TrainingSample]) -> None:
-        """What was said of a step's answers."""
+        """Save a step's training samples: verdict, critique and context of each rollout."""
         self._write(
             run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl", map(sample_row, samples)
         )
 
     def load_critiques(self, step: int) -> dict[tuple[str, int], Critique | CritiqueFailure | None]:
-        """The critiques of a step's answers by their key; empty if they were not saved."""
-        rows = _read_lines(run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl") or []
+        """Return the critiques of a step's rollouts by `Rollout.key`; empty if none are saved.
+
+        They are in ``critiques/``; in a folder that an earlier version has begun, in ``samples/``.
+        """
+        batches = sorted((self.path / "critiques").glob(f"step_{step:06d}.*.jsonl"))
+        rows = [row for path in batches for row in _read_lines(path) or []]
+        if not rows:
+            samples = run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl"
+            rows = _read_lines(samples) or []
         return {(row["problem_id"], row["sample"]): critique_from(row["critique"]) for row in rows}
 
     # -- metrics -----------------------------------------------------------------------------

@@ -52,6 +52,7 @@ from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
 from selfteach.protocols import Context, Critic, Objective, Teacher
 from selfteach.rollout.gathered_weights import Gathering
+from selfteach.rollout.journaled_engine import BatchedEngine
 from selfteach.runtime import tracking
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.torch_setup import settle
@@ -110,7 +111,9 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     prompts = (renderer.solver_prompt(p) for p in (*task.train, *task.validation, *task.test))
     engine = build_engine(recipe, solver, prompts, sampler, ranks)
     components = Components(
-        engine=Gathering(engine) if shard else engine,
+        engine=BatchedEngine(
+            Gathering(engine) if shard else engine, recipe.sampling.batch_size, ranks
+        ),
         verify=task.verify,
         critic=build_critic(recipe.critic, task, templates, solver, seed=recipe.seed)
         if recipe.critic
@@ -127,9 +130,8 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
             recipe.sampling.max_tokens,
             recipe.seed,
         ),
-        batch_size=recipe.sampling.batch_size,
         critic_threads=critic_threads(recipe.critic),
-        samples_beside=_samples_beside(recipe),
+        samples_in_background=_samples_in_background(recipe),
         num_iterations=recipe.train.num_iterations,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         chunk_tokens=chunk_tokens(model.config.get_text_config().vocab_size, device.type),
@@ -296,7 +298,7 @@ def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMo
     )
 
 
-def _samples_beside(recipe: Recipe) -> bool:
+def _samples_in_background(recipe: Recipe) -> bool:
     """Whether the engine has weights of its own, and there is something to do beside sampling."""
     served = recipe.engine.type == "vllm_server"
     return recipe.train.staleness > 0 and (served or recipe.sampling.separate_copy)

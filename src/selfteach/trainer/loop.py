@@ -17,6 +17,7 @@ from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
 from selfteach.models.loading import choose_device, resolve
+from selfteach.rollout.journaled_engine import BatchedEngine, JournaledEngine
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.distributed import Ranks, joined
 from selfteach.runtime.provenance import environment, processor
@@ -24,12 +25,10 @@ from selfteach.runtime.run_folder import RunFolder, enough_disk, result_of, writ
 from selfteach.runtime.signals import Termination, listening
 from selfteach.tasks.task import Split, training_order
 from selfteach.trainer import checkpoint
+from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
 from selfteach.trainer.build_critic import require_critic
 from selfteach.trainer.build_engine import require_engine
-from selfteach.trainer.metrics import coverage
-from selfteach.trainer.overlapped import train_steps
-from selfteach.trainer.step import RolloutRequest
 from selfteach.types import Sampling
 
 BUDGET = (
@@ -152,8 +151,8 @@ def _steps(
     components, last = built.components, recipe.train.steps
     components.engine.load_weights(components.policy.trainable.items(), components.policy.version)
     learning = train_steps(
-        components, _turns(recipe, built), range(done + 1, last + 1),
-        staleness=recipe.train.staleness, journal=run, safely=end.safe,
+        components, _rollout_requests(recipe, built), range(done + 1, last + 1), run,
+        staleness=recipe.train.staleness, interruptible=end.safe,
     )  # fmt: skip
 
     def save(step: int) -> None:
@@ -173,15 +172,9 @@ def _steps(
             with end.safe():
                 row = _measure(run, recipe, built, "validation", done, record)
             yield row
-        for step, (samples, metrics) in learning:
+        for step, (_, metrics) in learning:
             among = {"ranks": components.ranks.size} if components.ranks.size > 1 else {}
-            row = {
-                "step": step,
-                "kind": "step",
-                **among,
-                **metrics,
-                **coverage(components, samples),
-            }
+            row = {"step": step, "kind": "step", **among, **metrics}
             record(row)
             done = step
             yield row
@@ -199,7 +192,7 @@ def _steps(
         raise
 
 
-def _turns(recipe: Recipe, built: Built) -> Callable[[int], RolloutRequest]:
+def _rollout_requests(recipe: Recipe, built: Built) -> Callable[[int], RolloutRequest]:
     """Who answers what in each step. Raises `RecipeError` if steps of one version share problems."""
     train, problems = recipe.train, built.task.problems("train")
     most = min(train.steps, train.staleness + 1) * min(train.problems_per_step, len(problems))
@@ -211,12 +204,12 @@ def _turns(recipe: Recipe, built: Built) -> Callable[[int], RolloutRequest]:
     order = training_order(len(problems), recipe.seed, train.problems_per_step)
     of_step = [[problems[i] for i in indices] for indices in islice(order, train.steps)]
 
-    def turn(step: int) -> RolloutRequest:
+    def request(step: int) -> RolloutRequest:
         version = max(0, step - 1 - train.staleness) * train.num_iterations
-        over = version != built.components.policy.version
-        return RolloutRequest(step, of_step[step - 1], version, over)
+        weights_lost = version != built.components.policy.version
+        return RolloutRequest(step, of_step[step - 1], version, weights_lost)
 
-    return turn
+    return request
 
 
 def _due(run: RunFolder, recipe: Recipe, step: int) -> bool:
@@ -239,10 +232,11 @@ def _measure(
         max_tokens=settings.max_tokens or recipe.sampling.max_tokens,
         seed=recipe.seed,
     )
+    assert isinstance(built.components.engine, BatchedEngine)
+    engine = JournaledEngine(built.components.engine, run, rollouts_name(split, step))
     evaluation = evaluate(
-        built.components.engine, built.components.verify, built.task.problems(split), sampling,
-        split=split, step=step, batch_size=recipe.sampling.batch_size, journal=run,
-        same=built.task.form.same, ranks=built.components.ranks,
+        engine, built.components.verify, built.task.problems(split), sampling,
+        split=split, step=step, same=built.task.form.same, ranks=built.components.ranks,
     )  # fmt: skip
     if built.components.ranks.is_main:
         write_json(evaluation_path(run.path, split, step), evaluation.to_json())

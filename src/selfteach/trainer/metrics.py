@@ -1,52 +1,42 @@
-"""Metrics of one step: what its rollouts were like, and what the loss did."""
+"""Metrics of one step: what its rollouts are like, and what the loss did."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from selfteach.runtime.distributed import Ranks
-from selfteach.trainer import habits
-from selfteach.types import (
-    CritiqueFailure,
-    TrainingSample,
-    Usage,
-)
-
-if TYPE_CHECKING:
-    from selfteach.trainer.step import Components
+from selfteach.trainer import rollout_statistics
+from selfteach.types import CritiqueFailure, TokenWeights, TrainingSample, Usage
 
 Metrics = dict[str, float]
 
 
-def coverage(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
-    """Which answers, and of these which end tokens, the loss of the step just taken has counted."""
-    version = components.policy.version - components.num_iterations
-    token_weights = components.objective.token_weights(
-        samples, components.objective.denominators(samples), version
-    )
-    ended = habits.eos_in_loss(samples, token_weights)
+def in_loss(samples: Sequence[TrainingSample], weights: Sequence[TokenWeights]) -> Metrics:
+    """Compute which rollouts, and of these which end tokens, count in the loss."""
+    eos = rollout_statistics.eos_in_loss(samples, weights)
     return {
-        "taught": habits.taught(token_weights),
-        **({} if ended is None else {"eos_in_loss": ended}),
+        "frac_in_loss": rollout_statistics.frac_in_loss(weights),
+        **({} if eos is None else {"eos_in_loss": eos}),
     }
 
 
-def describe(samples: Sequence[TrainingSample]) -> Metrics:
-    """What the step's answers were like: the health of a run."""
+def summarize_samples(samples: Sequence[TrainingSample]) -> Metrics:
+    """Compute rates and means over the step's rollouts, and what the critic was used for."""
     rollouts = [sample.rollout for sample in samples]
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     count = max(1, len(rollouts))
     dropped = Counter(sample.dropped for sample in samples if sample.dropped)
     critiques = [sample.critiqued.critique for sample in samples if sample.critiqued.critique]
-    refused = Counter(c.reason for c in critiques if isinstance(c, CritiqueFailure))
+    failures = Counter(c.reason for c in critiques if isinstance(c, CritiqueFailure))
     fidelity = [sample.change.fidelity for sample in samples if sample.change]
     usage = sum((critique.usage for critique in critiques), Usage())
+    repetition = sum(rollout_statistics.repetition(rollout.token_ids) for rollout in rollouts)
+    hesitations = sum(rollout_statistics.hesitations(rollout.text) for rollout in rollouts)
     return {
         "correct": sum(sample.critiqued.verdict.correct for sample in samples) / count,
         "formatted": sum(sample.critiqued.verdict.formatted for sample in samples) / count,
@@ -54,33 +44,30 @@ def describe(samples: Sequence[TrainingSample]) -> Metrics:
         "length": tokens / count,
         # The mean of -log p over sampled tokens is an unbiased estimate of the entropy per token.
         "entropy": -sum(sum(rollout.logps) for rollout in rollouts) / max(1, tokens),
-        "repetition": sum(habits.repetition(rollout.token_ids) for rollout in rollouts) / count,
-        "hesitations": sum(habits.hesitations(rollout.text) for rollout in rollouts) / count,
+        "repetition": repetition / count,
+        "hesitations": hesitations / count,
         "rollouts_sampled": len(rollouts),
         "tokens_sampled": tokens,
-        "critiques": len(critiques) - sum(refused.values()),
+        "critiques": len(critiques) - sum(failures.values()),
         **({"fidelity": sum(fidelity) / len(fidelity)} if fidelity else {}),
         **{f"critic_{name}": value for name, value in asdict(usage).items()},
-        **{
-            f"critique_failure/{reason}": number / count
-            for reason, number in sorted(refused.items())
-        },
+        **{f"critique_failure/{reason}": n / count for reason, n in sorted(failures.items())},
         "dropped": sum(dropped.values()) / count,
         **{f"dropped/{reason}": number / count for reason, number in sorted(dropped.items())},
     }
 
 
-def summarize(said: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metrics:
-    """Means over the tokens that were scored, on whatever rank."""
-    if not said:
+def summarize(stats: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metrics:
+    """Compute means over the tokens of all micro-batches and ranks; each value of ``stats`` is [N]."""
+    if not stats:
         return {"loss": 0.0}
-    joined = {name: torch.cat([part[name] for part in said]) for name in said[0]}
+    joined = {name: torch.cat([part[name] for part in stats]) for name in stats[0]}
     mismatch_N = joined["mismatch"].abs()
     metrics = {
         "loss": ranks.sum(joined["total"].sum().item()),
         "mismatch_mean": ranks.mean(mismatch_N),
         "mismatch_max": ranks.max(mismatch_N),
-        # KL(engine ‖ trainer), estimated by k3 on what the engine has sampled.
+        # KL(engine ‖ trainer), estimated by k3 on the sampled tokens.
         "mismatch_kl": ranks.mean(joined["mismatch"].expm1() - joined["mismatch"]),
         "clip_fraction": ranks.mean(joined["clipped"]),
     }

@@ -1,8 +1,8 @@
-"""A loss that is not a number ends a run before it can spoil the weights; its batch is kept.
+"""End a run whose loss is NaN or infinite before an update is made, and save the batch.
 
-``offending/step_000012.safetensors`` holds the micro-batch (the fields of `types.Batch`, the sequences'
-as ``student.ids_BT``, …) and what was said of each of its tokens (``loss``, ``logp``, …). Which answers
-they are stands in ``samples/`` of the same step.
+``nonfinite/step_000012.safetensors`` holds the micro-batch (the fields of `types.Batch`, the sequences'
+as ``student.ids_BT``, …) and the statistics of each of its tokens (``stats.loss``, ``stats.logp``, …).
+The rollouts are in ``rollouts/`` of the same step.
 """
 
 from __future__ import annotations
@@ -20,47 +20,49 @@ from selfteach.types import Batch, Sequences
 
 
 class NotFinite(LossError):
-    """The loss of a micro-batch is not a number, or infinite."""
+    """Raised when the loss of a micro-batch is NaN or infinite."""
 
-    def __init__(self, loss: float, batch: Batch, said: Mapping[str, Tensor]) -> None:
+    def __init__(self, loss: float, batch: Batch, stats: Mapping[str, Tensor]) -> None:
         super().__init__(f"the loss is {loss}; no update was made")
-        self.tensors = {**_fields(batch), **{f"said.{name}": value for name, value in said.items()}}
+        self.tensors = {
+            **_fields(batch),
+            **{f"stats.{name}": value for name, value in stats.items()},
+        }
 
 
-def require_finite(said: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch]) -> None:
-    """Raises `NotFinite` for the first micro-batch whose loss (``total``) is none."""
-    for told, batch in zip(said, batches, strict=True):
-        if not torch.isfinite(told["total"]).all():
-            raise NotFinite(told["total"].sum().item(), batch, told)
+def require_finite(stats: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch]) -> None:
+    """Raise `NotFinite` for the first micro-batch whose loss (``total``) is not finite."""
+    for batch_stats, batch in zip(stats, batches, strict=True):
+        if not torch.isfinite(batch_stats["total"]).all():
+            raise NotFinite(batch_stats["total"].sum().item(), batch, batch_stats)
 
 
 @contextmanager
-def kept_if_not_finite(journal: RunFolder | None, step: int) -> Iterator[None]:
-    """Around learning: an offending batch is written down before its error goes on."""
+def save_nonfinite_batch(run: RunFolder, step: int) -> Iterator[None]:
+    """Save the micro-batch of a `NotFinite` that is raised in the block, and raise a `LossError`."""
     try:
         yield
     except NotFinite as error:
-        if journal is None:
-            raise
-        path = journal.path / "offending" / f"step_{step:06d}.safetensors"
-        with written_whole(path) as aside:
-            save_file({n: t.detach().cpu().contiguous() for n, t in error.tensors.items()}, aside)
+        path = run.path / "nonfinite" / f"step_{step:06d}.safetensors"
+        with written_whole(path) as temporary:
+            tensors = {n: t.detach().cpu().contiguous() for n, t in error.tensors.items()}
+            save_file(tensors, temporary)
         raise LossError(
-            f"step {step}: {error}; the batch is {path}, its answers are in "
-            f"samples/step_{step:06d}.jsonl. A resume would meet it again: look at the batch, and "
-            "begin anew with a lower optimizer.lr, or with model.autocast and weights_dtype as wide "
-            "as the model needs"
+            f"step {step}: {error}; the batch is {path}, its rollouts are in "
+            f"rollouts/step_{step:06d}.*.jsonl. A resume would fail in the same way: look at the "
+            "batch, and start a new run with a lower optimizer.lr, or with wider model.autocast and "
+            "model.weights_dtype"
         ) from None
 
 
 def _fields(batch: Batch) -> dict[str, Tensor]:
-    """A batch's tensors by name, shared storage taken apart."""
-    found: dict[str, Tensor] = {}
+    """A batch's tensors by name, as copies that share no storage."""
+    tensors: dict[str, Tensor] = {}
     for name in batch.__slots__:
         value = getattr(batch, name)
         if isinstance(value, Tensor):
-            found[name] = value.clone()
+            tensors[name] = value.clone()
         elif isinstance(value, Sequences):
             for part in ("ids_BT", "rows_N", "columns_N"):
-                found[f"{name}.{part}"] = getattr(value, part).clone()
-    return found
+                tensors[f"{name}.{part}"] = getattr(value, part).clone()
+    return tensors

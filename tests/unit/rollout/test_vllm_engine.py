@@ -16,7 +16,7 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import EngineError, RecipeError
 from selfteach.losses.policy_gradient import token_logp
 from selfteach.models.sequences import sequences
-from selfteach.rollout.rollouts import Interrupted, sample_batches
+from selfteach.rollout.journaled_engine import BatchedEngine, Interrupted, JournaledEngine
 from selfteach.rollout.vllm import vllm_engine
 from selfteach.rollout.vllm.in_process import Serving, arguments
 from selfteach.runtime.run_folder import RunFolder
@@ -148,7 +148,7 @@ def test_who_gives_the_weights_again_is_seen_by_others_that_sample(
     move(built)
     publish(built, 1)
     wanted = built.components.engine.generate(built.task.train, SAMPLING)
-    sampler = built.components.engine._sampler  # type: ignore[attr-defined]
+    sampler = built.components.engine.engine._sampler  # type: ignore[attr-defined]
     plain, ours, restarts = sampler.answers, server.label.partition("+")[0], [True]
 
     def answers(asks: list[Any], label: str) -> Iterator[Any]:
@@ -252,8 +252,8 @@ def test_an_engine_that_dies_in_a_batch_leaves_what_it_said(
     run = RunFolder(tmp_path)
 
     def sample() -> list[Rollout]:
-        batches = sample_batches(engine, problems, SAMPLING, batch_size=8, journal=run, name="s")
-        return [rollout for batch in batches for rollout in batch]
+        assert isinstance(engine, BatchedEngine)
+        return JournaledEngine(engine, run, "s").generate(problems, SAMPLING)
 
     server.dies_after = 7
     with pytest.raises(Interrupted, match=r"is gone .* of 8 answers .* kept.* selfteach resume"):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfteach.trainer.habits import eos_in_loss, hesitations, repetition, taught
+from selfteach.trainer.rollout_statistics import eos_in_loss, frac_in_loss, hesitations, repetition
 from selfteach.types import (
     CritiquedRollout,
     Problem,
@@ -51,8 +51,8 @@ def test_hesitation_is_words_not_letters():
 
 
 def test_taught_counts_answers_with_a_token_that_counts():
-    assert taught([TokenWeights((0.0, 1.0)), TokenWeights((0.0, 0.0))]) == 0.5
-    assert taught([]) == 0.0
+    assert frac_in_loss([TokenWeights((0.0, 1.0)), TokenWeights((0.0, 0.0))]) == 0.5
+    assert frac_in_loss([]) == 0.0
 
 
 def test_the_end_counts_only_where_it_was_written_and_weighs_something():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +17,19 @@ from transformers import PreTrainedTokenizerFast
 
 from selfteach import protocols
 from selfteach.config.recipe import Recipe
+from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.losses.divergence import Divergence, per_token
 from selfteach.losses.objectives import Distillation, Grpo
 from selfteach.models import prefix_cache
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
-from selfteach.runtime.run_folder import sample_row
+from selfteach.rollout.journaled_engine import BatchedEngine
+from selfteach.runtime.run_folder import RunFolder, sample_row
+from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import build
-from selfteach.trainer.metrics import coverage, describe
-from selfteach.trainer.step import Components, learn, mark, teach, train_step
+from selfteach.trainer.metrics import summarize_samples
+from selfteach.trainer.step import Components, build_samples, learn, train_step, verify_and_critique
 from selfteach.types import (
     Critique,
     CritiquedRollout,
@@ -99,8 +104,9 @@ def components() -> Components:
 
 
 def lessons_of(components: Components) -> list:
-    return teach(
-        components, mark(components, components.engine.generate(PROBLEMS, components.sampling))
+    return build_samples(
+        components,
+        verify_and_critique(components, components.engine.generate(PROBLEMS, components.sampling)),
     )
 
 
@@ -194,7 +200,8 @@ def test_a_step_publishes_and_tells_the_teacher(components: Components) -> None:
     assert components.engine.versions == [3] and updates == [1, 2, 3]
     assert metrics["rollouts_sampled"] == 6 and metrics["critiques"] == 4
     assert metrics["dropped"] == metrics["dropped/refused"] == pytest.approx(1 / 3)
-    assert coverage(components, samples) == {"taught": pytest.approx(2 / 3), "eos_in_loss": 1.0}
+    assert metrics["frac_in_loss"] == pytest.approx(2 / 3) and metrics["eos_in_loss"] == 1.0
+    assert [sample.rollout.sample for sample in samples] == [0, 1] * 3
     assert 0 <= metrics["repetition"] < 1 and metrics["hesitations"] == 0
 
 
@@ -214,7 +221,8 @@ def test_nothing_to_learn_leaves_the_weights(components: Components) -> None:
         changed = dataclasses.replace(components, objective=objective, context=shown)
         samples, metrics = train_step(changed, alike)
         assert metrics["tokens_trained"] == 0 and metrics["loss"] == 0
-        assert coverage(changed, samples) == {"taught": 0.0}
+        assert metrics["frac_in_loss"] == 0 and "eos_in_loss" not in metrics
+        assert len(samples) == 2
     for name, param in components.policy.trainable.items():
         assert torch.equal(param, before[name])
 
@@ -267,9 +275,9 @@ def test_nothing_of_a_lesson_is_ever_cut(components: Components, max_length: int
             assert prompt[-1] == header and rollout.token_ids[-1] == end
             assert components.renderer.decode(rollout.token_ids) == rollout.text
     lost = sum(sample.dropped == "longer than the context window" for sample in samples)
-    told = describe(samples)
-    assert told.get("dropped/longer than the context window", 0) == pytest.approx(lost / 6)
-    assert told["dropped"] == pytest.approx((lost + 2) / 6)
+    metrics = summarize_samples(samples)
+    assert metrics.get("dropped/longer than the context window", 0) == pytest.approx(lost / 6)
+    assert metrics["dropped"] == pytest.approx((lost + 2) / 6)
 
 
 def test_later_updates_are_measured_from_the_first(components: Components) -> None:
@@ -293,18 +301,37 @@ def test_later_updates_are_measured_from_the_first(components: Components) -> No
     components = dataclasses.replace(
         components, objective=Watched(1.0), context=None, num_iterations=2
     )
-    learn(components, teach(components, mark(components, [*rollouts, wrong])))
+    learn(
+        components, build_samples(components, verify_and_critique(components, [*rollouts, wrong]))
+    )
     assert len(first) == len(moved) > 0 and max(moved) > 1e-4
 
 
-def test_known_critiques_are_not_asked_for_again(components: Components) -> None:
+def test_saved_critiques_are_not_requested_again(components: Components) -> None:
     rollouts = components.engine.generate(PROBLEMS[:1], components.sampling)
-    known = {("q0", 1): CritiqueFailure("too"), ("q0", 0): CritiqueFailure("kept"), ("q1", 0): None}
-    critiqued = mark(dataclasses.replace(components, critic=None), rollouts, known)
-    assert [m.critique for m in critiqued] == [known["q0", 0], known["q0", 1]]
+    first, second = CritiqueFailure("first"), CritiqueFailure("second")
+    requested: list[tuple[str, int]] = []
+    written: list[Sequence[object]] = []
+
+    def counting(judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | CritiqueFailure]:
+        requested.extend(rollout.key for rollout, _ in judged)
+        return critic(judged)
+
+    def critiques(saved: dict[tuple[str, int], CritiqueFailure | None]) -> list[object]:
+        journaled = JournaledCritic(counting, saved, lambda _, made: written.append(made))
+        changed = dataclasses.replace(components, critic=journaled)
+        return [c.critique for c in verify_and_critique(changed, rollouts)]
+
+    assert critiques({("q0", 1): second, ("q0", 0): first, ("q1", 0): None}) == [first, second]
+    assert requested == written == []
+    # One of a batch is missing: the critic gets the batch that it would have got at first.
+    made = critiques({("q0", 1): second})
+    assert requested == [("q0", 0), ("q0", 1)] and written == [made]
 
 
-def test_a_served_critic_marks_a_batch_while_the_next_is_sampled(components: Components) -> None:
+def test_a_served_critic_reads_a_batch_while_the_next_is_sampled(
+    components: Components, tmp_path: Path
+) -> None:
     began, seen = threading.Event(), list[str]()
 
     def served(judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | CritiqueFailure]:
@@ -322,15 +349,45 @@ def test_a_served_critic_marks_a_batch_while_the_next_is_sampled(components: Com
     components = dataclasses.replace(
         components,
         critic=served,
-        engine=Waiting(components.engine.encode),
-        batch_size=1,
+        engine=BatchedEngine(Waiting(components.engine.encode), batch_size=1),
         critic_threads=1,
     )
-    samples, metrics = train_step(components, PROBLEMS[:2])
-    assert [sample.rollout.key for sample in samples] == [
-        ("q0", 0),
-        ("q0", 1),
-        ("q1", 0),
-        ("q1", 1),
-    ]
+
+    def request(step: int) -> RolloutRequest:
+        return RolloutRequest(step, PROBLEMS[:2], 0)
+
+    ((_, (samples, metrics)),) = train_steps(components, request, [1], RunFolder(tmp_path))
+    keys = [sample.rollout.key for sample in samples]
+    assert keys == [("q0", 0), ("q0", 1), ("q1", 0), ("q1", 1)]
     assert metrics["critique_failure/late"] == 1.0 and seen == ["q0", "q1"]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_the_loop_s_step_is_train_step(
+    components: Components, tmp_path: Path, threads: int
+) -> None:
+    """`train_steps` without staleness gives the samples, metrics and weights of `train_step`, bitwise."""
+    assert isinstance(components.engine, Scripted)
+    engine = BatchedEngine(components.engine, batch_size=2)
+    components = dataclasses.replace(components, engine=engine, critic_threads=threads)
+    initial = {n: p.detach().clone() for n, p in components.policy.trainable.items()}
+    optimizer = copy.deepcopy(components.policy.optimizer.state_dict())
+    samples, metrics = train_step(components, PROBLEMS)
+    expected = {n: p.detach().clone() for n, p in components.policy.trainable.items()}
+    with torch.no_grad():
+        for name, param in components.policy.trainable.items():
+            param.copy_(initial[name])
+    components.policy.optimizer.load_state_dict(optimizer)
+    components.policy.version = 0
+    components.engine.load_weights([], 0)
+
+    def request(step: int) -> RolloutRequest:
+        return RolloutRequest(step, PROBLEMS, 0)
+
+    steps = list(train_steps(components, request, [1], RunFolder(tmp_path)))
+    ((step, (looped, logged)),) = steps
+    assert step == 1 and looped == samples
+    for name, value in metrics.items():
+        assert logged[name] == value, name
+    for name, param in components.policy.trainable.items():
+        assert torch.equal(param, expected[name]), name

@@ -75,7 +75,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def step(ends: tuple[str, ...] = (), **changes: Any) -> tuple[Work, list, dict[str, float]]:
         built = build(Recipe.model_validate(merge(RECIPE, changes)))
         if ends:
-            engine: Any = built.components.engine
+            engine: Any = built.components.engine.engine  # type: ignore[attr-defined]
             engine._end_ids = tuple(built.tokenizer.convert_tokens_to_ids(list(ends)))
         work = Work(built, monkeypatch)
         samples, metrics = train_step(built.components, built.task.problems("train"))

@@ -17,10 +17,9 @@ from selfteach.config.recipe import CONTEXTS, DIAL, ContextName
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
 from selfteach.evaluation.token_scores import Limits, ScoreFn, score_answers
-from selfteach.rollout.rollouts import sample_batches
 from selfteach.runtime.run_folder import require_empty, write_json, write_lines, written_whole
 from selfteach.trainer.build import Built
-from selfteach.trainer.step import mark
+from selfteach.trainer.step import verify_and_critique
 from selfteach.types import CritiquedRollout, Problem, Sampling
 
 FORMAT = 1
@@ -76,11 +75,11 @@ def position(name: str) -> float | None:
 
 
 def sample_and_mark(
-    built: Built, problems: Sequence[Problem], sampling: Sampling, *, batch_size: int
+    built: Built, problems: Sequence[Problem], sampling: Sampling
 ) -> list[CritiquedRollout]:
-    """Fresh answers with verdict and critique."""
-    batches = sample_batches(built.components.engine, problems, sampling, batch_size=batch_size)
-    return [critiqued for batch in batches for critiqued in mark(built.components, batch)]
+    """Sample rollouts of the problems, verify and critique them."""
+    rollouts = built.components.engine.generate(problems, sampling)
+    return verify_and_critique(built.components, rollouts)
 
 
 def write_inspection(

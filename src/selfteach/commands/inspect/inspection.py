@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +22,16 @@ from selfteach.config.migrations import run_subfolder
 from selfteach.config.recipe import DIAL, Recipe
 from selfteach.config.schema import merge, parse_setting, validate
 from selfteach.errors import CheckpointError, DataError
+from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context
-from selfteach.rollout.rollouts import known_ids
+from selfteach.rollout.journaled_engine import problems_by_id
 from selfteach.runtime.provenance import environment
 from selfteach.runtime.run_folder import RunFolder, require_empty
 from selfteach.trainer.build import Built, build_context
 from selfteach.trainer.open_model import named_problems, open_model
-from selfteach.trainer.step import mark
-from selfteach.types import CritiquedRollout, Problem, Sampling
+from selfteach.trainer.step import verify_and_critique
+from selfteach.types import CritiquedRollout, Problem, Rollout, Sampling
 
 TeacherWeights = Literal["given", "initial"]
 
@@ -102,8 +103,7 @@ def sampled(
         request.k, recipe.sampling.temperature, recipe.sampling.max_tokens, request.seed
     )
     chosen = problems[: request.limit]
-    batch = recipe.sampling.batch_size
-    return tell(built, sample_and_mark(built, chosen, sampling, batch_size=batch))
+    return tell(built, sample_and_mark(built, chosen, sampling))
 
 
 def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
@@ -113,7 +113,7 @@ def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
     not the recipe's.
     """
     name, task = str(request.recorded), built.task
-    known = known_ids([*task.train, *task.validation, *task.test])
+    known = problems_by_id([*task.train, *task.validation, *task.test])
     critiques = run.load_critiques(int(name[5:])) if name.removeprefix("step_").isdigit() else {}
     critiqued: list[CritiquedRollout] = []
     for path in sorted(run_subfolder(run.path, "rollouts").glob(f"{name}.*.jsonl")):
@@ -121,7 +121,7 @@ def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
             rollouts = run.load_rollouts(path.stem, known) or []
         except KeyError as missing:
             raise DataError(f"{path}: the recipe's data has no problem {missing}") from None
-        critiqued += mark(built.components, rollouts, critiques)
+        critiqued += _critiqued(built, rollouts, critiques)
     if not critiqued:
         have = sorted(
             {p.name.split(".")[0] for p in run_subfolder(run.path, "rollouts").glob("*.jsonl")}
@@ -133,6 +133,15 @@ def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
         first = list(dict.fromkeys(m.rollout.problem.id for m in critiqued))[: request.limit]
         critiqued = [m for m in critiqued if m.rollout.problem.id in first]
     return tell(built, critiqued)
+
+
+def _critiqued(
+    built: Built, rollouts: Sequence[Rollout], critiques: Mapping[tuple[str, int], Any]
+) -> list[CritiquedRollout]:
+    """Verify rollouts; those without a saved critique are critiqued."""
+    critic = built.components.critic
+    saved = None if critic is None else JournaledCritic(critic, critiques)
+    return verify_and_critique(replace(built.components, critic=saved), rollouts)
 
 
 def _context(

@@ -20,14 +20,15 @@ from selfteach.config.data_section import FilesData, HubData, SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import DataError, RecipeError
-from selfteach.rollout.rollouts import sample_batches
-from selfteach.runtime.futures import later
+from selfteach.feedback.critics.journaled_critic import JournaledCritic
+from selfteach.rollout.journaled_engine import BatchedEngine, JournaledEngine
+from selfteach.runtime.futures import executor
 from selfteach.runtime.provenance import environment
 from selfteach.runtime.run_folder import RunFolder, read_json, write_json, write_lines, write_text
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.splits import split_pool, without_duplicates
 from selfteach.trainer.build import Built, build, set_threads
-from selfteach.trainer.step import mark
+from selfteach.trainer.step import verify_and_critique
 from selfteach.types import Critique, Problem, Rollout, Sampling, TrainingSample, Usage
 
 FILTERS = ("max_solve_rate", "min_format_rate", "critic", "critic_answers", "split")
@@ -172,14 +173,12 @@ def _tallies(
         chosen.max_tokens or recipe.sampling.max_tokens,
         chosen.seed,
     )
-    batches = sample_batches(
-        built.components.engine, pool, sampling,
-        batch_size=recipe.sampling.batch_size, journal=run, name="select",
-    )  # fmt: skip
-    with later(built.components.critic_threads) as soon:
+    assert isinstance(built.components.engine, BatchedEngine)
+    batches = JournaledEngine(built.components.engine, run, "select").batches(pool, sampling)
+    with executor(built.components.critic_threads) as submit:
         waiting = []
         for number, batch in enumerate(batches):
-            waiting.append(soon(_judged, run, chosen, built, number, batch))
+            waiting.append(submit(_judged, run, chosen, built, number, batch))
             while len(waiting) > built.components.critic_threads:
                 yield waiting.pop(0)()
         for tallies in waiting:
@@ -217,7 +216,12 @@ def _with_critic(
     """The tallies with what the critic made of the answers it was asked about; kept on disk."""
     known = run.load_critiques(number)
     old, new = ([r for r in asked if (r.key in known) is there] for there in (True, False))
-    critiqued = [*mark(built.components, old, known), *mark(built.components, new)]
+    critic = built.components.critic
+    assert critic is not None
+    saved = dataclasses.replace(built.components, critic=JournaledCritic(critic, known))
+    critiqued = [
+        *verify_and_critique(saved, old), *verify_and_critique(built.components, new)
+    ]  # fmt: skip
     run.save_samples(number, [TrainingSample(answer) for answer in critiqued])
     for answer in critiqued:
         problem, said = answer.rollout.problem, answer.critique

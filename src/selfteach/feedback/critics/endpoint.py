@@ -17,7 +17,7 @@ from aiolimiter import AsyncLimiter
 
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import Keep, NoReply, Reply, Request, as_dicts
-from selfteach.runtime.futures import at_work
+from selfteach.runtime.futures import active
 
 LONGEST_BODY = 2_000_000
 """Bytes of a response that are read. What is longer is no critique: the connection is closed, and the
@@ -92,7 +92,7 @@ class EndpointModel:
     async def _complete(self, requests: Sequence[Request], keep: Keep) -> list[Reply | NoReply]:
         async def one(index: int, request: Request) -> Reply | NoReply:
             async with self._slots, self._pace or contextlib.nullcontext():
-                with at_work():  # not while others hold all places
+                with active():  # not while others hold all places
                     reply = await self._ask(request)
                 if isinstance(reply, Reply):  # on disk before the next request is sent
                     await asyncio.to_thread(keep, index, reply)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from selfteach.errors import EngineError
 from selfteach.prompts.renderer import Renderer
-from selfteach.rollout.rollouts import Interrupted
+from selfteach.rollout.journaled_engine import Interrupted
 from selfteach.rollout.vllm.weight_check import Fingerprint
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.seeds import stream_key

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from selfteach.errors import Terminated
 from selfteach.runtime.futures import covered
 from selfteach.runtime.signals import listening
-from selfteach.trainer.overlapped import overlap_of, overlapped
+from selfteach.trainer.async_training import overlapped
+from selfteach.trainer.phase_clock import overlap_of
 
 
 class Killed(Exception):
@@ -75,21 +76,23 @@ class World:
 
             return wait
 
-        def finish(step: int, wait: Callable[[], int]) -> None:
+        def take(wait: Callable[[], int], wait_for_started: Callable[[], None]) -> None:
             nonlocal weights
             moment()
-            wait()
+            step = wait()
             while step not in self.marks:
                 pending.pop(0)()
             moment()
             weights = (*weights, hash((weights, self.marks[step])))
-
-        def publish() -> None:
+            wait_for_started()
             moment()
             published[0] = weights
 
+        def wait(started: Callable[[], int]) -> None:
+            started()
+
         steps = range(done + 1, self.steps + 1)
-        for step, _ in overlapped(begin, finish, publish, steps, self.staleness):
+        for step, _ in overlapped(begin, take, wait, steps, self.staleness):
             moment()
             if step % self.every == 0 or step == self.steps:
                 for ahead in range(step + 1, min(step + self.staleness, self.steps) + 1):
@@ -137,15 +140,17 @@ def test_without_staleness_each_step_is_over_before_the_next_begins() -> None:
         seen.append(("begin", step))
         return lambda: step
 
-    def finish(step: int, wait: Callable[[], int]) -> None:
-        seen.append(("finish", wait()))
-
-    def publish() -> None:
+    def take(wait: Callable[[], int], wait_for_started: Callable[[], None]) -> None:
+        seen.append(("take", wait()))
+        wait_for_started()
         seen.append(("publish", 0))
 
-    for step, _ in overlapped(begin, finish, publish, [1, 2], 0):
-        seen.append(("taken", step))
-    one = [("begin", 1), ("finish", 1), ("publish", 0), ("taken", 1)]
+    def wait(started: Callable[[], int]) -> None:
+        raise AssertionError("nothing is started ahead")
+
+    for step, _ in overlapped(begin, take, wait, [1, 2], 0):
+        seen.append(("yielded", step))
+    one = [("begin", 1), ("take", 1), ("publish", 0), ("yielded", 1)]
     assert seen == [*one, *((name, 2 if at else 0) for name, at in one)]
 
 

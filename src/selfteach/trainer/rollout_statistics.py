@@ -1,4 +1,4 @@
-"""What answers are like, beyond right and wrong: the quiet ways in which training goes bad.
+"""Compute statistics of rollouts that show how training degrades: repetition, hesitation, lost ends.
 
 Pure functions of ids, words and weights, cheap enough to be logged at every step.
 """
@@ -36,7 +36,7 @@ def hesitations(text: str) -> int:
     return len(HESITATION.findall(text))
 
 
-def taught(token_weights: Sequence[TokenWeights]) -> float:
+def frac_in_loss(token_weights: Sequence[TokenWeights]) -> float:
     """Share of the answers of which some token counts in the loss; 0 for no answers."""
     return sum(any(s.weights) for s in token_weights) / max(1, len(token_weights))
 

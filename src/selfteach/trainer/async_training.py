@@ -1,0 +1,276 @@
+"""Asynchronous training: sample and critique later steps while the policy trains on an earlier one.
+
+With ``train.staleness = 2``, and each phase at its own speed::
+
+    rollouts    1   2   3   4   5   6   ...      step t is sampled by the weights after
+    critiques       1   2   3   4   5   ...      max(0, t - 1 - staleness) steps: a function
+    training            1   2   3   4   ...      of t alone, so that a run is reproducible
+
+Sampling is at most ``staleness`` steps ahead of training, which bounds every queue: a slow critic slows
+sampling down. New weights are published when no step is being sampled, so all rollouts of a step are of
+one policy version. The rollouts of the next ``staleness`` steps are then in the run folder, and a run
+that is resumed there needs no old weights. With ``staleness = 0`` each step is one call of
+`step.train_step`, finished before the next begins.
+
+Every step is a call of `step.train_step`, whatever the staleness: its components get an engine that
+returns the rollouts whose sampling was started earlier (`StartedEngine`), and a verifier and a critic
+that return the results of work started batch by batch (`StartedCritiques`).
+
+An engine that samples with the module that trains samples in this thread, between two updates; only
+critiques run in the background. An engine with its own weights samples in the background, too.
+
+All ranks take the same steps in the same order, and only the main thread of each communicates: a rank's
+share is sampled and critiqued without the others, and an error of one rank is raised on all when its
+result is awaited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from torch import Tensor
+
+from selfteach.feedback.critics.journaled_critic import JournaledCritic
+from selfteach.protocols import Engine
+from selfteach.rollout.journaled_engine import BatchedEngine, JournaledEngine
+from selfteach.runtime.futures import Submit, executor, submit_inline, timed
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.metrics import Metrics
+from selfteach.trainer.nonfinite import save_nonfinite_batch
+from selfteach.trainer.phase_clock import ActiveSpans, PhaseClock
+from selfteach.trainer.step import Components, train_step, verify_and_critique
+from selfteach.types import (
+    Critique,
+    CritiquedRollout,
+    CritiqueFailure,
+    Problem,
+    Rollout,
+    Sampling,
+    TrainingSample,
+    Verdict,
+)
+
+Started = TypeVar("Started")
+Result = TypeVar("Result")
+Learned = tuple[list[TrainingSample], Metrics]
+Interruptible = Callable[[], AbstractContextManager[None]]
+"""Opens a stretch in which SIGTERM may end the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """Requests the rollouts of one step."""
+
+    step: int
+    problems: Sequence[Problem]
+    version: int
+    """Optimizer updates of the weights that sample."""
+    weights_lost: bool = False
+    """True if these weights no longer exist: the rollouts must be in the resumed run's folder."""
+
+
+def train_steps(
+    components: Components,
+    requests: Callable[[int], RolloutRequest],
+    steps: Iterable[int],
+    run: RunFolder,
+    *,
+    staleness: int = 0,
+    interruptible: Interruptible = nullcontext,
+) -> Iterator[tuple[int, Learned]]:
+    """Yield each step with its samples and metrics, its weights published.
+
+    ``requests`` is called when the sampling of a step starts.
+    """
+    with ExitStack() as stack:
+        submit_critique = stack.enter_context(executor(components.critic_threads))
+        in_background = components.samples_in_background
+        submit_rollouts = stack.enter_context(executor(1)) if in_background else submit_inline
+        clock = PhaseClock()
+
+        def begin(step: int) -> StartedStep:
+            return StartedStep(
+                components, requests(step), run, submit_rollouts, submit_critique, clock,
+                interruptible,
+            )  # fmt: skip
+
+        def take(started: StartedStep, wait_for_started: Callable[[], None]) -> Learned:
+            step = started.request.step
+            with save_nonfinite_batch(run, step), clock.training():
+                samples, metrics = train_step(
+                    started.components(wait_for_started), started.request.problems
+                )
+                if components.ranks.is_main:
+                    run.save_samples(step, samples)
+            return samples, {**metrics, **clock.row(started.active)}
+
+        def wait(started: StartedStep) -> None:
+            started.rollouts()
+
+        yield from overlapped(begin, take, wait, steps, staleness)
+
+
+def overlapped(
+    begin: Callable[[int], Started],
+    take: Callable[[Started, Callable[[], None]], Result],
+    wait: Callable[[Started], None],
+    steps: Iterable[int],
+    staleness: int,
+) -> Iterator[tuple[int, Result]]:
+    """Yield steps and their results in order, ``staleness`` steps started ahead of the one taken.
+
+    ``begin`` starts the sampling of a step. ``take`` trains on a started step and publishes the new
+    weights; before it publishes it calls the function that it is given, which has ``wait`` wait for
+    the sampling of every step started ahead. With ``staleness = 0`` each step ends before the next
+    begins.
+    """
+    ahead: deque[Started] = deque()
+    upcoming = iter(steps := list(steps))
+
+    def wait_for_started() -> None:
+        for started in ahead:
+            wait(started)
+
+    for step in steps:
+        for later_step in islice(upcoming, staleness + 1 - len(ahead)):
+            ahead.append(begin(later_step))
+        yield step, take(ahead.popleft(), wait_for_started)
+
+
+class StartedStep:
+    """A step whose rollouts are being sampled; batches are critiqued as they arrive."""
+
+    def __init__(
+        self,
+        components: Components,
+        request: RolloutRequest,
+        run: RunFolder,
+        submit_rollouts: Submit,
+        submit_critique: Submit,
+        clock: PhaseClock,
+        interruptible: Interruptible,
+    ) -> None:
+        self.request, self.active = request, ActiveSpans()
+        self.clock, self.interruptible = clock, interruptible
+        self._components = components
+        self._critiques = StartedCritiques(components, run, request.step, submit_critique, self)
+        assert isinstance(components.engine, BatchedEngine)
+        engine = JournaledEngine(
+            components.engine, run, f"step_{request.step:06d}", version=request.version,
+            weights_lost=request.weights_lost, on_batch=self._critiques.start,
+        )  # fmt: skip
+        with clock("rollout"), interruptible():
+            self._wait = components.ranks.all_or_raise(
+                lambda: submit_rollouts(
+                    timed, engine.generate, self.active.rollout, request.problems,
+                    components.sampling,
+                )
+            )  # fmt: skip
+        self._rollouts: list[Rollout] | None = None
+
+    def rollouts(self) -> list[Rollout]:
+        """Wait for this rank's rollouts."""
+        if self._rollouts is None:
+            waits = self._components.samples_in_background
+            with self.clock("rollout", waits=waits):
+                self._rollouts = self._components.ranks.all_or_raise(self._wait)
+        return self._rollouts
+
+    def components(self, wait_for_started: Callable[[], None]) -> Components:
+        """Return the components with which `train_step` takes this step."""
+        engine = StartedEngine(self, self._components.engine, wait_for_started)
+        return dataclasses.replace(
+            self._components,
+            engine=engine,
+            verify=self._critiques.verify,
+            critic=None if self._components.critic is None else self._critiques,
+        )
+
+
+class StartedEngine:
+    """An engine whose rollouts of this step are being sampled already."""
+
+    def __init__(
+        self, started: StartedStep, engine: Engine, wait_for_started: Callable[[], None]
+    ) -> None:
+        self._started, self._engine = started, engine
+        self._wait_for_started = wait_for_started
+
+    def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
+        """Wait for the rollouts of the step's problems."""
+        assert problems is self._started.request.problems
+        with self._started.interruptible():
+            return self._started.rollouts()
+
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Load the weights once no later step is being sampled with the old ones."""
+        self._wait_for_started()
+        self._engine.load_weights(named_weights, version)
+
+
+class StartedCritiques:
+    """Verdicts and critiques of a step's rollouts, made in the background batch by batch.
+
+    It stands for both the step's verifier and its critic. Critiques are journaled in the run folder.
+    """
+
+    def __init__(
+        self, components: Components, run: RunFolder, step: int, submit: Submit,
+        started: StartedStep,
+    ) -> None:  # fmt: skip
+        self._components, self._run, self._step = components, run, step
+        self._submit, self._started = submit, started
+        self._saved = run.load_critiques(step)
+        self._batches: list[Callable[[], list[CritiquedRollout]]] = []
+        self._results: Mapping[tuple[str, int], CritiquedRollout] | None = None
+        self._verdicts: dict[tuple[str, str], Verdict] = {}
+
+    def start(self, number: int, rollouts: Sequence[Rollout]) -> None:
+        """Start to verify and critique one batch of rollouts."""
+        spans = self._started.active.critique
+        components = self._journaled(f"step_{self._step:06d}.{number:03d}")
+        self._batches.append(self._submit(timed, verify_and_critique, spans, components, rollouts))
+
+    def verify(self, problem: Problem, text: str) -> Verdict:
+        """Return the verdict of one of the step's rollouts."""
+        self._collect()
+        return self._verdicts[problem.id, text]
+
+    def __call__(
+        self, judged: Sequence[tuple[Rollout, Verdict]]
+    ) -> list[Critique | CritiqueFailure]:
+        """Return the critiques of the step's rollouts, in order."""
+        critiques = [self._collect()[rollout.key].critique for rollout, _ in judged]
+        return [critique for critique in critiques if critique is not None]
+
+    def _collect(self) -> Mapping[tuple[str, int], CritiquedRollout]:
+        if self._results is None:
+            in_background = self._components.critic_threads > 0
+            # A critic in this process may have swapped weights: it must not be interrupted.
+            guard = self._started.interruptible if in_background else nullcontext
+            with self._started.clock("critique", waits=in_background), guard():
+                critiqued = self._components.ranks.all_or_raise(
+                    lambda: [rollout for batch in self._batches for rollout in batch()]
+                )
+            self._results = {c.rollout.key: c for c in critiqued}
+            self._verdicts = {(c.rollout.problem.id, c.rollout.text): c.verdict for c in critiqued}
+        return self._results
+
+    def _journaled(self, name: str) -> Components:
+        critic, run = self._components.critic, self._run
+        if critic is None:
+            return self._components
+
+        def save(
+            rollouts: Sequence[Rollout], critiques: Sequence[Critique | CritiqueFailure | None]
+        ) -> None:
+            run.save_critiques(name, rollouts, critiques)
+
+        journaled = JournaledCritic(critic, self._saved, save)
+        return dataclasses.replace(self._components, critic=journaled)
