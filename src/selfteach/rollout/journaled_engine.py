@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from selfteach.types import Problem, Rollout, Sampling
 
 Batch = tuple[int, Sequence[Problem]]
 """A batch's number among those of all ranks, and its problems."""
+
+ONE_BATCH = sys.maxsize
 
 
 class Interrupted(EngineError):
@@ -56,7 +59,9 @@ class BatchedEngine:
 
 
 class JournaledEngine:
-    """Samples through a `BatchedEngine` and journals the rollouts in a run folder.
+    """Samples through another engine and journals the rollouts in a run folder, batch by batch.
+
+    The batches are those of a `BatchedEngine`; any other engine samples all rollouts in one batch.
 
     Batches that are in the folder are read instead of sampled. A resumed run forms the same batches,
     so its rollouts are bitwise the same. Of a batch in which the engine failed (`Interrupted`) the
@@ -70,7 +75,7 @@ class JournaledEngine:
 
     def __init__(
         self,
-        engine: BatchedEngine,
+        engine: Engine,
         run: RunFolder,
         name: str,
         *,
@@ -78,7 +83,9 @@ class JournaledEngine:
         weights_lost: bool = False,
         on_batch: Callable[[int, list[Rollout]], None] | None = None,
     ) -> None:
-        self._engine, self._run, self._name = engine, run, name
+        batched = isinstance(engine, BatchedEngine)
+        self._engine = engine if batched else BatchedEngine(engine, ONE_BATCH)
+        self._run, self._name = run, name
         self._version, self._weights_lost, self._on_batch = version, weights_lost, on_batch
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.protocols import Engine
-from selfteach.rollout.journaled_engine import BatchedEngine, JournaledEngine
+from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime.futures import Submit, executor, submit_inline, timed
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.metrics import Metrics
@@ -160,7 +160,6 @@ class StartedStep:
         self.clock, self.interruptible = clock, interruptible
         self._components = components
         self._critiques = StartedCritiques(components, run, request.step, submit_critique, self)
-        assert isinstance(components.engine, BatchedEngine)
         engine = JournaledEngine(
             components.engine, run, f"step_{request.step:06d}", version=request.version,
             weights_lost=request.weights_lost, on_batch=self._critiques.start,

@@ -17,7 +17,7 @@ from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
 from selfteach.models.loading import choose_device, resolve
-from selfteach.rollout.journaled_engine import BatchedEngine, JournaledEngine
+from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.distributed import Ranks, joined
 from selfteach.runtime.provenance import environment, processor
@@ -232,7 +232,6 @@ def _measure(
         max_tokens=settings.max_tokens or recipe.sampling.max_tokens,
         seed=recipe.seed,
     )
-    assert isinstance(built.components.engine, BatchedEngine)
     engine = JournaledEngine(built.components.engine, run, rollouts_name(split, step))
     evaluation = evaluate(
         engine, built.components.verify, built.task.problems(split), sampling,

@@ -16,7 +16,7 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import EngineError, RecipeError
 from selfteach.losses.policy_gradient import token_logp
 from selfteach.models.sequences import sequences
-from selfteach.rollout.journaled_engine import BatchedEngine, Interrupted, JournaledEngine
+from selfteach.rollout.journaled_engine import Interrupted, JournaledEngine
 from selfteach.rollout.vllm import vllm_engine
 from selfteach.rollout.vllm.in_process import Serving, arguments
 from selfteach.runtime.run_folder import RunFolder
@@ -252,7 +252,6 @@ def test_an_engine_that_dies_in_a_batch_leaves_what_it_said(
     run = RunFolder(tmp_path)
 
     def sample() -> list[Rollout]:
-        assert isinstance(engine, BatchedEngine)
         return JournaledEngine(engine, run, "s").generate(problems, SAMPLING)
 
     server.dies_after = 7

@@ -21,7 +21,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
-from selfteach.rollout.journaled_engine import BatchedEngine, JournaledEngine
+from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime.futures import executor
 from selfteach.runtime.provenance import environment
 from selfteach.runtime.run_folder import RunFolder, read_json, write_json, write_lines, write_text
@@ -173,7 +173,6 @@ def _tallies(
         chosen.max_tokens or recipe.sampling.max_tokens,
         chosen.seed,
     )
-    assert isinstance(built.components.engine, BatchedEngine)
     batches = JournaledEngine(built.components.engine, run, "select").batches(pool, sampling)
     with executor(built.components.critic_threads) as submit:
         waiting = []
