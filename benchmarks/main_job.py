@@ -3,7 +3,7 @@
     python benchmarks/main_job.py [--before COMMIT] [--components phases growth whole] [--json FILE]
 
 Three tables: seconds per step of each arm in the tree as it is and at an earlier commit (runs of both
-alternate, one process and one thread each); the whole study of experiments/paper_in_miniature, as
+alternate, one process and one thread each); the whole study of recipes/paper_in_miniature.toml, as
 `make lab` runs it; and the phases of a step as answers, their length and the vocabulary grow.
 """
 
@@ -34,7 +34,7 @@ from selfteach.trainer.build import build
 from selfteach.trainer.step import RolloutRequest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAB = ROOT / "experiments" / "paper_in_miniature" / "recipe.toml"
+LAB = ROOT / "recipes" / "paper_in_miniature.toml"
 ARMS = ("grpo", "reference", "step_aligned")
 PHASES = ("rollout", "critique", "train")
 STARTED = "225e670"

@@ -34,7 +34,7 @@ from selfteach.trainer.build import build
 from selfteach.trainer.step import Components, train_step
 from selfteach.types import Critique, CritiqueFailure, Rollout, Verdict
 
-RECIPE = Path(__file__).parents[1] / "experiments" / "paper_in_miniature" / "recipe.toml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "paper_in_miniature.toml"
 PHASES = ("rollout", "critique", "train")
 CALIBRATED = ("as it is", "a quarter of the problems")
 SETTINGS: dict[str, dict[str, dict[str, int]]] = {

@@ -21,12 +21,12 @@ from selfteach.models import matmul
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.loop import run_to_end, train
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-RECIPES = sorted(EXPERIMENTS.glob("*/*.toml"))
-NEIGHBOURS = sorted(EXPERIMENTS.glob("neighbours/*.toml"))
-PAPER = EXPERIMENTS / "paper" / "recipe.toml"
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted([*ROOT.glob("recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")])
+BASELINES = sorted(ROOT.glob("recipes/baselines/*.toml"))
+PAPER = ROOT / "recipes" / "paper.toml"
 VARIED = {"extends", "critic", "context", "teacher", "objective", "train"}
-"""What a neighbour may say: all else is the paper's."""
+"""What a baseline may set; everything else is inherited from the paper's recipe."""
 
 TWIN = {
     "model": {
@@ -78,27 +78,27 @@ def test_every_recipe_is_accepted_offline_with_its_budget(path: Path) -> None:
     assert "tokens at most (expected): per step" in told and "nothing has been spent" in told
     for arm in load_study(path).arms:
         assert f"# {arm}, per seed" in told
-    if path.parent.name in ("paper", "neighbours"):
+    if path in (PAPER, *BASELINES):
         assert "model Qwen/Qwen3-1.7B: not in the local cache; sizes from its known shape" in told
         assert "1,720,574,976 parameters, 69,730,304 trained" in told
         assert "problems problems/openmath/train.jsonl: " in told
         assert "memory of one device at its peak: " in told
 
 
-@pytest.mark.parametrize("path", NEIGHBOURS, ids=lambda path: path.stem)
-def test_a_neighbour_differs_only_in_what_makes_it_one(path: Path) -> None:
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baseline_differs_from_the_paper_only_in_its_method(path: Path) -> None:
     own = tomllib.loads(path.read_text())
     assert set(own) <= VARIED
     assert set(own.get("train", {})) <= {"problems_per_step", "group_size"}
-    neighbour, paper = load_study(path).recipe(path.stem), load_study(PAPER).recipe("step_aligned")
+    baseline, paper = load_study(path).recipe(path.stem), load_study(PAPER).recipe("step_aligned")
     for section in ("model", "data", "sampling", "optimizer", "evaluation"):
-        assert getattr(neighbour, section) == getattr(paper, section)
-    sampled = [r.train.problems_per_step * r.train.group_size for r in (neighbour, paper)]
+        assert getattr(baseline, section) == getattr(paper, section)
+    sampled = [r.train.problems_per_step * r.train.group_size for r in (baseline, paper)]
     assert sampled == [32, 32]
 
 
-@pytest.mark.parametrize("path", NEIGHBOURS, ids=lambda path: path.stem)
-def test_a_twin_of_every_neighbour_learns_and_resumes(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_small_copy_of_every_baseline_learns_and_resumes(path: Path, tmp_path: Path) -> None:
     recipe = twin(path)
     run_to_end(recipe, tmp_path / "whole")
     rows = [row for row in RunFolder(tmp_path / "whole").metrics() if row["kind"] == "step"]
@@ -127,7 +127,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 def test_the_weight_of_an_annealed_run_falls_and_a_resume_repeats_it(tmp_path: Path) -> None:
     weight = {"start": 1.0, "end": 0.0, "steps": 2}
-    path = EXPERIMENTS / "neighbours" / "trace.toml"
+    path = ROOT / "recipes" / "baselines" / "trace.toml"
     recipe = twin(path, objective={"weight": weight, "distillation": {"changed_steps_fraction": 1.0}},
                   data={"max_solve_rate": 1.0}, train={"num_iterations": 2})  # fmt: skip
     run_to_end(recipe, tmp_path / "whole")
@@ -146,7 +146,7 @@ def test_the_weight_of_an_annealed_run_falls_and_a_resume_repeats_it(tmp_path: P
 
 
 def test_sdpo_shows_peers_and_what_the_environment_says(tmp_path: Path) -> None:
-    recipe = twin(EXPERIMENTS / "neighbours" / "sdpo.toml", data={"max_solve_rate": 1.0})
+    recipe = twin(ROOT / "recipes" / "baselines" / "sdpo.toml", data={"max_solve_rate": 1.0})
     run_to_end(recipe, tmp_path)
     samples = [
         json.loads(line)

@@ -5,7 +5,7 @@ overrides per arm (``[arms.NAME]``), optionally per variant (``[variants.NAME]``
 and a ``[select]``.
 What differs between arms stands in the arms; everything else is written once and is the same for all.
 
-``extends = "../paper/recipe.toml"`` begins with the common sections of another file, named from where
+``extends = "../paper.toml"`` begins with the common sections of another file, named from where
 this one is; its study, arms, variants and sweep stay its own.
 """
 

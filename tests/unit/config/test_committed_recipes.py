@@ -1,4 +1,4 @@
-"""Every committed recipe parses, and holds what its sweep has chosen."""
+"""Check that every committed recipe parses and uses the rates its sweep chose."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 from selfteach.config.recipe_file import load_study
 
-EXPERIMENTS = Path(__file__).parents[3] / "experiments"
-RECIPES = sorted(EXPERIMENTS.glob("*/*.toml"))
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted([*ROOT.glob("recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")])
+RECORDS = sorted([*ROOT.glob("recipes/*.sweep.json"), *ROOT.glob("experiments/*/*.sweep.json")])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[-2:]))
@@ -23,10 +24,9 @@ def test_recipe_parses_and_gives_every_arm_the_same_budget(path: Path) -> None:
     assert len(budgets) == 1
 
 
-@pytest.mark.parametrize("record", sorted(EXPERIMENTS.glob("*/*sweep.json")), ids=str)
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
 def test_the_recipe_uses_what_the_sweep_chose(record: Path) -> None:
-    part = record.name.removesuffix("sweep.json").removesuffix(".") or "recipe"
-    study = load_study(record.with_name(f"{part}.toml"))
+    study = load_study(record.with_name(record.name.replace(".sweep.json", ".toml")))
     settings = json.loads(record.read_text())["settings"]
     assert study.sweep is not None
     assert not set(study.sweep.seeds) & set(study.study.seeds)

@@ -26,7 +26,7 @@ from selfteach.planning.lengths import Spread
 from selfteach.planning.simulation import Line, simulate
 from selfteach.planning.workload import Asked, Work, work_of
 
-PAPER = Path(__file__).parents[3] / "experiments" / "paper" / "recipe.toml"
+PAPER = Path(__file__).parents[3] / "recipes" / "paper.toml"
 TINY = Shape("llama", 8, 16, 2, 2, 2, 4, 32, 512, True)
 DEVICE = Device(
     memory_gib=1, tflops=1e-6, memory_gb_per_s=1e-3, link_gb_per_s=1e-3, devices_per_node=8,

@@ -1,6 +1,6 @@
 #!/bin/sh
 # One node of 8 GPUs: 1 learns, 1 samples (vLLM), 4 serve the critic. Needs the branches named in docs/one_node.md.
-#   RECIPE=recipe.toml OUT=runs/x sh experiments/launch/one_node.sh
+#   RECIPE=recipe.toml OUT=runs/x sh scripts/one_node.sh
 set -eu
 : "${RECIPE:?a recipe}" "${OUT:?a folder for the run}"
 CUDA_VISIBLE_DEVICES=1 VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 \
