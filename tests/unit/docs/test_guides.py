@@ -1,10 +1,21 @@
-"""What the guides say can be typed: recipes are accepted, commands are known."""
+"""Check the documentation: recipes validate, commands parse, unmarked commands run, links resolve.
+
+A shell block holds commands. Those that begin with ``selfteach``, ``make`` or ``torchrun … -m
+selfteach`` are parsed: the command, its options, its recipe and its ``--set`` keys must exist. A command without a
+marker is also run. A marker is a comment that contains one of `MARKERS`: behind a command it holds for
+that command, on a line of its own for the commands below it up to a blank line.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,51 +24,264 @@ import yaml
 
 from selfteach import cli
 from selfteach.config.recipe import Recipe
+from selfteach.config.recipe_file import load_study, study_from
 from selfteach.config.schema import merge, validate
 
 ROOT = Path(__file__).parents[3]
-NAMES = ("planning", "one_gpu", "one_node", "many_nodes", "mixed_hardware", "hosted_critics")
-CONTEXT = {"context": {"type": "reference"}}
+PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("experiments/*/README.md")])
+MARKERS = {
+    "needs a GPU": "no recipe need exist",
+    "needs a server": "no recipe need exist",
+    "needs your files": "no recipe need exist",
+    "needs a finished run": "recipes exist",
+    "takes minutes": "recipes exist",
+}
+"""Why a command is not run by this test, and what is checked of its recipe all the same."""
+STUDY_TABLES = ("arms", "study", "variants", "sweep", "select")
 
 
-def blocks(language: str) -> list[tuple[str, str]]:
-    found = []
-    for name in NAMES:
-        text = (ROOT / "docs" / f"{name}.md").read_text()
-        found += [(name, b) for b in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
-    return found
+@dataclass(frozen=True)
+class Command:
+    """A command of a page, with the marker that applies to it."""
+
+    page: str
+    text: str
+    marker: str | None
+
+    @property
+    def words(self) -> list[str]:
+        """The words behind ``selfteach`` or ``make``."""
+        return shlex.split(re.sub(r"^torchrun .*-m selfteach", "selfteach", self.text))[1:]
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, id=name) for name, block in blocks("toml")])
-def test_recipes_are_accepted(block: str) -> None:
-    validate(Recipe, merge(CONTEXT, tomllib.loads(block)))
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
-COMMANDS = [
-    (name, re.sub(r"^.*-m selfteach", "selfteach", line))
-    for name, block in blocks("")
-    for line in block.splitlines()
-    if re.match(r"selfteach |torchrun .*-m selfteach", line)
+def blocks(page: Path, *languages: str) -> list[str]:
+    pattern = r"^```([^\n]*)\n(.*?)^```"
+    found = re.findall(pattern, page.read_text(), re.DOTALL | re.MULTILINE)
+    return [body for info, body in found if (info.split() or [""])[0] in languages]
+
+
+def marker_in(comment: str) -> str | None:
+    return next((marker for marker in MARKERS if marker in comment), None)
+
+
+def commands_of(page: Path) -> list[Command]:
+    commands: list[Command] = []
+    for block in blocks(page, "", "sh", "bash", "console"):
+        standing: str | None = None
+        for line in block.replace("\\\n", " ").splitlines():
+            text, _, comment = line.partition(" # ")
+            text = text.strip().removeprefix("$ ")
+            if line.lstrip().startswith("#"):
+                standing = marker_in(line) or standing
+            elif not text:
+                standing = None
+            elif re.match(r"(\S*/)?selfteach \S|make [\w-]+|torchrun .*-m selfteach ", text):
+                text = re.sub(r"^\S*/selfteach ", "selfteach ", text)
+                commands.append(Command(name_of(page), text, marker_in(comment) or standing))
+    return commands
+
+
+COMMANDS = [command for page in PAGES for command in commands_of(page)]
+OURS = [command for command in COMMANDS if not command.text.startswith("make ")]
+USAGE = [c for c in OURS if re.search(r"\b(RECIPE|DIR|FILE|MODEL)\b", c.text)]
+"""Lines of a synopsis, with words in capitals for what a user fills in."""
+TYPED = [command for command in OURS if command not in USAGE]
+SLOW = ("--figure", "--calibrate")
+"""Options whose commands are only parsed."""
+RUN = [
+    command
+    for text, command in {command.text: command for command in TYPED}.items()
+    if command.marker is None and not any(option in text for option in SLOW)
 ]
 
 
-@pytest.mark.parametrize(("name", "line"), COMMANDS)
-def test_commands_parse(name: str, line: str) -> None:
-    words = shlex.split(line)[1:]
+def ids(command: Command) -> str:
+    return f"{command.page}: {command.text[:60]}"
+
+
+@pytest.mark.parametrize("command", TYPED, ids=ids)
+def test_a_command_parses_and_its_recipe_and_settings_exist(command: Command) -> None:
+    if command.words[0].startswith("--"):
+        return
     group = typer.main.get_command(cli.app)
-    command = group.commands[words[0]]  # type: ignore[attr-defined]
-    command.make_context(words[0], words[1:])
+    found = group.commands[command.words[0]]  # type: ignore[attr-defined]
+    given = found.make_context(command.words[0], command.words[1:]).params
+    recipe, settings = given.get("recipe"), given.get("settings") or []
+    if recipe is None:
+        for setting in settings:  # of a run's own recipe, or of the lab's default
+            study_from({"context": {"type": "reference"}}, [setting])
+    elif (ROOT / recipe).is_file():
+        load_study(ROOT / recipe, settings)
+    else:
+        required = command.marker is None or MARKERS[command.marker] == "recipes exist"
+        assert not required, f"{command.page}: {recipe} does not exist"
 
 
-def test_files_that_guides_name_are_there() -> None:
-    for name in NAMES:
-        text = (ROOT / "docs" / f"{name}.md").read_text()
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-            assert (ROOT / "docs" / link).exists(), f"{name}.md: {link}"
-        for path in re.findall(r"experiments/[\w/]+\.(?:toml|sh|sbatch|yaml)", text):
-            assert (ROOT / path).exists(), f"{name}.md: {path}"
+@pytest.mark.parametrize("command", USAGE, ids=ids)
+def test_a_line_of_a_synopsis_names_a_command_and_its_options(command: Command) -> None:
+    group = typer.main.get_command(cli.app)
+    found = group.commands[command.words[0]]  # type: ignore[attr-defined]
+    options = {option for param in found.params for option in param.opts}
+    given = [word for word in command.words if re.fullmatch(r"-\w|--[\w-]+", word)]
+    assert set(given) <= options
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md"]:
+        text = page.read_text()
+        named = re.findall(r"`make ([\w-]+)", text)
+        named += [c.words[0] for c in commands_of(page) if c.text.startswith("make ")]
+        assert set(named) <= targets, name_of(page)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with copies of the repository's recipes, where a command may write."""
+    for name in ("recipes", "experiments"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+EXPECTED_TO_FAIL = "learning_rate"
+"""Part of the one command that a page shows with its error."""
+
+
+@pytest.mark.parametrize("command", RUN, ids=ids)
+def test_an_unmarked_command_runs(
+    command: Command, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if EXPECTED_TO_FAIL in command.text:
+        page = (ROOT / command.page).read_text()
+        with pytest.raises(Exception, match="unknown key") as error:
+            cli.app(command.words, standalone_mode=False)
+        assert str(error.value)[:90] in page
+        return
+    cli.app(command.words, standalone_mode=False)
+    assert capsys.readouterr().out
+
+
+TOML = [
+    pytest.param(block, id=f"{name_of(page)}:{number}")
+    for page in PAGES
+    for number, block in enumerate(blocks(page, "toml"))
+]
+
+
+@pytest.mark.parametrize("block", TOML)
+def test_recipes_in_the_text_validate(block: str) -> None:
+    values = tomllib.loads(block)
+    if any(table in values for table in STUDY_TABLES):
+        common = {} if "arms" in values else {"context": {"type": "reference"}}
+        if "arms" in values and "critic" not in values:
+            common = {"critic": {"type": "oracle"}}
+        study_from(merge(common, values))
+    else:
+        validate(Recipe, merge({"context": {"type": "reference"}}, values))
+
+
+PYTHON = [
+    pytest.param(block, id=f"{name_of(page)}:{number}")
+    for page in PAGES
+    for number, block in enumerate(blocks(page, "python"))
+]
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_blocks_compile_and_their_imports_resolve(block: str) -> None:
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            missing = [a.name for a in node.names if not hasattr(module, a.name)]
+            assert not missing, f"{node.module} has no {', '.join(missing)}"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                importlib.import_module(alias.name)
+
+
+CHEAP = ("train_step(", "evaluate_model(", "per_token(")
+"""Python blocks that are run: they read no folder of a user's."""
+EXECUTED = [block for block in PYTHON if any(name in str(block.values[0]) for name in CHEAP)]
+
+
+@pytest.mark.parametrize("block", [b for b in EXECUTED if "def train_step" not in str(b.values[0])])
+def test_cheap_python_blocks_run(block: str, here: Path) -> None:
+    exec(compile(block, "block", "exec"), {"__name__": "block"})
+
+
+def test_the_api_page_names_what_exists() -> None:
+    rows = re.findall(
+        r"^\| `(selfteach[\w.]*)` \| (.*) \|$", (ROOT / "docs/api.md").read_text(), re.M
+    )
+    assert len(rows) > 20
+    for module, text in rows:
+        loaded = importlib.import_module(module)
+        for name in re.findall(r"`(\w+)(?:\.\w+)?(?:\(.*?\))?`", text):
+            assert hasattr(loaded, name), f"{module} has no {name}"
+
+
+def test_the_comparison_names_keys_that_exist() -> None:
+    """Dotted keys in the second column of a table are keys of a recipe."""
+    from selfteach.config import data_section, objective_section
+
+    sections = {
+        name: set(model.model_fields)
+        for name, field in Recipe.model_fields.items()
+        for model in [field.annotation]
+        if hasattr(model, "model_fields")
+    }
+    sections["objective"] = {
+        key
+        for model in (
+            objective_section.DistillationConfig,
+            objective_section.GrpoConfig,
+            objective_section.HybridConfig,
+        )
+        for key in model.model_fields
+    }
+    sections["data"] = set(data_section.FilesData.model_fields)
+    text = (ROOT / "docs/comparison.md").read_text()
+    rows = re.findall(r"^\| [^|]* \| ([^|]*) \|$", text, re.M)
+    keys = [key for row in rows for key in re.findall(r"`(\w+\.\w+)", row)]
+    assert len(keys) > 60
+    for key in keys:
+        section, name = key.split(".")
+        if section in sections:
+            assert name in sections[section], key
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_and_named_files_exist(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\((?!https?:)([^)\s]*)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists() or target.name == "recipe.md", link
+        if anchor and target.suffix == ".md" and target.exists():
+            assert anchor in anchors(target), link
+    for path in re.findall(
+        r"(?:recipes|experiments|scripts)/[\w/.]+\.(?:toml|sh|sbatch|yaml)", text
+    ):
+        assert (ROOT / path).exists(), path
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_kubernetes_is_yaml() -> None:
-    text = (ROOT / "experiments" / "launch" / "kubernetes.yaml").read_text()
+    text = (ROOT / "scripts" / "kubernetes" / "train.yaml").read_text()
     assert [part["kind"] for part in yaml.safe_load_all(text)] == ["Deployment", "Service", "Job"]
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/**/*.s*")), ids=name_of)
+def test_launch_scripts_are_valid_shell(script: Path) -> None:
+    if script.is_file():
+        subprocess.run(["bash", "-n", script], check=True)
