@@ -263,7 +263,7 @@ def test_links_and_named_files_exist(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)\s]*)\)", text):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        assert target.exists() or target.name == "recipe.md", link
+        assert target.exists(), link
         if anchor and target.suffix == ".md" and target.exists():
             assert anchor in anchors(target), link
     for path in re.findall(
