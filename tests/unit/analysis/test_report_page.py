@@ -1,9 +1,10 @@
-"""The report as a reader meets it: opened from a file in a headless Chromium, with pointer and keys."""
+"""Test the report in a headless Chromium: opened from a file, with pointer and keys."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -80,12 +81,12 @@ def write_inspection(folder: Path, count: int) -> None:
     for i, row in enumerate(rows):
         for context in row["contexts"]:
             advantage = advantages(i, context)
-            own = {
+            table = {
                 "answer": [i] * N, "problem_id": [row["problem_id"]] * N, "text": TOKENS,
                 "context": [context] * N, "step": STEP_OF, "kind": ["task", "style", "other"] * 5,
                 "student_logp": [-0.5] * N, "advantage": advantage,
             }  # fmt: skip
-            tables.append(own)
+            tables.append(table)
     columns = {name: list(chain.from_iterable(t[name] for t in tables)) for name in tables[0]}
     nothing = np.zeros(len(columns["answer"]))
     arrays = [pa.array(columns.get(field.name, nothing)).cast(field.type) for field in SCHEMA]
@@ -108,12 +109,12 @@ def write_run(folder: Path, samples: int = 3) -> None:
         for s in (1, 2)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = answer_row(1)
+    answer = answer_row(1)
     sample = {
-        "problem_id": "train-1", "question": told["question"], "answer": told["text"],
-        "correct": False, "formatted": True, "parsed": "7", "critique": told["critique"],
+        "problem_id": "train-1", "question": answer["question"], "answer": answer["text"],
+        "correct": False, "formatted": True, "parsed": "7", "critique": answer["critique"],
         "context": "aligned", "dropped": None, "finished": False, "gold": "4",
-        "steps": told["step_spans"]["characters"], "first_error_token": 6,
+        "steps": answer["step_spans"]["characters"], "first_error_token": 6,
         "first_change": {"step": 1, "token": 10, "fidelity": 0.6},
     }  # fmt: skip
     for step in (1, 2):
@@ -204,7 +205,7 @@ def test_every_page_opens_from_a_file_without_an_error(open_page, report):
     # An address within a page opens that page.
     page.evaluate("location.hash = '#check-truncated'")
     page.wait_for_function("!document.getElementById('health').hidden")
-    assert "50% of the answers are cut" in page.locator("#health").inner_text()
+    assert "50% of the answers are truncated" in page.locator("#health").inner_text()
 
 
 def test_filters_over_five_thousand_answers(answers):
@@ -244,7 +245,7 @@ def test_each_filter_by_itself(answers, menu, value, left):
     assert counted(answers) == f"{left} of 5,000 answers"
 
 
-def test_only_the_rows_in_view_exist_and_keys_move_through_all(answers):
+def test_only_rows_in_view_are_nodes_and_keys_reach_all(answers):
     page = answers
     assert page.locator(".row").count() < 40
     page.locator("#list").focus()
@@ -264,15 +265,15 @@ def test_pointing_at_a_token_shows_exact_values(answers):
     page.locator(".row").nth(1).click()
     page.locator("#answer-title", has_text="answer 2").wait_for()
     token(page, 10).hover()
-    told = tip(page)
-    assert "token 10 “5”, step 2, style" in told
-    assert "step_aligned: −9.4321 nats" in told and "reference: −1.1230 nats" in told
-    assert "student −0.5000" in told
+    shown = tip(page)
+    assert "token 10 “5”, step 2, style" in shown
+    assert "step_aligned: −9.4321 nats" in shown and "reference: −1.1230 nats" in shown
+    assert "student −0.5000" in shown
     page.mouse.move(0, 0)
     assert page.locator("#tip").is_hidden()
 
 
-def test_the_keyboard_reads_the_same_values(answers):
+def test_the_keyboard_shows_the_same_values(answers):
     page = answers
     page.locator(".row").nth(1).click()
     page.locator("#answer-title", has_text="answer 2").wait_for()
@@ -325,20 +326,20 @@ def test_jump_to_the_first_error(answers):
     assert "corrected" in row.inner_text() and "2 + 2 = 4;" in row.inner_text()
 
 
-def test_steps_and_critique_stand_side_by_side(answers):
+def test_steps_and_critique_are_side_by_side(answers):
     page = answers
     page.locator(".row").nth(1).click()
     page.locator("#answer-title", has_text="answer 2").wait_for()
     rows = page.locator("#steps tbody tr")
-    told = [" ".join(rows.nth(i).inner_text().split()) for i in range(rows.count())]
-    assert told[0] == "1 1 + 1 = 2; kept1 + 1 = 2;"
-    assert told[2] == "answer = 7<end> 4"
+    texts = [" ".join(rows.nth(i).inner_text().split()) for i in range(rows.count())]
+    assert texts[0] == "1 1 + 1 = 2; repeated1 + 1 = 2;"
+    assert texts[2] == "answer = 7<end> 4"
 
 
 def test_hostile_text_is_text(answers):
     page = answers
     assert page.locator("pre.question").inner_text() == HOSTILE
-    page.get_by_text("What the teacher read under").click()
+    page.get_by_text("Teacher context:").click()
     assert HOSTILE in page.locator("#read pre").inner_text()
     assert page.evaluate("window.hacked") is None
     assert page.locator("img").count() == 0
@@ -348,19 +349,19 @@ def test_hostile_text_is_text(answers):
 
 
 def test_an_answer_has_an_address(open_page, report):
-    page = open_page(report, "rollouts/4321")
+    page = open_page(report, "answers/4321")
     page.locator("#answer-title", has_text="problem p-540, answer 2").wait_for()
     assert page.locator(".row[aria-selected=true]").get_attribute("aria-posinset") == "4322"
 
 
-def test_lessons_alone_fill_the_browser(open_page, tmp_path):
+def test_training_answers_alone_fill_the_browser(open_page, tmp_path):
     write_run(tmp_path / "plain", samples=4)
     page = open_page(written(tmp_path / "plain"), "answers")
     page.locator("#answer-title", has_text="✗ wrong").wait_for()
     assert counted(page) == "8 of 8 answers"
     text = page.locator("#answer").inner_text()
     assert "plain, training step 1" in text and "60 % repeated before the first change" in text
-    assert "2 + 2 = 5;" in text and "cut at the token limit" in text
+    assert "2 + 2 = 5;" in text and re.search(r"truncated\s+at the token limit", text)
     page.get_by_role("button", name="First error: step 2").click()
     assert "error" in page.locator(":focus").get_attribute("class")
 
@@ -389,8 +390,8 @@ CONTRAST = """() => {
   const probe = document.body.appendChild(document.createElement("span"));
   return Object.fromEntries(["ink", "quiet", "yes", "alert", "link"].map((name) => {
     probe.style.color = `var(--${name})`;
-    const own = luminance(getComputedStyle(probe).color);
-    return [name, (Math.max(own, page) + 0.05) / (Math.min(own, page) + 0.05)];
+    const text = luminance(getComputedStyle(probe).color);
+    return [name, (Math.max(text, page) + 0.05) / (Math.min(text, page) + 0.05)];
   }));
 }"""
 """WCAG's contrast of each colour of text against the page."""
@@ -399,8 +400,8 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_colour_of_text_has_contrast(open_page, report, scheme):
     page = open_page(report, color_scheme=scheme)
-    told = page.evaluate(CONTRAST)
-    assert min(told.values()) >= 4.5, told
+    contrasts = page.evaluate(CONTRAST)
+    assert min(contrasts.values()) >= 4.5, contrasts
 
 
 @pytest.fixture(scope="module")
@@ -414,18 +415,18 @@ def small(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["overview", "feedback", "answers", "health", "budget"])
-def test_axe_finds_nothing_against_a_page(open_page, small, name, scheme):
+def test_axe_finds_no_violation(open_page, small, name, scheme):
     """The rules of axe-core: names, roles, order of headings, contrast, keyboard, tables."""
     page = open_page(small, name, color_scheme=scheme)
     if name == "answers":
         page.locator("#answer-title").wait_for()
-    told = axe.Axe().run(page)
-    assert visible_pages(page) == [name] and len(told["passes"]) > 20
-    found = [(rule["id"], rule["nodes"][0]["html"]) for rule in told["violations"]]
-    assert found == []
+    outcome = axe.Axe().run(page)
+    assert visible_pages(page) == [name] and len(outcome["passes"]) > 20
+    violations = [(rule["id"], rule["nodes"][0]["html"]) for rule in outcome["violations"]]
+    assert violations == []
 
 
-def test_the_theme_can_be_chosen_against_the_system(open_page, report):
+def test_the_theme_overrides_the_system(open_page, report):
     page = open_page(report, color_scheme="light")
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")
     button = page.get_by_role("button", name="Theme")
