@@ -180,7 +180,7 @@ def _comparison(results: Results, pair: str) -> dict[str, Any]:
     b, a = arms_of(pair)
     value, arms = results["paired"][pair]["avg"], results["arms"]
     low, high = value["ci95"]
-    verdicts = {
+    conclusions = {
         "higher": f"The interval excludes 0: the data support that {b} is better than {a}.",
         "lower": f"The interval excludes 0, the other way: {b} is worse than {a}.",
         "open": f"The interval includes 0: the data do not decide between {b} and {a}.",
@@ -189,7 +189,7 @@ def _comparison(results: Results, pair: str) -> dict[str, Any]:
         "numbers": f"{b} answers {arms[b]['avg']['mean']:.1f} % of samples right, "
         f"{a} {arms[a]['avg']['mean']:.1f} %: a difference of {value['mean']:+.1f} points "
         f"of Avg@{results['k']} (95 % interval {low:.1f} to {high:.1f}).",
-        "verdict": verdicts[decision(value)],
+        "conclusion": conclusions[decision(value)],
         "decided": decision(value) != "open",
     }
 
@@ -197,7 +197,7 @@ def _comparison(results: Results, pair: str) -> dict[str, Any]:
 def _gain(name: str, gain: Mapping[str, Any]) -> dict[str, Any]:
     value = gain["difference"]
     low, high = value["ci95"]
-    verdicts = {
+    conclusions = {
         "higher": "The interval excludes 0: the data support that training helped on these problems.",
         "lower": "The interval excludes 0, the other way: training did harm on these problems.",
         "open": "The interval includes 0: the data do not decide whether training helped.",
@@ -206,6 +206,6 @@ def _gain(name: str, gain: Mapping[str, Any]) -> dict[str, Any]:
         "numbers": f"{name} answers {gain['last']:.1f} % of validation samples right after step "
         f"{gain['steps']}, {gain['first']:.1f} % before: a difference of {value['mean']:+.1f} points "
         f"of Avg@{gain['k']} (95 % interval {low:.1f} to {high:.1f}).",
-        "verdict": verdicts[decision(value)],
+        "conclusion": conclusions[decision(value)],
         "decided": decision(value) != "open",
     }

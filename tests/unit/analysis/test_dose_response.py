@@ -60,7 +60,7 @@ def results_by_variant() -> dict[str, Any]:
 
 
 def drawn(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
-    """Every line with error bars: its points, by name."""
+    """Return the points of every line with error bars, by name."""
     lines = {}
     for bars in axes.containers:
         x, y = bars.lines[0].get_data()

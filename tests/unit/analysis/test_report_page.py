@@ -38,7 +38,10 @@ REASONS = {5: "malformed", 6: "truncated"}
 
 
 def answer_row(i: int) -> dict:
-    """Every fourth answer is right; samples 5 and 6 of a problem are dropped; the first is hostile."""
+    """Return a row of answers.jsonl.
+
+    Every fourth answer is right; samples 5 and 6 of a problem are dropped; the first is hostile.
+    """
     sample, right = i % PER_PROBLEM, i % 4 == 0
     spans, end = [], 0
     for step in STEPS:
@@ -66,7 +69,7 @@ def answer_row(i: int) -> dict:
 
 
 def advantages(i: int, context: str) -> np.ndarray:
-    """Known at every token: the reference is noise around −1, the aligned one is sharp at the error."""
+    """Return known advantages: the reference's near −1, the aligned one's sharp at the error."""
     t = np.arange(N)
     if context == "reference":
         return np.float32(-1 - 0.0123 * t)
@@ -96,7 +99,7 @@ def write_inspection(folder: Path, count: int) -> None:
 
 
 def write_run(folder: Path, samples: int = 3) -> None:
-    """A run as training leaves it: recipe, metrics and samples, no inspection."""
+    """Write a run as training does: recipe, metrics and samples, no inspection."""
     config = {
         "seed": 0, "context": {"type": "step_aligned"}, "optimizer": {"lr": 0.001},
         "train": {"steps": 2}, "evaluation": {"every": 1},
@@ -123,7 +126,7 @@ def write_run(folder: Path, samples: int = 3) -> None:
 
 
 def written(folder: Path) -> Path:
-    """The report alone: its figures as files are tested elsewhere."""
+    """Write the report alone, without its figures as files."""
     path = folder / "report.html"
     path.write_text(render([folder])[0], encoding="utf-8")
     return path
@@ -139,7 +142,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """A run with an inspection of 5,000 answers."""
+    """Write the report of a run with an inspection of 5,000 answers."""
     folder = tmp_path_factory.mktemp("inspected") / "first"
     write_run(folder, samples=0)
     write_inspection(folder / "inspection", ANSWERS)
@@ -148,7 +151,7 @@ def report(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a file in a fresh context; fails if the page logged an error or asked for anything else."""
+    """Open a file in a fresh context; fail if the page logs an error or requests anything else."""
     contexts, errors, requests = [], [], []
 
     def open_one(path: Path, page_name: str = "overview", **options):
@@ -406,7 +409,7 @@ def test_every_colour_of_text_has_contrast(open_page, report, scheme):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A run with samples and an inspection of few answers."""
+    """Write the report of a run with samples and an inspection of few answers."""
     folder = tmp_path_factory.mktemp("small") / "run"
     write_run(folder)
     write_inspection(folder / "inspection", 16)
@@ -416,7 +419,7 @@ def small(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["overview", "feedback", "answers", "health", "budget"])
 def test_axe_finds_no_violation(open_page, small, name, scheme):
-    """The rules of axe-core: names, roles, order of headings, contrast, keyboard, tables."""
+    """Check the rules of axe-core: names, roles, order of headings, contrast, keyboard, tables."""
     page = open_page(small, name, color_scheme=scheme)
     if name == "answers":
         page.locator("#answer-title").wait_for()

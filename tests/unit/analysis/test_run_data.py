@@ -23,7 +23,7 @@ STEPS, K = 12, 4
 
 
 def evaluation(right: list[int], *, k: int = K, ids: str = "abcd") -> dict:
-    """``right`` of k answers are right, problem by problem."""
+    """Return an evaluation in which ``right`` of k answers are right, problem by problem."""
     correct = [[i < n for i in range(k)] for n in right]
     return {
         "split": "test", "step": STEPS, "k": k, "problem_ids": list(ids), "correct": correct,
@@ -36,7 +36,7 @@ def evaluation(right: list[int], *, k: int = K, ids: str = "abcd") -> dict:
 def write_run(
     folder: Path, *, seed: int = 0, lr: float = 1e-3, right=(2, 2, 2, 2), **metrics
 ) -> Path:
-    """A run of 12 steps; ``metrics`` are constants, or one value per step."""
+    """Write a run of 12 steps; ``metrics`` are constants, or one value per step."""
     folder.mkdir(parents=True)
     config = {
         "seed": seed, "context": {"type": "step_aligned"}, "optimizer": {"lr": lr},

@@ -130,7 +130,7 @@ def test_the_best_threshold_is_the_best_there_is(rows, left_out: int) -> None:
 
 
 def planted(tmp_path: Path, contexts: dict[str, float], problems: int = 40) -> Path:
-    """Failing steps have an advantage of −strength, all else noise; entropy knows nothing."""
+    """Write an inspection: failing steps have an advantage of −strength, all else is noise."""
     rng = np.random.default_rng(0)
     rows, advantages, logp, entropy = [], {}, {}, {}
     for i in range(2 * problems):
@@ -165,7 +165,7 @@ def test_a_planted_signal_is_found_and_noise_is_not(tmp_path: Path) -> None:
 
 
 def test_held_out_problems_do_not_affect_the_choice(tmp_path: Path) -> None:
-    """Where only ``last`` would do on the judged half, the choice stays what it was."""
+    """Where only ``last`` works on the held-out problems, the choice is unchanged."""
     inspection = read_inspection(planted(tmp_path, {"x": 3.0}))
     inspection = dataclasses.replace(inspection, advantage_N=inspection.advantage_N.copy())
     before = score_steps(inspection)["contexts"]["x"]
