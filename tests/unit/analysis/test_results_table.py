@@ -28,7 +28,8 @@ def test_means_per_seed_and_differences_by_hand() -> None:
     assert table["arms"]["a"]["avg"]["mean"] == 50
     assert table["arms"]["a"]["avg"]["per_seed"] == {"0": 25.0, "1": 75.0}
     # Every problem gains the same: the interval has no width.
-    assert table["paired"] == {"b-a": dict.fromkeys(COMPARED, {"mean": 25.0, "ci95": [25.0, 25.0]})}
+    gain = {"mean": 25.0, "ci95": [25.0, 25.0]}
+    assert table["paired"] == {"b-a": dict.fromkeys(COMPARED, gain)}
 
 
 def test_curve_and_settings_are_absent_without_them() -> None:
