@@ -190,7 +190,10 @@ function showTipAt(event) {
   if (token) showTip(token);
 }
 
+let tipToken = null; // the token whose values are shown
+
 function showTip(token) {
+  tipToken = token;
   const i = Number(token.dataset.i), { tokens } = record;
   const step = tokens.step[i] < 0 ? "outside the steps" : `step ${tokens.step[i] + 1}`;
   const kind = tokens.kind ? `, ${index.kinds[tokens.kind[i]]}` : "";
@@ -218,6 +221,13 @@ function showTip(token) {
 
 function hideTip() {
   byId("tip").hidden = true;
+}
+
+/** Keep the tip at a token with the keyboard's focus, which scrolls into view; hide it otherwise. */
+function moveTip() {
+  if (byId("tip").hidden) return;
+  if (tipToken === document.activeElement) showTip(tipToken);
+  else hideTip();
 }
 
 function focusToken(token) {

@@ -160,5 +160,5 @@ function listen() {
     select(LIST_KEYS[event.key]());
   });
   addEventListener("resize", () => index && drawList());
-  addEventListener("scroll", hideTip, { passive: true });
+  addEventListener("scroll", moveTip, { passive: true });
 }
