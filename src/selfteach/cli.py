@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from selfteach import __version__
-from selfteach.analysis.terminal.sanitize import plain
+from selfteach.analysis.terminal.sanitize import sanitized
 from selfteach.commands import actions
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
@@ -304,7 +304,7 @@ def critique(
     show: Annotated[int, typer.Option(min=0, help="Examples to show side by side.")] = 4,
 ) -> None:
     """Let a critic mark answers from a file, and show what it takes to judge its prompt."""
-    from selfteach.analysis.terminal.critique_summary import print_review
+    from selfteach.analysis.terminal.critique_summary import print_critiques
     from selfteach.commands.critique import recipe_beside, recipe_of, review
     from selfteach.commands.progress import review_progress
     from selfteach.runtime.run_folder import write_lines
@@ -318,7 +318,7 @@ def critique(
     require_critic(chosen.critic)
     with review_progress() as progress:
         rows, seconds = review(chosen, file, progress)
-    print_review(rows, seconds, actions.console(), show=show)
+    print_critiques(rows, seconds, actions.console(), show=show)
     if out is not None:
         write_lines(out, rows)
         typer.echo(f"critiques: {out}")
@@ -397,7 +397,7 @@ def _command() -> str:
 
 def _fail(message: str, *, status: int = 2) -> None:
     # A message may quote a server.
-    sys.stderr.write("selfteach: " + " ".join(plain(message).split()) + "\n")
+    sys.stderr.write("selfteach: " + " ".join(sanitized(message).split()) + "\n")
     sys.exit(status)
 
 

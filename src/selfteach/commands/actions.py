@@ -26,7 +26,7 @@ def console() -> Console:
 
 def run_study(loaded: Study, folder: Path, *, command: str) -> None:
     """Run or take up a study; its tables on the terminal, its report beside the results."""
-    from selfteach.analysis.critic_statistics import read_study
+    from selfteach.analysis.critic_statistics import read_study_critics
     from selfteach.analysis.report.page import write_report
     from selfteach.analysis.terminal.tables import print_critics, print_results
     from selfteach.commands.progress import study_progress
@@ -37,7 +37,7 @@ def run_study(loaded: Study, folder: Path, *, command: str) -> None:
         results = run(loaded, folder, command=command, progress=progress, sum_up=sum_up)
     shown = console()
     print_results(results, shown)
-    print_critics(read_study(folder), shown)
+    print_critics(read_study_critics(folder), shown)
     shown.print(
         f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True
     )
@@ -45,12 +45,16 @@ def run_study(loaded: Study, folder: Path, *, command: str) -> None:
 
 def sum_up(folder: Path, shown: Console | None = None) -> None:
     """An inspection's localisation.json and figures, and on a console its tables."""
-    from selfteach.analysis.inspection.inspection_summary import draw, print_localisation, summarise
+    from selfteach.analysis.inspection.inspection_summary import (
+        print_localisation,
+        save_figures,
+        summarize,
+    )
     from selfteach.runtime.run_folder import write_json
 
-    localisation = summarise(folder)
+    localisation = summarize(folder)
     write_json(folder / "localisation.json", localisation)
-    draw(folder, localisation)
+    save_figures(folder, localisation)
     if shown is not None:
         print_localisation(localisation, shown)
         shown.print(f"inspection: {folder}", soft_wrap=True)
