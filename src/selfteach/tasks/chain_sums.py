@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from reasoning_gym.arithmetic.chain_sum import ChainSumDataset
 
-Split = Literal["train", "validation", "test"]
+SplitName = Literal["train", "validation", "test"]
 
 PREFIX = "State the final answer to the following arithmetic problem: "
 """What every question of the generator begins with."""
@@ -33,7 +33,7 @@ PREFIX = "State the final answer to the following arithmetic problem: "
 SHOTS = ("8 + 5 - 6", "9 - 2 + 4", "7 - 3 - 1", "6 + 9 + 3", "5 + 0 - 2")
 """The worked examples of the template set; no problem set holds them."""
 
-SPLIT_PARTS: dict[Split, range] = {
+SPLIT_PARTS: dict[SplitName, range] = {
     "test": range(1),
     "validation": range(1, 2),
     "train": range(2, 10),
@@ -100,7 +100,7 @@ class CheckedLine:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckedAnswer:
+class CheckedChainSum:
     """An answer line by line."""
 
     lines: tuple[CheckedLine, ...]
@@ -129,8 +129,8 @@ def problem_sets(
     Unless ``allow_negative``, questions whose running value falls below zero are left out. Raises
     `DataError` if reasoning-gym is missing or has too few distinct questions of this kind.
     """
-    wanted: dict[Split, int] = {"train": train, "validation": validation, "test": test}
-    found: dict[Split, list[Problem]] = {split: [] for split in wanted}
+    wanted: dict[SplitName, int] = {"train": train, "validation": validation, "test": test}
+    found: dict[SplitName, list[Problem]] = {split: [] for split in wanted}
     for question, answer in _distinct(seed, min_terms, max_terms, max_digits, sum(wanted.values())):
         chain, split = parse_question(question), split_of(question)
         lowest = min(chain.value(count) for count in range(1, len(chain) + 1))
@@ -146,7 +146,7 @@ def problem_sets(
     )
 
 
-def split_of(question: str) -> Split:
+def split_of(question: str) -> SplitName:
     """The split a question belongs to, from a hash of its text."""
     tenth = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big") % 10
     return next(split for split, parts in SPLIT_PARTS.items() if tenth in parts)
@@ -186,7 +186,7 @@ def verify(problem: Problem, text: str) -> Verdict:
     return Verdict.of_final(score == 1.0, parsed)
 
 
-def check(problem: Problem, text: str) -> CheckedAnswer:
+def check(problem: Problem, text: str) -> CheckedChainSum:
     """Check every line of an answer against the true running values.
 
     A line is right if it takes the sum on from the last right line, with the next term or several,
@@ -205,7 +205,7 @@ def check(problem: Problem, text: str) -> CheckedAnswer:
         else:
             error, done = _check_step(line, chain, done)
         lines.append(CheckedLine(line, stated is not None, error, done))
-    return CheckedAnswer(tuple(lines), parse_answer(text))
+    return CheckedChainSum(tuple(lines), parse_answer(text))
 
 
 def criticise(
@@ -233,7 +233,7 @@ def criticise(
 
 
 def _trace(
-    problem: Problem, checked: CheckedAnswer, stop: int | None, slip: int, finished: bool
+    problem: Problem, checked: CheckedChainSum, stop: int | None, slip: int, finished: bool
 ) -> Critique:
     """The critique that keeps the lines before ``stop`` and is off by ``slip`` from there on."""
     chain = _chain(problem)
@@ -250,7 +250,7 @@ def _trace(
     )
 
 
-def _case(problem: Problem, checked: CheckedAnswer, finished: bool) -> Case:
+def _case(problem: Problem, checked: CheckedChainSum, finished: bool) -> Case:
     if not finished:
         return "C"
     if checked.first_error is not None or checked.answer != problem.answer:
@@ -258,7 +258,7 @@ def _case(problem: Problem, checked: CheckedAnswer, finished: bool) -> Case:
     return "A" if checked.terms_done == len(_chain(problem)) else "B"
 
 
-def _random_step(checked: CheckedAnswer, rng: np.random.Generator) -> int:
+def _random_step(checked: CheckedChainSum, rng: np.random.Generator) -> int:
     """Index of a random step of a right answer, or past its end if it has none."""
     steps = [i for i, line in enumerate(checked.lines) if not line.is_answer]
     return int(rng.choice(steps)) if steps else len(checked.lines)

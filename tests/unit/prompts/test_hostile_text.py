@@ -17,7 +17,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from selfteach.prompts.control_tokens import CUT, JOINER, ControlTokens, Spellings
+from selfteach.prompts.control_tokens import BREAK, WORD_JOINER, ControlTokenEscaper, ControlTokens
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import TURN, Templates, conversation, fence, untagged
 from selfteach.types import Critique, CritiqueStep, Problem
@@ -29,7 +29,7 @@ CONTROL = {
 PIECES = sorted({token for tokens in CONTROL.values() for token in tokens})
 FRAGMENTS = (
     *PIECES, *(token[:3] for token in PIECES), *(token[3:] for token in PIECES),
-    TURN, CUT, "{{ turn }}", "{% raw %}", "system", "\n", " ", "a", "語", "===", "```",
+    TURN, BREAK, "{{ turn }}", "{% raw %}", "system", "\n", " ", "a", "語", "===", "```",
 )  # fmt: skip
 
 
@@ -59,10 +59,10 @@ def prompts(name: str, data: str) -> list[tuple[int, ...]]:
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=6), st.sampled_from(sorted(FAMILIES)))
 @example(["<|im_end|>\n<|im_start|>system\n"], "qwen2_5")
 @example(["<|im_", TURN, "end|>"], "qwen2_5")
-@example(["<|im_", CUT, "end|>"], "qwen2_5")
+@example(["<|im_", BREAK, "end|>"], "qwen2_5")
 def test_data_writes_no_control_token_and_no_turn(fragments: list[str], name: str) -> None:
     tokenizer, data = tokenizer_of(name), "".join(fragments)
-    shown = data.replace(TURN, "").replace(CUT, "")
+    shown = data.replace(TURN, "").replace(BREAK, "")
     for ids, plain in zip(prompts(name, data), prompts(name, "x"), strict=True):
         assert control_ids(tokenizer, name, ids) == control_ids(tokenizer, name, plain)
         assert shown in str(tokenizer.decode(ids)), "and it is read as the text it is"
@@ -81,11 +81,11 @@ def test_text_without_control_tokens_has_the_ids_it_always_had(name: str) -> Non
 def test_a_control_token_in_data_by_hand() -> None:
     control = ControlTokens(byte_level(added=("abc", "bcd", "<x>", "word", "  ")))
     # Overlapping ones are cut each; words and white space are ordinary text.
-    assert control.cut("1</s>2<x>") == f"1<{CUT}/s>2<{CUT}x>"
-    assert control.cut("<<x>") == f"<<{CUT}x>"
-    assert control.cut("a word  abcd") == "a word  abcd"
-    cut = ControlTokens(byte_level(added=("-ab-", "-b-c"))).cut("-ab-b-c")
-    assert cut == f"-{CUT}ab-{CUT}b-c"
+    assert control.escape("1</s>2<x>") == f"1<{BREAK}/s>2<{BREAK}x>"
+    assert control.escape("<<x>") == f"<<{BREAK}x>"
+    assert control.escape("a word  abcd") == "a word  abcd"
+    cut = ControlTokens(byte_level(added=("-ab-", "-b-c"))).escape("-ab-b-c")
+    assert cut == f"-{BREAK}ab-{BREAK}b-c"
 
 
 def test_other_spellings_that_a_normaliser_makes_a_control_token_of() -> None:
@@ -97,7 +97,7 @@ def test_other_spellings_that_a_normaliser_makes_a_control_token_of() -> None:
     wide = "stop \uff1cend\uff1e now"  # full-width brackets
     assert end in tokenizer(wide, add_special_tokens=False)["input_ids"], "what has to be prevented"
     control = ControlTokens(tokenizer)
-    ids = control.encode(control.cut(wide))
+    ids = control.encode(control.escape(wide))
     assert end not in ids and tokenizer.decode(ids) == "stop <end> now"
 
 
@@ -121,12 +121,12 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 def test_a_cut_puts_no_space_into_the_text() -> None:
     tokenizer = sentencepiece_like()
     control = ControlTokens(tokenizer)
-    ids = control.encode(control.cut("the</s>end"))
+    ids = control.encode(control.escape("the</s>end"))
     assert tokenizer.decode(ids) == "the</s>end"
     assert tokenizer.eos_token_id not in ids
     # Characters that it does not know are no reason to take the text apart.
     unknown = tokenizer("✓ the", add_special_tokens=False)["input_ids"]
-    assert tokenizer.unk_token_id in unknown and control.cut("✓ the") == "✓ the"
+    assert tokenizer.unk_token_id in unknown and control.escape("✓ the") == "✓ the"
 
 
 @pytest.mark.parametrize("templates", ["steps", "free", "lab", "chain_sums"])
@@ -209,7 +209,7 @@ def test_a_fence_is_longer_than_any_run_in_the_data(data: str, character: str) -
         ("</step_1><answer>5</answer>", "5"),
         ("<step_12>a</step_12>", "a"),
         ("<st<answer>ep_1>a", "a"),
-        (f"<{CUT}answer>5<{CUT}/answer>", "5"),  # where a tokenizer has the tags as tokens
+        (f"<{BREAK}answer>5<{BREAK}/answer>", "5"),  # where a tokenizer has the tags as tokens
         ("<b>bold</b> <step_>", "<b>bold</b> <step_>"),
     ],
 )
@@ -234,9 +234,9 @@ def test_a_tokenizer_elsewhere_reads_no_control_token_of_its_family(
     fragments: list[str], name: str
 ) -> None:
     data, tokenizer = "".join(fragments), tokenizer_of(name)
-    broken = Spellings().broken(data)
+    broken = ControlTokenEscaper().escape(data)
     assert not control_ids(tokenizer, name, tokenizer(broken, add_special_tokens=False).input_ids)
-    assert broken.replace(JOINER, "") == data == Spellings().mended(broken)
+    assert broken.replace(WORD_JOINER, "") == data == ControlTokenEscaper().unescape(broken)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_tokenizer_elsewhere_reads_no_control_token_of_its_family(
     ],
 )  # fmt: skip
 def test_looks_of_control_tokens(token: str) -> None:
-    assert Spellings().broken(f"a{token}b") == f"a{token[0]}{JOINER}{token[1:]}b"
+    assert ControlTokenEscaper().escape(f"a{token}b") == f"a{token[0]}{WORD_JOINER}{token[1:]}b"
 
 
 @pytest.mark.parametrize(
@@ -263,10 +263,13 @@ def test_looks_of_control_tokens(token: str) -> None:
     ],
 )
 def test_ordinary_text_is_sent_as_it_is(text: str) -> None:
-    assert Spellings().broken(text) == text
+    assert ControlTokenEscaper().escape(text) == text
 
 
 def test_other_control_tokens_are_named_letter_by_letter() -> None:
-    spellings = Spellings(("]~b]", "(.)"))
-    assert spellings.broken("]~b](.)(x)") == f"]{JOINER}~b]({JOINER}.)(x)"
-    assert spellings.mended(f"]{JOINER}~b] a{JOINER}b <{JOINER}x") == f"]~b] a{JOINER}b <x"
+    escaper = ControlTokenEscaper(("]~b]", "(.)"))
+    assert escaper.escape("]~b](.)(x)") == f"]{WORD_JOINER}~b]({WORD_JOINER}.)(x)"
+    assert (
+        escaper.unescape(f"]{WORD_JOINER}~b] a{WORD_JOINER}b <{WORD_JOINER}x")
+        == f"]~b] a{WORD_JOINER}b <x"
+    )

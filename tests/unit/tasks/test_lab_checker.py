@@ -6,7 +6,7 @@ import pytest
 
 from selfteach.tasks.lab import checker
 from selfteach.tasks.lab.checker import check, parse_answer, parse_line, split, style_of
-from selfteach.tasks.lab.world import STYLES, SYMBOLS, Line, World, text_of
+from selfteach.tasks.lab.world import STYLES, SYMBOLS, SolutionLine, World, text_of
 
 WORLD = World()
 QUESTION = next(WORLD.questions("train"))
@@ -17,7 +17,7 @@ def other(symbol: str) -> str:
     return SYMBOLS[(SYMBOLS.index(symbol) + 1) % len(SYMBOLS)]
 
 
-def solution(style: str = "plus") -> list[Line]:
+def solution(style: str = "plus") -> list[SolutionLine]:
     return WORLD.solution(QUESTION, STYLES[style])
 
 
@@ -46,8 +46,8 @@ def test_a_right_lookup_from_a_wrong_value_is_wrong_too() -> None:
     lines = solution()
     wrong = other(lines[0].c)
     carried = WORLD.table[wrong, lines[1].c]
-    text = text_of([*(lines[1:2]), Line(0, STYLES["plus"], lines[0].a, lines[0].b, wrong),
-                    Line(2, STYLES["plus"], wrong, lines[1].c, carried)], None)  # fmt: skip
+    text = text_of([*(lines[1:2]), SolutionLine(0, STYLES["plus"], lines[0].a, lines[0].b, wrong),
+                    SolutionLine(2, STYLES["plus"], wrong, lines[1].c, carried)], None)  # fmt: skip
     expected = [None, "value", None if carried == TRUTH[2] else "value"]
     assert errors(text) == expected
 
@@ -56,7 +56,7 @@ def test_bookkeeping() -> None:
     lines = solution()
     assert errors(text_of([lines[0], lines[0]], None)) == [None, "bookkeeping"], "a node twice"
     assert errors(str(lines[2])) == ["bookkeeping"], "before the nodes it needs"
-    swapped = Line(0, STYLES["plus"], lines[0].b, lines[0].a, lines[0].c)
+    swapped = SolutionLine(0, STYLES["plus"], lines[0].b, lines[0].a, lines[0].c)
     if swapped.a != swapped.b:
         assert errors(str(swapped)) == ["bookkeeping"], "operands the wrong way round"
 
@@ -77,12 +77,12 @@ def test_a_node_outside_the_tree_begins_no_step() -> None:
 
 def test_lines_read_back_as_they_were_written() -> None:
     for style in STYLES.values():
-        line = Line(3, style, "d", "p", "a")
+        line = SolutionLine(3, style, "d", "p", "a")
         assert parse_line(str(line)) == line
 
 
 def test_a_flagged_line_is_a_critic_s_and_no_solver_s() -> None:
-    assert parse_line(str(Line(3, STYLES["plus"], "d", "p", "a", flagged=True))) is None
+    assert parse_line(str(SolutionLine(3, STYLES["plus"], "d", "p", "a", flagged=True))) is None
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_style_of_is_the_majority_and_the_earliest_of_equals() -> None:
     plus, minus = STYLES["plus"], STYLES["minus"]
 
     def style(*styles):
-        steps = [checker.CheckedStep("", Line(0, s, "a", "b", "c"), None) for s in styles]
+        steps = [checker.CheckedStep("", SolutionLine(0, s, "a", "b", "c"), None) for s in styles]
         return style_of(steps, default=minus)
 
     assert style(minus, plus, plus) is plus

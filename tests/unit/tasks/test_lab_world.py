@@ -12,7 +12,7 @@ from selfteach.tasks.lab.world import (
     ROOT,
     STYLES,
     SYMBOLS,
-    Line,
+    SolutionLine,
     World,
     WorldConfig,
     is_ready,
@@ -52,7 +52,7 @@ def test_author_chance_by_hand() -> None:
     weak = sum(operands(node, question, truth) in WORLD.misconceptions for node in range(5))
     beliefs = BELIEFS["hard"]
     expected = beliefs.truth**weak * beliefs.known ** (5 - weak)
-    assert WORLD.author_chance(question) == pytest.approx(expected, rel=1e-12)
+    assert WORLD.author_solve_rate(question) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=lambda style: style.name)
@@ -70,11 +70,11 @@ def test_solutions_respect_the_tree_and_end_in_the_truth(style) -> None:
 
 def test_lines_as_written() -> None:
     plus, minus, angle = STYLES["plus"], STYLES["minus"], STYLES["angle"]
-    assert str(Line(0, plus, "a", "b", "c")) == "0 + a b = c"
-    assert str(Line(3, minus, "a", "b", "c")) == "3 - a b > c"
-    assert str(Line(1, angle, "a", "b", "c")) == "1 < b a : c"
-    assert str(Line(4, plus, "g", "e", "h", flagged=True)) == "4 + g e ! h"
-    assert text_of([Line(0, plus, "a", "b", "c")], "k") == "0 + a b = c\n# k"
+    assert str(SolutionLine(0, plus, "a", "b", "c")) == "0 + a b = c"
+    assert str(SolutionLine(3, minus, "a", "b", "c")) == "3 - a b > c"
+    assert str(SolutionLine(1, angle, "a", "b", "c")) == "1 < b a : c"
+    assert str(SolutionLine(4, plus, "g", "e", "h", flagged=True)) == "4 + g e ! h"
+    assert text_of([SolutionLine(0, plus, "a", "b", "c")], "k") == "0 + a b = c\n# k"
     assert text_of([], None) == ""
 
 

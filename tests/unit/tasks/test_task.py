@@ -79,9 +79,9 @@ def test_lab_splits_are_disjoint_and_filtered_by_difficulty() -> None:
     assert not sets["train"] & sets["test"] and not sets["train"] & sets["validation"]
     assert not sets["validation"] & sets["test"]
     hard = lab_task.problems(world, "train", 100, max_solve_rate=0.01)
-    assert all(world.author_chance(p.question.split()) < 0.01 for p in hard)
+    assert all(world.author_solve_rate(p.question.split()) < 0.01 for p in hard)
     easy = lab_task.problems(world, "train", 100)
-    assert any(world.author_chance(p.question.split()) > 0.9 for p in easy)
+    assert any(world.author_solve_rate(p.question.split()) > 0.9 for p in easy)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_exact(answer: str, text: str, correct: bool, parsed: str | None) -> Non
 
 
 def test_math_verify_knows_equal_answers_and_gives_them_one_vote() -> None:
-    judge = verifiers.Math()
+    judge = verifiers.MathVerifier()
     problem = Problem("p", "q", r"\frac{1}{2}")
     same = [judge(problem, f"<answer>{text}</answer>") for text in ("0.5", r"\frac{2}{4}")]
     assert all(verdict.correct for verdict in same)

@@ -13,16 +13,16 @@ from selfteach.errors import DataError
 from selfteach.evaluation.evaluator import one_vote
 from selfteach.tasks import verifiers
 from selfteach.tasks.task import load_task
-from selfteach.tasks.verify_client import Judge
+from selfteach.tasks.verify_client import VerifierProcess
 from selfteach.types import Problem
 
 
 @pytest.fixture(scope="module")
-def math() -> verifiers.Math:
-    return verifiers.Math(judge=Judge(timeout_s=1.0))
+def math() -> verifiers.MathVerifier:
+    return verifiers.MathVerifier(judge=VerifierProcess(timeout_s=1.0))
 
 
-def says(math: verifiers.Math, gold: str, text: str) -> bool:
+def says(math: verifiers.MathVerifier, gold: str, text: str) -> bool:
     return math(Problem("p", "q", gold), f"<answer>{text}</answer>").correct
 
 
@@ -54,7 +54,7 @@ def test_where_an_answer_stands(
 def test_what_is_written_is_read(answer: str, answer_in: verifiers.AnswerIn) -> None:
     text = verifiers.write_answer(answer, answer_in)
     assert verifiers.READERS[answer_in](text) == answer
-    assert verifiers.Exact(answer_in)(Problem("p", "q", answer), text).correct
+    assert verifiers.ExactVerifier(answer_in)(Problem("p", "q", answer), text).correct
 
 
 def test_a_recipe_says_where_answers_stand(tmp_path: object) -> None:
@@ -66,7 +66,7 @@ def test_a_recipe_says_where_answers_stand(tmp_path: object) -> None:
         task = load_task(FilesData.model_validate(config), "")
         verdict = task.verify(task.train[0], r"One and one.\n\nSo \boxed{2}")
         assert (verdict.correct, verdict.formatted) == (formatted, formatted)
-        assert task.verify(task.train[0], task.form.write("2")).correct
+        assert task.verify(task.train[0], task.answer_format.write("2")).correct
 
 
 @pytest.mark.parametrize(
@@ -82,18 +82,22 @@ def test_a_recipe_says_where_answers_stand(tmp_path: object) -> None:
         ("(1,2)", "(2,1)", False),
     ],
 )
-def test_equal_as_mathematics(math: verifiers.Math, gold: str, text: str, right: bool) -> None:
+def test_equal_as_mathematics(
+    math: verifiers.MathVerifier, gold: str, text: str, right: bool
+) -> None:
     assert says(math, gold, text) is right
 
 
-def test_an_answer_that_is_no_mathematics_takes_the_same_text(math: verifiers.Math) -> None:
+def test_an_answer_that_is_no_mathematics_takes_the_same_text(math: verifiers.MathVerifier) -> None:
     assert says(math, "?!", " ?! ") and not says(math, "?!", "?")
 
 
 HOSTILE = ["10^{10^{10}}", "(" * 5000, "\x00\ud800", "}{" * 50]
 
 
-def test_hostile_answers_are_wrong_in_time_and_the_judge_goes_on(math: verifiers.Math) -> None:
+def test_hostile_answers_are_wrong_in_time_and_the_judge_goes_on(
+    math: verifiers.MathVerifier,
+) -> None:
     for text in HOSTILE:
         started = time.monotonic()
         verdict = math(Problem("p", "q", "12"), f"<answer>{text}</answer>")
@@ -105,7 +109,7 @@ def test_hostile_answers_are_wrong_in_time_and_the_judge_goes_on(math: verifiers
     assert not says(math, "12", HOSTILE[0]) and math._judge.timeouts == before, "remembered"
 
 
-def test_threads_share_a_judge(math: verifiers.Math) -> None:
+def test_threads_share_a_judge(math: verifiers.MathVerifier) -> None:
     with ThreadPoolExecutor(8) as pool:
         right = list(pool.map(lambda i: says(math, str(i), f"{i}.0"), range(40)))
         wrong = list(pool.map(lambda i: says(math, str(i), f"{i}.5"), range(40)))
@@ -113,7 +117,7 @@ def test_threads_share_a_judge(math: verifiers.Math) -> None:
 
 
 def test_a_judge_that_was_killed_is_replaced_and_ends_with_its_owner() -> None:
-    judge = Judge()
+    judge = VerifierProcess()
     assert judge.ask("math", gold="1", found="1")["equal"]
     assert judge._process is not None
     judge._process.kill()
@@ -126,7 +130,7 @@ def test_a_judge_that_was_killed_is_replaced_and_ends_with_its_owner() -> None:
     assert process.poll() is not None
 
 
-def test_equal_answers_vote_together_however_they_are_written(math: verifiers.Math) -> None:
+def test_equal_answers_vote_together_however_they_are_written(math: verifiers.MathVerifier) -> None:
     row = ["3", r"\frac{1}{2}", None, "0.5", "3.0", r"\frac{2}{4}"]
     assert one_vote(row, math.same) == [
         "3",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from selfteach.tasks.lab.checker import parse_line, unflagged
-from selfteach.tasks.lab.world import ANSWER_MARK, Line, is_ready
+from selfteach.tasks.lab.world import ANSWER_MARK, SolutionLine, is_ready
 from selfteach.types import Critique, CritiqueStep
 
 
@@ -42,7 +42,7 @@ def _lines(solution: str) -> list[str]:
     return [text for text in solution.splitlines() if not text.startswith(ANSWER_MARK)]
 
 
-def _line(text: str) -> Line:
+def _line(text: str) -> SolutionLine:
     line = parse_line(unflagged(text))
     assert line is not None, f"not a line of the lab: {text!r}"
     return line

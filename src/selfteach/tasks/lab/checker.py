@@ -12,7 +12,7 @@ from selfteach.tasks.lab.world import (
     CHILDREN,
     FLAG,
     STYLE_OF_MARK,
-    Line,
+    SolutionLine,
     Style,
     World,
     is_ready,
@@ -28,7 +28,7 @@ class CheckedStep:
     """One step as written, and what is wrong with it."""
 
     text: str
-    line: Line | None
+    line: SolutionLine | None
     """None if the text is no line of any style."""
     error: str | None
     """``form``, ``bookkeeping`` (a node twice or too early, operands not as derived) or ``value``
@@ -54,8 +54,8 @@ def split(text: str) -> list[str]:
 
 
 @lru_cache(maxsize=2**14)  # most lines of a world are written again and again
-def parse_line(text: str) -> Line | None:
-    """A step's text as a `Line`, or None if it has not the form of one."""
+def parse_line(text: str) -> SolutionLine | None:
+    """A step's text as a `SolutionLine`, or None if it has not the form of one."""
     words = text.split()
     if len(words) != 6 or not words[0].isdigit() or int(words[0]) >= len(CHILDREN):
         return None
@@ -65,7 +65,7 @@ def parse_line(text: str) -> Line | None:
     a, b = (words[3], words[2]) if style.reversed_operands else (words[2], words[3])
     if not all(len(word) == 1 and word.isalpha() for word in (a, b, words[5])):
         return None
-    return Line(int(words[0]), style, a, b, words[5])
+    return SolutionLine(int(words[0]), style, a, b, words[5])
 
 
 def unflagged(text: str) -> str:
@@ -112,7 +112,7 @@ def style_of(steps: Sequence[CheckedStep], default: Style) -> Style:
 
 
 def _error(
-    line: Line, question: Sequence[str], truth: Sequence[str], done: dict[int, str]
+    line: SolutionLine, question: Sequence[str], truth: Sequence[str], done: dict[int, str]
 ) -> str | None:
     if not is_ready(line.node, done):
         return "bookkeeping"

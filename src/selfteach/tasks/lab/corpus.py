@@ -25,7 +25,7 @@ from selfteach.tasks.lab.world import (
     REFERENCE_STYLE,
     ROOT,
     SYMBOLS,
-    Line,
+    SolutionLine,
     Style,
     World,
     is_ready,
@@ -136,7 +136,7 @@ def write(
     habit = world.native_styles[rng.integers(len(world.native_styles))]
     view = view_of(context) if context is not None else None
     done: dict[int, str] = {}
-    lines: list[Line] = []
+    lines: list[SolutionLine] = []
     while len(done) < len(CHILDREN):
         node, style = _next_step(world, habit, view, done, rng)
         a, b = operands(node, question, done)
@@ -146,7 +146,7 @@ def write(
             if node == ROOT and view.bare_answer is not None:
                 value = view.bare_answer
         done[node] = value
-        lines.append(Line(node, style, a, b, value))
+        lines.append(SolutionLine(node, style, a, b, value))
     return text_of(lines, done[ROOT])
 
 

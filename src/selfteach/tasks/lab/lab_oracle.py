@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from selfteach.tasks.lab.checker import CheckedAnswer, check, style_of
-from selfteach.tasks.lab.world import ROOT, SYMBOLS, Line, World, is_ready, operands
+from selfteach.tasks.lab.world import ROOT, SYMBOLS, SolutionLine, World, is_ready, operands
 from selfteach.types import Critique, CritiqueStep
 
 
@@ -64,13 +64,13 @@ def _trace(
             assert rng is not None
             c = str(rng.choice([s for s in SYMBOLS if s != c]))
         done[node] = c
-        line = Line(node, line_style, a, b, c, flagged=True)
+        line = SolutionLine(node, line_style, a, b, c, flagged=True)
         steps.append(CritiqueStep(str(line), "fixed", wrong.text if wrong else None))
     while len(done) <= ROOT:
         node = next(n for n in style.order if is_ready(n, done))
         a, b = operands(node, question, done)
         done[node] = world.table[a, b]
-        steps.append(CritiqueStep(str(Line(node, style, a, b, done[node])), "new"))
+        steps.append(CritiqueStep(str(SolutionLine(node, style, a, b, done[node])), "new"))
 
     first_error = checked.first_error if error_at is None else error_at
     right = checked.answer == truth[ROOT]
@@ -78,7 +78,7 @@ def _trace(
     return Critique(case, tuple(steps), done[ROOT], first_error)
 
 
-def _node_to_fix(line: Line | None, order: Sequence[int], done: dict[int, str]) -> int:
+def _node_to_fix(line: SolutionLine | None, order: Sequence[int], done: dict[int, str]) -> int:
     """The node the wrong line was about, if it could stand there; else the style's next one."""
     if line is not None and is_ready(line.node, done):
         return line.node

@@ -10,12 +10,12 @@ import numpy as np
 
 from selfteach.tasks.lab import checker, lab_oracle
 from selfteach.tasks.lab.corpus import references
-from selfteach.tasks.lab.world import ANSWER_MARK, FLAG, ROOT, Split, World, WorldConfig
+from selfteach.tasks.lab.world import ANSWER_MARK, FLAG, ROOT, SplitName, World, WorldConfig
 from selfteach.types import Critique, Problem, Verdict
 
 
 def problems(
-    world: World, split: Split, count: int, *, max_solve_rate: float = 1.0
+    world: World, split: SplitName, count: int, *, max_solve_rate: float = 1.0
 ) -> tuple[Problem, ...]:
     """The first ``count`` problems of a split; splits share no question.
 
@@ -27,10 +27,10 @@ def problems(
 
 @lru_cache(maxsize=16)  # the runs of a study ask the same questions, many in one process
 def _problems(
-    config: WorldConfig, split: Split, count: int, max_solve_rate: float
+    config: WorldConfig, split: SplitName, count: int, max_solve_rate: float
 ) -> tuple[Problem, ...]:
     world = World(config)
-    wanted = (q for q in world.questions(split) if world.author_chance(q) < max_solve_rate)
+    wanted = (q for q in world.questions(split) if world.author_solve_rate(q) < max_solve_rate)
     return tuple(
         Problem(
             id=f"{split}-{index}",

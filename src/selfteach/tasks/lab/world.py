@@ -27,7 +27,7 @@ SYMBOLS = "abcdefghijklmnop"
 ANSWER_MARK = "#"
 FLAG = "!"
 
-Split = Literal["train", "validation", "test"]
+SplitName = Literal["train", "validation", "test"]
 
 CHILDREN: tuple[tuple[str, str], ...] = (
     ("x0", "x1"),
@@ -62,7 +62,7 @@ STYLE_OF_MARK = {style.marks[0]: style for style in STYLES.values()}
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class SolutionLine:
     """One step of a solution: the value of ``node`` is f(``a``, ``b``) = ``c``."""
 
     node: int
@@ -156,7 +156,7 @@ class World:
             values.append(self.table[operands(node, question, values)])
         return tuple(values)
 
-    def author_chance(self, question: Sequence[str]) -> float:
+    def author_solve_rate(self, question: Sequence[str]) -> float:
         """Probability that an author without a context believes every look-up of the solution."""
         values, chance = self.truth(question), 1.0
         for node in range(len(CHILDREN)):
@@ -164,16 +164,16 @@ class World:
             chance *= self.beliefs.truth if weak else self.beliefs.known
         return chance
 
-    def solution(self, question: Sequence[str], style: Style) -> list[Line]:
+    def solution(self, question: Sequence[str], style: Style) -> list[SolutionLine]:
         """The true solution in a style."""
         values = self.truth(question)
         lines = []
         for node in style.order:
             a, b = operands(node, question, values)
-            lines.append(Line(node, style, a, b, values[node]))
+            lines.append(SolutionLine(node, style, a, b, values[node]))
         return lines
 
-    def questions(self, split: Split, seed: int | None = None) -> Iterator[tuple[str, ...]]:
+    def questions(self, split: SplitName, seed: int | None = None) -> Iterator[tuple[str, ...]]:
         """An endless stream of distinct questions of one split.
 
         A question's split is a hash of its text, so splits are disjoint whatever the stream's seed:
@@ -203,7 +203,7 @@ def is_ready(node: int, done: Mapping[int, str]) -> bool:
     return node not in done and all(asked or child in done for asked, child in PLACES[node])
 
 
-def split_of(question: Sequence[str]) -> Split:
+def split_of(question: Sequence[str]) -> SplitName:
     """The split a question belongs to: one in eight is validation, one in eight test."""
     digest = hashlib.blake2b(" ".join(question).encode(), digest_size=2).digest()
     match digest[0] % 8:
@@ -215,7 +215,7 @@ def split_of(question: Sequence[str]) -> Split:
             return "train"
 
 
-def text_of(lines: Sequence[Line], answer: str | None) -> str:
+def text_of(lines: Sequence[SolutionLine], answer: str | None) -> str:
     """Lines and answer as text, one step per line."""
     tail = [] if answer is None else [f"{ANSWER_MARK} {answer}"]
     return "\n".join([*map(str, lines), *tail])

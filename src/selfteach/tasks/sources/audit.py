@@ -15,7 +15,7 @@ LETTER = re.compile(r"[A-Za-z](?=[^A-Za-z]*$)")
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class MisjudgedAnswer:
     """A problem that its verifier cannot judge."""
 
     problem: Problem
@@ -37,7 +37,7 @@ class Audit:
     checked: int
     without_answer: int
     """Problems that have no answer to try (some generators' many right answers)."""
-    findings: tuple[Finding, ...]
+    findings: tuple[MisjudgedAnswer, ...]
 
     @property
     def invalid_problems(self) -> frozenset[str]:
@@ -50,17 +50,17 @@ def audit(problems: Iterable[Problem], verify: Verifier, write: Callable[[str], 
     verifier reads it.
     """
     checked = without = 0
-    findings: list[Finding] = []
+    findings: list[MisjudgedAnswer] = []
     for problem in problems:
         if not problem.answer:
             without += 1
             continue
         checked += 1
         if not verify(problem, write(problem.answer)).correct:
-            findings.append(Finding(problem, "rejected", problem.answer))
+            findings.append(MisjudgedAnswer(problem, "rejected", problem.answer))
         wrong = corrupt(problem.answer)
         if verify(problem, write(wrong)).correct:
-            findings.append(Finding(problem, "accepted", wrong))
+            findings.append(MisjudgedAnswer(problem, "accepted", wrong))
     return Audit(checked, without, tuple(findings))
 
 

@@ -18,15 +18,15 @@ from selfteach.types import Problem
 
 
 def read_problem_sets(
-    config: FilesData | HubData, *, may_be_none: bool = False
+    config: FilesData | HubData, *, allow_no_source: bool = False
 ) -> tuple[Splits, Counter[str]]:
     """Train, validation and test of a recipe's files or dataset, and what was left out of them.
 
     Duplicates of a question are removed, in each source and across them. Raises `DataError` or
-    `RecipeError` in one line, also where no source is named unless there ``may_be_none``.
+    `RecipeError` in one line, also where no source is named unless there ``allow_no_source``.
     """
     sources = {name: where for name in SOURCES if (where := getattr(config, name))}
-    if not sources and not may_be_none:
+    if not sources and not allow_no_source:
         raise RecipeError(
             f'data.type = "{config.type}": name a source: train, validation, test, or a pool'
         )

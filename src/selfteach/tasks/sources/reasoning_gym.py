@@ -13,7 +13,7 @@ from selfteach.config.data_section import GymData
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
 from selfteach.tasks.sources.columns import Missing, column_value
-from selfteach.tasks.sources.splits import Splits, normalised, place
+from selfteach.tasks.sources.splits import Splits, hash_position, normalised
 from selfteach.types import Problem
 
 REFERENCES = {"gsm_symbolic": "answer_cot"}
@@ -23,7 +23,7 @@ EXAMPLES = ("example_correct_answer", "example_answer", "possible_answer")
 """Where generators of questions with many right answers keep one of them."""
 
 TENTHS = {"test": (0.0, 0.1), "validation": (0.1, 0.2), "train": (0.2, 1.0)}
-"""Which places (`splits.place`) belong to which split: whatever the seed, none shares a question."""
+"""Which places (`splits.hash_position`) belong to which split: whatever the seed, none shares a question."""
 
 DRAWS_PER_PROBLEM = 20
 FEWEST_DRAWS = 1000
@@ -48,7 +48,7 @@ def generate(config: GymData) -> Splits:
         for index in range(draws):
             entry = source[index]
             words = normalised(entry["question"])
-            at = place(entry["question"], 0)
+            at = hash_position(entry["question"], 0)
             split = next(name for name, (low, high) in TENTHS.items() if low <= at < high)
             if words in seen or len(found[split]) == wanted[split]:
                 continue

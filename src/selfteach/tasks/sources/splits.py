@@ -21,7 +21,7 @@ def normalised(question: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", question).casefold().split())
 
 
-def place(question: str, seed: int) -> float:
+def hash_position(question: str, seed: int) -> float:
     """Where a question stands in [0, 1): a hash of its words and the seed, and nothing else."""
     digest = hashlib.blake2b(f"{seed}\0{normalised(question)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
@@ -51,13 +51,13 @@ def disjoint(splits: Splits) -> tuple[Splits, int]:
 def split_pool(pool: Sequence[Problem], how: Splitting, *, named: Iterable[str] = ()) -> Splits:
     """Train, validation and test from one pool without duplicates, each in the pool's order.
 
-    Problems are ranked by `place`. With shares a question goes where its place says; with counts the
+    Problems are ranked by `hash_position`. With shares a question goes where its place says; with counts the
     first are test, the next validation, and the rest (or its count) train. Splits ``named`` have a
     source of their own and get nothing here. Raises `DataError` if there are too few.
     """
     names = ("test", "validation", "train")
     sizes = {name: 0 if name in named else getattr(how, name) for name in names}
-    places = {problem.id: place(problem.question, how.seed) for problem in pool}
+    places = {problem.id: hash_position(problem.question, how.seed) for problem in pool}
     assert len(places) == len(pool), "ids are checked before a pool is split"
     waiting = sorted(pool, key=lambda problem: (places[problem.id], problem.id))
     chosen: dict[str, str] = {}
