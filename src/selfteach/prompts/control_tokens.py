@@ -73,7 +73,7 @@ class ControlTokens:
         return BREAK.join(bare)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Encode a rendered text, no token across a `BREAK`; no special tokens are added at the ends."""
+        """Encode a rendered text, no token across a `BREAK`; adds no special tokens at the ends."""
         first, *rest = text.split(BREAK)
         ids = self._encode(first)
         newline = self._encode("\n") if rest else []

@@ -31,6 +31,7 @@ from selfteach.tasks.sources.load import read_problem_sets
 from selfteach.tasks.sources.reasoning_gym import generate
 from selfteach.types import Critique, Problem, ReplaceSteps
 
+
 @runtime_checkable
 class OracleFn(Protocol):
     """Critiques an answer with a program that can check every step of this kind of problem."""

@@ -122,7 +122,7 @@ class ReasoningGymVerifier:
         self._read, self._process = READERS[answer_in], process or VerifierProcess()
 
     def __call__(self, problem: Problem, text: str) -> Verdict:
-        """Return the verdict on an answer's text. Raises `DataError` for a problem of another source."""
+        """Return the verdict on a text. Raises `DataError` for a problem of another source."""
         source = problem.meta.get("reasoning_gym")
         if not isinstance(source, Mapping):
             raise DataError(

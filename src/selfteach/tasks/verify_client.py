@@ -65,12 +65,12 @@ class VerifierProcess:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._imported.clear()
-            # -P keeps the script's folder off sys.path: its modules must not shadow the standard library.
+            # -P keeps the script's folder off sys.path: its modules must not shadow standard ones.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(WORKER)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C goes to the parent alone; the worker ends with its pipe
+                start_new_session=True,  # Ctrl-C goes to the parent; the worker ends with its pipe
             )  # fmt: skip
             weakref.finalize(self, _end, self._process)
         return self._process
