@@ -272,8 +272,8 @@ bitwise the same).
 The documents' writers, without a context, are right on {100 * result.writers:.1f} % of these
 questions: what a perfect student of the documents would reach. The first row is the model without a
 context. The other rows are second answers to the questions it missed there: without a context, as a
-baseline, then with each context in view. One answer each at temperature 1; ± is one standard error over
-questions. *value*, *bookkeeping* and *form* are the kinds of an answer's first error; *reference's
+baseline, then with each context in view. One answer each at temperature 1; ± is one standard error
+over questions. *value*, *bookkeeping* and *form* are the kinds of an answer's first error; *reference's
 lines* is the share of lines in the style that only references use. All but counts in per cent.
 
 {table(result)}
@@ -282,9 +282,9 @@ lines* is the share of lines in the style that only references use. All but coun
 python -m selfteach.tasks.lab.probe FOLDER --questions {result.alone.answers} --seed {result.seed}
 ```
 
-`other_answer` shows the critique of an answer to another question. Where it beats *{RETRY}*, any
-context at all brings out facts that the model does not state without one, and a study's null control is
-not quite null.
+`other_answer` shows the critique of an answer to another question. Where it beats
+*{RETRY}*, any context at all brings out facts that the model does not state without one, and
+a study's null control is not quite null.
 """
 
 

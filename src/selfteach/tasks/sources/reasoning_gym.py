@@ -93,9 +93,7 @@ def _generator(config: GymData, size: int) -> Any:
     fields = [field.name for field in dataclasses.fields(DATASETS[config.task][1])]
     for key in config.config:
         if key in ("seed", "size"):
-            raise RecipeError(
-                f"data.config.{key}: set data.seed, data.train, … instead"
-            )
+            raise RecipeError(f"data.config.{key}: set data.seed, data.train, … instead")
         if key not in fields:
             raise RecipeError(f"data.config.{key} of {config.task!r}; {nearest(key, fields)}")
     settings = {"seed": config.seed * SEED_STRIDE, "size": size, **config.config}
