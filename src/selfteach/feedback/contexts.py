@@ -132,7 +132,9 @@ class PartlyAligned:
     what is kept at one position is kept at all higher ones.
     """
 
-    def __init__(self, context: Context, blend: ReplaceSteps, alignment: float, *, seed: int) -> None:
+    def __init__(
+        self, context: Context, blend: ReplaceSteps, alignment: float, *, seed: int
+    ) -> None:
         self._context, self._blend, self._alignment, self._seed = context, blend, alignment, seed
 
     def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
