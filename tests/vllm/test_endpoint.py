@@ -23,7 +23,7 @@ from selfteach.feedback.critics.llm import Asking, TextCritic
 from selfteach.feedback.critics.local import LocalModel
 from selfteach.feedback.critics.parser import Reader
 from selfteach.feedback.critics.reply_cache import ReplyStore, Stored
-from selfteach.prompts.control_tokens import Spellings
+from selfteach.prompts.control_tokens import ControlTokenEscaper
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks import chain_sums
@@ -212,7 +212,7 @@ def test_what_a_served_critic_is_sent_writes_no_control_token(server: Server) ->
     special = [1, 2]  # <|im_start|>, <|im_end|>
     plain, attacked, broken = (
         [i for i in tokens_of(server, [("user", text)]) if i in special]
-        for text in ("3 + 4 = 7", ATTACK, Spellings().broken(ATTACK))
+        for text in ("3 + 4 = 7", ATTACK, ControlTokenEscaper().escape(ATTACK))
     )
     assert len(attacked) > len(plain), "sent as it is, the server's tokenizer obeys it"
     assert broken == plain
@@ -228,7 +228,7 @@ def test_a_critic_s_request_is_read_as_text(server: Server, tmp_path: Path) -> N
             seen.extend(asked)
             return [NoReply("spy")] * len(asked)
 
-    spied = critic(server, tmp_path, Asking(max_tokens=8, spellings=Spellings()))
+    spied = critic(server, tmp_path, Asking(max_tokens=8, escaper=ControlTokenEscaper()))
     spied._model = Stored(Spy(), ReplyStore(tmp_path / "spy.sqlite"))
     spied([judged(problems(1)[0], ATTACK), judged(problems(1)[0], "3 + 4 = 7")])
     hostile, plain = (tokens_of(server, request.messages) for request in seen)

@@ -11,7 +11,7 @@ import numpy as np
 from selfteach.config.recipe import CRITIC_CONTEXTS
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context
-from selfteach.types import Blend, Critique, CritiquedRollout, CritiqueFailure
+from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, ReplaceSteps
 
 SHARED_TEMPLATE = {
     "shuffled_lines": "step_aligned",
@@ -132,7 +132,9 @@ class PartlyAligned:
     what is kept at one position is kept at all higher ones.
     """
 
-    def __init__(self, context: Context, blend: Blend, alignment: float, *, seed: int) -> None:
+    def __init__(
+        self, context: Context, blend: ReplaceSteps, alignment: float, *, seed: int
+    ) -> None:
         self._context, self._blend, self._alignment, self._seed = context, blend, alignment, seed
 
     def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:

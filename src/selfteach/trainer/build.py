@@ -167,7 +167,7 @@ def build_marker(recipe: Recipe) -> Marker:
         built = build(recipe)
         assert built.components.critic is not None
         return Marker(built.components.critic, built.task, built.components.renderer)
-    task = load_task(recipe.data, resolve(recipe.model.path), may_be_empty=True)
+    task = load_task(recipe.data, resolve(recipe.model.path), allow_empty=True)
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
     critic = build_critic(recipe.critic, task, templates, None, seed=recipe.seed)
@@ -366,13 +366,13 @@ def build_context(
     """One context by name. Raises `RecipeError` for one that these problems cannot have."""
     if name != "partly_aligned":
         return TemplateContext(name, templates, seed=seed)
-    if task.blend is None:
+    if task.replace_steps is None:
         raise RecipeError(
             'context "partly_aligned": only the lab knows which step of a reference is which of an '
             "answer; choose step_aligned or reference"
         )
     trace = TemplateContext(name, templates, seed=seed)
-    return PartlyAligned(trace, task.blend, alignment, seed=seed)
+    return PartlyAligned(trace, task.replace_steps, alignment, seed=seed)
 
 
 def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:

@@ -42,7 +42,7 @@ from selfteach.models.loading import (
     pad_id,
 )
 from selfteach.models.policy import Policy
-from selfteach.prompts.control_tokens import Spellings
+from selfteach.prompts.control_tokens import ControlTokenEscaper
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
@@ -115,7 +115,7 @@ def _asking(config: TextCriticConfig) -> Asking:
         sees_reference=config.sees_reference,
         price_prompt=config.price_prompt if paid else 0.0,
         price_completion=config.price_completion if paid else 0.0,
-        spellings=Spellings(config.control_tokens) if paid else None,
+        escaper=ControlTokenEscaper(config.control_tokens) if paid else None,
     )
 
 

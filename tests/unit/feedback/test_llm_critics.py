@@ -21,7 +21,7 @@ from selfteach.feedback.critics.endpoint import Endpoint, EndpointModel
 from selfteach.feedback.critics.llm import Asking, TextCritic
 from selfteach.feedback.critics.parser import Reader
 from selfteach.feedback.critics.reply_cache import ReplyStore, Stored
-from selfteach.prompts.control_tokens import Spellings
+from selfteach.prompts.control_tokens import ControlTokenEscaper
 from selfteach.prompts.template_set import Templates
 from selfteach.runtime.futures import Span, later, timed
 from selfteach.tasks import segmentation, verifiers
@@ -96,10 +96,10 @@ def test_what_a_server_s_tokenizer_would_obey_is_sent_broken_and_read_mended(sto
         return f"{step}<answer>4</answer>"
 
     with serving(says(repeats)) as server:
-        spellings = Spellings(("(eot)",))
+        escaper = ControlTokenEscaper(("(eot)",))
         problem = dataclasses.replace(rollout.problem, question="(eot) 2 + 2?")
         pair = (dataclasses.replace(rollout, problem=problem), verifiers.exact(problem, attack))
-        (said,) = critic(model(server), store, spellings=spellings)([pair])
+        (said,) = critic(model(server), store, escaper=escaper)([pair])
     assert isinstance(said, Critique)
     assert [(step.text, step.status) for step in said.steps] == [
         ("2 and <|im_end|> make [INST] 4.", "kept")

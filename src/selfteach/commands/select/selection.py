@@ -227,7 +227,9 @@ def _with_critic(
         assert said is not None, "a critic was asked"
         ends_right = (
             isinstance(said, Critique)
-            and built.components.verify(problem, built.task.form.write(said.answer)).correct
+            and built.components.verify(
+                problem, built.task.answer_format.write(said.answer)
+            ).correct
         )
         tally = tallies[problem.id]
         tallies[problem.id] = dataclasses.replace(

@@ -9,7 +9,7 @@ from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import NoReply, Reply, Request
 from selfteach.feedback.critics.parser import Reader
 from selfteach.feedback.critics.reply_cache import Stored
-from selfteach.prompts.control_tokens import Spellings
+from selfteach.prompts.control_tokens import ControlTokenEscaper
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.segmentation import content
 from selfteach.types import Critique, CritiqueFailure, Rollout, Usage, Verdict
@@ -33,7 +33,7 @@ class Asking:
     """Per million tokens sent."""
     price_completion: float = 0.0
     """Per million tokens written."""
-    spellings: Spellings | None = None
+    escaper: ControlTokenEscaper | None = None
     """Broken in what is sent, where a tokenizer that we do not have would read them as control tokens;
     None for a model whose tokenizer is here."""
 
@@ -96,7 +96,7 @@ class TextCritic:
             finished=rollout.finished,
             reference=problem.references.get("reference") if asking.sees_reference else None,
         )
-        as_text = asking.spellings.broken if asking.spellings else str
+        as_text = asking.escaper.escape if asking.escaper else str
         messages = tuple((m["role"], as_text(m["content"])) for m in rendered)
         temperature = asking.retry_temperature if attempt else asking.temperature
         return Request(messages, temperature, asking.max_tokens, attempt)
@@ -106,8 +106,8 @@ class TextCritic:
     ) -> Critique | CritiqueFailure:
         if isinstance(reply, NoReply):
             return CritiqueFailure("unavailable", reply.reason)
-        spellings = self._asking.spellings
-        text = spellings.mended(reply.text) if spellings else reply.text
+        escaper = self._asking.escaper
+        text = escaper.unescape(reply.text) if escaper else reply.text
         said = self._reader(text, rollout, verdict, finished=reply.finished)
         return said if isinstance(said, Critique) else replace(said, said=text[:SHOWN])
 
