@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfteach.config.critic_section import PolicyCriticConfig, TextCriticConfig
+from selfteach.config.critic_section import PolicyCriticConfig, LlmCriticConfig
 from selfteach.config.objective_section import DistillationConfig, GrpoConfig, HybridConfig
 from selfteach.config.recipe import (
     EmaTeacher,
@@ -385,7 +385,7 @@ def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None
         return build_context(name, task, templates, seed=recipe.seed, alignment=alignment)
 
     context = named(name)
-    if isinstance(critic, TextCriticConfig):
+    if isinstance(critic, LlmCriticConfig):
         policies = critic.on_failure.model_dump()
         reasons = {reason for reason, policy in policies.items() if policy == "fallback"}
         other = named(critic.fallback)

@@ -22,7 +22,7 @@ from selfteach.config.critic_section import (
     OracleConfig,
     PolicyCriticConfig,
     RecordedConfig,
-    TextCriticConfig,
+    LlmCriticConfig,
 )
 from selfteach.config.recipe import ModelConfig
 from selfteach.errors import CriticError, RecipeError
@@ -105,7 +105,7 @@ def critic_threads(config: CriticConfig | None) -> int:
     return 4 if isinstance(config, EndpointConfig) else 0
 
 
-def _asking(config: TextCriticConfig) -> Asking:
+def _asking(config: LlmCriticConfig) -> Asking:
     paid = isinstance(config, EndpointConfig)  # and its tokenizer is elsewhere
     return Asking(
         max_tokens=config.max_tokens,

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from selfteach.commands.inspect.answer_rows import Inspected, answer_row
 from selfteach.commands.inspect.token_table import SCHEMA, rows
-from selfteach.config.recipe import CONTEXTS, DIAL, ContextName
+from selfteach.config.recipe import CONTEXTS, PARTLY_ALIGNED, ContextName
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
 from selfteach.evaluation.token_scores import Limits, ScoreFn, score_answers
@@ -63,7 +63,7 @@ def position(name: str) -> float | None:
     Raises `RecipeError` for a position that is no number from 0 to 1.
     """
     kind, at, place = name.partition("@")
-    if kind != DIAL or not at:
+    if kind != PARTLY_ALIGNED or not at:
         return None
     try:
         value = float(place)
