@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfteach.config.critic_section import PolicyCriticConfig, LlmCriticConfig
+from selfteach.config.critic_section import LlmCriticConfig, PolicyCriticConfig
 from selfteach.config.objective_section import DistillationConfig, GrpoConfig, HybridConfig
 from selfteach.config.recipe import (
     EmaTeacher,
@@ -26,7 +26,7 @@ from selfteach.config.recipe import (
     TrustRegionTeacher,
 )
 from selfteach.errors import DataError, RecipeError
-from selfteach.feedback.contexts import FallbackContext, PartlyAligned, TemplateContext
+from selfteach.feedback.contexts import FallbackContext, PartlyAlignedContext, TemplateContext
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.losses.token_masks import TokenMask
@@ -372,7 +372,7 @@ def build_context(
             "answer; choose step_aligned or reference"
         )
     trace = TemplateContext(name, templates, seed=seed)
-    return PartlyAligned(trace, task.blend, alignment, seed=seed)
+    return PartlyAlignedContext(trace, task.blend, alignment, seed=seed)
 
 
 def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:

@@ -16,7 +16,8 @@ from selfteach.commands.inspect.token_table import SCHEMA, rows
 from selfteach.config.recipe import CONTEXTS, PARTLY_ALIGNED, ContextName
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
-from selfteach.evaluation.token_scores import Limits, ScoreFn, score_answers
+from selfteach.evaluation.token_scores import Limits, ScoreFn, score_rollouts
+from selfteach.rollout.rollouts import sample_batches
 from selfteach.runtime.run_folder import require_empty, write_json, write_lines, written_whole
 from selfteach.trainer.build import Built
 from selfteach.trainer.step import verify_and_critique
@@ -133,7 +134,7 @@ def _write_tokens(
     ):
         for start in range(0, len(answers), WINDOW):
             window = answers[start : start + WINDOW]
-            told = score_answers(
+            told = score_rollouts(
                 scorers.student, scorers.teacher, [answer.asked for answer in window],
                 pad_id=components.pad_id, device=components.policy.device, limits=limits,
             )  # fmt: skip
