@@ -20,7 +20,8 @@ class FailurePolicies(Section):
     """Sets what happens to a rollout for each way in which a critique can fail.
 
     ``retry`` requests another critique up to ``max_attempts`` and then drops the rollout, ``drop``
-    drops it at once, ``fallback`` uses the context named by ``critic.fallback``."""
+    drops it at once, ``fallback`` uses the context named by ``critic.fallback``.
+    """
 
     empty: FailurePolicy = "retry"
     """The critic returned no text, or nothing after its thought."""

@@ -1,4 +1,4 @@
-"""Defines ``[data]`` and ``[select]``: problem sources, parsing of rollouts, kept problems."""
+"""Defines ``[data]`` and ``[select]``: problem sources, parsing of rollouts, selection."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Every reader of a recipe, a config.json, metrics.jsonl, rollouts or critiques passes what it has read
 through a function of this module. Each renamed recipe key is reported once per file, in one line, by
-the logger ``selfteach`` (Python prints its warnings to stderr unless logging is configured)."""
+the logger ``selfteach`` (Python prints its warnings to stderr unless logging is configured).
+"""
 
 from __future__ import annotations
 

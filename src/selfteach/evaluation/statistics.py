@@ -144,7 +144,8 @@ def percentile_interval(estimate: float, values_R: np.ndarray) -> Interval | Non
     """Return an estimate with its 95 % interval from resampled values.
 
     Resamples that are not finite (a ratio over nothing) are left out; None if the estimate is not
-    finite, or fewer than half of the resamples are. """
+    finite, or fewer than half of the resamples are.
+    """
     finite = values_R[np.isfinite(values_R)]
     if not np.isfinite(estimate) or 2 * len(finite) < len(values_R):
         return None

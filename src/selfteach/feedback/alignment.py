@@ -35,7 +35,8 @@ def changed_steps(critiqued: CritiquedRollout, spans: Sequence[Span]) -> Iterato
     Steps are compared in order, ignoring white space. ``spans`` are the steps of the rollout's text,
     the final answer last if it has one; that counts as repeated if the verifier parses the same answer
     from both. The text is "" where the critique has no step in that place. Yields nothing without a
-    critique."""
+    critique.
+    """
     critique, text, parsed = critiqued.critique, critiqued.rollout.text, critiqued.verdict.parsed
     if not isinstance(critique, Critique):
         return

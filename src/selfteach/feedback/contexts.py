@@ -1,5 +1,4 @@
-"""Build contexts: what the self-teacher is shown besides the question. The one thing the paper
-varies."""
+"""Build contexts: what the self-teacher is shown besides the question, the paper's one variable."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def build_critic(
     """Build the critic of a recipe; must be called while the policy still has its initial weights.
 
     ``solver`` is None if no policy is loaded. Raises `CriticError` or `RecipeError` before any request
-    is sent."""
+    is sent.
+    """
     match config:
         case OracleConfig():
             if task.oracle is None:
@@ -93,8 +94,7 @@ def build_critic(
 
 
 def critic_threads(config: CriticConfig | None) -> int:
-    """Return how many batches may be critiqued during sampling: only a server leaves this machine
-    free."""
+    """Return how many batches may be critiqued during sampling: with a server several, else none."""
     return 4 if isinstance(config, EndpointConfig) else 0
 
 

@@ -1,4 +1,4 @@
-"""Every committed recipe parses, and holds what its sweep has chosen."""
+"""Every committed recipe is valid, and has the learning rates that its sweep chose."""
 
 from __future__ import annotations
 

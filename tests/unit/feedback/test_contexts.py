@@ -11,6 +11,7 @@ from selfteach.config.recipe import CONTEXTS
 from selfteach.feedback.contexts import FallbackContext, PartlyAlignedContext, TemplateContext
 from selfteach.feedback.critics.oracle import OracleCritic
 from selfteach.prompts.template_set import Templates
+from selfteach.runtime.seeds import hashed_rng
 from selfteach.tasks import verifiers
 from selfteach.tasks.lab import lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
@@ -261,3 +262,7 @@ def test_the_oracle_errs_at_its_error_rate_and_reproducibly() -> None:
     assert not any(wrong(0.0))
     assert 0.2 < sum(wrong(0.3)) / 200 < 0.4
     assert wrong(0.3) == wrong(0.3)
+
+
+def test_the_random_stream_of_a_rollout_is_fixed() -> None:
+    assert hashed_rng(3, "q", 1).integers(10**6, size=3).tolist() == [946921, 481279, 937551]

@@ -407,11 +407,11 @@ def test_waiting_for_a_free_slot_is_not_timed_as_work(tmp_path: Path) -> None:
         model = EndpointModel(endpoint(server.url, concurrency=1))
         requests = [[request(f"{batch} {i}") for i in range(2)] for batch in "ab"]
         waiting = [
-            soon(timed, model.complete, own, asked, lambda index, reply: None)
-            for own, asked in zip(spans, requests, strict=True)
+            soon(timed, model.complete, batch_spans, batch, lambda index, reply: None)
+            for batch_spans, batch in zip(spans, requests, strict=True)
         ]
         for wait in waiting:
             assert all(isinstance(reply, Reply) for reply in wait())
-    assert [len(own) for own in spans] == [2, 2]
+    assert [len(batch) for batch in spans] == [2, 2]
     in_order = sorted(spans[0] + spans[1])
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(in_order))

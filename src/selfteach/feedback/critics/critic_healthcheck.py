@@ -19,7 +19,8 @@ def require_server(config: EndpointConfig) -> None:
 
     Requests its list of models; where it has none, or the model is not listed (some servers accept
     names that they do not list), requests one token. A slow or busy server (timeout, 429, 5xx) passes.
-    Raises `CriticError` in one line."""
+    Raises `CriticError` in one line.
+    """
     client = openai.OpenAI(
         base_url=config.base_url,
         api_key=api_key(config),

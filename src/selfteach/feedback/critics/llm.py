@@ -40,7 +40,8 @@ class LlmCritic:
         """Return a critique of every rollout, or why there is none.
 
         Raises `CriticError` for a failure whose policy is ``stop``; replies up to then stay in the
-        reply cache."""
+        reply cache.
+        """
         critiques: dict[int, Critique | CritiqueFailure] = {}
         pending = list(range(len(judged)))
         for attempt in range(self._config.max_attempts):

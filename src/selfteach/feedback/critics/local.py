@@ -1,7 +1,8 @@
 """Requests replies from a transformers model in this process, also the policy's initial weights.
 
 A reply depends on its request alone (except for rounding, which varies with the batch): each request
-has a random stream of its own. A prefix shared by the prompts of a batch is computed once."""
+has a random stream of its own. A prefix shared by the prompts of a batch is computed once.
+"""
 
 from __future__ import annotations
 

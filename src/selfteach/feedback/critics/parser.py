@@ -43,7 +43,8 @@ class CritiqueParser:
     """Parses critiques of rollouts of one kind of problem.
 
     A critique is a text in the format of a rollout, so the task's splitter and verifier parse it (or
-    its numbered tags, where it has some)."""
+    its numbered tags, where it has some).
+    """
 
     split_steps: Splitter
     verify: Verifier
@@ -155,8 +156,7 @@ def _shortened(text: str) -> str:
 
 
 def _misnumbered(text: str) -> str | None:
-    """Return what is wrong with the numbers of tagged steps; None if nothing is or there are no
-    tags."""
+    """Return what is wrong with the numbers of tagged steps; None without tags or errors."""
     numbers = [int(number) for number in NUMBERED.findall(text)]
     if numbers == list(range(1, len(numbers) + 1)):
         return None

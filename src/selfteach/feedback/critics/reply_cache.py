@@ -1,7 +1,8 @@
 """Caches replies on disk before they are used, so that the same request is never paid for twice.
 
 One SQLite file serves any number of runs and processes. If another process has sent the same request
-and has no reply yet, this one waits for that reply instead of sending the request again."""
+and has no reply yet, this one waits for that reply instead of sending the request again.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +76,7 @@ class ReplyCache:
             database.execute("DELETE FROM claims WHERE key = ?", (key,))
 
     def claim(self, key: str) -> bool:
-        """Return True if this process may send the request: no reply yet, and no other process
-        waits."""
+        """Return True if this process may send the request: no reply, and no other process waits."""
         claim = (key, socket.gethostname(), os.getpid(), time.time())
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
@@ -125,7 +125,8 @@ class CachedModel:
         """Return a reply per request, or why there is none, and whether it cost nothing.
 
         A reply costs nothing if it came from the cache or if the same request occurs earlier in the
-        list."""
+        list.
+        """
         identity = self._model.identity
         keys = [request_key(identity, request) for request in requests]
         replies: dict[str, tuple[Reply | NoReply, bool]] = {}
