@@ -1,4 +1,4 @@
-"""Evaluates an engine on a problem set."""
+"""Evaluate an engine on a problem set."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def evaluate(
 
 
 def rollouts_name(split: str, step: int) -> str:
-    """Return the name under which an evaluation's rollouts are saved, batch by batch."""
+    """Return the name under which the rollouts of an evaluation are journaled."""
     return f"{split}_{step:06d}"
 
 
 def one_vote(parsed: Sequence[str | None], same: Callable[[str, str], bool]) -> list[str | None]:
-    """Replace each answer by the first equal one in the row; None is no vote and stays None."""
+    """Replace each answer by the first equal one of the row; None is no vote and stays."""
     firsts: list[str] = []
     votes: list[str | None] = []
     for answer in parsed:

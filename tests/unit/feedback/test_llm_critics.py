@@ -23,7 +23,7 @@ from selfteach.feedback.critics.llm import LlmCritic
 from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache
 from selfteach.prompts.template_set import Templates
-from selfteach.runtime.futures import Span, later, timed
+from selfteach.runtime.futures import Span, executor, timed
 from selfteach.tasks import segmentation, verifiers
 from selfteach.types import Critique, CritiqueFailure, Problem, Rollout, Usage
 
@@ -403,15 +403,15 @@ def test_waiting_for_a_free_slot_is_not_timed_as_work(tmp_path: Path) -> None:
         says(RIGHT)(handler, body)
 
     spans: list[list[Span]] = [[], []]
-    with serving(slow) as server, later(2) as soon:
+    with serving(slow) as server, executor(2) as submit:
         model = EndpointModel(endpoint(server.url, concurrency=1))
         requests = [[request(f"{batch} {i}") for i in range(2)] for batch in "ab"]
-        waiting = [
-            soon(timed, model.complete, batch_spans, batch, lambda index, reply: None)
+        results = [
+            submit(timed, model.complete, batch_spans, batch, lambda index, reply: None)
             for batch_spans, batch in zip(spans, requests, strict=True)
         ]
-        for wait in waiting:
-            assert all(isinstance(reply, Reply) for reply in wait())
+        for result in results:
+            assert all(isinstance(reply, Reply) for reply in result())
     assert [len(batch) for batch in spans] == [2, 2]
     in_order = sorted(spans[0] + spans[1])
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(in_order))

@@ -17,7 +17,7 @@ from aiolimiter import AsyncLimiter
 from selfteach.config.critic_section import EndpointConfig
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import NoReply, OnReply, Reply, Request, as_dicts
-from selfteach.runtime.futures import at_work
+from selfteach.runtime.futures import active
 
 MAX_BODY_BYTES = 2_000_000
 """A longer response is no critique: the connection is closed, and the reply counts as truncated, of
@@ -75,7 +75,7 @@ class EndpointModel:
     ) -> list[Reply | NoReply]:
         async def one(index: int, request: Request) -> Reply | NoReply:
             async with self._slots, self._rate_limit or contextlib.nullcontext():
-                with at_work():  # not while it waits for a free slot
+                with active():  # not while it waits for a free slot
                     reply = await self._request(request)
                 if isinstance(reply, Reply):  # on disk before the next request is sent
                     await asyncio.to_thread(on_reply, index, reply)
