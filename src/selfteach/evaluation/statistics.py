@@ -43,8 +43,7 @@ def avg_at_k(correct_PK: np.ndarray) -> np.ndarray:
 
 
 def pass_at_k(correct_PK: np.ndarray, k: int) -> np.ndarray:
-    """Return Pass@k: the chance that k of a problem's n answers, drawn without return, hold a right
-    one.
+    """Return Pass@k: the chance that k of n answers, drawn without replacement, hold a right one.
 
     1 - C(n-c, k) / C(n, k) with c right answers, [P] in 0..1, as a product of k factors below one,
     so that no binomial is ever formed. With k = n it is plain any-correct, with k = 1 it is Avg@k.
