@@ -8,6 +8,7 @@ from torch import Tensor
 
 from selfteach.evaluation.evaluation_record import Evaluation
 from selfteach.evaluation.evaluator import evaluate
+from selfteach.rollout.journaled_engine import BatchedEngine
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
 PROBLEMS = [Problem("p", "?", "1"), Problem("q", "?", "2"), Problem("r", "?", "3")]
@@ -35,9 +36,8 @@ def verify(problem: Problem, text: str) -> Verdict:
 
 def test_rollouts_are_assigned_to_their_problems_at_any_batch_size() -> None:
     for batch_size in (1, 4, 100):
-        evaluation = evaluate(
-            Scripted(), verify, PROBLEMS, Sampling(2, 1.0, 8, 0), batch_size=batch_size
-        )
+        engine = BatchedEngine(Scripted(), batch_size)
+        evaluation = evaluate(engine, verify, PROBLEMS, Sampling(2, 1.0, 8, 0))
         assert evaluation.problem_ids == ["p", "q", "r"]
         assert evaluation.correct == [[True, False], [False, False], [True, True]]
         assert evaluation.parsed == [["1", "2"], [None, "1"], ["3", "3"]]
