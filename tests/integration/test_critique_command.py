@@ -109,7 +109,7 @@ def test_a_critic_is_judged_on_answers_from_a_file(
     with serving(says(replies)) as server:
         own, out = recipe(tmp_path, server.url), tmp_path / "critiques.jsonl"
         status, printed, told = call(answers, "--recipe", own, "--out", out, "--show", 5)
-        assert (status, told) == (0, "") and len(server.asked) == 5
+        assert (status, told) == (0, "") and len(server.requests) == 5
         for begin, rest in {
             "case A:": "all right 1 20%",
             "case B:": "right, something was missing 1 20%",
@@ -139,7 +139,7 @@ def test_a_critic_is_judged_on_answers_from_a_file(
         assert [row["critique"].get("case") for row in rows[:3]] == ["A", "B", "D"]
         assert rows[2]["critique"]["first_error"] == 1 and rows[2]["first_change"]["step"] == 1
         _, again, _ = call(answers, "--recipe", own)
-        assert len(server.asked) == 5, "what is in the store is not asked for again"
+        assert len(server.requests) == 5, "what is in the store is not asked for again"
         assert "the store 5 1.0" in line(again, "replies from")
         assert "were sent 0 0.0" in line(again, "requests that")
         assert again.count("the answer is ") == 4
@@ -170,7 +170,7 @@ def test_verdict_and_end_may_be_told_and_a_dead_server_is_counted(
     with serving(says(RIGHT)) as server:
         own = recipe(tmp_path, server.url)
         call(answers, "--recipe", own, "--out", out)
-        assert "cut off" in server.asked[0]["messages"][-1]["content"]
+        assert "cut off" in server.requests[0]["messages"][-1]["content"]
         cut, claimed = (json.loads(line) for line in out.read_text().splitlines())
         assert cut["critique"]["case"] == "C" and cut["critique"]["first_error"] is None
         assert claimed["correct"] and claimed["critique"]["reason"] == "wrong_answer"
@@ -226,7 +226,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, answers: Path, call: Call) ->
         assert (status, printed, told.count("\n")) == (2, "", 1), told
         return told
 
-    assert "nobody answers" in refused(answers, "--recipe", own)
+    assert "no server at" in refused(answers, "--recipe", own)
     offline = ("--recipe", own, "--set", "critic.healthcheck=false")
     assert "lies in no run" in refused(answers)
     assert "no such file of answers" in refused(tmp_path / "nothing.jsonl", *offline)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selfteach.config.critic_section import TextCriticConfig
+from selfteach.config.critic_section import LlmCriticConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import Study
 from selfteach.config.schema import merge, parse_setting, validate
@@ -182,7 +182,7 @@ def _with_critic(recipe: Recipe) -> Recipe:
 
 def _never_stopping(recipe: Recipe) -> Recipe:
     critic = recipe.critic
-    if not isinstance(critic, TextCriticConfig) or critic.on_failure.unavailable != "stop":
+    if not isinstance(critic, LlmCriticConfig) or critic.on_failure.unavailable != "stop":
         return recipe
     on = critic.on_failure.model_copy(update={"unavailable": "drop"})
     return recipe.model_copy(update={"critic": critic.model_copy(update={"on_failure": on})})

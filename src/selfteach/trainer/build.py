@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfteach.config.critic_section import PolicyCriticConfig, TextCriticConfig
+from selfteach.config.critic_section import LlmCriticConfig, PolicyCriticConfig
 from selfteach.config.objective_section import DistillationConfig, GrpoConfig, HybridConfig
 from selfteach.config.recipe import (
     EmaTeacher,
@@ -26,7 +26,7 @@ from selfteach.config.recipe import (
     TrustRegionTeacher,
 )
 from selfteach.errors import DataError, RecipeError
-from selfteach.feedback.contexts import FallbackContext, PartlyAligned, TemplateContext
+from selfteach.feedback.contexts import FallbackContext, PartlyAlignedContext, TemplateContext
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.losses.token_masks import TokenMask
@@ -372,7 +372,7 @@ def build_context(
             "answer; choose step_aligned or reference"
         )
     trace = TemplateContext(name, templates, seed=seed)
-    return PartlyAligned(trace, task.replace_steps, alignment, seed=seed)
+    return PartlyAlignedContext(trace, task.replace_steps, alignment, seed=seed)
 
 
 def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:
@@ -385,7 +385,7 @@ def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None
         return build_context(name, task, templates, seed=recipe.seed, alignment=alignment)
 
     context = named(name)
-    if isinstance(critic, TextCriticConfig):
+    if isinstance(critic, LlmCriticConfig):
         policies = critic.on_failure.model_dump()
         reasons = {reason for reason, policy in policies.items() if policy == "fallback"}
         other = named(critic.fallback)

@@ -234,7 +234,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspection_folder, "score_answers", broken)
+    monkeypatch.setattr(inspection_folder, "score_rollouts", broken)
     with pytest.raises(KeyboardInterrupt):
         inspect_model("lab:two_styles", Request(("reference",), k=1, limit=1), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

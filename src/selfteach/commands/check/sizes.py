@@ -23,9 +23,9 @@ from selfteach.commands.check.memory import Load, Vllm
 from selfteach.commands.check.tokens import Lengths
 from selfteach.config.critic_section import (
     EndpointConfig,
+    LlmCriticConfig,
     LocalCriticConfig,
     PolicyCriticConfig,
-    TextCriticConfig,
 )
 from selfteach.config.data_section import AnswerReading, FilesData, HubData
 from selfteach.config.engine_section import VllmProcessConfig, VllmServerConfig
@@ -208,7 +208,7 @@ def measure(
 
 
 def _critic_words(templates: Templates, recipe: Recipe) -> str:
-    if not isinstance(recipe.critic, TextCriticConfig) or not templates.has("critic"):
+    if not isinstance(recipe.critic, LlmCriticConfig) or not templates.has("critic"):
         return ""
     messages = templates.critic("", "", steps=(), finished=True)
     return "\n".join(message["content"] for message in messages)
@@ -300,7 +300,7 @@ def _critic(recipe: Recipe, task: Task | None, templates: Templates, unchecked: 
     critic = recipe.critic
     if critic is None:
         return
-    if isinstance(critic, TextCriticConfig):
+    if isinstance(critic, LlmCriticConfig):
         if not templates.has("critic"):
             raise RecipeError(
                 f'critic.type = "{critic.type}": the template set has no critic.jinja'

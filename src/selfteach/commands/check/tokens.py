@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from selfteach.config.critic_section import EndpointConfig, TextCriticConfig
+from selfteach.config.critic_section import EndpointConfig, LlmCriticConfig
 from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
 
@@ -94,7 +94,7 @@ def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
         if recipe.teacher.type == "trust_region":
             times *= 2
         rows.append(row(name, times, at_most, expected))
-    if isinstance(recipe.critic, TextCriticConfig):
+    if isinstance(recipe.critic, LlmCriticConfig):
         rows += _asked(recipe.critic, recipe, lengths, answers)
     return rows
 
@@ -131,7 +131,7 @@ def _shown(recipe: Recipe, lengths: Lengths) -> tuple[str, int, float | None] | 
 
 
 def _asked(
-    critic: TextCriticConfig, recipe: Recipe, lengths: Lengths, answers: int
+    critic: LlmCriticConfig, recipe: Recipe, lengths: Lengths, answers: int
 ) -> list[Tokens]:
     """The critic's tokens, as if it had the solver's tokenizer."""
     sampled, template = recipe.sampling.max_tokens, lengths.critic_template

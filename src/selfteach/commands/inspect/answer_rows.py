@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from selfteach.commands.inspect.token_kinds import Kind, Language, kinds
-from selfteach.evaluation.token_scores import Asked
+from selfteach.evaluation.token_scores import ScoreRequest
 from selfteach.feedback.alignment import first_change
 from selfteach.protocols import Context
 from selfteach.tasks import segmentation
@@ -55,10 +55,10 @@ class Inspected:
     kinds: tuple[Kind, ...]
 
     @property
-    def asked(self) -> Asked:
+    def asked(self) -> ScoreRequest:
         """The answer as `token_scores` wants it."""
         rollout = self.told.critiqued.rollout
-        return Asked(rollout.prompt_ids, rollout.token_ids, self.teacher_prompts)
+        return ScoreRequest(rollout.prompt_ids, rollout.token_ids, self.teacher_prompts)
 
     def steps(self) -> list[int]:
         """Index of each token's step; −1 outside all steps."""

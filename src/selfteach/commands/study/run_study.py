@@ -17,7 +17,7 @@ import numpy as np
 from selfteach.commands.study.jobs import Job, Progress, by_engine, distinct, one_thread, run_jobs
 from selfteach.commands.study.results import gather
 from selfteach.config.critic_section import CriticConfig
-from selfteach.config.data_section import MARKED_BY_PROGRAM
+from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_study
 from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import BASE, Study
@@ -144,7 +144,7 @@ def inspection_of(study: Study) -> tuple[Recipe, Request] | None:
     arms = [study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms]
     taught = {own.context.label for own in arms} - {"none"}
     model = next((own for own in arms if own.critic is not None), arms[0])
-    wanted, programs = study.study.inspect_answers, model.data.type in MARKED_BY_PROGRAM
+    wanted, programs = study.study.inspect_answers, model.data.type in ORACLE_DATA
     if wanted is None:
         wanted = INSPECTED if programs or model.critic is None else 0
     if not taught or wanted == 0:
