@@ -250,6 +250,8 @@ def test_values_do_not_change_once_read() -> None:
             "selfteach.cli, selfteach.commands.progress, selfteach.commands.study.run_study",
             ("torch", "transformers"),
         ),
+        # `selfteach --help` also works without the extra "plan".
+        ("selfteach.cli", ("torch", "simpy")),
     ],
 )
 def test_reading_a_recipe_imports_no_torch(modules: str, heavy: tuple[str, ...]) -> None:
