@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfteach.models.fsdp import Shards
-from selfteach.runtime.distributed import Ranks, joined
+from selfteach.runtime.distributed import Ranks, init_ranks
 
 EACH, ONCE = "after each", "at the end"
 MICRO_BATCHES = 8
@@ -71,7 +71,7 @@ def timed(ranks: Ranks, rounds: int, quick: bool, tokens: int) -> dict[str, floa
 def held(ranks: Ranks, way: str, quick: bool, tokens: int) -> int:
     """Bytes at the peak of one step beyond the pieces of the weights."""
     backward = gradients(ranks, quick, tokens)
-    ranks.wait()
+    ranks.barrier()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     backward(way)
@@ -101,7 +101,7 @@ def _run(rank: int, port: int, said: Any, work: Callable[..., Any], args: tuple)
     settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2,
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
     os.environ.update({name: str(value) for name, value in settings.items()})
-    with joined("cpu", 120.0) as ranks:
+    with init_ranks("cpu", 120.0) as ranks:
         result = work(ranks, *args)
         if ranks.is_main:
             said.put(result)

@@ -15,7 +15,7 @@ from selfteach.planning.plan import Request, plan, prepare
 pytestmark = pytest.mark.gpu
 
 
-def test_the_device_is_measured_with_work_that_it_notices(
+def test_measurements_of_the_device_are_plausible(
     device: str, record_property: Callable[[str, object], None]
 ) -> None:
     first, again = measured_here(), measured_here()
@@ -31,11 +31,11 @@ def test_the_device_is_measured_with_work_that_it_notices(
     record_property("TFLOP/s and GB/s", (first.tflops, first.memory_gb_per_s))
 
 
-def test_a_plan_is_calibrated_by_steps_taken_here(device: str) -> None:
-    asked = recipe(device, ALIGNED)
-    work, where = prepare(asked, Request(calibrate=("here",)))
+def test_a_plan_is_calibrated_by_steps_on_this_device(device: str) -> None:
+    run_recipe = recipe(device, ALIGNED)
+    work, where = prepare(run_recipe, Request(calibrate=("here",)))
     efficiency = where.have
     assert work.load.shape.hidden > 0
     assert 0 < efficiency.train_mfu <= 1 and efficiency.decode_share > 0
     assert {"train_mfu", "decode_share", "mark_s"} <= set(efficiency.measured)
-    assert any(re.search(r"step", line) for line in plan(asked, Request()))
+    assert any(re.search(r"step", line) for line in plan(run_recipe, Request()))
