@@ -21,6 +21,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
 from selfteach.models import tree_attention
 from selfteach.models.fsdp import whole
+from selfteach.rollout.journaled_engine import BatchedEngine
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks, init_ranks
 from selfteach.trainer.build import build
 from selfteach.trainer.step import build_samples, learn, verify_and_critique
@@ -121,7 +122,9 @@ def step(
     components.policy.optimizer.register_step_pre_hook(record_gradients)
     metrics = learn(components, samples)
     components.engine.load_weights(components.policy.trainable.items(), components.policy.version)
-    engine = getattr(components.engine, "_engine", components.engine)
+    batched = components.engine
+    assert isinstance(batched, BatchedEngine)
+    engine: Any = getattr(batched.engine, "_engine", batched.engine)
     published = dict(engine._model.named_parameters())
     weights = {n: whole(p).clone() for n, p in components.policy.trainable.items()}
     assert all(torch.equal(published[n], w) for n, w in weights.items())
