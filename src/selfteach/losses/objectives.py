@@ -24,8 +24,8 @@ from selfteach.losses.policy_gradient import (
     token_logp,
 )
 from selfteach.losses.token_masks import TokenMask
-from selfteach.models.lm_head import Scores, chunked_sum
-from selfteach.protocols import Objective
+from selfteach.models.lm_head import Scores
+from selfteach.protocols import chunked_loss
 from selfteach.types import Batch, TokenWeights, TrainingSample
 
 Aggregation = Literal["token_mean", "sequence_mean"]
@@ -86,17 +86,27 @@ class Distillation:
             "importance_capped": (weight_C >= cap).float(),
         }
 
-    def fuses(self, student: Scores, teacher: Scores) -> bool:
-        """True where `fused` can stand for `per_token`."""
+    def loss(
+        self, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Sum weight times loss over a micro-batch, by a fused loss where one computes the same."""
+        # A fused loss replaces this class's `per_token`, never that of a subclass.
+        replaceable = type(self).per_token is Distillation.per_token
+        if replaceable and teacher is not None and self._fuses(student, teacher):
+            return self._fused_loss(student, teacher, batch, chunk_tokens)
+        return chunked_loss(self, student, teacher, batch, chunk_tokens)
+
+    def _fuses(self, student: Scores, teacher: Scores) -> bool:
+        """Whether a fused loss computes what `per_token` does for these scores."""
         if self.spec.support == "sampled" or self.sampling_temperature != 1:
             return False
         form = divergence.form(self.spec)
         return fused_gpu.runs(form, student, teacher) or fused_cpu.runs(form, student, teacher)
 
-    def fused(
+    def _fused_loss(
         self, student: Scores, teacher: Scores, batch: Batch, chunk_tokens: int
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The weighted sum of what `per_token` says of all tokens, and the rest of it."""
+        """Return what `chunked_loss` does, without holding a chunk's logits."""
         cap = self.importance_cap
 
         def importance(logp_N: Tensor) -> Tensor:
@@ -195,6 +205,12 @@ class Grpo:
             loss_C = loss_C + self.kl_coef * said["kl"]
         return {"loss": loss_C, **said}
 
+    def loss(
+        self, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Sum weight times loss over a micro-batch, chunk by chunk."""
+        return chunked_loss(self, student, teacher, batch, chunk_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Anneal:
@@ -285,6 +301,12 @@ class Hybrid:
             "distillation_share": share_C,
         }
 
+    def loss(
+        self, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Sum weight times loss over a micro-batch, chunk by chunk."""
+        return chunked_loss(self, student, teacher, batch, chunk_tokens)
+
     def _stated(self, said: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """With the truncation of weights where either term has a cap: none by the one without."""
         if self.distillation.importance_cap is None and self.grpo.importance_cap is None:
@@ -299,25 +321,6 @@ class Hybrid:
                 for own_r, own_t in zip(rewarded, told, strict=True)
             ]
         return told, rewarded
-
-
-def weighted_loss(
-    objective: Objective, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The sum of weights times losses over a micro-batch, and what is said of each of its tokens.
-
-    Its gradient is taken as it is computed, chunk by chunk or in other ways where these are better, and
-    reaches the student's hidden states and head.
-    """
-    if isinstance(objective, Distillation) and teacher and objective.fuses(student, teacher):
-        return objective.fused(student, teacher, batch, chunk_tokens)
-
-    def per_token(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
-        with torch.no_grad():
-            teacher_CV = teacher.logits(rows) if teacher is not None else None
-        return dict(objective.per_token(logits_CV, teacher_CV, batch, rows))
-
-    return chunked_sum(per_token, student, batch.weight_N, chunk_tokens=chunk_tokens)
 
 
 def num_counted(masks: Masks, aggregation: Aggregation) -> float:

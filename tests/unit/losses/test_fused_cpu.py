@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selfteach.losses import analytic_gradients, fused_cpu
 from selfteach.losses.divergence import Divergence, form, per_token
-from selfteach.losses.objectives import Distillation, weighted_loss
+from selfteach.losses.objectives import Distillation
 from selfteach.models import matmul
 from selfteach.models.lm_head import Head, Scores, chunked_sum
 from selfteach.types import Batch, Sequences
@@ -198,7 +198,7 @@ def test_the_objective_says_what_the_walk_says(monkeypatch: pytest.MonkeyPatch) 
         if not folded:
             monkeypatch.setattr(fused_cpu, "runs", lambda *_: False)
         sides = scores(hidden, head), scores(teacher_hidden, teacher_head)
-        total, said = weighted_loss(objective, *sides, batch, 5)
+        total, said = objective.loss(*sides, batch, 5)
         told.append((said, torch.autograd.grad(total, (hidden, head))))
     (said, grads), (wanted, others) = told
     assert said.keys() == wanted.keys() and 0 < said["importance_capped"].sum() < N

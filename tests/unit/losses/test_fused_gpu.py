@@ -15,7 +15,7 @@ from selfteach.losses import fused_gpu
 from selfteach.losses.divergence import Divergence, form, per_token
 from selfteach.losses.kernels import linear_kernels
 from selfteach.losses.kernels.linear_kernels import Tiling
-from selfteach.losses.objectives import Distillation, weighted_loss
+from selfteach.losses.objectives import Distillation
 from selfteach.models.lm_head import Head, Scores, chunked_sum
 from selfteach.types import Batch, Sequences
 
@@ -165,7 +165,7 @@ def test_an_objective_says_the_same_of_its_tokens_either_way(cap, monkeypatch) -
     told = []
     for allowed in (True, False):
         monkeypatch.setattr(fused_gpu, "runs", lambda *_, allowed=allowed: allowed)
-        total, said = weighted_loss(objective, student, teacher, batch, 5)
+        total, said = objective.loss(student, teacher, batch, 5)
         told.append((total.detach(), said, torch.autograd.grad(total, (hidden, head))))
     (got, said, grads), (want, stats, wanted) = told
     close(got, want)

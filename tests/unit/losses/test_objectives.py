@@ -19,6 +19,7 @@ from selfteach.models.lm_head import Head, Scores, chunked_sum
 from selfteach.protocols import Objective
 from selfteach.trainer.batching import check_same_tokens, collate
 from selfteach.types import (
+    Batch,
     Critique,
     CritiquedRollout,
     CritiqueFailure,
@@ -431,3 +432,74 @@ def test_an_annealed_weight_has_its_ends_and_a_straight_line_between() -> None:
         annealed, annealed_gradient = gradient_of(objective, GROUP, 1000, update)
         assert annealed == pytest.approx(loss, rel=1e-12)
         assert torch.allclose(annealed_gradient, gradient, rtol=1e-12, atol=1e-15)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Doubled(Distillation):
+    """A subclass whose loss is twice its parent's."""
+
+    def per_token(self, logits_CV, teacher_logits_CV, batch, rows):
+        values = Distillation.per_token(self, logits_CV, teacher_logits_CV, batch, rows)
+        return {**values, "loss": 2 * values["loss"]}
+
+
+def bf16_inputs(width: int) -> tuple[Scores, Scores, Batch]:
+    """Both sides' scores and a batch of eight tokens, in bf16 with a head that trains."""
+    token_weights, _ = weights_of(distillation(), GROUP[:2])
+    (batch,) = collate(GROUP[:2], token_weights, pad_id=0, micro_batch_tokens=1000)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, teacher_hidden, teacher_head = (
+        (torch.randn(rows, width, generator=generator) / width**0.25).bfloat16()
+        for rows in (8, VOCABULARY, 8, VOCABULARY)
+    )
+    student = Scores.single(hidden.requires_grad_(), Head(head.requires_grad_()))
+    return student, Scores.single(teacher_hidden, Head(teacher_head)), batch
+
+
+def test_a_subclass_with_another_per_token_is_never_bypassed_by_a_fused_loss() -> None:
+    student, teacher, batch = bf16_inputs(1024)
+    base, doubled = distillation(), Doubled(Divergence("reverse_kl"), 1.0)
+    assert base._fuses(student, teacher), "the fused loss applies to these inputs"
+    want, _ = base.loss(student, teacher, batch, 3)
+    got, values = doubled.loss(student, teacher, batch, 3)
+    torch.testing.assert_close(got.detach(), 2 * want.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close((batch.weight_N * values["loss"]).sum(), got.detach())
+
+
+@pytest.mark.parametrize("part", [distillation, lambda: Doubled(Divergence("reverse_kl"), 1.0)])
+def test_a_hybrid_computes_its_loss_from_per_token(part) -> None:
+    student, teacher, batch = bf16_inputs(1024)
+    batch = dataclasses.replace(batch, share_N=torch.linspace(0, 1, 8))
+    objective = Hybrid(part(), Grpo(1.0), Anneal(0.5, 0.5))
+    total, values = objective.loss(student, teacher, batch, 3)
+    with torch.no_grad():
+        logits = student.logits(slice(None)), teacher.logits(slice(None))
+    want = objective.per_token(*logits, batch, slice(None))
+    assert values.keys() == want.keys()
+    torch.testing.assert_close(values["loss"], want["loss"], rtol=1e-4, atol=1e-5)
+    want_total = (batch.weight_N * want["loss"]).sum()
+    torch.testing.assert_close(total.detach(), want_total, rtol=1e-4, atol=1e-5)
+
+
+def test_an_objective_inherits_the_chunked_loss_from_the_protocol() -> None:
+    class Likelihood(Objective):
+        """Implements the four methods that have no default."""
+
+        needs_teacher = False  # type: ignore[assignment]
+
+        def denominators(self, samples):
+            return (1.0,)
+
+        def token_weights(self, samples, counts, update):
+            return [TokenWeights((1.0,) * len(one.rollout.token_ids)) for one in samples]
+
+        def per_token(self, logits_CV, teacher_logits_CV, batch, rows):
+            logp_C = logits_CV.float().log_softmax(-1).gather(1, batch.ids_N[rows, None])[:, 0]
+            return {"loss": -logp_C, "logp": logp_C.detach()}
+
+    student, _, batch = bf16_inputs(16)
+    total, values = Likelihood().loss(student, None, batch, 3)
+    total.backward()
+    ((hidden_NH, head, _),) = student.terms
+    assert hidden_NH.grad is not None and head.weight_VH.grad is not None
+    torch.testing.assert_close(total.detach(), -(batch.weight_N * values["logp"]).sum())
