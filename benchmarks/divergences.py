@@ -26,7 +26,7 @@ from harness import MIB, Table, alone, alternated, parser, peak_bytes, ratio, re
 from torch import Tensor
 
 from selfteach.losses import fused_cpu
-from selfteach.losses.divergence import Divergence, form, per_token
+from selfteach.losses.divergence import Divergence, per_token
 from selfteach.models.lm_head import Head, Scores, chunked_sum
 from selfteach.trainer.build import chunk_tokens
 
@@ -123,10 +123,10 @@ def ours(case: Case, inputs: Inputs, fn: Callable = SPENDING, chunk: int | None 
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     chunk = chunk or chunk_tokens(case.vocabulary, DEVICE)
     if fn is SPENDING and fused_cpu.runs(
-        form(case.spec), student, teacher
+        case.spec, student, teacher
     ):  # as `objective.summed` chooses
         return fused_cpu.divergence_sum(
-            form(case.spec), student, teacher, inputs.ids_N, weight_N, chunk_tokens=chunk
+            case.spec, student, teacher, inputs.ids_N, weight_N, chunk_tokens=chunk
         )[0]
     return chunked_sum(of_chunk, student, weight_N, chunk_tokens=chunk)[0]
 

@@ -11,12 +11,13 @@ A bucket b that gathers the entries i of a tail has ``d log b / d z_i = s_i / b 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from selfteach.losses.divergence_spec import Divergence
 from selfteach.losses.kernels import row_kernels
 
 BLOCK_ENTRIES = {"cpu": 2**17, "cuda": 2**24}
@@ -38,44 +39,23 @@ def block_rows(logits_NV: Tensor) -> int:
     return max(1, most // max(1, logits_NV.shape[-1]))
 
 
-class Form(NamedTuple):
-    """What to compute; see ``divergence.Divergence`` for the meanings."""
-
-    kind: str
-    beta: float
-    jsd_scaled: bool
-    top_k: int | None
-    top_k_from: str
-    clip: float | None
-    temperature: float
-
-    def whole(self, entries: int) -> bool:
-        """True where every entry has a term of its own."""
-        return self.top_k is None or self.top_k >= entries
-
-    @property
-    def factor(self) -> float:
-        """What multiplies the terms of a JSD."""
-        return 1 / (self.beta * (1 - self.beta)) if self.jsd_scaled else 1.0
-
-
 def of_rows(
     student_logits: Tensor,
     teacher_logits: Tensor,
     ids: Tensor,
-    form: Form,
+    spec: Divergence,
     *,
     donate_teacher_logits: bool = False,
 ) -> tuple[Tensor, ...]:
     """(loss, share clipped, log s(y), log t(y)) per row from logits; ``loss`` has a gradient.
 
-    The log-probabilities of the tokens y are at the form's temperature, in float32 at least.
+    The log-probabilities of the tokens y are at the divergence's temperature, in float32 at least.
     Differentiable once, in the student's logits, which are not written to. With ``donate_teacher_logits`` the teacher's
     are nobody else's: the gradient may take their place, and no backward may come a second time.
     """
     fused = row_kernels.runs(student_logits, teacher_logits)
     rows = FusedRows if fused else Rows
-    return rows.apply(student_logits, teacher_logits, ids, form, donate_teacher_logits)  # pyright: ignore
+    return rows.apply(student_logits, teacher_logits, ids, spec, donate_teacher_logits)  # pyright: ignore
 
 
 class Rows(torch.autograd.Function):
@@ -83,7 +63,7 @@ class Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form,
+        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, spec: Divergence,
         donate_teacher_logits: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Values, and the gradient where one is asked for."""
@@ -93,7 +73,7 @@ class Rows(torch.autograd.Function):
         grad_NV = (
             _room(student_NV, teacher_NV if donate_teacher_logits else None) if needed else None
         )
-        told, _ = walked(form, student_NV, teacher_NV, ids.reshape(-1, 1), grad_NV)
+        told, _ = walked(spec, student_NV, teacher_NV, ids.reshape(-1, 1), grad_NV)
         loss, clipped, logp, teacher_logp = (x.reshape(ids.shape) for x in told)
         if grad_NV is not None:
             ctx.save_for_backward(grad_NV.reshape(student_logits.shape))
@@ -133,12 +113,12 @@ def _room(student_NV: Tensor, spent_NV: Tensor | None) -> Tensor:
 Told = tuple[Tensor, ...]
 """What `of_rows` says of each row."""
 Kept = tuple[Tensor, ...]
-"""What each row's gradient can be made of again: log-sum-exps of both sides' logits (at the form's
+"""What each row's gradient can be made of again: log-sum-exps of both sides' logits (at the divergence's
 temperature) and Σ g [N] each; or the kept entries [N, K], the log-sum-exp of the others and their g."""
 
 
 def walked(
-    form: Form, student_NV: Tensor, teacher_NV: Tensor, ids_N1: Tensor, grad_NV: Tensor | None
+    spec: Divergence, student_NV: Tensor, teacher_NV: Tensor, ids_N1: Tensor, grad_NV: Tensor | None
 ) -> tuple[Told, Kept]:
     """All rows, a few at a time; their gradient goes into ``grad_NV``, in its dtype. It may be a side's
     logits: a row is read before it is written."""
@@ -146,7 +126,7 @@ def walked(
     for start in range(0, max(1, len(student_NV)), rows):
         at = slice(start, start + rows)
         into = None if grad_NV is None else grad_NV[at]
-        said.append(_block(form, student_NV[at], teacher_NV[at], ids_N1[at], into))
+        said.append(_block(spec, student_NV[at], teacher_NV[at], ids_N1[at], into))
     told, kept = (
         tuple(torch.cat(parts) for parts in zip(*(one[i] for one in said), strict=True))
         for i in (0, 1)
@@ -155,7 +135,7 @@ def walked(
 
 
 def gradient_of_slab(
-    form: Form, student_NW: Tensor, teacher_NW: Tensor | None, kept: Kept, first: int,
+    spec: Divergence, student_NW: Tensor, teacher_NW: Tensor | None, kept: Kept, first: int,
     scale_N: Tensor, into_NW: Tensor,
 ) -> None:  # fmt: skip
     """Of rows that have been walked, at temperature 1: the gradient of Σ scale times loss in the logits
@@ -171,7 +151,7 @@ def gradient_of_slab(
         if teacher_NW is not None:
             log_sum, teacher_log_sum, slope_sum = own
             t = teacher_NW[at].to(dtype, copy=True).sub_(teacher_log_sum[:, None])
-            _, _, slope, mass = _entries(form, s.sub_(log_sum[:, None]), t)
+            _, _, slope, mass = _entries(spec, s.sub_(log_sum[:, None]), t)
             slope.addcmul_(mass, slope_sum[:, None], value=-1)
             torch.mul(slope, scale, out=s)
         else:
@@ -185,28 +165,28 @@ def gradient_of_slab(
 
 
 def _block(
-    form: Form, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
+    spec: Divergence, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
 ) -> tuple[Told, Kept]:
     """`walked` for a few rows."""
-    if form.whole(student.shape[-1]):
+    if not spec.has_tail(student.shape[-1]):
         own = [
             x.gather(-1, ids)[..., 0].to(torch.promote_types(x.dtype, torch.float32))
             for x in (student, teacher)
         ]
-        student, teacher = (_log_softmax(x, form.temperature) for x in (student, teacher))
+        student, teacher = (_log_softmax(x, spec.temperature) for x in (student, teacher))
         logp, teacher_logp = (x.gather(-1, ids)[..., 0] for x in (student, teacher))
-        loss, clipped, slope, mass = _entries(form, student, teacher)
+        loss, clipped, slope, mass = _entries(spec, student, teacher)
         slope_sum = slope.sum(-1)
         if grad is not None:
             torch.addcmul(slope, mass, slope_sum[..., None], value=-1, out=grad)
         log_sums = [
-            x / form.temperature - p for x, p in zip(own, (logp, teacher_logp), strict=True)
+            x / spec.temperature - p for x, p in zip(own, (logp, teacher_logp), strict=True)
         ]
         told, kept = (loss, clipped, logp, teacher_logp), (*log_sums, slope_sum)
     else:
-        told, kept = _buckets(form, student, teacher, ids, grad)
-    if grad is not None and form.temperature != 1:
-        grad.div_(form.temperature)
+        told, kept = _buckets(spec, student, teacher, ids, grad)
+    if grad is not None and spec.temperature != 1:
+        grad.div_(spec.temperature)
     return told, kept
 
 
@@ -218,13 +198,13 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return scaled(logits, temperature).log_softmax(-1)
 
 
-def _entries(form: Form, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _entries(spec: Divergence, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, share clipped, g and mass s (up to a factor that g knows of); overwrites log s, log t.
 
     g may be short of a multiple of s: the correction takes that out anyway.
     """
-    clip = form.clip
-    match form.kind:
+    clip = spec.clip
+    match spec.kind:
         case "forward_kl":
             terms = _terms(t, s, into=torch.empty_like(t))  # t is now the mass
             slope, mass = t.neg_(), s.exp_()
@@ -233,7 +213,7 @@ def _entries(form: Form, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, 
             # Unclipped the constant + s of g would only cost digits.
             slope, mass = (terms if clip is None else terms + s), s
         case _:
-            terms, slope, mass = _jsd(s, t, form.beta, form.factor)
+            terms, slope, mass = _jsd(s, t, spec.beta, spec.jsd_factor)
     if clip is None:
         loss = terms.sum(-1)
         return loss, torch.zeros_like(loss), slope, mass
@@ -265,18 +245,18 @@ def _jsd(s: Tensor, t: Tensor, beta: float, factor: float) -> tuple[Tensor, Tens
 
 
 def _buckets(
-    form: Form, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
+    spec: Divergence, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
 ) -> tuple[Told, Kept]:
     """What `_block` says with all but K entries poured into one."""
-    assert form.top_k is not None
+    assert spec.top_k is not None
     dtype = torch.promote_types(student.dtype, torch.float32)
     s, t = (x.to(dtype, copy=True) for x in (student, teacher))
-    if form.temperature != 1:
-        s, t = s.div_(form.temperature), t.div_(form.temperature)
-    index = largest(s if form.top_k_from == "student" else t, form.top_k)
+    if spec.temperature != 1:
+        s, t = s.div_(spec.temperature), t.div_(spec.temperature)
+    index = largest(s if spec.top_k_from == "student" else t, spec.top_k)
     bins, logp, shares, log_tail = _pour(s, index, ids)
     teacher_bins, teacher_logp, _, _ = _pour(t, index, ids)
-    loss, clipped, slope, mass = _entries(form, bins, teacher_bins)
+    loss, clipped, slope, mass = _entries(spec, bins, teacher_bins)
     slope = slope.addcmul_(mass, slope.sum(-1, keepdim=True), value=-1)
     if grad is not None:
         torch.mul(shares, slope[..., -1:], out=grad)
@@ -330,15 +310,15 @@ class FusedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, form: Form,
+        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, spec: Divergence,
         donate_teacher_logits: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Values; of a few numbers per row the gradient can be made later, from logits nobody spent."""
         entries = student_logits.shape[-1]
         student_NV, teacher_NV = (x.reshape(-1, entries) for x in (student_logits, teacher_logits))
-        of = _fused_entries if form.whole(entries) else _fused_buckets
-        told, kept = of(form, student_NV, teacher_NV, ids.reshape(-1))
-        ctx.form, ctx.shape = form, student_logits.shape
+        of = _fused_buckets if spec.has_tail(entries) else _fused_entries
+        told, kept = of(spec, student_NV, teacher_NV, ids.reshape(-1))
+        ctx.spec, ctx.shape = spec, student_logits.shape
         ctx.save_for_backward(student_NV, teacher_NV, *kept)
         loss, clipped, logp, teacher_logp = (x.reshape(ids.shape) for x in told)
         ctx.mark_non_differentiable(clipped, logp, teacher_logp)
@@ -354,58 +334,61 @@ class FusedRows(torch.autograd.Function):
         if grad_loss is None or not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         student_NV, teacher_NV, *kept = ctx.saved_tensors
-        of = _entries_gradient if ctx.form.whole(student_NV.shape[1]) else _buckets_gradient
-        grad_NV = of(ctx.form, student_NV, teacher_NV, grad_loss.reshape(-1), *kept)
+        tail = ctx.spec.has_tail(student_NV.shape[1])
+        of = _buckets_gradient if tail else _entries_gradient
+        grad_NV = of(ctx.spec, student_NV, teacher_NV, grad_loss.reshape(-1), *kept)
         return grad_NV.reshape(ctx.shape), None, None, None, None
 
 
 def _fused_entries(
-    form: Form, student: Tensor, teacher: Tensor, ids: Tensor
+    spec: Divergence, student: Tensor, teacher: Tensor, ids: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What `of_rows` says of each row, and what `_entries_gradient` wants to know."""
-    own, others = (row_kernels.row_sums(x, ids, form.temperature) for x in (student, teacher))
+    own, others = (row_kernels.row_sums(x, ids, spec.temperature) for x in (student, teacher))
     sides = row_kernels.Sides(student, teacher, own.log_sum_N, others.log_sum_N)
-    told = row_kernels.losses(sides, form.kind, form.beta, form.factor, form.clip, form.temperature)
+    told = row_kernels.losses(
+        sides, spec.kind, spec.beta, spec.jsd_factor, spec.clip, spec.temperature
+    )
     said = (told.loss_N, told.clipped_N, own.logp_N, others.logp_N)
     return said, (own.log_sum_N, others.log_sum_N, told.slope_sum_N)
 
 
 def _entries_gradient(
-    form: Form, student: Tensor, teacher: Tensor, grad_loss: Tensor,
+    spec: Divergence, student: Tensor, teacher: Tensor, grad_loss: Tensor,
     log_sum: Tensor, teacher_log_sum: Tensor, slope_sum: Tensor,
 ) -> Tensor:  # fmt: skip
     sides = row_kernels.Sides(student, teacher, log_sum, teacher_log_sum)
     return row_kernels.loss_gradient(
-        sides, slope_sum, grad_loss, form.kind, form.beta, form.factor, form.clip,
-        form.temperature,
+        sides, slope_sum, grad_loss, spec.kind, spec.beta, spec.jsd_factor, spec.clip,
+        spec.temperature,
     )  # fmt: skip
 
 
 def _fused_buckets(
-    form: Form, student: Tensor, teacher: Tensor, ids: Tensor
+    spec: Divergence, student: Tensor, teacher: Tensor, ids: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`_fused_entries` with all but K entries poured into one; a byte per entry marks the K."""
-    assert form.top_k is not None
-    index = (student if form.top_k_from == "student" else teacher).topk(form.top_k).indices
+    assert spec.top_k is not None
+    index = (student if spec.top_k_from == "student" else teacher).topk(spec.top_k).indices
     kept = torch.zeros(student.shape, dtype=torch.uint8, device=student.device)
     kept.scatter_(-1, index, 1)
-    sides = [row_kernels.row_sums(x, ids, form.temperature, kept) for x in (student, teacher)]
+    sides = [row_kernels.row_sums(x, ids, spec.temperature, kept) for x in (student, teacher)]
     logs = []
     for logits, sums in zip((student, teacher), sides, strict=True):
         assert sums.log_tail_N is not None
-        few = logits.gather(-1, index).to(sums.log_sum_N.dtype) / form.temperature
+        few = logits.gather(-1, index).to(sums.log_sum_N.dtype) / spec.temperature
         bins = torch.cat([few, sums.log_tail_N[:, None]], dim=-1)
         logs.append(bins - sums.log_sum_N[:, None])
-    loss, clipped, slope, mass = _entries(form, *logs)
+    loss, clipped, slope, mass = _entries(spec, *logs)
     slope = slope - mass * slope.sum(-1, keepdim=True)
     said = (loss, clipped, sides[0].logp_N, sides[1].logp_N)
     return said, (index, sides[0].log_tail_N, slope)  # pyright: ignore[reportReturnType]
 
 
 def _buckets_gradient(
-    form: Form, student: Tensor, _teacher: Tensor, grad_loss: Tensor,
+    spec: Divergence, student: Tensor, _teacher: Tensor, grad_loss: Tensor,
     index: Tensor, log_tail: Tensor, slope: Tensor,
 ) -> Tensor:  # fmt: skip
-    slope = slope * (grad_loss[:, None] / form.temperature)
-    grad = row_kernels.tail_gradient(student, log_tail, slope[:, -1], form.temperature)
+    slope = slope * (grad_loss[:, None] / spec.temperature)
+    grad = row_kernels.tail_gradient(student, log_tail, slope[:, -1], spec.temperature)
     return grad.scatter_(-1, index, slope[:, :-1].to(grad.dtype))

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfteach.losses import analytic_gradients
-from selfteach.losses.analytic_gradients import Form, Kept, Told
+from selfteach.losses.analytic_gradients import Kept, Told
+from selfteach.losses.divergence_spec import Divergence
 from selfteach.models import matmul
 from selfteach.models.lm_head import Scores, WithGradients, is_plain, wanted
 
@@ -26,7 +27,7 @@ SLAB_ENTRIES = 2**21
 """Logits of a slab: 4 MiB of either side's, and as much of their gradient."""
 
 
-def runs(form: Form, student: Scores, teacher: Scores) -> bool:
+def runs(spec: Divergence, student: Scores, teacher: Scores) -> bool:
     """True where `divergence_sum` can, and saves something."""
     weight_VH = student.terms[0][1].weight_VH
     if weight_VH.shape[1] < WIDE:
@@ -34,11 +35,11 @@ def runs(form: Form, student: Scores, teacher: Scores) -> bool:
     own, others = (x.terms[0][0].dtype for x in (student, teacher))
     halves = own == others and own in matmul.HALVES
     trains = wanted(weight_VH) and weight_VH.is_cpu and weight_VH.dtype in matmul.HALVES
-    return is_plain(student) and is_plain(teacher) and halves and trains and form.temperature == 1
+    return is_plain(student) and is_plain(teacher) and halves and trains and spec.temperature == 1
 
 
 def divergence_sum(
-    form: Form,
+    spec: Divergence,
     student: Scores,
     teacher: Scores,
     ids_N: Int[Tensor, " N"],
@@ -68,7 +69,7 @@ def divergence_sum(
         teacher_CV = matmul.linear(teacher_NH[rows], teacher_VH, None)
         grad_CV = teacher_CV if grad_NH is not None else None  # nobody reads their logits again
         said, own = analytic_gradients.walked(
-            form, student_CV, teacher_CV, ids_N[rows, None], grad_CV
+            spec, student_CV, teacher_CV, ids_N[rows, None], grad_CV
         )
         if grad_NH is not None:
             grad_NH[rows] = matmul.times(teacher_CV, student_VH)
@@ -87,15 +88,15 @@ def divergence_sum(
         total = (scale_N * loss_N).masked_fill(absent_N, 0.0).sum()
         if grad_NH is not None:
             grad_NH.mul_(scale_N[:, None]).masked_fill_(absent_N[:, None], 0.0)
-        teacher_side = (teacher_NH, teacher_VH) if form.whole(len(student_VH)) else None
-        grad_VH = _head(form, (student_NH, student_VH), teacher_side, known, scale_N, absent_N)
+        teacher_side = (teacher_NH, teacher_VH) if not spec.has_tail(len(student_VH)) else None
+        grad_VH = _head(spec, (student_NH, student_VH), teacher_side, known, scale_N, absent_N)
     sources = (hidden_NH, head.weight_VH, None)
     said = {"loss": loss_N, "clipped": clipped_N, "logp": logp_N, "teacher_logp": teacher_logp_N}
     return WithGradients.apply(total, grad_NH, grad_VH, None, *sources), said  # type: ignore[return-value]
 
 
 def _head(
-    form: Form, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor] | None, kept: Kept,
+    spec: Divergence, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor] | None, kept: Kept,
     scale_N: Tensor, absent_N: Tensor,
 ) -> Tensor:  # fmt: skip
     """The head's gradient, slab by slab."""
@@ -109,7 +110,7 @@ def _head(
         teacher_NW = matmul.linear(teacher[0], teacher[1][part], None) if teacher else None
         grad_NW = torch.empty_like(student_NW)
         analytic_gradients.gradient_of_slab(
-            form, student_NW, teacher_NW, kept, first, scale_N, grad_NW
+            spec, student_NW, teacher_NW, kept, first, scale_N, grad_NW
         )
         grad_NW.masked_fill_(absent_N[:, None], 0.0)
         matmul.write(grad_VH[part], grad_NW.T, live_NH)

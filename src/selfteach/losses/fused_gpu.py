@@ -15,25 +15,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfteach.losses.analytic_gradients import Form
+from selfteach.losses.divergence_spec import Divergence
 from selfteach.losses.kernels import linear_kernels
 from selfteach.losses.kernels.linear_kernels import Sides
 from selfteach.models import matmul
 from selfteach.models.lm_head import Scores, WithGradients, is_plain, wanted
 
 
-def runs(form: Form, student: Scores, teacher: Scores) -> bool:
+def runs(spec: Divergence, student: Scores, teacher: Scores) -> bool:
     """True where `divergence_sum` can: one plain head a side, halves, every entry its own term."""
     if not (is_plain(student) and is_plain(teacher)):
         return False
     for hidden_NH, _, _ in (*student.terms, *teacher.terms):
         if not (len(hidden_NH) and linear_kernels.runs(hidden_NH)):
             return False
-    return form.whole(len(student.terms[0][1].weight_VH)) and form.temperature == 1
+    return not spec.has_tail(len(student.terms[0][1].weight_VH)) and spec.temperature == 1
 
 
 def divergence_sum(
-    form: Form,
+    spec: Divergence,
     student: Scores,
     teacher: Scores,
     ids_N: Int[Tensor, " N"],
@@ -55,8 +55,8 @@ def divergence_sum(
         teacher_NH, teacher_head.weight_VH.to(teacher_NH.dtype),
     )  # fmt: skip
     sides = Sides(*(x.detach().contiguous() for x in both))
-    own = linear_kernels.sums(sides, ids_N, form.kind)
-    told = linear_kernels.losses(sides, own, form.kind, form.beta, form.factor, form.clip)
+    own = linear_kernels.sums(sides, ids_N, spec.kind)
+    told = linear_kernels.losses(sides, own, spec.kind, spec.beta, spec.jsd_factor, spec.clip)
     scale_N = weight_N.detach().float()
     if factor is not None:
         scale_N = scale_N * factor(own.logp_N)
@@ -64,7 +64,7 @@ def divergence_sum(
     scale_N = scale_N.masked_fill(absent_N, 0.0)
     total = (scale_N * told.loss_N).masked_fill(absent_N, 0.0).sum()
     sources = (hidden_NH, head.weight_VH, None)
-    grads = _gradients(form, sides, own, told.slope_sum_N, scale_N, absent_N, sources)
+    grads = _gradients(spec, sides, own, told.slope_sum_N, scale_N, absent_N, sources)
     said = {
         "loss": told.loss_N, "clipped": told.clipped_N, "logp": own.logp_N,
         "teacher_logp": own.teacher_logp_N,
@@ -73,7 +73,7 @@ def divergence_sum(
 
 
 def _gradients(
-    form: Form, sides: Sides, own: linear_kernels.Sums, slope_sum_N: Tensor, scale_N: Tensor,
+    spec: Divergence, sides: Sides, own: linear_kernels.Sums, slope_sum_N: Tensor, scale_N: Tensor,
     absent_N: Tensor, sources: tuple[Tensor, Tensor, None],
 ) -> tuple[Tensor | None, Tensor | None, None]:  # fmt: skip
     """The sum's gradients in hidden states (float32) and head (its own dtype) that want one."""
@@ -94,7 +94,7 @@ def _gradients(
         grad_NW = memory[: N * (part.stop - first)].view(N, -1)
         linear_kernels.slab(
             sides, own, slope_sum_N, scale_N, grad_NW, first,
-            form.kind, form.beta, form.factor, form.clip,
+            spec.kind, spec.beta, spec.jsd_factor, spec.clip,
         )  # fmt: skip
         if grad_NH is not None:
             matmul.add(grad_NH, grad_NW, sides.student_VH[part])

@@ -100,8 +100,8 @@ class Distillation:
         """Whether a fused loss computes what `per_token` does for these scores."""
         if self.spec.support == "sampled" or self.sampling_temperature != 1:
             return False
-        form = divergence.form(self.spec)
-        return fused_gpu.runs(form, student, teacher) or fused_cpu.runs(form, student, teacher)
+        spec = self.spec
+        return fused_gpu.runs(spec, student, teacher) or fused_cpu.runs(spec, student, teacher)
 
     def _fused_loss(
         self, student: Scores, teacher: Scores, batch: Batch, chunk_tokens: int
@@ -114,11 +114,11 @@ class Distillation:
                 return torch.ones_like(logp_N)
             return importance_weight(logp_N, batch.sampled_logp_N, cap)
 
-        form = divergence.form(self.spec)
+        spec = self.spec
         by = fused_gpu.divergence_sum
-        if not fused_gpu.runs(form, student, teacher):
+        if not fused_gpu.runs(spec, student, teacher):
             by = partial(fused_cpu.divergence_sum, chunk_tokens=chunk_tokens)
-        loss, told = by(form, student, teacher, batch.ids_N, batch.weight_N, importance)
+        loss, told = by(spec, student, teacher, batch.ids_N, batch.weight_N, importance)
         logp_N, weight_N = told["logp"], importance(told["logp"])
         said = {
             "loss": told["loss"] * weight_N, "logp": logp_N,

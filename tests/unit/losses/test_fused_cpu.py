@@ -8,7 +8,7 @@ from divergences import INF, name
 from torch import Tensor
 
 from selfteach.losses import analytic_gradients, fused_cpu
-from selfteach.losses.divergence import Divergence, form, per_token
+from selfteach.losses.divergence import Divergence, per_token
 from selfteach.losses.objectives import Distillation
 from selfteach.models import matmul
 from selfteach.models.lm_head import Head, Scores, chunked_sum
@@ -60,7 +60,7 @@ def scores(hidden_NH: Tensor, head_VH: Tensor) -> Scores:
 
 
 def of(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, weight: Tensor):
-    return fused_cpu.divergence_sum(form(spec), student, teacher, ids, weight, chunk_tokens=5)
+    return fused_cpu.divergence_sum(spec, student, teacher, ids, weight, chunk_tokens=5)
 
 
 def plainly(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, weight: Tensor):
@@ -91,7 +91,7 @@ def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(
 ) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs(width)
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
-    assert fused_cpu.runs(form(spec), student, teacher)
+    assert fused_cpu.runs(spec, student, teacher)
     (got, said), (want, stats) = (fn(spec, student, teacher, ids, weight) for fn in (of, plainly))
     torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-4, atol=1e-5)
     for one in ("loss", "clipped"):
@@ -128,13 +128,13 @@ def test_a_slab_s_gradient_is_the_walk_s_to_the_digit(spec: Divergence) -> None:
     student, teacher = noise(N, V).double(), noise(N, V, seed=1).double()
     ids, scale = torch.arange(N)[:, None], torch.linspace(-0.5, 1.0, N).double()
     want = torch.empty_like(student)
-    _, kept = analytic_gradients.walked(form(spec), student, teacher, ids, want)
+    _, kept = analytic_gradients.walked(spec, student, teacher, ids, want)
     got = torch.empty_like(student)
     for first in range(0, V, 32):
         part = slice(first, first + 32)
-        theirs = teacher[:, part] if form(spec).whole(V) else None
+        theirs = teacher[:, part] if not spec.has_tail(V) else None
         analytic_gradients.gradient_of_slab(
-            form(spec), student[:, part], theirs, kept, first, scale, got[:, part]
+            spec, student[:, part], theirs, kept, first, scale, got[:, part]
         )
     torch.testing.assert_close(got, want * scale[:, None], rtol=1e-9, atol=1e-12)
 
@@ -163,7 +163,7 @@ def test_only_a_plain_wide_head_of_halves_that_trains_is_walked_in_slabs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hidden, head, teacher_hidden, teacher_head, *_ = inputs()
-    own, teacher = form(SPECS[1]), scores(teacher_hidden, teacher_head)
+    own, teacher = SPECS[1], scores(teacher_hidden, teacher_head)
     assert fused_cpu.runs(own, scores(hidden, head), teacher)
     assert fused_cpu.runs(own, scores(hidden, head), scores(teacher_hidden, teacher_head.float()))
     assert not fused_cpu.runs(own, scores(hidden, head.detach()), teacher)
@@ -176,7 +176,7 @@ def test_only_a_plain_wide_head_of_halves_that_trains_is_walked_in_slabs(
     assert not fused_cpu.runs(own, biased, teacher) and not fused_cpu.runs(own, teacher, biased)
     mixed = Scores(((teacher_hidden, Head(teacher_head), 0.5),) * 2)
     assert not fused_cpu.runs(own, scores(hidden, head), mixed)
-    warmer = form(Divergence("reverse_kl", temperature=2.0))
+    warmer = Divergence("reverse_kl", temperature=2.0)
     assert not fused_cpu.runs(warmer, scores(hidden, head), teacher)
     with torch.no_grad():
         assert not fused_cpu.runs(own, scores(hidden, head), teacher)

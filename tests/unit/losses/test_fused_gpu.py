@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="builds of PyTorch for processors come with
 from divergences import INF, name
 
 from selfteach.losses import fused_gpu
-from selfteach.losses.divergence import Divergence, form, per_token
+from selfteach.losses.divergence import Divergence, per_token
 from selfteach.losses.kernels import linear_kernels
 from selfteach.losses.kernels.linear_kernels import Tiling
 from selfteach.losses.objectives import Distillation
@@ -102,7 +102,7 @@ def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(spec, widt
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
     told = []
     for fn in (
-        lambda: fused_gpu.divergence_sum(form(spec), student, teacher, ids, weight),
+        lambda: fused_gpu.divergence_sum(spec, student, teacher, ids, weight),
         lambda: plainly(spec, student, teacher, ids, weight),
     ):
         total, said = fn()
@@ -122,14 +122,14 @@ def test_rows_of_weight_zero_are_absent_even_where_nothing_is_finite() -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     spec = SPECS[2]
     want = fused_gpu.divergence_sum(
-        form(spec), scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
+        spec, scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
     )[0]
     wanted = torch.autograd.grad(want, (hidden, head))
     with torch.no_grad():
         hidden[3] = torch.nan
         teacher_hidden[3] = INF
     got = fused_gpu.divergence_sum(
-        form(spec), scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
+        spec, scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
     )[0]
     grads = torch.autograd.grad(got, (hidden, head))
     close(got.detach(), want.detach(), 1e-6, 1e-6)
@@ -144,7 +144,7 @@ def test_only_what_trains_has_a_gradient(trains) -> None:
     hidden.requires_grad_(trains == "hidden")
     head.requires_grad_(trains == "head")
     total, _ = fused_gpu.divergence_sum(
-        form(SPECS[1]), scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
+        SPECS[1], scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
     )
     assert total.requires_grad == (trains != "nothing")
     if total.requires_grad:
@@ -178,21 +178,21 @@ def test_an_objective_says_the_same_of_its_tokens_either_way(cap, monkeypatch) -
 
 def test_what_the_kernels_do_not_know_is_left_to_the_walk() -> None:
     plain = scores(noise(2, H), noise(V, H))
-    assert fused_gpu.runs(form(SPECS[0]), plain, plain)
-    topped = form(Divergence("jsd", support="top_k", top_k=3))
-    warm = form(Divergence("jsd", temperature=2.0))
+    assert fused_gpu.runs(SPECS[0], plain, plain)
+    topped = Divergence("jsd", support="top_k", top_k=3)
+    warm = Divergence("jsd", temperature=2.0)
     assert not fused_gpu.runs(topped, plain, plain) and not fused_gpu.runs(warm, plain, plain)
     for odd in (
         Head(noise(V, H), bias_V=noise(V)), Head(noise(V, H), scale=2.0),
         Head(noise(V, H), softcap=3.0),
     ):  # fmt: skip
         other = Scores.single(noise(2, H), odd)
-        assert not fused_gpu.runs(form(SPECS[0]), other, plain)
-        assert not fused_gpu.runs(form(SPECS[0]), plain, other)
+        assert not fused_gpu.runs(SPECS[0], other, plain)
+        assert not fused_gpu.runs(SPECS[0], plain, other)
     mixed = Scores(((noise(2, H), Head(noise(V, H)), 0.5), (noise(2, H), Head(noise(V, H)), 0.5)))
-    assert not fused_gpu.runs(form(SPECS[0]), plain, mixed)
+    assert not fused_gpu.runs(SPECS[0], plain, mixed)
     empty = scores(noise(0, H), noise(V, H))
-    assert not fused_gpu.runs(form(SPECS[0]), empty, empty)
+    assert not fused_gpu.runs(SPECS[0], empty, empty)
 
 
 def test_a_slab_of_the_gradient_is_as_large_as_it_may_be_and_no_larger(monkeypatch) -> None:
@@ -206,7 +206,7 @@ def test_a_slab_of_the_gradient_is_as_large_as_it_may_be_and_no_larger(monkeypat
     monkeypatch.setattr(linear_kernels, "slab", counted)
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
-    fused_gpu.divergence_sum(form(SPECS[0]), student, teacher, ids, weight)[0].backward()
+    fused_gpu.divergence_sum(SPECS[0], student, teacher, ids, weight)[0].backward()
     assert [x.shape for x in made] == [(N, 32), (N, 32), (N, V - 64)]
     assert all(x.numel() * x.element_size() <= linear_kernels.SLAB_BYTES for x in made)
     assert len({x.data_ptr() for x in made}) == 1, "one piece of memory for all"

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="builds of PyTorch for processors come with
 
 from divergences import CLIPPED, EXACT, INF, TEMPERED, name
 
-from selfteach.losses.analytic_gradients import Form, FusedRows, Rows
+from selfteach.losses.analytic_gradients import FusedRows, Rows
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.kernels import row_kernels
 from selfteach.losses.policy_gradient import _FusedTokenLogp, token_logp
@@ -33,19 +33,14 @@ def close(got: Tensor, want: Tensor, rtol: float = RTOL, atol: float = ATOL) -> 
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
-def form_of(spec: Divergence) -> Form:
-    return Form(
-        spec.kind, spec.beta, spec.jsd_scaled, spec.top_k, spec.top_k_from, spec.clip,
-        spec.temperature,
-    )  # fmt: skip
-
-
-def both(student: Tensor, teacher: Tensor, ids: Tensor, form: Form) -> list[tuple[Tensor, ...]]:
+def both(
+    student: Tensor, teacher: Tensor, ids: Tensor, spec: Divergence
+) -> list[tuple[Tensor, ...]]:
     """Values and gradient by kernels, and by the closed form."""
     weights, told = noise(*ids.shape, seed=1), []
     for rows in (FusedRows, Rows):
         own = student.clone().requires_grad_()
-        said = rows.apply(own, teacher, ids, form, False)
+        said = rows.apply(own, teacher, ids, spec, False)
         (grad,) = torch.autograd.grad((weights * said[0]).sum(), own)
         assert said[0].shape == ids.shape and grad.shape == student.shape
         told.append((*said, grad))
@@ -61,7 +56,7 @@ def test_kernels_are_the_closed_form_in_value_and_gradient(spec, absent, monkeyp
         student[:, 9], teacher[:, 9] = -INF, -INF
         (student if spec.kind == "reverse_kl" else teacher)[:, 8] = -INF
     ids = torch.tensor([0, 5, 20, 36], device=student.device)
-    kernels, closed = both(student, teacher, ids, form_of(spec))
+    kernels, closed = both(student, teacher, ids, spec)
     for got, want in zip(kernels, closed, strict=True):
         close(got, want)
 
@@ -71,7 +66,7 @@ def test_kernels_are_the_closed_form_in_value_and_gradient(spec, absent, monkeyp
 def test_rows_come_in_any_shape(spec, shape) -> None:
     student, teacher = 3 * noise(2, *shape)
     ids = torch.full(shape[:-1], 3, device=student.device)
-    for got, want in zip(*both(student, teacher, ids, form_of(spec)), strict=True):
+    for got, want in zip(*both(student, teacher, ids, spec), strict=True):
         close(got, want)
 
 
@@ -79,7 +74,7 @@ def test_rows_come_in_any_shape(spec, shape) -> None:
 def test_rows_of_a_wider_tensor_and_columns_are_read_where_they_are(spec) -> None:
     student, teacher = noise(5, 22)[:, :11], noise(11, 5, seed=2).T
     ids = torch.arange(5, device=student.device)
-    for got, want in zip(*both(student, teacher, ids, form_of(spec)), strict=True):
+    for got, want in zip(*both(student, teacher, ids, spec), strict=True):
         close(got, want)
 
 
@@ -88,7 +83,7 @@ def test_a_block_of_nothing_but_minus_infinity_is_passed_over(monkeypatch) -> No
     student, teacher = noise(2, 3, 40)
     student[:, :16], teacher[:, :16] = -INF, -INF
     ids = torch.tensor([16, 20, 3], device=student.device)
-    for got, want in zip(*both(student, teacher, ids, form_of(EXACT[2])), strict=True):
+    for got, want in zip(*both(student, teacher, ids, EXACT[2]), strict=True):
         close(got, want)
 
 
@@ -97,8 +92,8 @@ def test_an_empty_tail_and_more_entries_than_there_are(k) -> None:
     student, teacher = noise(2, 4, 11)
     student[:2, 4:], teacher[:2, 4:] = -INF, -INF
     ids = torch.zeros(4, dtype=torch.long, device=student.device)
-    form = form_of(Divergence("jsd", support="top_k", top_k=k))
-    for got, want in zip(*both(student, teacher, ids, form), strict=True):
+    spec = Divergence("jsd", support="top_k", top_k=k)
+    for got, want in zip(*both(student, teacher, ids, spec), strict=True):
         close(got, want)
 
 
@@ -125,7 +120,7 @@ def plain(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 def test_half_precision_logits_are_computed_on_in_float32(spec) -> None:
     student, teacher = (3 * x.to(torch.bfloat16) for x in noise(2, 4, 37))
     ids = torch.arange(4, device=student.device)
-    kernels, closed = both(student, teacher, ids, form_of(spec))
+    kernels, closed = both(student, teacher, ids, spec)
     assert kernels[0].dtype == torch.float32 and kernels[-1].dtype == torch.bfloat16
     for got, want in zip(kernels[:4], closed[:4], strict=True):
         close(got, want, 1e-5, 1e-6)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
 from selfteach.losses import fused_cpu
-from selfteach.losses.divergence import Divergence, form
+from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Distillation, Grpo
 from selfteach.models import matmul
 from selfteach.models.lm_head import Head, Scores, chunked_sum
@@ -265,7 +265,7 @@ def test_a_walk_in_slabs_holds_both_sides_of_a_chunk(
     with Alive() as alive:
         student = Scores.single(hidden_NH.requires_grad_(), Head(weight_VH.requires_grad_()))
         teacher = Scores.single(teacher_NH, Head(teacher_VH))
-        asked = form(Divergence("jsd", **support))
+        asked = Divergence("jsd", **support)
         assert fused_cpu.runs(asked, student, teacher)
         ids_N, weight_N = torch.zeros(CHUNK, dtype=torch.long), torch.ones(CHUNK)
         fused_cpu.divergence_sum(asked, student, teacher, ids_N, weight_N, chunk_tokens=CHUNK)
