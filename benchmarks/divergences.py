@@ -6,7 +6,7 @@ All ways are given the same hidden states and heads [V, H] of student and teache
 divergence per token with its gradient in the student's hidden states, and in its head where that
 trains:
 
-    ours         scores.chunked_sum with divergence.per_token; for halves that train slabs
+    ours         scores.chunked_sum with divergence.per_token
     plain        full logits of both, the textbook form, autograd
     TRL full     trl.experimental.sdpo.loss_utils on full logits
     TRL chunked  trl.kernels.chunked_divergence.ChunkedDivergenceFunction (no top-K)
@@ -25,7 +25,6 @@ import torch
 from harness import MIB, Table, alone, alternated, parser, peak_bytes, ratio, reported
 from torch import Tensor
 
-from selfteach.losses import fused_cpu
 from selfteach.losses.divergence import Divergence, per_token
 from selfteach.models.lm_head import Head, Scores, chunked_sum
 from selfteach.trainer.build import chunk_tokens
@@ -122,12 +121,6 @@ def ours(case: Case, inputs: Inputs, fn: Callable = SPENDING, chunk: int | None 
 
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     chunk = chunk or chunk_tokens(case.vocabulary, DEVICE)
-    if fn is SPENDING and fused_cpu.runs(
-        case.spec, student, teacher
-    ):  # as `objective.summed` chooses
-        return fused_cpu.divergence_sum(
-            case.spec, student, teacher, inputs.ids_N, weight_N, chunk_tokens=chunk
-        )[0]
     return chunked_sum(of_chunk, student, weight_N, chunk_tokens=chunk)[0]
 
 
@@ -316,7 +309,7 @@ PARTS: dict[str, tuple[str, Callable[[], Cases]]] = {
 }
 NOTES = (
     "`times ours` above 1: slower than ours. `workspace_MiB`: beyond inputs, weights and gradients. A "
-    "narrow bf16 head that trains is summed up in float32, and that sum is workspace."
+    "bf16 head that trains is summed up in float32, and that sum is workspace."
 )
 
 

@@ -43,7 +43,7 @@ from divergences import (
 from harness import Table, parser, reported
 from torch import Tensor
 
-from selfteach.losses import fused_gpu
+from selfteach.losses import fused
 from selfteach.losses.divergence import Divergence, PerToken
 from selfteach.losses.kernels import linear_kernels, row_kernels
 from selfteach.losses.kernels.linear_kernels import Tiling
@@ -64,14 +64,14 @@ CHUNK_ENTRIES = tuple(2**n for n in range(22, 28))
 
 
 def ours_whole(case: Case, inputs: Inputs) -> Tensor:
-    """Ours as `objective.summed` chooses."""
+    """Ours as `Distillation.loss` chooses."""
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
     asked = case.spec
-    if not fused_gpu.runs(asked, student, teacher):
+    if not fused.supports(asked, student, teacher):
         return ours(case, inputs)
     weight_N = torch.full((case.tokens,), 1 / case.tokens, device=inputs.ids_N.device)
-    return fused_gpu.divergence_sum(asked, student, teacher, inputs.ids_N, weight_N)[0]
+    return fused.divergence_sum(asked, student, teacher, inputs.ids_N, weight_N)[0]
 
 
 def ours_torch(case: Case, inputs: Inputs) -> Tensor:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from selfteach.losses import divergence, fused_cpu, fused_gpu
+from selfteach.losses import divergence, fused
 from selfteach.losses.policy_gradient import (
     clipped_surrogate,
     group_advantages,
@@ -93,18 +92,18 @@ class Distillation:
         # A fused loss replaces this class's `per_token`, never that of a subclass.
         replaceable = type(self).per_token is Distillation.per_token
         if replaceable and teacher is not None and self._fuses(student, teacher):
-            return self._fused_loss(student, teacher, batch, chunk_tokens)
+            return self._fused_loss(student, teacher, batch)
         return chunked_loss(self, student, teacher, batch, chunk_tokens)
 
     def _fuses(self, student: Scores, teacher: Scores) -> bool:
-        """Whether a fused loss computes what `per_token` does for these scores."""
-        if self.spec.support == "sampled" or self.sampling_temperature != 1:
-            return False
-        spec = self.spec
-        return fused_gpu.runs(spec, student, teacher) or fused_cpu.runs(spec, student, teacher)
+        """Whether `fused` computes what `per_token` does for these scores."""
+        return self.sampling_temperature == 1 and fused.supports(self.spec, student, teacher)
 
     def _fused_loss(
-        self, student: Scores, teacher: Scores, batch: Batch, chunk_tokens: int
+        self,
+        student: Scores,
+        teacher: Scores,
+        batch: Batch,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return what `chunked_loss` does, without holding a chunk's logits."""
         cap = self.importance_cap
@@ -114,11 +113,9 @@ class Distillation:
                 return torch.ones_like(logp_N)
             return importance_weight(logp_N, batch.sampled_logp_N, cap)
 
-        spec = self.spec
-        by = fused_gpu.divergence_sum
-        if not fused_gpu.runs(spec, student, teacher):
-            by = partial(fused_cpu.divergence_sum, chunk_tokens=chunk_tokens)
-        loss, told = by(spec, student, teacher, batch.ids_N, batch.weight_N, importance)
+        loss, told = fused.divergence_sum(
+            self.spec, student, teacher, batch.ids_N, batch.weight_N, importance
+        )
         logp_N, weight_N = told["logp"], importance(told["logp"])
         said = {
             "loss": told["loss"] * weight_N, "logp": logp_N,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from selfteach.errors import AlignmentError
 from selfteach.feedback.alignment import first_error_token
+from selfteach.losses import fused
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.losses.token_masks import TokenMask
@@ -456,19 +457,29 @@ def bf16_inputs(width: int) -> tuple[Scores, Scores, Batch]:
     return student, Scores.single(teacher_hidden, Head(teacher_head)), batch
 
 
-def test_a_subclass_with_another_per_token_is_never_bypassed_by_a_fused_loss() -> None:
-    student, teacher, batch = bf16_inputs(1024)
+def test_a_subclass_with_another_per_token_is_never_bypassed_by_a_fused_loss(monkeypatch) -> None:
+    student, teacher, batch = bf16_inputs(16)
     base, doubled = distillation(), Doubled(Divergence("reverse_kl"), 1.0)
-    assert base._fuses(student, teacher), "the fused loss applies to these inputs"
     want, _ = base.loss(student, teacher, batch, 3)
+    calls = []
+
+    def fused_sum(*args: object) -> None:
+        calls.append(args)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(fused, "supports", lambda *_: True)
+    monkeypatch.setattr(fused, "divergence_sum", fused_sum)
+    with pytest.raises(ZeroDivisionError):
+        base.loss(student, teacher, batch, 3)
     got, values = doubled.loss(student, teacher, batch, 3)
-    torch.testing.assert_close(got.detach(), 2 * want.detach(), rtol=1e-4, atol=1e-6)
+    assert len(calls) == 1, "only the class whose per_token the fused loss replaces"
+    torch.testing.assert_close(got.detach(), 2 * want.detach(), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close((batch.weight_N * values["loss"]).sum(), got.detach())
 
 
 @pytest.mark.parametrize("part", [distillation, lambda: Doubled(Divergence("reverse_kl"), 1.0)])
 def test_a_hybrid_computes_its_loss_from_per_token(part) -> None:
-    student, teacher, batch = bf16_inputs(1024)
+    student, teacher, batch = bf16_inputs(16)
     batch = dataclasses.replace(batch, share_N=torch.linspace(0, 1, 8))
     objective = Hybrid(part(), Grpo(1.0), Anneal(0.5, 0.5))
     total, values = objective.loss(student, teacher, batch, 3)

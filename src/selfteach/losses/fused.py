@@ -22,9 +22,9 @@ from selfteach.models import matmul
 from selfteach.models.lm_head import Scores, WithGradients, is_plain, wanted
 
 
-def runs(spec: Divergence, student: Scores, teacher: Scores) -> bool:
+def supports(spec: Divergence, student: Scores, teacher: Scores) -> bool:
     """True where `divergence_sum` can: one plain head a side, halves, every entry its own term."""
-    if not (is_plain(student) and is_plain(teacher)):
+    if spec.support == "sampled" or not (is_plain(student) and is_plain(teacher)):
         return False
     for hidden_NH, _, _ in (*student.terms, *teacher.terms):
         if not (len(hidden_NH) and linear_kernels.runs(hidden_NH)):

@@ -3,6 +3,8 @@
 With CUDA the same tests run compiled, in bf16.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ pytest.importorskip("triton", reason="builds of PyTorch for processors come with
 
 from divergences import INF, name
 
-from selfteach.losses import fused_gpu
+from selfteach.losses import fused
 from selfteach.losses.divergence import Divergence, per_token
 from selfteach.losses.kernels import linear_kernels
 from selfteach.losses.kernels.linear_kernels import Tiling
@@ -102,7 +104,7 @@ def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(spec, widt
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
     told = []
     for fn in (
-        lambda: fused_gpu.divergence_sum(spec, student, teacher, ids, weight),
+        lambda: fused.divergence_sum(spec, student, teacher, ids, weight),
         lambda: plainly(spec, student, teacher, ids, weight),
     ):
         total, said = fn()
@@ -121,14 +123,14 @@ def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(spec, widt
 def test_rows_of_weight_zero_are_absent_even_where_nothing_is_finite() -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     spec = SPECS[2]
-    want = fused_gpu.divergence_sum(
+    want = fused.divergence_sum(
         spec, scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
     )[0]
     wanted = torch.autograd.grad(want, (hidden, head))
     with torch.no_grad():
         hidden[3] = torch.nan
         teacher_hidden[3] = INF
-    got = fused_gpu.divergence_sum(
+    got = fused.divergence_sum(
         spec, scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
     )[0]
     grads = torch.autograd.grad(got, (hidden, head))
@@ -143,7 +145,7 @@ def test_only_what_trains_has_a_gradient(trains) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     hidden.requires_grad_(trains == "hidden")
     head.requires_grad_(trains == "head")
-    total, _ = fused_gpu.divergence_sum(
+    total, _ = fused.divergence_sum(
         SPECS[1], scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
     )
     assert total.requires_grad == (trains != "nothing")
@@ -164,7 +166,7 @@ def test_an_objective_says_the_same_of_its_tokens_either_way(cap, monkeypatch) -
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
     told = []
     for allowed in (True, False):
-        monkeypatch.setattr(fused_gpu, "runs", lambda *_, allowed=allowed: allowed)
+        monkeypatch.setattr(fused, "supports", lambda *_, allowed=allowed: allowed)
         total, said = objective.loss(student, teacher, batch, 5)
         told.append((total.detach(), said, torch.autograd.grad(total, (hidden, head))))
     (got, said, grads), (want, stats, wanted) = told
@@ -176,23 +178,42 @@ def test_an_objective_says_the_same_of_its_tokens_either_way(cap, monkeypatch) -
         close_as_a_whole(mine, other)
 
 
+def test_a_subclass_with_another_per_token_is_not_fused() -> None:
+    @dataclasses.dataclass(frozen=True, slots=True)
+    class Doubled(Distillation):
+        def per_token(self, logits_CV, teacher_logits_CV, batch, rows):
+            values = Distillation.per_token(self, logits_CV, teacher_logits_CV, batch, rows)
+            return {**values, "loss": 2 * values["loss"]}
+
+    hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
+    nowhere = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    side = Sequences(nowhere, nowhere[0], nowhere[0])
+    batch = Batch(side, side, ids, weight, torch.zeros_like(weight), torch.zeros_like(weight))
+    student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
+    assert fused.supports(SPECS[1], student, teacher)
+    want, got = (
+        kind(SPECS[1], 1.0).loss(student, teacher, batch, 5)[0] for kind in (Distillation, Doubled)
+    )
+    close(got.detach(), 2 * want.detach())
+
+
 def test_what_the_kernels_do_not_know_is_left_to_the_walk() -> None:
     plain = scores(noise(2, H), noise(V, H))
-    assert fused_gpu.runs(SPECS[0], plain, plain)
+    assert fused.supports(SPECS[0], plain, plain)
     topped = Divergence("jsd", support="top_k", top_k=3)
     warm = Divergence("jsd", temperature=2.0)
-    assert not fused_gpu.runs(topped, plain, plain) and not fused_gpu.runs(warm, plain, plain)
+    assert not fused.supports(topped, plain, plain) and not fused.supports(warm, plain, plain)
     for odd in (
         Head(noise(V, H), bias_V=noise(V)), Head(noise(V, H), scale=2.0),
         Head(noise(V, H), softcap=3.0),
     ):  # fmt: skip
         other = Scores.single(noise(2, H), odd)
-        assert not fused_gpu.runs(SPECS[0], other, plain)
-        assert not fused_gpu.runs(SPECS[0], plain, other)
+        assert not fused.supports(SPECS[0], other, plain)
+        assert not fused.supports(SPECS[0], plain, other)
     mixed = Scores(((noise(2, H), Head(noise(V, H)), 0.5), (noise(2, H), Head(noise(V, H)), 0.5)))
-    assert not fused_gpu.runs(SPECS[0], plain, mixed)
+    assert not fused.supports(SPECS[0], plain, mixed)
     empty = scores(noise(0, H), noise(V, H))
-    assert not fused_gpu.runs(SPECS[0], empty, empty)
+    assert not fused.supports(SPECS[0], empty, empty)
 
 
 def test_a_slab_of_the_gradient_is_as_large_as_it_may_be_and_no_larger(monkeypatch) -> None:
@@ -206,7 +227,7 @@ def test_a_slab_of_the_gradient_is_as_large_as_it_may_be_and_no_larger(monkeypat
     monkeypatch.setattr(linear_kernels, "slab", counted)
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
-    fused_gpu.divergence_sum(SPECS[0], student, teacher, ids, weight)[0].backward()
+    fused.divergence_sum(SPECS[0], student, teacher, ids, weight)[0].backward()
     assert [x.shape for x in made] == [(N, 32), (N, 32), (N, V - 64)]
     assert all(x.numel() * x.element_size() <= linear_kernels.SLAB_BYTES for x in made)
     assert len({x.data_ptr() for x in made}) == 1, "one piece of memory for all"
