@@ -253,7 +253,7 @@ def phases(sides: linear_kernels.Sides, ids_N: Tensor, kind: str) -> dict[str, C
     return {
         "sums": lambda: linear_kernels.sums(sides, ids_N, kind),
         "losses": lambda: linear_kernels.losses(sides, own, kind, 0.5, 1.0, None),
-        "slab": lambda: linear_kernels.slab(
+        "gradient": lambda: linear_kernels.gradient_block(
             sides, own, own.kl_N, scale_N, grad_NW, 0, kind, 0.5, 1.0, None
         ),
     }  # fmt: skip
@@ -297,7 +297,7 @@ def tilings(table: Table, rounds: int, *, quick: bool) -> None:
                 for name, fn in phases(sides, ids_N, "jsd").items():
                     fn()
                     taken = statistics.median(between(fn) for _ in range(rounds))
-                    entries = 8192 if name == "slab" else vocabulary
+                    entries = 8192 if name == "gradient" else vocabulary
                     flop = 2 * 2 * len(ids_N) * entries * hidden
                     told |= {name: taken, f"{name}, TFLOP/s": flop / taken / 1e9}
             table.add(**told)

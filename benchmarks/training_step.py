@@ -60,7 +60,7 @@ def compare(table: Table, model: str, kind: str, rounds: int, *, memory: bool) -
     ours = Ours(model, kind, clocks["ours"])
     theirs = Theirs(model, kind, clocks["TRL"], ours, steps=rounds + 1)
     # Without instructions for halves a step of SmolLM2 takes minutes.
-    if kind == "full" and (model == "lab" or matmul.multiplies_halves("cpu")):
+    if kind == "full" and (model == "lab" or matmul.has_fast_bf16("cpu")):
         clocks["ours, bf16"] = Clock()
         theirs.others.append(Ours(model, kind, clocks["ours, bf16"], BF16))
     theirs.trainer.train()

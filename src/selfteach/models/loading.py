@@ -60,7 +60,7 @@ def autocast_of(config: ModelConfig, device: str) -> torch.dtype | None:
     that `choose_device` takes); None for the weights' own dtype."""
     if config.autocast == "auto":
         kind = choose_device(device).type if device == "auto" else torch.device(device).type
-        return torch.bfloat16 if matmul.multiplies_halves(kind) else None
+        return torch.bfloat16 if matmul.has_fast_bf16(kind) else None
     return DTYPES[config.autocast] if config.autocast else None
 
 

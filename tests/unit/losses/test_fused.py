@@ -38,12 +38,12 @@ SPECS += [Divergence(spec.kind, beta=spec.beta, clip=0.02) for spec in SPECS[:3]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of rows, splits and slabs, the last of each in part."""
+    """Several blocks of rows, splits and blocks of the vocabulary, the last of each smaller."""
     tiling = Tiling(rows=16, entries=16, inner=16, warps=4, stages=2)
     monkeypatch.setattr(linear_kernels, "SUMS", tiling)
     monkeypatch.setattr(linear_kernels, "GRADIENT", tiling)
     monkeypatch.setattr(linear_kernels, "PROGRAMS", 6)
-    monkeypatch.setattr(linear_kernels, "SLAB_BYTES", N * 32 * FLOAT.itemsize)
+    monkeypatch.setattr(linear_kernels, "BLOCK_BYTES", N * 32 * FLOAT.itemsize)
     monkeypatch.setattr(linear_kernels, "runs", lambda *_: True)
 
 
@@ -216,18 +216,18 @@ def test_what_the_kernels_do_not_know_is_left_to_the_walk() -> None:
     assert not fused.supports(SPECS[0], empty, empty)
 
 
-def test_a_slab_of_the_gradient_is_as_large_as_it_may_be_and_no_larger(monkeypatch) -> None:
+def test_gradient_blocks_have_the_allowed_size_and_share_memory(monkeypatch) -> None:
     """The only thing of the logits' kind in memory: counted, whatever the vocabulary."""
-    made, slab = list[Tensor](), linear_kernels.slab
+    blocks, gradient_block = list[Tensor](), linear_kernels.gradient_block
 
     def counted(*args) -> None:
-        made.append(args[4])
-        slab(*args)
+        blocks.append(args[4])
+        gradient_block(*args)
 
-    monkeypatch.setattr(linear_kernels, "slab", counted)
+    monkeypatch.setattr(linear_kernels, "gradient_block", counted)
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
     fused.divergence_sum(SPECS[0], student, teacher, ids, weight)[0].backward()
-    assert [x.shape for x in made] == [(N, 32), (N, 32), (N, V - 64)]
-    assert all(x.numel() * x.element_size() <= linear_kernels.SLAB_BYTES for x in made)
-    assert len({x.data_ptr() for x in made}) == 1, "one piece of memory for all"
+    assert [x.shape for x in blocks] == [(N, 32), (N, 32), (N, V - 64)]
+    assert all(x.numel() * x.element_size() <= linear_kernels.BLOCK_BYTES for x in blocks)
+    assert len({x.data_ptr() for x in blocks}) == 1, "one piece of memory for all"

@@ -253,7 +253,7 @@ def test_statistics_of_rows_of_weight_zero_are_real() -> None:
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("halves", [True, False])
 def test_bfloat16_hidden_states(weight_dtype, halves, monkeypatch) -> None:
-    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: halves)
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda _: halves)
     hidden_NH = noise(N, H, seed=3).bfloat16().requires_grad_()
     head = Head(noise(V, H, seed=1).to(weight_dtype).requires_grad_(), scale=0.5)
     student, fn = Scores.single(hidden_NH, head), divergence_fn(SPECS[0])

@@ -132,7 +132,7 @@ def test_autocast_asks_the_device_only_where_it_may_choose(
     monkeypatch: pytest.MonkeyPatch, asked: str | None, halves: bool, got: torch.dtype | None
 ) -> None:
     kinds = list[str]()
-    monkeypatch.setattr(matmul, "multiplies_halves", lambda kind: (kinds.append(kind), halves)[1])
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda kind: (kinds.append(kind), halves)[1])
     config = ModelConfig(autocast=asked)  # pyright: ignore[reportArgumentType]
     for device, kind in (("cpu", "cpu"), ("cuda:1", "cuda"), ("auto", choose_device("auto").type)):
         assert autocast_of(config, device) == got

@@ -238,7 +238,7 @@ def test_a_loss_of_sampled_tokens_holds_logits_and_their_gradient(kind: Any, chu
 @pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])
 def test_halves_cost_no_more_than_float32(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither where they are multiplied in float32 nor where they are multiplied as they are."""
-    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: native)
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda _: native)
     few, many = (
         peak(n, trainable_head=False, width=4 * H, dtype=torch.bfloat16) for n in (1024, 2048)
     )

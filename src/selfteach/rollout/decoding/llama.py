@@ -215,9 +215,9 @@ def _joined(causal: PreTrainedModel, rows: int) -> Joined | None:
     weights = sum(weight.numel() for weight in backbone.layers.parameters())
     if weights <= JOINED:
         return lambda weight, bias: lambda x: F.linear(x, weight, bias)
-    if weights + head.weight.numel() > PACKED or not matmul.packs(head.weight):
+    if weights + head.weight.numel() > PACKED or not matmul.can_pack(head.weight):
         return None
-    return lambda weight, bias: matmul.packed(weight, bias, rows)
+    return lambda weight, bias: matmul.pack(weight, bias, rows)
 
 
 def _behind(norm: Any, modules: list[Any], joined: Joined | None) -> Product:
