@@ -211,7 +211,7 @@ def sampled_reverse_kl(
     *,
     kl: Float[Tensor, "*rows"] | None = None,
 ) -> Float[Tensor, "*rows"]:
-    """Compute a policy-gradient surrogate of KL(student ‖ teacher) on a token y that the student sampled.
+    """Compute a policy-gradient surrogate of KL(student ‖ teacher) on a token y the student sampled.
 
     ``-A log s(y)`` with the constant reward ``A = log t(y) - log s(y)``. The value means nothing;
     its gradient, in expectation over y ~ student, is the gradient of the KL. ``kl`` is the full
@@ -227,7 +227,7 @@ def sampled_reverse_kl(
 def sampled_forward_kl(
     logp: Float[Tensor, "*rows"], teacher_logp: Float[Tensor, "*rows"]
 ) -> Float[Tensor, "*rows"]:
-    """Compute an importance-weighted surrogate of KL(teacher ‖ student) on a sampled token y.
+    """Compute an importance-weighted surrogate of KL(teacher ‖ student) on a token y from the student.
 
     ``-(t(y) / s(y)) log s(y)`` with the ratio held constant. The value means nothing; its
     gradient, in expectation over y ~ student, is the gradient of the KL. The ratio is not capped.

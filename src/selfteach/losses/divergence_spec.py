@@ -34,7 +34,7 @@ class Divergence:
     """Divide the JSD by beta (1 - beta), so that its limits at 0 and 1 are the two KLs."""
     top_k: int | None = None
     top_k_from: Side = "student"
-    """Whose likeliest tokens are kept."""
+    """Whose likeliest tokens are the top K."""
     clip: float | None = None
     """Cap (nats) on each entry's term, the tail bucket's included; the sum may become negative."""
     temperature: float = 1.0

@@ -124,8 +124,10 @@ def token_logp(
 
 
 class _TokenLogp(torch.autograd.Function):
-    """Implements `token_logp` a few rows at a time, which fit in a CPU's cache; the gradient is computed
-    in the backward pass. Log-probabilities are computed as the sampler computes them."""
+    """Implements `token_logp` a few rows at a time, which fit in a CPU's cache.
+
+    The gradient is computed in the backward pass, log-probabilities as the sampler computes them.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -142,7 +144,7 @@ class _TokenLogp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Compute ``(1[v = id] - p_v) / temperature`` times each row's gradient, in the logits' dtype."""
+        """Compute ``(1[v = id] - p_v) / temperature`` times each row's gradient."""
         logits_NV, ids_N1 = ctx.saved_tensors
         scale_N1 = grad_logp.reshape(-1, 1) / ctx.temperature
         grad_NV = torch.empty_like(logits_NV)
@@ -175,7 +177,7 @@ class _FusedTokenLogp(torch.autograd.Function):
 
 
 def entropy(logits: Float[Tensor, "*rows V"], temperature: float = 1.0) -> Float[Tensor, "*rows"]:
-    """Compute the entropy (nats) of ``softmax(logits / temperature)``, in float32 at least, 0 log 0 = 0."""
+    """Compute the entropy (nats) of ``softmax(logits / temperature)``, in float32 at least."""
     logp = scaled(logits, temperature).log_softmax(-1)
     mass = logp.exp()
     return -(mass * logp.masked_fill(mass == 0, 0.0)).sum(-1)

@@ -40,7 +40,7 @@ def test_every_path_holds_its_sequence_and_no_beginning_is_twice(groups, shared,
     prompts, answers = [p for p, _ in order], [a for _, a in order]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_attention, "MIN_SAVING", 1.0)
-        found = tree_attention.branches(prompts, answers, shared)
+        found = tree_attention.build_token_tree(prompts, answers, shared)
     assert found is not None
     ids_U, positions_U = found.ids_1U[0], found.positions_1U[0]
     whole = [[*p, *a[:-1]][shared:] for p, a in order]
@@ -60,7 +60,7 @@ def test_every_path_holds_its_sequence_and_no_beginning_is_twice(groups, shared,
 
 def test_a_question_and_a_common_start_have_one_place() -> None:
     prompts, answers = [[1, 2, 3, 4]] * 3, [[5, 6, 7], [5, 6, 8], [5, 9, 8]]
-    found = tree_attention.branches(prompts, answers, 0)
+    found = tree_attention.build_token_tree(prompts, answers, 0)
     assert found is not None
     assert found.ids_1U.tolist() == [[1, 2, 3, 4, 5, 6, 9]]
     assert found.positions_1U.tolist() == [[0, 1, 2, 3, 4, 5, 5]]
@@ -68,8 +68,8 @@ def test_a_question_and_a_common_start_have_one_place() -> None:
 
 
 def test_nothing_is_folded_where_it_does_not_pay() -> None:
-    assert tree_attention.branches([[1, 2], [3, 4]], [[5, 6], [7, 8]], 0) is None
-    assert tree_attention.branches([[1] * 20] * 2, [[2, 3], [3, 4]], 0) is not None
+    assert tree_attention.build_token_tree([[1, 2], [3, 4]], [[5, 6], [7, 8]], 0) is None
+    assert tree_attention.build_token_tree([[1] * 20] * 2, [[2, 3], [3, 4]], 0) is not None
 
 
 @pytest.mark.parametrize("common", [0, prefix_cache.MIN_SHARED + 2], ids=["", "behind a prefix"])
