@@ -123,8 +123,8 @@ def context_length(model: PreTrainedModel) -> int:
 def end_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, renderer: Renderer
 ) -> list[int]:
-    """Return the token ids that end a rollout: the tokenizer's, the generation config's, and the one that
-    the chat template writes after an assistant turn (some generation configs lack it)."""
+    """Return the token ids that end a rollout: those of tokenizer and generation config, and what the
+    chat template writes after an assistant turn (some generation configs lack it)."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     extra = configured if isinstance(configured, list) else [configured]
     candidates = (tokenizer.eos_token_id, renderer.end_id, *extra)

@@ -1,4 +1,4 @@
-"""Divergences straight from hidden states beside the walk over tokens, by Triton's interpreter.
+"""Fused divergences from hidden states match the chunked loss, in Triton's interpreter.
 
 With CUDA the same tests run compiled, in bf16.
 """
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="builds of PyTorch for processors come without Triton")
+pytest.importorskip("triton", reason="PyTorch's CPU builds come without Triton")
 
 from divergences import INF, name
 
@@ -68,7 +68,7 @@ def scores(hidden_NH: Tensor, head_VH: Tensor) -> Scores:
 
 
 def plainly(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, weight: Tensor):
-    """The walk over tokens in float64, by the closed form."""
+    """Compute the chunked loss in float64, by the closed form."""
 
     def wide(x: Scores) -> Scores:
         ((hidden, head, _),) = x.terms
@@ -77,11 +77,11 @@ def plainly(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, wei
     student, teacher = wide(student), wide(teacher)
 
     def fn(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
-        told = per_token(spec, logits_CV, teacher.logits(rows).detach(), ids[rows])
+        result = per_token(spec, logits_CV, teacher.logits(rows).detach(), ids[rows])
         return {
-            "loss": told.loss,
-            "clipped": told.clipped,
-            "teacher_logratio": told.teacher_logratio,
+            "loss": result.loss,
+            "clipped": result.clipped,
+            "teacher_logratio": result.teacher_logratio,
         }
 
     return chunked_sum(fn, student, weight.double(), chunk_tokens=5)
@@ -92,29 +92,29 @@ def close(got: Tensor, want: Tensor, rtol: float = RTOL, atol: float = ATOL) -> 
 
 
 def close_as_a_whole(got: Tensor, want: Tensor) -> None:
-    """Of the wanted norm only a small part is missing: 5e-5 in float32, 1e-2 of halves."""
+    """Assert a small relative error in norm: 5e-5 in float32, 1e-2 in bf16."""
     off = (got.double() - want.double()).norm() / want.double().norm()
     assert off < (1e-2 if CUDA else 5e-5), off
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 @pytest.mark.parametrize("width", [H, 48])
-def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(spec, width) -> None:
+def test_value_statistics_and_gradients_match_the_chunked_loss(spec, width) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs(width)
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
-    told = []
+    results = []
     for fn in (
         lambda: fused.divergence_sum(spec, student, teacher, ids, weight),
         lambda: plainly(spec, student, teacher, ids, weight),
     ):
-        total, said = fn()
+        total, values = fn()
         grads = torch.autograd.grad(2 * total, (hidden, head))
-        told.append((total.detach(), said, grads))
-    (got, said, grads), (want, stats, wanted) = told
+        results.append((total.detach(), values, grads))
+    (got, values, grads), (want, stats, wanted) = results
     close(got, want)
     for one in ("loss", "clipped"):
-        close(said[one], stats[one])
-    close(said["teacher_logp"] - said["logp"], stats["teacher_logratio"])
+        close(values[one], stats[one])
+    close(values["teacher_logp"] - values["logp"], stats["teacher_logratio"])
     for mine, other in zip(grads, wanted, strict=True):
         assert mine.dtype == FLOAT
         close_as_a_whole(mine, other)
@@ -156,7 +156,7 @@ def test_only_what_trains_has_a_gradient(trains) -> None:
 
 
 @pytest.mark.parametrize("cap", [None, 0.9])
-def test_an_objective_says_the_same_of_its_tokens_either_way(cap, monkeypatch) -> None:
+def test_an_objective_returns_the_same_values_fused_or_chunked(cap, monkeypatch) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     nowhere = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
     side = Sequences(nowhere, nowhere[0], nowhere[0])
@@ -164,16 +164,16 @@ def test_an_objective_says_the_same_of_its_tokens_either_way(cap, monkeypatch) -
     batch = Batch(side, side, ids, weight, torch.zeros_like(weight), sampled)
     objective = Distillation(SPECS[2], 1.0, importance_cap=cap)
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
-    told = []
+    results = []
     for allowed in (True, False):
         monkeypatch.setattr(fused, "supports", lambda *_, allowed=allowed: allowed)
-        total, said = objective.loss(student, teacher, batch, 5)
-        told.append((total.detach(), said, torch.autograd.grad(total, (hidden, head))))
-    (got, said, grads), (want, stats, wanted) = told
+        total, values = objective.loss(student, teacher, batch, 5)
+        results.append((total.detach(), values, torch.autograd.grad(total, (hidden, head))))
+    (got, values, grads), (want, stats, wanted) = results
     close(got, want)
-    assert said.keys() == stats.keys()
-    for one in said:
-        close(said[one], stats[one], atol=2e-2 if CUDA else 1e-5)
+    assert values.keys() == stats.keys()
+    for one in values:
+        close(values[one], stats[one], atol=2e-2 if CUDA else 1e-5)
     for mine, other in zip(grads, wanted, strict=True):
         close_as_a_whole(mine, other)
 
@@ -197,7 +197,7 @@ def test_a_subclass_with_another_per_token_is_not_fused() -> None:
     close(got.detach(), 2 * want.detach())
 
 
-def test_what_the_kernels_do_not_know_is_left_to_the_walk() -> None:
+def test_unsupported_inputs_are_not_fused() -> None:
     plain = scores(noise(2, H), noise(V, H))
     assert fused.supports(SPECS[0], plain, plain)
     topped = Divergence("jsd", support="top_k", top_k=3)
@@ -217,7 +217,7 @@ def test_what_the_kernels_do_not_know_is_left_to_the_walk() -> None:
 
 
 def test_gradient_blocks_have_the_allowed_size_and_share_memory(monkeypatch) -> None:
-    """The only thing of the logits' kind in memory: counted, whatever the vocabulary."""
+    """Blocks of the gradient are the only tensors of the logits' kind in memory."""
     blocks, gradient_block = list[Tensor](), linear_kernels.gradient_block
 
     def counted(*args) -> None:
