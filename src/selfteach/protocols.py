@@ -118,7 +118,7 @@ class Objective(Protocol):
     ) -> Mapping[str, Tensor]:
         """Return ``loss`` and statistics, all [C], of some rows of a batch from the student's logits.
 
-        ``loss`` is differentiated once. The teacher's logits may be overwritten: nothing reads them again.
+        ``loss`` is differentiated once. The teacher's logits may be overwritten.
         """
         ...
 
