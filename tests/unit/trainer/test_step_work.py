@@ -45,7 +45,7 @@ class Work:
     def __init__(self, built: Built, patch: pytest.MonkeyPatch) -> None:
         self.passes, self.tokens, self.head_rows = Counter[str](), Counter[str](), 0
         built.components.policy.model.model.register_forward_pre_hook(self._pass, with_kwargs=True)
-        product, one_token = Head.product, LlamaPasses.__call__
+        product, one_token = Head.project, LlamaPasses.__call__
 
         def stepped(passes: LlamaPasses, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
             self.passes["one token"] += 1
@@ -56,7 +56,7 @@ class Work:
             self.head_rows += len(hidden)
             return product(head, hidden)
 
-        patch.setattr(Head, "product", counted)
+        patch.setattr(Head, "project", counted)
         patch.setattr(LlamaPasses, "__call__", stepped)
 
     def _pass(self, _: object, args: tuple, kwargs: dict[str, Any]) -> None:
