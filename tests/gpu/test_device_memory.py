@@ -14,7 +14,7 @@ from runs_on_device import ALIGNED, lessons_of, recipe
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfteach.commands.check.memory import gib, memory
-from selfteach.commands.check.sizes import load_of, survey
+from selfteach.commands.check.sizes import load_of, measure
 from selfteach.runtime.torch_setup import settle
 from selfteach.trainer import step
 from selfteach.trainer.build import build
@@ -93,7 +93,7 @@ def test_the_estimate_holds_a_real_step(
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     built = build(asked)
-    estimate = memory(needed) if (needed := load_of(asked, survey(asked, built))) else None
+    estimate = memory(needed) if (needed := load_of(asked, measure(asked, built))) else None
     assert estimate is not None
     for _ in range(2):  # with gradients and moments of the step before
         said = step.learn(built.components, samples)

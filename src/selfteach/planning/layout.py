@@ -167,10 +167,10 @@ def _trainer(work: Work, layout: Layout) -> tuple[Item, ...]:
     """A trainer's peak: learning, or sampling in its own process."""
     load = dataclasses.replace(work.load, shards=layout.trainers)
     needed = memory(load)
-    learning = sum(item.bytes for item in needed.learning)
+    learning = sum(item.bytes for item in needed.training)
     sampling = sum(item.bytes for item in needed.sampling)
     samples = not layout.samplers and work.engine != "vllm" and sampling > learning
-    items = (*needed.always, *(needed.sampling if samples else needed.learning))
+    items = (*needed.always, *(needed.sampling if samples else needed.training))
     asked = work.asked
     if asked.marker == "own" and asked.shape is not None and asked.shape != load.shape:
         size = asked.shape.parameters

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from selfteach.commands.check.sizes import look
+from selfteach.commands.check.sizes import measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.planning.calibration import calibrate, lengths_of, measure_here, read_run
@@ -59,7 +59,7 @@ def plan(recipe: Recipe, request: Request) -> Iterator[str]:
 
 def prepare(recipe: Recipe, request: Request) -> tuple[Work, Where]:
     """What a step is made of and what does it, with what was measured in place of assumptions."""
-    work = work_of(recipe, look(recipe), request.wishes)
+    work = work_of(recipe, measure_offline(recipe), request.wishes)
     device, have = find_device(request.device, request.device_file), Efficiency()
     if request.calibrate:
         runs = [

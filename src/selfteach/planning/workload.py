@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from selfteach.commands.check.memory import Load
-from selfteach.commands.check.sizes import Survey, load_of
+from selfteach.commands.check.sizes import RunSizes, load_of
 from selfteach.config.critic_section import (
     EndpointConfig,
     LocalCriticConfig,
@@ -89,7 +89,7 @@ class Wishes:
     critic_seconds: float | None = None
 
 
-def work_of(recipe: Recipe, known: Survey, wishes: Wishes = Wishes()) -> Work:
+def work_of(recipe: Recipe, known: RunSizes, wishes: Wishes = Wishes()) -> Work:
     """A step of a recipe. Raises `RecipeError` for a model of which nothing is known here."""
     load = load_of(recipe, known)
     if load is None:
@@ -124,7 +124,7 @@ def work_of(recipe: Recipe, known: Survey, wishes: Wishes = Wishes()) -> Work:
     )
 
 
-def asked_of(recipe: Recipe, known: Survey, wishes: Wishes) -> Asked:
+def asked_of(recipe: Recipe, known: RunSizes, wishes: Wishes) -> Asked:
     """Who marks, and what is asked. Raises `RecipeError` for a server of which nothing is known."""
     critic = recipe.critic
     if critic is None:
@@ -180,7 +180,7 @@ def _value(section: Any, name: str) -> Any:
     return getattr(section, name, None)
 
 
-def _critic_shape(critic: TextCriticConfig, known: Survey) -> Shape | None:
+def _critic_shape(critic: TextCriticConfig, known: RunSizes) -> Shape | None:
     match critic:
         case PolicyCriticConfig():
             return known.shape

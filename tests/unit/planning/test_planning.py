@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from selfteach.commands.check.memory import Load, memory
-from selfteach.commands.check.sizes import look
+from selfteach.commands.check.sizes import measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
 from selfteach.errors import CheckpointError, RecipeError
@@ -96,9 +96,9 @@ def test_sharding_divides_what_is_kept_and_gathers_what_runs() -> None:
     load = work().load
     whole, half = memory(load), memory(dataclasses.replace(load, shards=2))
     assert [2 * item.bytes for item in half.always] == [item.bytes for item in whole.always]
-    gathered = {item.name: item.bytes for item in half.learning}["gathered weights"]
+    gathered = {item.name: item.bytes for item in half.training}["gathered weights"]
     assert gathered == (256 + 2 * 660) * 4, "embeddings and two layers of (1,576 − 256) / 2"
-    assert "gathered weights" not in {item.name for item in whole.learning}
+    assert "gathered weights" not in {item.name for item in whole.training}
 
 
 @pytest.mark.parametrize("mean", [3.0, 100.0, 900.0])
@@ -174,7 +174,7 @@ def test_a_calibration_finds_the_costs_that_made_the_numbers() -> None:
 
 def paper(**changes: object) -> Work:
     recipe: Recipe = load_study(PAPER).recipe("step_aligned", seed=0)
-    return dataclasses.replace(work_of(recipe, look(recipe)), engine="vllm", **changes)
+    return dataclasses.replace(work_of(recipe, measure_offline(recipe)), engine="vllm", **changes)
 
 
 H100 = Where("h100-sxm", find_device("h100-sxm"), Efficiency())
