@@ -17,6 +17,7 @@ from selfteach.config.data_section import ChainSumsData, FilesData, SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.errors import CheckpointError, DataError, RecipeError
 from selfteach.feedback.critics.oracle import OracleCritic
+from selfteach.rollout.journaled_engine import BatchedEngine
 from selfteach.tasks import chain_sums
 from selfteach.tasks.task import load_task
 from selfteach.trainer.build import Built, build
@@ -183,7 +184,7 @@ def chain(monkeypatch: pytest.MonkeyPatch) -> tuple[Built, ScriptedEngine, Recor
     )
     lab = build(Recipe.model_validate(RECIPE_VALUES))
     components = dataclasses.replace(
-        lab.components, engine=engine, verify=task.verify, critic=critic
+        lab.components, engine=BatchedEngine(engine, 8), verify=task.verify, critic=critic
     )
     built = dataclasses.replace(lab, components=components, task=task)
     monkeypatch.setattr(selection, "build", lambda recipe: built)
