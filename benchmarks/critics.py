@@ -32,7 +32,7 @@ import vllm_server
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.feedback.critics.chat_model import ChatModel, Reply, Request
-from selfteach.feedback.critics.llm import TextCritic
+from selfteach.feedback.critics.llm import LlmCritic
 from selfteach.trainer.build import build
 from selfteach.trainer.build_critic import Solver, build_critic
 from selfteach.types import Critique, Sampling
@@ -78,11 +78,11 @@ class Asked:
         if kind != "step_aligned":
             return None
         read = [
-            self.reads._read(reply, *pair) for reply, pair in zip(replies, self.wrong, strict=True)
+            self.reads._parse(reply, *pair) for reply, pair in zip(replies, self.wrong, strict=True)
         ]
         return sum(isinstance(said, Critique) for said in read) / len(read)
 
-    def critic(self, config: dict[str, Any]) -> TextCritic:
+    def critic(self, config: dict[str, Any]) -> LlmCritic:
         """As a recipe builds it."""
         store = str(Path(self.place.name) / "replies.sqlite")
         values = {**RECIPE, "critic": {**config, "max_tokens": TOKENS, "reply_cache": store}}
@@ -99,7 +99,7 @@ class Asked:
         )
         templates = components.renderer._templates
         made = build_critic(recipe.critic, task, templates, solver, seed=0)
-        assert isinstance(made, TextCritic)
+        assert isinstance(made, LlmCritic)
         return made
 
     def model(self, config: dict[str, Any]) -> ChatModel:

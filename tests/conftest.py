@@ -1,7 +1,7 @@
-"""What all tests share: one thread, fixed seeds, and a tiny model with the lab's tokenizer.
+"""Provides what all tests share: one thread, fixed seeds, and a tiny model with the lab's tokenizer.
 
-torch and transformers are imported by fixtures: with a process of tests per core the one that hands the
-files out imports this too, and the others wait for it.
+torch and transformers are imported inside the fixtures: with pytest-xdist the controller imports this
+module too, and the workers wait for it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not any(Path("/dev", driver).exists() for driver in ("nvidiactl", "dxg", "kfd")):
-    # Without a GPU the kernels' tests go through Triton's interpreter.
+    # Without a GPU the kernels are tested in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# At Python's own pace it walks through what was imported for a tenth of all time.
+# At Python's default threshold, collections of the imported modules take a tenth of the tests' time.
 gc.set_threshold(50_000)
 
 
@@ -50,7 +50,7 @@ def lab_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def tiny_llama(lab_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A random Llama of 10 k parameters, the same in every test, in evaluation mode."""
+    """Return a random Llama of 10 k parameters, the same in every test, in evaluation mode."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from selfteach import __version__
-from selfteach.analysis.terminal.sanitize import plain
+from selfteach.analysis.terminal.sanitize import sanitized
 from selfteach.commands import actions
 from selfteach.commands.notes import notes_on_stderr
 from selfteach.config.data_section import SelectConfig
@@ -223,7 +223,7 @@ def inspect(
         inspect_model(
             model, request, out, recipe=chosen, settings=settings or (), progress=progress
         )
-    actions.summarise_inspection(out, actions.console())
+    actions.summarize_inspection(out, actions.console())
 
 
 @app.command()
@@ -315,7 +315,7 @@ def critique(
     show: Annotated[int, typer.Option(min=0, help="Number of examples to print.")] = 4,
 ) -> None:
     """Critique completions from a file and print statistics and examples, to tune a critic's prompt."""
-    from selfteach.analysis.terminal.critique_summary import print_review
+    from selfteach.analysis.terminal.critique_summary import print_critiques
     from selfteach.commands.critique import critique_file, recipe_beside, recipe_of
     from selfteach.commands.progress import critique_progress
     from selfteach.runtime.run_folder import write_lines
@@ -329,7 +329,7 @@ def critique(
     preflight([chosen], critic_only=True)
     with critique_progress() as progress:
         rows, seconds = critique_file(chosen, file, progress)
-    print_review(rows, seconds, actions.console(), show=show)
+    print_critiques(rows, seconds, actions.console(), show=show)
     if out is not None:
         write_lines(out, rows)
         typer.echo(f"critiques: {out}")
@@ -412,7 +412,7 @@ def _command() -> str:
 
 def _fail(message: str, *, status: int = 2) -> None:
     # Escape control characters: a message may quote a server.
-    sys.stderr.write("selfteach: " + " ".join(plain(message).split()) + "\n")
+    sys.stderr.write("selfteach: " + " ".join(sanitized(message).split()) + "\n")
     sys.exit(status)
 
 

@@ -155,7 +155,7 @@ class Critique:
     usage: Usage = Usage()
 
 
-Blend = Callable[[Critique, str, Sequence[bool]], Critique]
+ReplaceSteps = Callable[[Critique, str, Sequence[bool]], Critique]
 """Maps a critique, a reference and which steps are kept to the critique with the other steps replaced."""
 
 

@@ -22,7 +22,7 @@ from runs_on_ranks import (
     until_told_to_end,
 )
 from safetensors.torch import load_file
-from scripted_critic import criticises
+from scripted_critic import oracle_critique
 from scripted_server import Server, refuses, says, serving
 
 from selfteach.config.recipe import Recipe
@@ -51,7 +51,7 @@ def _double() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def critic() -> Iterator[Server]:
     """Elsewhere, so that marking overlaps."""
-    with serving(says(criticises)) as server:
+    with serving(says(oracle_critique)) as server:
         yield server
 
 
@@ -104,10 +104,10 @@ def assert_same_bits(ours: Path, theirs: Path) -> None:
 def test_two_ranks_overlap_as_one_process_does(
     way: str, alone: Path, late: Callable[..., Recipe], critic: Server, tmp_path: Path
 ) -> None:
-    paid = len(critic.asked)
+    paid = len(critic.requests)
     rows, others = on_ranks(2, rows_seen, late(tmp_path, WAYS[way]), tmp_path / "run")
     asked = result_of(tmp_path / "run")["budget"]["critic_requests"]
-    assert len(critic.asked) - paid == asked, "each answer is marked once"
+    assert len(critic.requests) - paid == asked, "each answer is marked once"
     assert others == [] and all(row["ranks"] == 2 for row in rows if row["kind"] == "step")
     assert answers(tmp_path / "run") == answers(alone)
     versions = {name: {v for _, v in said} for name, said in answers(alone).items()}
@@ -154,7 +154,7 @@ def test_sigterm_to_one_rank_ends_all_with_steps_under_way(
 def test_a_critic_that_fails_ends_all_ranks_with_its_message(
     late: Callable[..., Recipe], critic: Server, tmp_path: Path
 ) -> None:
-    whole, critic.behaviours = critic.behaviours, [says(criticises)] * 15 + [refuses(401)]
+    whole, critic.behaviours = critic.behaviours, [says(oracle_critique)] * 15 + [refuses(401)]
     try:
         said = on_ranks(2, failed, late(tmp_path, SHARDED), tmp_path / "run")
     finally:

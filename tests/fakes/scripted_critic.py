@@ -1,4 +1,4 @@
-"""What a critic behind a server says of the lab's answers: the oracle's own words, as text."""
+"""A critic behind a server for the lab's rollouts: the oracle's critiques as text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ WORLD = world_of(BASES / "two_styles")
 
 
 def between(name: str, text: str) -> str:
-    found = re.search(rf"=+ {name} BEGINS =+\n(.*?)\n=+ {name} ENDS", text, re.DOTALL)
-    assert found is not None, text
-    return found.group(1)
+    match = re.search(rf"=+ {name} BEGINS =+\n(.*?)\n=+ {name} ENDS", text, re.DOTALL)
+    assert match is not None, text
+    return match.group(1)
 
 
-def criticises(body: dict[str, Any]) -> str:
-    """What the lab's oracle says, as text."""
-    asked = body["messages"][-1]["content"]
-    question, answer = between("PROBLEM", asked).split(), between("ATTEMPT", asked)
-    said = lab_oracle.criticise(WORLD, question, answer, finished="cut off" not in asked)
-    return "\n".join([*(step.text for step in said.steps), f"# {said.answer}"])
+def oracle_critique(body: dict[str, Any]) -> str:
+    """Return the lab oracle's critique of the rollout in a request, as text."""
+    prompt = body["messages"][-1]["content"]
+    question, rollout = between("PROBLEM", prompt).split(), between("ATTEMPT", prompt)
+    critique = lab_oracle.criticise(WORLD, question, rollout, finished="cut off" not in prompt)
+    return "\n".join([*(step.text for step in critique.steps), f"# {critique.answer}"])

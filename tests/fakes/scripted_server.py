@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that does what it is told, well or badly."""
+"""An OpenAI-compatible server with scripted behaviours, good and bad."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Behaviour = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
-"""Answers one request, whose parsed body it is given."""
+"""Responds to one request, given its parsed body."""
 
 
 class Server:
-    """What was asked, and what is done about it: one behaviour after another, the last for ever."""
+    """Records requests and runs one behaviour per request; the last one is repeated for ever."""
 
     def __init__(self, *behaviours: Behaviour, port: int = 0) -> None:
         self.behaviours = list(behaviours)
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.listing: Behaviour = lists("m", "oracle")
-        """What it says of its models; that question is no request and is not counted."""
-        self.at_once = self.most_at_once = 0
+        """Responds to the request for its list of models, which is not recorded."""
+        self.in_flight = self.max_in_flight = 0
         self._lock = threading.Lock()
         script = self
 
@@ -45,23 +45,21 @@ class Server:
 
         self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._http.daemon_threads = True
-        self._http.handle_error = lambda *_: (
-            None
-        )  # a client that hangs up is what some tests are for
+        self._http.handle_error = lambda *_: None  # some tests have clients that hang up
         self.port = self._http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def begin(self, body: dict[str, Any]) -> Behaviour:
         with self._lock:
-            self.asked.append(body)
-            self.at_once += 1
-            self.most_at_once = max(self.most_at_once, self.at_once)
+            self.requests.append(body)
+            self.in_flight += 1
+            self.max_in_flight = max(self.max_in_flight, self.in_flight)
             return self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
 
     def end(self) -> None:
         with self._lock:
-            self.at_once -= 1
+            self.in_flight -= 1
 
     def stop(self) -> None:
         self._http.shutdown()
@@ -70,7 +68,7 @@ class Server:
 
 @contextmanager
 def serving(*behaviours: Behaviour) -> Iterator[Server]:
-    """A server for the length of a block."""
+    """Run a server for the length of a block."""
     server = Server(*behaviours)
     try:
         yield server
@@ -79,7 +77,7 @@ def serving(*behaviours: Behaviour) -> Iterator[Server]:
 
 
 def completion(text: str | None, finish: str = "stop") -> dict[str, Any]:
-    """What a server that works sends."""
+    """Return the body of a well-formed completion."""
     return {
         "id": "1", "object": "chat.completion", "created": 1, "model": "m",
         "choices": [
@@ -90,7 +88,7 @@ def completion(text: str | None, finish: str = "stop") -> dict[str, Any]:
 
 
 def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
-    """One whole response."""
+    """Send one whole response."""
     handler.send_response(status)
     for name, value in {"Content-Type": "application/json", **headers}.items():
         handler.send_header(name.replace("_", "-"), value)
@@ -100,7 +98,7 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: s
 
 
 def says(text: str | Callable[[dict[str, Any]], str] | None, finish: str = "stop") -> Behaviour:
-    """A completion with this text, or with what a function makes of the request."""
+    """Respond with a completion of this text, or of what a function returns for the request."""
     return lambda handler, body: send(
         handler,
         200,
@@ -109,23 +107,23 @@ def says(text: str | Callable[[dict[str, Any]], str] | None, finish: str = "stop
 
 
 def refuses(status: int, **headers: str) -> Behaviour:
-    """An error, with headers."""
+    """Respond with an error status and headers."""
     return lambda handler, _: send(handler, status, b'{"error": {"message": "no"}}', **headers)
 
 
 def raw(body: bytes) -> Behaviour:
-    """These bytes as a success."""
+    """Respond with these bytes and status 200."""
     return lambda handler, _: send(handler, 200, body)
 
 
 def lists(*models: str) -> Behaviour:
-    """The models that the server says it has."""
+    """Respond with a list of models."""
     data = [{"id": name, "object": "model", "created": 1, "owned_by": "us"} for name in models]
     return raw(json.dumps({"object": "list", "data": data}).encode())
 
 
 def stalls(seconds: float) -> Behaviour:
-    """Says nothing for so long, then something."""
+    """Respond after so many seconds."""
 
     def behave(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         time.sleep(seconds)
@@ -135,7 +133,7 @@ def stalls(seconds: float) -> Behaviour:
 
 
 def trickles(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-    """Sends a byte now and then, for as long as anybody reads."""
+    """Send a byte now and then for as long as the client reads."""
     handler.send_response(200)
     handler.send_header("Content-Type", "application/json")
     handler.end_headers()
@@ -146,7 +144,7 @@ def trickles(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
 
 
 def cuts(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-    """Promises more than it sends, and closes the connection."""
+    """Announce more than is sent, and close the connection."""
     handler.send_response(200)
     handler.send_header("Content-Type", "application/json")
     handler.send_header("Content-Length", "5000")

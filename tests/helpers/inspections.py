@@ -1,4 +1,4 @@
-"""An inspection's folder written by hand."""
+"""Write an inspection's folder by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def answer(
     located: bool = True,
     sample: int = 0,
 ) -> dict[str, Any]:
-    """A line of answers.jsonl, as far as analysis reads it."""
+    """Return a line of answers.jsonl with the keys that analysis reads."""
     spans = [
         [steps.index(i), len(steps) - steps[::-1].index(i)] for i in sorted(set(steps)) if i >= 0
     ]
@@ -54,7 +54,7 @@ def write(
     logp: dict[int, Sequence[float]] | None = None,
     entropy: dict[int, Sequence[float]] | None = None,
 ) -> Path:
-    """A folder whose tokens have these advantages, by (line of answers.jsonl, context)."""
+    """Write a folder whose tokens have these advantages, by (line of answers.jsonl, context)."""
     rows = [
         {
             "answer": number, "problem_id": row["problem_id"], "sample": row["sample"],

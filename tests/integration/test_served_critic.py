@@ -1,4 +1,4 @@
-"""A run whose critic is served: the same as with the oracle in process, and stopped anywhere."""
+"""A run with a served critic equals one with the oracle in process, also when it is interrupted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from same_run import assert_same
-from scripted_critic import criticises
+from scripted_critic import oracle_critique
 from scripted_server import Server, refuses, says, serving
 
 from selfteach.config.recipe import Recipe
@@ -34,25 +34,25 @@ def recipe(critic: dict[str, Any]) -> Recipe:
     return validate(Recipe, merge(TINY, {"critic": critic}), where="test")
 
 
-def served(server: Server, store: Path, **settings: Any) -> Recipe:
-    own = {
+def served(server: Server, folder: Path, **settings: Any) -> Recipe:
+    critic = {
         "type": "endpoint", "base_url": server.url, "model": "oracle", "max_tokens": 64,
-        "http_retries": 0, "reply_cache": str(store / "replies.sqlite"), "min_similarity": 0.0,
+        "http_retries": 0, "reply_cache": str(folder / "replies.sqlite"), "min_similarity": 0.0,
         "on_failure": {"wrong_answer": "drop"},
     }  # fmt: skip
-    return recipe({**own, **settings})
+    return recipe({**critic, **settings})
 
 
-def test_a_served_oracle_teaches_what_the_oracle_teaches(tmp_path: Path) -> None:
+def test_a_run_with_a_served_oracle_equals_one_with_the_oracle(tmp_path: Path) -> None:
     run_to_end(recipe({"type": "oracle"}), tmp_path / "oracle")
-    with serving(says(criticises)) as server:
+    with serving(says(oracle_critique)) as server:
         result = run_to_end(served(server, tmp_path), tmp_path / "served")
         assert_same(tmp_path / "oracle", tmp_path / "served")
-        assert len(server.asked) == result["budget"]["critic_requests"] <= 18
-        assert result["budget"]["critic_prompt_tokens"] == 20 * len(server.asked)
+        assert len(server.requests) == result["budget"]["critic_requests"] <= 18
+        assert result["budget"]["critic_prompt_tokens"] == 20 * len(server.requests)
         steps = [row for row in RunFolder(tmp_path / "served").metrics() if row["kind"] == "step"]
         assert all(0 < row["fidelity"] <= 1 for row in steps)
-        # Another run of the same answers pays for nothing.
+        # Another run with the same rollouts pays for nothing.
         again = run_to_end(served(server, tmp_path), tmp_path / "again")
         assert again["budget"]["critic_requests"] == 0 and again["budget"]["critic_cached"] == 18
         assert_same(tmp_path / "served", tmp_path / "again")
@@ -61,33 +61,35 @@ def test_a_served_oracle_teaches_what_the_oracle_teaches(tmp_path: Path) -> None
     assert_same(tmp_path / "served", tmp_path / "recorded")
 
 
-def test_a_server_that_dies_in_the_middle_costs_nothing_twice(tmp_path: Path) -> None:
+def test_a_run_whose_server_dies_resumes_without_paying_twice(tmp_path: Path) -> None:
     run_to_end(recipe({"type": "oracle"}), tmp_path / "oracle")
-    with serving(says(criticises)) as server:
+    with serving(says(oracle_critique)) as server:
 
         def dies_after_eight(handler, body) -> None:
-            alive = len(server.asked) <= 8
-            (says(criticises) if alive else refuses(503))(handler, body)
+            alive = len(server.requests) <= 8
+            (says(oracle_critique) if alive else refuses(503))(handler, body)
 
         server.behaviours = [dies_after_eight]
-        with pytest.raises(CriticError, match="asks only for the rest"):
+        with pytest.raises(CriticError, match="requests only the rest"):
             run_to_end(served(server, tmp_path), tmp_path / "run")
-        server.behaviours = [says(criticises)]
-        paid = [body["messages"] for body in server.asked[:8]]
-        server.asked.clear()
+        server.behaviours = [says(oracle_critique)]
+        paid = [body["messages"] for body in server.requests[:8]]
+        server.requests.clear()
         run_to_end(served(server, tmp_path), tmp_path / "run")
-        later = [body["messages"] for body in server.asked]
-        assert not [messages for messages in later if messages in paid]
-        assert len({json.dumps(m) for m in [*paid, *later]}) == len(paid) + len(later)
+        after = [body["messages"] for body in server.requests]
+        assert not [messages for messages in after if messages in paid]
+        assert len({json.dumps(m) for m in [*paid, *after]}) == len(paid) + len(after)
     assert_same(tmp_path / "oracle", tmp_path / "run")
 
 
-def test_where_the_critic_fails_another_context_teaches(tmp_path: Path) -> None:
+def test_the_fallback_context_is_used_where_the_critic_fails(tmp_path: Path) -> None:
     with serving(says("I have nothing to add.")) as server:
-        falls = served(server, tmp_path, on={"malformed": "fallback"}, fallback="reference")
-        run_to_end(falls, tmp_path / "falls")
+        with_fallback = served(
+            server, tmp_path, on_failure={"malformed": "fallback"}, fallback="reference"
+        )
+        run_to_end(with_fallback, tmp_path / "fallback")
     reference = validate(Recipe, merge(TINY, {"context": {"type": "reference"}}), where="test")
     run_to_end(reference, tmp_path / "reference")
-    assert_same(tmp_path / "falls", tmp_path / "reference")
-    rows = [row for row in RunFolder(tmp_path / "falls").metrics() if row["kind"] == "step"]
+    assert_same(tmp_path / "fallback", tmp_path / "reference")
+    rows = [row for row in RunFolder(tmp_path / "fallback").metrics() if row["kind"] == "step"]
     assert all(row["critique_failure/malformed"] == 1.0 and row["dropped"] == 0.0 for row in rows)

@@ -16,14 +16,15 @@ from meter import Meter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_server
+from selfteach.config.critic_section import EndpointConfig
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import NoReply, Reply, Request, as_dicts
-from selfteach.feedback.critics.endpoint import Endpoint, EndpointModel
-from selfteach.feedback.critics.llm import Asking, TextCritic
+from selfteach.feedback.critics.endpoint import EndpointModel
+from selfteach.feedback.critics.llm import LlmCritic
 from selfteach.feedback.critics.local import LocalModel
-from selfteach.feedback.critics.parser import Reader
-from selfteach.feedback.critics.reply_cache import ReplyStore, Stored
-from selfteach.prompts.control_tokens import Spellings
+from selfteach.feedback.critics.parser import CritiqueParser
+from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache
+from selfteach.prompts.control_tokens import ControlTokenEscaper
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks import chain_sums
@@ -56,9 +57,17 @@ def requests(count: int, *, max_tokens: int = 40) -> list[Request]:
     return asked
 
 
+def endpoint(url: str, **settings: Any) -> EndpointConfig:
+    failures = ("empty", "truncated", "malformed", "misaligned", "wrong_answer", "unavailable")
+    config = {
+        "type": "endpoint", "base_url": url, "model": vllm_server.NAME, "concurrency": 8,
+        "timeout_seconds": 300.0, "http_retries": 0, "on_failure": dict.fromkeys(failures, "drop"),
+    }  # fmt: skip
+    return EndpointConfig.model_validate({**config, **settings})
+
+
 def model(server: Server, **settings: Any) -> EndpointModel:
-    own = {"concurrency": 8, "timeout_s": 300.0, "http_retries": 0}
-    return EndpointModel(Endpoint(server.url, vllm_server.NAME, **{**own, **settings}))
+    return EndpointModel(endpoint(server.url, **settings))
 
 
 def ask(model: EndpointModel | LocalModel, asked: Sequence[Request]) -> list[Reply]:
@@ -114,7 +123,7 @@ def test_greedy_says_the_same_again_and_counts_as_the_server_counts(
 def test_a_reply_that_is_cut_says_so(server: Server, tmp_path: Path) -> None:
     (cut,) = ask(model(server), requests(1, max_tokens=3))
     assert (cut.finished, cut.completion_tokens) == (False, 3)
-    said = critic(server, tmp_path, Asking(max_tokens=3))([judged(problems(1)[0])])
+    said = critic(server, tmp_path, max_tokens=3)([judged(problems(1)[0])])
     assert isinstance(said[0], CritiqueFailure) and said[0].reason == "truncated"
 
 
@@ -140,15 +149,15 @@ def test_no_more_requests_at_once_than_allowed(server: Server, meter: Meter) -> 
 
 
 def test_an_unknown_model_is_one_line_and_no_server_a_reason(server: Server) -> None:
-    strange = EndpointModel(Endpoint(server.url, "nope", http_retries=0))
+    strange = EndpointModel(endpoint(server.url, model="nope"))
     with pytest.raises(
-        CriticError, match=r"says 404 for model 'nope': check critic\.model"
+        CriticError, match=r"returned HTTP 404 for model 'nope': check critic\.model"
     ) as said:
         strange.complete(requests(1), lambda *_: None)
     assert "\n" not in str(said.value)
     port = vllm_server.free_port()
-    nobody = EndpointModel(Endpoint(f"http://127.0.0.1:{port}/v1", "smollm2", http_retries=0))
-    (reply,) = nobody.complete(requests(1), lambda *_: None)
+    absent = EndpointModel(endpoint(f"http://127.0.0.1:{port}/v1"))
+    (reply,) = absent.complete(requests(1), lambda *_: None)
     assert isinstance(reply, NoReply) and str(port) in reply.reason
 
 
@@ -165,24 +174,22 @@ def judged(problem: Problem, answer: str | None = None) -> tuple[Rollout, Any]:
     return rollout, chain_sums.verify(problem, text)
 
 
-def critic(server: Server, folder: Path, asking: Asking) -> TextCritic:
-    outcomes = ("empty", "truncated", "malformed", "misaligned", "wrong_answer", "unavailable")
-    return TextCritic(
-        Stored(model(server), ReplyStore(folder / "replies.sqlite")),
+def critic(server: Server, folder: Path, **settings: Any) -> LlmCritic:
+    return LlmCritic(
+        CachedModel(model(server), ReplyCache(folder / "replies.sqlite")),
         Templates("chain_sums"),
-        Reader(chain_sums.split_spans, chain_sums.verify),
-        asking,
-        dict.fromkeys(outcomes, "drop"),
+        CritiqueParser(chain_sums.split_spans, chain_sums.verify),
+        endpoint(server.url, **settings),
     )
 
 
 def test_a_second_critic_pays_nothing(server: Server, meter: Meter, tmp_path: Path) -> None:
     pairs = [judged(problem) for problem in problems(4)]
-    first = critic(server, tmp_path, Asking(max_tokens=40))(pairs)
-    assert meter.answered == 4 == sum(said.usage.asked for said in first)
-    again = critic(server, tmp_path, Asking(max_tokens=40))(pairs)
+    first = critic(server, tmp_path, max_tokens=40)(pairs)
+    assert meter.answered == 4 == sum(said.usage.requests for said in first)
+    again = critic(server, tmp_path, max_tokens=40)(pairs)
     assert meter.answered == 4
-    assert [(said.usage.asked, said.usage.reused) for said in again] == [(0, 1)] * 4
+    assert [(said.usage.requests, said.usage.cached) for said in again] == [(0, 1)] * 4
 
 
 def test_our_own_model_reads_the_same_ids_and_says_the_same(
@@ -212,7 +219,7 @@ def test_what_a_served_critic_is_sent_writes_no_control_token(server: Server) ->
     special = [1, 2]  # <|im_start|>, <|im_end|>
     plain, attacked, broken = (
         [i for i in tokens_of(server, [("user", text)]) if i in special]
-        for text in ("3 + 4 = 7", ATTACK, Spellings().broken(ATTACK))
+        for text in ("3 + 4 = 7", ATTACK, ControlTokenEscaper().escape(ATTACK))
     )
     assert len(attacked) > len(plain), "sent as it is, the server's tokenizer obeys it"
     assert broken == plain
@@ -224,12 +231,12 @@ def test_a_critic_s_request_is_read_as_text(server: Server, tmp_path: Path) -> N
     class Spy:
         identity, remote = "spy", True
 
-        def complete(self, asked: Sequence[Request], keep: Any) -> list[NoReply]:
-            seen.extend(asked)
-            return [NoReply("spy")] * len(asked)
+        def complete(self, requests: Sequence[Request], on_reply: Any) -> list[NoReply]:
+            seen.extend(requests)
+            return [NoReply("spy")] * len(requests)
 
-    spied = critic(server, tmp_path, Asking(max_tokens=8, spellings=Spellings()))
-    spied._model = Stored(Spy(), ReplyStore(tmp_path / "spy.sqlite"))
+    spied = critic(server, tmp_path, max_tokens=8)
+    spied._model = CachedModel(Spy(), ReplyCache(tmp_path / "spy.sqlite"))
     spied([judged(problems(1)[0], ATTACK), judged(problems(1)[0], "3 + 4 = 7")])
     hostile, plain = (tokens_of(server, request.messages) for request in seen)
     assert [i for i in hostile if i < 3] == [i for i in plain if i < 3]

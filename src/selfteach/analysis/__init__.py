@@ -1,4 +1,4 @@
-"""Reads the files that a study leaves behind and shows them: figures, report, terminal.
+"""Read the files of runs and studies, and show them: figures, report, terminal.
 
-Nothing here imports training code: a results.json from elsewhere is shown just as well.
+Nothing here imports training code, so results.json from another machine can be shown too.
 """

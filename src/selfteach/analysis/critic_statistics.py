@@ -1,7 +1,7 @@
-"""What critics said and what it took, from the samples of runs; nothing else is read.
+"""Count critics' critiques, failures and cost, from the samples of runs.
 
 A row is one line of ``samples/step_*.jsonl``: an answer with its verdict, its critique (or the reason
-why there is none) and where the two part (`run_folder.sample_row`).
+why there is none) and where the two diverge (`run_folder.sample_row`).
 """
 
 from __future__ import annotations
@@ -24,25 +24,27 @@ CASES = {
     "C": "cut off",
     "D": "wrong",
 }
-"""What a critique says of an answer (paper, the four cases)."""
+"""A critique's judgement of an answer (paper, the four cases)."""
 
-OUTCOMES = {
-    "empty": "nothing was written",
+FAILURES = {
+    "empty": "the reply was empty",
     "truncated": "the critique was cut off",
-    "malformed": "not in the form of an answer",
-    "misaligned": "about something else",
-    "wrong_answer": "its own final answer is wrong",
+    "malformed": "not in the required format",
+    "misaligned": "does not follow the answer's steps",
+    "wrong_answer": "the critic's final answer is wrong",
     "unavailable": "no reply",
 }
-"""What can come back instead of a critique (`types.CritiqueFailureKind`)."""
+"""Why there can be no critique (`types.CritiqueFailureKind`)."""
 
+USAGE = ("requests", "cached", "prompt_tokens", "completion_tokens", "cost")
+"""Entries of `CriticSummary.usage`."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """Counts over the answers that a critic was asked about."""
+class CriticSummary:
+    """Holds counts over the answers that were sent to a critic."""
 
     answers: int
     right: int
@@ -52,39 +54,39 @@ class Summary:
     failures: Mapping[str, int]
     """Answers without a critique, by reason."""
     dropped: Mapping[str, int]
-    """Answers that taught nothing, by reason."""
+    """Answers left out of training, by reason."""
     fidelity: tuple[float, ...]
-    """Share of each answer's tokens that its critique repeats before the first change, ascending."""
+    """Per critique, ascending: share of the answer's tokens repeated before the first change."""
     changed_at: Mapping[int, int]
-    """Critiques by the step (from 0) that is the first not to be repeated; -1 where all are."""
+    """Critiques by the first solution step (from 0) not repeated; -1 where all are."""
     false_alarms: int
     """Right answers of which a step was replaced."""
     added: int
     """Right answers that were added to, with no step replaced."""
     misses: int
-    """Wrong answers whose own final answer the critic gave as well."""
+    """Wrong answers whose final answer the critic gave as well."""
     usage: Mapping[str, float]
-    """Sums of `types.Usage`: asked, reused, prompt_tokens, completion_tokens, cost."""
+    """Sums of `types.Usage`: requests, cached, prompt_tokens, completion_tokens, cost."""
 
     @property
     def critiques(self) -> int:
-        """Answers that have a critique; a critic that writes got each of them right."""
+        """Return how many answers have a critique; a critic model's final answer was right in each."""
         return sum(self.cases.values())
 
     @property
-    def writes(self) -> bool:
-        """True if the critic is a model that was asked, or whose reply was in the store."""
+    def is_model(self) -> bool:
+        """Return whether the critic is a model: it received requests, or its replies were cached."""
         return self.usage["requests"] + self.usage["cached"] > 0
 
     @property
     def mean_fidelity(self) -> float:
-        """The mean over critiques; nan without any."""
+        """Return the mean over critiques; nan without any."""
         return fmean(self.fidelity) if self.fidelity else float("nan")
 
     def quantile(self, share: float) -> float:
-        """The fidelity that this share of critiques does not exceed; nan without any.
+        """Return the fidelity that this share of critiques does not exceed; nan without any.
 
-        Between two critiques it is interpolated linearly.
+        It is interpolated linearly between two critiques.
         """
         if not self.fidelity:
             return float("nan")
@@ -94,116 +96,112 @@ class Summary:
         return self.fidelity[low] + (at - low) * (self.fidelity[high] - self.fidelity[low])
 
     def histogram(self) -> list[int]:
-        """Critiques by fidelity in tenths: [0, 0.1), …, [0.9, 1]."""
+        """Count critiques by fidelity in tenths: [0, 0.1), …, [0.9, 1]."""
         bins = Counter(min(int(value * BINS), BINS - 1) for value in self.fidelity)
         return [bins[i] for i in range(BINS)]
 
 
-UNMARKED = '"critique": null'
-"""In a sample that no critic was asked about: most of a study's, of which nothing is wanted here."""
+WITHOUT_CRITIC = '"critique": null'
+"""Text in the line of a sample that was not sent to a critic: most of a study's; they are skipped."""
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One arm's critic over all its runs."""
+class ArmCritic:
+    """Holds the summary of one arm's critic over all its runs."""
 
-    total: Summary
-    by_step: Mapping[int, Summary]
-    """Of each training step, all runs together."""
+    total: CriticSummary
+    by_step: Mapping[int, CriticSummary]
+    """By training step, all runs together."""
     seconds: float
-    """What marking took, as far as learning had to wait for it, all runs together."""
+    """Time of the critique phase as far as training waited for it, all runs together."""
 
 
-def summarise(rows: Iterable[Row]) -> Summary:
-    """Count rows; those without a word of a critic are left out."""
-    asked = [row for row in rows if row["critique"] is not None]
-    said = [row for row in asked if "reason" not in row["critique"]]
-    failed = [row for row in asked if "reason" in row["critique"]]
-    changes = [row["first_change"] for row in said if row["first_change"] is not None]
-    right = [row["critique"] for row in said if row["correct"]]
+def count_critiques(rows: Iterable[Row]) -> CriticSummary:
+    """Count rows; those that were not sent to a critic are left out."""
+    sent = [row for row in rows if row["critique"] is not None]
+    critiqued = [row for row in sent if "reason" not in row["critique"]]
+    failed = [row for row in sent if "reason" in row["critique"]]
+    changes = [row["first_change"] for row in critiqued if row["first_change"] is not None]
+    right = [row["critique"] for row in critiqued if row["correct"]]
     steps = Counter(-1 if c["step"] is None else int(c["step"]) for c in changes)
-    names = ("requests", "cached", "prompt_tokens", "completion_tokens", "cost")
-    return Summary(
-        answers=len(asked),
-        right=sum(bool(row["correct"]) for row in asked),
-        cases={case: sum(row["critique"]["case"] == case for row in said) for case in CASES},
-        failures=_counted(row["critique"]["reason"] for row in failed),
-        dropped=_counted(row["dropped"] for row in asked if row["dropped"]),
+    usages = [migrate_usage(row["critique"].get("usage", {})) for row in sent]
+    return CriticSummary(
+        answers=len(sent),
+        right=sum(bool(row["correct"]) for row in sent),
+        cases={case: sum(row["critique"]["case"] == case for row in critiqued) for case in CASES},
+        failures=_count_reasons(row["critique"]["reason"] for row in failed),
+        dropped=_count_reasons(row["dropped"] for row in sent if row["dropped"]),
         fidelity=tuple(sorted(float(change["fidelity"]) for change in changes)),
         changed_at=dict(sorted(steps.items())),
         false_alarms=sum(c["first_error"] is not None for c in right),
         added=sum(c["first_error"] is None and c["case"] == "B" for c in right),
-        misses=sum(map(_missed, asked)),
-        usage={
-            n: float(
-                sum(migrate_usage(row["critique"].get("usage", {})).get(n, 0) for row in asked)
-            )
-            for n in names
-        },
+        misses=sum(map(_is_miss, sent)),
+        usage={name: float(sum(usage.get(name, 0) for usage in usages)) for name in USAGE},
     )
 
 
-def read_study(folder: Path) -> dict[str, Record]:
-    """The critic of every arm of a study's main setting, by arm; arms without one are left out."""
+def read_study_critics(folder: Path) -> dict[str, ArmCritic]:
+    """Summarize the critic of every arm of a study's main setting; arms without one are left out."""
     arms = sorted((folder / "runs").glob("*/"))
-    return read_groups({arm.name: sorted(arm.glob("seed_*/")) for arm in arms})
+    return read_critics({arm.name: sorted(arm.glob("seed_*/")) for arm in arms})
 
 
-def read_groups(groups: Mapping[str, Sequence[Path]]) -> dict[str, Record]:
-    """The critic of every arm, from its runs' folders; arms without one are left out."""
-    found = {name: read_runs(folders) for name, folders in groups.items()}
-    return {name: record for name, record in found.items() if record.total.answers}
+def read_critics(groups: Mapping[str, Sequence[Path]]) -> dict[str, ArmCritic]:
+    """Summarize the critic of every arm, from its runs' folders; arms without one are left out."""
+    critics = {name: read_arm_critic(folders) for name, folders in groups.items()}
+    return {name: critic for name, critic in critics.items() if critic.total.answers}
 
 
-def read_runs(folders: Sequence[Path]) -> Record:
-    """One arm's runs together."""
+def read_arm_critic(folders: Sequence[Path]) -> ArmCritic:
+    """Summarize one arm's critic from the folders of its runs."""
     by_step: dict[int, list[Row]] = {}
     for folder in folders:
         for path in sorted(run_subfolder(folder, "samples").glob("step_*.jsonl")):
             step = int(path.stem.removeprefix("step_"))
-            by_step.setdefault(step, []).extend(_lines(path, without=UNMARKED))
+            by_step.setdefault(step, []).extend(_lines(path, without=WITHOUT_CRITIC))
     metrics = [
         migrate_metrics(row) for folder in folders for row in _lines(folder / "metrics.jsonl")
     ]
-    return Record(
-        summarise(row for step in sorted(by_step) for row in by_step[step]),
-        {step: summarise(rows) for step, rows in sorted(by_step.items())},
+    return ArmCritic(
+        count_critiques(row for step in sorted(by_step) for row in by_step[step]),
+        {step: count_critiques(rows) for step, rows in sorted(by_step.items())},
         sum((row.get("time/critique", 0.0) for row in metrics), 0.0),
     )
 
 
-def in_words(summary: Summary) -> str:
-    """A summary in one line: what came back, how verbatim it is, what it cost."""
-    parts = [f"{summary.answers:,} answers, {summary.critiques:,} critiques"]
+def summary_line(summary: CriticSummary) -> str:
+    """Describe a summary in one line: critiques and failures, fidelity, cost."""
+    items = [f"{summary.answers:,} answers, {summary.critiques:,} critiques"]
     if cases := [f"{name} {n:,}" for name, n in summary.cases.items() if n]:
-        parts[0] += f" ({', '.join(cases)})"
-    parts += [f"{reason} {n:,}" for reason, n in summary.failures.items()]
+        items[0] += f" ({', '.join(cases)})"
+    items += [f"{reason} {n:,}" for reason, n in summary.failures.items()]
     if summary.fidelity:
-        parts.append(f"fidelity {summary.mean_fidelity:.2f}")
-    used = summary.usage
-    if summary.writes:
-        tokens = used["prompt_tokens"] + used["completion_tokens"]
-        parts.append(f"{used['asked']:,.0f} asked, {used['reused']:,.0f} from the store")
-        parts.append(
-            f"{tokens:,.0f} tokens" + (f", cost {used['cost']:.2f}" if used["cost"] else "")
+        items.append(f"fidelity {summary.mean_fidelity:.2f}")
+    usage = summary.usage
+    if summary.is_model:
+        tokens = usage["prompt_tokens"] + usage["completion_tokens"]
+        items.append(f"{usage['requests']:,.0f} requests, {usage['cached']:,.0f} cached")
+        items.append(
+            f"{tokens:,.0f} tokens" + (f", cost {usage['cost']:.2f}" if usage["cost"] else "")
         )
-    return "; ".join(parts)
+    return "; ".join(items)
 
 
-def _missed(row: Row) -> bool:
-    own = row["critique"].get("answer")
-    return not row["correct"] and own is not None and own == row["parsed"]
+def _is_miss(row: Row) -> bool:
+    critic_answer = row["critique"].get("answer")
+    return not row["correct"] and critic_answer is not None and critic_answer == row["parsed"]
 
 
-def _counted(names: Iterable[str]) -> dict[str, int]:
-    known = [*OUTCOMES]
-    counts = Counter(names)
-    order = sorted(counts, key=lambda n: (known.index(n) if n in known else len(known), n))
-    return {name: counts[name] for name in order}
+def _count_reasons(reasons: Iterable[str]) -> dict[str, int]:
+    """Count reasons, in the order of `FAILURES`, others last."""
+    names = [*FAILURES]
+    counts = Counter(reasons)
+    order = sorted(counts, key=lambda r: (names.index(r) if r in names else len(names), r))
+    return {reason: counts[reason] for reason in order}
 
 
 def _lines(path: Path, without: str | None = None) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file that do not hold some text; none if it is not there."""
+    """Read the whole lines of a JSONL file that do not hold some text; none if it is missing."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         if without is not None and without in line:

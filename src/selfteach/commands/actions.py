@@ -27,7 +27,7 @@ def console() -> Console:
 
 def run_study(loaded: Study, folder: Path, *, command: str) -> None:
     """Run or resume a study; print its tables and write its report."""
-    from selfteach.analysis.critic_statistics import read_study
+    from selfteach.analysis.critic_statistics import read_study_critics
     from selfteach.analysis.report.page import write_report
     from selfteach.analysis.terminal.tables import print_critics, print_results
     from selfteach.commands.progress import study_progress
@@ -36,24 +36,28 @@ def run_study(loaded: Study, folder: Path, *, command: str) -> None:
 
     with study_progress(jobs_of(loaded, folder)) as progress:
         results = run(
-            loaded, folder, command=command, progress=progress, summarise=summarise_inspection
+            loaded, folder, command=command, progress=progress, summarize=summarize_inspection
         )
     output = console()
     print_results(results, output)
-    print_critics(read_study(folder), output)
+    print_critics(read_study_critics(folder), output)
     output.print(
         f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True
     )
 
 
-def summarise_inspection(folder: Path, output: Console | None = None) -> None:
+def summarize_inspection(folder: Path, output: Console | None = None) -> None:
     """Write an inspection's localisation.json and figures; print its tables if there is a console."""
-    from selfteach.analysis.inspection.inspection_summary import draw, print_localisation, summarise
+    from selfteach.analysis.inspection.inspection_summary import (
+        print_localisation,
+        save_figures,
+        summarize,
+    )
     from selfteach.runtime.run_folder import write_json
 
-    localisation = summarise(folder)
+    localisation = summarize(folder)
     write_json(folder / "localisation.json", localisation)
-    draw(folder, localisation)
+    save_figures(folder, localisation)
     if output is not None:
         print_localisation(localisation, output)
         output.print(f"inspection: {folder}", soft_wrap=True)

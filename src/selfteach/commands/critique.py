@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selfteach.config.critic_section import TextCriticConfig
+from selfteach.config.critic_section import LlmCriticConfig
 from selfteach.config.migrations import migrate_recipe, migrate_rollout
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import Study
@@ -192,7 +192,7 @@ def _with_critic(recipe: Recipe) -> Recipe:
 def _never_stopping(recipe: Recipe) -> Recipe:
     """Return the recipe with ``critic.on_failure.unavailable = "drop"`` in place of ``"stop"``."""
     critic = recipe.critic
-    if not isinstance(critic, TextCriticConfig) or critic.on_failure.unavailable != "stop":
+    if not isinstance(critic, LlmCriticConfig) or critic.on_failure.unavailable != "stop":
         return recipe
     policies = critic.on_failure.model_copy(update={"unavailable": "drop"})
     changed = critic.model_copy(update={"on_failure": policies})

@@ -42,7 +42,7 @@ def evaluate_model(
     )
     result = evaluate(
         built.components.engine, built.components.verify, chosen, sampling,
-        split=split, same=built.task.form.same,
+        split=split, same=built.task.answer_format.equivalent,
     )  # fmt: skip
     return summary(result, str(model))
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from selfteach.analysis.terminal.sanitize import plain
+from selfteach.analysis.terminal.sanitize import sanitized
 from selfteach.runtime import torchrun
 
 LOGGER = "selfteach"
@@ -34,7 +34,7 @@ class NoteHandler(logging.Handler):
             if tuple(renamed) in self._printed:
                 return
             self._printed.add(tuple(renamed))
-        sys.stderr.write(f"note: {plain(record.getMessage())}\n")
+        sys.stderr.write(f"note: {sanitized(record.getMessage())}\n")
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""The recipe's schema: typed sections, and how a recipe file becomes the recipe of every run."""
+"""Defines the recipe's schema: typed sections, and how a recipe file resolves to recipes of runs."""

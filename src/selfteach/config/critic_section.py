@@ -1,4 +1,7 @@
-"""Sections of a recipe that say who marks the answers."""
+"""Defines ``[critic]``: what critiques the rollouts, and what happens where it fails.
+
+A critic is a frozen program or language model that writes critiques; it is no value function.
+"""
 
 from __future__ import annotations
 
@@ -9,111 +12,147 @@ from pydantic import Field
 from selfteach.config.schema import Section
 
 FailurePolicy = Literal["retry", "drop", "fallback"]
-"""What becomes of an answer without a usable critique: ask again (and then drop it), drop it, or
-teach it with the context that ``fallback`` names."""
+"""What happens to a rollout without a usable critique: request another one (and then drop the rollout),
+drop it at once, or train on it with the context that ``fallback`` names."""
 
 
 class FailurePolicies(Section):
-    """A policy for everything that can come back instead of a critique."""
+    """Sets what happens to a rollout for each way in which a critique can fail.
+
+    ``retry`` requests another critique up to ``max_attempts`` and then drops the rollout, ``drop``
+    drops it at once, ``fallback`` uses the context named by ``critic.fallback``.
+    """
 
     empty: FailurePolicy = "retry"
+    """The critic returned no text, or nothing after its thought."""
     truncated: FailurePolicy = "drop"
+    """The critique was cut at the critic's ``max_tokens``."""
     malformed: FailurePolicy = "retry"
+    """The critique has no steps, misnumbered steps or no final answer."""
     misaligned: FailurePolicy = "retry"
-    """The critique is about something else."""
+    """The critique is about something else (see ``min_similarity``)."""
     wrong_answer: FailurePolicy = "drop"
-    """The critic's own final answer is wrong."""
+    """The verifier rejects the final answer of the critique."""
     unavailable: Literal["stop", "drop", "fallback"] = "stop"
-    """No reply after all retries; ``stop`` ends the run, which a resume takes up."""
+    """No reply after all HTTP retries; ``stop`` ends the run, which ``selfteach resume`` continues."""
 
 
 class OracleConfig(Section):
-    """A program that can check every step (the lab, chain sums)."""
+    """Critiques with a program that checks every step (the lab, chain sums)."""
 
     type: Literal["oracle"] = "oracle"
+    """A program that comes with the problems."""
     error_rate: float = Field(default=0.0, ge=0, le=1)
-    """Share of critiques in which the critic errs."""
+    """Share of critiques into which an error is put."""
 
 
-class TextCriticConfig(Section):
-    """What all critics that write have in common; they are asked with ``critic.jinja``."""
+class LlmCriticConfig(Section):
+    """Holds what all language-model critics have in common; ``critic.jinja`` is their prompt."""
 
     sees_reference: bool = False
     """Show the critic the problem's reference solution."""
     thinking: bool | None = None
-    """Passed to the critic's chat template; by default its own. A thought is stripped."""
+    """``enable_thinking`` of the critic's chat template; unset: the template's default. Thoughts are
+    stripped from replies."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 is greedy."""
+    """Sampling temperature of the first request; 0 is greedy."""
     max_tokens: int = Field(default=4096, ge=1)
+    """Longest reply in tokens, thought included."""
     max_attempts: int = Field(default=2, ge=1)
     """Requests for one critique, the first included: a critique that failed is requested again where
     ``on_failure`` says ``retry``."""
     retry_temperature: float = Field(default=0.7, gt=0)
+    """Sampling temperature of repeated requests: a greedy critic would repeat itself."""
     min_similarity: float = Field(default=0.3, ge=0, le=1)
-    """A critique that keeps no step is misaligned if its first step is less like the answer's."""
+    """A critique that repeats no step is ``misaligned`` if its first step is less similar than this to
+    the rollout's first step (ratio of words in common)."""
     on_failure: FailurePolicies = FailurePolicies()
+    """What happens to a rollout for each kind of failure."""
     fallback: Literal["reference", "aligned_reference"] = "reference"
+    """Context of rollouts whose failure policy is ``fallback``."""
     reply_cache: str | None = None
-    """SQLite file of all replies ever paid for; by default one in the user's cache folder."""
+    """SQLite file of all replies; unset: ``selfteach/critiques.sqlite`` in the user's cache folder."""
 
 
-class EndpointConfig(TextCriticConfig):
-    """Any OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, hosted APIs."""
+class EndpointConfig(LlmCriticConfig):
+    """Critiques with any OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, hosted APIs."""
 
     type: Literal["endpoint"]
+    """A chat-completions server."""
     base_url: str
-    """Like ``http://localhost:8000/v1``."""
+    """Address of the server, like ``http://localhost:8000/v1``."""
     model: str
+    """Name of the model at the server."""
     api_key_env: str | None = None
-    """The environment variable that holds the key; the key itself is never written anywhere."""
+    """Environment variable that holds the key; the key itself is never written anywhere."""
     concurrency: int = Field(default=16, ge=1)
+    """Requests in flight at a time."""
     timeout_seconds: float = Field(default=600.0, gt=0)
+    """Longest wait for one reply."""
     http_retries: int = Field(default=16, ge=0)
-    """Enough for a server that is gone for a minute: pauses of 76 to 104 s in all."""
+    """Retries of an HTTP request that was refused, timed out, or got 408, 409, 429 or 5xx; pauses grow
+    from half a second to eight (76 to 104 s in all by default) or follow Retry-After."""
     healthcheck: bool = True
-    """Ask at the start whether the server is there; false for a run whose replies are all stored."""
+    """Check at the start that the server is up; false for a run whose replies are all cached."""
     requests_per_minute: float | None = Field(default=None, gt=0)
+    """Rate limit of requests; unset: none."""
     price_prompt: float = Field(default=0.0, ge=0)
-    """Per million tokens sent, for the budget."""
+    """Price per million prompt tokens, for the cost in the budget."""
     price_completion: float = Field(default=0.0, ge=0)
+    """Price per million completion tokens, for the cost in the budget."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """What the server takes beyond OpenAI's parameters, like ``chat_template_kwargs``."""
+    """Parameters of the request body beyond OpenAI's, like ``chat_template_kwargs``."""
     control_tokens: tuple[Annotated[str, Field(min_length=2)], ...] = ()
     """Control tokens of the served model beyond those of the common families (``<|…|>``, ``[INST]``,
-    ``<start_of_turn>``, …): its tokenizer would obey them in an answer, so they are broken by a
-    character without width before they are sent."""
+    ``<start_of_turn>``, …): where a rollout quotes one, it is escaped with a zero-width character."""
+
+    @property
+    def request_extras(self) -> dict[str, Any]:
+        """Return what a request body holds beyond OpenAI's parameters, ``thinking`` included."""
+        if self.thinking is None:
+            return self.extra_body
+        return {"chat_template_kwargs": {"enable_thinking": self.thinking}, **self.extra_body}
 
 
-class LocalCriticConfig(TextCriticConfig):
-    """A transformers model in this process."""
+class LocalCriticConfig(LlmCriticConfig):
+    """Critiques with a transformers model in the trainer's process."""
 
     type: Literal["local"]
+    """A model in this process."""
     path: str
-    """As in ``model.path``."""
+    """Model id or folder, as in ``model.path``."""
     gguf_file: str | None = None
+    """Name of a GGUF file inside ``path``; its weights are dequantised."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the critic's weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the critic; ``auto``: CUDA where there is one, else the CPU."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
     batch_size: int = Field(default=16, ge=1)
+    """Critiques decoded together."""
     prompt_lookup: int | None = Field(default=None, ge=1)
-    """Guess so many tokens at a time from what stands in the prompt after the same words: a critique
-    repeats the answer. A greedy critique stays the same; requests are then taken one by one, so it pays
-    where ``batch_size`` would be small."""
+    """Tokens to guess at a time by prompt lookup (a critique repeats the rollout). Greedy critiques
+    stay the same; requests are then decoded one by one, so it pays where ``batch_size`` would be
+    small."""
 
 
-class PolicyCriticConfig(TextCriticConfig):
-    """The solver's own initial weights."""
+class PolicyCriticConfig(LlmCriticConfig):
+    """Critiques with the policy's initial weights."""
 
     type: Literal["policy"]
+    """The model that trains, as it was before the first step."""
     batch_size: int = Field(default=16, ge=1)
+    """Critiques decoded together."""
 
 
 class RecordedConfig(Section):
-    """Critiques of an earlier run, by question and answer text."""
+    """Replays the critiques of an earlier run, matched by question and rollout text."""
 
     type: Literal["recorded"]
+    """Critiques of an earlier run."""
     run: str
-    """A run folder; or a study's folder, whose runs are all read."""
+    """A run folder, or a study's folder, all of whose runs are read."""
 
 
 CriticConfig = Annotated[

@@ -1,4 +1,4 @@
-"""Sections of a recipe: where problems come from, how answers are read, what is selected."""
+"""Defines ``[data]`` and ``[select]``: problem sources, parsing of rollouts, selection."""
 
 from __future__ import annotations
 
@@ -14,154 +14,192 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class LabData(Section):
-    """Problems of the lab; the world is the model's own unless named."""
+    """Takes problems from the lab, a synthetic world with a small pretrained model."""
 
     type: Literal["lab"] = "lab"
+    """Problems of the lab."""
     world: str | None = None
+    """Name of the lab's world; unset: the one that the model was pretrained in."""
     max_solve_rate: float = Field(default=1.0, gt=0, le=1)
-    """Keep only problems that the solver's authors get right with a probability below this (the
-    paper keeps those with an Avg@16 of its solver below 5/16)."""
+    """Keep only problems that the authors of the pretraining corpus solve with a probability below this
+    (the paper keeps those with an Avg@16 of its solver below 5/16)."""
     train: int = Field(default=2048, ge=1)
+    """Number of training problems."""
     validation: int = Field(default=96, ge=1)
+    """Number of validation problems."""
     test: int = Field(default=192, ge=1)
+    """Number of test problems."""
 
 
 class ChainSumsData(Section):
-    """``chain_sum`` of reasoning-gym: add and subtract from left to right, one step per line."""
+    """Generates ``chain_sum`` of reasoning-gym: sums from left to right, one step per line."""
 
     type: Literal["chain_sums"] = "chain_sums"
+    """Generated sums."""
     seed: int = 0
+    """Seed of the generator."""
     min_terms: int = Field(default=3, ge=2)
+    """Smallest number of terms."""
     max_terms: int = Field(default=4, ge=2)
+    """Largest number of terms."""
     max_digits: int = Field(default=2, ge=1)
+    """Largest number of digits of a term."""
     shots: int = Field(default=2, ge=0)
-    """Worked examples that stand before every question."""
+    """Worked examples before every question."""
     train: int = Field(default=512, ge=1)
+    """Number of training problems."""
     validation: int = Field(default=32, ge=1)
+    """Number of validation problems."""
     test: int = Field(default=64, ge=1)
+    """Number of test problems."""
 
 
 class Columns(Section):
-    """Which column of a row is what.
+    """Names the columns of a row.
 
-    A column is a dotted path (``extra.answers.0``), optionally with rules behind it, each after a
-    bar: ``answer | after:####``. Rules: ``after:X`` and ``before:X`` (the last X), ``boxed`` (what
-    stands in the last ``\\boxed{}``), ``first`` and ``last`` (of a list), ``join:X`` (a list).
+    A column is a dotted path (``extra.answers.0``), optionally followed by rules, each after a
+    bar: ``answer | after:####``. Rules: ``after:X`` and ``before:X`` (the last X), ``boxed`` (the
+    content of the last ``\\boxed{}``), ``first`` and ``last`` (of a list), ``join:X`` (a list).
     Text with braces is a template: ``{context}\\n\\n{question}``.
     """
 
     question: str = "question"
+    """Column of the question."""
     answer: str = "answer"
+    """Column of the final answer."""
     reference: str | None = None
-    """A worked solution; by default the column ``reference``, where there is one."""
+    """Column of a worked solution; unset: the column ``reference``, where there is one."""
     aligned_reference: str | None = None
-    """A worked solution in the solver's manner; by default the column of this name."""
+    """Column of a worked solution in the policy's style; unset: the column of this name, where there is
+    one."""
     id: str | None = None
-    """By default the column ``id``, or the file's name and the line."""
+    """Column of the problem's id; unset: the column ``id``, else the file's name and the line."""
     meta: str | tuple[str, ...] | None = None
-    """A column that holds a table, or names of columns to keep; by default the column ``meta``."""
+    """Column that holds a table, or names of columns to keep; unset: the column ``meta``."""
 
 
 class Splitting(Section):
-    """How one pool becomes train, validation and test: by a hash of each question and the seed.
+    """Splits a pool into train, validation and test by a hash of each question and the seed.
 
-    Counts or shares. With shares a question's split depends on nothing but its text and the seed,
-    so a pool that grows moves no question; train is what is left, or its own count or share.
+    Sizes are all counts or all shares. With shares a question's split depends on its text and the seed
+    alone, so a pool that grows moves no question.
     """
 
     seed: int = 0
+    """Seed of the hash."""
     train: Count | Share | None = None
+    """Size of the training split; unset: what the others leave."""
     validation: Count | Share | Literal[0] = 0.1
+    """Size of the validation split."""
     test: Count | Share | Literal[0] = 0.1
+    """Size of the test split."""
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Splitting:
-        given = [size for size in (self.train, self.validation, self.test) if size]
-        if len({type(size) for size in given}) > 1:
+    def _check_sizes(self) -> Splitting:
+        sizes = [size for size in (self.train, self.validation, self.test) if size]
+        if len({type(size) for size in sizes}) > 1:
             raise ValueError("give validation, test and train all as counts or all as shares")
-        if given and isinstance(given[0], float) and sum(given) > 1 + 1e-9:
-            raise ValueError(f"the shares add up to {sum(given):g}, which is more than 1")
+        if sizes and isinstance(sizes[0], float) and sum(sizes) > 1 + 1e-9:
+            raise ValueError(f"the shares add up to {sum(sizes):g}, which is more than 1")
         return self
 
 
 class AnswerReading(Section):
-    """How an answer's text is read and judged."""
+    """Sets how a rollout's text is parsed and verified."""
 
     steps: Literal["tags", "lines", "paragraphs", "sentences"] = "tags"
-    """What a step of an answer is: a tag ``<step_1>…</step_1>``, or for models that will not use tags
+    """What a solution step is: a tag ``<step_1>…</step_1>``, or for models that do not write tags
     (template set ``free``) a line, a paragraph or a sentence."""
     answer_in: Literal["tag", "boxed", "tag_or_boxed"] = "tag"
-    """Where the final answer stands: in ``<answer>…</answer>``, in the last ``\\boxed{…}``, or in the
-    tag and, where there is none, in the box."""
+    """Where the final answer is: in ``<answer>…</answer>``, in the last ``\\boxed{…}``, or in the tag
+    and, where there is none, in the box."""
     invalid_problems: Literal["warn", "drop", "stop"] = "warn"
-    """What becomes of a problem whose own answer the verifier rejects, or whose corrupted answer it
-    accepts: ``selfteach check`` names it, or it is left out and counted, or nothing begins."""
+    """What happens to a problem whose gold answer the verifier rejects, or whose corrupted gold answer
+    it accepts: ``selfteach check`` names it, or it is dropped and counted, or the command stops."""
 
 
 class RowsData(AnswerReading):
-    """What sources of rows have in common: files and Hugging Face datasets."""
+    """Holds what sources of rows (files and Hugging Face datasets) have in common."""
 
     verifier: Literal["exact", "math", "reasoning_gym", "lab", "chain_sums"] = "exact"
-    """``reasoning_gym``, ``lab`` and ``chain_sums`` for problems that came from there."""
+    """How final answers are compared; ``reasoning_gym``, ``lab`` and ``chain_sums`` are for problems
+    that were generated there."""
     mapping: str | None = None
-    """A ready-made mapping by name (``gsm8k``, ``math``, ``openmathreasoning``, …); what ``columns``
-    says goes before it."""
+    """A built-in mapping of columns by name (``gsm8k``, ``math``, ``openmathreasoning``, …)."""
     columns: Columns | None = None
+    """Columns of a row; they override ``mapping``."""
     filter: dict[str, Any] = Field(default_factory=dict)
     """Keep rows whose column has this value, or one of these: ``{ level = [4, 5] }``."""
     limit: int | None = Field(default=None, ge=1)
-    """Rows read of each source, after ``filter``."""
+    """Largest number of rows read from each source, after ``filter``; unset: all."""
     bad_rows: Literal["stop", "drop"] = "stop"
-    """A row without a question or an answer: name it and stop, or leave it out and count it."""
+    """What happens at a row without a question or an answer: name it and stop, or drop and count it."""
     split: Splitting = Splitting()
-    """For ``pool``: how it becomes the splits that no source of their own is named for."""
+    """How ``pool`` is split; a split with a source named for it is left out."""
 
 
 class FilesData(RowsData):
-    """Problem sets as files: JSON lines (``.jsonl``), a JSON list (``.json``) or ``.parquet``."""
+    """Reads problems from files: JSON lines (``.jsonl``), a JSON list (``.json``) or ``.parquet``."""
 
     type: Literal["files"]
+    """Files on disk."""
     train: str | tuple[str, ...] | None = None
+    """File or files of training problems."""
     validation: str | tuple[str, ...] | None = None
+    """File or files of validation problems."""
     test: str | tuple[str, ...] | None = None
+    """File or files of test problems."""
     pool: str | tuple[str, ...] | None = None
+    """File or files that ``split`` divides."""
     world: str | None = None
-    """The lab's world, for problems of the lab; by default the model's own."""
+    """Name of the lab's world, for problems of the lab; unset: the one that the model was pretrained
+    in."""
 
 
 class HubData(RowsData):
-    """A Hugging Face dataset, by its id or as a local folder (also one of ``save_to_disk``)."""
+    """Reads a Hugging Face dataset, by its id or from a local folder (also one of ``save_to_disk``)."""
 
     type: Literal["hub"]
+    """A Hugging Face dataset."""
     path: str | None = None
-    """By default the mapping's own."""
+    """Dataset id or folder; unset: the one of ``mapping``."""
     name: str | None = None
-    """The dataset's configuration, like ``main``."""
+    """Configuration of the dataset, like ``main``."""
     revision: str | None = None
-    """A branch, tag or commit; name a commit to keep a study repeatable."""
+    """Branch, tag or commit of the dataset; name a commit to make a study repeatable."""
     streaming: bool = False
-    """Read rows as they come instead of downloading all of them first; with ``limit``."""
+    """Stream rows instead of downloading all of them first; with ``limit``."""
     train: str | tuple[str, ...] | None = None
-    """Names of the dataset's splits."""
+    """Dataset split or splits of training problems."""
     validation: str | tuple[str, ...] | None = None
+    """Dataset split or splits of validation problems."""
     test: str | tuple[str, ...] | None = None
+    """Dataset split or splits of test problems."""
     pool: str | tuple[str, ...] | None = None
+    """Dataset split or splits that ``split`` divides."""
 
 
 class GymData(AnswerReading):
-    """Any generator of reasoning-gym, with its own scorer as verifier."""
+    """Generates problems with any task of reasoning-gym."""
 
     type: Literal["reasoning_gym"]
+    """Problems generated by reasoning-gym."""
     task: str
+    """Name of the reasoning-gym task."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """The generator's own settings."""
+    """Settings of the task."""
     seed: int = 0
+    """Seed of the generator."""
     reference: str | None = None
-    """Dotted path of a worked solution in the generator's metadata; known for some generators."""
+    """Dotted path of a worked solution in the generator's metadata; unset: built in for some tasks."""
     verifier: Literal["reasoning_gym", "exact", "math"] = "reasoning_gym"
+    """How final answers are compared; ``reasoning_gym`` is the task's scorer."""
     train: int = Field(default=512, ge=1)
+    """Number of training problems."""
     validation: int = Field(default=32, ge=1)
+    """Number of validation problems."""
     test: int = Field(default=64, ge=1)
+    """Number of test problems."""
 
 
 DataConfig = Annotated[
@@ -171,29 +209,31 @@ DataConfig = Annotated[
 
 
 class SelectConfig(Section):
-    """Which problems ``selfteach select`` keeps; the defaults are the paper's where it gives them."""
+    """Sets which problems ``selfteach select`` keeps; defaults are the paper's where it gives them."""
 
     pool: tuple[SplitName, ...] = ("train",)
-    """The splits of ``data`` that problems are taken from; a benchmark's own test split stays out."""
+    """Splits of ``data`` that problems are taken from; a benchmark's test split stays out."""
     samples: int = Field(default=16, ge=1)
-    """The solver's answers to each problem: the k of Avg@k."""
+    """Rollouts of each problem: the k of Avg@k."""
     temperature: float | None = Field(default=None, gt=0)
-    """By default as in ``sampling``."""
+    """Sampling temperature; unset: that of ``sampling``."""
     max_tokens: int | None = Field(default=None, ge=1)
+    """Longest rollout in tokens; unset: that of ``sampling``."""
     max_solve_rate: float = Field(default=5 / 16, gt=0, le=1)
-    """Keep problems whose share of right answers is below this."""
+    """Keep problems whose share of correct rollouts is below this."""
     min_format_rate: float = Field(default=0.5, ge=0, le=1)
-    """Keep problems of which at least this share of answers could be parsed. The paper asks for
+    """Keep problems of which at least this share of rollouts could be parsed. The paper asks for
     well-formatted answers and gives no figure."""
     critic: bool = True
-    """Keep problems that the recipe's critic solves: asked about a wrong answer, it ends in the
-    right one."""
+    """Keep problems that the recipe's critic solves: its critique of an incorrect rollout ends in the
+    right answer."""
     critic_answers: int = Field(default=1, ge=1)
-    """Wrong answers that the critic is asked about at most; one critique that ends right suffices."""
+    """Largest number of incorrect rollouts that the critic critiques; one right critique suffices."""
     seed: int = Field(default=0, ge=0)
-    """Of the sampling."""
+    """Seed of the sampling."""
     split: Splitting = Splitting()
+    """How the selected problems are split."""
 
 
-MARKED_BY_PROGRAM = ("lab", "chain_sums")
-"""Kinds of data whose answers a program can mark."""
+ORACLE_DATA = ("lab", "chain_sums")
+"""Types of data with an oracle, a program that can critique rollouts."""

@@ -1,4 +1,4 @@
-"""Sections of a recipe that say who samples the answers."""
+"""Defines ``[engine]``: what samples the rollouts."""
 
 from __future__ import annotations
 
@@ -10,42 +10,44 @@ from selfteach.config.schema import Section
 
 
 class TransformersEngineConfig(Section):
-    """The very model that trains, in this process."""
+    """Samples with the model that trains, in the trainer's process."""
 
     type: Literal["transformers"] = "transformers"
+    """The model that trains."""
 
 
 class VllmEngineConfig(Section):
-    """What both ways to vLLM have in common."""
+    """Holds what both vLLM engines have in common."""
 
     tolerance: float = Field(default=0.5, gt=0)
-    """How far the engine's log-probabilities of a fixed prompt may be from the trainer's after new
-    weights, in nats: more, and the run ends. 0.001 where both compute in float32."""
+    """Largest difference, in nats, between the engine's and the trainer's log-probabilities of a fixed
+    prompt after a weight sync; beyond it the run ends. 0.001 where both compute in float32."""
 
 
 class VllmServerConfig(VllmEngineConfig):
-    """A vLLM server over HTTP, on this machine or another."""
+    """Samples with a vLLM server over HTTP, on this machine or another."""
 
     type: Literal["vllm_server"]
+    """A vLLM server."""
     url: str = "http://127.0.0.1:8000"
-    """Where it listens, without ``/v1``."""
+    """Address of the server, without ``/v1``."""
     model: str
-    """What the server calls the model (``--served-model-name``)."""
+    """Name of the model at the server (``--served-model-name``)."""
     api_key_env: str | None = None
-    """The environment variable that holds the key; the key itself is never written anywhere."""
+    """Environment variable that holds the key; the key itself is never written anywhere."""
     folder: str | None = None
-    """Where new weights are left for the server, which must see it under this name; by default one in
-    this machine's folder for temporary files."""
+    """Folder through which new weights reach the server, which must see it under the same path; unset:
+    a folder for temporary files on this machine."""
     concurrency: int = Field(default=64, ge=1)
-    """Answers that are asked for at a time."""
+    """Requests in flight at a time."""
     timeout_seconds: float = Field(default=600.0, gt=0)
-    """Of one answer, and of loading new weights."""
+    """Longest wait for one rollout, or for a weight sync."""
     patience_seconds: float = Field(default=120.0, ge=0)
-    """How long a server may be gone in the middle of a batch."""
+    """How long the server may be unreachable in the middle of a batch before the run ends."""
 
     @field_validator("url")
     @classmethod
-    def _an_address(cls, url: str) -> str:
+    def _check_url(cls, url: str) -> str:
         if not url.startswith(("http://", "https://")):
             raise ValueError("write it like http://127.0.0.1:8000")
         if url.rstrip("/").endswith("/v1"):
@@ -54,19 +56,21 @@ class VllmServerConfig(VllmEngineConfig):
 
 
 class VllmProcessConfig(VllmEngineConfig):
-    """vLLM in this process, on the trainer's own device."""
+    """Samples with vLLM in the trainer's process, on the trainer's device."""
 
     type: Literal["vllm"]
+    """An engine in this process."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the engine computes in; ``auto`` is the checkpoint's own."""
+    """Data type of the engine; ``auto``: the checkpoint's."""
     gpu_memory_utilization: float = Field(default=0.4, gt=0, le=1)
-    """Share of the device's memory that is the engine's while it is awake."""
+    """Share of the device's memory that the engine takes while it is awake."""
     max_num_seqs: int = Field(default=256, ge=1)
-    """Answers decoded side by side."""
+    """Rollouts decoded at a time."""
     enforce_eager: bool = False
-    """No CUDA graphs, no compiling: slower, and ready sooner."""
+    """Use neither CUDA graphs nor compilation: slower sampling, faster start."""
     sleep: bool = True
-    """On CUDA: give memory back while others work (weights go to the host, the cache is dropped)."""
+    """On CUDA: free the engine's memory while the trainer trains (weights move to the host, the KV
+    cache is dropped)."""
 
 
 EngineConfig = Annotated[

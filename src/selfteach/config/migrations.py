@@ -1,8 +1,8 @@
 """Read recipes and run folders written before names changed: the one table of old and new names.
 
 Every reader of a recipe, a config.json, metrics.jsonl, rollouts or critiques passes what it has read
-through a function of this module. Each renamed recipe key is reported once, in one line, by the logger
-``selfteach`` (Python prints its warnings to stderr unless logging is configured).
+through a function of this module. Each renamed recipe key is reported once per file, in one line, by
+the logger ``selfteach`` (Python prints its warnings to stderr unless logging is configured).
 """
 
 from __future__ import annotations
@@ -14,49 +14,65 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from selfteach.errors import RecipeError
+
 log = logging.getLogger("selfteach")
 
 
 @dataclass(frozen=True, slots=True)
 class RenamedKey:
-    """A recipe key that has another name now, and possibly other values."""
+    """Describes a recipe key that has another name now, and possibly other values."""
 
     section: str
     """Dotted path of the table that holds the key."""
     old: str
     new: str
     convert: Callable[[Any], Any] = lambda value: value
-    """From the old value to the new one."""
+    """Maps an old value to the new one."""
+    note: str = ""
+    """How values have changed, for the reference of recipe keys."""
 
 
-def _one_more(value: Any) -> Any:
+def _add_one(value: Any) -> Any:
     return value + 1 if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _values(**names: str) -> Callable[[Any], Any]:
+def _rename_values(**names: str) -> Callable[[Any], Any]:
     return lambda value: names.get(value, value) if isinstance(value, str) else value
 
 
 def _on_failure(value: Any) -> Any:
-    rename = _values(fall_back="fallback")
+    rename = _rename_values(fall_back="fallback")
     return {k: rename(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _distillation(section: str) -> tuple[RenamedKey, ...]:
     return (
-        RenamedKey(section, "gate", "train_on", _values(wrong="incorrect", right="correct")),
+        RenamedKey(
+            section,
+            "gate",
+            "train_on",
+            _rename_values(wrong="incorrect", right="correct"),
+            '`"wrong"` is `"incorrect"`, `"right"` is `"correct"`',
+        ),
         RenamedKey(section, "spans", "changed_steps_fraction"),
     )
 
 
 def _grpo(section: str) -> tuple[RenamedKey, ...]:
     return (
-        RenamedKey(section, "normalise", "scale_rewards", _values(std="group")),
+        RenamedKey(
+            section,
+            "normalise",
+            "scale_rewards",
+            _rename_values(std="group"),
+            '`"std"` is `"group"`',
+        ),
         RenamedKey(section, "kl_weight", "kl_coef"),
     )
 
 
-RECIPE_KEYS = (
+RECIPE_KEYS: tuple[RenamedKey, ...] = (
     RenamedKey("train", "answers_per_problem", "group_size"),
     RenamedKey("train", "updates_per_batch", "num_iterations"),
     RenamedKey("sampling", "batch_answers", "batch_size"),
@@ -67,9 +83,9 @@ RECIPE_KEYS = (
     *_grpo("objective"),
     *_distillation("objective.distillation"),
     *_grpo("objective.grpo"),
-    RenamedKey("critic", "retries", "max_attempts", _one_more),
+    RenamedKey("critic", "retries", "max_attempts", _add_one, "one more: counts the first request"),
     RenamedKey("critic", "max_retries", "http_retries"),
-    RenamedKey("critic", "on", "on_failure", _on_failure),
+    RenamedKey("critic", "on", "on_failure", _on_failure, '`"fall_back"` is `"fallback"`'),
     RenamedKey("critic", "fall_back", "fallback"),
     RenamedKey("critic", "ask_first", "healthcheck"),
     RenamedKey("critic", "store", "reply_cache"),
@@ -81,7 +97,15 @@ RECIPE_KEYS = (
 )
 """Renamed keys of one run's recipe."""
 
-RECIPE_VALUES = (RenamedKey("model.thinking", "boundary", "boundary", _values(own="teacher")),)
+RECIPE_VALUES = (
+    RenamedKey(
+        "model.thinking",
+        "boundary",
+        "boundary",
+        _rename_values(own="teacher"),
+        '`"own"` is `"teacher"`',
+    ),
+)
 """Keys that kept their name and have other values."""
 
 SELECT_KEYS = (
@@ -113,23 +137,37 @@ METRICS = {
 """Metrics and budget entries, old name to new."""
 
 METRIC_PREFIXES = {"no_critique/": "critique_failure/"}
+"""Beginnings of metric names, old to new."""
 
 FOLDERS = {"rollouts": "answers", "samples": "lessons"}
-"""Folders inside a run folder, new name to old."""
+"""Subfolders of a run folder, new name to old."""
 
 
 def migrate_recipe(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """A recipe's tables with today's keys and values; ``where`` names the file in the report."""
+    """Return a recipe's tables with today's keys and values; ``where`` names the file in the log line.
+
+    Raises `RecipeError` if a table holds a key under its old and its new name.
+    """
     return _renamed(values, (*RECIPE_KEYS, *RECIPE_VALUES), where)
 
 
 def migrate_select(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """A ``[select]`` table with today's keys."""
+    """Return a ``[select]`` table with today's keys."""
     return _renamed(values, SELECT_KEYS, where, "select.")
 
 
+def migrate_recipe_file(tables: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return a recipe file, or one ``--set`` setting as nested tables, with today's keys and values.
+
+    Layers must be migrated before they are merged: a new name in one overrides an old name in another.
+    Raises `RecipeError` as `migrate_recipe` does.
+    """
+    overrides = {name: tables[name] for name in ("arms", "variants", "select") if name in tables}
+    return {**migrate_recipe(tables, where), **migrate_study(overrides, where)}
+
+
 def migrate_config(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """A run folder's config.json: a recipe, or a selection with its recipe."""
+    """Return a run folder's config.json (a recipe, or a selection with its recipe), keys migrated."""
     if "recipe" in config and "select" in config:
         return {
             **config,
@@ -140,7 +178,7 @@ def migrate_config(config: Mapping[str, Any], where: str = "") -> dict[str, Any]
 
 
 def migrate_study(study: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """A study as study.json or `config.recipe_file` holds it: every layer of overrides."""
+    """Return a study as study.json holds it, every layer of overrides with today's keys and values."""
     new = dict(study)
     if "common" in new:
         new["common"] = migrate_recipe(new["common"], where)
@@ -154,12 +192,12 @@ def migrate_study(study: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def migrate_metrics(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of metrics.jsonl, or a budget, with today's names."""
+    """Return a row of metrics.jsonl, or a budget, with today's names."""
     return {_metric(name): value for name, value in row.items()}
 
 
 def migrate_results(results: Mapping[str, Any]) -> dict[str, Any]:
-    """A results.json, its budgets with today's names."""
+    """Return a results.json, its budgets with today's names."""
     new = {**results, "arms": {arm: _budgeted(v) for arm, v in results.get("arms", {}).items()}}
     if isinstance(results.get("variants"), Mapping):
         new["variants"] = {name: migrate_results(v) for name, v in results["variants"].items()}
@@ -167,20 +205,20 @@ def migrate_results(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def migrate_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a run's rollouts."""
+    """Return a row of a run's rollouts with today's names."""
     return {("token_ids" if name == "answer_ids" else name): v for name, v in row.items()}
 
 
 def migrate_usage(usage: Mapping[str, Any]) -> dict[str, Any]:
-    """The usage of a critique."""
+    """Return the usage of a critique with today's names."""
     names = {"asked": "requests", "reused": "cached"}
     return {names.get(name, name): value for name, value in usage.items()}
 
 
 def run_subfolder(run: Path, name: str) -> Path:
-    """``run/name``; the old name of it in a run folder that was begun with that one."""
-    old = run / FOLDERS.get(name, name)
-    return old if old.exists() and not (run / name).exists() else run / name
+    """Return ``run/name``, or the subfolder's old name in a run folder that was created with it."""
+    old_path = run / FOLDERS.get(name, name)
+    return old_path if old_path.exists() and not (run / name).exists() else run / name
 
 
 def _renamed(
@@ -188,30 +226,34 @@ def _renamed(
 ) -> dict[str, Any]:
     new = dict(values)
     for key in keys:
-        holder, path = new, [part for part in key.section.split(".") if part]
-        for part in path:
-            inner = holder.get(part)
+        table, path = new, [name for name in key.section.split(".") if name]
+        for name in path:
+            inner = table.get(name)
             if not isinstance(inner, Mapping):
                 break
-            holder[part] = inner = dict(inner)
-            holder = inner
+            table[name] = inner = dict(inner)
+            table = inner
         else:
-            _rename(holder, key, where, prefix)
+            _rename(table, key, where, prefix)
     return new
 
 
 def _rename(table: dict[str, Any], key: RenamedKey, where: str, prefix: str) -> None:
-    if key.old not in table or (key.new in table and key.old != key.new):
-        return
-    old = table[key.old]
-    value = key.convert(old)
-    if key.old == key.new and value == old:
+    if key.old not in table:
         return
     section = prefix + (f"{key.section}." if key.section else "")
-    changed = isinstance(value, str | int) and value != old
+    if key.old != key.new and key.new in table:
+        raise RecipeError(
+            f"{section}{key.old} is now {section}{key.new}, and both are set: remove {key.old}"
+        )
+    old_value = table[key.old]
+    value = key.convert(old_value)
+    if key.old == key.new and value == old_value:
+        return
+    changed = isinstance(value, str | int) and value != old_value
     report(
         where,
-        f"{section}{key.old}" + (f" = {old!r}" if changed else ""),
+        f"{section}{key.old}" + (f" = {old_value!r}" if changed else ""),
         f"{section}{key.new}" + (f" = {value!r}" if changed else ""),
     )
     # In the old key's place, so that a recipe that is written again keeps its order.
@@ -222,7 +264,7 @@ def _rename(table: dict[str, Any], key: RenamedKey, where: str, prefix: str) -> 
 
 @cache
 def report(where: str, old: str, new: str) -> None:
-    """Report a renamed key, once for each file."""
+    """Log a renamed key, once for each file."""
     log.warning("%s%s is now %s", f"{where}: " if where else "", old, new)
 
 

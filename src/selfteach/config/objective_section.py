@@ -1,4 +1,4 @@
-"""Sections of a recipe that say what is minimised, and on which tokens."""
+"""Defines ``[objective]``: what is minimised, and on which tokens."""
 
 from __future__ import annotations
 
@@ -10,83 +10,101 @@ from selfteach.config.schema import Section
 
 
 class DistillationConfig(Section):
-    """Move the student towards the self-teacher."""
+    """Moves the student towards the self-teacher, token by token."""
 
     type: Literal["distillation"] = "distillation"
+    """Self-distillation."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
-    """forward_kl = KL(teacher‖student), reverse_kl = KL(student‖teacher)."""
+    """``forward_kl`` is KL(teacher ‖ student), ``reverse_kl`` KL(student ‖ teacher)."""
     beta: float = 0.5
+    """The teacher's share of the JSD's mixture, strictly between 0 and 1."""
     jsd_scaled: bool = False
-    """Divide the JSD by β(1−β): the convention whose ends are the two KLs."""
+    """Divide the JSD by β(1−β), so that its limits at 0 and 1 are the two KLs."""
     support: Literal["full", "top_k", "sampled"] = "full"
+    """Vocabulary entries in the divergence: all, ``top_k`` and a bucket for the rest, or the sampled
+    token alone."""
     top_k: int | None = Field(default=None, ge=1)
+    """Number of entries of ``support = "top_k"``."""
     top_k_from: Literal["student", "teacher"] = "student"
+    """Whose likeliest tokens are the top k."""
     clip: float | None = Field(default=None, gt=0)
-    """Upper cap of each vocabulary entry's term (OPSD: 0.05)."""
+    """Cap, in nats, on each vocabulary entry's term (OPSD: 0.05)."""
     temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of student and teacher; the loss is not rescaled by its square."""
     control_variate: bool = False
+    """Add KL(student ‖ teacher) to the sampled token's reward (``reverse_kl`` with ``support =
+    "sampled"``): less variance, the same expected gradient."""
     train_on: Literal["all", "incorrect", "correct"] = "all"
     """Rollouts that are distilled, by their verdict (SDPG: ``correct``)."""
     from_first_error: bool = False
-    """Only tokens from the first wrong step on (ROSD); right answers then teach nothing."""
+    """Train only on tokens from the first wrong step on (ROSD); correct rollouts then have no loss."""
     changed_steps_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Only steps that the critique changes, and of their tokens the earliest, up to this share of the
-    answer's (TRACE: 0.25). A token has to pass all gates."""
+    """Train only on steps that the critique changes, and of their tokens on the earliest, up to this
+    share of the rollout's tokens (TRACE: 0.25). A token has to pass all masks."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Mean over all tokens of the batch, or over rollouts of each rollout's mean."""
     importance_cap: float | None = Field(default=None, gt=0)
-    """Truncated importance weight min(π_train/π_engine, cap) on every token."""
+    """Truncated importance weight min(π_train/π_engine, cap) on every token; unset: no weight."""
 
     @property
     def needs_critique(self) -> bool:
-        """True if a gate asks where the answer is wrong."""
+        """Return True if a token mask depends on where the rollout is wrong."""
         return self.from_first_error or self.changed_steps_fraction is not None
 
 
 class GrpoConfig(Section):
-    """Group-relative policy optimisation on the binary verdict."""
+    """Minimises the clipped surrogate of GRPO with the binary verdict as reward."""
 
     type: Literal["grpo"] = "grpo"
+    """Group-relative policy optimisation."""
     scale_rewards: Literal["group", "none"] = "group"
     """Divide a group's advantages by its standard deviation (``group``), or do not."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """Lower clip range: the policy ratio is clipped at 1 − this."""
     clip_high: float = Field(default=0.2, ge=0)
+    """Upper clip range: the policy ratio is clipped at 1 + this."""
     kl_coef: float = Field(default=0.0, ge=0)
-    """Weight of the k3 estimate of KL(policy‖initial policy)."""
+    """Weight of the k3 estimate of KL(policy ‖ initial policy)."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Mean over all tokens of the batch, or over rollouts of each rollout's mean."""
     importance_cap: float | None = Field(default=None, gt=0)
+    """Truncated importance weight min(π_train/π_engine, cap) on every token; unset: no weight."""
 
 
 class WeightConfig(Section):
-    """A weight that changes in a straight line over steps; a plain number stays as it is."""
+    """Sets a weight that changes linearly over steps; a plain number stands for a constant."""
 
     start: float = Field(ge=0)
-    """In the first step."""
+    """Weight in the first step."""
     end: float = Field(ge=0)
-    """In step number ``steps``, and after it."""
+    """Weight in step number ``steps`` and after it."""
     steps: int | None = Field(default=None, ge=2)
-    """By default all of the run's."""
+    """Steps from ``start`` to ``end``; unset: all of the run's."""
 
 
 class HybridConfig(Section):
-    """``weight`` times distillation plus ``grpo_weight`` times GRPO, each a mean of its own."""
+    """Minimises ``weight`` times distillation plus ``grpo_weight`` times GRPO, each a separate mean."""
 
     type: Literal["hybrid"]
+    """Distillation and GRPO together."""
     weight: WeightConfig = WeightConfig(start=0.5, end=0.5)
-    """Of distillation: a number, or ``{ start = 1.0, end = 0.0, steps = 40 }``."""
+    """Weight of distillation: a number, or ``{ start = 1.0, end = 0.0, steps = 40 }``."""
     grpo_weight: float | None = Field(default=None, ge=0)
-    """By default 1 − ``weight``: a mixture of both."""
+    """Weight of GRPO; unset: 1 − ``weight``, a mixture of both."""
     grpo_tokens: Literal["all", "others"] = "all"
-    """``others``: GRPO leaves out the tokens that distillation has (TRACE)."""
+    """Tokens with a GRPO loss; ``others`` leaves out those that are distilled (TRACE)."""
     distillation: DistillationConfig = DistillationConfig()
+    """Settings of the distillation term."""
     grpo: GrpoConfig = GrpoConfig()
+    """Settings of the GRPO term; ``kl_coef`` must be 0."""
 
     @field_validator("weight", mode="before")
     @classmethod
-    def _constant(cls, value: object) -> object:
+    def _expand_constant(cls, value: object) -> object:
         return {"start": value, "end": value} if isinstance(value, int | float) else value
 
     @model_validator(mode="after")
-    def _sensible(self) -> HybridConfig:
+    def _check_weights(self) -> HybridConfig:
         if self.grpo_weight is None and max(self.weight.start, self.weight.end) > 1:
             raise ValueError("weight is above 1: a mixture goes from 0 to 1; or name a grpo_weight")
         if self.grpo.kl_coef > 0:
@@ -103,7 +121,7 @@ ObjectiveConfig = Annotated[
 
 
 def terms(objective: ObjectiveConfig) -> tuple[DistillationConfig | None, GrpoConfig | None]:
-    """What an objective holds of distillation and of GRPO."""
+    """Return the distillation and the GRPO section of an objective; None for one it lacks."""
     match objective:
         case HybridConfig():
             return objective.distillation, objective.grpo

@@ -1,4 +1,4 @@
-"""What one run is, as data: strict sections with their defaults; nothing here imports torch."""
+"""Defines the recipe of one run as data: strict sections with their defaults; imports no torch."""
 
 from __future__ import annotations
 
@@ -29,140 +29,160 @@ ContextName = Literal[
     "environment",
 ]
 CONTEXTS: tuple[ContextName, ...] = get_args(ContextName)
-DIAL = "partly_aligned"
-"""The context that has positions, from the reference (0) to the critique (1)."""
+PARTLY_ALIGNED = "partly_aligned"
+"""The context with a degree of alignment, from the reference (0) to the critique (1)."""
 
 
 class LoraConfig(Section):
-    """Low-rank adapters through PEFT; the teacher of the initial policy is then the adapter off."""
+    """Trains low-rank adapters through PEFT; the initial teacher is then the model without them."""
 
     rank: int = Field(default=64, ge=1)
+    """Rank of the adapters."""
     alpha: float = Field(default=128, gt=0)
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
     targets: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+    """Names of the linear layers that get adapters."""
 
 
 class ThinkingConfig(Section):
-    """For models that can think before they answer; others take no notice.
+    """Turns thinking on or off, for models whose chat template can.
 
     With ``student = false`` and ``teacher = true`` the teacher expects a thought where the student
     wrote its answer: see ``boundary``.
     """
 
     student: bool | None = None
-    """None: whatever the model's chat template does by itself."""
+    """``enable_thinking`` of the student's prompt; unset: the chat template's default."""
     teacher: bool | None = None
+    """``enable_thinking`` of the teacher's prompt; unset: the chat template's default."""
     boundary: Literal["student", "teacher"] = "student"
-    """What stands between the teacher's prompt and the answer it scores, where the two are asked
-    differently: the student's header (with Qwen3 and ``student = false`` an empty thought), or the
-    teacher's own, after which it expects another first token than the student's."""
+    """Whose header stands between the teacher's prompt and the rollout, where the two differ: the
+    student's (with Qwen3 and ``student = false`` an empty thought), or the teacher's, after which it
+    expects another first token than the student's."""
     scored: bool = True
-    """False: only tokens behind the thought count."""
+    """Train on the tokens of the thought too; false: only on those after it."""
     tags: tuple[str, str] = ("<think>", "</think>")
-    """What the model writes around a thought. Verifier, critic and steps see what follows it."""
+    """Opening and closing tag of a thought. Verifier and critic see what follows it."""
 
 
 class ModelConfig(Section):
-    """The solver."""
+    """Names the model that trains, and how it is loaded."""
 
     path: str = "lab:two_styles"
-    """A Hugging Face id, a folder, ``lab:WORLD`` for a base model of the lab, or
-    ``package:NAME`` for a folder inside an installed Python package."""
+    """Hugging Face id, folder, ``lab:WORLD`` for a base model of the lab, or ``package:NAME`` for a
+    folder inside an installed Python package."""
     gguf_file: str | None = None
     """Name of a GGUF file inside ``path``; its weights are dequantised."""
     templates: str | None = None
-    """Template set (``steps``, ``free``, ``chain_sums``, ``lab``, or a folder of your own, named with
-    a slash, whose files override those of ``steps``); by default what the data needs."""
+    """Prompt templates: ``steps``, ``free``, ``chain_sums``, ``lab``, or a folder (named with a slash)
+    whose files override those of ``steps``; unset: what the data needs."""
     system: str | None = None
-    """System prompt of solver and teacher, in place of the chat template's own. Where a chat template
-    has no such role it stands before the first question."""
+    """System prompt of student and teacher, in place of the chat template's. Without a system role it
+    stands before the first question."""
     thinking: ThinkingConfig = ThinkingConfig()
+    """Whether student and teacher think before they answer."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the weights."""
     autocast: Literal["auto", "bfloat16"] | None = None
-    """Products in bfloat16 while weights stay as they are; ``auto``: where the device multiplies
-    bfloat16 itself, which most processors do not (`products.multiplies_halves`); ``false``: nowhere.
-    A processor that does rounds logits to bfloat16 too, an eighth of a distillation's gradient where
-    teacher and student differ little; elsewhere they come in float32."""
+    """Multiply matrices in bfloat16 while weights keep their dtype; ``auto``: where the device has
+    bfloat16 matmul, which most CPUs lack; ``false``: never. On such a CPU logits are rounded to
+    bfloat16 too (up to an eighth of a distillation's gradient where teacher and student differ little);
+    on a GPU they are float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device of the model; ``auto``: CUDA where there is one, else the CPU; ``mps`` is refused."""
     lora: LoraConfig | None = None
-    """``lora = false`` in an arm or variant takes adapters away again: full weights."""
+    """Adapters to train instead of the full weights; ``lora = false`` in an arm or variant removes
+    them."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
 
     @field_validator("lora", "autocast", mode="before")
     @classmethod
     def _false_is_none(cls, value: object) -> object:
-        """TOML has no null, and an override must be able to say none."""
+        """Read false as None: TOML has no null, and an override must be able to unset a key."""
         return None if value is False else value
 
 
 class SamplingConfig(Section):
-    """How the solver answers while it learns."""
+    """Sets how training rollouts are sampled."""
 
     temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
     max_tokens: int = Field(default=64, ge=1)
+    """Longest rollout in tokens."""
     batch_size: int = Field(default=256, ge=1)
-    """Answers decoded side by side; also the unit that is saved before it is used."""
+    """Rollouts decoded together; also the unit that is saved before it is used."""
     separate_copy: bool = False
-    """Sample with a copy of the weights, so that sampling and learning can go on at the same time: for
+    """Sample with a copy of the weights, so that sampling and training can overlap: for
     ``train.staleness`` above 0, on a machine with cores or memory to spare."""
 
 
 class ContextConfig(Section):
-    """What the self-teacher is shown."""
+    """Sets what the self-teacher is shown."""
 
     type: ContextName = "step_aligned"
+    """What the teacher's prompt holds besides the question."""
     fallback: ContextName | None = None
-    """What is shown of an answer that has no context of this type (SDPO: ``environment`` where no
-    ``peer`` is right)."""
+    """Context of a rollout that has none of type ``type`` (SDPO: ``environment`` where no ``peer`` is
+    correct)."""
     alignment: float = Field(default=0.5, ge=0, le=1)
-    """Of ``partly_aligned`` (the lab): the share of the critique's steps that keep the answer's own
-    words and place; the others stand in the reference's. 1 is step_aligned, 0 the reference."""
+    """For ``partly_aligned`` (the lab): share of the critique's steps that keep the rollout's words and
+    order; the others take the reference's. 1 is ``step_aligned``, 0 the reference."""
 
     @property
     def label(self) -> str:
-        """The kind, with its position where it is the dial: ``partly_aligned@0.6``."""
-        return f"{DIAL}@{self.alignment:g}" if self.type == DIAL else self.type
+        """Return the type, with its degree where it has one: ``partly_aligned@0.6``."""
+        partly = self.type == PARTLY_ALIGNED
+        return f"{PARTLY_ALIGNED}@{self.alignment:g}" if partly else self.type
 
     @property
     def names(self) -> tuple[ContextName, ...]:
-        """All kinds that may be shown."""
+        """Return all types that may be shown."""
         return (self.type,) if self.fallback is None else (self.type, self.fallback)
 
     @model_validator(mode="after")
-    def _two_kinds(self) -> ContextConfig:
+    def _check_fallback(self) -> ContextConfig:
         if self.fallback is not None and self.fallback in (self.type, "none"):
             raise ValueError('fallback is another context than type, and not "none"')
         return self
 
 
 class InitialTeacher(Section):
-    """The frozen initial policy."""
+    """Teaches with the frozen initial policy."""
 
     type: Literal["initial"] = "initial"
+    """The initial policy."""
 
 
 class LiveTeacher(Section):
-    """The current policy."""
+    """Teaches with the current policy."""
 
     type: Literal["live"]
+    """The current policy."""
 
 
 class EmaTeacher(Section):
-    """An exponential moving average of the weights, updated after each optimizer step."""
+    """Teaches with an exponential moving average of the weights, updated after each optimizer step."""
 
     type: Literal["ema"]
+    """An exponential moving average."""
     rate: float = Field(default=0.05, gt=0, le=1)
     """Share of the new weights in each update."""
 
 
 class TrustRegionTeacher(Section):
-    """Logits between the initial policy's and the live policy's."""
+    """Teaches with a mix of the initial policy's and the current policy's logits."""
 
     type: Literal["trust_region"]
+    """A mix of logits."""
     student_mix: float = Field(default=0.5, ge=0, le=1)
+    """Share of the current policy's logits."""
 
 
 TeacherConfig = Annotated[
@@ -172,140 +192,161 @@ TeacherConfig = Annotated[
 
 
 class OptimizerConfig(Section):
-    """AdamW."""
+    """Sets AdamW and its learning rate."""
 
     lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """Term added to AdamW's denominator."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
     grad_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Updates over which the learning rate grows linearly to ``lr``."""
     decay: Literal["constant", "linear"] = "constant"
+    """Course of the learning rate; ``linear`` falls to 0 after the last update."""
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """Sets the training loop."""
 
     steps: int = Field(default=60, ge=0)
+    """Number of training steps."""
     problems_per_step: int = Field(default=16, ge=1)
+    """Problems sampled in each step."""
     group_size: int = Field(default=8, ge=1)
+    """Rollouts of each problem."""
     num_iterations: int = Field(default=1, ge=1)
+    """Optimizer updates made with each step's rollouts."""
     staleness: int = Field(default=0, ge=0)
-    """How many steps old the weights are that answer. 0: each step is over before the next begins. 1: a
-    step is marked while another one learns; 2 and more: sampling is further ahead."""
+    """Steps by which the sampling weights may lag. 0: each step ends before the next begins. 1: a step
+    is critiqued while another one trains; 2 and more: sampling runs further ahead."""
     micro_batch_tokens: int = Field(default=16_384, ge=1)
-    """Padded tokens (prompt and answer, student and teacher) in one forward pass."""
+    """Padded tokens (prompt and rollout, student and teacher) in one forward pass."""
     max_length: int | None = Field(default=None, ge=2)
-    """Longest prompt with answer, in tokens; by default what the model was built for. A sample that
-    does not fit is dropped and counted, never cut."""
+    """Longest prompt with rollout, in tokens; unset: the model's context length. A sample that does not
+    fit is dropped and counted, never cut."""
     checkpoint_every: int = Field(default=10, ge=1)
+    """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=1, ge=1)
+    """Number of latest checkpoints that are kept."""
     threads: int | None = Field(default=None, ge=1)
-    """torch threads of a run; by default all cores for one run, one each in a study."""
+    """Threads of torch in a run; unset: all cores for a single run, one each in a study."""
 
 
 class DistributedConfig(Section):
-    """How ranks that torchrun has started train together; without torchrun there is one."""
+    """Sets how the ranks of a torchrun job train together."""
 
     shard: Literal["none", "full"] = "none"
     """``none``: every rank holds the whole model, gradients are summed. ``full``: weights, gradients,
-    moments and teacher lie in pieces on all ranks (FSDP2)."""
+    optimizer state and teacher are sharded over all ranks (FSDP2)."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
-    """What sharded weights are gathered and multiplied in; by default as they are stored."""
+    """Data type in which sharded weights are gathered and multiplied; unset: as stored."""
     reduce_dtype: Literal["float32", "bfloat16"] | None = None
-    """What gradients of sharded weights are summed in; by default as param_dtype."""
+    """Data type in which gradients of sharded weights are summed; unset: ``param_dtype``."""
     timeout_seconds: float = Field(default=3600.0, gt=0)
-    """How long a rank waits for the others, a slow critic's included, before the job ends."""
+    """How long a rank waits for the others, slow critics included, before the job ends."""
 
     @model_validator(mode="after")
-    def _of_shards(self) -> DistributedConfig:
+    def _check_dtypes(self) -> DistributedConfig:
         if self.shard == "none" and (self.param_dtype or self.reduce_dtype):
-            raise ValueError('param_dtype and reduce_dtype are of shard = "full"')
+            raise ValueError('param_dtype and reduce_dtype need shard = "full"')
         return self
 
 
 class EvaluationConfig(Section):
-    """What is measured, and when. Nothing is ever selected on the test problems."""
+    """Sets what is evaluated, and when. Nothing is ever selected on the test problems."""
 
     every: int = Field(default=10, ge=1)
-    """Steps between points of the learning curve, on validation problems."""
+    """Steps between evaluations on the validation problems."""
     validation_k: int = Field(default=4, ge=1)
+    """Rollouts of each validation problem."""
     test_k: int = Field(default=12, ge=1)
-    """Answers per test problem: Avg@k, Pass@k and Maj@k."""
+    """Rollouts of each test problem: the k of Avg@k, Pass@k and Maj@k."""
     temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of evaluations."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """By default as in training."""
+    """Longest rollout in tokens; unset: that of ``sampling``."""
     test: bool = True
-    """Score the test problems once, after the last step."""
+    """Evaluate on the test problems once, after the last step."""
 
 
 class TrackingConfig(Section):
-    """Where numbers go besides metrics.jsonl; nothing leaves the machine unless it is asked for."""
+    """Sets where metrics go besides metrics.jsonl; by default nothing leaves the machine."""
 
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that receive the metrics."""
     project: str = Field(default="selfteach", min_length=1)
-    """Under which Weights & Biases and trackio file their runs."""
+    """Name of the project at Weights & Biases and trackio."""
 
 
 class Recipe(Section):
-    """One run: one arm, one seed."""
+    """Describes one run: one arm, one seed."""
 
     seed: int = Field(default=0, ge=0)
+    """Seed of sampling, problem order and everything else that is random."""
     model: ModelConfig = ModelConfig()
+    """The model that trains."""
     data: DataConfig = LabData()
+    """Where problems come from."""
     sampling: SamplingConfig = SamplingConfig()
+    """How training rollouts are sampled."""
     engine: EngineConfig = TransformersEngineConfig()
+    """What samples the rollouts."""
     critic: CriticConfig | None = None
+    """What critiques the rollouts; ``critic = false`` in an arm removes it."""
     context: ContextConfig = ContextConfig(type="none")
+    """What the self-teacher is shown."""
     teacher: TeacherConfig = InitialTeacher()
+    """Whose weights the self-teacher has."""
     objective: ObjectiveConfig = DistillationConfig()
+    """What is minimised."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its learning rate."""
     train: TrainConfig = TrainConfig()
+    """The training loop."""
     distributed: DistributedConfig = DistributedConfig()
+    """How ranks train together."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """What is evaluated, and when."""
     tracking: TrackingConfig = TrackingConfig()
+    """Where metrics go."""
 
     @field_validator("critic", mode="before")
     @classmethod
     def _false_is_none(cls, value: object) -> object:
-        """``critic = false`` in an arm takes away the critic that others share."""
+        """Read false as None: ``critic = false`` in an arm removes the critic that others share."""
         return None if value is False else value
 
     @model_validator(mode="before")
     @classmethod
     def _default_types(cls, values: Any) -> Any:
-        """A section that names no ``type`` is of the default one: ``objective.train_on=incorrect`` suffices."""
+        """Give a section without ``type`` the default: ``objective.train_on=incorrect`` suffices."""
         if not isinstance(values, Mapping):
             return values
-        defaults = {
-            "data": "lab",
-            "engine": "transformers",
-            "critic": "oracle",
-            "teacher": "initial",
-            "objective": "distillation",
-        }
         typed = {
             name: {"type": kind, **values[name]}
-            for name, kind in defaults.items()
+            for name, kind in DEFAULT_TYPES.items()
             if isinstance(values.get(name), Mapping)
         }
         return {**values, **typed}
 
     @model_validator(mode="after")
-    def _sensible(self) -> Recipe:
-        told, rewarded = terms(self.objective)
+    def _check_combinations(self) -> Recipe:
+        distillation, grpo = terms(self.objective)
         for name in self.context.names:
             if name in CRITIC_CONTEXTS and self.critic is None:
                 raise ValueError(f'context "{name}" needs a critic: add [critic] type = "oracle"')
-        if told is None and self.context.type != "none":
+        if distillation is None and self.context.type != "none":
             raise ValueError(f'grpo takes no context, found context "{self.context.type}"')
-        if told is not None and self.train.steps > 0:
-            _can_teach(told, self)
-        few = self.train.group_size < 2
-        if rewarded is not None and few:
-            raise ValueError("grpo needs at least 2 group_size to compare")
-        if "peer" in self.context.names and few:
-            raise ValueError('context "peer" needs at least 2 group_size')
+        if distillation is not None and self.train.steps > 0:
+            _check_distillation(distillation, self)
+        comparing = "grpo" if grpo else 'context "peer"' if "peer" in self.context.names else None
+        if comparing and self.train.group_size < 2:
+            raise ValueError(f"{comparing} needs a train.group_size of at least 2")
         if self.sampling.separate_copy and self.engine.type != "transformers":
             raise ValueError(
                 "sampling.separate_copy is a copy for the engine in this process; "
@@ -314,15 +355,25 @@ class Recipe(Section):
         return self
 
 
-def _can_teach(told: DistillationConfig, recipe: Recipe) -> None:
+DEFAULT_TYPES = {
+    "data": "lab",
+    "engine": "transformers",
+    "critic": "oracle",
+    "teacher": "initial",
+    "objective": "distillation",
+}
+"""The ``type`` of a section that names none."""
+
+
+def _check_distillation(distillation: DistillationConfig, recipe: Recipe) -> None:
     if recipe.context.type == "none":
         raise ValueError(
             'distillation with context "none" has nothing to teach: choose a context, '
             'for example [context] type = "step_aligned"'
         )
-    if told.needs_critique and recipe.critic is None:
-        gate = "from_first_error" if told.from_first_error else "changed_steps_fraction"
-        raise ValueError(f"{gate} needs a critic to say where the first error is")
+    if distillation.needs_critique and recipe.critic is None:
+        key = "from_first_error" if distillation.from_first_error else "changed_steps_fraction"
+        raise ValueError(f"{key} needs a critic to say where the first error is")
 
 
 CRITIC_CONTEXTS = frozenset(

@@ -1,4 +1,4 @@
-"""Settings as data: strict sections, nested overrides, and one line for whatever is wrong."""
+"""Defines strict sections, merges nested overrides, and reports each error in one line."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from selfteach.config.migrations import migrate_recipe_file
 from selfteach.errors import RecipeError
 
 M = TypeVar("M", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values do not change once read."""
+    """Is the base of all sections of a recipe: unknown keys are refused, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries, ``high`` over ``low``; a table with another ``type`` replaces the whole."""
+    """Merge nested tables, ``high`` over ``low``; a table with another ``type`` replaces the whole."""
     if "type" in high and "type" in low and high["type"] != low["type"]:
         return deepcopy(dict(high))
     merged = deepcopy(dict(low))
     for key, value in high.items():
-        old = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping):
-            merged[key] = merge(old, value)
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = merge(below, value)
         else:
             merged[key] = deepcopy(value)
     return merged
 
 
 def parse_setting(setting: str) -> dict[str, Any]:
-    """``a.b=3`` as nested dictionaries; the value is TOML, or a string if it is not valid TOML."""
+    """Parse ``a.b=3`` into nested tables; the value is TOML, or a string if it is not valid TOML.
+
+    Keys with an old name get the new one. Raises `RecipeError` for a setting without key or value.
+    """
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
         raise RecipeError(
@@ -49,13 +53,13 @@ def parse_setting(setting: str) -> dict[str, Any]:
     first, *inner = key.strip().split(".")
     for part in reversed(inner):
         value = {part: value}
-    return {first: value}
+    return migrate_recipe_file({first: value}, "--set")
 
 
 def validate(model: type[M], values: Mapping[str, Any], *, where: str = "") -> M:
-    """Validate, turning pydantic's report into one line with the nearest right key.
+    """Validate ``values``, turning pydantic's report into one line that names the nearest valid key.
 
-    Raises `RecipeError`; ``where`` stands before the line.
+    Raises `RecipeError`; the line begins with ``where``.
     """
     try:
         return model.model_validate(values)
@@ -64,9 +68,9 @@ def validate(model: type[M], values: Mapping[str, Any], *, where: str = "") -> M
         raise RecipeError(f"{where}: {line}" if where else line) from None
 
 
-def nearest(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """A hint: the known word that is most like ``word``, or all of them."""
-    names = list(known)
+def nearest(word: str, choices: Mapping[str, Any] | Sequence[str]) -> str:
+    """Return a hint for an error message: the choice most like ``word``, or all of them."""
+    names = list(choices)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
@@ -76,19 +80,19 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
     path, owners = _walk(model, first["loc"])
     more = f" (and {count - 1} more)" if count > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = [name for owner in owners for name in owner.model_fields]
-        return f"unknown key {path!r}; {nearest(str(first['loc'][-1]), known)}{more}"
+        keys = [name for owner in owners for name in owner.model_fields]
+        return f"unknown key {path!r}; {nearest(str(first['loc'][-1]), keys)}{more}"
     message = first["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(first["input"], dict | BaseModel) else f", found {first['input']!r}"
-    return f"{path + ': ' if path else ''}{message[0].lower() + message[1:]}{found}{more}"
+    value = "" if isinstance(first["input"], dict | BaseModel) else f", found {first['input']!r}"
+    return f"{path + ': ' if path else ''}{message[0].lower() + message[1:]}{value}{more}"
 
 
 def _walk(
     model: type[BaseModel], loc: Sequence[int | str]
 ) -> tuple[str, Sequence[type[BaseModel]]]:
-    """The dotted key of an error's location as a user writes it, and the sections that own its end.
+    """Return the dotted key of an error's location as a user writes it, and the sections that hold it.
 
-    pydantic puts the ``type`` of a section into the location; nobody writes that.
+    pydantic puts the ``type`` of a section into the location; a recipe does not.
     """
     owners: list[type[BaseModel]] = [model]
     written: list[str] = []

@@ -1,1 +1,1 @@
-"""Evaluate a policy: sampled answers, Avg@k, Pass@k, Maj@k, intervals, and scores per token."""
+"""Evaluates a policy: sampled rollouts, Avg@k, Pass@k, Maj@k, intervals, and scores per token."""

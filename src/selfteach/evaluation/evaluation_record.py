@@ -1,4 +1,4 @@
-"""What judged answers to a problem set come to per problem; imports no torch."""
+"""Holds the verdicts of an evaluation and its measures per problem; imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RATES = ("avg", "pass", "maj", "truncated", "format")
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """k judged answers to each of P problems; every list is [P][k]."""
+    """Holds k verified rollouts of each of P problems; every list is [P][k]."""
 
     split: str
     step: int
@@ -30,7 +30,7 @@ class Evaluation:
     lengths: list[list[int]]
 
     def per_problem(self) -> dict[str, np.ndarray]:
-        """avg, pass, maj, truncated and format in percent, length in tokens; each [P]."""
+        """Return avg, pass, maj, truncated and format in percent, length in tokens; each [P]."""
         correct_PK = np.array(self.correct, dtype=float)
         values = {
             "avg": avg_at_k(correct_PK),
@@ -43,24 +43,24 @@ class Evaluation:
         return {name: value * (100 if name in RATES else 1) for name, value in values.items()}
 
     def means(self) -> dict[str, float]:
-        """The same, averaged over problems."""
+        """Return the measures of `per_problem`, averaged over problems."""
         return {name: float(value.mean()) for name, value in self.per_problem().items()}
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the evaluation as plain data."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Evaluation:
-        """From `to_json`."""
+        """Return an evaluation from the data that `to_json` returned."""
         return cls(**data)
 
 
 def evaluation_of(folder: Path, split: str, step: int) -> Evaluation:
-    """An evaluation that a run has saved."""
+    """Read an evaluation that a run has saved."""
     return Evaluation.from_json(read_json(evaluation_path(folder, split, step)))
 
 
 def evaluation_path(folder: Path, split: str, step: int) -> Path:
-    """Where a run keeps an evaluation."""
+    """Return the file of an evaluation in a run folder."""
     return folder / "evaluations" / f"{split}_{step:06d}.json"

@@ -1,8 +1,8 @@
-"""What k answers to each of P problems come to, and how far to trust the mean.
+"""Computes Avg@k, Pass@k and Maj@k of k rollouts per problem, with bootstrap intervals.
 
-Pure functions of numpy arrays; nothing here knows of models, files or arms. Axis letters:
+Pure functions of numpy arrays; nothing here depends on models, files or arms. Axis letters:
 
-    P  problems        K  answers to one problem        S  seeds (training runs)        R  resamples
+    P  problems        K  rollouts of one problem        S  seeds (training runs)        R  resamples
 
 Sources: unbiased Pass@k, Chen et al. (arXiv:2107.03374, eq. 1); resampling rows and columns
 independently, Owen ("The pigeonhole bootstrap", Annals of Applied Statistics, 2007).
@@ -21,13 +21,13 @@ TAILS = (2.5, 97.5)
 """Percentiles that bound a 95 % interval."""
 BLOCK = 1024
 """Resamples drawn at once, so that memory grows with neither resamples nor problems squared."""
-KEPT = 2**22
-"""Draws of at most so many counts are kept for the next table: to draw is nearly all the work."""
+MAX_CACHED_COUNTS = 2**22
+"""Draws of at most so many counts are cached for the next table: drawing takes most of the time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its 95 % interval, all in the unit of the values.
+    """Holds a mean with its 95 % interval, all in the unit of the values.
 
     Example: ``Interval(mean=35.8, low=31.2, high=40.1)``.
     """
@@ -38,12 +38,12 @@ class Interval:
 
 
 def avg_at_k(correct_PK: np.ndarray) -> np.ndarray:
-    """Avg@k: the share of right answers of each problem, [P] in 0..1."""
+    """Return Avg@k: the share of right answers of each problem, [P] in 0..1."""
     return _table(correct_PK, "correct_PK").mean(axis=1)
 
 
 def pass_at_k(correct_PK: np.ndarray, k: int) -> np.ndarray:
-    """Pass@k: the chance that k of a problem's n answers, drawn without return, hold a right one.
+    """Return Pass@k: the chance that k of n answers, drawn without replacement, hold a right one.
 
     1 - C(n-c, k) / C(n, k) with c right answers, [P] in 0..1, as a product of k factors below one,
     so that no binomial is ever formed. With k = n it is plain any-correct, with k = 1 it is Avg@k.
@@ -60,7 +60,7 @@ def pass_at_k(correct_PK: np.ndarray, k: int) -> np.ndarray:
 
 
 def maj_at_k(parsed: Sequence[Sequence[str | None]], correct_PK: np.ndarray) -> np.ndarray:
-    """Maj@k: whether the answer given most often is right, [P] in 0..1.
+    """Return Maj@k: whether the answer given most often is right, [P] in 0..1.
 
     ``parsed`` [P][K] is the verifier's canonical form: equal strings are one answer. None is no
     vote. A tie is split evenly: the value is the share of the top-voted answers that are right. A
@@ -72,24 +72,24 @@ def maj_at_k(parsed: Sequence[Sequence[str | None]], correct_PK: np.ndarray) -> 
 
 
 def bootstrap_mean(values_SP: np.ndarray, *, resamples: int, seed: int) -> Interval:
-    """The mean over seeds and problems, with a 95 % interval for new seeds *and* new problems.
+    """Return the mean over seeds and problems, with a 95 % interval for new seeds *and* new problems.
 
     Every resample draws S seeds and, independently, P problems, both with replacement; the interval
     is that of the resampled means' percentiles. ``values_SP`` holds one value per seed and problem
-    (an Avg@k, say), already averaged over answers.
+    (an Avg@k, say), already averaged over rollouts.
 
     How far to trust it. With S seeds the spread *between seeds* comes out too small by a factor of
     about sqrt((S-1)/S) (0.71 for 2 seeds, 0.89 for 5); with one seed it is not seen at all; and a
     percentile interval does not widen for small samples as Student's t does. The noise of single
     cells, on the other hand, enters with (2-1/S)(2-1/P)-1 times its variance (1 for one seed, 3 for
-    many; Owen), so that with few answers per problem several seeds err on the wide side.
+    many; Owen), so that with few rollouts per problem several seeds err on the wide side.
 
     Raises ValueError for an empty table, for values that are not finite, or without resamples.
     """
     values_SP = _table(values_SP, "values_SP")
     if not np.isfinite(values_SP).all():
-        strange = int((~np.isfinite(values_SP)).sum())
-        raise ValueError(f"values_SP holds {strange} values that are not finite")
+        count = int((~np.isfinite(values_SP)).sum())
+        raise ValueError(f"values_SP holds {count} values that are not finite")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, found {resamples}")
     means_R = np.concatenate(
@@ -105,7 +105,7 @@ def bootstrap_mean(values_SP: np.ndarray, *, resamples: int, seed: int) -> Inter
 def bootstrap_difference(
     a_SP: np.ndarray, b_SP: np.ndarray, *, resamples: int, seed: int
 ) -> Interval:
-    """The mean of a - b, with the same draws of seeds and of problems for both.
+    """Return the mean of a - b, with the same draws of seeds and of problems for both.
 
     What both arms share (a hard problem, a lucky order of questions) cancels. The limits are those
     of `bootstrap_mean`, and the 95 % are of one difference: of twenty such intervals, expect one to
@@ -120,7 +120,7 @@ def bootstrap_difference(
 
 
 def resampled_counts(clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each of P clusters is drawn in each resample, in blocks of [r, P] with r ≤ `BLOCK`.
+    """Yield how often each of P clusters is drawn in each resample, blocks of [r, P] with r ≤ `BLOCK`.
 
     The same arguments give the same draws: what is computed from them for two conditions is paired.
     """
@@ -129,9 +129,9 @@ def resampled_counts(clusters: int, resamples: int, seed: int) -> Iterator[np.nd
 
 
 def resampled_totals(sums_PJ: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
-    """Totals of additive quantities over clusters drawn with replacement, [R, J].
+    """Return totals of additive quantities over clusters drawn with replacement, [R, J].
 
-    ``sums_PJ`` holds one row per cluster: a problem with all its answers, say. Any statistic that is
+    ``sums_PJ`` holds one row per cluster: a problem with all its rollouts, say. Any statistic that is
     a function of totals (a mean is a sum over a count) has its bootstrap distribution from these rows.
     """
     sums_PJ = _table(sums_PJ, "sums_PJ")
@@ -140,10 +140,10 @@ def resampled_totals(sums_PJ: np.ndarray, *, resamples: int, seed: int) -> np.nd
 
 
 def percentile_interval(estimate: float, values_R: np.ndarray) -> Interval | None:
-    """An estimate with the 95 % of its resampled values.
+    """Return an estimate with its 95 % interval from resampled values.
 
-    Resamples without a value (a ratio over nothing) are left out; None where the estimate itself has
-    none, or fewer than half of the resamples do.
+    Resamples that are not finite (a ratio over nothing) are left out; None if the estimate is not
+    finite, or fewer than half of the resamples are.
     """
     finite = values_R[np.isfinite(values_R)]
     if not np.isfinite(estimate) or 2 * len(finite) < len(values_R):
@@ -153,12 +153,12 @@ def percentile_interval(estimate: float, values_R: np.ndarray) -> Interval | Non
 
 
 def _majority(votes: Sequence[str | None], correct_K: np.ndarray) -> float:
-    """Top-voted answers have equally many votes, so the share of right votes is that of answers."""
+    """Return the share of right votes among top-voted answers, which have equally many votes each."""
     counts = Counter(vote for vote in votes if vote is not None)
     most = max(counts.values(), default=0)
-    winning = [vote is not None and counts[vote] == most for vote in votes]
-    rights = [right for right, wins in zip(correct_K, winning, strict=True) if wins]
-    return float(np.mean(rights)) if rights else 0.0
+    is_top = [vote is not None and counts[vote] == most for vote in votes]
+    correct = [right for right, top in zip(correct_K, is_top, strict=True) if top]
+    return float(np.mean(correct)) if correct else 0.0
 
 
 Draws = Iterable[list[np.ndarray]]
@@ -166,12 +166,12 @@ Draws = Iterable[list[np.ndarray]]
 
 
 def _draws(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
-    """As many members of each kind as there are, with replacement, each kind by itself."""
-    few = resamples * sum(kinds) <= KEPT
-    return _kept_draws(kinds, resamples, seed) if few else _drawn(kinds, resamples, seed)
+    """Draw with replacement, for each kind separately, as many members as it has."""
+    small = resamples * sum(kinds) <= MAX_CACHED_COUNTS
+    return (_cached_draws if small else _new_draws)(kinds, resamples, seed)
 
 
-def _drawn(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
+def _new_draws(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, BLOCK):
         size = min(BLOCK, resamples - start)
@@ -179,12 +179,12 @@ def _drawn(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
 
 
 @lru_cache(maxsize=2)
-def _kept_draws(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
-    return list(_drawn(kinds, resamples, seed))
+def _cached_draws(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
+    return list(_new_draws(kinds, resamples, seed))
 
 
 def _table(values: np.ndarray, name: str) -> np.ndarray:
-    """As floats, refused unless two-dimensional and not empty."""
+    """Return the values as floats. Raises ValueError unless two-dimensional and not empty."""
     table = np.asarray(values, dtype=float)
     if table.ndim != 2 or table.size == 0:
         raise ValueError(f"{name} must be a table that is not empty, found shape {table.shape}")

@@ -1,4 +1,4 @@
-"""What student and self-teacher make of the same answer tokens, under any number of contexts."""
+"""Scores the same rollout tokens with student and self-teacher, under any number of contexts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from selfteach.models.sequences import sequences
 from selfteach.types import Sequences
 
 ScoreFn = Callable[[Sequences], Scores]
-"""A model as far as it matters here: sequences in, logits of the answers' tokens out."""
+"""Scores sequences with a model: logits of the rollouts' tokens."""
 
 TokenScores = dict[str, np.ndarray]
-"""The values of `compare` of one answer under one context, each [tokens] in float32."""
+"""The values of `compare` of one rollout under one context, each [tokens] in float32."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One answer with the prompts before it: the question alone, and one with each context."""
+class ScoreRequest:
+    """Holds a rollout's tokens with its prompts: the student's, and the teacher's by context."""
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -32,25 +32,25 @@ class Asked:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest prompt with the answer."""
+        """Return the tokens of the longest prompt with the rollout."""
         prompts = [self.prompt_ids, *self.teacher_prompts.values()]
         return max(map(len, prompts)) + len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much is held at a time."""
+    """Limits how much is held in memory at a time."""
 
     batch_tokens: int
-    """Padded tokens in one forward pass (a longer answer stands alone)."""
+    """Padded tokens in one forward pass (a longer rollout is a batch by itself)."""
     chunk_tokens: int
-    """Rows of logits: never [tokens, vocabulary] at once."""
+    """Tokens whose logits [tokens, vocabulary] exist at a time."""
 
 
 def compare(
     student_CV: Float[Tensor, "C V"], teacher_CV: Float[Tensor, "C V"], ids_C: Int[Tensor, " C"]
 ) -> dict[str, Float[Tensor, " C"]]:
-    """All that is said of each token, from logits at temperature 1; nats, full vocabulary.
+    """Compare student and teacher at each token: logits at temperature 1, full vocabulary, in nats.
 
     ``advantage`` is log teacher(y) − log student(y), ``kl_forward`` KL(teacher ‖ student),
     ``kl_reverse`` KL(student ‖ teacher); rounding leaves neither of them below 0.
@@ -69,56 +69,62 @@ def compare(
 
 
 @torch.no_grad()
-def score_answers(
+def score_rollouts(
     student: ScoreFn,
     teacher: ScoreFn,
-    asked: Sequence[Asked],
+    requests: Sequence[ScoreRequest],
     *,
     pad_id: int,
     device: torch.device,
     limits: Limits,
 ) -> list[dict[str, TokenScores]]:
-    """`compare` for each answer, by context; in the order of ``asked``.
+    """Return `compare` for each rollout, by context; in the order of ``requests``.
 
-    Answers of similar length share a forward pass. The student's is run once for all contexts.
+    Rollouts of similar length share a forward pass. The student's is run once for all contexts.
     """
-    told: list[dict[str, TokenScores]] = [{} for _ in asked]
-    for bucket in _buckets(asked, limits.batch_tokens):
-        own = [asked[i] for i in bucket]
-        answers = [a.token_ids for a in own]
-        side = sequences([a.prompt_ids for a in own], answers, pad_id)
-        plain = student(side.to(device))
-        for name in dict.fromkeys(name for a in own for name in a.teacher_prompts):
-            rows = [row for row, a in enumerate(own) if name in a.teacher_prompts]
-            prompts = [own[row].teacher_prompts[name] for row in rows]
-            shown = sequences(prompts, [answers[row] for row in rows], pad_id)
-            seen = torch.isin(side.rows_N, torch.tensor(rows)).to(device)
-            scored = _walk(_only(plain, seen), teacher(shown.to(device)), shown, limits)
-            for row, values in zip(
-                rows, _split(scored, [len(answers[r]) for r in rows]), strict=True
-            ):
-                told[bucket[row]][name] = values
-    return told
+    scores: list[dict[str, TokenScores]] = [{} for _ in requests]
+    for bucket in _buckets(requests, limits.batch_tokens):
+        batch = [requests[i] for i in bucket]
+        completions = [request.token_ids for request in batch]
+        student_side = sequences([request.prompt_ids for request in batch], completions, pad_id)
+        student_scores = student(student_side.to(device))
+        for name in dict.fromkeys(name for request in batch for name in request.teacher_prompts):
+            rows = [row for row, request in enumerate(batch) if name in request.teacher_prompts]
+            prompts = [batch[row].teacher_prompts[name] for row in rows]
+            teacher_side = sequences(prompts, [completions[row] for row in rows], pad_id)
+            has_context_N = torch.isin(student_side.rows_N, torch.tensor(rows)).to(device)
+            values_N = _compare_in_chunks(
+                _select(student_scores, has_context_N),
+                teacher(teacher_side.to(device)),
+                teacher_side,
+                limits,
+            )
+            by_rollout = _split(values_N, [len(completions[row]) for row in rows])
+            for row, values in zip(rows, by_rollout, strict=True):
+                scores[bucket[row]][name] = values
+    return scores
 
 
-def _walk(student: Scores, teacher: Scores, shown: Sequences, limits: Limits) -> TokenScores:
-    """`compare` over all tokens of a bucket, a chunk of logits at a time."""
-    ids_N = shown.ids_BT[shown.rows_N, shown.columns_N + 1]
-    parts: dict[str, list[np.ndarray]] = {}
+def _compare_in_chunks(
+    student: Scores, teacher: Scores, side: Sequences, limits: Limits
+) -> TokenScores:
+    """Return `compare` over all tokens of a bucket, a chunk of logits at a time."""
+    ids_N = side.ids_BT[side.rows_N, side.columns_N + 1]
+    chunks: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(ids_N), limits.chunk_tokens):
         rows = slice(start, min(start + limits.chunk_tokens, len(ids_N)))
         student_CV, teacher_CV = student.logits(rows), teacher.logits(rows)
-        said = compare(student_CV, teacher_CV, ids_N[rows].to(student_CV.device))
-        for name, value_C in said.items():
-            parts.setdefault(name, []).append(value_C.to("cpu").numpy())
-    return {name: np.concatenate(chunks) for name, chunks in parts.items()}
+        values = compare(student_CV, teacher_CV, ids_N[rows].to(student_CV.device))
+        for name, value_C in values.items():
+            chunks.setdefault(name, []).append(value_C.to("cpu").numpy())
+    return {name: np.concatenate(values) for name, values in chunks.items()}
 
 
-def _buckets(asked: Sequence[Asked], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of answers that are run together: of similar length, within ``batch_tokens``."""
+def _buckets(requests: Sequence[ScoreRequest], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield indices of requests that share a forward pass: similar lengths, within ``batch_tokens``."""
     bucket: list[int] = []
-    for i in sorted(range(len(asked)), key=lambda i: asked[i].length):
-        if bucket and asked[i].length * (len(bucket) + 1) > batch_tokens:
+    for i in sorted(range(len(requests)), key=lambda i: requests[i].length):
+        if bucket and requests[i].length * (len(bucket) + 1) > batch_tokens:
             yield bucket
             bucket = []
         bucket.append(i)
@@ -126,15 +132,17 @@ def _buckets(asked: Sequence[Asked], batch_tokens: int) -> Iterator[list[int]]:
         yield bucket
 
 
-def _only(scores: Scores, seen_N: Tensor) -> Scores:
-    """The scores of some of the tokens."""
-    return Scores(tuple((hidden_NH[seen_N], head, mix) for hidden_NH, head, mix in scores.terms))
+def _select(scores: Scores, selected_N: Tensor) -> Scores:
+    """Return the scores of some of the tokens."""
+    return Scores(
+        tuple((hidden_NH[selected_N], head, mix) for hidden_NH, head, mix in scores.terms)
+    )
 
 
-def _split(scored: TokenScores, lengths: Sequence[int]) -> list[TokenScores]:
-    """A bucket's values, answer by answer."""
-    at = np.cumsum(lengths)[:-1]
-    pieces = {name: np.split(values, at) for name, values in scored.items()}
+def _split(values_N: TokenScores, lengths: Sequence[int]) -> list[TokenScores]:
+    """Split a bucket's values by rollout."""
+    ends = np.cumsum(lengths)[:-1]
+    pieces = {name: np.split(values, ends) for name, values in values_N.items()}
     return [{name: pieces[name][i] for name in pieces} for i in range(len(lengths))]
 
 

@@ -1,1 +1,1 @@
-"""Feedback: critics, the alignment of a critique with its answer, and contexts for the self-teacher."""
+"""Holds feedback: critics, alignment of critiques with rollouts, and contexts for the self-teacher."""

@@ -10,9 +10,9 @@ from selfteach.commands.check.memory import Load
 from selfteach.commands.check.sizes import RunSizes, load_of
 from selfteach.config.critic_section import (
     EndpointConfig,
+    LlmCriticConfig,
     LocalCriticConfig,
     PolicyCriticConfig,
-    TextCriticConfig,
 )
 from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
@@ -133,7 +133,7 @@ def asked_of(recipe: Recipe, known: RunSizes, wishes: Wishes) -> Asked:
     concurrency = critic.concurrency if served else getattr(critic, "batch", 1)
     if wishes.critic_seconds is not None:
         return Asked("latency", concurrency=concurrency, latency=wishes.critic_seconds)
-    if not isinstance(critic, TextCriticConfig):
+    if not isinstance(critic, LlmCriticConfig):
         return Asked("program")
     shape = _critic_shape(critic, known)
     if shape is None:
@@ -180,7 +180,7 @@ def _value(section: Any, name: str) -> Any:
     return getattr(section, name, None)
 
 
-def _critic_shape(critic: TextCriticConfig, known: RunSizes) -> Shape | None:
+def _critic_shape(critic: LlmCriticConfig, known: RunSizes) -> Shape | None:
     match critic:
         case PolicyCriticConfig():
             return known.shape

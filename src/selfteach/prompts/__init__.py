@@ -1,1 +1,1 @@
-"""Prompts: the tokenizer, chat templates and Jinja templates."""
+"""Renders prompts: Jinja template sets, chat templates and the tokenizer."""

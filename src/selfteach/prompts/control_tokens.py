@@ -1,12 +1,14 @@
-"""Text from others as text: what looks like a control token in it must not become one.
+"""Escapes control tokens in data: a quoted ``<|im_end|>`` must stay text and not end a turn.
 
-A question that quotes ``<|im_end|>`` would end its own turn, since a rendered chat is tokenised with
-its control tokens read as such. So data is *cut* inside every string of that kind before it goes
-into a template, and the rendered text is tokenised piece by piece: no piece holds a whole control
-token, and the cut itself leaves no trace. Text without such strings has the ids it always had.
+A rendered chat is tokenised with its control tokens parsed as such, so data that quotes one could
+end its turn. `ControlTokens.escape` therefore inserts a break inside every such string before it
+goes into a template, and `ControlTokens.encode` tokenises the rendered text piece by piece: no piece
+holds a whole control token, and the break itself leaves no token. Text without such strings has the
+same ids as without escaping.
 
-A server tokenises what it is sent itself, and we do not know with what. There control tokens are told
-by their looks and broken by a character that takes no space (`Spellings`).
+A server tokenises what it receives itself, and its tokenizer is not available here. For servers
+`ControlTokenEscaper` recognises control tokens by pattern and breaks them with a character of no
+width.
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-CUT = "\ufdd0"
-"""A Unicode noncharacter: no text holds it for a reason of its own, and it is no white space, which
-chat templates strip."""
+BREAK = "\ufdd0"
+"""Marks a break inside a control token. A Unicode noncharacter: no text has a use for it, and it is
+no white space, which chat templates strip."""
 
 NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 
-JOINER = "\u2060"
-"""Word joiner: no width, no white space, and a token of its own (or several) everywhere."""
+WORD_JOINER = "\u2060"
+"""Has no width and is no white space; every tokenizer gives it one or several separate tokens."""
 
-LOOKS = (
+CONTROL_TOKEN_PATTERNS = (
     r"<[|｜]",  # ChatML, Llama 3 and 4, Phi, gpt-oss, Command R, Granite, GLM; DeepSeek's wide bars
     r"<\w+[|｜]>",  # Gemma 4 closes with <turn|>
     r"<</?SYS>>",  # Llama 2
@@ -34,15 +36,15 @@ LOOKS = (
     r"</?(?:(?:start|end|begin)_of_\w+|unused_?\d+|extra_id_\d+|fim_\w+)>",  # Gemma, T5, code models
     r"\[/?\w*[A-Z]{3}\w*\]",  # Mistral's [INST], [TOOL_CALLS]; GLM's [gMASK]
 )
-"""What the control tokens of the common families look like."""
+"""Regular expressions that match the control tokens of the common model families."""
 
 
 class ControlTokens:
-    """The control tokens of one tokenizer.
+    """Knows the control tokens of one tokenizer, escapes them in data and encodes rendered text.
 
-    Every added token steers a model, also those that are not special by name (``<think>`` with Qwen3,
-    ``<start_of_turn>`` with some Gemmas). Left alone are those that are ordinary text: words, and
-    runs of white space. A control token of a single character cannot be cut; we know of none.
+    Every added token steers a model, also those not flagged as special (``<think>`` with Qwen3,
+    ``<start_of_turn>`` with some Gemmas). Added tokens that are ordinary text (words, runs of white
+    space) are left alone. A control token of a single character cannot be broken; we know of none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -52,66 +54,66 @@ class ControlTokens:
             **{i: token.content for i, token in added.items() if token.special},
             **dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)),
         }
-        """Those that are no part of a text, by id."""
+        """Special tokens by id: they are dropped when a rollout is decoded to text."""
         steering = self.special | {
             i: token.content for i, token in added.items() if not _is_ordinary(token.content)
         }
-        # Words that a tokenizer does not know become its unknown token.
+        # Words that are not in the vocabulary become the unknown token: it must not count as control.
         self.ids = frozenset(i for i in steering if i != tokenizer.unk_token_id)
         either = "|".join(re.escape(content) for content in steering.values() if content)
         self._first_character = re.compile(f"(?={either})." if either else "(?!)", re.DOTALL)
 
-    def cut(self, text: str) -> str:
-        """Data, cut wherever a control token begins; it can hold no noncharacters of its own."""
+    def escape(self, text: str) -> str:
+        """Insert `BREAK` after the first character of each control token; drop noncharacters."""
         bare = NONCHARACTERS.sub("", text)
-        cut = self._first_character.sub(rf"\g<0>{CUT}", bare)
-        if self.ids.isdisjoint(self.encode(cut)):
-            return cut
-        # A normaliser has made one of another spelling, for example of full-width letters.
-        return CUT.join(bare)
+        escaped = self._first_character.sub(rf"\g<0>{BREAK}", bare)
+        if self.ids.isdisjoint(self.encode(escaped)):
+            return escaped
+        # The normaliser made a control token of another spelling, for example full-width letters.
+        return BREAK.join(bare)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a rendered text, no token across a cut; nothing is added at the ends."""
-        first, *rest = text.split(CUT)
+        """Encode a rendered text, no token across a `BREAK`; adds no special tokens at the ends."""
+        first, *rest = text.split(BREAK)
         ids = self._encode(first)
         newline = self._encode("\n") if rest else []
         for piece in rest:
-            # Behind a line break, lest a tokenizer puts in the space that it begins every text with.
-            behind = self._encode("\n" + piece)
-            is_behind = behind[: len(newline)] == newline
-            ids += behind[len(newline) :] if is_behind else self._encode(piece)
+            # After a line break, since some tokenizers put a space in front of every text.
+            with_newline = self._encode("\n" + piece)
+            is_after = with_newline[: len(newline)] == newline
+            ids += with_newline[len(newline) :] if is_after else self._encode(piece)
         return tuple(ids)
 
     def _encode(self, text: str) -> list[int]:
-        # The chat template has written every special token itself: a second BOS would go unseen.
+        # The chat template writes every special token itself: a second BOS would go unnoticed.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def without(self, ids: Sequence[int], kept: Sequence[str]) -> list[int]:
-        """Ids without special tokens, save those named in ``kept``."""
-        return [i for i in ids if i not in self.special or self.special[i] in kept]
+    def strip_special(self, ids: Sequence[int], keep: Sequence[str]) -> list[int]:
+        """Return the ids without special tokens, except those whose text is in ``keep``."""
+        return [i for i in ids if i not in self.special or self.special[i] in keep]
 
 
 @dataclass(frozen=True, slots=True)
-class Spellings:
-    """Control tokens of a tokenizer that is not here, told by their looks.
+class ControlTokenEscaper:
+    """Escapes control tokens of a tokenizer that is not available, recognised by pattern.
 
-    ``broken("a<|im_end|>b")`` is the same text to a reader, with a word joiner behind the ``<``; text
-    without such looks is left alone. This is weaker than `ControlTokens`: a family that spells its
-    tokens in a way of its own must be named, and a tokenizer that drops the joiner undoes it.
+    ``escape("a<|im_end|>b")`` reads the same to a person, with a word joiner after the ``<``; text
+    that matches no pattern is unchanged. This is weaker than `ControlTokens`: control tokens of an
+    unusual form must be named in ``extra_tokens``, and a tokenizer that drops the joiner undoes it.
     """
 
-    others: tuple[str, ...] = ()
-    """Control tokens, letter by letter, that `LOOKS` misses."""
+    extra_tokens: tuple[str, ...] = ()
+    """Control tokens, verbatim, that `CONTROL_TOKEN_PATTERNS` does not match."""
 
-    def broken(self, text: str) -> str:
-        """The text with a word joiner behind the first character of each control token."""
-        either = "|".join((*LOOKS, *map(re.escape, self.others)))
-        return re.sub(f"(?={either}).", rf"\g<0>{JOINER}", text, flags=re.DOTALL)
+    def escape(self, text: str) -> str:
+        """Insert a word joiner after the first character of each control token."""
+        either = "|".join((*CONTROL_TOKEN_PATTERNS, *map(re.escape, self.extra_tokens)))
+        return re.sub(f"(?={either}).", rf"\g<0>{WORD_JOINER}", text, flags=re.DOTALL)
 
-    def mended(self, text: str) -> str:
-        """What was said of a broken text, without the joiners that it repeats."""
-        first = "".join(sorted({"<", "[", *(other[0] for other in self.others)}))
-        return re.sub(f"(?<=[{re.escape(first)}]){JOINER}", "", text)
+    def unescape(self, text: str) -> str:
+        """Remove the word joiners that a reply repeats from an escaped prompt."""
+        first = "".join(sorted({"<", "[", *(token[0] for token in self.extra_tokens)}))
+        return re.sub(f"(?<=[{re.escape(first)}]){WORD_JOINER}", "", text)
 
 
 def _is_ordinary(content: str) -> bool:

@@ -1,4 +1,4 @@
-"""Text in, token ids out: the only caller of tokenizer and chat template."""
+"""Renders prompts to token ids and decodes rollouts: the only user of tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from selfteach.prompts.thinking import Thinking, split_thinking
 from selfteach.types import Problem
 
 TODAY = datetime(2024, 7, 26)
-"""The date that chat templates write: a resumed run must repeat itself."""
+"""The date that chat templates write, fixed so that a resumed run has the same prompts."""
 
-PROMPTS_KEPT = 4096
-"""Questions whose token ids are kept, and texts that are known to hold no control token."""
+PROMPT_CACHE_SIZE = 4096
+"""Entries of the cache of student prompts (by question), and of the cache of escaped texts."""
 
-CONTEXTS_KEPT = 512
-"""Contexts whose prompts' ids are kept: answers to one question may share theirs."""
+CONTEXT_CACHE_SIZE = 512
+"""Entries of the cache of teacher prompts: rollouts of one group may share their context."""
 
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "probe"
 
 
 class Renderer:
-    """Prompts as token ids and answers as text, for one tokenizer and one template set.
+    """Encodes prompts and decodes rollouts, for one tokenizer and one template set.
 
     Raises `EngineError` for a tokenizer without a chat template or without an end token, and for a
     chat template that refuses a conversation.
@@ -56,76 +56,76 @@ class Renderer:
         self._tokenizer, self._templates = tokenizer, templates
         self._chat_template = _dated(tokenizer.get_chat_template())
         self._thinking = thinking or Thinking()
-        # A run asks the same questions and reads the same tokens again and again.
-        self._asked = lru_cache(PROMPTS_KEPT)(self._encode_question)
-        self._told = lru_cache(CONTEXTS_KEPT)(self._encode_context)
+        # The same questions and tokens recur throughout a run.
+        self._solver_ids = lru_cache(PROMPT_CACHE_SIZE)(self._encode_question)
+        self._teacher_ids = lru_cache(CONTEXT_CACHE_SIZE)(self._encode_context)
         self._piece = lru_cache(None)(lambda token: self._decode([token]))
-        self._spelled = lru_cache(None)(lambda token: str(tokenizer.decode([token])))
+        self._token_text = lru_cache(None)(lambda token: str(tokenizer.decode([token])))
         self._control = ControlTokens(tokenizer)
-        self._cut = lru_cache(PROMPTS_KEPT)(self._control.cut)
+        self._escape = lru_cache(PROMPT_CACHE_SIZE)(self._control.escape)
         self._system = system
-        self._system_has_role = system is not None and self._places_system()
-        self._headers = self._headers_of_both()
-        asked = self._chat([_user(_PROBE)], self._thinking.student)
-        self._opens_thought = asked.rstrip().endswith(self._thinking.tags[0])
+        self._system_has_role = system is not None and self._supports_system_role()
+        self._headers = self._headers_to_swap()
+        prompt = self._chat([_user(_PROBE)], self._thinking.student)
+        self._opens_thought = prompt.rstrip().endswith(self._thinking.tags[0])
         self.end_id = self._end_of_turn()
-        """The token that ends an answer in this chat template."""
+        """The token that ends the assistant's turn in this chat template."""
 
     def solver_prompt(self, problem: Problem) -> tuple[int, ...]:
-        """What the student sees: the question, and the header of the answer."""
-        return self._asked(problem.question)
+        """Return the student's prompt: the question and the assistant header."""
+        return self._solver_ids(problem.question)
 
     def _encode_question(self, question: str) -> tuple[int, ...]:
         messages = self._messages("solver", question=question)
         return self._control.encode(self._chat(messages, self._thinking.student))
 
     def teacher_prompt(self, problem: Problem, context: str) -> tuple[int, ...]:
-        """What the self-teacher sees: question, context, and the student's header (`Thinking`)."""
-        return self._told(problem.question, context)
+        """Return the self-teacher's prompt: question, context and the student's header (`Thinking`)."""
+        return self._teacher_ids(problem.question, context)
 
     def _encode_context(self, question: str, context: str) -> tuple[int, ...]:
         messages = self._messages("teacher", question=question, context=context)
         text = self._chat(messages, self._thinking.teacher)
         if self._headers is not None:
-            own, student = self._headers
-            assert text.endswith(own)
-            text = text.removesuffix(own) + student
+            teacher_header, student_header = self._headers
+            assert text.endswith(teacher_header)
+            text = text.removesuffix(teacher_header) + student_header
         return self._control.encode(text)
 
     def encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """A conversation as token ids, ready for the reply; all content is data."""
-        cut = [
-            {**message, "content": self._control.cut(message["content"])} for message in messages
+        """Encode a conversation, ready for the assistant's reply; all content is data."""
+        escaped = [
+            {**message, "content": self._control.escape(message["content"])} for message in messages
         ]
-        return self._control.encode(self._chat(self._with_system(cut), self._thinking.student))
+        return self._control.encode(self._chat(self._with_system(escaped), self._thinking.student))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """An answer's text, without special tokens and without a thought before it."""
+        """Decode a rollout, without special tokens and without a thought before the answer."""
         return self._split(self._decode(token_ids))[1]
 
     def token_text(self, token: int) -> str:
-        """One token as text, special tokens by name."""
-        return self._spelled(token)
+        """Decode one token, special tokens by name."""
+        return self._token_text(token)
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
-        """Ids of an answer that was *not* sampled, end token included (for tests and analysis).
+        """Encode an answer that was *not* sampled, end token included (for tests and analysis).
 
-        A sampled answer is never encoded again: other ids can spell the same text.
+        A rollout is never re-encoded from its text: other ids can spell the same text.
         """
         return (*self._tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id)
 
     def token_ends(self, token_ids: Sequence[int]) -> list[int]:
-        """Where each token of an answer ends in its text, in characters; 0 for those of a thought.
+        """Return where each token ends in the answer's text, in characters; 0 within a thought.
 
-        Decoding token by token is exact for most tokenizers and is checked; where pieces do not add
-        up to the text (characters split over tokens) every prefix is decoded instead.
+        Decoding token by token is exact for most tokenizers and is checked; where the pieces do not
+        add up to the text (characters split over tokens) every prefix is decoded instead.
         """
         text = self._decode(token_ids)
         thought = len(text) - len(self._split(text)[1])
         return [max(0, end - thought) for end in self._ends(token_ids, text)]
 
     def scored_from(self, token_ids: Sequence[int]) -> int:
-        """Index of the first token that counts: past the thought where thoughts are not scored.
+        """Return the index of the first scored token: after the thought if thoughts are not scored.
 
         A thought that never ends leaves no token to score.
         """
@@ -145,11 +145,11 @@ class Renderer:
         return split_thinking(text, self._thinking.tags, opened=self._opens_thought)
 
     def _messages(self, template: str, **data: str) -> list[Message]:
-        cut = {name: self._cut(text) for name, text in data.items()}
-        return self._with_system(conversation(self._templates.render(template, **cut)))
+        escaped = {name: self._escape(text) for name, text in data.items()}
+        return self._with_system(conversation(self._templates.render(template, **escaped)))
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
-        """The recipe's system prompt first; in the user's turn where there is no such role."""
+        """Prepend the recipe's system prompt; in the first user turn if there is no system role."""
         if self._system is None:
             return messages
         if self._system_has_role:
@@ -157,38 +157,38 @@ class Renderer:
         first, *rest = messages
         return [_user(f"{self._system}\n\n{first['content']}"), *rest]
 
-    def _places_system(self) -> bool:
-        """True if the chat template knows the role; some raise, some leave the text out."""
+    def _supports_system_role(self) -> bool:
+        """Return True if the chat template writes system messages; some raise, some drop the text."""
         try:
             probe = self._chat([{"role": "system", "content": _PROBE}, _user("?")], None)
         except EngineError:
             return False
         return _PROBE in probe
 
-    def _headers_of_both(self) -> tuple[str, str] | None:
-        """The teacher's header and the student's that replaces it; None where none is replaced."""
-        asked = self._thinking
-        if asked.boundary == "teacher" or asked.student == asked.teacher:
+    def _headers_to_swap(self) -> tuple[str, str] | None:
+        """Return the teacher's header and the student's that replaces it; None to replace none."""
+        thinking = self._thinking
+        if thinking.boundary == "teacher" or thinking.student == thinking.teacher:
             return None
         headers = []
-        for switch in (asked.teacher, asked.student):
+        for switch in (thinking.teacher, thinking.student):
             body = self._chat([_user(_PROBE)], switch, header=False)
             whole = self._chat([_user(_PROBE)], switch)
             if not whole.startswith(body):
                 raise EngineError(
-                    f"the chat template of {self._tokenizer.name_or_path!r} does not end in a header "
-                    'of its own: set model.thinking.boundary = "teacher"'
+                    f"the chat template of {self._tokenizer.name_or_path!r} does not end in a "
+                    'separate assistant header: set model.thinking.boundary = "teacher"'
                 )
             headers.append(whole.removeprefix(body))
         return headers[0], headers[1]
 
     def _end_of_turn(self) -> int:
-        """What the chat template writes behind an answer; the tokenizer's end token if nothing."""
-        answered = [_user("?"), {"role": "assistant", "content": _PROBE}]
-        behind = self._chat(answered, None, header=False).rpartition(_PROBE)[2]
+        """Return the token the chat template writes after an answer, by default the tokenizer's eos."""
+        dialogue = [_user("?"), {"role": "assistant", "content": _PROBE}]
+        after = self._chat(dialogue, None, header=False).rpartition(_PROBE)[2]
         end = self._tokenizer.eos_token_id
         assert isinstance(end, int)
-        return next((i for i in self._control.encode(behind) if i in self._control.ids), end)
+        return next((i for i in self._control.encode(after) if i in self._control.ids), end)
 
     def _chat(self, messages: list[Message], thinking: bool | None, *, header: bool = True) -> str:
         # Families call the switch by different names; a template ignores what it does not know.
@@ -210,10 +210,10 @@ class Renderer:
         return text
 
     def _decode(self, ids: Sequence[int]) -> str:
-        # Some families' end of a turn is not special by name, and is no text all the same.
-        said = [token for token in ids if token != self.end_id]
-        shown = self._control.without(said, kept=self._thinking.tags)
-        text = self._tokenizer.decode(shown, skip_special_tokens=False)
+        # Some families do not flag the end of a turn as special; it is no text all the same.
+        unended = [token for token in ids if token != self.end_id]
+        visible = self._control.strip_special(unended, keep=self._thinking.tags)
+        text = self._tokenizer.decode(visible, skip_special_tokens=False)
         assert isinstance(text, str)
         return text
 
@@ -227,6 +227,7 @@ def _user(content: str) -> Message:
 
 
 def _ends(pieces: Sequence[str], gap: str) -> list[int]:
+    """Compute where each piece ends in the pieces joined by ``gap``; empty pieces add no gap."""
     ends, at = [], 0
     for piece in pieces:
         if piece:

@@ -1,17 +1,17 @@
-"""Template sets: what solver, self-teacher and critic are shown, as Jinja files and chat messages.
+"""Renders template sets: the prompts of student, self-teacher and critic, from Jinja files.
 
 A *template set* is a folder of Jinja files: ``solver.jinja`` (the question as the student sees it),
-``teacher.jinja`` (question and context as the self-teacher sees them), ``critic.jinja`` (what a
-critic is asked) and one file per context. Sets ship with the package; a recipe may name a folder of
-its own instead, whose files override those of ``steps`` one by one.
+``teacher.jinja`` (question and context as the self-teacher sees them), ``critic.jinja`` (the
+critic's prompt) and one file per context. Sets ship with the package; a recipe may name a folder
+instead, whose files override those of ``steps`` one by one.
 
-A template that shows worked examples writes ``{{ turn }}`` between the turns of a conversation: the
-user speaks first, then the assistant, and so on; the last turn is the user's.
+A template with worked examples (few-shot) writes ``{{ turn }}`` between the turns of a conversation:
+the first turn is the user's, the second the assistant's, and so on; the last one is the user's.
 
-Questions, answers, critiques and references are *data*: they are passed as values and never read as
-templates, they cannot write ``{{ turn }}``, and a control token in them (``<|im_end|>``) is encoded
-as the text it looks like (`rendering`). Two filters keep data inside what a template puts around it:
-``fence`` and ``untagged``.
+Questions, answers, critiques and references are *data*: they are passed as values and never parsed
+as templates, they cannot write ``{{ turn }}``, and a control token in them (``<|im_end|>``) is encoded
+as plain text (`control_tokens`). Two filters keep data inside what a template puts around it: ``fence``
+and ``untagged``.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from typing import Any
 import jinja2
 
 from selfteach.errors import RecipeError
-from selfteach.prompts.control_tokens import CUT, NONCHARACTERS
+from selfteach.prompts.control_tokens import BREAK, NONCHARACTERS
 from selfteach.types import Critique
 
 SHIPPED = Path(__file__).parent / "templates"
 
 Message = dict[str, str]
-"""One turn of a chat: ``role`` and ``content``."""
+"""One message of a chat: ``role`` and ``content``."""
 
 TURN = "\ufdd1"
-"""What ``{{ turn }}`` stands for until the chat template is applied; data cannot hold it."""
+"""Stands for ``{{ turn }}`` until the chat template is applied; it is removed from data."""
 
-_STEP_TAG = re.compile(rf"<{CUT}?/?(?:step_\d+|answer)>")
+_STEP_TAG = re.compile(rf"<{BREAK}?/?(?:step_\d+|answer)>")
 
 
 class Templates:
-    """A template set by name or folder.
+    """Renders the templates of one set, given by name or folder.
 
-    Raises `RecipeError` if the set does not exist, or a template fails on what it is given.
+    Raises `RecipeError` if the set does not exist, or if a template fails.
     """
 
     def __init__(self, name_or_folder: str = "steps") -> None:
@@ -50,24 +50,24 @@ class Templates:
             shipped = ", ".join(sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()))
             raise RecipeError(
                 f"templates = {name_or_folder!r}: no such template set; "
-                f"shipped: {shipped}; a folder of your own is named by a path with a slash"
+                f"shipped: {shipped}; to use a folder, write a path with a slash"
             )
         self._environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader([folder, SHIPPED / "steps"]),
             undefined=jinja2.StrictUndefined,
             autoescape=False,
             keep_trailing_newline=False,
-            auto_reload=False,  # would look at the file each time
+            auto_reload=False,  # would check the file on every render
         )
         self._environment.globals["turn"] = TURN
         self._environment.filters |= {"fence": fence, "untagged": untagged}
 
     def has(self, name: str) -> bool:
-        """True if the set (or the shipped one behind it) holds a template of this name."""
+        """Return True if the set, or the shipped set ``steps``, has a template of this name."""
         return f"{name}.jinja" in self._environment.list_templates()
 
     def render(self, name: str, **values: Any) -> str:
-        """Render one template; values are data."""
+        """Render one template; ``values`` are data."""
         data = {key: _without_turns(value) for key, value in values.items()}
         try:
             return self._environment.get_template(f"{name}.jinja").render(**data).strip()
@@ -85,9 +85,9 @@ class Templates:
         peer: str | None = None,
         feedback: str | None = None,
     ) -> str:
-        """Render a context from what is known of an answer.
+        """Render a context from an answer's critique, verdict, references, peer and feedback.
 
-        ``attempt`` is the answer itself, for templates of one's own: no shipped one shows it.
+        ``attempt`` is the answer itself, for custom templates: no shipped one shows it.
         """
         return self.render(
             name,
@@ -112,17 +112,17 @@ class Templates:
         finished: bool,
         reference: str | None = None,
     ) -> list[Message]:
-        """What a critic is asked about an answer, as chat messages.
+        """Render the critic's prompt about an answer as chat messages.
 
         ``steps`` are the answer's steps one by one, ``final`` its final answer, None without one;
-        ``finished`` is False for an answer that was cut off.
+        ``finished`` is False for an answer that was truncated.
         """
-        said = {"answer": answer, "steps": tuple(steps), "final": final, "finished": finished}
-        return conversation(self.render("critic", question=question, reference=reference, **said))
+        values = {"answer": answer, "steps": tuple(steps), "final": final, "finished": finished}
+        return conversation(self.render("critic", question=question, reference=reference, **values))
 
 
 def conversation(content: str) -> list[Message]:
-    """A rendered template as chat messages, user and assistant by turns, the user's last.
+    """Split a rendered template into alternating user and assistant messages, the user's last.
 
     Raises `RecipeError` if the last turn would be the assistant's.
     """
@@ -136,13 +136,13 @@ def conversation(content: str) -> list[Message]:
 
 
 def fence(data: str, character: str, least: int = 3) -> str:
-    """A run of a character that is longer than any in the data, so that no data can end it."""
+    """Return a run of a character that is longer than any in the data, so that no data can end it."""
     runs = re.findall(f"{re.escape(character)}+", NONCHARACTERS.sub("", data))
     return character * max(least, 1 + max(map(len, runs), default=0))
 
 
 def untagged(data: str) -> str:
-    """Data without the tags that structure an answer: it stands inside such tags itself."""
+    """Remove the tags that structure an answer from data that is put inside such tags."""
     while (bare := _STEP_TAG.sub("", data)) != data:
         data = bare
     return data

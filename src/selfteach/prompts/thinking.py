@@ -1,4 +1,4 @@
-"""The boundary between a model's thought and its answer."""
+"""Separates a model's thought (``<think>…</think>``) from its answer."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """How a model that can think before it answers is asked, and what of it is scored.
+    """Configures prompts of models that can think before they answer, and which tokens are scored.
 
-    The student's answer is scored behind the self-teacher's prompt. If one is asked to think and the
-    other is not, the teacher expects another first token than the student wrote (``<think>``, or the
-    answer itself), and all that the first tokens teach is that. So the teacher's prompt ends, by
-    default, in the student's own header: with Qwen3 and ``student=False`` in an empty thought.
+    The student's rollout is scored after the self-teacher's prompt. If thinking is enabled for one of
+    them alone, the teacher expects another first token than the student wrote (``<think>``, or the
+    answer itself), and the first tokens teach nothing else. So the teacher's prompt ends, by default,
+    in the student's header: with Qwen3 and ``student=False`` in an empty thought.
     """
 
     student: bool | None = None
     """Passed to the chat template as ``enable_thinking``; None passes nothing."""
     teacher: bool | None = None
+    """The same, for the teacher's prompt."""
     boundary: Literal["student", "teacher"] = "student"
-    """Whose header ends the teacher's prompt where both differ."""
+    """Whose header ends the teacher's prompt where ``student`` and ``teacher`` differ."""
     scored: bool = True
-    """False: only tokens behind the thought count."""
+    """False: only tokens after the thought enter the loss."""
     tags: tuple[str, str] = ("<think>", "</think>")
-    """What the model writes around a thought."""
+    """What the model writes before and after a thought."""
 
 
 def split_thinking(
-    text: str, marks: tuple[str, str] = ("<think>", "</think>"), *, opened: bool = False
+    text: str, tags: tuple[str, str] = ("<think>", "</think>"), *, opened: bool = False
 ) -> tuple[str, str]:
-    """A thought and the answer after it: ``"<think>hm</think> 4"`` is ``("<think>hm</think> ", "4")``.
+    """Split a text: ``"<think>hm</think> 4"`` becomes ``("<think>hm</think> ", "4")``.
 
-    Both together are the text. The answer is what follows the last closing mark. A thought that was
-    begun (by the text, or by the prompt: ``opened``) and not closed leaves no answer; a text without
-    a thought is all answer.
+    The two concatenated are the text. The answer is what follows the last closing tag. A thought that
+    was opened (by the text, or by the prompt: ``opened``) and not closed leaves no answer; a text
+    without a thought is all answer.
     """
-    begin, end = marks
+    begin, end = tags
     closed = text.rfind(end)
     if closed < 0:
         begun = opened or text.lstrip().startswith(begin)

@@ -1,1 +1,1 @@
-"""Tasks: problems with a verifier, a step splitter and, where there is one, an oracle."""
+"""Builds tasks: problems with a verifier, a step splitter and, where there is one, an oracle."""

@@ -1,4 +1,4 @@
-"""Where an answer's steps begin and end, in its text and in its tokens."""
+"""Splits an answer into solution steps, as spans of characters and of tokens."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ Span = tuple[int, int]
 """Half-open range of characters or of tokens."""
 
 Splitter = Callable[[str], list[Span]]
-"""From an answer's text to its steps as spans of characters, in order, the final answer last."""
+"""Maps an answer's text to its steps as spans of characters, in order, the final answer last."""
 
 TAG = re.compile(r"<(step_\d+|answer)>.*?(?:</\1>|(?=<step_\d+>|<answer>)|$)", re.DOTALL)
 OUTER_TAGS = re.compile(r"^\s*<(?:step_\d+|answer)>|</(?:step_\d+|answer)>\s*$")
 
 SENTENCE = re.compile(
     r"""
-    (?: \d+[.)] [^\S\n]+ )?                     # the number of an item ends no sentence
+    (?: \d+[.)] [^\S\n]+ )?                     # the number of a list item ends no sentence
     \S (?: [^\n]*? [^\s.!?] [.!?]+ ["')\]*_$]*
            (?= [^\S\n]+ [^\W_a-z] | [^\S\n]+ [$\\(<*"] | \s*(?:\n|\Z) )
          | [^\n]* \S )?
     """,
     re.VERBOSE,
 )
-"""A line, or what of it ends in a full stop before a word with a capital, a number or a formula."""
+"""Matches a line, or a part of it that ends in ``.!?`` before a capital, a number or a formula."""
 
 
 def lines(text: str) -> list[Span]:
-    """One step per line that is not blank, and the tag of the final answer."""
+    """Return one step per line that is not blank, and the tag of the final answer."""
     return _with_answer(re.compile(r"[^\n]*\S[^\n]*"), text)
 
 
 def paragraphs(text: str) -> list[Span]:
-    """One step per run of lines without a blank one between them, and the tag of the final answer."""
+    """Return one step per paragraph (lines without a blank one between them), and the answer tag."""
     return _with_answer(re.compile(r"\S(?:(?!\n[^\S\n]*\n).)*", re.DOTALL), text)
 
 
 def sentences(text: str) -> list[Span]:
-    """One step per sentence; a line break ends one too; and the tag of the final answer."""
+    """Return one step per sentence (a line break ends one too), and the tag of the final answer."""
     return _with_answer(SENTENCE, text)
 
 
 def _with_answer(step: re.Pattern[str], text: str) -> list[Span]:
-    """Steps up to the last ``<answer>``, which is a span by itself wherever it stands."""
+    """Return the steps before the last ``<answer>``, and the rest of the text as the last span."""
     begin = text.rfind("<answer>")
     if begin < 0:
         return [match.span() for match in step.finditer(text)]
@@ -54,12 +54,12 @@ def _with_answer(step: re.Pattern[str], text: str) -> list[Span]:
 
 
 def tags(text: str) -> list[Span]:
-    """Steps ``<step_1>…</step_1> … <answer>…</answer>``; a tag that is not closed ends at the next."""
+    """Return the spans of ``<step_1>…</step_1> … <answer>…</answer>``; an open tag ends at the next."""
     return [match.span() for match in TAG.finditer(text)]
 
 
 def lab(text: str) -> list[Span]:
-    """Steps of the lab: each begins at a node's name, the answer at its mark."""
+    """Return the steps of a lab answer: each begins at a node's number, the answer at its mark."""
     starts = [match.start() for match in checker.STEP_START.finditer(text)]
     return list(zip(starts, [*starts[1:], len(text)][: len(starts)], strict=True))
 
@@ -70,15 +70,15 @@ SPLITTERS: dict[str, Splitter] = {
     "paragraphs": paragraphs,
     "sentences": sentences,
 }
-"""Splitters by the name a recipe gives them."""
+"""Splitters by their name in a recipe."""
 
 
 def token_spans(char_spans: Sequence[Span], token_ends: Sequence[int]) -> list[Span]:
-    """Spans of characters as spans of tokens.
+    """Convert spans of characters to spans of tokens.
 
-    ``token_ends[i]`` is where token i ends in the text; a token belongs to the span in which its
-    last character lies. Tokens between spans belong to the span before them, so the spans of a
-    text's steps leave no token out from the first step on.
+    ``token_ends[i]`` is where token i ends in the text, in characters; a token belongs to the span of
+    its last character. Tokens between spans belong to the span before them, so every token from the
+    first step on is in a span.
     """
     starts = [bisect_right(token_ends, start) for start, _ in char_spans]
     ends = [*starts[1:], len(token_ends)] if starts else []
@@ -86,5 +86,5 @@ def token_spans(char_spans: Sequence[Span], token_ends: Sequence[int]) -> list[S
 
 
 def content(text: str, span: Span) -> str:
-    """What a step says, without the tags around it."""
+    """Return the text of a step, without the tags around it."""
     return OUTER_TAGS.sub("", text[slice(*span)]).strip()

@@ -1,4 +1,4 @@
-"""Verifiers of final answers given as text: where the answer stands, and what equals it."""
+"""Verifies final answers: extracts the answer from a text and compares it with the gold answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from selfteach.errors import DataError
-from selfteach.tasks.verify_client import Judge
+from selfteach.tasks.verify_client import VerifierProcess
 from selfteach.types import Problem, Verdict
 
 AnswerIn = Literal["tag", "boxed", "tag_or_boxed"]
@@ -20,13 +20,13 @@ BOX = re.compile(r"\\f?boxed\s*\{")
 
 
 def final_answer(text: str) -> str | None:
-    """What stands in the last ``<answer>`` tag, or None."""
-    found = ANSWER.findall(text)
-    return found[-1].strip() or None if found else None
+    """Return the content of the last ``<answer>`` tag, or None."""
+    contents = ANSWER.findall(text)
+    return contents[-1].strip() or None if contents else None
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last ``\\boxed{}`` whose braces close, or None."""
+    """Return the content of the last ``\\boxed{}`` whose braces close, or None."""
     for begin in reversed(list(BOX.finditer(text))):
         depth, escaped = 1, False
         for end in range(begin.end(), len(text)):
@@ -39,7 +39,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def tag_or_boxed(text: str) -> str | None:
-    """The tagged answer, out of its box if it stands in one; without a tag, the last box."""
+    """Return the tagged answer, unboxed if it is boxed; without a tag, the content of the last box."""
     tagged = final_answer(text)
     if tagged is None:
         return last_boxed(text)
@@ -51,118 +51,120 @@ READERS: Mapping[str, Callable[[str], str | None]] = {
     "boxed": last_boxed,
     "tag_or_boxed": tag_or_boxed,
 }
+"""Functions that extract a final answer from a text, by the recipe's ``answer_in``."""
 
 
 def write_answer(answer: str, answer_in: AnswerIn = "tag") -> str:
-    """The shortest text that states a final answer."""
+    """Return the shortest text that states a final answer."""
     return f"\\boxed{{{answer}}}" if answer_in == "boxed" else f"<answer>{answer}</answer>"
 
 
 @dataclass(frozen=True, slots=True)
-class Exact:
-    """Right if the answer is the problem's, white space apart."""
+class ExactVerifier:
+    """Accepts an answer that equals the gold answer as text, up to white space."""
 
     answer_in: AnswerIn = "tag"
 
     def __call__(self, problem: Problem, text: str) -> Verdict:
-        """Judge an answer's text."""
-        found = READERS[self.answer_in](text)
-        parsed = " ".join(found.split()) if found is not None else None
+        """Return the verdict on an answer's text."""
+        answer = READERS[self.answer_in](text)
+        parsed = " ".join(answer.split()) if answer is not None else None
         return Verdict.of_final(parsed == " ".join(problem.answer.split()), parsed)
 
 
-exact = Exact()
-"""Reads ``<answer>…</answer>``."""
+exact = ExactVerifier()
+"""An exact verifier that reads ``<answer>…</answer>``."""
 
 
-class Math:
-    """Right if the answer equals the problem's as mathematics (math-verify).
+class MathVerifier:
+    """Accepts an answer that is mathematically equal to the gold answer (math-verify).
 
-    A problem whose own answer is no mathematics takes the same text alone. What cannot be compared in
-    time is wrong. Raises `DataError` if math-verify is not installed.
+    If the gold answer does not parse as mathematics, only the same text is accepted. A comparison that
+    times out counts as wrong. Raises `DataError` if math-verify is not installed.
     """
 
-    def __init__(self, answer_in: AnswerIn = "tag", judge: Judge | None = None) -> None:
+    def __init__(self, answer_in: AnswerIn = "tag", process: VerifierProcess | None = None) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise DataError(
                 'data.verifier = "math" needs math-verify: pip install "selfteach[math]"'
             )
-        self._read, self._judge = READERS[answer_in], judge or Judge()
+        self._read, self._process = READERS[answer_in], process or VerifierProcess()
 
     def __call__(self, problem: Problem, text: str) -> Verdict:
-        """Judge an answer's text. Right answers have one canonical form, the problem's own."""
-        found = self._read(text)
-        if found is None:
+        """Return the verdict on an answer's text; ``parsed`` of a right one is the gold answer."""
+        answer = self._read(text)
+        if answer is None:
             return Verdict.of_final(False, None)
-        correct = self.same(problem.answer, found)
-        return Verdict.of_final(correct, problem.answer if correct else " ".join(found.split()))
+        correct = self.equivalent(problem.answer, answer)
+        return Verdict.of_final(correct, problem.answer if correct else " ".join(answer.split()))
 
-    def same(self, a: str, b: str) -> bool:
-        """Whether two final answers are one. Not symmetric for sets and relations: ``a`` is gold."""
-        said = self._judge.ask("math", gold=a, found=b)
-        if said.get("understood") is False:
-            return a.split() == b.split()
-        return bool(said.get("equal"))
+    def equivalent(self, gold: str, answer: str) -> bool:
+        """Return whether two final answers are equal. Not symmetric for sets and relations."""
+        reply = self._process.request("math", gold=gold, answer=answer)
+        if reply.get("understood") is False:
+            return gold.split() == answer.split()
+        return bool(reply.get("equal"))
 
 
-class Gym:
-    """Right if reasoning-gym's own scorer gives full marks; the problem's ``meta`` says which.
+class ReasoningGymVerifier:
+    """Accepts an answer that reasoning-gym's scorer gives a score of 1.
 
-    Raises `DataError` if reasoning-gym is not installed.
+    The problem's ``meta["reasoning_gym"]`` names the generator. Raises `DataError` if reasoning-gym is
+    not installed.
     """
 
-    def __init__(self, answer_in: AnswerIn = "tag", judge: Judge | None = None) -> None:
+    def __init__(self, answer_in: AnswerIn = "tag", process: VerifierProcess | None = None) -> None:
         if importlib.util.find_spec("reasoning_gym") is None:
             raise DataError(
                 'data.verifier = "reasoning_gym" needs reasoning-gym: '
                 'pip install "selfteach[problems]"'
             )
-        self._read, self._judge = READERS[answer_in], judge or Judge()
+        self._read, self._process = READERS[answer_in], process or VerifierProcess()
 
     def __call__(self, problem: Problem, text: str) -> Verdict:
-        """Judge an answer's text. Raises `DataError` for a problem from elsewhere."""
+        """Return the verdict on a text. Raises `DataError` for a problem of another source."""
         source = problem.meta.get("reasoning_gym")
         if not isinstance(source, Mapping):
             raise DataError(
-                f"problem {problem.id!r} is none of reasoning-gym's: its meta does not say which"
+                f"problem {problem.id!r} is not from reasoning-gym: its meta names no generator"
             )
-        found = self._read(text)
-        if found is None:
+        answer = self._read(text)
+        if answer is None:
             return Verdict.of_final(False, None)
         entry = {
             "question": problem.question,
             "answer": problem.answer or None,
             "metadata": source["metadata"],
         }
-        said = self._judge.ask(
-            "gym", task=source["task"], config=source["config"], entry=entry, answer=found
+        reply = self._process.request(
+            "gym", task=source["task"], config=source["config"], entry=entry, answer=answer
         )
-        correct = said.get("score", 0.0) >= 1.0
-        told = problem.answer if correct and problem.answer else " ".join(found.split())
-        return Verdict.of_final(correct, told)
+        correct = reply.get("score", 0.0) >= 1.0
+        parsed = problem.answer if correct and problem.answer else " ".join(answer.split())
+        return Verdict.of_final(correct, parsed)
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """How a final answer of one kind of problem is written, and when two of them are one."""
+class AnswerFormat:
+    """Describes how a final answer of one kind of problem is written, and when two are equivalent."""
 
     write: Callable[[str], str] = write_answer
-    """The shortest text that states an answer."""
-    same: Callable[[str, str], bool] = operator.eq
-    """Of two answers in the verifier's canonical form."""
+    """Returns the shortest text that states an answer."""
+    equivalent: Callable[[str, str], bool] = operator.eq
+    """Compares two answers in the verifier's canonical form."""
 
 
-def build_verifier(name: str, answer_in: AnswerIn) -> tuple[Any, Form]:
-    """A verifier of tagged or boxed answers by its name in a recipe, with the answers' form."""
+def build_verifier(name: str, answer_in: AnswerIn) -> tuple[Any, AnswerFormat]:
+    """Build a verifier of tagged or boxed answers by its name in a recipe, with the answers' format."""
 
     def write(answer: str) -> str:
         return write_answer(answer, answer_in)
 
     match name:
         case "math":
-            judge = Math(answer_in)
-            return judge, Form(write, judge.same)
+            verifier = MathVerifier(answer_in)
+            return verifier, AnswerFormat(write, verifier.equivalent)
         case "reasoning_gym":
-            return Gym(answer_in), Form(write)
+            return ReasoningGymVerifier(answer_in), AnswerFormat(write)
         case _:
-            return Exact(answer_in), Form(write)
+            return ExactVerifier(answer_in), AnswerFormat(write)

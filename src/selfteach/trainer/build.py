@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfteach.config.critic_section import PolicyCriticConfig, TextCriticConfig
+from selfteach.config.critic_section import LlmCriticConfig, PolicyCriticConfig
 from selfteach.config.objective_section import DistillationConfig, GrpoConfig, HybridConfig
 from selfteach.config.recipe import (
     EmaTeacher,
@@ -26,7 +26,7 @@ from selfteach.config.recipe import (
     TrustRegionTeacher,
 )
 from selfteach.errors import DataError, RecipeError
-from selfteach.feedback.contexts import FallbackContext, PartlyAligned, TemplateContext
+from selfteach.feedback.contexts import FallbackContext, PartlyAlignedContext, TemplateContext
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.losses.token_masks import TokenMask
@@ -166,7 +166,7 @@ def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
         built = build(recipe)
         assert built.components.critic is not None
         return CritiqueSetup(built.components.critic, built.task, built.components.renderer)
-    task = load_task(recipe.data, resolve(recipe.model.path), may_be_empty=True)
+    task = load_task(recipe.data, resolve(recipe.model.path), allow_empty=True)
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
     critic = build_critic(recipe.critic, task, templates, None, seed=recipe.seed)
@@ -365,13 +365,13 @@ def build_context(
     """One context by name. Raises `RecipeError` for one that these problems cannot have."""
     if name != "partly_aligned":
         return TemplateContext(name, templates, seed=seed)
-    if task.blend is None:
+    if task.replace_steps is None:
         raise RecipeError(
             'context "partly_aligned": only the lab knows which step of a reference is which of an '
             "answer; choose step_aligned or reference"
         )
     trace = TemplateContext(name, templates, seed=seed)
-    return PartlyAligned(trace, task.blend, alignment, seed=seed)
+    return PartlyAlignedContext(trace, task.replace_steps, alignment, seed=seed)
 
 
 def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:
@@ -384,7 +384,7 @@ def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None
         return build_context(name, task, templates, seed=recipe.seed, alignment=alignment)
 
     context = named(name)
-    if isinstance(critic, TextCriticConfig):
+    if isinstance(critic, LlmCriticConfig):
         policies = critic.on_failure.model_dump()
         reasons = {reason for reason, policy in policies.items() if policy == "fallback"}
         other = named(critic.fallback)

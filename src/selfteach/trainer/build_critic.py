@@ -1,4 +1,4 @@
-"""From a recipe's critic section to a critic."""
+"""Builds the critic of a recipe from its ``[critic]`` section."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -22,17 +21,16 @@ from selfteach.config.critic_section import (
     OracleConfig,
     PolicyCriticConfig,
     RecordedConfig,
-    TextCriticConfig,
 )
 from selfteach.config.recipe import ModelConfig
 from selfteach.errors import CriticError, RecipeError
 from selfteach.feedback.critics.chat_model import ChatModel
-from selfteach.feedback.critics.llm import Asking, TextCritic
+from selfteach.feedback.critics.llm import LlmCritic
 from selfteach.feedback.critics.local import LocalModel
 from selfteach.feedback.critics.oracle import OracleCritic
-from selfteach.feedback.critics.parser import Reader
+from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.recorded import RecordedCritic
-from selfteach.feedback.critics.reply_cache import ReplyStore, Stored, default_path
+from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache, default_path
 from selfteach.models.loading import (
     choose_device,
     context_length,
@@ -42,7 +40,6 @@ from selfteach.models.loading import (
     pad_id,
 )
 from selfteach.models.policy import Policy
-from selfteach.prompts.control_tokens import Spellings
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
@@ -50,16 +47,13 @@ from selfteach.protocols import Critic
 from selfteach.runtime.torch_setup import settle
 from selfteach.tasks.task import Task
 
-if TYPE_CHECKING:
-    from selfteach.feedback.critics.endpoint import Endpoint
-
 FINGERPRINT_ENTRIES = 2**24
-"""Weights whose bits are added up at a time."""
+"""Weights whose bits are summed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """The model that answers, for a critic that is the same model; None where there is none."""
+    """Holds the policy as a chat model, for the critic and the engine that share its weights."""
 
     policy: Policy
     renderer: Renderer
@@ -72,9 +66,10 @@ class Solver:
 def build_critic(
     config: CriticConfig, task: Task, templates: Templates, solver: Solver | None, *, seed: int
 ) -> Critic:
-    """The critic of a recipe; must be built while the policy is still the initial one.
+    """Build the critic of a recipe; must be called while the policy still has its initial weights.
 
-    Raises `CriticError` or `RecipeError` before anything is asked.
+    ``solver`` is None if no policy is loaded. Raises `CriticError` or `RecipeError` before any request
+    is sent.
     """
     match config:
         case OracleConfig():
@@ -88,35 +83,19 @@ def build_critic(
                 raise RecipeError(
                     f'critic.type = "{config.type}": the template set has no critic.jinja'
                 )
-            store = ReplyStore(
-                Path(config.reply_cache).expanduser() if config.reply_cache else default_path()
-            )
-            return TextCritic(
-                Stored(_chat_model(config, templates, solver), store),
+            path = Path(config.reply_cache).expanduser() if config.reply_cache else default_path()
+            cache = ReplyCache(path)
+            return LlmCritic(
+                CachedModel(_chat_model(config, templates, solver), cache),
                 templates,
-                Reader(task.split_steps, task.verify, config.min_similarity),
-                _asking(config),
-                config.on_failure.model_dump(),
+                CritiqueParser(task.split_steps, task.verify, config.min_similarity),
+                config,
             )
 
 
 def critic_threads(config: CriticConfig | None) -> int:
-    """Batches that may be marked while others are sampled: only a server leaves this machine free."""
+    """Return how many batches may be critiqued during sampling: with a server several, else none."""
     return 4 if isinstance(config, EndpointConfig) else 0
-
-
-def _asking(config: TextCriticConfig) -> Asking:
-    paid = isinstance(config, EndpointConfig)  # and its tokenizer is elsewhere
-    return Asking(
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        retry_temperature=config.retry_temperature,
-        max_attempts=config.max_attempts,
-        sees_reference=config.sees_reference,
-        price_prompt=config.price_prompt if paid else 0.0,
-        price_completion=config.price_completion if paid else 0.0,
-        spellings=Spellings(config.control_tokens) if paid else None,
-    )
 
 
 def _chat_model(
@@ -126,10 +105,10 @@ def _chat_model(
 ) -> ChatModel:
     match config:
         case EndpointConfig():
-            endpoint = _endpoint(config)
+            _require_openai()
             from selfteach.feedback.critics.endpoint import EndpointModel
 
-            return EndpointModel(endpoint)
+            return EndpointModel(config)
         case LocalCriticConfig():
             return _local(config, templates)
         case PolicyCriticConfig():
@@ -153,49 +132,37 @@ def _chat_model(
 
 
 def require_critic(config: CriticConfig | None) -> None:
-    """Ask a served critic once whether it is there; any other is found wanting when it is built.
+    """Check once that a served critic is up; other critics are checked when they are built.
 
     Raises `CriticError` in one line.
     """
     if isinstance(config, EndpointConfig) and config.healthcheck:
-        endpoint = _endpoint(config)
+        _require_openai()
         from selfteach.feedback.critics.critic_healthcheck import require_server
 
-        require_server(endpoint)
+        require_server(config)
 
 
-def _endpoint(config: EndpointConfig) -> Endpoint:
+def _require_openai() -> None:
     try:
-        from selfteach.feedback.critics.endpoint import Endpoint
+        import selfteach.feedback.critics.endpoint  # noqa: F401
     except ImportError:
         raise CriticError(
             'critic.type = "endpoint" needs OpenAI\'s client: pip install "selfteach[endpoint]"'
         ) from None
-    thinking = {"enable_thinking": config.thinking}
-    asked = {} if config.thinking is None else {"chat_template_kwargs": thinking}
-    return Endpoint(
-        base_url=config.base_url,
-        model=config.model,
-        api_key_env=config.api_key_env,
-        concurrency=config.concurrency,
-        timeout_s=config.timeout_seconds,
-        http_retries=config.http_retries,
-        requests_per_minute=config.requests_per_minute,
-        extra_body={**asked, **config.extra_body},
-    )
 
 
 def _local(config: LocalCriticConfig, templates: Templates) -> ChatModel:
-    own = ModelConfig(
+    model_config = ModelConfig(
         path=config.path,
         gguf_file=config.gguf_file,
         weights_dtype=config.weights_dtype,
         trust_remote_code=config.trust_remote_code,
     )
-    tokenizer = load_tokenizer(own)
+    tokenizer = load_tokenizer(model_config)
     device = choose_device(config.device)
     settle(device)
-    model = load_model(own, device).requires_grad_(False)
+    model = load_model(model_config, device).requires_grad_(False)
     renderer = Renderer(tokenizer, templates, thinking=Thinking(config.thinking, config.thinking))
     return LocalModel(
         model,
@@ -211,7 +178,10 @@ def _local(config: LocalCriticConfig, templates: Templates) -> ChatModel:
 
 
 def initial_weights(policy: Policy) -> Callable[[], AbstractContextManager[object]]:
-    """A context in which the policy's model has its initial weights: adapters off, or a copy."""
+    """Return a context manager under which the policy's model has its initial weights.
+
+    With adapters it turns them off; else it swaps in a copy of the weights.
+    """
     if policy.has_adapters:
         return policy.adapters_off
     copies = {name: weight.detach().clone() for name, weight in policy.trainable.items()}
@@ -219,9 +189,10 @@ def initial_weights(policy: Policy) -> Callable[[], AbstractContextManager[objec
 
 
 def fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """Names a model's weights: a folder whose weights change is another critic.
+    """Return a hash of a model's weights, so that a folder whose weights change is another critic.
 
-    Sums of their bits, so that every device says the same: a resume elsewhere finds its replies.
+    It is made of sums of the weights' bits, which are equal on every device: a run that is resumed on
+    another one finds its replies in the cache.
     """
     sums = [
         (name, tuple(weight.shape), str(weight.dtype), _sum_of_bits(weight.detach()))
@@ -232,7 +203,7 @@ def fingerprint(model: PreTrainedModel | PeftModel) -> str:
 
 
 def _sum_of_bits(weight: Tensor) -> int:
-    """In pieces, since each is widened to 64 bits."""
+    """Sum in chunks, since each is widened to 64 bits."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    parts = weight.contiguous().view(bits).flatten().split(FINGERPRINT_ENTRIES)
-    return int(torch.stack([part.sum(dtype=torch.int64) for part in parts]).sum().item())
+    chunks = weight.contiguous().view(bits).flatten().split(FINGERPRINT_ENTRIES)
+    return int(torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum().item())

@@ -23,7 +23,7 @@ from selfteach.runtime.distributed import Ranks, joined
 from selfteach.runtime.provenance import environment, processor
 from selfteach.runtime.run_folder import RunFolder, enough_disk, result_of, write_json
 from selfteach.runtime.signals import Termination, listening
-from selfteach.tasks.task import Split, training_order
+from selfteach.tasks.task import SplitName, training_order
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
@@ -219,7 +219,7 @@ def _due(run: RunFolder, recipe: Recipe, step: int) -> bool:
 
 
 def _measure(
-    run: RunFolder, recipe: Recipe, built: Built, split: Split, step: int, record: Record
+    run: RunFolder, recipe: Recipe, built: Built, split: SplitName, step: int, record: Record
 ) -> dict[str, Any]:
     """Evaluate on a split and write it down."""
     settings, started = recipe.evaluation, time.monotonic()
@@ -232,7 +232,7 @@ def _measure(
     engine = JournaledEngine(built.components.engine, run, rollouts_name(split, step))
     evaluation = evaluate(
         engine, built.components.verify, built.task.problems(split), sampling,
-        split=split, step=step, same=built.task.form.same, ranks=built.components.ranks,
+        split=split, step=step, same=built.task.answer_format.equivalent, ranks=built.components.ranks,
     )  # fmt: skip
     if built.components.ranks.is_main:
         write_json(evaluation_path(run.path, split, step), evaluation.to_json())

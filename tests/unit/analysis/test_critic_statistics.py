@@ -1,4 +1,4 @@
-"""What is counted of critics, by hand, and how it is shown."""
+"""Test the counts of critiques by hand, and how they are shown."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
-from selfteach.analysis import critic_statistics, wording
+from selfteach.analysis import critic_statistics, results_text
 from selfteach.analysis.terminal import critique_summary
-from selfteach.analysis.terminal.sanitize import plain
+from selfteach.analysis.terminal.sanitize import sanitized
 from selfteach.analysis.terminal.tables import print_critics
 
 HOSTILE = "<script>alert(1)</script>"
@@ -25,22 +25,23 @@ NEVER = {"step": None, "token": None, "fidelity": 1.0}
 
 
 def critique(case: str, answer: str, first_error: int | None = None, **usage: float) -> dict:
-    used = {"asked": 1, "reused": 0, "prompt_tokens": 20, "completion_tokens": 7, "cost": 0.5}
+    used = {"requests": 1, "cached": 0, "prompt_tokens": 20, "completion_tokens": 7, "cost": 0.5}
     steps = [{"text": "a", "status": "kept", "original": "a"}]
-    said = {"case": case, "steps": steps, "answer": answer, "first_error": first_error}
-    return {**said, "usage": {**used, **usage}}
+    reply = {"case": case, "steps": steps, "answer": answer, "first_error": first_error}
+    return {**reply, "usage": {**used, **usage}}
 
 
-def none(reason: str, answer: str | None = None) -> dict:
+def failure(reason: str, answer: str | None = None) -> dict:
     return {"reason": reason, "detail": "why", "said": "text", "answer": answer, "usage": {}}
 
 
-def row(said: dict | None, correct: bool, change: tuple[int, float] | None = None, **more: Any):
+def row(critique: dict | None, correct: bool, change: tuple[int, float] | None = None, **more: Any):
     where = NEVER if change is None else {"step": change[0], "token": 1, "fidelity": change[1]}
     return {
         "problem_id": "p", "sample": 0, "question": "q", "answer": "the answer", "correct": correct,
-        "parsed": "10" if correct else "9", "critique": said, "dropped": None,
-        "first_change": where if said and "case" in said else None, "answer_steps": ["a"], **more,
+        "parsed": "10" if correct else "9", "critique": critique, "dropped": None,
+        "first_change": where if critique and "case" in critique else None,
+        "answer_steps": ["a"], **more,
     }  # fmt: skip
 
 
@@ -49,18 +50,18 @@ ROWS = [
     row(critique("B", "10"), True, (1, 0.5)),  # something inserted
     row(critique("B", "10", 0), True, (0, 0.0)),  # a right step replaced
     row(critique("D", "10", 1), False, (1, 0.25)),
-    row(critique("C", "10", asked=0, reused=1, prompt_tokens=0, cost=0.0), False, (0, 0.05)),
+    row(critique("C", "10", requests=0, cached=1, prompt_tokens=0, cost=0.0), False, (0, 0.05)),
     row(critique("D", "9", 0), False, (0, 0.75)),  # a program that errs
-    row(none("wrong_answer", "9"), False, dropped="wrong_answer"),
-    row(none("wrong_answer", "8"), False, dropped="wrong_answer"),
-    row(none("empty"), True, dropped="empty"),
-    row(None, True),  # no critic was asked
+    row(failure("wrong_answer", "9"), False, dropped="wrong_answer"),
+    row(failure("wrong_answer", "8"), False, dropped="wrong_answer"),
+    row(failure("empty"), True, dropped="empty"),
+    row(None, True),  # not sent to a critic
 ]
 
 
 def test_counts_by_hand() -> None:
-    total = critic_statistics.summarise(ROWS)
-    assert (total.answers, total.right, total.critiques, total.writes) == (9, 4, 6, True)
+    total = critic_statistics.count_critiques(ROWS)
+    assert (total.answers, total.right, total.critiques, total.is_model) == (9, 4, 6, True)
     assert total.cases == {"A": 1, "B": 2, "C": 1, "D": 2}
     assert list(total.failures.items()) == [("empty", 1), ("wrong_answer", 2)]
     assert total.dropped == {"empty": 1, "wrong_answer": 2}
@@ -70,23 +71,23 @@ def test_counts_by_hand() -> None:
     assert total.mean_fidelity == pytest.approx(2.55 / 6)
     assert total.histogram() == [2, 0, 1, 0, 0, 1, 0, 1, 0, 1]
     assert total.usage == {
-        "asked": 5, "reused": 1, "prompt_tokens": 100, "completion_tokens": 42, "cost": 2.5,
+        "requests": 5, "cached": 1, "prompt_tokens": 100, "completion_tokens": 42, "cost": 2.5,
     }  # fmt: skip
-    assert critic_statistics.in_words(total) == (
+    assert critic_statistics.summary_line(total) == (
         "9 answers, 6 critiques (A 1, B 2, C 1, D 2); empty 1; wrong_answer 2; fidelity 0.42; "
-        "5 asked, 1 from the store; 142 tokens, cost 2.50"
+        "5 requests, 1 cached; 142 tokens, cost 2.50"
     )
 
 
 def test_quantiles_by_hand() -> None:
-    total = critic_statistics.summarise(ROWS)
+    total = critic_statistics.count_critiques(ROWS)
     assert total.quantile(0.0) == 0.0 and total.quantile(1.0) == 1.0
     assert total.quantile(0.5) == pytest.approx(0.375) and total.quantile(0.1) == pytest.approx(
         0.025
     )
-    nothing = critic_statistics.summarise([])
+    nothing = critic_statistics.count_critiques([])
     assert math.isnan(nothing.quantile(0.5)) and math.isnan(nothing.mean_fidelity)
-    assert nothing.answers == 0 and not nothing.writes
+    assert nothing.answers == 0 and not nothing.is_model
 
 
 @pytest.fixture
@@ -111,21 +112,23 @@ def study(tmp_path: Path) -> Path:
 
 
 def test_runs_of_an_arm_are_read_together(study: Path) -> None:
-    found = critic_statistics.read_study(study)
-    assert list(found) == ["oracle", "served"], "arms without a critic have nothing to show"
-    served = found["served"]
-    assert served.total == critic_statistics.summarise(ROWS) and served.seconds == 3.0
+    critics = critic_statistics.read_study_critics(study)
+    assert list(critics) == ["oracle", "served"], "arms without a critic have nothing to show"
+    served = critics["served"]
+    assert served.total == critic_statistics.count_critiques(ROWS) and served.seconds == 3.0
     assert {step: s.answers for step, s in served.by_step.items()} == {1: 6, 2: 3}
-    assert not found["oracle"].total.writes
+    assert not critics["oracle"].total.is_model
 
 
-def page(records: dict[str, critic_statistics.Record]) -> str:
-    folder = Path(critic_statistics.__file__).parent
+def page(critics: dict[str, critic_statistics.ArmCritic]) -> str:
+    folder = Path(critic_statistics.__file__).parent / "report"
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined
     )
     template = environment.get_template("critics.html.jinja")
-    return template.render(critics=records, critic_words=critic_statistics, w=wording)
+    return template.render(
+        data={"critics": critics}, critic_statistics=critic_statistics, text=results_text
+    )
 
 
 class Seen(HTMLParser):
@@ -151,7 +154,7 @@ class Seen(HTMLParser):
 
 
 def test_the_report_shows_outcomes_fidelity_agreement_and_cost(study: Path) -> None:
-    html = page(critic_statistics.read_study(study))
+    html = page(critic_statistics.read_study_critics(study))
     seen = Seen(html)
     assert seen.tags.count("table") == seen.tags.count("caption") == 5
     assert "script" not in seen.tags and "NaN" not in html and "nan" not in html
@@ -165,21 +168,21 @@ def test_the_report_shows_outcomes_fidelity_agreement_and_cost(study: Path) -> N
 
 
 def test_names_and_reasons_are_text_in_the_report() -> None:
-    summary = critic_statistics.summarise([row(none(HOSTILE), False, dropped=HOSTILE)])
-    html = page({HOSTILE: critic_statistics.Record(summary, {1: summary}, 0.0)})
+    summary = critic_statistics.count_critiques([row(failure(HOSTILE), False, dropped=HOSTILE)])
+    html = page({HOSTILE: critic_statistics.ArmCritic(summary, {1: summary}, 0.0)})
     assert "script" not in Seen(html).tags and "&lt;script&gt;" in html
 
 
-def test_a_line_per_arm_whose_critic_writes(study: Path) -> None:
+def test_a_line_is_printed_per_arm_whose_critic_is_a_model(study: Path) -> None:
     out = io.StringIO()
-    print_critics(critic_statistics.read_study(study), Console(file=out, width=300))
+    print_critics(critic_statistics.read_study_critics(study), Console(file=out, width=300))
     (line,) = out.getvalue().splitlines()
     assert line.strip().startswith("critic of served: 9 answers, 6 critiques")
     assert line.strip().endswith("3 seconds")
 
 
-def test_examples_show_every_outcome_before_any_twice() -> None:
-    kinds = [critique_summary._kind(found) for found in critique_summary.examples(ROWS[:9], 9)]
+def test_examples_show_every_kind_before_any_twice() -> None:
+    kinds = [critique_summary._kind(row) for row in critique_summary.examples(ROWS[:9], 9)]
     assert kinds[:6] == ["B", "D", "wrong_answer", "A", "C", "empty"]
     assert sorted(kinds) == sorted(critique_summary._kind(r) for r in ROWS[:9])
     assert (
@@ -187,19 +190,22 @@ def test_examples_show_every_outcome_before_any_twice() -> None:
     )
 
 
-def test_an_answer_stands_beside_its_critique_step_by_step() -> None:
+def test_an_answer_is_paired_with_its_critique_step_by_step() -> None:
     def step(text: str, status: str, original: str | None = None) -> dict:
         return {"text": text, "status": status, "original": original}
 
-    told = critique("D", "10", 1)
-    told["steps"] = [step("one", "kept", "one"), step("2", "fixed", "two"), step("3", "new")]
-    shown = row(told, False, (1, 0.3), answer_steps=["one", "two", "three", "four"])
-    assert list(critique_summary.pairs(shown)) == [
+    reply = critique("D", "10", 1)
+    reply["steps"] = [step("one", "kept", "one"), step("2", "fixed", "two"), step("3", "new")]
+    shown = row(reply, False, (1, 0.3), answer_steps=["one", "two", "three", "four"])
+    assert list(critique_summary.step_pairs(shown)) == [
         ("one", "kept", "one"), ("two", "fixed", "2"), ("three", "new", "3"), ("four", "gone", ""),
         ("9", "fixed", "10"),
     ]  # fmt: skip
     unfinished = {**shown, "parsed": None, "answer_steps": ["one", "two"]}
-    assert list(critique_summary.pairs(unfinished))[2:] == [("", "new", "3"), ("", "new", "10")]
+    assert list(critique_summary.step_pairs(unfinished))[2:] == [
+        ("", "new", "3"),
+        ("", "new", "10"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -215,12 +221,12 @@ def test_an_answer_stands_beside_its_critique_step_by_step() -> None:
         ("\x1b", ""),
     ],
 )
-def test_escape_sequences_are_taken_out(text: str, expected: str) -> None:
-    assert plain(text) == expected
+def test_escape_sequences_are_removed(text: str, expected: str) -> None:
+    assert sanitized(text) == expected
 
 
 @given(st.text(st.characters() | st.sampled_from("\x1b[]0;m\x07\x9b\\"), max_size=40))
-def test_nothing_that_acts_is_left(text: str) -> None:
-    shown = plain(text)
-    assert plain(shown) == shown
+def test_no_control_characters_are_left(text: str) -> None:
+    shown = sanitized(text)
+    assert sanitized(shown) == shown
     assert not any((ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160 for c in shown)

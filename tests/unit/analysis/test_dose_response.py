@@ -1,4 +1,4 @@
-"""A study by degree: where arms or variants stand, and the figure of it."""
+"""Test studies by degree: positions of arms or variants, and their figure."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def results_by_variant() -> dict[str, Any]:
 
 
 def drawn(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
-    """Every line with error bars: its points, by name."""
+    """Return the points of every line with error bars, by name."""
     lines = {}
     for bars in axes.containers:
         x, y = bars.lines[0].get_data()
@@ -68,7 +68,7 @@ def drawn(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
     return lines
 
 
-def test_arms_on_the_axis_are_one_line_and_the_others_stand_across() -> None:
+def test_arms_on_the_axis_are_one_line_and_others_are_horizontal() -> None:
     figure = along_axis(results_by_arm(), None)
     assert figure is not None
     (axes,) = figure.axes
@@ -85,14 +85,14 @@ def test_intervals_are_those_of_the_results() -> None:
     assert [(low[1], high[1]) for low, high in segments] == [(37, 43), (48, 56), (65, 75)]
 
 
-def test_concentration_stands_beside_it_where_every_position_was_inspected() -> None:
-    known = {f"partly_aligned@{x:g}": {"concentration": estimate(1 + x)} for x in POSITIONS}
-    figure = along_axis(results_by_arm(), {"contexts": known})
+def test_concentration_is_shown_where_every_position_was_inspected() -> None:
+    contexts = {f"partly_aligned@{x:g}": {"concentration": estimate(1 + x)} for x in POSITIONS}
+    figure = along_axis(results_by_arm(), {"contexts": contexts})
     assert figure is not None and len(figure.axes) == 2
     ((points),) = drawn(figure.axes[1]).values()
     assert points == ([0.0, 0.4, 1.0], [1.0, 1.4, 2.0])
-    del known["partly_aligned@0.4"]
-    figure = along_axis(results_by_arm(), {"contexts": known})
+    del contexts["partly_aligned@0.4"]
+    figure = along_axis(results_by_arm(), {"contexts": contexts})
     assert figure is not None and len(figure.axes) == 1
 
 
@@ -111,22 +111,22 @@ def test_without_two_positions_there_is_no_figure(axis: object) -> None:
 
 
 def test_an_inspection_shows_every_position_of_the_arms() -> None:
-    asked = inspection_of(study_from(dial()))
-    assert asked is not None
-    own = [name for name in asked[1].contexts if name.startswith("partly_aligned")]
-    assert own == ["partly_aligned@0", "partly_aligned@0.4", "partly_aligned@1"]
+    inspection = inspection_of(study_from(dial()))
+    assert inspection is not None
+    names = [name for name in inspection[1].contexts if name.startswith("partly_aligned")]
+    assert names == ["partly_aligned@0", "partly_aligned@0.4", "partly_aligned@1"]
 
 
 @pytest.mark.parametrize(
-    ("study", "said"),
+    ("study", "message"),
     [
         ({"axis": ""}, "give both, or none"),
         ({"at": {}}, "give both, or none"),
         ({"at": {"dial_0": 0.0, "dail_1": 1.0}}, "study.at: 'dial_0'"),
     ],
 )
-def test_a_wrong_axis_is_told_in_one_line(study: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_a_wrong_axis_is_refused(study: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         study_from(dial(**study))
 
 

@@ -1,4 +1,4 @@
-"""Figures, report and terminal tables of a made-up study."""
+"""Test figures, report and terminal tables with a made-up study."""
 
 import base64
 import hashlib
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from selfteach.analysis import wording
-from selfteach.analysis.figures import style
-from selfteach.analysis.report.packing import unpacked
+from selfteach.analysis import results_text
+from selfteach.analysis.figures import results_figures, style
+from selfteach.analysis.report.compressed_records import decompress
 from selfteach.analysis.report.page import render, write_report
 from selfteach.analysis.terminal.tables import print_evaluation, print_results
 from selfteach.errors import CheckpointError
@@ -109,7 +109,7 @@ def example():
 
 
 class Page(HTMLParser):
-    """What a browser would see: text, tags, and whatever points elsewhere."""
+    """Collects the text, tags and links of a page."""
 
     def __init__(self, html):
         super().__init__()
@@ -137,20 +137,20 @@ def report(folder, results, example=None):
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory):
-    """The report of the made-up study, rendered once for the tests that only look at it."""
+    """Render the report of the made-up study once, for the tests that only read it."""
     return report(tmp_path_factory.mktemp("study"), made_up_results(), made_up_example())
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """No figures, for tests that look at words: drawing is what takes the time."""
-    monkeypatch.setattr("selfteach.analysis.report.page._drawn", lambda *_: {})
+    """Skip drawing figures, the slow part, in tests of text."""
+    monkeypatch.setattr("selfteach.analysis.report.page.draw_figures", lambda *_: {})
 
 
 def records_in(html):
-    """All records that a page holds, block by block."""
+    """Return all records in a page, block by block."""
     blocks = re.findall(r'<script type="text/plain" class="block">(.*?)</script>', html)
-    return [record for block in blocks for record in unpacked(block)]
+    return [record for block in blocks for record in decompress(block)]
 
 
 def printed(results, width=100):
@@ -162,7 +162,7 @@ def printed(results, width=100):
 # -- report ----------------------------------------------------------------------------------
 
 
-def test_report_says_what_the_numbers_say(html):
+def test_report_states_differences_and_whether_they_are_supported(html):
     page = Page(html)
     text = " ".join(page.text.split())
     assert "step_aligned answers 35.8 % of samples right, grpo 19.7 %" in text
@@ -188,7 +188,7 @@ def test_every_measure_of_every_arm_and_seed_is_in_the_report(html, results):
     assert "collapsed: ended far below the base" in text
 
 
-def test_variants_say_where_the_order_flips(html):
+def test_variants_report_where_the_order_reverses(html):
     text = " ".join(Page(html).text.split())
     no_pull, easy = text.split("no pull of style (ρ = 0) seeds 0, 1")[1].split("easy seeds 0")
     assert re.search(r"step_aligned − grpo: −9.2 .*?: REVERSED", no_pull)
@@ -196,7 +196,7 @@ def test_variants_say_where_the_order_flips(html):
     assert re.search(r"step_aligned − grpo: −0.7 .*?: undecided, mean reversed", easy)
 
 
-def test_answers_are_text_and_nothing_else(tmp_path, results, example):
+def test_text_from_files_is_escaped(tmp_path, results, example):
     results["title"] = f"A & B {HOSTILE}"
     results["arms"]["<b>bold</b>"] = results["arms"]["reference"]
     html = report(tmp_path, results, example)
@@ -210,7 +210,7 @@ def test_answers_are_text_and_nothing_else(tmp_path, results, example):
     assert HOSTILE in record["text"] and HOSTILE in record["contexts"]["reference"]["text"]
 
 
-def test_only_the_packages_own_script_may_run(html):
+def test_only_the_script_of_this_package_may_run(html):
     policy = next(a for tag, a in Page(html).tags if "http-equiv" in a)["content"]
     script = re.search(r"<script>(.*?)</script>", html, re.DOTALL).group(1)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -228,7 +228,7 @@ def test_report_needs_no_network(html):
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 
 
-def test_report_can_be_read_without_eyes(html):
+def test_report_is_accessible_to_screen_readers(html):
     page = Page(html)
     assert ("html", {"lang": "en"}) in page.tags
     drawings = [a for tag, a in page.tags if tag == "div" and a.get("role") == "img"]
@@ -242,12 +242,14 @@ def test_report_can_be_read_without_eyes(html):
         assert attrs.get("aria-labelledby", ids[0]) in ids
 
 
-def test_the_study_example_is_in_the_browser_with_its_values(html, example):
+def test_the_example_is_in_the_browser_with_its_values(html, example):
     (record,) = records_in(html)
     assert record["tokens"]["text"] == example["tokens"]
     assert record["first_error"] == 2 and record["problem"] == "validation-3"
-    told = np.array(record["contexts"]["step_aligned"]["advantage"]) * 1e-4
-    np.testing.assert_allclose(told, example["contexts"]["step_aligned"]["advantage"], atol=5e-5)
+    advantage = np.array(record["contexts"]["step_aligned"]["advantage"]) * 1e-4
+    np.testing.assert_allclose(
+        advantage, example["contexts"]["step_aligned"]["advantage"], atol=5e-5
+    )
     # Its steps are the text from one step's first token to the next one's.
     begin, end = record["spans"][2]
     assert record["text"][begin:end] == "".join(
@@ -255,7 +257,7 @@ def test_the_study_example_is_in_the_browser_with_its_values(html, example):
     )
 
 
-def test_same_results_same_bytes_and_no_leftovers(tmp_path, results):
+def test_same_results_give_the_same_bytes_and_no_other_files(tmp_path, results):
     saved(tmp_path, results)
     first = write_report(tmp_path).read_bytes()
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
@@ -265,7 +267,7 @@ def test_same_results_same_bytes_and_no_leftovers(tmp_path, results):
     assert {path.name for path in tmp_path.iterdir()} == {"figures", "report.html", "results.json"}
 
 
-def test_a_failure_leaves_the_old_report_alone(tmp_path, results, undrawn):
+def test_a_failure_leaves_the_old_report_unchanged(tmp_path, results, undrawn):
     before = write_report(saved(tmp_path, results)).read_text(encoding="utf-8")
     del results["arms"]["grpo"]["avg"]
     with pytest.raises(KeyError, match="avg"):
@@ -273,7 +275,7 @@ def test_a_failure_leaves_the_old_report_alone(tmp_path, results, undrawn):
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
 
 
-def test_a_failed_move_leaves_nothing_behind(tmp_path, results, undrawn, monkeypatch):
+def test_a_failed_rename_leaves_no_temporary_file(tmp_path, results, undrawn, monkeypatch):
     before = write_report(saved(tmp_path, results)).read_text(encoding="utf-8")
 
     def refuse(source, target):
@@ -286,7 +288,7 @@ def test_a_failed_move_leaves_nothing_behind(tmp_path, results, undrawn, monkeyp
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
 
 
-def test_small_studies_have_a_report_too(tmp_path, results):
+def test_small_studies_have_a_report(tmp_path, results):
     one = {"base": 12.0, "run": 20.0}
     small = {**results, **setting(one), "variants": {}, "headline": [], "title": "", "seeds": [0]}
     assert "run is better than base" in Page(report(tmp_path, small)).text
@@ -304,17 +306,17 @@ def test_an_example_without_contexts_or_error_is_shown(tmp_path, results, exampl
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (None, "no run, no study"),
         ("{", "not valid JSON"),
-        ('{"format": 2}', "format 2, known is 1"),
+        ('{"format": 2}', "format 2, expected 1"),
     ],
 )
-def test_results_that_cannot_be_read_are_refused_in_one_line(tmp_path, content, said):
+def test_results_that_cannot_be_read_are_refused_in_one_line(tmp_path, content, message):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    with pytest.raises(CheckpointError, match=said) as refusal:
+    with pytest.raises(CheckpointError, match=message) as refusal:
         write_report(tmp_path)
     place = tmp_path if content is None else tmp_path / "results.json"
     assert str(place) in str(refusal.value) and "\n" not in str(refusal.value)
@@ -324,7 +326,7 @@ def test_results_that_cannot_be_read_are_refused_in_one_line(tmp_path, content, 
 
 
 def test_curves_are_means_and_bands_are_extremes(results):
-    axes = style.learning_curves(results).axes[0]
+    axes = results_figures.learning_curves(results).axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert set(lines) == set(SCORES)
     np.testing.assert_allclose(lines["step_aligned"].get_ydata()[-1], 35.8)
@@ -333,18 +335,18 @@ def test_curves_are_means_and_bands_are_extremes(results):
     np.testing.assert_allclose([band.ymin, band.ymax], [11.0, 36.8])
 
 
-def test_a_forest_of_many_arms_shows_the_headline_and_what_is_against_the_base(results):
+def test_a_forest_of_many_arms_shows_the_headline_and_differences_from_the_base(results):
     value = next(iter(results["paired"].values()))
     arms = [f"arm{i}" for i in range(8)]
     pairs = [f"{b}-{a}" for i, a in enumerate(arms) for b in arms[i + 1 :]]
     results["paired"] = dict.fromkeys([*pairs, *(f"{arm}-base" for arm in arms)], value)
     results["headline"], results["variants"] = ["arm1-arm0"], {}
-    labels = [text.get_text() for text in style.forest(results).axes[0].get_yticklabels()]
+    labels = [text.get_text() for text in results_figures.forest(results).axes[0].get_yticklabels()]
     assert labels == ["arm1 − arm0", *(f"{arm} − base" for arm in arms)]
 
 
-def test_forest_draws_every_pair_and_fills_what_is_decided(results):
-    axes = style.forest(results).axes[0]
+def test_forest_draws_every_pair_and_fills_decided_ones(results):
+    axes = results_figures.forest(results).axes[0]
     labels = [label.get_text().strip() for label in axes.get_yticklabels()]
     titles = [text.get_text() for text in axes.texts]
     assert labels.count("step_aligned − grpo") == 3 and "no pull of style (ρ = 0)" in titles
@@ -358,14 +360,14 @@ def test_forest_draws_every_pair_and_fills_what_is_decided(results):
 
 def test_variants_of_one_title_are_all_drawn(results):
     results["variants"]["easy"]["title"] = results["variants"]["no_pull"]["title"] = "main"
-    axes = style.forest(results).axes[0]
+    axes = results_figures.forest(results).axes[0]
     labels = [label.get_text() for label in axes.get_yticklabels()]
     titles = [text.get_text() for text in axes.texts]
     assert titles.count("main") == labels.count("grpo − base") == 3
 
 
 def test_token_figure_has_a_panel_per_context_on_one_scale(example):
-    figure = style.token_advantages(example)
+    figure = results_figures.token_advantages(example)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["reference", "step_aligned"]
     heights = [bar.get_height() for bar in figure.axes[1].patches]
     np.testing.assert_allclose(heights, example["contexts"]["step_aligned"]["advantage"])
@@ -375,15 +377,15 @@ def test_token_figure_has_a_panel_per_context_on_one_scale(example):
     assert f">{HOSTILE[:13]}…<".replace("<script>", "&lt;script&gt;") in drawn
 
 
-def test_a_long_answer_is_drawn_without_naming_its_tokens(example):
+def test_a_long_answer_is_drawn_without_token_labels(example):
     long = {**example, "tokens": ["中"] * 600, "steps": [t // 60 for t in range(600)]}
     long["contexts"] = {"reference": {"text": "", "advantage": [0.1] * 600}}
-    assert "token of the answer" in style.svg(style.token_advantages(long))
+    assert "token of the answer" in style.svg(results_figures.token_advantages(long))
 
 
-def test_svg_is_text_that_stands_alone_and_stays_the_same(results):
-    drawn = style.svg(style.forest(results))
-    assert drawn == style.svg(style.forest(results))
+def test_svg_is_self_contained_and_reproducible(results):
+    drawn = style.svg(results_figures.forest(results))
+    assert drawn == style.svg(results_figures.forest(results))
     assert drawn.startswith("<svg") and drawn.endswith("</svg>")
     assert "no pull of style" in drawn and "currentColor" in drawn and style.INK not in drawn
     assert not re.search(r"<!|<\?|<metadata|\d{4}-\d\d-\d\d", drawn)
@@ -392,7 +394,7 @@ def test_svg_is_text_that_stands_alone_and_stays_the_same(results):
 def test_svg_can_be_drawn_from_threads(results):
     drawn = []
     threads = [
-        threading.Thread(target=lambda: drawn.append(style.svg(style.forest(results))))
+        threading.Thread(target=lambda: drawn.append(style.svg(results_figures.forest(results))))
         for _ in range(2)
     ]
     for thread in threads:
@@ -402,7 +404,7 @@ def test_svg_can_be_drawn_from_threads(results):
     assert len(drawn) == 2 and drawn[0] == drawn[1]
 
 
-def test_an_arm_keeps_its_style_and_no_two_look_alike():
+def test_an_arm_keeps_its_style_and_no_two_are_equal():
     names = ["base", "grpo", "reference", "mine", "step_aligned", "yours", "omission"]
     look = style.styles(names)
     assert look["grpo"] == style.styles(["grpo"])["grpo"]
@@ -410,10 +412,10 @@ def test_an_arm_keeps_its_style_and_no_two_look_alike():
 
 
 @pytest.mark.parametrize(
-    ("token", "seen"), [(" a", "␣a"), ("\n", "↵"), ("\t", "⇥"), ("\x00", "␀"), ("é", "é")]
+    ("token", "expected"), [(" a", "␣a"), ("\n", "↵"), ("\t", "⇥"), ("\x00", "␀"), ("é", "é")]
 )
-def test_white_space_can_be_seen(token, seen):
-    assert style.visible(token) == seen
+def test_white_space_is_visible(token, expected):
+    assert results_figures.visible(token) == expected
 
 
 # -- terminal --------------------------------------------------------------------------------
@@ -427,7 +429,7 @@ def test_console_prints_each_arm_and_each_pair_within_100_columns(results):
         row = re.search(rf"^ {name} +{avg} .*\n +\[{avg - 3:.1f}, {avg + 3:.1f}\](.*)", text, re.M)
         assert row and row.group(1).count("[") == 5, name
     for pair in results["paired"]:
-        assert wording.pair_title(pair) in text
+        assert results_text.pair_title(pair) in text
     assert re.search(
         r"step_aligned - grpo +\+16\.1 \[10\.6, 21\.6\]\* +\+2\.0 \[-1\.0, 5\.0\]  ", text
     )
@@ -444,7 +446,7 @@ def test_console_does_not_read_names_as_markup(results):
 
 
 def test_console_prints_one_evaluation():
-    measures = {name: estimate(20.0) for name in wording.MEASURES}
+    measures = {name: estimate(20.0) for name in results_text.MEASURE_TITLES}
     sink = io.StringIO()
     result = {"what": "runs/x", "split": "test", "problems": 192, "k": 4, **measures}
     print_evaluation(result, Console(file=sink, width=80))
@@ -452,15 +454,15 @@ def test_console_prints_one_evaluation():
     assert re.search(r"Avg@4, % +20\.0 \[17\.0, 23\.0\]", sink.getvalue())
 
 
-# -- words -----------------------------------------------------------------------------------
+# -- text -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [(0.1, 2, "higher"), (-2, -0.1, "lower"), (-1, 1, "open"), (0, 2, "open"), (-2, 0, "open")],
 )
-def test_only_an_interval_beside_zero_decides(low, high, expected):
-    assert wording.standing({"mean": (low + high) / 2, "ci95": [low, high]}) == expected
+def test_only_an_interval_without_zero_decides(low, high, expected):
+    assert results_text.decision({"mean": (low + high) / 2, "ci95": [low, high]}) == expected
 
 
 @pytest.mark.parametrize(
@@ -468,7 +470,7 @@ def test_only_an_interval_beside_zero_decides(low, high, expected):
     [(9, "same order"), (2, "undecided"), (-2, "undecided, mean reversed"), (-9, "REVERSED")],
 )
 def test_order_compares_with_the_main_setting(mean, expected):
-    assert wording.order(estimate(mean), estimate(7.0)) == expected
+    assert results_text.variant_order(estimate(mean), estimate(7.0)) == expected
 
 
 @pytest.mark.parametrize(
@@ -476,11 +478,11 @@ def test_order_compares_with_the_main_setting(mean, expected):
     [(9, "decided here only"), (2, "undecided"), (-9, "decided here only, mean reversed")],
 )
 def test_an_undecided_main_setting_cannot_be_reversed(mean, expected):
-    assert wording.order(estimate(mean), estimate(2.0)) == expected
+    assert results_text.variant_order(estimate(mean), estimate(2.0)) == expected
 
 
-def test_headline_falls_back_to_what_is_there(results):
-    assert wording.headline(results) == results["headline"]
+def test_headline_falls_back_to_existing_pairs(results):
+    assert results_text.headline_pairs(results) == results["headline"]
     results["headline"] = ["gone-grpo"]
-    assert "step_aligned-reference" in wording.headline(results)
-    assert not any(pair.endswith("-base") for pair in wording.headline(results))
+    assert "step_aligned-reference" in results_text.headline_pairs(results)
+    assert not any(pair.endswith("-base") for pair in results_text.headline_pairs(results))

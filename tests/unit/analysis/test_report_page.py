@@ -1,9 +1,10 @@
-"""The report as a reader meets it: opened from a file in a headless Chromium, with pointer and keys."""
+"""Test the report in a headless Chromium: opened from a file, with pointer and keys."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -37,7 +38,10 @@ REASONS = {5: "malformed", 6: "truncated"}
 
 
 def answer_row(i: int) -> dict:
-    """Every fourth answer is right; samples 5 and 6 of a problem are dropped; the first is hostile."""
+    """Return a row of answers.jsonl.
+
+    Every fourth answer is right; samples 5 and 6 of a problem are dropped; the first is hostile.
+    """
     sample, right = i % PER_PROBLEM, i % 4 == 0
     spans, end = [], 0
     for step in STEPS:
@@ -65,7 +69,7 @@ def answer_row(i: int) -> dict:
 
 
 def advantages(i: int, context: str) -> np.ndarray:
-    """Known at every token: the reference is noise around −1, the aligned one is sharp at the error."""
+    """Return known advantages: the reference's near −1, the aligned one's sharp at the error."""
     t = np.arange(N)
     if context == "reference":
         return np.float32(-1 - 0.0123 * t)
@@ -80,12 +84,12 @@ def write_inspection(folder: Path, count: int) -> None:
     for i, row in enumerate(rows):
         for context in row["contexts"]:
             advantage = advantages(i, context)
-            own = {
+            table = {
                 "answer": [i] * N, "problem_id": [row["problem_id"]] * N, "text": TOKENS,
                 "context": [context] * N, "step": STEP_OF, "kind": ["task", "style", "other"] * 5,
                 "student_logp": [-0.5] * N, "advantage": advantage,
             }  # fmt: skip
-            tables.append(own)
+            tables.append(table)
     columns = {name: list(chain.from_iterable(t[name] for t in tables)) for name in tables[0]}
     nothing = np.zeros(len(columns["answer"]))
     arrays = [pa.array(columns.get(field.name, nothing)).cast(field.type) for field in SCHEMA]
@@ -95,7 +99,7 @@ def write_inspection(folder: Path, count: int) -> None:
 
 
 def write_run(folder: Path, samples: int = 3) -> None:
-    """A run as training leaves it: recipe, metrics and samples, no inspection."""
+    """Write a run as training does: recipe, metrics and samples, no inspection."""
     config = {
         "seed": 0, "context": {"type": "step_aligned"}, "optimizer": {"lr": 0.001},
         "train": {"steps": 2}, "evaluation": {"every": 1},
@@ -108,12 +112,12 @@ def write_run(folder: Path, samples: int = 3) -> None:
         for s in (1, 2)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = answer_row(1)
+    answer = answer_row(1)
     sample = {
-        "problem_id": "train-1", "question": told["question"], "answer": told["text"],
-        "correct": False, "formatted": True, "parsed": "7", "critique": told["critique"],
+        "problem_id": "train-1", "question": answer["question"], "answer": answer["text"],
+        "correct": False, "formatted": True, "parsed": "7", "critique": answer["critique"],
         "context": "aligned", "dropped": None, "finished": False, "gold": "4",
-        "steps": told["step_spans"]["characters"], "first_error_token": 6,
+        "steps": answer["step_spans"]["characters"], "first_error_token": 6,
         "first_change": {"step": 1, "token": 10, "fidelity": 0.6},
     }  # fmt: skip
     for step in (1, 2):
@@ -122,7 +126,7 @@ def write_run(folder: Path, samples: int = 3) -> None:
 
 
 def written(folder: Path) -> Path:
-    """The report alone: its figures as files are tested elsewhere."""
+    """Write the report alone, without its figures as files."""
     path = folder / "report.html"
     path.write_text(render([folder])[0], encoding="utf-8")
     return path
@@ -138,7 +142,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """A run with an inspection of 5,000 answers."""
+    """Write the report of a run with an inspection of 5,000 answers."""
     folder = tmp_path_factory.mktemp("inspected") / "first"
     write_run(folder, samples=0)
     write_inspection(folder / "inspection", ANSWERS)
@@ -147,7 +151,7 @@ def report(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a file in a fresh context; fails if the page logged an error or asked for anything else."""
+    """Open a file in a fresh context; fail if the page logs an error or requests anything else."""
     contexts, errors, requests = [], [], []
 
     def open_one(path: Path, page_name: str = "overview", **options):
@@ -204,7 +208,7 @@ def test_every_page_opens_from_a_file_without_an_error(open_page, report):
     # An address within a page opens that page.
     page.evaluate("location.hash = '#check-truncated'")
     page.wait_for_function("!document.getElementById('health').hidden")
-    assert "50% of the answers are cut" in page.locator("#health").inner_text()
+    assert "50% of the answers are truncated" in page.locator("#health").inner_text()
 
 
 def test_filters_over_five_thousand_answers(answers):
@@ -244,7 +248,7 @@ def test_each_filter_by_itself(answers, menu, value, left):
     assert counted(answers) == f"{left} of 5,000 answers"
 
 
-def test_only_the_rows_in_view_exist_and_keys_move_through_all(answers):
+def test_only_rows_in_view_are_nodes_and_keys_reach_all(answers):
     page = answers
     assert page.locator(".row").count() < 40
     page.locator("#list").focus()
@@ -264,15 +268,15 @@ def test_pointing_at_a_token_shows_exact_values(answers):
     page.locator(".row").nth(1).click()
     page.locator("#answer-title", has_text="answer 2").wait_for()
     token(page, 10).hover()
-    told = tip(page)
-    assert "token 10 “5”, step 2, style" in told
-    assert "step_aligned: −9.4321 nats" in told and "reference: −1.1230 nats" in told
-    assert "student −0.5000" in told
+    shown = tip(page)
+    assert "token 10 “5”, step 2, style" in shown
+    assert "step_aligned: −9.4321 nats" in shown and "reference: −1.1230 nats" in shown
+    assert "student −0.5000" in shown
     page.mouse.move(0, 0)
     assert page.locator("#tip").is_hidden()
 
 
-def test_the_keyboard_reads_the_same_values(answers):
+def test_the_keyboard_shows_the_same_values(answers):
     page = answers
     page.locator(".row").nth(1).click()
     page.locator("#answer-title", has_text="answer 2").wait_for()
@@ -325,20 +329,20 @@ def test_jump_to_the_first_error(answers):
     assert "corrected" in row.inner_text() and "2 + 2 = 4;" in row.inner_text()
 
 
-def test_steps_and_critique_stand_side_by_side(answers):
+def test_steps_and_critique_are_side_by_side(answers):
     page = answers
     page.locator(".row").nth(1).click()
     page.locator("#answer-title", has_text="answer 2").wait_for()
     rows = page.locator("#steps tbody tr")
-    told = [" ".join(rows.nth(i).inner_text().split()) for i in range(rows.count())]
-    assert told[0] == "1 1 + 1 = 2; kept1 + 1 = 2;"
-    assert told[2] == "answer = 7<end> 4"
+    texts = [" ".join(rows.nth(i).inner_text().split()) for i in range(rows.count())]
+    assert texts[0] == "1 1 + 1 = 2; repeated1 + 1 = 2;"
+    assert texts[2] == "answer = 7<end> 4"
 
 
 def test_hostile_text_is_text(answers):
     page = answers
     assert page.locator("pre.question").inner_text() == HOSTILE
-    page.get_by_text("What the teacher read under").click()
+    page.get_by_text("Teacher context:").click()
     assert HOSTILE in page.locator("#read pre").inner_text()
     assert page.evaluate("window.hacked") is None
     assert page.locator("img").count() == 0
@@ -348,19 +352,19 @@ def test_hostile_text_is_text(answers):
 
 
 def test_an_answer_has_an_address(open_page, report):
-    page = open_page(report, "rollouts/4321")
+    page = open_page(report, "answers/4321")
     page.locator("#answer-title", has_text="problem p-540, answer 2").wait_for()
     assert page.locator(".row[aria-selected=true]").get_attribute("aria-posinset") == "4322"
 
 
-def test_lessons_alone_fill_the_browser(open_page, tmp_path):
+def test_training_answers_alone_fill_the_browser(open_page, tmp_path):
     write_run(tmp_path / "plain", samples=4)
     page = open_page(written(tmp_path / "plain"), "answers")
     page.locator("#answer-title", has_text="✗ wrong").wait_for()
     assert counted(page) == "8 of 8 answers"
     text = page.locator("#answer").inner_text()
     assert "plain, training step 1" in text and "60 % repeated before the first change" in text
-    assert "2 + 2 = 5;" in text and "cut at the token limit" in text
+    assert "2 + 2 = 5;" in text and re.search(r"truncated\s+at the token limit", text)
     page.get_by_role("button", name="First error: step 2").click()
     assert "error" in page.locator(":focus").get_attribute("class")
 
@@ -389,8 +393,8 @@ CONTRAST = """() => {
   const probe = document.body.appendChild(document.createElement("span"));
   return Object.fromEntries(["ink", "quiet", "yes", "alert", "link"].map((name) => {
     probe.style.color = `var(--${name})`;
-    const own = luminance(getComputedStyle(probe).color);
-    return [name, (Math.max(own, page) + 0.05) / (Math.min(own, page) + 0.05)];
+    const text = luminance(getComputedStyle(probe).color);
+    return [name, (Math.max(text, page) + 0.05) / (Math.min(text, page) + 0.05)];
   }));
 }"""
 """WCAG's contrast of each colour of text against the page."""
@@ -399,13 +403,13 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_colour_of_text_has_contrast(open_page, report, scheme):
     page = open_page(report, color_scheme=scheme)
-    told = page.evaluate(CONTRAST)
-    assert min(told.values()) >= 4.5, told
+    contrasts = page.evaluate(CONTRAST)
+    assert min(contrasts.values()) >= 4.5, contrasts
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A run with samples and an inspection of few answers."""
+    """Write the report of a run with samples and an inspection of few answers."""
     folder = tmp_path_factory.mktemp("small") / "run"
     write_run(folder)
     write_inspection(folder / "inspection", 16)
@@ -414,18 +418,18 @@ def small(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["overview", "feedback", "answers", "health", "budget"])
-def test_axe_finds_nothing_against_a_page(open_page, small, name, scheme):
-    """The rules of axe-core: names, roles, order of headings, contrast, keyboard, tables."""
+def test_axe_finds_no_violation(open_page, small, name, scheme):
+    """Check the rules of axe-core: names, roles, order of headings, contrast, keyboard, tables."""
     page = open_page(small, name, color_scheme=scheme)
     if name == "answers":
         page.locator("#answer-title").wait_for()
-    told = axe.Axe().run(page)
-    assert visible_pages(page) == [name] and len(told["passes"]) > 20
-    found = [(rule["id"], rule["nodes"][0]["html"]) for rule in told["violations"]]
-    assert found == []
+    outcome = axe.Axe().run(page)
+    assert visible_pages(page) == [name] and len(outcome["passes"]) > 20
+    violations = [(rule["id"], rule["nodes"][0]["html"]) for rule in outcome["violations"]]
+    assert violations == []
 
 
-def test_the_theme_can_be_chosen_against_the_system(open_page, report):
+def test_the_theme_overrides_the_system(open_page, report):
     page = open_page(report, color_scheme="light")
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")
     button = page.get_by_role("button", name="Theme")

@@ -1,4 +1,4 @@
-"""The self-teacher as a judge of steps: by hand, against brute force, and against scikit-learn."""
+"""Test step scores by hand, against brute force, and against scikit-learn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from inspections import answer, write
 from sklearn.metrics import roc_auc_score
 
-from selfteach.analysis.inspection.inspection_data import load
+from selfteach.analysis.inspection.inspection_data import read_inspection
 from selfteach.analysis.inspection.step_scores import (
     Steps,
     auroc,
@@ -56,8 +56,8 @@ def test_f1_is_the_harmonic_mean_of_both_accuracies() -> None:
 def test_poolings_by_hand(tmp_path: Path) -> None:
     rows = [answer("p", [0, 0, 0, 0, 1], first_error=1, correct=False)]
     a = {(0, "x"): [-1.0, 0.5, 0.2, -0.5, -4.0]}
-    found = load(write(tmp_path, ["x"], rows, a, logp={0: [-1.0, -2, -3, -4, -5]}))
-    steps, scores = steps_of(found, 0)
+    inspection = read_inspection(write(tmp_path, ["x"], rows, a, logp={0: [-1.0, -2, -3, -4, -5]}))
+    steps, scores = steps_of(inspection, 0)
     assert (steps.answer_S.tolist(), steps.index_S.tolist()) == ([0, 0], [0, 1])
     first = {name: value[0] for name, value in scores.items()}
     expected = {"min": -1, "mean": -0.2, "sum": -0.8, "last": -0.5, "first_3": -0.1,
@@ -74,8 +74,10 @@ def test_only_answers_with_a_known_first_error_are_judged(tmp_path: Path) -> Non
         answer("p", [-1, 0], first_error=None, correct=False, located=False),
         answer("q", [-1, 0, 1], first_error=None, correct=True),
     ]
-    found = load(write(tmp_path, ["x"], rows, {(0, "x"): [1, 2], (1, "x"): [1, 2, 3]}))
-    steps, scores = steps_of(found, 0)
+    inspection = read_inspection(
+        write(tmp_path, ["x"], rows, {(0, "x"): [1, 2], (1, "x"): [1, 2, 3]})
+    )
+    steps, scores = steps_of(inspection, 0)
     assert steps.answer_S.tolist() == [1, 1] and scores["advantage.min"].tolist() == [2, 3]
 
 
@@ -90,8 +92,10 @@ def test_the_area_is_scikit_learns(rows: list[tuple[int, bool, int]]) -> None:
     ours = auroc(score * 1.0, failing, np.stack([np.ones(len(rows)), weight * 1.0]))
     for value, weights in zip(ours, (np.ones(len(rows)), weight), strict=True):
         if weights[failing].sum() > 0 and weights[~failing].sum() > 0:
-            kept = weights > 0
-            theirs = roc_auc_score(failing[kept], -score[kept], sample_weight=weights[kept])
+            positive = weights > 0
+            theirs = roc_auc_score(
+                failing[positive], -score[positive], sample_weight=weights[positive]
+            )
             assert value == pytest.approx(theirs)
         else:
             assert np.isnan(value)
@@ -126,7 +130,7 @@ def test_the_best_threshold_is_the_best_there_is(rows, left_out: int) -> None:
 
 
 def planted(tmp_path: Path, contexts: dict[str, float], problems: int = 40) -> Path:
-    """Failing steps have an advantage of −strength, all else noise; entropy knows nothing."""
+    """Write an inspection: failing steps have an advantage of −strength, all else is noise."""
     rng = np.random.default_rng(0)
     rows, advantages, logp, entropy = [], {}, {}, {}
     for i in range(2 * problems):
@@ -143,30 +147,32 @@ def planted(tmp_path: Path, contexts: dict[str, float], problems: int = 40) -> P
 
 
 def test_a_planted_signal_is_found_and_noise_is_not(tmp_path: Path) -> None:
-    told = score_steps(load(planted(tmp_path, {"step_aligned": 3.0, "reference": 0.0})))
-    sharp, blunt = told["contexts"]["step_aligned"], told["contexts"]["reference"]
+    report = score_steps(
+        read_inspection(planted(tmp_path, {"step_aligned": 3.0, "reference": 0.0}))
+    )
+    sharp, blunt = report["contexts"]["step_aligned"], report["contexts"]["reference"]
     assert sharp["pooling"] != "advantage.first_3" and sharp["tells"] == "where"
     assert (
         sharp["auroc"]["mean"] == sharp["f1"]["mean"] / 100 == sharp["locates"]["mean"] / 100 == 1
     )
     low, high = blunt["auroc"]["ci95"]
     assert low < 0.5 < high
-    assert sharp["erroneous"] == sharp["sound"] == told["judged"]
-    gain = told["paired"]["step_aligned-student_entropy"]
+    assert sharp["erroneous"] == sharp["sound"] == report["judged"]
+    gain = report["paired"]["step_aligned-student_entropy"]
     assert gain["auroc"]["ci95"][0] > 0 and gain["f1"]["ci95"][0] > 0
-    assert set(told["baselines"]) == {"student_logp", "student_entropy", "position"}
-    assert told["choosing"] + told["judged"] == 40
+    assert set(report["baselines"]) == {"student_logp", "student_entropy", "position"}
+    assert report["choosing"] + report["judged"] == 40
 
 
-def test_what_is_judged_had_no_say_in_the_choice(tmp_path: Path) -> None:
-    """Where only ``last`` would do on the judged half, the choice stays what it was."""
-    found = load(planted(tmp_path, {"x": 3.0}))
-    found = dataclasses.replace(found, advantage_N=found.advantage_N.copy())
-    before = score_steps(found)["contexts"]["x"]
-    judged = ~choosing(found)[found.problem_A][found.answer_N]
-    first = judged & (found.position_N % 2 == 0)
-    found.advantage_N[first] = -10 - np.random.default_rng(1).random(first.sum())
-    after = score_steps(found)["contexts"]["x"]
+def test_held_out_problems_do_not_affect_the_choice(tmp_path: Path) -> None:
+    """Where only ``last`` works on the held-out problems, the choice is unchanged."""
+    inspection = read_inspection(planted(tmp_path, {"x": 3.0}))
+    inspection = dataclasses.replace(inspection, advantage_N=inspection.advantage_N.copy())
+    before = score_steps(inspection)["contexts"]["x"]
+    judged = ~choosing(inspection)[inspection.problem_A][inspection.answer_N]
+    first = judged & (inspection.position_N % 2 == 0)
+    inspection.advantage_N[first] = -10 - np.random.default_rng(1).random(first.sum())
+    after = score_steps(inspection)["contexts"]["x"]
     assert (after["pooling"], after["threshold"]) == (before["pooling"], before["threshold"])
     assert before["auroc"]["mean"] == 1 and after["auroc"]["mean"] < 0.8
     assert after["poolings"]["advantage.last"] == {"choosing": 1, "judged": 1}
@@ -174,5 +180,5 @@ def test_what_is_judged_had_no_say_in_the_choice(tmp_path: Path) -> None:
 
 def test_too_few_problems_judge_nothing(tmp_path: Path) -> None:
     rows = [answer("p", [0, 1], first_error=1, correct=False)]
-    told = score_steps(load(write(tmp_path, ["x"], rows, {(0, "x"): [0, -1.0]})))
-    assert told["contexts"] == {} and told["baselines"] == {}
+    report = score_steps(read_inspection(write(tmp_path, ["x"], rows, {(0, "x"): [0, -1.0]})))
+    assert report["contexts"] == {} and report["baselines"] == {}

@@ -240,7 +240,7 @@ def test_an_interrupted_inspection_leaves_no_partial_files(
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspection_folder, "score_answers", broken)
+    monkeypatch.setattr(inspection_folder, "score_rollouts", broken)
     with pytest.raises(KeyboardInterrupt):
         inspect_model(
             "lab:two_styles", InspectionRequest(("reference",), k=1, limit=1), tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Check that every committed recipe parses and uses the rates its sweep chose."""
+"""Every committed recipe is valid, and has the learning rates that its sweep chose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: what is wrong is one line that names the nearest right thing; layers merge in order."""
+"""Recipes: each error is one line that names the nearest valid choice; layers merge in order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def error_of(toml: str, *settings: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("toml", "said"),
+    ("toml", "message"),
     [
         # An unknown key, at every depth, and the nearest right one.
         ("sed = 1", "unknown key 'sed'; did you mean 'seed'?"),
@@ -44,7 +44,7 @@ def error_of(toml: str, *settings: str) -> str:
         ("[data]\ntype = 'lab'\nmax_solve_ratee = 0.1", "did you mean 'max_solve_rate'?"),
         ("[critic]\ntype = 'oracle'\nerror = 0.1", "did you mean 'error_rate'?"),
         ("[sampling]\ntop_p = 0.9", "known: temperature, max_tokens, batch_size"),
-        # A wrong value: the key, what is allowed, what was found.
+        # A wrong value: the key, what is allowed, the value.
         ("[optimizer]\nlr = -1", "optimizer.lr: input should be greater than 0, found -1"),
         ("[optimizer]\nlr = 'fast'", "optimizer.lr: "),
         ("[train]\nsteps = 1.5", "train.steps: "),
@@ -67,14 +67,17 @@ def error_of(toml: str, *settings: str) -> str:
             "[context]\ntype = 'reference'\n[objective]\nchanged_steps_fraction = 0.25",
             "changed_steps_fraction needs a critic",
         ),
-        ("[context]\ntype = 'peer'\n[train]\ngroup_size = 1", '"peer" needs at least 2'),
+        (
+            "[context]\ntype = 'peer'\n[train]\ngroup_size = 1",
+            '"peer" needs a train.group_size of at least 2',
+        ),
         ("[context]\ntype = 'peer'\nfallback = 'peer'", "fallback is another context"),
         ("[context]\ntype = 'peer'\nfallback = 'none'", "fallback is another context"),
         ("[context]\ntype = 'peer'\nfallback = 'holistic'", "needs a critic"),
         ("[objective]\ntype = 'hybrid'", 'context "none" has nothing to teach'),
         (
             "[context]\ntype = 'reference'\n[objective]\ntype = 'hybrid'\n[train]\ngroup_size = 1",
-            "grpo needs at least 2",
+            "grpo needs a train.group_size of at least 2",
         ),
         ("[objective]\ntype = 'hybrid'\nweight = 1.5", "a mixture goes from 0 to 1"),
         ("[objective]\ntype = 'hybrid'\nweight = { start = 1, end = 0, step = 9 }", "'steps'?"),
@@ -82,12 +85,12 @@ def error_of(toml: str, *settings: str) -> str:
         ("[objective]\ntype = 'hybrid'\ndistillation = { betta = 1 }", "did you mean 'beta'?"),
     ],
 )
-def test_what_is_wrong_is_one_line(toml: str, said: str) -> None:
-    assert said in error_of(toml)
+def test_an_error_of_a_recipe_is_one_line(toml: str, message: str) -> None:
+    assert message in error_of(toml)
 
 
 @pytest.mark.parametrize(
-    ("toml", "said"),
+    ("toml", "message"),
     [
         ("[study]\nseed = [1]\n", "did you mean 'seeds'?"),
         ("[study]\nheadline = ['aligned-grop']\n", "did you mean 'aligned-grpo'?"),
@@ -100,11 +103,11 @@ def test_what_is_wrong_is_one_line(toml: str, said: str) -> None:
         ("[arms.bad]\ncontxt = { type = 'reference' }\n", "did you mean 'context'?"),
     ],
 )
-def test_what_is_wrong_with_a_study_is_one_line(toml: str, said: str) -> None:
-    assert said in error_of(TWO_ARMS + toml)
+def test_an_error_of_a_study_is_one_line(toml: str, message: str) -> None:
+    assert message in error_of(TWO_ARMS + toml)
 
 
-def test_several_mistakes_are_counted() -> None:
+def test_several_errors_are_counted() -> None:
     assert "(and 1 more)" in error_of("[optimizer]\nlr = -1\neps = -1\n")
 
 
@@ -112,16 +115,16 @@ def test_an_empty_table_of_arms() -> None:
     assert "[arms] is empty" in error_of(ALIGNED + "[arms]\n")
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("a = = 1")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    for path, said in [
+    for path, message in [
         (tmp_path / "nowhere.toml", "no such recipe"),
         (tmp_path, "is a folder; name the recipe file"),
         (tmp_path / "broken.toml", "not valid TOML"),
         (tmp_path / "binary.toml", "not valid TOML"),
     ]:
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError, match=message):
             load_study(path)
 
 
@@ -197,7 +200,7 @@ def test_a_setting_without_key_or_value(setting: str) -> None:
         parse_setting(setting)
 
 
-def test_a_setting_reaches_every_arm_also_one_with_a_value_of_its_own() -> None:
+def test_a_setting_overrides_every_arm() -> None:
     toml = "[optimizer]\nlr = 1e-1\n" + TWO_ARMS + "optimizer = { lr = 3e-1 }\n"
     study = study_from(tomllib.loads(toml), ["optimizer.lr=0.7"])
     assert [study.recipe(arm).optimizer.lr for arm in study.arms] == [0.7, 0.7]
@@ -206,7 +209,7 @@ def test_a_setting_reaches_every_arm_also_one_with_a_value_of_its_own() -> None:
     assert one.study.seeds == (4,)
 
 
-def test_a_wrong_setting_is_the_same_line_as_a_wrong_file() -> None:
+def test_an_error_of_a_setting_is_that_of_a_file() -> None:
     assert "did you mean 'lr'?" in error_of(TWO_ARMS, "optimizer.lrr=1")
     assert "did you mean 'seeds'?" in error_of(TWO_ARMS, "study.seed=[1]")
 
@@ -215,7 +218,7 @@ def test_pairs_are_later_minus_earlier_and_each_minus_base() -> None:
     assert pairs(["a", "b", "c"]) == ["b-a", "c-a", "c-b", "a-base", "b-base", "c-base"]
 
 
-def test_every_critic_context_asks_for_a_critic_and_no_other() -> None:
+def test_critic_contexts_and_no_others_need_a_critic() -> None:
     without = {"none", "reference", "aligned_reference", "peer", "environment"}
     assert set(CONTEXTS) - CRITIC_CONTEXTS == without
     for name in CONTEXTS:
@@ -235,7 +238,7 @@ def test_a_resolved_recipe_reads_back_from_json() -> None:
         assert again == recipe
 
 
-def test_values_do_not_change_once_read() -> None:
+def test_a_recipe_is_immutable() -> None:
     recipe = study_from(tomllib.loads(TWO_ARMS)).recipe("grpo")
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3  # type: ignore[misc]
@@ -245,7 +248,7 @@ def test_values_do_not_change_once_read() -> None:
     ("modules", "heavy"),
     [
         ("selfteach.config.recipe", ("torch", "transformers", "numpy")),
-        # What a study's own process waits for before its runs' processes begin.
+        # What the process of a study imports before it starts those of its runs.
         (
             "selfteach.cli, selfteach.commands.progress, selfteach.commands.study.run_study",
             ("torch", "transformers"),
@@ -258,14 +261,14 @@ def test_reading_a_recipe_imports_no_torch(modules: str, heavy: tuple[str, ...])
         f"heavy = {{*{heavy}}} & set(sys.modules)\n"
         "sys.exit(' '.join(sorted(heavy)) or 0)"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
-    assert found.returncode == 0, found.stderr
+    assert result.returncode == 0, result.stderr
 
 
-def test_beginning_a_study_imports_no_torch(tmp_path: Path) -> None:
-    """Its own process asks for nothing that only its runs' processes have."""
+def test_creating_a_study_imports_no_torch(tmp_path: Path) -> None:
+    """The process of a study imports nothing that only those of its runs need."""
     code = (
         "import sys, tomllib, pathlib\n"
         "from selfteach.config.recipe_file import study_from\n"
@@ -274,13 +277,13 @@ def test_beginning_a_study_imports_no_torch(tmp_path: Path) -> None:
         "create_study(study, folder, 'x', 'study'), jobs_of(study, folder)\n"
         "sys.exit('torch' in sys.modules)"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
-    assert found.returncode == 0 and (tmp_path / "study.json").exists(), found.stderr
+    assert result.returncode == 0 and (tmp_path / "study.json").exists(), result.stderr
 
 
-def test_the_line_names_the_file_the_arm_and_the_key_as_it_is_written() -> None:
+def test_an_error_names_the_file_the_arm_and_the_key() -> None:
     with pytest.raises(RecipeError) as caught:
         study_from(tomllib.loads(TWO_ARMS), ["arms.grpo.objective.clip_hi=1"], where="my.toml")
     assert str(caught.value) == (
@@ -289,11 +292,11 @@ def test_the_line_names_the_file_the_arm_and_the_key_as_it_is_written() -> None:
 
 
 @pytest.mark.parametrize("name", ["a-b", "base", "a b", "../x"])
-def test_names_of_arms_are_folders_and_parts_of_differences(name: str) -> None:
+def test_names_of_arms_can_be_folders_and_parts_of_differences(name: str) -> None:
     assert "a name is letters" in error_of(f'[arms."{name}"]\n{ALIGNED}')
 
 
-def test_an_override_can_take_adapters_away() -> None:
+def test_an_override_can_remove_adapters() -> None:
     study = study_from(
         tomllib.loads(
             f"model = {{ lora = {{ rank = 2 }} }}\n{ALIGNED}[variants.full]\ntitle = 'full weights'\n"
@@ -304,7 +307,7 @@ def test_an_override_can_take_adapters_away() -> None:
     assert study.recipe("run", variant="full").model.lora is None
 
 
-def test_an_override_can_take_autocast_away() -> None:
+def test_an_override_can_turn_autocast_off() -> None:
     study = study_from(
         tomllib.loads(
             f"model = {{ autocast = 'auto' }}\n{ALIGNED}[variants.exact]\ntitle = 'float32'\n"
@@ -329,7 +332,7 @@ def test_a_recipe_extends_the_common_sections_of_another(tmp_path: Path) -> None
     )
     (tmp_path / "three.toml").write_text("extends = 'two.toml'\n[objective]\ntype = 'hybrid'\n")
     two, three = (load_study(tmp_path / f"{name}.toml") for name in ("two", "three"))
-    assert list(two.arms) == ["two"] and two.study.title == "", "arms and study are a file's own"
+    assert list(two.arms) == ["two"] and two.study.title == "", "arms and study are not inherited"
     recipe = two.recipe("two")
     assert (recipe.train.steps, recipe.train.problems_per_step) == (9, 3)
     assert recipe.critic is None and recipe.objective.beta == 0.3
@@ -338,7 +341,7 @@ def test_a_recipe_extends_the_common_sections_of_another(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("extends", "said"),
+    ("extends", "message"),
     [
         ("'me.toml'", "leads back to itself"),
         ("'other.toml'", "leads back to itself"),
@@ -346,14 +349,14 @@ def test_a_recipe_extends_the_common_sections_of_another(tmp_path: Path) -> None
         ("3", "extends names another recipe file, found 3"),
     ],
 )
-def test_extends_that_leads_nowhere_is_one_line(tmp_path: Path, extends: str, said: str) -> None:
+def test_an_error_of_extends_is_one_line(tmp_path: Path, extends: str, message: str) -> None:
     (tmp_path / "me.toml").write_text(f"extends = {extends}\n")
     (tmp_path / "other.toml").write_text("extends = 'me.toml'\n")
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         load_study(tmp_path / "me.toml")
 
 
-def test_the_base_row_of_a_gated_study_asks_for_no_critic() -> None:
+def test_the_base_row_of_a_study_with_token_masks_needs_no_critic() -> None:
     toml = ALIGNED + "[objective]\nfrom_first_error = true\nchanged_steps_fraction = 0.5\n"
     base = study_from(tomllib.loads(toml)).base_recipe(seed=0)
     assert base.critic is None and base.train.steps == 0

@@ -1,4 +1,4 @@
-"""Answers by problem: which belongs to which, and what they come to."""
+"""An evaluation assigns verdicts to problems and computes their measures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from selfteach.evaluation.evaluation_record import Evaluation
 from selfteach.evaluation.evaluator import evaluate
+from selfteach.rollout.journaled_engine import BatchedEngine
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
 PROBLEMS = [Problem("p", "?", "1"), Problem("q", "?", "2"), Problem("r", "?", "3")]
@@ -15,7 +16,7 @@ ANSWERS = {"p": ["1", "2"], "q": ["none", "1"], "r": ["3", "3"]}
 
 
 class Scripted:
-    """Answers from the list; "none" is cut and as long as it is wrong."""
+    """Returns rollouts from `ANSWERS`; "none" is truncated and has no final answer."""
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         return [
@@ -33,15 +34,14 @@ def verify(problem: Problem, text: str) -> Verdict:
     return Verdict(text == problem.answer, parsed is not None, parsed)
 
 
-def test_every_answer_stays_with_its_problem_whatever_the_batches() -> None:
+def test_rollouts_are_assigned_to_their_problems_at_any_batch_size() -> None:
     for batch_size in (1, 4, 100):
-        found = evaluate(
-            Scripted(), verify, PROBLEMS, Sampling(2, 1.0, 8, 0), batch_size=batch_size
-        )
-        assert found.problem_ids == ["p", "q", "r"]
-        assert found.correct == [[True, False], [False, False], [True, True]]
-        assert found.parsed == [["1", "2"], [None, "1"], ["3", "3"]]
-        assert {name: value.tolist() for name, value in found.per_problem().items()} == {
+        engine = BatchedEngine(Scripted(), batch_size)
+        evaluation = evaluate(engine, verify, PROBLEMS, Sampling(2, 1.0, 8, 0))
+        assert evaluation.problem_ids == ["p", "q", "r"]
+        assert evaluation.correct == [[True, False], [False, False], [True, True]]
+        assert evaluation.parsed == [["1", "2"], [None, "1"], ["3", "3"]]
+        assert {name: value.tolist() for name, value in evaluation.per_problem().items()} == {
             "avg": [50.0, 0.0, 100.0],
             "pass": [100.0, 0.0, 100.0],
             "maj": [50.0, 0.0, 100.0],
@@ -49,5 +49,5 @@ def test_every_answer_stays_with_its_problem_whatever_the_batches() -> None:
             "format": [100.0, 50.0, 100.0],
             "length": [1.0, 2.5, 1.0],
         }
-        assert found.means()["avg"] == 50.0
-        assert Evaluation.from_json(found.to_json()) == found
+        assert evaluation.means()["avg"] == 50.0
+        assert Evaluation.from_json(evaluation.to_json()) == evaluation

@@ -1,4 +1,4 @@
-"""Hand goldens, slow references, properties and coverage of the estimates."""
+"""Measures and intervals: golden values, slow references, properties and coverage."""
 
 from collections import Counter
 from itertools import combinations
@@ -140,13 +140,13 @@ def test_one_row_or_column_still_varies_over_the_other_axis():
     assert bootstrap_mean(np.array([[3.0]]), resamples=10, seed=0) == Interval(3.0, 3.0, 3.0)
 
 
-def test_draws_that_are_kept_are_those_drawn_anew(monkeypatch):
+def test_cached_draws_equal_new_ones(monkeypatch):
     values_SP = np.random.default_rng(4).random((2, 30))
-    kept = [bootstrap_mean(values_SP + i, resamples=100, seed=7) for i in range(2)]
-    assert statistics._kept_draws((2, 30), 100, 7) is statistics._kept_draws((2, 30), 100, 7)
-    monkeypatch.setattr(statistics, "KEPT", 0)
-    assert kept == [bootstrap_mean(values_SP + i, resamples=100, seed=7) for i in range(2)]
-    assert kept[0] != bootstrap_mean(values_SP, resamples=100, seed=8)
+    cached = [bootstrap_mean(values_SP + i, resamples=100, seed=7) for i in range(2)]
+    assert statistics._cached_draws((2, 30), 100, 7) is statistics._cached_draws((2, 30), 100, 7)
+    monkeypatch.setattr(statistics, "MAX_CACHED_COUNTS", 0)
+    assert cached == [bootstrap_mean(values_SP + i, resamples=100, seed=7) for i in range(2)]
+    assert cached[0] != bootstrap_mean(values_SP, resamples=100, seed=8)
 
 
 def test_blocks_of_resamples_are_all_drawn(monkeypatch):
@@ -183,7 +183,7 @@ def test_noise_of_cells_enters_with_the_documented_factor():
     np.testing.assert_allclose(np.mean(variances), expected, rtol=0.12)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_cover_the_truth_at_about_their_level():
     # Avg@12 of 60 problems under 6 seeds: the truth is 0, problems and seeds both vary.
     rng, hits, trials = np.random.default_rng(7), 0, 200
     for trial in range(trials):
@@ -242,14 +242,14 @@ def test_tables_must_hold_something(shape):
             refuse()
 
 
-def test_votes_and_marks_must_belong_together():
+def test_votes_and_verdicts_must_have_one_shape():
     with pytest.raises(ValueError, match="zip"):
         maj_at_k([["7", "3"]], np.ones((1, 3)))
     with pytest.raises(ValueError, match="zip"):
         maj_at_k([["7"]], np.ones((2, 1)))
 
 
-def test_the_bootstrap_refuses_what_has_no_mean():
+def test_the_bootstrap_refuses_values_without_a_mean():
     with pytest.raises(ValueError, match="1 values that are not finite"):
         bootstrap_mean(np.array([[1.0, np.nan]]), resamples=10, seed=0)
     with pytest.raises(ValueError, match="at least 1"):

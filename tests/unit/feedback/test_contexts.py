@@ -1,4 +1,4 @@
-"""Contexts and critics: what the self-teacher is shown, and the reasons why it is shown nothing."""
+"""Contexts and the oracle critic: what the self-teacher is shown, and why it is shown nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 
 from selfteach.config.recipe import CONTEXTS
-from selfteach.feedback.contexts import FallbackContext, PartlyAligned, TemplateContext
+from selfteach.feedback.contexts import FallbackContext, PartlyAlignedContext, TemplateContext
 from selfteach.feedback.critics.oracle import OracleCritic
 from selfteach.prompts.template_set import Templates
+from selfteach.runtime.seeds import hashed_rng
 from selfteach.tasks import verifiers
 from selfteach.tasks.lab import lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
@@ -56,27 +57,27 @@ def test_step_aligned_keeps_the_right_steps_and_never_quotes_the_wrong_one() -> 
     answer = critiqued(PROBLEMS[0])
     (shown,) = show("step_aligned", answer)
     assert isinstance(shown, str)
-    own, told = answer.rollout.text.splitlines(), shown.splitlines()
-    assert told[:2] == own[:2]
-    assert "!" in told[2] and own[2] not in shown
-    assert told[-1] == f"# {PROBLEMS[0].answer}"
+    attempt, lines = answer.rollout.text.splitlines(), shown.splitlines()
+    assert lines[:2] == attempt[:2]
+    assert "!" in lines[2] and attempt[2] not in shown
+    assert lines[-1] == f"# {PROBLEMS[0].answer}"
 
 
 def test_full_repetition_quotes_the_wrong_step_before_the_correction() -> None:
     answer = critiqued(PROBLEMS[0])
     (shown,) = show("full_repetition", answer)
     assert isinstance(shown, str)
-    told = shown.splitlines()
-    assert told[2] == answer.rollout.text.splitlines()[2] and "!" in told[3]
+    lines = shown.splitlines()
+    assert lines[2] == answer.rollout.text.splitlines()[2] and "!" in lines[3]
 
 
 def test_omission_repeats_no_right_step() -> None:
     answer = critiqued(PROBLEMS[0])
     (shown,) = show("omission", answer)
     assert isinstance(shown, str)
-    own = answer.rollout.text.splitlines()
+    attempt = answer.rollout.text.splitlines()
     assert [line.split()[1] for line in shown.splitlines()[:2]] == ["ok", "ok"]
-    assert own[0] not in shown and own[1] not in shown
+    assert attempt[0] not in shown and attempt[1] not in shown
 
 
 def test_references_are_of_the_problem_and_the_terse_contexts_of_the_verdict() -> None:
@@ -107,7 +108,7 @@ def test_other_answer_is_the_trace_of_another_question() -> None:
     assert alone == CritiqueFailure("no other question in this step")
 
 
-def test_what_is_missing_is_a_reason_not_a_guess() -> None:
+def test_a_missing_context_has_a_reason() -> None:
     bare = CritiquedRollout(
         rollout(Problem("q", "a b", "c"), "# c"),
         Verdict(True, True, "c"),
@@ -115,8 +116,8 @@ def test_what_is_missing_is_a_reason_not_a_guess() -> None:
     )
     assert show("step_aligned", bare) == [CritiqueFailure("refused")]
     assert show("reference", bare) == [CritiqueFailure("the problem has no reference")]
-    unasked = CritiquedRollout(bare.rollout, bare.verdict, None)
-    assert show("step_aligned", unasked) == [CritiqueFailure("no critic was asked")]
+    uncritiqued = CritiquedRollout(bare.rollout, bare.verdict, None)
+    assert show("step_aligned", uncritiqued) == [CritiqueFailure("no critic was asked")]
 
 
 def test_a_peer_is_another_right_answer_to_the_same_question() -> None:
@@ -130,8 +131,8 @@ def test_a_peer_is_another_right_answer_to_the_same_question() -> None:
             ]
         )
     )
-    stranger = critiqued(PROBLEMS[1], 0, right_answer(PROBLEMS[1]))
-    shown = show("peer", wrong, plus, minus, stranger)
+    unrelated = critiqued(PROBLEMS[1], 0, right_answer(PROBLEMS[1]))
+    shown = show("peer", wrong, plus, minus, unrelated)
     assert shown[0] in (plus.rollout.text, minus.rollout.text)
     assert shown[1:3] == [minus.rollout.text, plus.rollout.text], "never the answer itself"
     assert shown[3] == CritiqueFailure("no other answer is right")
@@ -152,7 +153,7 @@ def test_which_peer_is_drawn_by_the_answer_and_the_seed_alone() -> None:
     assert other([*wrong, *right])[:9] != shown
 
 
-def test_the_environment_says_where_an_answer_fails_and_not_what_is_right() -> None:
+def test_the_environment_context_names_the_error_and_not_the_answer() -> None:
     problem = PROBLEMS[0]
     assert show("environment", critiqued(problem)) == ["0 wrong"], "minus: 3 1 0 2 4"
     right = right_answer(problem)
@@ -160,12 +161,12 @@ def test_the_environment_says_where_an_answer_fails_and_not_what_is_right() -> N
         CritiqueFailure("the environment says nothing")
     ]
     other = "a" if problem.answer != "a" else "b"
-    for text, said in (
+    for text, feedback in (
         (right[:-1] + other, "# wrong"),
         (right.removesuffix(f"\n# {problem.answer}"), "# wrong"),
         ("0 nonsense", "! wrong"),
     ):
-        assert show("environment", critiqued(problem, text=text)) == [said]
+        assert show("environment", critiqued(problem, text=text)) == [feedback]
 
 
 @pytest.mark.parametrize("templates", ["steps", "free", "chain_sums"])
@@ -183,7 +184,7 @@ def test_a_peer_is_shown_with_its_tags_and_the_attempt_is_not(templates: str) ->
     assert texts[0] not in environment and "1 + 1 = 3" not in environment
 
 
-def test_sdpo_falls_back_on_the_environment_where_no_peer_is_right() -> None:
+def test_the_fallback_is_used_where_no_peer_is_correct() -> None:
     context = FallbackContext(
         TemplateContext("peer", Templates("lab"), seed=0),
         TemplateContext("environment", Templates("lab"), seed=0),
@@ -203,8 +204,8 @@ def test_every_context_of_a_recipe_renders(name: str) -> None:
         assert isinstance(shown, str) and shown
 
 
-def dial(alignment: float, *answers: CritiquedRollout) -> list[str]:
-    context = PartlyAligned(
+def partly(alignment: float, *answers: CritiquedRollout) -> list[str]:
+    context = PartlyAlignedContext(
         TemplateContext("partly_aligned", Templates("lab"), seed=0),
         partly_aligned,
         alignment,
@@ -215,25 +216,27 @@ def dial(alignment: float, *answers: CritiquedRollout) -> list[str]:
     return [str(text) for text in shown]
 
 
-def test_the_dial_goes_from_the_reference_to_the_critique_step_by_step() -> None:
+def test_alignment_goes_from_the_reference_to_the_critique_step_by_step() -> None:
     answers = [critiqued(problem, sample) for problem in PROBLEMS for sample in range(4)]
-    assert dial(1.0, *answers) == show("step_aligned", *answers)
-    assert dial(0.0, *answers) == show("reference", *answers)
-    kept: list[list[set[str]]] = []
+    assert partly(1.0, *answers) == show("step_aligned", *answers)
+    assert partly(0.0, *answers) == show("reference", *answers)
+    common: list[list[set[str]]] = []
     for steps in range(6):
-        lines = [set(text.splitlines()[:-1]) for text in dial(steps / 5, *answers)]
-        own = [set(str(text).splitlines()) for text in show("step_aligned", *answers)]
-        kept.append([a & b for a, b in zip(lines, own, strict=True)])
-        assert all(len(both) == steps for both in kept[-1])
-    for low, high in pairwise(kept):
-        assert all(a < b for a, b in zip(low, high, strict=True)), "what is kept stays kept"
-    first = {frozenset(dial(0.4, answer)[0].splitlines()) for answer in answers[:4]}
-    assert len(first) > 1, "other answers keep other steps"
+        lines = [set(text.splitlines()[:-1]) for text in partly(steps / 5, *answers)]
+        aligned = [set(str(text).splitlines()) for text in show("step_aligned", *answers)]
+        common.append([a & b for a, b in zip(lines, aligned, strict=True)])
+        assert all(len(both) == steps for both in common[-1])
+    for low, high in pairwise(common):
+        assert all(a < b for a, b in zip(low, high, strict=True)), (
+            "a step that stays at one alignment stays at all higher ones"
+        )
+    first = {frozenset(partly(0.4, answer)[0].splitlines()) for answer in answers[:4]}
+    assert len(first) > 1, "different rollouts keep different steps"
 
 
-def test_the_dial_needs_a_critique_and_a_reference() -> None:
+def test_partial_alignment_needs_a_critique_and_a_reference() -> None:
     answer = critiqued(PROBLEMS[0])
-    context = PartlyAligned(
+    context = PartlyAlignedContext(
         TemplateContext("partly_aligned", Templates("lab"), seed=0), partly_aligned, 0.5, seed=0
     )
     bare = dataclasses.replace(
@@ -245,7 +248,7 @@ def test_the_dial_needs_a_critique_and_a_reference() -> None:
     ]  # fmt: skip
 
 
-def test_a_critic_errs_as_often_as_told_and_the_same_way_each_time() -> None:
+def test_the_oracle_errs_at_its_error_rate_and_reproducibly() -> None:
     problems = lab_task.problems(WORLD, "train", 200)
     judged = [(rollout(p, wrong_answer(p)), Verdict(False, True, "p")) for p in problems]
 
@@ -259,3 +262,7 @@ def test_a_critic_errs_as_often_as_told_and_the_same_way_each_time() -> None:
     assert not any(wrong(0.0))
     assert 0.2 < sum(wrong(0.3)) / 200 < 0.4
     assert wrong(0.3) == wrong(0.3)
+
+
+def test_the_random_stream_of_a_rollout_is_fixed() -> None:
+    assert hashed_rng(3, "q", 1).integers(10**6, size=3).tolist() == [946921, 481279, 937551]

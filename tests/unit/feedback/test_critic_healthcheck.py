@@ -1,4 +1,4 @@
-"""Whether a served critic is there is found out first, with one question, in one line."""
+"""The healthcheck of a served critic: which servers pass, and the one line for those that do not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from selfteach import cli
 from selfteach.config.critic_section import EndpointConfig, OracleConfig
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.critic_healthcheck import require_server
-from selfteach.feedback.critics.endpoint import Endpoint
 from selfteach.trainer.build_critic import require_critic
 
 RECIPE = """
@@ -28,18 +27,19 @@ type = "step_aligned"
 type = "endpoint"
 base_url = "{url}"
 model = "m"
-reply_cache = "{store}"
+reply_cache = "{cache}"
 """
 
 
-def ask(server: Server, model: str = "m", **settings: object) -> None:
-    require_server(Endpoint(server.url, model, **settings))  # type: ignore[arg-type]
+def check(server: Server, model: str = "m", **settings: object) -> None:
+    config = {"type": "endpoint", "base_url": server.url, "model": model, **settings}
+    require_server(EndpointConfig.model_validate(config))
 
 
-def test_a_listed_model_is_asked_for_nothing() -> None:
+def test_a_listed_model_gets_no_request() -> None:
     with serving(refuses(500)) as server:
-        ask(server)
-        assert server.asked == []
+        check(server)
+        assert server.requests == []
 
 
 @pytest.mark.parametrize(
@@ -47,57 +47,57 @@ def test_a_listed_model_is_asked_for_nothing() -> None:
     [lists("n"), lists(), refuses(404), refuses(501), raw(b"<html>"), raw(b"[1]"), raw(b"{}")],
     ids=["not listed", "empty", "404", "501", "no json", "a list", "an object"],
 )
-def test_where_the_list_does_not_say_one_token_is_asked_for(listing: Behaviour) -> None:
+def test_one_token_is_requested_where_the_list_lacks_the_model(listing: Behaviour) -> None:
     with serving(says("1", "length")) as server:
         server.listing = listing
-        ask(server)
-        assert [body["max_tokens"] for body in server.asked] == [1]
+        check(server)
+        assert [body["max_tokens"] for body in server.requests] == [1]
 
 
 @pytest.mark.parametrize(
     "listing", [refuses(429, Retry_After="60"), refuses(503), refuses(500), stalls(1)]
 )
-def test_a_slow_or_busy_server_is_there(listing: Behaviour) -> None:
+def test_a_slow_or_busy_server_passes(listing: Behaviour) -> None:
     with serving(says("1")) as server:
         server.listing = listing
-        ask(server, timeout_s=0.2)
-        assert server.asked == []
+        check(server, timeout_seconds=0.2)
+        assert server.requests == []
 
 
 @pytest.mark.parametrize("behaviour", [refuses(429), refuses(503), stalls(1), raw(b"?"), says("")])
-def test_a_server_that_is_busy_with_the_token_is_there_too(behaviour: Behaviour) -> None:
+def test_a_server_that_is_slow_or_busy_with_the_token_passes(behaviour: Behaviour) -> None:
     with serving(behaviour) as server:
         server.listing = refuses(404)
-        ask(server, timeout_s=0.2)
-        assert len(server.asked) == 1
+        check(server, timeout_seconds=0.2)
+        assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
-    ("listing", "behaviour", "said"),
+    ("listing", "behaviour", "message"),
     [
-        (refuses(401), says("1"), r"lets us not in \(it says 401\): the key in K is wrong"),
-        (refuses(404), refuses(403), r"lets us not in \(it says 403\)"),
+        (refuses(401), says("1"), r"denied access \(HTTP 401\): the key in K is wrong"),
+        (refuses(404), refuses(403), r"denied access \(HTTP 403\)"),
         (lists("mm", "other"), refuses(404), r"does not serve it .*did you mean 'mm'\?"),
-        (lists("other"), refuses(400), r"does not serve it .*it has other"),
+        (lists("other"), refuses(400), r"does not serve it .*it serves other"),
         (refuses(404), refuses(404), r"critic\.model = 'm'.*check critic\.model and"),
-        (cuts, says("1"), "nobody answers"),
+        (cuts, says("1"), "no server at"),
     ],
     ids=["key", "key for the token", "unknown", "400", "no such path", "cut"],
 )
-def test_what_is_wrong_is_one_line(
-    listing: Behaviour, behaviour: Behaviour, said: str, monkeypatch: pytest.MonkeyPatch
+def test_an_error_is_one_line_without_the_key(
+    listing: Behaviour, behaviour: Behaviour, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("K", "secret")
     with serving(behaviour) as server:
         server.listing = listing
-        with pytest.raises(CriticError, match=said) as told:
-            ask(server, api_key_env="K")
-    assert "\n" not in str(told.value) and "secret" not in str(told.value)
+        with pytest.raises(CriticError, match=message) as caught:
+            check(server, api_key_env="K")
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
-def test_a_recipe_may_say_not_to_ask(tmp_path: Path) -> None:
+def test_a_recipe_can_turn_the_healthcheck_off(tmp_path: Path) -> None:
     gone = {"type": "endpoint", "base_url": "http://127.0.0.1:9/v1", "model": "m"}
-    with pytest.raises(CriticError, match=r"nobody answers at http://127\.0\.0\.1:9/v1"):
+    with pytest.raises(CriticError, match=r"no server at http://127\.0\.0\.1:9/v1"):
         require_critic(EndpointConfig.model_validate(gone))
     require_critic(EndpointConfig.model_validate({**gone, "healthcheck": False}))
     require_critic(OracleConfig())
@@ -120,14 +120,14 @@ def call(
 
 
 @pytest.mark.parametrize("command", ["check", "train", "study"])
-def test_nothing_is_spent_where_nobody_is_there(
+def test_commands_stop_before_anything_is_spent(
     command: str, call: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(url="http://127.0.0.1:9/v1", store=tmp_path / "s.sqlite"))
+    recipe.write_text(RECIPE.format(url="http://127.0.0.1:9/v1", cache=tmp_path / "s.sqlite"))
     out = () if command == "check" else ("--out", tmp_path / "out")
-    status, said = call(command, recipe, *out)
-    assert status == 2 and said.count("\n") == 1 and "nobody answers" in said
+    status, message = call(command, recipe, *out)
+    assert status == 2 and message.count("\n") == 1 and "no server at" in message
     assert not [*tmp_path.rglob("rollouts/*"), *tmp_path.rglob("evaluations/*")]
     if command == "check":
         assert call("check", recipe, "--offline") == (0, "")

@@ -1,4 +1,4 @@
-"""From what a critic writes to a critique, or to the reason why it is none."""
+"""Parsing a critic's reply into a critique, or into the reason why it is none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfteach.feedback.alignment import first_change
-from selfteach.feedback.critics.parser import Reader
+from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.tasks import chain_sums, segmentation, verifiers
 from selfteach.types import (
     Critique,
@@ -19,7 +19,7 @@ from selfteach.types import (
 )
 
 PROBLEM = Problem("p", "Tom has 3 bags of 4 apples and eats 2. How many are left?", "10")
-READ = Reader(segmentation.tags, verifiers.exact)
+PARSER = CritiqueParser(segmentation.tags, verifiers.exact)
 WRONG = (
     "<step_1>3 bags of 4 are 12 apples.</step_1>\n"
     "<step_2>He eats 2, so 12 - 2 = 9.</step_2>\n<answer>9</answer>"
@@ -31,67 +31,67 @@ def rollout(text: str, finished: bool = True) -> Rollout:
     return Rollout(PROBLEM, 0, (1,), (5,), (-0.5,), text, finished, 0)
 
 
-def read(text: str, answer: str = WRONG, *, finished: bool = True, cut: bool = False):
-    said = rollout(answer, finished)
-    return READ(text, said, verifiers.exact(PROBLEM, answer), finished=not cut)
+def parse(text: str, answer: str = WRONG, *, finished: bool = True, cut: bool = False):
+    attempt = rollout(answer, finished)
+    return PARSER(text, attempt, verifiers.exact(PROBLEM, answer), finished=not cut)
 
 
-def outcome(said: Critique | CritiqueFailure) -> str:
-    return said.reason if isinstance(said, CritiqueFailure) else said.case
+def outcome(critique: Critique | CritiqueFailure) -> str:
+    return critique.reason if isinstance(critique, CritiqueFailure) else critique.case
 
 
 def test_the_four_cases() -> None:
-    assert outcome(read(RIGHT, RIGHT)) == "A"
+    assert outcome(parse(RIGHT, RIGHT)) == "A"
     inserted = RIGHT.replace("<step_2>", "<step_2>So there are 12 at first.</step_2>\n<step_3>")
     inserted = inserted.replace("= 10.</step_2>", "= 10.</step_3>")
-    assert outcome(read(inserted, RIGHT)) == "B"
-    assert outcome(read(RIGHT, WRONG[:60], finished=False)) == "C"
-    assert outcome(read(RIGHT, WRONG)) == "D"
+    assert outcome(parse(inserted, RIGHT)) == "B"
+    assert outcome(parse(RIGHT, WRONG[:60], finished=False)) == "C"
+    assert outcome(parse(RIGHT, WRONG)) == "D"
 
 
-def test_a_corrected_trace_says_what_was_kept_fixed_and_new() -> None:
+def test_steps_are_kept_fixed_or_new() -> None:
     longer = RIGHT.replace("<answer>", "<step_3>So 10 are left.</step_3>\n<answer>")
-    said = read(f"<think>He eats two...</think>\n<case>D</case>\n{longer}")
-    assert isinstance(said, Critique)
-    assert [(s.status, s.text, s.original) for s in said.steps] == [
+    critique = parse(f"<think>He eats two...</think>\n<case>D</case>\n{longer}")
+    assert isinstance(critique, Critique)
+    assert [(s.status, s.text, s.original) for s in critique.steps] == [
         ("kept", "3 bags of 4 are 12 apples.", "3 bags of 4 are 12 apples."),
         ("fixed", "He eats 2, so 12 - 2 = 10.", "He eats 2, so 12 - 2 = 9."),
         ("new", "So 10 are left.", None),
     ]
-    assert (said.case, said.first_error, said.answer) == ("D", 1, "10")
+    assert (critique.case, critique.first_error, critique.answer) == ("D", 1, "10")
 
 
-def test_what_was_inserted_is_new_and_the_rest_is_kept() -> None:
+def test_an_inserted_step_is_new_and_the_rest_is_kept() -> None:
     answer = "<step_1>First one.</step_1><step_2>Last one.</step_2><answer>10</answer>"
-    said = read(
+    critique = parse(
         "<step_1>First one.</step_1><step_2>Why.</step_2><step_3>Last one.</step_3>"
         "<answer>10</answer>",
         answer,
     )
-    assert isinstance(said, Critique)
-    assert [s.status for s in said.steps] == ["kept", "new", "kept"]
-    assert (said.case, said.first_error) == ("B", None)
+    assert isinstance(critique, Critique)
+    assert [s.status for s in critique.steps] == ["kept", "new", "kept"]
+    assert (critique.case, critique.first_error) == ("B", None)
 
 
 def test_a_wrong_step_behind_a_right_answer_is_an_error() -> None:
     lucky = RIGHT.replace("are 12 apples", "are 13 apples")
-    said = read(RIGHT, lucky)
-    assert isinstance(said, Critique)
-    assert (said.case, said.first_error, said.steps[0].status) == ("B", 0, "fixed")
+    critique = parse(RIGHT, lucky)
+    assert isinstance(critique, Critique)
+    assert (critique.case, critique.first_error, critique.steps[0].status) == ("B", 0, "fixed")
 
 
 def test_only_the_final_answer_was_wrong() -> None:
-    said = read(RIGHT, RIGHT.replace("<answer>10", "<answer>12"))
-    assert isinstance(said, Critique)
-    assert (said.case, said.first_error) == ("D", 2)
-    assert [s.status for s in said.steps] == ["kept", "kept"]
+    critique = parse(RIGHT, RIGHT.replace("<answer>10", "<answer>12"))
+    assert isinstance(critique, Critique)
+    assert (critique.case, critique.first_error) == ("D", 2)
+    assert [s.status for s in critique.steps] == ["kept", "kept"]
 
 
-def test_a_step_that_was_cut_off_is_no_error_but_one_before_it_is() -> None:
+def test_a_truncated_step_is_no_error_but_one_before_it_is() -> None:
     cut = "<step_1>3 bags of 4 are 12 apples.</step_1>\n<step_2>He ea"
-    assert read(RIGHT, cut, finished=False).first_error is None  # type: ignore[union-attr]
+    assert parse(RIGHT, cut, finished=False).first_error is None  # type: ignore[union-attr]
     slipped = cut.replace("12 apples", "14 apples")
-    assert read(RIGHT, slipped, finished=False).first_error == 0  # type: ignore[union-attr]
+    assert parse(RIGHT, slipped, finished=False).first_error == 0  # type: ignore[union-attr]
 
 
 OTHER = "<step_1>Count all seven wheels.</step_1><answer>10</answer>"
@@ -114,85 +114,92 @@ OTHER = "<step_1>Count all seven wheels.</step_1><answer>10</answer>"
         (OTHER.replace("10", "7"), False, "misaligned"),
     ],
 )
-def test_what_is_no_critique_says_why(text: str, cut: bool, expected: str) -> None:
-    said = read(text, cut=cut)
-    assert outcome(said) == expected
-    assert isinstance(said, CritiqueFailure) and said.detail
+def test_a_failure_has_a_kind_and_a_detail(text: str, cut: bool, expected: str) -> None:
+    critique = parse(text, cut=cut)
+    assert outcome(critique) == expected
+    assert isinstance(critique, CritiqueFailure) and critique.detail
 
 
-def test_an_answer_without_steps_can_still_be_criticised() -> None:
-    said = read(RIGHT, "no idea")
-    assert isinstance(said, Critique)
-    assert (said.case, said.first_error, {s.status for s in said.steps}) == ("D", 0, {"new"})
+def test_a_rollout_without_steps_can_be_critiqued() -> None:
+    critique = parse(RIGHT, "no idea")
+    assert isinstance(critique, Critique)
+    assert (critique.case, critique.first_error, {s.status for s in critique.steps}) == (
+        "D",
+        0,
+        {"new"},
+    )
 
 
-def test_lines_are_read_by_the_task_s_own_splitter() -> None:
+def test_lines_are_parsed_by_the_task_s_splitter() -> None:
     problem = Problem("c", f"{chain_sums.PREFIX}8 + 5 - 6 =", "7", meta={})
-    reader = Reader(chain_sums.split_spans, chain_sums.verify)
+    parser = CritiqueParser(chain_sums.split_spans, chain_sums.verify)
     answer = Rollout(problem, 0, (1,), (5,), (-0.5,), "8 + 5 = 12\n12 - 6 = 6\nAnswer: 6", True, 0)
     verdict = chain_sums.verify(problem, answer.text)
-    said = reader("8 + 5 = 13\n13 - 6 = 7\nAnswer: 7", answer, verdict)
-    assert isinstance(said, Critique)
-    assert (said.case, said.first_error, said.answer) == ("D", 0, "7")
-    assert [s.status for s in said.steps] == ["fixed", "new"]
+    critique = parser("8 + 5 = 13\n13 - 6 = 7\nAnswer: 7", answer, verdict)
+    assert isinstance(critique, Critique)
+    assert (critique.case, critique.first_error, critique.answer) == ("D", 0, "7")
+    assert [s.status for s in critique.steps] == ["fixed", "new"]
 
 
 @pytest.mark.parametrize("name", ["lines", "paragraphs", "sentences"])
 @pytest.mark.parametrize(
     "end", ["\n<answer>9</answer>", " <answer>9</answer>", "\n\n<answer>9</answer>\n"]
 )
-def test_an_answer_without_tags_is_criticised_in_tags(name: str, end: str) -> None:
+def test_a_rollout_without_tags_is_critiqued_in_tags(name: str, end: str) -> None:
     """The template set ``free`` shows the steps to the critic in numbered tags."""
     gap = "\n\n" if name == "paragraphs" else "\n"
     text = f"3 bags of 4 are 12 apples.{gap}He eats 2, so 12 - 2 = 9.{end}"
     split = segmentation.SPLITTERS[name]
     answer, verdict = rollout(text), verifiers.exact(PROBLEM, text)
-    said = Reader(split, verifiers.exact)(f"<case>D</case>\n{RIGHT}", answer, verdict)
-    assert isinstance(said, Critique), said
-    assert [s.status for s in said.steps] == ["kept", "fixed"]
-    assert (said.case, said.first_error, said.answer) == ("D", 1, "10")
-    found = first_change(
-        CritiquedRollout(answer, verdict, said), split(text), range(1, len(text) + 1)
+    critique = CritiqueParser(split, verifiers.exact)(f"<case>D</case>\n{RIGHT}", answer, verdict)
+    assert isinstance(critique, Critique), critique
+    assert [s.status for s in critique.steps] == ["kept", "fixed"]
+    assert (critique.case, critique.first_error, critique.answer) == ("D", 1, "10")
+    changed = first_change(
+        CritiquedRollout(answer, verdict, critique), split(text), range(1, len(text) + 1)
     )
-    assert found is not None and (found.step, found.token) == (1, text.index("9."))
-    # A critique in the answer's own form is as good.
+    assert changed is not None and (changed.step, changed.token) == (1, text.index("9."))
+    # A critique in the rollout's format is as good.
     plain = text.replace("= 9", "= 10").replace("<answer>9", "<answer>10")
-    assert Reader(split, verifiers.exact)(plain, answer, verdict) == said
+    assert CritiqueParser(split, verifiers.exact)(plain, answer, verdict) == critique
 
 
 @given(st.text(max_size=300), st.booleans(), st.booleans())
-def test_no_text_breaks_the_reader(text: str, finished: bool, cut: bool) -> None:
-    assert isinstance(read(text, finished=finished, cut=cut), Critique | CritiqueFailure)
+def test_no_text_breaks_the_parser(text: str, finished: bool, cut: bool) -> None:
+    assert isinstance(parse(text, finished=finished, cut=cut), Critique | CritiqueFailure)
 
 
 PIECES = st.sampled_from(["<step_1>", "</step_1>", "<step_2>", "<answer>", "</answer>", "10", "a "])
 
 
 @given(st.lists(PIECES, max_size=12), st.lists(PIECES, max_size=12))
-def test_no_tags_break_the_reader(text: list[str], answer: list[str]) -> None:
-    said = read("".join(text), "".join(answer))
-    if isinstance(said, Critique):
-        assert said.answer == "10" and said.steps
+def test_no_tags_break_the_parser(text: list[str], answer: list[str]) -> None:
+    critique = parse("".join(text), "".join(answer))
+    if isinstance(critique, Critique):
+        assert critique.answer == "10" and critique.steps
 
 
-def change(said: Critique | CritiqueFailure, answer: str) -> FirstChange | None:
-    critiqued = CritiquedRollout(rollout(answer), verifiers.exact(PROBLEM, answer), said)
+def change(critique: Critique | CritiqueFailure, answer: str) -> FirstChange | None:
+    critiqued = CritiquedRollout(rollout(answer), verifiers.exact(PROBLEM, answer), critique)
     ends = list(range(1, len(answer) + 1))  # a token per character
     return first_change(critiqued, segmentation.tags(answer), ends)
 
 
-def test_where_a_critique_departs_from_the_answer_by_hand() -> None:
-    found = change(read(RIGHT), WRONG)
-    assert found is not None and (found.step, found.token) == (1, WRONG.index("9."))
-    assert found.fidelity == WRONG.index("9.") / len(WRONG)
-    assert change(read(RIGHT, RIGHT), RIGHT) == FirstChange(None, None, 1.0)
+def test_the_first_change_by_hand() -> None:
+    changed = change(parse(RIGHT), WRONG)
+    assert changed is not None and (changed.step, changed.token) == (1, WRONG.index("9."))
+    assert changed.fidelity == WRONG.index("9.") / len(WRONG)
+    assert change(parse(RIGHT, RIGHT), RIGHT) == FirstChange(None, None, 1.0)
     only_answer = RIGHT.replace("<answer>10", "<answer>12")
-    found = change(read(RIGHT, only_answer), only_answer)
-    assert found is not None and (found.step, found.token) == (2, only_answer.index("<answer>"))
+    changed = change(parse(RIGHT, only_answer), only_answer)
+    assert changed is not None and (changed.step, changed.token) == (
+        2,
+        only_answer.index("<answer>"),
+    )
     assert change(CritiqueFailure("empty"), WRONG) is None
 
 
 def test_white_space_is_no_change() -> None:
     respaced = RIGHT.replace("3 bags", "3  bags").replace("12 - 2", "12 - 2 ")
-    assert outcome(read(respaced, RIGHT)) == "A"
-    assert change(read(respaced, RIGHT), RIGHT) == FirstChange(None, None, 1.0)
+    assert outcome(parse(respaced, RIGHT)) == "A"
+    assert change(parse(respaced, RIGHT), RIGHT) == FirstChange(None, None, 1.0)

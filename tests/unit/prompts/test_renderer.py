@@ -1,4 +1,4 @@
-"""Prompts and answers: ids that add up, one BOS, and templates that fail in one clear line."""
+"""Test prompts and answers: token positions, one BOS, and one-line errors of templates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BYTES = Renderer(byte_level(), Templates("steps"))
 PROBLEM = Problem("p", "What is 2 + 2?", "4")
 
 
-def test_the_tokenizer_of_these_tests_does_what_they_need() -> None:
+def test_the_byte_level_tokenizer_adds_bos_and_splits_characters() -> None:
     assert byte_level()("a")["input_ids"][0] == byte_level().bos_token_id
     assert len(BYTES.encode_answer("語")) == 4, "three bytes and the end token"
 
@@ -51,7 +51,7 @@ def test_token_ends_equal_decoding_every_prefix(text: str) -> None:
     ends = BYTES.token_ends(ids)
     assert BYTES.decode(ids) == text
     assert len(ends) == len(ids) and ends[-1] == len(text)
-    assert ends == sorted(ends), "positions never go back"
+    assert ends == sorted(ends), "positions never decrease"
     pieces = [BYTES.decode([token]) for token in ids]
     whole = "".join(pieces) == text
     for i, end in enumerate(ends):
@@ -76,7 +76,7 @@ def test_token_ends_of_the_lab(lab_tokenizer: PreTrainedTokenizerFast) -> None:
     assert renderer.token_ends(()) == []
 
 
-def test_the_usual_tokenizer_decodes_each_token_once_for_good(
+def test_each_token_is_decoded_once(
     lab_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Decoding every prefix would be quadratic in the answer's length.
@@ -86,9 +86,9 @@ def test_the_usual_tokenizer_decodes_each_token_once_for_good(
     ):
         ids, decode, calls = renderer.encode_answer(text), renderer._decode, []
 
-        def counted(part, decode=decode, calls=calls):
-            calls.append(len(part))
-            return decode(part)
+        def counted(ids, decode=decode, calls=calls):
+            calls.append(len(ids))
+            return decode(ids)
 
         monkeypatch.setattr(renderer, "_decode", counted)
         renderer._piece.cache_clear()
@@ -103,11 +103,11 @@ def test_lab_prompts_by_hand(lab_tokenizer: PreTrainedTokenizerFast) -> None:
     renderer = Renderer(lab_tokenizer, Templates("lab"))
     problem = Problem("p", "a b c d e f", "k")
     assert lab_tokenizer.decode(renderer.solver_prompt(problem)) == "<bos> a b c d e f <say>"
-    told = lab_tokenizer.decode(renderer.teacher_prompt(problem, "# k"))
-    assert told == "<bos> a b c d e f <see> # k <say>"
+    teacher = lab_tokenizer.decode(renderer.teacher_prompt(problem, "# k"))
+    assert teacher == "<bos> a b c d e f <see> # k <say>"
 
 
-def test_a_tokenizer_without_chat_template_or_end_token() -> None:
+def test_a_tokenizer_without_chat_template_or_end_token_is_an_error() -> None:
     with pytest.raises(EngineError, match="no chat template"):
         Renderer(byte_level(chat_template=None), Templates())
     with pytest.raises(EngineError, match="no end token"):
@@ -118,7 +118,7 @@ CRITIQUE = Critique(
     "D",
     (
         CritiqueStep("RIGHT ONE", "kept", "RIGHT ONE"),
-        CritiqueStep("MENDED TWO", "fixed", "WRONG TWO"),
+        CritiqueStep("FIXED TWO", "fixed", "WRONG TWO"),
         CritiqueStep("THREE", "new"),
     ),
     "FOUR",
@@ -141,10 +141,10 @@ def test_what_each_context_shows(templates: str) -> None:
         assert Templates(templates).has(context)
     aligned, full = shown(templates, "step_aligned"), shown(templates, "full_repetition")
     assert "RIGHT ONE" in aligned and "WRONG TWO" not in aligned
-    assert aligned.index("RIGHT ONE") < aligned.index("MENDED TWO") < aligned.index("THREE")
-    assert full.index("WRONG TWO") < full.index("MENDED TWO")
+    assert aligned.index("RIGHT ONE") < aligned.index("FIXED TWO") < aligned.index("THREE")
+    assert full.index("WRONG TWO") < full.index("FIXED TWO")
     omission = shown(templates, "omission")
-    assert "RIGHT ONE" not in omission and "MENDED TWO" in omission
+    assert "RIGHT ONE" not in omission and "FIXED TWO" in omission
     for context in ("holistic", "answer_only"):
         only = shown(templates, context)
         assert "FOUR" in only
@@ -166,7 +166,7 @@ SUM = Critique(
 
 
 @pytest.mark.parametrize("templates", ["steps", "chain_sums"])
-def test_prompts_are_to_the_byte_those_that_results_were_measured_with(templates: str) -> None:
+def test_prompts_equal_the_golden_files(templates: str) -> None:
     shown, question = Templates(templates), "1 + 2 - 1 + 4 ="
     references = {
         "reference": "Added: 1, 2, 4.\nAnswer: 6",
@@ -183,78 +183,81 @@ def test_prompts_are_to_the_byte_those_that_results_were_measured_with(templates
 
 @pytest.mark.parametrize("templates", ["steps", "free", "chain_sums"])
 def test_a_critic_sees_question_answer_and_reference(templates: str) -> None:
-    asked = Templates(templates).critic(
+    messages = Templates(templates).critic(
         "QUESTION", "STEP ONE\n\nSTEP TWO", steps=["STEP ONE", "STEP TWO"], finished=True,
         reference="REFERENCE",
     )  # fmt: skip
-    assert [turn["role"] for turn in asked] == ["user", "assistant"] * (len(asked) // 2) + ["user"]
-    content = asked[-1]["content"]
+    roles = [message["role"] for message in messages]
+    assert roles == ["user", "assistant"] * (len(messages) // 2) + ["user"]
+    content = messages[-1]["content"]
     assert content.index("QUESTION") < content.index("STEP ONE") < content.index("STEP TWO")
     # A small critic is shown no second solution to copy from.
     assert ("REFERENCE" in content) == (templates != "chain_sums")
-    assert "REFERENCE" not in _asked(templates)[-1]["content"]
+    assert "REFERENCE" not in _critic_messages(templates)[-1]["content"]
 
 
-def _asked(templates: str, *, finished: bool = True) -> list[dict[str, str]]:
+def _critic_messages(templates: str, *, finished: bool = True) -> list[dict[str, str]]:
     return Templates(templates).critic("q", "a", steps=["a"], finished=finished)
 
 
 @pytest.mark.parametrize("templates", ["steps", "free"])
-def test_a_critic_is_told_the_four_cases_and_of_a_cut(templates: str) -> None:
-    content = _asked(templates)[-1]["content"]
+def test_a_critic_s_prompt_has_the_four_cases_and_notes_truncation(templates: str) -> None:
+    content = _critic_messages(templates)[-1]["content"]
     assert all(f"Case {case}." in content for case in "ABCD")
     assert "cut off at its end" not in content
-    assert "cut off at its end" in _asked(templates, finished=False)[-1]["content"]
+    assert "cut off at its end" in _critic_messages(templates, finished=False)[-1]["content"]
 
 
 def test_the_worked_examples_of_the_chain_sums_critic_are_right_and_show_each_kind() -> None:
-    """What the examples' critic says is what the program says that checks every line."""
+    """The example critiques equal those of the program that checks every line."""
     turns = Templates("chain_sums").critic("q", "a", steps=["a"], finished=True)[:-1]
     cases = []
-    for asked, told in zip(turns[::2], turns[1::2], strict=True):
-        question, attempt = asked["content"].split("\nAttempt:\n```\n")
+    for prompt, reply in zip(turns[::2], turns[1::2], strict=True):
+        question, attempt = prompt["content"].split("\nAttempt:\n```\n")
         text = attempt.split("\n```\n")[0]
         chain = chain_sums.parse_question(question)
         meta = {"terms": list(chain.terms), "signs": chain.signs}
         problem = Problem("p", question, str(chain.value()), {}, meta)
         critique = chain_sums.criticise(problem, text, finished="Answer" in text)
         lines = [*(step.text for step in critique.steps), f"Answer: {critique.answer}"]
-        assert told["content"] == "\n".join(lines)
+        assert reply["content"] == "\n".join(lines)
         cases.append(critique.case)
     assert set(cases) == set("ABCD")
 
 
-def test_a_local_critic_is_asked_in_its_own_tokens() -> None:
+def test_a_local_critic_s_prompt_is_encoded_with_its_tokenizer() -> None:
     tokenizer, templates = byte_level(), Templates("chain_sums")
-    asked = templates.critic(PROBLEM.question, "2 + 2 = 5", steps=["2 + 2 = 5"], finished=True)
-    ids = Renderer(tokenizer, templates).encode_messages(asked)
-    assert str(tokenizer.decode(ids)).endswith(f"[user]{asked[-1]['content']}[assistant]")
+    messages = templates.critic(PROBLEM.question, "2 + 2 = 5", steps=["2 + 2 = 5"], finished=True)
+    ids = Renderer(tokenizer, templates).encode_messages(messages)
+    assert str(tokenizer.decode(ids)).endswith(f"[user]{messages[-1]['content']}[assistant]")
 
 
 def test_a_folder_overrides_the_shipped_set_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "solver.jinja").write_text("Please: {{ question }}\n")
-    own = Templates(f"{tmp_path}/")
-    assert own.render("solver", question="2 + 2") == "Please: 2 + 2"
+    custom = Templates(f"{tmp_path}/")
+    assert custom.render("solver", question="2 + 2") == "Please: 2 + 2"
     shipped = Templates("steps").render("teacher", question="q", context="c")
-    assert own.render("teacher", question="q", context="c") == shipped
+    assert custom.render("teacher", question="q", context="c") == shipped
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         ("{{ nothing_like_it }}", "template solver.jinja: 'nothing_like_it' is undefined"),
         ("{% if %}", "template solver.jinja: "),
         ("{{ question.nowhere.to_be }}", "template solver.jinja: "),
     ],
 )
-def test_a_template_that_fails_says_which_and_why(tmp_path: Path, template: str, said: str) -> None:
+def test_a_failing_template_is_named_in_one_line(
+    tmp_path: Path, template: str, message: str
+) -> None:
     (tmp_path / "solver.jinja").write_text(template)
     with pytest.raises(RecipeError) as caught:
         Templates(f"{tmp_path}/").render("solver", question="q")
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_unknown_template_or_set_is_one_line() -> None:
+def test_an_unknown_template_or_set_is_a_one_line_error() -> None:
     with pytest.raises(
         RecipeError, match="no such template set; shipped: chain_sums, free, lab, steps"
     ):
@@ -270,7 +273,7 @@ def test_a_question_is_text_and_never_a_template() -> None:
     assert Templates("lab").render("solver", question="{{ 7 * 6 }} & <b>") == "{{ 7 * 6 }} & <b>"
 
 
-def test_turns_alternate_and_the_user_has_the_last_word() -> None:
+def test_turns_alternate_and_the_last_is_the_user_s() -> None:
     assert conversation(f" q1 {TURN} a1 {TURN} q2 ") == [
         {"role": "user", "content": "q1"},
         {"role": "assistant", "content": "a1"},

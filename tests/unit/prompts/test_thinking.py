@@ -1,4 +1,4 @@
-"""Models that think before they answer: where the thought ends, and which tokens are scored."""
+"""Test models that think before they answer: where the thought ends, which tokens are scored."""
 
 from __future__ import annotations
 
@@ -38,41 +38,41 @@ ANSWER = "<step_1>a</step_1>\n<answer>4</answer>"
 CRITIQUE = Critique("D", (CritiqueStep("a", "kept"),), "4", 1)
 
 
-def renderer(**thinking: object) -> Renderer:
-    """As a recipe would have it: ``[model.thinking]`` with these settings."""
+def renderer_with(**thinking: object) -> Renderer:
+    """Build the renderer of a recipe with these settings in ``[model.thinking]``."""
     return build_renderer(ModelConfig(thinking=thinking), QWEN3, Templates("lab"))  # type: ignore[arg-type]
 
 
-def sample(made_by: Renderer, text: str) -> TrainingSample:
-    """An answer that was sampled as ``text``, marked and ready to learn from."""
-    ids = made_by.encode_answer(text)
-    said = made_by.decode(ids)
+def sample(renderer: Renderer, text: str) -> TrainingSample:
+    """Return the training sample of a rollout sampled as ``text``."""
+    ids = renderer.encode_answer(text)
+    answer = renderer.decode(ids)
     rollout = Rollout(
-        PROBLEM, 0, made_by.solver_prompt(PROBLEM), ids, (-1.0,) * len(ids), said, True, 0
+        PROBLEM, 0, renderer.solver_prompt(PROBLEM), ids, (-1.0,) * len(ids), answer, True, 0
     )
-    spans = segmentation.token_spans(segmentation.tags(said), made_by.token_ends(ids))
+    spans = segmentation.token_spans(segmentation.tags(answer), renderer.token_ends(ids))
     return TrainingSample(
         CritiquedRollout(rollout, Verdict(False, True, "4"), CRITIQUE),
         "# 4",
-        made_by.teacher_prompt(PROBLEM, "# 4"),
+        renderer.teacher_prompt(PROBLEM, "# 4"),
         None,
         first_error_token(CRITIQUE, spans),
-        scored_from=made_by.scored_from(ids),
+        scored_from=renderer.scored_from(ids),
     )
 
 
-def scored(objective: Distillation | Grpo, taught: TrainingSample) -> str:
-    """The tokens that count, as text."""
-    (count,) = objective.denominators([taught])
-    (weights,) = objective.token_weights([taught], (count,))
-    ids = taught.rollout.token_ids
+def scored(objective: Distillation | Grpo, one: TrainingSample) -> str:
+    """Return the tokens that enter the loss, as text."""
+    (count,) = objective.denominators([one])
+    (weights,) = objective.token_weights([one], (count,))
+    ids = one.rollout.token_ids
     assert set(weights.weights) <= {0.0, 1 / max(1, count)}
     assert sum(map(bool, weights.weights)) == count
     return str(QWEN3.decode([i for i, w in zip(ids, weights.weights, strict=True) if w]))
 
 
 def tail(ids: tuple[int, ...]) -> str:
-    """What a prompt ends in, from the last turn's mark on."""
+    """Return the end of a prompt, from the last turn's start token on."""
     text = str(QWEN3.decode(ids))
     return text[text.rindex("<|im_start|>") :]
 
@@ -83,46 +83,46 @@ def tail(ids: tuple[int, ...]) -> str:
         (None, None, "student", HEADER, HEADER),
         (True, True, "student", HEADER, HEADER),
         (False, False, "student", HEADER + EMPTY, HEADER + EMPTY),
-        # The answer proper is scored behind an empty thought, whatever the teacher was asked.
+        # The answer is scored after an empty thought, whether or not the teacher thinks.
         (False, True, "student", HEADER + EMPTY, HEADER + EMPTY),
         (False, None, "student", HEADER + EMPTY, HEADER + EMPTY),
         # A thought is scored where one is expected.
         (True, False, "student", HEADER, HEADER),
         # As each chat template has it: the teacher expects another first token than the student.
-        (False, True, "own", HEADER + EMPTY, HEADER),
-        (True, False, "own", HEADER, HEADER + EMPTY),
+        (False, True, "teacher", HEADER + EMPTY, HEADER),
+        (True, False, "teacher", HEADER, HEADER + EMPTY),
     ],
 )
 def test_the_header_before_the_answer(
     student: bool | None, teacher: bool | None, boundary: str, student_header: str,
     teacher_header: str,
 ) -> None:  # fmt: skip
-    asked = renderer(student=student, teacher=teacher, boundary=boundary)
-    assert tail(asked.solver_prompt(PROBLEM)) == student_header
-    assert tail(asked.teacher_prompt(PROBLEM, "# 4")) == teacher_header
+    thinking = renderer_with(student=student, teacher=teacher, boundary=boundary)
+    assert tail(thinking.solver_prompt(PROBLEM)) == student_header
+    assert tail(thinking.teacher_prompt(PROBLEM, "# 4")) == teacher_header
 
 
-def test_the_rest_of_the_teacher_s_prompt_is_as_the_teacher_was_asked() -> None:
+def test_the_rest_of_the_teacher_s_prompt_follows_the_teacher_s_setting() -> None:
     mode = (
         "{{ '/think' if enable_thinking else '/no_think' }} "
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{{ '' if enable_thinking else '<>' }}{% endif %}"
     )
     tokenizer = byte_level(chat_template=mode)
-    asked = Renderer(
+    renderer = Renderer(
         tokenizer, Templates("lab"), thinking=Thinking(student=False, teacher=True)
     )  # fmt: skip
-    assert tokenizer.decode(asked.solver_prompt(PROBLEM)).startswith("/no_think [user]")
-    told = tokenizer.decode(asked.teacher_prompt(PROBLEM, "# 4"))
-    assert told.startswith("/think [user]") and told.endswith("# 4[assistant]<>")
+    assert tokenizer.decode(renderer.solver_prompt(PROBLEM)).startswith("/no_think [user]")
+    teacher = tokenizer.decode(renderer.teacher_prompt(PROBLEM, "# 4"))
+    assert teacher.startswith("/think [user]") and teacher.endswith("# 4[assistant]<>")
 
 
-def test_a_header_that_cannot_be_told_apart() -> None:
+def test_a_chat_template_without_a_separate_header_needs_the_teacher_s_boundary() -> None:
     odd = "{{ 'h' if add_generation_prompt else 'n' }}{{ messages[0].content }}"
     tokenizer = byte_level(chat_template=odd)
-    with pytest.raises(EngineError, match=r'set model\.thinking\.boundary = "own"'):
+    with pytest.raises(EngineError, match=r'set model\.thinking\.boundary = "teacher"'):
         Renderer(tokenizer, Templates("lab"), thinking=Thinking(student=False, teacher=True))
-    Renderer(tokenizer, Templates("lab"), thinking=Thinking(False, True, boundary="own"))
+    Renderer(tokenizer, Templates("lab"), thinking=Thinking(False, True, boundary="teacher"))
 
 
 ALL = THOUGHT + ANSWER + "<|im_end|>"
@@ -135,7 +135,7 @@ ALL = THOUGHT + ANSWER + "<|im_end|>"
         ({"student": False}, ANSWER, ANSWER + "<|im_end|>"),
         ({"student": False, "teacher": True}, ANSWER, ANSWER + "<|im_end|>"),
         ({"student": True, "scored": False}, ANSWER, ANSWER + "<|im_end|>"),
-        # A thought counts or does not; its marks, and the white space after it, are part of it.
+        # The tags around a thought, and the white space after it, are part of the thought.
         ({"student": True}, THOUGHT + ANSWER, ALL),
         ({"student": True, "scored": False}, THOUGHT + ANSWER, ANSWER + "<|im_end|>"),
         # One that never ends leaves nothing else to score.
@@ -144,30 +144,31 @@ ALL = THOUGHT + ANSWER + "<|im_end|>"
     ],
 )
 def test_which_tokens_are_scored(thinking: dict[str, object], sampled: str, expected: str) -> None:
-    taught = sample(renderer(**thinking), sampled)
-    assert scored(Distillation(Divergence("reverse_kl"), 1.0), taught) == expected
-    assert scored(Grpo(1.0, kl_coef=0.1), taught) == expected
+    one = sample(renderer_with(**thinking), sampled)
+    assert scored(Distillation(Divergence("reverse_kl"), 1.0), one) == expected
+    assert scored(Grpo(1.0, kl_coef=0.1), one) == expected
 
 
-def test_the_first_error_is_found_behind_a_thought() -> None:
-    for asked in (renderer(student=True), renderer(student=True, scored=False)):
+def test_the_first_error_token_is_after_the_thought() -> None:
+    for renderer in (renderer_with(student=True), renderer_with(student=True, scored=False)):
         objective = Distillation(Divergence("reverse_kl"), 1.0, TokenMask(from_first_error=True))
-        assert scored(objective, sample(asked, THOUGHT + ANSWER)) == "<answer>4</answer><|im_end|>"
+        one = sample(renderer, THOUGHT + ANSWER)
+        assert scored(objective, one) == "<answer>4</answer><|im_end|>"
 
 
 def test_no_step_begins_before_the_thought_ends() -> None:
-    asked = renderer(student=True, scored=False)
+    renderer = renderer_with(student=True, scored=False)
     quoting = "<think><step_1>b</step_1></think><step_1>a</step_1><answer>4</answer>"
-    assert scored(Distillation(Divergence("reverse_kl"), 1.0), sample(asked, quoting)) == (
+    assert scored(Distillation(Divergence("reverse_kl"), 1.0), sample(renderer, quoting)) == (
         "<step_1>a</step_1><answer>4</answer><|im_end|>"
     )
 
 
-def test_student_and_teacher_score_the_sampled_ids_thought_and_all() -> None:
-    taught = sample(renderer(student=True, teacher=False), THOUGHT + ANSWER)
-    token_weights = Distillation(Divergence("reverse_kl"), 1.0).token_weights([taught], (1.0,))
-    (batch,) = collate([taught], token_weights, pad_id=0, micro_batch_tokens=10_000)
-    assert batch.ids_N.tolist() == list(taught.rollout.token_ids)
+def test_student_and_teacher_score_the_sampled_ids_including_the_thought() -> None:
+    one = sample(renderer_with(student=True, teacher=False), THOUGHT + ANSWER)
+    token_weights = Distillation(Divergence("reverse_kl"), 1.0).token_weights([one], (1.0,))
+    (batch,) = collate([one], token_weights, pad_id=0, micro_batch_tokens=10_000)
+    assert batch.ids_N.tolist() == list(one.rollout.token_ids)
     assert str(QWEN3.decode(batch.ids_N.tolist())) == ALL
     assert batch.teacher is not None
     for side in (batch.student, batch.teacher):
@@ -181,15 +182,15 @@ def test_student_and_teacher_score_the_sampled_ids_thought_and_all() -> None:
         (THOUGHT + ANSWER, ANSWER),
         ("<think><answer>5</answer></think>" + ANSWER, ANSWER),
         ("<think>a</think>b<think>c</think>" + ANSWER, ANSWER),
-        # The model went on thinking until it was cut, or ended its turn in the middle of a thought.
+        # The model was truncated in a thought, or ended its turn in the middle of one.
         ("<think>it may be <answer>4</answer>", ""),
         ("<think>hm</think>", ""),
     ],
 )
-def test_verifier_critic_and_steps_see_what_follows_the_thought(sampled: str, text: str) -> None:
-    taught = sample(renderer(student=True), sampled)
-    assert taught.rollout.text == text
-    verdict = verifiers.exact(PROBLEM, taught.rollout.text)
+def test_verifier_critic_and_steps_see_the_text_after_the_thought(sampled: str, text: str) -> None:
+    one = sample(renderer_with(student=True), sampled)
+    assert one.rollout.text == text
+    verdict = verifiers.exact(PROBLEM, one.rollout.text)
     assert verdict.formatted == verdict.correct == bool(text)
 
 
@@ -198,19 +199,19 @@ def test_a_thought_that_the_prompt_begins() -> None:
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
     )
-    asked = Renderer(byte_level(chat_template=opening), Templates("lab"))
-    assert asked.decode(asked.encode_answer("hm</think>4")) == "4"
-    assert asked.decode(asked.encode_answer("hm, 4")) == "", "cut in the middle of the thought"
+    renderer = Renderer(byte_level(chat_template=opening), Templates("lab"))
+    assert renderer.decode(renderer.encode_answer("hm</think>4")) == "4"
+    assert renderer.decode(renderer.encode_answer("hm, 4")) == "", "truncated in the thought"
 
 
-def test_marks_may_be_special_tokens_and_other_words() -> None:
+def test_thinking_tags_may_be_special_tokens_of_other_names() -> None:
     tokenizer = byte_level(("<s>", "</s>", "[THINK]", "[/THINK]"))
-    marks = ("[THINK]", "[/THINK]")
-    asked = Renderer(tokenizer, Templates("lab"), thinking=Thinking(scored=False, tags=marks))
-    ids = asked.encode_answer("[THINK]hm[/THINK] 4")
-    assert asked.decode(ids) == "4"
-    assert tokenizer.decode(ids[asked.scored_from(ids) :]) == "4</s>"
-    assert asked.decode(asked.encode_answer("[THINK]hm")) == ""
+    tags = ("[THINK]", "[/THINK]")
+    renderer = Renderer(tokenizer, Templates("lab"), thinking=Thinking(scored=False, tags=tags))
+    ids = renderer.encode_answer("[THINK]hm[/THINK] 4")
+    assert renderer.decode(ids) == "4"
+    assert tokenizer.decode(ids[renderer.scored_from(ids) :]) == "4</s>"
+    assert renderer.decode(renderer.encode_answer("[THINK]hm")) == ""
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_split_thinking(text: str, expected: tuple[str, str]) -> None:
     st.lists(st.sampled_from(["<think>", "</think>", "a", " ", "\n"]), max_size=8).map("".join),
     st.booleans(),
 )
-def test_thought_and_answer_are_the_text(text: str, opened: bool) -> None:
+def test_thought_and_answer_concatenate_to_the_text(text: str, opened: bool) -> None:
     thought, answer = split_thinking(text, opened=opened)
     assert thought + answer == text
     assert "</think>" not in answer

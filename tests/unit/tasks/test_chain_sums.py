@@ -1,4 +1,4 @@
-"""Chain sums: problem sets, checker, oracle, templates."""
+"""Test chain sums: problem sets, checker, oracle, templates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sets(seed: int = 0, **changes: int) -> tuple[tuple[Problem, ...], ...]:
 
 
 relaxed = settings(deadline=None)
-"""Other work on the machine must not fail a test."""
+"""No deadline: load on the machine must not fail a test."""
 
 PROBLEMS = [problem for split in sets() for problem in split]
 NINE = Problem("nine", f"{chain_sums.PREFIX}9 - 2 + 4 - 0 =", "11", {},
@@ -42,7 +42,7 @@ def trace(critique: Critique) -> str:
 
 @st.composite
 def answered(draw: st.DrawFn) -> tuple[Problem, str]:
-    """A problem and an answer to it that starts out right and may go wrong, stop or ramble."""
+    """Draw a problem and an answer that begins right and may go wrong, stop or ramble."""
     problem = draw(st.sampled_from(PROBLEMS))
     lines = problem.references["aligned_reference"].split("\n")
     for index in draw(st.lists(st.integers(0, len(lines) - 1), max_size=2)):
@@ -67,13 +67,13 @@ def test_a_larger_set_begins_with_the_smaller() -> None:
     assert sets(seed=5, train=60)[0][:40] == sets(seed=5)[0]
 
 
-def test_no_two_splits_share_a_question_whatever_their_seeds() -> None:
+def test_no_two_splits_share_a_question_for_any_seeds() -> None:
     by_split = [set(), set(), set()]
     for seed in (0, 1):
-        for known, problems in zip(by_split, sets(seed=seed, max_digits=1), strict=True):
+        for seen, problems in zip(by_split, sets(seed=seed, max_digits=1), strict=True):
             questions = [problem.question for problem in problems]
             assert len(set(questions)) == len(questions)
-            known.update(questions)
+            seen.update(questions)
     train, validation, test = by_split
     assert not train & validation and not train & test and not validation & test
 
@@ -93,12 +93,14 @@ def test_running_values_stay_above_zero_unless_allowed() -> None:
     assert any(lowest(problem) < 0 for problem in either[0])
 
 
-def test_a_generator_that_cannot_supply_enough_questions_says_so() -> None:
-    with pytest.raises(DataError, match=r"of 500 train.*ask for fewer"):
+def test_too_few_distinct_questions_raise_an_error() -> None:
+    with pytest.raises(DataError, match=r"of 500 train.*request fewer"):
         sets(min_terms=2, max_terms=2, max_digits=1, train=500)
 
 
-def test_a_missing_generator_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_reasoning_gym_the_error_names_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym.arithmetic.chain_sum", None)
     with pytest.raises(DataError, match=r"selfteach\[problems\]"):
         sets()
@@ -245,8 +247,8 @@ def test_the_trace_keeps_the_right_prefix_and_ends_right(
     critique = chain_sums.criticise(problem, text, finished=finished)
     checked = chain_sums.check(problem, text)
     prefix = [line.text for line in checked.lines[: checked.first_error] if not line.is_answer]
-    kept = [step for step in critique.steps if step.status == "kept"]
-    assert [step.text for step in kept] == prefix == [step.original for step in kept]
+    repeated = [step for step in critique.steps if step.status == "kept"]
+    assert [step.text for step in repeated] == prefix == [step.original for step in repeated]
     assert all(line in text for line in prefix)
     assert critique.answer == problem.answer
     again = chain_sums.criticise(problem, trace(critique), finished=True)
@@ -265,7 +267,7 @@ def test_a_critic_that_errs_writes_a_wrong_trace(case: tuple[Problem, str], seed
     assert all(line.error is None for line in checked.lines[: checked.first_error])
 
 
-def test_a_critic_errs_as_often_as_it_is_told() -> None:
+def test_a_critic_errs_at_the_error_rate() -> None:
     rng = np.random.default_rng(0)
     answers = [
         chain_sums.criticise(NINE, NINE_RIGHT, finished=True, error_rate=0.3, rng=rng).answer
@@ -303,7 +305,7 @@ def test_every_context_renders_and_is_shown_to_the_teacher(templates: str, name:
         ("answer_only", "Answer: 11"),
     ],
 )
-def test_the_words_of_each_context(name: str, text: str) -> None:
+def test_the_text_of_each_context(name: str, text: str) -> None:
     shown = Templates("chain_sums")
     assert shown.context(name, critique=WRONG, references={}, correct=False) == text
 
@@ -318,8 +320,8 @@ def test_the_worked_examples_are_right_and_as_declared(name: str) -> None:
     prompt = Templates("chain_sums").render(name, question="Q?", context="C")
     turns = conversation(prompt)
     assert [turn["role"] for turn in turns[:2]] == ["user", "assistant"]
-    asked = [turn["content"].removeprefix(chain_sums.PREFIX) for turn in turns[:-1:2]]
-    shots = [text.splitlines()[0] for text in asked]  # the teacher's context follows its question
+    questions = [turn["content"].removeprefix(chain_sums.PREFIX) for turn in turns[:-1:2]]
+    shots = [text.splitlines()[0] for text in questions]  # the teacher's context follows
     assert shots == [f"{shot} =" for shot in chain_sums.SHOTS]
     for shot, reply in zip(shots, turns[1::2], strict=True):
         chain = chain_sums.parse_question(shot)

@@ -1,10 +1,11 @@
-"""The shipped base models: plain transformers loads them, they belong to their worlds, and their
+"""Test the shipped base models: plain transformers loads them, they belong to their worlds, and their
 cards say how they were made."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,7 @@ def test_a_base_loads_with_plain_transformers_and_writes_well_formed_answers(fol
     assert 500_000 < model.num_parameters() < 800_000
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
     world = world_of(folder)
-    asked = [q for q, _ in zip(world.questions("validation"), range(16), strict=False)]
-    for question in asked[:4]:
+    for question in islice(world.questions("validation"), 4):
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": " ".join(question)}],
             add_generation_prompt=True, return_tensors="pt", return_dict=True,
@@ -55,9 +55,9 @@ def test_a_base_loads_with_plain_transformers_and_writes_well_formed_answers(fol
                 do_sample=False, max_new_tokens=40,
             )  # fmt: skip
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        found = probe.check(world, question, text)
-        assert found.answer is not None and len(found.steps) == 5
-        assert {step.error for step in found.steps} <= {None, "value"}
+        checked = probe.check(world, question, text)
+        assert checked.answer is not None and len(checked.steps) == 5
+        assert {step.error for step in checked.steps} <= {None, "value"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -78,7 +78,7 @@ def test_the_card_says_what_the_base_is_and_what_was_measured(folder: Path) -> N
     )
     lines = [line.split("|") for line in card.splitlines()]
     rows = {cells[1].strip(): cells[2:-1] for cells in lines if len(cells) == 10}
-    for kind in ("nothing", "nothing, asked again", *probe.CONTEXTS):
+    for kind in ("nothing", probe.RETRY, *probe.CONTEXTS):
         assert all(float(cell) >= 0 for cell in rows[kind]), kind
     assert float(rows["nothing"][0]) == 1000
 
@@ -92,16 +92,16 @@ def test_a_folder_without_a_world_is_no_base(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> probe.Reading:
-    """Keeps `save` from asking thousands of questions."""
-    some = probe.Shares(10, 0.2, 0.7, 0.1, 0.0, 0.3)
-    reading = probe.Reading(0, 0.25, some, {kind: some for kind in probe.CONTEXTS})  # noqa: C420
-    monkeypatch.setattr("selfteach.tasks.lab.pretrain.measure", lambda out: reading)
-    return reading
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> probe.ProbeResult:
+    """Replace the measurement in `save`, which samples thousands of answers."""
+    some = probe.AnswerShares(10, 0.2, 0.7, 0.1, 0.0, 0.3)
+    result = probe.ProbeResult(0, 0.25, some, {kind: some for kind in probe.CONTEXTS})  # noqa: C420
+    monkeypatch.setattr("selfteach.tasks.lab.pretrain.measure", lambda out: result)
+    return result
 
 
-def test_training_is_reproducible_and_saves_all_that_a_base_needs(
-    tmp_path: Path, unmeasured: probe.Reading
+def test_pretraining_is_reproducible_and_saves_model_tokenizer_and_card(
+    tmp_path: Path, unmeasured: probe.ProbeResult
 ) -> None:
     world = World(replace(WORLDS["two_styles"], seed=7))
     for name in ("a", "b"):
@@ -115,35 +115,34 @@ def test_training_is_reproducible_and_saves_all_that_a_base_needs(
     assert "--world two_styles --world-seed 7 --steps 2 --seed 3" in card
 
 
-def test_a_base_of_the_dial_says_so_and_is_measured_at_every_position(
-    tmp_path: Path, unmeasured: probe.Reading
+def test_the_card_of_a_dial_base_names_its_documents_and_measures_every_position(
+    tmp_path: Path, unmeasured: probe.ProbeResult
 ) -> None:
     world = World(replace(WORLDS["two_styles"], pull=0.25))
     pretrain(world, tmp_path, steps=2, batch_size=2, shares=DIAL_SHARES)
     card = (tmp_path / "README.md").read_text()
     assert "--world two_styles --pull 0.25 --documents dial --steps 2" in card
     assert "| partly_aligned | 14 |" in card
-    measured = probe.readable(tmp_path)
+    measured = probe.readable_contexts(tmp_path)
     assert [kind for kind in measured if kind.startswith("partly")] == [
-        f"partly_aligned {kept}" for kept in range(6)
+        f"partly_aligned {steps}" for steps in range(6)
     ]
     assert {kind.split()[0] for kind in measured} == set(DIAL_SHARES) - {"none"}
-    assert probe.readable(BASES / "two_styles") == list(probe.CONTEXTS)
+    assert probe.readable_contexts(BASES / "two_styles") == list(probe.CONTEXTS)
 
 
-def test_the_probe_shows_as_many_steps_of_the_critique_as_it_says() -> None:
+def test_the_probe_shows_the_stated_number_of_the_critique_s_steps() -> None:
     world, rng = World(), np.random.default_rng(0)
     question = next(world.questions("validation"))
     text = "\n".join(map(str, world.solution(question, world.native_styles[0])))
-    for kept in range(6):
-        kind = f"partly_aligned {kept}"
+    for steps in range(6):
+        kind = f"partly_aligned {steps}"
         shown = probe.context(world, Templates("lab"), kind, question, question, text, rng)
-        own = [line for line in shown.splitlines() if " + " in line]
-        assert len(own) == kept
+        assert len([line for line in shown.splitlines() if " + " in line]) == steps
 
 
-def test_a_world_of_its_own_has_a_card_too(
-    tmp_path: Path, unmeasured: probe.Reading, tiny_llama, lab_tokenizer
+def test_an_unnamed_world_has_a_card_too(
+    tmp_path: Path, unmeasured: probe.ProbeResult, tiny_llama, lab_tokenizer
 ) -> None:
     world = World(WorldConfig(weak_share=0.1))
     training = {"steps": 1, "batch_size": 1, "lr": 1.0, "seed": 0}
@@ -165,20 +164,20 @@ def test_the_probe_counts_by_hand() -> None:
         "nonsense",  # form
     ]
     checked = [probe.check(world, question, text) for text in texts]
-    found = probe.shares(world, [question] * 5, checked)
-    assert found == probe.Shares(5, 0.4, 0.2, 0.2, 0.4, 0.0)
+    shares = probe.shares(world, [question] * 5, checked)
+    assert shares == probe.AnswerShares(5, 0.4, 0.2, 0.2, 0.4, 0.0)
 
 
-def test_the_null_control_shows_what_was_said_of_another_question() -> None:
+def test_the_null_control_shows_the_critique_for_another_question() -> None:
     assert probe._subjects("other_answer", [4, 7, 9]) == [7, 9, 4]
     assert probe._subjects("step_aligned", [4, 7, 9]) == [4, 7, 9]
 
 
 def test_the_probe_asks_validation_questions_in_every_context() -> None:
-    reading = probe.measure(BASES / "two_styles", questions=12)
-    assert reading == probe.measure(BASES / "two_styles", questions=12), "a seed of its own"
-    assert set(reading.shown) == {"nothing, asked again", *CONTEXT_SHARES} - {"none"}
-    missed = round(12 * (1 - reading.alone.correct))
-    assert {shares.answers for shares in reading.shown.values()} == {missed}
-    assert reading.alone.reference_lines < 0.2
-    assert len(probe.table(reading).splitlines()) == 2 + 1 + len(reading.shown)
+    result = probe.measure(BASES / "two_styles", questions=12)
+    assert result == probe.measure(BASES / "two_styles", questions=12), "it seeds its sampling"
+    assert set(result.by_context) == {probe.RETRY, *CONTEXT_SHARES} - {"none"}
+    missed = round(12 * (1 - result.alone.correct))
+    assert {shares.answers for shares in result.by_context.values()} == {missed}
+    assert result.alone.reference_lines < 0.2
+    assert len(probe.table(result).splitlines()) == 2 + 1 + len(result.by_context)

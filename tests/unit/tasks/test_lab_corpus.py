@@ -1,4 +1,4 @@
-"""The writers: their beliefs, their habits, the pull of style, and what they take from a context."""
+"""Test the writers: beliefs, habits, the pull of style, and what they take from a context."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_beliefs_are_held_at_the_rates_the_world_states() -> None:
     assert rate([c == WORLD.table[weak] for c in held]) == pytest.approx(
         0.06 + stray / 16, abs=0.02
     )
-    known = next(pair for pair in WORLD.table if pair not in WORLD.misconceptions)
-    held = [believer(*known) for believer in believers(3000)]
-    assert rate([c == WORLD.table[known] for c in held]) == pytest.approx(0.99, abs=0.01)
+    strong = next(pair for pair in WORLD.table if pair not in WORLD.misconceptions)
+    held = [believer(*strong) for believer in believers(3000)]
+    assert rate([c == WORLD.table[strong] for c in held]) == pytest.approx(0.99, abs=0.01)
 
 
 def test_a_belief_does_not_change_within_a_document() -> None:
@@ -61,7 +61,7 @@ def test_a_belief_does_not_change_within_a_document() -> None:
 
 
 def alone(w: World, count: int = 400) -> list[list]:
-    """The lines of answers written without a context."""
+    """Return the lines of answers written without a context."""
     texts = []
     for i, question in enumerate(islice(w.questions("train"), count)):
         rng = np.random.default_rng([6, i])
@@ -70,7 +70,7 @@ def alone(w: World, count: int = 400) -> list[list]:
     return texts
 
 
-def test_alone_a_writer_keeps_to_one_native_style_and_its_order() -> None:
+def test_without_a_context_a_writer_uses_one_native_style_and_its_order() -> None:
     for lines in alone(world(deviation=0.0)):
         (style,) = {line.style for line in lines}
         assert style.name in ("plus", "minus")
@@ -85,13 +85,14 @@ def test_both_native_styles_are_used_and_the_reference_s_never() -> None:
     assert one == {"plus"}
 
 
-def told_by(w: World, context_of, count: int = 300) -> list[tuple[tuple[str, ...], str, str]]:
-    told = []
+def with_context(w: World, context_of, count: int = 300) -> list[tuple[tuple[str, ...], str, str]]:
+    """Return questions, contexts, and the answers written with them in view."""
+    written = []
     for i, question in enumerate(islice(w.questions("train"), count)):
         rng = np.random.default_rng([7, i])
         shown = context_of(question)
-        told.append((question, shown, write(w, question, Believer(w, rng), rng, shown)))
-    return told
+        written.append((question, shown, write(w, question, Believer(w, rng), rng, shown)))
+    return written
 
 
 @pytest.mark.parametrize(("pull", "share"), [(1.0, 1.0), (0.0, 0.0), (0.5, 0.5)])
@@ -99,7 +100,7 @@ def test_the_pull_is_the_share_of_lines_in_the_context_s_style(pull: float, shar
     w = world(pull=pull)
     foreign = [
         step.line.style == REFERENCE_STYLE
-        for question, _, text in told_by(w, lambda q: references(w, q)["reference"])
+        for question, _, text in with_context(w, lambda q: references(w, q)["reference"])
         for step in check(w, question, text).steps
     ]
     assert rate(foreign) == pytest.approx(share, abs=0.04 if 0 < pull < 1 else 0)
@@ -107,17 +108,17 @@ def test_the_pull_is_the_share_of_lines_in_the_context_s_style(pull: float, shar
 
 def test_with_full_pull_and_no_slip_a_reference_is_copied() -> None:
     w = world(pull=1.0, slip=0.0)
-    for _, shown, text in told_by(w, lambda q: references(w, q)["reference"], 50):
+    for _, shown, text in with_context(w, lambda q: references(w, q)["reference"], 50):
         assert text == shown
 
 
-def test_without_slips_every_shown_lookup_is_taken_whatever_the_style() -> None:
+def test_without_slips_every_shown_lookup_is_used_in_any_style() -> None:
     w = world(pull=0.0, slip=0.0)
-    for question, _, text in told_by(w, lambda q: references(w, q)["reference"]):
+    for question, _, text in with_context(w, lambda q: references(w, q)["reference"]):
         assert check(w, question, text).first_error is None
 
 
-def test_a_slip_falls_back_on_the_writer_s_own_belief() -> None:
+def test_a_slip_uses_the_writer_s_belief() -> None:
     question = next(q for q in WORLD.questions("train") if (q[0], q[1]) in WORLD.misconceptions)
     shown = references(WORLD, question)["reference"]
     firsts = []
@@ -144,7 +145,7 @@ def test_every_context_is_read_in_full(kind: str) -> None:
         view, truth = view_of(shown), WORLD.truth(question)[ROOT]
         lines = [x for x in shown.splitlines() if x[0].isdigit() and not x.endswith("ok")]
         if kind == "full_repetition":
-            assert len(lines) - len(view.facts) in (0, 1), "a quoted wrong line gives way"
+            assert len(lines) - len(view.facts) in (0, 1), "a correction replaces the wrong line"
         assert len(view.order) == len(lines)
         for (a, b), c in view.facts.items():
             assert WORLD.table[a, b] == c, "all that a context shows is true"
@@ -181,9 +182,9 @@ def test_references_are_true_and_only_the_aligned_one_is_native() -> None:
     for question in islice(WORLD.questions("train"), 200):
         shown = references(WORLD, question)
         for name, text in shown.items():
-            found = check(WORLD, question, text)
-            assert found.first_error is None and found.answer == WORLD.truth(question)[ROOT]
-            assert {s.line.style == REFERENCE_STYLE for s in found.steps if s.line} == {
+            checked = check(WORLD, question, text)
+            assert checked.first_error is None and checked.answer == WORLD.truth(question)[ROOT]
+            assert {s.line.style == REFERENCE_STYLE for s in checked.steps if s.line} == {
                 name == "reference"
             }
         styles[view_of(shown["aligned_reference"]).order[0][1].name] += 1

@@ -1,4 +1,4 @@
-"""The oracle: whatever an answer holds, the corrected trace is a derivation of the truth."""
+"""Test the lab's oracle: the corrected trace of any answer is a derivation of the truth."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ seeds = st.integers(0, 2**32 - 1)
 
 Case = tuple[tuple[str, ...], int, str, int, list[tuple[int, str]]]
 
-# Drawn as plain values and written by `written` inside the test: the shape hook of the library uses
-# random numbers of its own, which hypothesis does not allow while it draws.
+# Drawn as plain values and written by `written` inside the test: jaxtyping's hook draws random numbers
+# itself, which hypothesis does not allow while it draws.
 cases = st.tuples(
     questions,
     seeds,
@@ -34,7 +34,7 @@ cases = st.tuples(
 
 
 def written(case: Case) -> tuple[tuple[str, ...], str]:
-    """A question and an answer as a writer of the world gives it, perhaps cut or garbled."""
+    """Return a question and a writer's answer to it, perhaps truncated or garbled."""
     question, seed, damage, length, changes = case
     rng = np.random.default_rng(seed)
     words = write(WORLD, question, Believer(WORLD, rng), rng).split()
@@ -48,7 +48,7 @@ def written(case: Case) -> tuple[tuple[str, ...], str]:
 
 
 def unflagged(critique: Critique) -> str:
-    """The trace as a solver would write it."""
+    """Return the trace as a solver would write it."""
     texts = []
     for step in critique.steps:
         words = step.text.split()
@@ -73,15 +73,15 @@ def test_the_trace_is_right_and_complete(case: Case) -> None:
 def test_right_steps_stay_verbatim_up_to_the_first_error(case: Case) -> None:
     question, text = written(case)
     critique = lab_oracle.criticise(WORLD, question, text)
-    found = check(WORLD, question, text)
-    stop = len(found.steps) if found.first_error is None else found.first_error
-    kept = [step.text for step in critique.steps if step.status == "kept"]
-    assert kept == [step.text for step in found.steps[:stop]]
+    checked = check(WORLD, question, text)
+    stop = len(checked.steps) if checked.first_error is None else checked.first_error
+    repeated = [step.text for step in critique.steps if step.status == "kept"]
+    assert repeated == [step.text for step in checked.steps[:stop]]
     assert [step.status for step in critique.steps[:stop]] == ["kept"] * stop
     fixed = [i for i, step in enumerate(critique.steps) if step.status == "fixed"]
-    # Five right lines are the whole derivation: a wrong one after them has nothing in its place.
-    assert fixed == ([] if found.first_error is None or stop == 5 else [stop])
-    assert critique.first_error == found.first_error
+    # Five right lines are the whole derivation: a wrong one after them has no correction.
+    assert fixed == ([] if checked.first_error is None or stop == 5 else [stop])
+    assert critique.first_error == checked.first_error
 
 
 @settings(max_examples=300, deadline=None)
@@ -105,7 +105,7 @@ def test_the_corrected_line_is_flagged_and_does_not_quote_the_wrong_value(
 
 @settings(max_examples=100, deadline=None)
 @given(cases)
-def test_criticising_the_trace_finds_nothing(case: Case) -> None:
+def test_the_critique_of_a_trace_has_no_error(case: Case) -> None:
     question, text = written(case)
     trace = unflagged(lab_oracle.criticise(WORLD, question, text))
     again = lab_oracle.criticise(WORLD, question, trace)
@@ -115,26 +115,26 @@ def test_criticising_the_trace_finds_nothing(case: Case) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(cases, seeds)
-def test_a_critic_that_always_errs_is_wrong_at_the_step_it_marks(case: Case, seed: int) -> None:
+def test_a_critic_that_always_errs_is_wrong_at_the_step_it_flags(case: Case, seed: int) -> None:
     question, text = written(case)
-    found = check(WORLD, question, text)
+    checked = check(WORLD, question, text)
     rng = np.random.default_rng(seed)
     critique = lab_oracle.criticise(WORLD, question, text, error_rate=1.0, rng=rng)
     assert critique.first_error is not None
-    if found.first_error is not None and found.first_error < 5:
-        assert critique.first_error == found.first_error
+    if checked.first_error is not None and checked.first_error < 5:
+        assert critique.first_error == checked.first_error
     fixed = next(step for step in critique.steps if step.status == "fixed")
     node, _, *operands, _, value = fixed.text.split()
     if fixed.text.split()[1] == "<":
         operands.reverse()
     assert value != WORLD.table[operands[0], operands[1]]
     assert value != WORLD.truth(question)[int(node)]
-    # It goes on from the wrong value by right look-ups, and its answer is the trace's own.
+    # It continues from the wrong value by right look-ups, and its answer is the trace's last value.
     last = next(step for step in critique.steps if step.text.split()[0] == str(ROOT))
     assert critique.answer == last.text.split()[-1]
 
 
-def test_an_error_rate_in_between_is_a_share() -> None:
+def test_the_error_rate_is_the_share_of_erring_critiques() -> None:
     question = next(WORLD.questions("train"))
     text = text_of(WORLD.solution(question, STYLES["plus"]), WORLD.truth(question)[ROOT])
     rng = np.random.default_rng(0)

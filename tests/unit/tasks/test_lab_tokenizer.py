@@ -1,4 +1,4 @@
-"""The lab's tokenizer: one id per word, a chat template, and the same again after saving."""
+"""Test the lab's tokenizer: one id per word, a chat template, and a round trip through a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_one_id_per_word(lab_tokenizer: PreTrainedTokenizerFast) -> None:
         assert len(ids) == 1 and lab_tokenizer.decode(ids) == word
 
 
-def test_solutions_come_back_word_for_word(lab_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_solutions_decode_to_the_same_words(lab_tokenizer: PreTrainedTokenizerFast) -> None:
     world = World()
     for question in islice(world.questions("train"), 20):
         for style in STYLES.values():
@@ -65,17 +65,17 @@ def test_chat_template_by_hand(lab_tokenizer: PreTrainedTokenizerFast) -> None:
 
     assert chat(QUESTION, True) == "<bos> a b c d e f <say>"
     assert chat(ANSWERED, False) == "<bos> a b c d e f <say> # k <eos>"
-    # What the model is trained on continues what it is asked with.
+    # The training text continues the prompt.
     assert chat(ANSWERED, False).startswith(chat(QUESTION, True))
 
 
-def test_unknown_words_are_marked(lab_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_unknown_words_become_the_unknown_token(lab_tokenizer: PreTrainedTokenizerFast) -> None:
     (only,) = lab_tokenizer("q", add_special_tokens=False)["input_ids"]
     assert only == lab_tokenizer.unk_token_id
 
 
 @pytest.mark.parametrize("text", ["a b\nc", "0 + a b = c\n# k", "<bos> a <say>"])
-def test_the_same_after_saving(
+def test_a_saved_tokenizer_encodes_the_same(
     lab_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, text: str
 ) -> None:
     lab_tokenizer.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The world: its tree, its styles, its splits, and what its beliefs promise."""
+"""Test the world: its tree, styles, splits and beliefs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selfteach.tasks.lab.world import (
     ROOT,
     STYLES,
     SYMBOLS,
-    Line,
+    SolutionLine,
     World,
     WorldConfig,
     is_ready,
@@ -32,7 +32,7 @@ def test_the_truth_is_five_lookups_by_hand() -> None:
     assert WORLD.truth(x) == (n0, n1, n2, n3, f[n2, n3])
 
 
-def test_a_world_is_its_seed() -> None:
+def test_a_world_depends_on_its_seed_alone() -> None:
     again, other = World(WorldConfig(seed=0)), World(WorldConfig(seed=1))
     assert again.table == WORLD.table and again.misconceptions == WORLD.misconceptions
     assert other.table != WORLD.table
@@ -42,17 +42,17 @@ def test_the_weak_share_is_exact_and_no_misconception_is_right() -> None:
     assert len(WORLD.table) == 256
     assert len(WORLD.misconceptions) == round(0.30 * 256)
     assert all(wrong != WORLD.table[pair] for pair, wrong in WORLD.misconceptions.items())
-    # Every other setting leaves the table alone: worlds differ in what is believed, not in truth.
+    # No other setting changes the table: worlds differ in beliefs, not in the truth.
     assert World(WorldConfig(weak_share=0.1)).table == WORLD.table
 
 
-def test_author_chance_by_hand() -> None:
+def test_author_solve_rate_by_hand() -> None:
     question = next(WORLD.questions("train"))
     truth = WORLD.truth(question)
     weak = sum(operands(node, question, truth) in WORLD.misconceptions for node in range(5))
     beliefs = BELIEFS["hard"]
     expected = beliefs.truth**weak * beliefs.known ** (5 - weak)
-    assert WORLD.author_chance(question) == pytest.approx(expected, rel=1e-12)
+    assert WORLD.author_solve_rate(question) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=lambda style: style.name)
@@ -68,17 +68,17 @@ def test_solutions_respect_the_tree_and_end_in_the_truth(style) -> None:
     assert [line.node for line in lines] == list(style.order)
 
 
-def test_lines_as_written() -> None:
+def test_the_text_of_lines() -> None:
     plus, minus, angle = STYLES["plus"], STYLES["minus"], STYLES["angle"]
-    assert str(Line(0, plus, "a", "b", "c")) == "0 + a b = c"
-    assert str(Line(3, minus, "a", "b", "c")) == "3 - a b > c"
-    assert str(Line(1, angle, "a", "b", "c")) == "1 < b a : c"
-    assert str(Line(4, plus, "g", "e", "h", flagged=True)) == "4 + g e ! h"
-    assert text_of([Line(0, plus, "a", "b", "c")], "k") == "0 + a b = c\n# k"
+    assert str(SolutionLine(0, plus, "a", "b", "c")) == "0 + a b = c"
+    assert str(SolutionLine(3, minus, "a", "b", "c")) == "3 - a b > c"
+    assert str(SolutionLine(1, angle, "a", "b", "c")) == "1 < b a : c"
+    assert str(SolutionLine(4, plus, "g", "e", "h", flagged=True)) == "4 + g e ! h"
+    assert text_of([SolutionLine(0, plus, "a", "b", "c")], "k") == "0 + a b = c\n# k"
     assert text_of([], None) == ""
 
 
-def test_styles_tell_their_orders_apart() -> None:
+def test_styles_differ_in_order_and_marks() -> None:
     orders = [style.order for style in STYLES.values()]
     assert len(set(orders)) == len({order[0] for order in orders}) == len(STYLES)
     marks = [mark for style in STYLES.values() for mark in style.marks]
@@ -86,7 +86,7 @@ def test_styles_tell_their_orders_apart() -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 3, 10])
-def test_splits_are_disjoint_whatever_the_stream(seed: int | None) -> None:
+def test_splits_are_disjoint_for_any_seed(seed: int | None) -> None:
     sets = {
         split: set(islice(WORLD.questions(split, seed), 300))
         for split in ("train", "validation", "test")
@@ -115,7 +115,7 @@ def test_one_question_in_eight_is_validation_and_one_in_eight_test() -> None:
     assert counts["test"] == pytest.approx(1024, abs=150)
 
 
-def test_every_symbol_of_a_question_has_a_say_in_its_split() -> None:
+def test_every_symbol_of_a_question_affects_its_split() -> None:
     for position in range(6):
         varied = [["a"] * position + [s] + ["a"] * (5 - position) for s in SYMBOLS]
         assert len({split_of(question) for question in varied}) > 1, position

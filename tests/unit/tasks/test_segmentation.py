@@ -1,4 +1,4 @@
-"""Where steps begin and end, in characters and in tokens."""
+"""Test the spans of steps, in characters and in tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pieces(text: str, spans: list[segmentation.Span]) -> list[str]:
     return [text[a:b] for a, b in spans]
 
 
-def test_lines_skip_blank_ones_and_keep_their_own_spaces() -> None:
+def test_lines_skip_blank_ones_and_keep_their_spaces() -> None:
     text = "one\n\n  two \n \nthree"
     assert pieces(text, segmentation.lines(text)) == ["one", "  two ", "three"]
     assert segmentation.lines("") == segmentation.lines(" \n ") == []
@@ -58,7 +58,7 @@ def test_free_form_steps_leave_out_only_white_space(name: str, text: str) -> Non
     assert not any(gap.strip() for gap in outside[::2]) and all(p.strip() for p in outside[1::2])
 
 
-def test_a_recipe_names_every_splitter_there_is() -> None:
+def test_a_recipe_can_name_every_splitter() -> None:
     (field,) = [f for name, f in FilesData.model_fields.items() if name == "steps"]
     assert set(get_args(field.annotation)) == set(segmentation.SPLITTERS)
 
@@ -91,9 +91,9 @@ def test_lab_steps_are_the_checker_s(style: str, joint: str) -> None:
     question = next(world.questions("train"))
     text = text_of(world.solution(question, STYLES[style]), world.truth(question)[ROOT])
     text = text.replace("\n", joint)
-    found = pieces(text, segmentation.lab(text))
-    assert [piece.strip() for piece in found] == checker.split(text)
-    assert len(found) == 6 and found[-1].startswith("#")
+    steps = pieces(text, segmentation.lab(text))
+    assert [step.strip() for step in steps] == checker.split(text)
+    assert len(steps) == 6 and steps[-1].startswith("#")
 
 
 @given(st.text(st.sampled_from("01234 +=ab#\n"), max_size=40))
@@ -130,9 +130,9 @@ def test_token_spans_leave_no_token_out_and_share_none(
     case: tuple[list[segmentation.Span], list[int]],
 ) -> None:
     spans, ends = case
-    found = segmentation.token_spans(spans, ends)
-    covered = [i for a, b in found for i in range(a, b)]
-    assert covered == list(range(found[0][0], len(ends)))
-    for (start, stop), (a, b) in zip(spans, found, strict=True):
+    token_spans = segmentation.token_spans(spans, ends)
+    covered = [i for a, b in token_spans for i in range(a, b)]
+    assert covered == list(range(token_spans[0][0], len(ends)))
+    for (start, stop), (a, b) in zip(spans, token_spans, strict=True):
         # A token's last character (end - 1) lies in the step the token is counted with.
         assert all(start <= ends[i] - 1 < stop for i in range(a, b))

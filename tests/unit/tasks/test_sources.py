@@ -1,4 +1,4 @@
-"""Problem sets from rows: sources, columns, ready mappings, filters, duplicates, splits, generators."""
+"""Test problem sets from rows: sources, columns, mappings, filters, duplicates, splits, generators."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def questions(task: Task) -> dict[str, set[str]]:
 # -- files --------------------------------------------------------------------------------------
 
 
-def test_the_same_problems_from_every_kind_of_file(tmp_path: Path) -> None:
+def test_every_file_format_gives_the_same_problems(tmp_path: Path) -> None:
     lines = write_jsonl(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
@@ -81,7 +81,7 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
     assert files(train=str(path)).train[0].question == "one\u2028two"
 
 
-def test_references_and_meta_survive(tmp_path: Path) -> None:
+def test_references_and_meta_are_read(tmp_path: Path) -> None:
     row = {"id": 7, "question": "q", "answer": 2.0, "reference": "r", "aligned_reference": "a",
            "meta": {"level": 3}}  # fmt: skip
     (problem,) = files(train=str(write_jsonl(tmp_path / "a.jsonl", [row]))).train
@@ -90,7 +90,7 @@ def test_references_and_meta_survive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"train": "none.jsonl"}, "none.jsonl: no such problem set"),
         ({"train": "none.parquet"}, "none.parquet: no such problem set"),
@@ -104,18 +104,18 @@ def test_references_and_meta_survive(tmp_path: Path) -> None:
         ({"train": "a.jsonl", "columns": {"id": "uuid"}}, "no column 'uuid'"),
         ({"train": "a.jsonl", "columns": {"meta": ["levle"]}}, "no column 'levle'"),
         ({"train": "a.jsonl", "columns": {"answer": "answer | boxed"}}, r"no \boxed{} in it"),
-        ({"train": "a.jsonl", "columns": {"answer": "answer | box"}}, "no rule 'box'; known: after"),
+        ({"train": "a.jsonl", "columns": {"answer": "answer | box"}}, "no rule 'box'; rules: after"),
         ({"train": "a.jsonl", "filter": {"lvl": 1}}, "data.filter: no column 'lvl'"),
         ({"train": "a.jsonl", "filter": {"question": "x"}}, "the problem set is empty"),
         ({"train": "a.jsonl", "mapping": "gsm9k"}, "did you mean 'gsm8k'?"),
         ({"pool": "a.jsonl", "split": {"validation": 20, "test": 20}}, "30 problems are too few"),
         ({"train": "empty.jsonl"}, "is empty"),
-        ({"train": "a.jsonl", "verifier": "reasoning_gym"}, "'a-1' did not come from there"),
+        ({"train": "a.jsonl", "verifier": "reasoning_gym"}, "'a-1' is not from that source"),
         ({"train": "a.jsonl", "verifier": "lab", "world": "mars"}, "known worlds"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, said: str
+def test_errors_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(Path("a.jsonl"), ROWS)
@@ -124,19 +124,19 @@ def test_what_is_wrong_is_one_line(
     Path("table.json").write_text("{}")
     with pytest.raises(SelfteachError) as caught:
         files(**settings)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_only_and_limit_and_bad_rows_are_counted(tmp_path: Path) -> None:
+def test_filter_limit_and_bad_rows_are_counted(tmp_path: Path) -> None:
     rows = [
         {"question": str(i), "answer": "" if i == 3 else "x", "level": i % 3} for i in range(12)
     ]
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
-    kept = files(train=path, only={"level": [0, 1]}, bad_rows="drop", limit=6)
-    assert [p.question for p in kept.train] == ["0", "1", "4", "6", "7"]
-    assert kept.counts == {"rows": 8, "not in data.filter": 2, "bad rows": 1}
+    task = files(train=path, filter={"level": [0, 1]}, bad_rows="drop", limit=6)
+    assert [p.question for p in task.train] == ["0", "1", "4", "6", "7"]
+    assert task.counts == {"rows": 8, "not in data.filter": 2, "bad rows": 1}
     with pytest.raises(DataError, match=r"a\.jsonl:4: the answer is empty"):
-        files(train=path, only={"level": [0, 1]})
+        files(train=path, filter={"level": [0, 1]})
     with pytest.raises(DataError, match="no column 'anser'; did you mean 'answer'"):
         files(train=path, columns={"answer": "anser"}, bad_rows="drop")
 
@@ -160,7 +160,7 @@ def test_only_and_limit_and_bad_rows_are_counted(tmp_path: Path) -> None:
         ("{a}!\n{b.c.0} {n} {t}", "x ## y ## z!\none 3 true"),
     ],
 )
-def test_columns(column: str, value: object) -> None:
+def test_column_values(column: str, value: object) -> None:
     values = {
         "a": "x ## y ## z",
         "b": {"c": ["one", "two", "three"]},
@@ -175,7 +175,7 @@ def test_columns(column: str, value: object) -> None:
 @pytest.mark.parametrize(
     "column", ["x", "b.d", "b.c.9", "a | after:#", "a | first", "n | boxed", "b | last"]
 )
-def test_columns_that_are_not_there(column: str) -> None:
+def test_a_missing_column_raises(column: str) -> None:
     with pytest.raises(Missing):
         column_value({"a": "x", "b": {"c": [1]}, "n": 1}, column)
 
@@ -235,14 +235,14 @@ def test_every_ready_mapping_reads_a_row_of_its_kind() -> None:
         assert config.columns is not None
         problem = problem_from(Row(values, "here", "row"), config.columns)
         assert (problem.question, problem.answer, problem.references.get("reference")) == expected
-        assert all(column_value(values, column) == value for column, value in config.only.items())
+        assert all(column_value(values, column) == value for column, value in config.filter.items())
 
 
-def test_what_a_recipe_says_goes_before_its_mapping() -> None:
-    own = {"answer": "answer | after:####", "meta": ["level"]}
+def test_the_recipe_s_keys_override_its_mapping() -> None:
+    columns = {"answer": "answer | after:####", "meta": ["level"]}
     config = with_mapping(
         HubData.model_validate(
-            {"type": "hub", "mapping": "gsm8k", "path": "mine", "train": "all", "columns": own,
+            {"type": "hub", "mapping": "gsm8k", "path": "mine", "train": "all", "columns": columns,
              "verifier": "exact"}
         )
     )  # fmt: skip
@@ -257,7 +257,7 @@ def test_what_a_recipe_says_goes_before_its_mapping() -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the hub would hold it: train has 20 questions, five of which test repeats."""
+    """Return a dataset folder as on the hub: train has 20 questions, test repeats five of them."""
     folder = tmp_path_factory.mktemp("hub")
     for name, rows in (("train", ROWS[:20]), ("test", ROWS[15:])):
         parquet.write_table(pa.Table.from_pylist(rows), folder / f"{name}-0.parquet")
@@ -297,8 +297,8 @@ def test_a_saved_dataset_is_read_from_disk(tmp_path: Path) -> None:
         hub(path=str(tmp_path / "saved"), train="trian")
 
 
-def test_datasets_that_cannot_be_had_are_one_line(dataset: Path, tmp_path: Path) -> None:
-    for settings, said in [
+def test_datasets_that_cannot_be_loaded_are_one_line_errors(dataset: Path, tmp_path: Path) -> None:
+    for settings, message in [
         ({"path": "nobody/nothing", "train": "train"}, "not in the cache, and the hub cannot"),
         ({"mapping": "gsm8k"}, "openai/gsm8k': not in the cache"),
         ({"path": str(dataset), "train": "trian"}, 'Unknown split "trian"'),
@@ -309,7 +309,7 @@ def test_datasets_that_cannot_be_had_are_one_line(dataset: Path, tmp_path: Path)
     ]:
         with pytest.raises(SelfteachError) as caught:
             hub(**settings)
-        assert said in str(caught.value) and "\n" not in str(caught.value)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_datasets_that_cannot_be_had_are_one_line(dataset: Path, tmp_path: Path)
         ("reasoning_gym.factory", lambda: gym(task="gsm_symbolic"), "selfteach[problems]"),
     ],
 )
-def test_a_package_that_is_missing_is_named_with_its_command(
+def test_the_error_for_a_missing_package_names_the_pip_command(
     monkeypatch: pytest.MonkeyPatch, module: str, load: object, pip: str
 ) -> None:
     import sys
@@ -349,23 +349,23 @@ sizes = st.one_of(
 def test_splits_are_disjoint_and_do_not_depend_on_the_order(
     sizes: dict, count: int, seed: int, shuffle: random.Random
 ) -> None:
-    pool, how = pool_of(count), Splitting(seed=seed, **sizes)
-    split = split_pool(pool, how)
+    pool, config = pool_of(count), Splitting(seed=seed, **sizes)
+    split = split_pool(pool, config)
     ids = [p.id for problems in split.values() for p in problems]
     assert sorted(ids) == sorted(p.id for p in pool), "each is in one split"
     shuffled = list(pool)
     shuffle.shuffle(shuffled)
-    again = split_pool(shuffled, how)
+    again = split_pool(shuffled, config)
     assert {n: {p.id for p in ps} for n, ps in split.items()} == {
         n: {p.id for p in ps} for n, ps in again.items()
     }
-    if isinstance(how.test, int):
-        assert len(split["test"]) == how.test and len(split["validation"]) == how.validation
+    if isinstance(config.test, int):
+        assert len(split["test"]) == config.test and len(split["validation"]) == config.validation
 
 
 def test_with_shares_a_growing_pool_moves_no_question() -> None:
-    how = Splitting(validation=0.2, test=0.3)
-    small, large = split_pool(pool_of(200), how), split_pool(pool_of(1000), how)
+    config = Splitting(validation=0.2, test=0.3)
+    small, large = split_pool(pool_of(200), config), split_pool(pool_of(1000), config)
     for name, problems in small.items():
         assert {p.id for p in problems} <= {p.id for p in large[name]}
     assert 240 < len(large["test"]) < 360 and 140 < len(large["validation"]) < 260
@@ -382,29 +382,29 @@ def test_the_papers_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"validation": 10, "test": 0.1}, "all as counts or all as shares"),
         ({"validation": 0.6, "test": 0.6}, "add up to 1.2"),
         ({"validation": -1}, "validation"),
     ],
 )
-def test_sizes_that_make_no_sense(settings: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_split_sizes_raise(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Splitting.model_validate(settings)
 
 
-def test_a_question_is_its_words() -> None:
+def test_duplicates_are_questions_with_the_same_words() -> None:
     assert normalised("  What  IS\n½? ") == normalised("what is ½?") != normalised("what is 2?")
     twice = [Problem("a", "What is x?", "1"), Problem("b", "what is  X?", "1")]
-    kept, again = without_duplicates(twice)
-    assert [p.id for p in kept] == ["a"] and again == 1
+    unique, duplicates = without_duplicates(twice)
+    assert [p.id for p in unique] == ["a"] and duplicates == 1
 
 
 def test_a_question_of_two_sources_stays_in_test() -> None:
     q = {name: Problem(name, "the same", "1") for name in ("train", "validation", "test", "pool")}
-    kept, shared = disjoint({name: [problem] for name, problem in q.items()})
-    assert kept == {"test": [q["test"]], "validation": [], "train": [], "pool": []}
+    splits, shared = disjoint({name: [problem] for name, problem in q.items()})
+    assert splits == {"test": [q["test"]], "validation": [], "train": [], "pool": []}
     assert shared == 3
 
 
@@ -422,48 +422,48 @@ def test_a_generator_gives_disjoint_problems_with_its_worked_solutions() -> None
 
 def test_two_seeds_of_a_generator_share_no_question_between_train_and_test() -> None:
     few = {"min_terms": 2, "max_terms": 2, "max_digits": 1}  # so few that seeds do share questions
-    ours, theirs = (
+    first, second = (
         questions(gym(task="chain_sum", config=few, train=60, test=8, seed=seed)) for seed in (0, 5)
     )
-    assert ours["train"] & theirs["train"] and ours["train"] != theirs["train"]
-    assert not ours["train"] & theirs["test"] and not ours["test"] & theirs["train"]
+    assert first["train"] & second["train"] and first["train"] != second["train"]
+    assert not first["train"] & second["test"] and not first["test"] & second["train"]
 
 
-def test_a_reference_by_its_path_and_an_answer_among_many() -> None:
+def test_reference_path_and_one_of_many_right_answers() -> None:
     task = gym(task="propositional_logic", reference="example_answer")
     assert all(p.answer == p.references["reference"] for p in task.train)
     assert not any(f.kind == "rejected" for f in check_answers(task).findings)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"task": "gsm_symbolc"}, "data.task = 'gsm_symbolc'; did you mean 'gsm_symbolic'?"),
         ({"task": "chain_sum", "config": {"min_term": 2}}, "did you mean 'min_terms'?"),
         ({"task": "chain_sum", "config": {"min_terms": 0}}, "data.config of 'chain_sum': "),
-        ({"task": "chain_sum", "config": {"seed": 1}}, "say data.seed"),
+        ({"task": "chain_sum", "config": {"seed": 1}}, "set data.seed"),
         ({"task": "gsm_symbolic", "reference": "cot"}, "data.reference of 'gsm_symbolic'"),
         ({"task": "chain_sum", "train": 500,
           "config": {"max_terms": 2, "min_terms": 2, "max_digits": 1}}, "too few distinct questions"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_generator_is_one_line(settings: dict, said: str) -> None:
+def test_errors_of_a_generator_are_one_line(settings: dict, message: str) -> None:
     with pytest.raises((RecipeError, DataError)) as caught:
         gym(**settings)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 # -- the audit ----------------------------------------------------------------------------------
 
 
-def test_problems_that_cannot_be_judged_are_named_dropped_or_refused(tmp_path: Path) -> None:
+def test_invalid_problems_are_named_dropped_or_refused(tmp_path: Path) -> None:
     rows = [{"question": f"{i}?", "answer": str(i)} for i in range(5)]
     rows[2]["answer"] = "</answer>"  # ends the tag it stands in
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
-    found = check_answers(files(train=path))
-    assert found.checked == 5
-    assert [str(f) for f in found.findings] == [
-        "problem 'a-3': the own answer '</answer>' is rejected"
+    result = check_answers(files(train=path))
+    assert result.checked == 5
+    assert [str(f) for f in result.findings] == [
+        "problem 'a-3': the verifier rejected the gold answer '</answer>'"
     ]
     dropped = files(train=path, invalid_problems="drop")
     assert len(dropped.train) == 4 and dropped.counts["invalid_problems"] == 1
@@ -471,12 +471,12 @@ def test_problems_that_cannot_be_judged_are_named_dropped_or_refused(tmp_path: P
         files(train=path, invalid_problems="stop")
 
 
-def test_a_verifier_that_accepts_everything_is_found() -> None:
+def test_the_audit_detects_a_verifier_that_accepts_everything() -> None:
     from selfteach.tasks.sources.audit import audit
     from selfteach.types import Verdict
 
-    found = audit(pool_of(3), lambda problem, text: Verdict(True, True, text), str)
-    assert [f.kind for f in found.findings] == ["accepted"] * 3 and found.invalid_problems == {
+    result = audit(pool_of(3), lambda problem, text: Verdict(True, True, text), str)
+    assert [f.kind for f in result.findings] == ["accepted"] * 3 and result.invalid_problems == {
         "Question 0?",
         "Question 1?",
         "Question 2?",

@@ -1,4 +1,4 @@
-"""Problem sets, their order, and what is said of broken ones; verifiers of tagged answers."""
+"""Test problem sets, their order, errors of broken ones, and verifiers of tagged answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_jsonl_problems_keep_ids_and_references(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", "is empty"),
         ("not json\n", ":1: not a JSON object"),
@@ -44,14 +44,16 @@ def test_jsonl_problems_keep_ids_and_references(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_broken_problem_sets_are_one_clear_line(tmp_path: Path, content: str, said: str) -> None:
+def test_a_broken_problem_set_is_a_one_line_error(
+    tmp_path: Path, content: str, message: str
+) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_file(path)
 
 
-def test_a_missing_problem_set(tmp_path: Path) -> None:
+def test_a_missing_problem_set_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such problem set"):
         read_file(tmp_path / "nowhere.jsonl")
 
@@ -66,7 +68,7 @@ def test_training_order(count: int, per_step: int, seed: int) -> None:
     assert steps == list(islice(training_order(count, seed, per_step), 12))
 
 
-def test_another_seed_is_another_order() -> None:
+def test_another_seed_gives_another_order() -> None:
     assert next(training_order(100, 0, 50)) != next(training_order(100, 1, 50))
 
 
@@ -79,9 +81,9 @@ def test_lab_splits_are_disjoint_and_filtered_by_difficulty() -> None:
     assert not sets["train"] & sets["test"] and not sets["train"] & sets["validation"]
     assert not sets["validation"] & sets["test"]
     hard = lab_task.problems(world, "train", 100, max_solve_rate=0.01)
-    assert all(world.author_chance(p.question.split()) < 0.01 for p in hard)
+    assert all(world.author_solve_rate(p.question.split()) < 0.01 for p in hard)
     easy = lab_task.problems(world, "train", 100)
-    assert any(world.author_chance(p.question.split()) > 0.9 for p in easy)
+    assert any(world.author_solve_rate(p.question.split()) > 0.9 for p in easy)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +105,14 @@ def test_exact(answer: str, text: str, correct: bool, parsed: str | None) -> Non
     )
 
 
-def test_math_verify_knows_equal_answers_and_gives_them_one_vote() -> None:
-    judge = verifiers.Math()
+def test_equal_answers_are_right_and_have_one_canonical_form() -> None:
+    verify = verifiers.MathVerifier()
     problem = Problem("p", "q", r"\frac{1}{2}")
-    same = [judge(problem, f"<answer>{text}</answer>") for text in ("0.5", r"\frac{2}{4}")]
+    same = [verify(problem, f"<answer>{text}</answer>") for text in ("0.5", r"\frac{2}{4}")]
     assert all(verdict.correct for verdict in same)
     assert same[0].parsed == same[1].parsed
-    assert not judge(problem, "<answer>2</answer>").correct
-    assert not judge(problem, "one half").formatted
+    assert not verify(problem, "<answer>2</answer>").correct
+    assert not verify(problem, "one half").formatted
 
 
 def test_free_form_answers_are_split_as_the_recipe_says(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Verifiers: where an answer stands, what equals it, and answers that mean harm."""
+"""Test verifiers: extraction of answers, equality, and hostile answers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from selfteach.errors import DataError
 from selfteach.evaluation.evaluator import one_vote
 from selfteach.tasks import verifiers
 from selfteach.tasks.task import load_task
-from selfteach.tasks.verify_client import Judge
+from selfteach.tasks.verify_client import VerifierProcess
 from selfteach.types import Problem
 
 
 @pytest.fixture(scope="module")
-def math() -> verifiers.Math:
-    return verifiers.Math(judge=Judge(timeout_s=1.0))
+def math() -> verifiers.MathVerifier:
+    return verifiers.MathVerifier(process=VerifierProcess(timeout_s=1.0))
 
 
-def says(math: verifiers.Math, gold: str, text: str) -> bool:
+def says(math: verifiers.MathVerifier, gold: str, text: str) -> bool:
     return math(Problem("p", "q", gold), f"<answer>{text}</answer>").correct
 
 
@@ -42,22 +42,21 @@ def says(math: verifiers.Math, gold: str, text: str) -> bool:
         ("five", None, None, None),
     ],
 )
-def test_where_an_answer_stands(
+def test_extracting_an_answer(
     text: str, tag: str | None, boxed: str | None, either: str | None
 ) -> None:
-    found = [read(text) for read in verifiers.READERS.values()]
-    assert found == [tag, boxed, either]
+    assert [read(text) for read in verifiers.READERS.values()] == [tag, boxed, either]
 
 
 @pytest.mark.parametrize("answer_in", ["tag", "boxed", "tag_or_boxed"])
 @pytest.mark.parametrize("answer", ["5", r"\frac{1}{2}", r"\{1, 2\}", "a b"])
-def test_what_is_written_is_read(answer: str, answer_in: verifiers.AnswerIn) -> None:
+def test_a_written_answer_is_extracted_again(answer: str, answer_in: verifiers.AnswerIn) -> None:
     text = verifiers.write_answer(answer, answer_in)
     assert verifiers.READERS[answer_in](text) == answer
-    assert verifiers.Exact(answer_in)(Problem("p", "q", answer), text).correct
+    assert verifiers.ExactVerifier(answer_in)(Problem("p", "q", answer), text).correct
 
 
-def test_a_recipe_says_where_answers_stand(tmp_path: object) -> None:
+def test_the_recipe_s_answer_in_selects_the_reader(tmp_path: object) -> None:
     path = f"{tmp_path}/a.jsonl"
     with open(path, "w") as handle:  # noqa: PTH123
         handle.write('{"question": "1 + 1?", "answer": "2"}\n')
@@ -66,7 +65,7 @@ def test_a_recipe_says_where_answers_stand(tmp_path: object) -> None:
         task = load_task(FilesData.model_validate(config), "")
         verdict = task.verify(task.train[0], r"One and one.\n\nSo \boxed{2}")
         assert (verdict.correct, verdict.formatted) == (formatted, formatted)
-        assert task.verify(task.train[0], task.form.write("2")).correct
+        assert task.verify(task.train[0], task.answer_format.write("2")).correct
 
 
 @pytest.mark.parametrize(
@@ -82,53 +81,59 @@ def test_a_recipe_says_where_answers_stand(tmp_path: object) -> None:
         ("(1,2)", "(2,1)", False),
     ],
 )
-def test_equal_as_mathematics(math: verifiers.Math, gold: str, text: str, right: bool) -> None:
+def test_equal_as_mathematics(
+    math: verifiers.MathVerifier, gold: str, text: str, right: bool
+) -> None:
     assert says(math, gold, text) is right
 
 
-def test_an_answer_that_is_no_mathematics_takes_the_same_text(math: verifiers.Math) -> None:
+def test_a_gold_answer_that_is_no_mathematics_accepts_the_same_text(
+    math: verifiers.MathVerifier,
+) -> None:
     assert says(math, "?!", " ?! ") and not says(math, "?!", "?")
 
 
 HOSTILE = ["10^{10^{10}}", "(" * 5000, "\x00\ud800", "}{" * 50]
 
 
-def test_hostile_answers_are_wrong_in_time_and_the_judge_goes_on(math: verifiers.Math) -> None:
+def test_hostile_answers_time_out_as_wrong_and_the_process_recovers(
+    math: verifiers.MathVerifier,
+) -> None:
     for text in HOSTILE:
         started = time.monotonic()
         verdict = math(Problem("p", "q", "12"), f"<answer>{text}</answer>")
         assert not verdict.correct and verdict.formatted
-        assert time.monotonic() - started < 60, "it was given up"
+        assert time.monotonic() - started < 60, "it timed out"
         assert says(math, "12", "12.0")
-    assert math._judge.timeouts >= 1
-    before = math._judge.timeouts
-    assert not says(math, "12", HOSTILE[0]) and math._judge.timeouts == before, "remembered"
+    assert math._process.timeouts >= 1
+    before = math._process.timeouts
+    assert not says(math, "12", HOSTILE[0]) and math._process.timeouts == before, "cached"
 
 
-def test_threads_share_a_judge(math: verifiers.Math) -> None:
+def test_threads_share_a_process(math: verifiers.MathVerifier) -> None:
     with ThreadPoolExecutor(8) as pool:
         right = list(pool.map(lambda i: says(math, str(i), f"{i}.0"), range(40)))
         wrong = list(pool.map(lambda i: says(math, str(i), f"{i}.5"), range(40)))
     assert all(right) and not any(wrong)
 
 
-def test_a_judge_that_was_killed_is_replaced_and_ends_with_its_owner() -> None:
-    judge = Judge()
-    assert judge.ask("math", gold="1", found="1")["equal"]
-    assert judge._process is not None
-    judge._process.kill()
-    judge._process.wait()
-    assert judge.ask("math", gold="2", found="2.0")["equal"]
-    process = judge._process
+def test_a_killed_process_is_replaced_and_ends_with_its_owner() -> None:
+    verifier = VerifierProcess()
+    assert verifier.request("math", gold="1", answer="1")["equal"]
+    assert verifier._process is not None
+    verifier._process.kill()
+    verifier._process.wait()
+    assert verifier.request("math", gold="2", answer="2.0")["equal"]
+    process = verifier._process
     assert process.poll() is None
-    del judge
+    del verifier
     gc.collect()
     assert process.poll() is not None
 
 
-def test_equal_answers_vote_together_however_they_are_written(math: verifiers.Math) -> None:
+def test_equal_answers_share_one_vote_in_any_spelling(math: verifiers.MathVerifier) -> None:
     row = ["3", r"\frac{1}{2}", None, "0.5", "3.0", r"\frac{2}{4}"]
-    assert one_vote(row, math.same) == [
+    assert one_vote(row, math.equivalent) == [
         "3",
         r"\frac{1}{2}",
         None,
@@ -138,22 +143,22 @@ def test_equal_answers_vote_together_however_they_are_written(math: verifiers.Ma
     ]
 
 
-def test_the_generators_own_scorer_judges() -> None:
+def test_reasoning_gym_s_scorer_gives_the_verdict() -> None:
     config = {"type": "reasoning_gym", "task": "countdown", "train": 3, "validation": 1, "test": 1}
     task = load_task(GymData.model_validate(config), "")
     problem = task.train[0]
-    # Countdown takes any expression that comes to the target: the same one turned around, too.
+    # Countdown accepts any expression that uses each number once and evaluates to the target.
     assert task.verify(problem, f"<answer>{problem.answer}</answer>").correct
     assert task.verify(problem, f"<answer>0 + {problem.answer}</answer>").correct is False
     assert not task.verify(problem, problem.answer).formatted
-    with pytest.raises(DataError, match="none of reasoning-gym's"):
+    with pytest.raises(DataError, match="not from reasoning-gym"):
         task.verify(Problem("p", "q", "1"), "<answer>1</answer>")
 
 
 @pytest.mark.parametrize(
     ("name", "pip"), [("math", "selfteach[math]"), ("reasoning_gym", "selfteach[problems]")]
 )
-def test_a_verifier_without_its_package_is_one_line(
+def test_a_missing_package_is_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, name: str, pip: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)

@@ -1,1 +1,1 @@
-"""Figures of the report, drawn with matplotlib."""
+"""Draw the figures of the report with matplotlib."""

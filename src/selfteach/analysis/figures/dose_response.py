@@ -1,8 +1,8 @@
-"""The figure of a study whose arms or variants differ by degree: what a measure does along the axis.
+"""Draw a study whose arms or variants differ by degree: a measure against their position.
 
-Left, Avg@k against the position. Right, what explains it: how far the untrained self-teacher's
-advantages concentrate on the first wrong step (arms on the axis), or the differences that the study is
-about (variants on it). Intervals are 95 %, those of the results.
+Left, Avg@k against the position. Right, what may explain it: how far the untrained
+self-teacher's advantages concentrate on the first wrong step (arms on the axis), or the headline's
+differences (variants on the axis). Intervals are 95 %, those of the results.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfteach.analysis.figures.style import INK, SMALL, TINY, Style, bare, legend, styles
-from selfteach.analysis.wording import Estimate, Results, headline, pair_title
+from selfteach.analysis.figures.style import INK, SMALL, TINY, ArmStyle, bare, legend, styles
+from selfteach.analysis.results_text import Estimate, Results, headline_pairs, pair_title
 
 MAIN = "main"
 """The main setting among variants."""
-LINE = Style("#0072B2", "-", "o")
-"""The arms on the axis, which are one line."""
+LINE = ArmStyle("#0072B2", "-", "o")
+"""Style of the line through the arms on the axis."""
 
 Point = tuple[float, Estimate]
 """A position and the estimate there."""
 
 
 def along_axis(results: Results, localisation: Mapping[str, Any] | None) -> Figure | None:
-    """Measures against position; None for a study without an axis, or with fewer than two positions."""
+    """Draw measures against position; None without an axis or with fewer than two positions."""
     axis = results.get("axis")
     if not axis or len(axis["at"]) < 2:
         return None
     at = dict(sorted(axis["at"].items(), key=lambda item: item[1]))
     of_arms = at.keys() <= results["arms"].keys()
-    right = _concentration(results, at, localisation) if of_arms else _gaps(results, at)
+    right = _concentration(results, at, localisation) if of_arms else _differences(results, at)
     figure = Figure(figsize=(9.2, 3.5), layout="constrained")
     panels = list(figure.subplots(1, 1 + bool(right), squeeze=False)[0])
     look = styles(results["arms"])
@@ -46,7 +46,7 @@ def along_axis(results: Results, localisation: Mapping[str, Any] | None) -> Figu
     panels[0].set_ylabel(f"Avg@{results['k']}, %", color=INK, fontsize=SMALL)
     panels[0].set_ylim(bottom=0)
     if right:
-        _explain(panels[1], right, "" if of_arms else "points")
+        _draw_explanation(panels[1], right, "" if of_arms else "points")
     for panel in panels:
         bare(panel)
         panel.set_xlabel(axis["label"], color=INK, fontsize=SMALL, parse_math=False)
@@ -55,7 +55,7 @@ def along_axis(results: Results, localisation: Mapping[str, Any] | None) -> Figu
 
 
 def axis_lines(results: Results) -> list[str]:
-    """What stands where on the axis, with its Avg@k, in words."""
+    """Describe what is at each position of the axis, with its Avg@k."""
     axis = results["axis"]
     lines = []
     for name, x in sorted(axis["at"].items(), key=lambda item: item[1]):
@@ -64,8 +64,8 @@ def axis_lines(results: Results) -> list[str]:
             if name in results["arms"]
             else _setting(results, name)["arms"]
         )
-        told = ", ".join(f"{arm} {own['avg']['mean']:.1f}" for arm, own in arms.items())
-        lines.append(f"{axis['label']} {x:g}: {told}")
+        means = ", ".join(f"{name} {arm['avg']['mean']:.1f}" for name, arm in arms.items())
+        lines.append(f"{axis['label']} {x:g}: {means}")
     return lines
 
 
@@ -74,33 +74,34 @@ def _setting(results: Results, name: str) -> Results:
 
 
 def _in_settings(results: Results, at: Mapping[str, float], table: str, row: str) -> list[Point]:
-    """An arm's (or a pair's) Avg@k in every setting on the axis that has it."""
-    found = [(x, _setting(results, name)[table].get(row)) for name, x in at.items()]
-    return [(x, own["avg"]) for x, own in found if own is not None]
+    """Return an arm's (or a pair's) Avg@k in every setting on the axis that has it."""
+    rows = [(x, _setting(results, name)[table].get(row)) for name, x in at.items()]
+    return [(x, measures["avg"]) for x, measures in rows if measures is not None]
 
 
-def _gaps(results: Results, at: Mapping[str, float]) -> dict[str, list[Point]]:
+def _differences(results: Results, at: Mapping[str, float]) -> dict[str, list[Point]]:
     return {
-        pair_title(pair): _in_settings(results, at, "paired", pair) for pair in headline(results)
+        pair_title(pair): _in_settings(results, at, "paired", pair)
+        for pair in headline_pairs(results)
     }
 
 
 def _concentration(
     results: Results, at: Mapping[str, float], localisation: Mapping[str, Any] | None
 ) -> dict[str, list[Point]]:
-    """Of the arms' contexts, where the untrained model was inspected under all of them."""
-    known = {} if localisation is None else localisation["contexts"]
+    """Return concentration by position, if the untrained model was inspected under all contexts."""
+    inspected = {} if localisation is None else localisation["contexts"]
     contexts = [results["arms"][arm].get("settings", {}).get("context") for arm in at]
-    if len(set(contexts)) < len(contexts) or not known.keys() >= set(contexts):
+    if len(set(contexts)) < len(contexts) or not inspected.keys() >= set(contexts):
         return {}
-    values = [known[name]["concentration"] for name in contexts]
+    values = [inspected[name]["concentration"] for name in contexts]
     if None in values:
         return {}
     title = "mean |advantage|: first wrong step / right steps before it"
     return {title: list(zip(at.values(), values, strict=True))}
 
 
-def _explain(axes: Axes, lines: Mapping[str, Sequence[Point]], unit: str) -> None:
+def _draw_explanation(axes: Axes, lines: Mapping[str, Sequence[Point]], unit: str) -> None:
     look = [LINE, *styles(map(str, range(len(lines)))).values()]
     for (name, points), style in zip(lines.items(), look, strict=False):
         _line(axes, points, style, name)
@@ -112,8 +113,8 @@ def _explain(axes: Axes, lines: Mapping[str, Sequence[Point]], unit: str) -> Non
         axes.set_ylim(bottom=0)
 
 
-def _line(axes: Axes, points: Sequence[Point], style: Style, name: str) -> None:
-    """Estimates with their intervals, joined."""
+def _line(axes: Axes, points: Sequence[Point], style: ArmStyle, name: str) -> None:
+    """Draw estimates with their intervals, joined by a line."""
     if not points:
         return
     x, values = zip(*points, strict=True)
@@ -126,8 +127,8 @@ def _line(axes: Axes, points: Sequence[Point], style: Style, name: str) -> None:
     )  # fmt: skip
 
 
-def _level(axes: Axes, name: str, value: Estimate, style: Style) -> None:
-    """An arm that is nowhere on the axis: a line across, with a band."""
+def _level(axes: Axes, name: str, value: Estimate, style: ArmStyle) -> None:
+    """Draw an arm that has no position on the axis: a line across, with a band."""
     low, high = value["ci95"]
     axes.axhspan(low, high, color=style.colour, alpha=0.12, linewidth=0)
     axes.axhline(value["mean"], color=style.colour, linestyle=style.dash, linewidth=1.5)

@@ -1,7 +1,4 @@
-"""Figures of an inspection: where a context moves the self-teacher, and how well it judges steps.
-
-In the manner of `figures`: plain matplotlib, colour-blind safe, and never told apart by colour alone.
-"""
+"""Draw an inspection: where a context moves the self-teacher, and how well it judges steps."""
 
 from __future__ import annotations
 
@@ -13,18 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfteach.analysis.figures import style
-from selfteach.analysis.figures.style import ALERT, INK, SMALL, TINY, Style, bare
+from selfteach.analysis.figures.style import ALERT, INK, SMALL, TINY, ArmStyle, bare
 
 PER_ROW = 3
-"""Panels side by side."""
+"""Panels in a row."""
 FEWEST = 20
-"""Answers behind a point of the aligned curve; with fewer it is not drawn."""
-JUDGES = (("auroc", "area under the ROC curve", 1.0, 0.5), ("f1", "F1, %", 100.0, None))
-"""Measure, title, its largest value, and what guessing gives."""
+"""Answers that a point of the aligned curve needs; with fewer it is not drawn."""
+JUDGE_MEASURES = (("auroc", "area under the ROC curve", 1.0, 0.5), ("f1", "F1, %", 100.0, None))
+"""Measure, title, largest value, and value of guessing."""
 
 
 def aligned_advantage(localisation: Mapping[str, Any]) -> Figure:
-    """Mean A (nats) by distance to the first wrong step's first token, a panel per context.
+    """Draw mean A (nats) by distance to the first wrong step's first token, a panel per context.
 
     The band is the 95 % interval over problems. Panels share both axes.
     """
@@ -44,7 +41,7 @@ def aligned_advantage(localisation: Mapping[str, Any]) -> Figure:
 
 
 def mass_by_region(localisation: Mapping[str, Any]) -> Figure:
-    """Share of |A| (percent) before, on and after the first wrong step, with 95 % intervals."""
+    """Draw the share of |A| (percent) before, on and after the first wrong step, with intervals."""
     contexts = localisation["contexts"]
     figure, panels = _rows_of_panels(list(contexts), 3)
     titles = {"before": "right steps before it", "failing": "first wrong step", "after": "after it"}
@@ -59,31 +56,31 @@ def mass_by_region(localisation: Mapping[str, Any]) -> Figure:
 
 
 def judges(localisation: Mapping[str, Any]) -> Figure:
-    """How well each context judges steps, beside baselines (hatched) that need no context.
+    """Draw how well each context judges steps, beside baselines (hatched) that need no context.
 
-    A dagger marks contexts that tell where the first error is, or whether there is one.
+    A dagger marks contexts that reveal where the first error is, or whether there is one.
     """
     scores = localisation["step_scores"]
     contexts, baselines = scores["contexts"], scores["baselines"]
     names = [f"{n} †" if c["tells"] in ("where", "whether") else n for n, c in contexts.items()]
-    figure, panels = _rows_of_panels([*names, *baselines], len(JUDGES))
+    figure, panels = _rows_of_panels([*names, *baselines], len(JUDGE_MEASURES))
     look = style.styles(contexts)
-    for axes, (measure, title, most, chance) in zip(panels, JUDGES, strict=True):
+    for axes, (measure, title, most, chance) in zip(panels, JUDGE_MEASURES, strict=True):
         for row, (name, judge) in enumerate([*contexts.items(), *baselines.items()]):
-            known = name in contexts
-            colour = look[name].colour if known else "#8a8f98"
-            _bar(axes, row, judge[measure], colour, hatch="" if known else "///")
+            has_context = name in contexts
+            colour = look[name].colour if has_context else "#8a8f98"
+            _bar(axes, row, judge[measure], colour, hatch="" if has_context else "///")
         axes.set_xlim(0, 1.02 * most)
         if chance is not None:
             axes.axvline(chance, color=INK, linestyle=":", linewidth=1.2)
         axes.set_xlabel(title, color=INK, fontsize=SMALL)
     figure.supxlabel(
-        "† tells where the first error is, or whether there is one", color=INK, fontsize=TINY
+        "† reveals where the first error is, or whether there is one", color=INK, fontsize=TINY
     )
     return figure
 
 
-def _aligned_panel(axes: Axes, curve: Mapping[str, Any], style: Style) -> None:
+def _aligned_panel(axes: Axes, curve: Mapping[str, Any], style: ArmStyle) -> None:
     bare(axes)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.axvline(-0.5, color=ALERT, linestyle="--", linewidth=1.3)
@@ -102,7 +99,7 @@ def _aligned_panel(axes: Axes, curve: Mapping[str, Any], style: Style) -> None:
 
 
 def _rows_of_panels(names: Sequence[str], count: int) -> tuple[Figure, list[Axes]]:
-    """Panels side by side that share their rows, one per name."""
+    """Make panels in a row that share their rows, one per name."""
     figure = Figure(figsize=(9.2, 0.9 + 0.26 * max(len(names), 1)), layout="constrained")
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for axes in panels:
@@ -114,7 +111,7 @@ def _rows_of_panels(names: Sequence[str], count: int) -> tuple[Figure, list[Axes
 
 
 def _bar(axes: Axes, row: int, value: Mapping[str, Any] | None, colour: str, *, hatch: str) -> None:
-    """A bar with its interval; nothing where there is nothing to show."""
+    """Draw a bar with its interval; nothing without a value."""
     if value is None:
         return
     low, high = value["ci95"]

@@ -1,1 +1,1 @@
-"""An inspection's tables, read and summed up: where advantages stand relative to the first error."""
+"""Summarize an inspection: where advantages are relative to the first error."""

@@ -1,4 +1,4 @@
-"""An inspection's folder, read: answers.jsonl and tokens.parquet as arrays.
+"""Read an inspection's folder: answers.jsonl and tokens.parquet as arrays.
 
 Axis letters: N rows of tokens.parquet, A answers, C contexts, P problems.
 """
@@ -21,16 +21,16 @@ from selfteach.errors import CheckpointError
 REGIONS = ("before", "failing", "after", "right")
 KINDS = ("style", "task", "other")
 FORMAT = 1
-"""The inspection.json that is understood."""
+"""The format of inspection.json that can be read."""
 
 _NUMBERS = ("answer", "position", "step", "advantage", "student_logp", "student_entropy")
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All answers and all their tokens under all contexts.
+    """Holds all answers and all their tokens under all contexts.
 
-    Rows of one answer under one context stand together, in order of position.
+    Rows of one answer under one context are contiguous, in order of position.
     """
 
     about: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Inspection:
     step_N: np.ndarray
     """−1 outside all steps."""
     region_N: np.ndarray
-    """Index into `REGIONS`; −1 where nobody says."""
+    """Index into `REGIONS`; −1 where the first error is unknown."""
     kind_N: np.ndarray
     """Index into `KINDS`."""
     advantage_N: np.ndarray
@@ -55,19 +55,19 @@ class Inspection:
     student_entropy_N: np.ndarray
 
     @property
-    def problems(self) -> int:
-        """How many problems there are."""
+    def num_problems(self) -> int:
+        """Return how many problems there are."""
         return int(self.problem_A.max()) + 1
 
     @property
     def first_error_A(self) -> np.ndarray:
-        """Index of each answer's first wrong step; −1 where no step is known to be wrong."""
+        """Return the index of each answer's first wrong step; −1 where none is known, [A]."""
         first = (row["first_error"] for row in self.answers)
         return np.array([-1 if f is None else f for f in first])
 
     @property
     def sound_A(self) -> np.ndarray:
-        """Answers that are right and of which somebody says that no step is wrong."""
+        """Return which answers are right and checked to have no wrong step, [A]."""
         return np.array(
             [
                 row["correct"]
@@ -78,7 +78,7 @@ class Inspection:
         )
 
 
-def load(folder: Path) -> Inspection:
+def read_inspection(folder: Path) -> Inspection:
     """Read an inspection's folder. Raises `CheckpointError` if it is missing, unfinished or unknown."""
     about = _about(folder)
     with (folder / "answers.jsonl").open(encoding="utf-8") as lines:
@@ -103,7 +103,7 @@ def load(folder: Path) -> Inspection:
 def example(
     folder: Path, *, answer: int | None = None, contexts: Sequence[str] | None = None
 ) -> dict[str, Any] | None:
-    """One answer under several contexts, as `figures.token_advantages` draws it.
+    """Return one answer under several contexts, for `results_figures.token_advantages`.
 
     By default the first wrong answer whose first error has steps before and after it; None if there
     is none.
@@ -112,16 +112,16 @@ def example(
     with (folder / "answers.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     if answer is None:
-        answer = next((i for i, row in enumerate(rows) if _tells(row)), None)
+        answer = next((i for i, row in enumerate(rows) if _is_instructive(row)), None)
     if answer is None:
         return None
     tokens = pq.read_table(folder / "tokens.parquet", filters=[("answer", "=", answer)])
-    own = {name: tokens.filter(pc.field("context") == name).to_pydict()
-           for name in contexts or about["contexts"]}  # fmt: skip
-    own = {name: columns for name, columns in own.items() if columns["position"]}
-    if not own:
+    scored = {name: tokens.filter(pc.field("context") == name).to_pydict()
+              for name in contexts or about["contexts"]}  # fmt: skip
+    scored = {name: columns for name, columns in scored.items() if columns["position"]}
+    if not scored:
         return None
-    row, first = rows[answer], next(iter(own.values()))
+    row, first = rows[answer], next(iter(scored.values()))
     spans, error = row["step_spans"]["tokens"], row["first_error"]
     return {
         "problem": row["problem_id"],
@@ -133,12 +133,12 @@ def example(
         "steps": first["step"],
         "contexts": {
             name: {"text": row["contexts"][name], "advantage": columns["advantage"]}
-            for name, columns in own.items()
+            for name, columns in scored.items()
         },
     }
 
 
-def _tells(row: Mapping[str, Any]) -> bool:
+def _is_instructive(row: Mapping[str, Any]) -> bool:
     error, last = row["first_error"], len(row["step_spans"]["tokens"]) - 1
     return not row["correct"] and error is not None and 0 < error < last - 1 and not row["dropped"]
 
@@ -152,18 +152,18 @@ def _about(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if about.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {about.get('format')!r}, known is {FORMAT}")
+        raise CheckpointError(f"{path}: format {about.get('format')!r}, expected {FORMAT}")
     return about
 
 
 def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
-    """Index of each value in ``names``; −1 for null."""
+    """Return the index of each value in ``names``; −1 for null."""
     options = pc.SetLookupOptions(pa.array(names))
-    found = pc.call_function("index_in", [column], options)
-    return found.fill_null(-1).to_numpy().astype(np.int64)
+    indices = pc.call_function("index_in", [column], options)
+    return indices.fill_null(-1).to_numpy().astype(np.int64)
 
 
 def _codes_of(values: Sequence[str]) -> np.ndarray:
-    """Index of each value among the different ones, in order of appearance."""
-    known: dict[str, int] = {}
-    return np.array([known.setdefault(value, len(known)) for value in values])
+    """Return the index of each value among the distinct ones, in order of appearance."""
+    codes: dict[str, int] = {}
+    return np.array([codes.setdefault(value, len(codes)) for value in values])

@@ -1,4 +1,4 @@
-"""An inspection summed up: localisation.json, its figures, and a table for the terminal."""
+"""Summarize an inspection: localisation.json, its figures, and tables on the terminal."""
 
 from __future__ import annotations
 
@@ -16,78 +16,82 @@ from selfteach.analysis.figures.localisation_figures import (
     judges,
     mass_by_region,
 )
-from selfteach.analysis.inspection.inspection_data import Inspection, example, load
+from selfteach.analysis.figures.results_figures import token_advantages
+from selfteach.analysis.inspection.inspection_data import example, read_inspection
 from selfteach.analysis.inspection.localisation import localise
 from selfteach.analysis.inspection.step_scores import score_steps
 
 FORMAT = 1
 
-LOCALISED = (
+LOCALISATION_COLUMNS = (
     ("mass on error, %", ("mass", "failing"), 1),
     ("concentration", ("concentration",), 1),
     ("collateral, %", ("collateral",), 2),
     ("hits, %", ("hits",), 1),
     ("style leak", ("style_leak",), 2),
 )
-"""Columns of the first table: title, where the estimate stands, decimals."""
-JUDGED = (
+"""Columns of the first table: title, path of the estimate in localisation.json, decimals."""
+STEP_SCORE_COLUMNS = (
     ("AUROC", ("auroc",), 3),
     ("locates, %", ("locates",), 1),
     ("F1, %", ("f1",), 1),
 )
 
 
-def summarise(folder: Path) -> dict[str, Any]:
-    """What localisation.json holds, from an inspection's folder. Raises `CheckpointError`."""
-    found: Inspection = load(folder)
-    return {"format": FORMAT, **localise(found), "step_scores": score_steps(found)}
+def summarize(folder: Path) -> dict[str, Any]:
+    """Return localisation.json from an inspection's folder.
+
+    Raises `CheckpointError` if it is missing, unfinished or of another format.
+    """
+    inspection = read_inspection(folder)
+    return {"format": FORMAT, **localise(inspection), "step_scores": score_steps(inspection)}
 
 
-def draw(folder: Path, localisation: Mapping[str, Any]) -> list[Path]:
-    """Save the figures that there is something to show in, as SVG and PNG; their paths."""
-    drawn = {}
+def save_figures(folder: Path, localisation: Mapping[str, Any]) -> list[Path]:
+    """Save the figures that have something to show, as SVG and PNG; return their paths."""
+    figures = {}
     if localisation["with_first_error"]:
-        drawn["aligned_advantage"] = aligned_advantage(localisation)
-        drawn["mass_by_region"] = mass_by_region(localisation)
+        figures["aligned_advantage"] = aligned_advantage(localisation)
+        figures["mass_by_region"] = mass_by_region(localisation)
     if localisation["step_scores"]["contexts"]:
-        drawn["judges"] = judges(localisation)
-    shown = example(folder)
-    if shown is not None:
-        drawn["token_advantages"] = style.token_advantages(shown)
-    return [path for name, own in drawn.items()
-            for path in style.save(own, folder / "figures" / name)]  # fmt: skip
+        figures["judges"] = judges(localisation)
+    if (answer := example(folder)) is not None:
+        figures["token_advantages"] = token_advantages(answer)
+    return [path for name, figure in figures.items()
+            for path in style.save(figure, folder / "figures" / name)]  # fmt: skip
 
 
 def print_localisation(localisation: Mapping[str, Any], console: Console) -> None:
-    """Two tables: where each context acts, and how well it judges steps."""
-    counted = localisation
+    """Print two tables: where each context acts, and how well it judges steps."""
     console.print(
-        f"{counted['answers']:,} answers to {counted['problems']:,} problems, "
-        f"{counted['with_first_error']:,} with a first error, {counted['without_error']:,} sound; "
-        "95 % intervals over problems",
+        f"{localisation['answers']:,} answers to {localisation['problems']:,} problems, "
+        f"{localisation['with_first_error']:,} with a first error, "
+        f"{localisation['without_error']:,} sound; 95 % intervals over problems",
         highlight=False,
     )
-    console.print(_table(localisation["contexts"], LOCALISED, "context"))
+    console.print(_table(localisation["contexts"], LOCALISATION_COLUMNS, "context"))
     scores = localisation["step_scores"]
     if not scores["contexts"]:
         return
     console.print(
-        f"as a process reward model, on the {scores['judged']:,} problems that pooling and threshold "
-        f"were not chosen on ({scores['choosing']:,} were)",
+        f"as a process reward model, on the {scores['judged']:,} held-out problems; pooling and "
+        f"threshold were chosen on {scores['choosing']:,} others",
         highlight=False,
     )
-    console.print(_table({**scores["contexts"], **scores["baselines"]}, JUDGED, "step score"))
+    console.print(
+        _table({**scores["contexts"], **scores["baselines"]}, STEP_SCORE_COLUMNS, "step score")
+    )
 
 
 def _table(
     rows: Mapping[str, Mapping[str, Any]],
     columns: Sequence[tuple[str, tuple[str, ...], int]],
-    first: str,
+    first_title: str,
 ) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="dim", caption=" ")
     pooled = any("pooling" in row for row in rows.values())
-    table.add_column(Text(first), no_wrap=True)
-    table.add_column(Text("tells"))
+    table.add_column(Text(first_title), no_wrap=True)
+    table.add_column(Text("reveals"))
     if pooled:
         table.add_column(Text("pooling"))
     for title, _, _ in columns:
@@ -107,7 +111,7 @@ def _at(row: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any] | None
 
 
 def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
-    """An estimate with its interval, or a dash."""
+    """Format an estimate with its interval; a dash without one."""
     if value is None:
         return "–"
     low, high = value["ci95"]

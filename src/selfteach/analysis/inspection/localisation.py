@@ -1,4 +1,4 @@
-"""Where a context moves the self-teacher: advantages by region and kind, with paired intervals.
+"""Measure where a context moves the self-teacher: advantages by region and kind, with intervals.
 
 Every measure is a function of sums over tokens, so that resampling problems (with all their answers)
 is resampling rows of a table. Regions and kinds: ``docs/inspection.md``. Axis letters:
@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 
 from selfteach.analysis.inspection.inspection_data import KINDS, REGIONS, Inspection
+from selfteach.analysis.results_table import as_estimate
 from selfteach.evaluation.statistics import Interval, percentile_interval, resampled_totals
 
 RESAMPLES = 2000
 SEED = 0
 DENIED = -1.0
-"""Nats: a token with an advantage below this is denied."""
+"""Nats: a token with an advantage below this counts as denied."""
 WINDOW = 24
-"""Tokens before and after the first error that `aligned` looks at."""
+"""Tokens before and after the first error in `aligned`."""
 
-TELLS = {
+REVEALS = {
     "step_aligned": "where",
     "full_repetition": "where",
     "omission": "where",
@@ -36,8 +37,8 @@ TELLS = {
     "aligned_reference": "solution",
     "other_answer": "nothing",
 }
-"""What a context says of this answer's errors: ``where`` the first one is and ``whether`` there is
-one (with an oracle that is the label itself), or only the right ``answer`` or ``solution``."""
+"""What a context reveals of an answer's errors: ``where`` the first one is, ``whether`` there is one
+(from an oracle that is the label itself), or only the right ``answer`` or ``solution``."""
 
 Estimate = dict[str, Any] | None
 """``{"mean": 35.8, "ci95": [31.2, 40.1]}``; None where there is nothing to measure."""
@@ -54,7 +55,7 @@ _AT = {
            for quantity in ("tokens", "abs")]
     )
 }  # fmt: skip
-"""Where each sum stands on axis J."""
+"""Index of each sum on axis J."""
 
 
 def _of(sums: Sums, *names: str) -> np.ndarray:
@@ -67,40 +68,40 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def mean_abs(sums: Sums, region: str) -> np.ndarray:
-    """Mean |A| of a region's tokens (nats)."""
+    """Return mean |A| of a region's tokens (nats)."""
     return _ratio(_of(sums, f"{region}.abs"), _of(sums, f"{region}.tokens"))
 
 
 def mean_advantage(sums: Sums, region: str) -> np.ndarray:
-    """Mean A of a region's tokens (nats)."""
+    """Return mean A of a region's tokens (nats)."""
     return _ratio(_of(sums, f"{region}.sum"), _of(sums, f"{region}.tokens"))
 
 
 def mass(sums: Sums, region: str) -> np.ndarray:
-    """Share of |A| that falls on a region, of all |A| in answers with a first error (percent)."""
+    """Return a region's share of all |A| in answers with a first error (percent)."""
     whole = _of(sums, "before.abs", "failing.abs", "after.abs")
     return 100 * _ratio(_of(sums, f"{region}.abs"), whole)
 
 
 def concentration(sums: Sums) -> np.ndarray:
-    """Mean |A| of the failing step over that of the right steps before it; 1 is none at all."""
+    """Return mean |A| of the failing step over that of the right steps before it; 1 means none."""
     return _ratio(mean_abs(sums, "failing"), mean_abs(sums, "before"))
 
 
 def collateral(sums: Sums) -> np.ndarray:
-    """Share of denied tokens on right steps: before a first error, or of a right answer (percent)."""
+    """Return the share of denied tokens on right steps: before an error or in a right answer (%)."""
     return 100 * _ratio(
         _of(sums, "before.denied", "right.denied"), _of(sums, "before.tokens", "right.tokens")
     )
 
 
 def hits(sums: Sums) -> np.ndarray:
-    """Share of denied tokens on the failing step (percent)."""
+    """Return the share of denied tokens on the failing step (percent)."""
     return 100 * _ratio(_of(sums, "failing.denied"), _of(sums, "failing.tokens"))
 
 
 def style_leak(sums: Sums, where: str = "all") -> np.ndarray:
-    """Mean |A| of style tokens over that of task tokens; ``where`` is ``all`` or ``correct`` steps."""
+    """Return mean |A| of style tokens over that of task tokens, on ``all`` or ``correct`` steps."""
     style, task = (
         _ratio(_of(sums, f"{kind}.{where}.abs"), _of(sums, f"{kind}.{where}.tokens"))
         for kind in ("style", "task")
@@ -131,8 +132,8 @@ UNITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """Sums per context and answer."""
+class TokenSums:
+    """Holds sums over tokens per context and answer."""
 
     contexts: tuple[str, ...]
     sums_CAJ: np.ndarray
@@ -141,53 +142,55 @@ class Table:
     problem_A: np.ndarray
 
     def by_problem(self, context: int, answers_A: np.ndarray) -> np.ndarray:
-        """Sums of some answers, added up by problem, [P, J]."""
+        """Return the sums of some answers by problem, [P, J]."""
         sums_PJ = np.zeros((int(self.problem_A.max()) + 1, self.sums_CAJ.shape[2]))
         np.add.at(sums_PJ, self.problem_A[answers_A], self.sums_CAJ[context, answers_A])
         return sums_PJ
 
 
-def tabulate(found: Inspection) -> Table:
+def sum_tokens(inspection: Inspection) -> TokenSums:
     """Add up tokens by context, answer, region and kind."""
-    shape = (len(found.contexts), len(found.answers))
-    cell_N = found.context_N * shape[1] + found.answer_N
-    advantage_N = found.advantage_N.astype(float)
+    shape = (len(inspection.contexts), len(inspection.answers))
+    cell_N = inspection.context_N * shape[1] + inspection.answer_N
+    advantage_N = inspection.advantage_N.astype(float)
     of_token = {
         "tokens": np.ones(len(cell_N)),
         "sum": advantage_N,
         "abs": np.abs(advantage_N),
         "denied": (advantage_N < DENIED).astype(float),
     }
-    correct_N = np.isin(found.region_N, [REGIONS.index("before"), REGIONS.index("right")])
+    correct_N = np.isin(inspection.region_N, [REGIONS.index("before"), REGIONS.index("right")])
     sums = np.zeros((shape[0] * shape[1], len(_AT)))
     for name, column in _AT.items():
         group, *where, quantity = name.split(".")
         if group in REGIONS:
-            chosen_N = found.region_N == REGIONS.index(group)
+            chosen_N = inspection.region_N == REGIONS.index(group)
         else:
-            chosen_N = found.kind_N == KINDS.index(group)
+            chosen_N = inspection.kind_N == KINDS.index(group)
             chosen_N = chosen_N & correct_N if where == ["correct"] else chosen_N
         sums[:, column] = np.bincount(
             cell_N[chosen_N], of_token[quantity][chosen_N], minlength=len(sums)
         )
     scored = np.bincount(cell_N, minlength=len(sums)) > 0
-    return Table(found.contexts, sums.reshape(*shape, -1), scored.reshape(shape), found.problem_A)
+    return TokenSums(
+        inspection.contexts, sums.reshape(*shape, -1), scored.reshape(shape), inspection.problem_A
+    )
 
 
-def localise(found: Inspection, *, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """All measures per context, and their differences between every two contexts.
+def localise(inspection: Inspection, *, resamples: int = RESAMPLES) -> dict[str, Any]:
+    """Compute all measures per context, and their differences between every two contexts.
 
     Intervals: percentiles over problems drawn with replacement, the same draws for all contexts. A
-    difference is over the answers that both contexts were shown for.
+    difference is over the answers that both contexts have.
     """
-    table = tabulate(found)
+    table = sum_tokens(inspection)
     contexts = {
         name: {
-            "tells": TELLS.get(name, "unknown"),
+            "tells": REVEALS.get(name, "unknown"),
             "answers": int(table.scored_CA[index].sum()),
             **_nested(_measured(table, index, resamples)),
-            "verbatim": _verbatim(found, table, index, resamples),
-            "aligned": aligned(found, index, resamples=resamples),
+            "verbatim": _verbatim(inspection, table, index, resamples),
+            "aligned": aligned(inspection, index, resamples=resamples),
         }
         for index, name in enumerate(table.contexts)
         if table.scored_CA[index].any()
@@ -196,31 +199,30 @@ def localise(found: Inspection, *, resamples: int = RESAMPLES) -> dict[str, Any]
         "units": UNITS,
         "denied_below": DENIED,
         "resamples": resamples,
-        "problems": found.problems,
-        "answers": len(found.answers),
-        "with_first_error": int((found.first_error_A >= 0).sum()),
-        "without_error": int(found.sound_A.sum()),
+        "problems": inspection.num_problems,
+        "answers": len(inspection.answers),
+        "with_first_error": int((inspection.first_error_A >= 0).sum()),
+        "without_error": int(inspection.sound_A.sum()),
         "contexts": contexts,
         "paired": _paired(table, resamples),
     }
 
 
-def plain(interval: Interval | None) -> Estimate:
-    """An interval as ``results.json`` holds it."""
-    if interval is None:
-        return None
-    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+def optional_estimate(interval: Interval | None) -> Estimate:
+    """Return an interval in the form of results.json; None without one."""
+    return None if interval is None else as_estimate(interval)
 
 
-def _measured(table: Table, context: int, resamples: int) -> dict[str, Estimate]:
+def _measured(table: TokenSums, context: int, resamples: int) -> dict[str, Estimate]:
     sums_PJ = table.by_problem(context, table.scored_CA[context])
     totals_RJ = resampled_totals(sums_PJ, resamples=resamples, seed=SEED)
     return {
-        name: plain(_interval(measure, sums_PJ, totals_RJ)) for name, measure in MEASURES.items()
+        name: optional_estimate(_interval(measure, sums_PJ, totals_RJ))
+        for name, measure in MEASURES.items()
     }
 
 
-def _paired(table: Table, resamples: int) -> dict[str, Any]:
+def _paired(table: TokenSums, resamples: int) -> dict[str, Any]:
     shown = [i for i in range(len(table.contexts)) if table.scored_CA[i].any()]
     return {
         f"{table.contexts[b]}-{table.contexts[a]}": _nested(_difference(table, b, a, resamples))
@@ -228,21 +230,22 @@ def _paired(table: Table, resamples: int) -> dict[str, Any]:
     }
 
 
-def _difference(table: Table, b: int, a: int, resamples: int) -> dict[str, Estimate]:
-    """Each measure of context b minus that of context a, over the answers that both have."""
+def _difference(table: TokenSums, b: int, a: int, resamples: int) -> dict[str, Estimate]:
+    """Return each measure of context b minus that of context a, over the answers that both have."""
     shared_A = table.scored_CA[a] & table.scored_CA[b]
     sums = [table.by_problem(context, shared_A) for context in (b, a)]
-    draws = [resampled_totals(own, resamples=resamples, seed=SEED) for own in sums]
-    told = {}
+    totals = [resampled_totals(sums_PJ, resamples=resamples, seed=SEED) for sums_PJ in sums]
+    differences = {}
     for name, measure in MEASURES.items():
-        ours, theirs = (measure(own.sum(0, keepdims=True)) for own in sums)
-        here = (ours - theirs).item()
-        told[name] = plain(percentile_interval(here, measure(draws[0]) - measure(draws[1])))
-    return told
+        value_b, value_a = (measure(sums_PJ.sum(0, keepdims=True)) for sums_PJ in sums)
+        resampled_R = measure(totals[0]) - measure(totals[1])
+        interval = percentile_interval((value_b - value_a).item(), resampled_R)
+        differences[name] = optional_estimate(interval)
+    return differences
 
 
 def _nested(flat: Mapping[str, Estimate]) -> dict[str, Any]:
-    """``mass.before`` as ``{"mass": {"before": …}}``."""
+    """Return ``mass.before`` as ``{"mass": {"before": …}}``."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         outer, _, inner = name.partition(".")
@@ -254,83 +257,92 @@ def _nested(flat: Mapping[str, Estimate]) -> dict[str, Any]:
 
 
 def aligned(
-    found: Inspection, context: int, *, resamples: int, window: int = WINDOW
+    inspection: Inspection, context: int, *, resamples: int, window: int = WINDOW
 ) -> dict[str, Any]:
-    """Mean A by distance to the first token of the failing step, with intervals; nats.
+    """Compute mean A (nats) by distance to the first token of the failing step, with intervals.
 
     ``offsets`` from −window to window, ``answers`` how many have a token there, and the estimates.
     """
-    start_A = _error_tokens(found)
-    own_N = (found.context_N == context) & (start_A[found.answer_N] >= 0)
-    offset_N = found.position_N[own_N] - start_A[found.answer_N[own_N]]
+    start_A = _error_tokens(inspection)
+    chosen_N = (inspection.context_N == context) & (start_A[inspection.answer_N] >= 0)
+    offset_N = inspection.position_N[chosen_N] - start_A[inspection.answer_N[chosen_N]]
     near = np.abs(offset_N) <= window
     column = offset_N[near] + window
-    problem = found.problem_A[found.answer_N[own_N][near]]
-    sums_PJ = np.zeros((found.problems, 2 * (2 * window + 1)))
+    problem = inspection.problem_A[inspection.answer_N[chosen_N][near]]
+    sums_PJ = np.zeros((inspection.num_problems, 2 * (2 * window + 1)))
     np.add.at(sums_PJ, (problem, column), 1)
-    np.add.at(sums_PJ, (problem, column + 2 * window + 1), found.advantage_N[own_N][near])
+    np.add.at(sums_PJ, (problem, column + 2 * window + 1), inspection.advantage_N[chosen_N][near])
     count_J, total_J = np.split(sums_PJ.sum(0), 2)
     count_RJ, total_RJ = np.split(
         resampled_totals(sums_PJ, resamples=resamples, seed=SEED), 2, axis=1
     )
     mean_J, mean_RJ = _ratio(total_J, count_J), _ratio(total_RJ, count_RJ)
-    here = np.flatnonzero(count_J > 0)
-    found_at = [percentile_interval(float(mean_J[j]), mean_RJ[:, j]) for j in here]
+    present = np.flatnonzero(count_J > 0)
+    intervals = [percentile_interval(float(mean_J[j]), mean_RJ[:, j]) for j in present]
     return {
-        "offsets": (here - window).tolist(),
-        "answers": count_J[here].astype(int).tolist(),
-        "advantage": [plain(interval) for interval in found_at],
+        "offsets": (present - window).tolist(),
+        "answers": count_J[present].astype(int).tolist(),
+        "advantage": [optional_estimate(interval) for interval in intervals],
     }
 
 
-def _error_tokens(found: Inspection) -> np.ndarray:
-    """Position of the first token of each answer's failing step; −1 without one."""
+def _error_tokens(inspection: Inspection) -> np.ndarray:
+    """Return the position of the first token of each answer's failing step; −1 without one, [A]."""
     starts = (
         row["step_spans"]["tokens"][row["first_error"]][0] if row["first_error"] is not None else -1
-        for row in found.answers
+        for row in inspection.answers
     )
     return np.array(list(starts))
 
 
-def _verbatim(found: Inspection, table: Table, context: int, resamples: int) -> dict[str, Any]:
-    """Does a context that repeats the right steps word for word concentrate on the failing one?
+def _verbatim(
+    inspection: Inspection, table: TokenSums, context: int, resamples: int
+) -> dict[str, Any]:
+    """Measure whether a context that repeats the right steps verbatim concentrates on the failing one.
 
-    ``mean``: share of the right steps before the first error that stand verbatim in the context
-    (percent). ``spearman``: rank correlation, over answers, of that share with the answer's own
+    ``mean``: share of the right steps before the first error that are verbatim in the context
+    (percent). ``spearman``: rank correlation, over answers, of that share with the answer's
     concentration; None where the share is the same for all. ``concentration``: pooled over answers
     of which none, some or all of the right steps are repeated.
     """
     share_A = np.array(
-        [_or_nan(row["verbatim"].get(table.contexts[context])) for row in found.answers]
+        [_or_nan(row["verbatim"].get(table.contexts[context])) for row in inspection.answers]
     )
-    own_A = concentration(table.sums_CAJ[context])
-    known_A = table.scored_CA[context] & np.isfinite(share_A) & np.isfinite(own_A)
+    concentration_A = concentration(table.sums_CAJ[context])
+    measured_A = table.scored_CA[context] & np.isfinite(share_A) & np.isfinite(concentration_A)
     bins = {"none": share_A == 0, "some": (share_A > 0) & (share_A < 1), "all": share_A == 1}
     pooled = {}
     for name, inside_A in bins.items():
-        sums_PJ = table.by_problem(context, known_A & inside_A)
+        sums_PJ = table.by_problem(context, measured_A & inside_A)
         totals_RJ = resampled_totals(sums_PJ, resamples=resamples, seed=SEED)
         value = _interval(concentration, sums_PJ, totals_RJ)
-        pooled[name] = {"answers": int((known_A & inside_A).sum()), "concentration": plain(value)}
-    problem = found.problem_A[known_A]
-    x, y = share_A[known_A], own_A[known_A]
+        pooled[name] = {
+            "answers": int((measured_A & inside_A).sum()),
+            "concentration": optional_estimate(value),
+        }
+    problem = inspection.problem_A[measured_A]
+    x, y = share_A[measured_A], concentration_A[measured_A]
     percent, both = np.stack([np.ones_like(x), 100 * x], axis=-1), _moments(ranks(x), ranks(y))
     return {
-        "mean": plain(_clustered(percent, problem, found.problems, _mean, resamples)),
-        "spearman": plain(_clustered(both, problem, found.problems, _pearson, resamples)),
+        "mean": optional_estimate(
+            _clustered(percent, problem, inspection.num_problems, _mean, resamples)
+        ),
+        "spearman": optional_estimate(
+            _clustered(both, problem, inspection.num_problems, _pearson, resamples)
+        ),
         "by_share": pooled,
     }
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values sharing the mean of theirs."""
+    """Return ranks from 1; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
 
 
 def _moments(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """What a correlation is made of, one row per answer: 1, x, y, xx, yy, xy, about the means."""
+    """Return the sums that a correlation needs, per answer: 1, x, y, xx, yy, xy, about the means."""
     x, y = (v - v.mean() if len(v) else v for v in (x, y))
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)
 

@@ -1,12 +1,12 @@
-"""The self-teacher as a process reward model that nobody trained: which step is the first wrong one?
+"""Score steps with the self-teacher, as an untrained process reward model: which is wrong first?
 
-A step's score is a pooled signal of its tokens, *low where the step is suspicious*. The signal is the
-advantage under a context, or a baseline that needs no context. Judged as in ProcessBench
+A step's score is a pooled signal of its tokens, *low where the step is likely wrong*. The signal is the
+advantage under a context, or a baseline that needs no context. Scores are judged as in ProcessBench
 (arXiv:2412.06559): an answer with a first error counts as solved if exactly that step is the first to
 be flagged, an answer without one if none is; F1 is the harmonic mean of both accuracies. A step is
 flagged if its score lies below a threshold.
 
-Pooling and threshold are chosen on one half of the problems and judged on the other. Axis letters:
+Pooling and threshold are chosen on about half of the problems and judged on the others. Axis letters:
 
     N  tokens    S  steps    A  answers    P  problems    R  resamples
 """
@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 
 from selfteach.analysis.inspection.inspection_data import Inspection
-from selfteach.analysis.inspection.localisation import SEED, TELLS, plain
+from selfteach.analysis.inspection.localisation import REVEALS, SEED, optional_estimate
 from selfteach.evaluation.statistics import Interval, percentile_interval, resampled_counts
 
 RESAMPLES = 1000
 FIRST_K = 3
-"""Tokens that the pooling ``first`` looks at."""
+"""Tokens in the pooling ``first_3``."""
 BLOCK_ENTRIES = 4_000_000
-"""Weights of resampled steps that exist at a time."""
+"""Weights of resampled steps in memory at a time."""
 
-Pooled = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Pooling = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """From a signal [N], the starts of steps and their lengths [S] to a score per step [S]."""
 
-POOLINGS: dict[str, Pooled] = {
+POOLINGS: dict[str, Pooling] = {
     "min": lambda x, start, length: np.minimum.reduceat(x, start),
     "mean": lambda x, start, length: np.add.reduceat(x, start) / length,
     "sum": lambda x, start, length: np.add.reduceat(x, start),
@@ -41,15 +41,15 @@ POOLINGS: dict[str, Pooled] = {
     f"first_{FIRST_K}": lambda x, start, length: _first(x, start, length),
     "negative": lambda x, start, length: np.add.reduceat(np.minimum(x, 0), start) / length,
 }
-"""How a step's tokens become one number; ``negative`` is the mean of min(x, 0)."""
+"""Reductions of a step's tokens to one number; ``negative`` is the mean of min(x, 0)."""
 
 BASELINES = ("student_logp", "student_entropy", "position")
-"""Scores without any context: log-probability, entropy with its sign changed, and the step's index."""
+"""Scores without any context: log-probability, negated entropy, and the step's index."""
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Steps of answers of which somebody says where the first error is, in order, answer by answer.
+    """Holds the steps of answers whose first error (or lack of one) is known, answer by answer.
 
     Example: two answers of two steps, the first wrong in its second step::
 
@@ -64,17 +64,17 @@ class Steps:
 
     @property
     def failing_S(self) -> np.ndarray:
-        """Whether a step is its answer's first error."""
+        """Return whether a step is its answer's first error, [S]."""
         return self.index_S == self.first_error_A[self.answer_S]
 
     @property
     def counted_S(self) -> np.ndarray:
-        """Failing steps, right ones before them, and those of answers without an error."""
+        """Return which steps count, [S]: failing ones, right ones before, and all of sound answers."""
         first_S = self.first_error_A[self.answer_S]
         return (first_S < 0) | (self.index_S <= first_S)
 
     def of(self, answers_A: np.ndarray) -> np.ndarray:
-        """Which steps belong to some of the answers, [S]."""
+        """Return which steps belong to some of the answers, [S]."""
         return answers_A[self.answer_S]
 
 
@@ -84,24 +84,26 @@ def _first(x: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
     return (running[start + short] - running[start]) / short
 
 
-def steps_of(found: Inspection, context: int) -> tuple[Steps, dict[str, np.ndarray]]:
-    """Steps under a context, and the scores of every signal and pooling, ``"advantage.min"`` say.
+def steps_of(inspection: Inspection, context: int) -> tuple[Steps, dict[str, np.ndarray]]:
+    """Return steps under a context, and scores by signal and pooling (``"advantage.min"``).
 
-    Steps without a token of their own are left out.
+    Steps without a token are left out.
     """
-    located_A = (found.first_error_A >= 0) | found.sound_A
+    located_A = (inspection.first_error_A >= 0) | inspection.sound_A
     rows = np.flatnonzero(
-        (found.context_N == context) & (found.step_N >= 0) & located_A[found.answer_N]
+        (inspection.context_N == context)
+        & (inspection.step_N >= 0)
+        & located_A[inspection.answer_N]
     )
-    answer, index = found.answer_N[rows], found.step_N[rows]
+    answer, index = inspection.answer_N[rows], inspection.step_N[rows]
     begins = np.ones(len(rows), dtype=bool)
     begins[1:] = (answer[1:] != answer[:-1]) | (index[1:] != index[:-1])
     start = np.flatnonzero(begins)
     length = np.diff(np.append(start, len(rows)))
     signals = {
-        "advantage": found.advantage_N[rows].astype(float),
-        "student_logp": found.student_logp_N[rows].astype(float),
-        "student_entropy": -found.student_entropy_N[rows].astype(float),
+        "advantage": inspection.advantage_N[rows].astype(float),
+        "student_logp": inspection.student_logp_N[rows].astype(float),
+        "student_entropy": -inspection.student_entropy_N[rows].astype(float),
     }
     scores = {
         f"{signal}.{name}": pool(x, start, length)
@@ -110,14 +112,14 @@ def steps_of(found: Inspection, context: int) -> tuple[Steps, dict[str, np.ndarr
         if len(rows) and not (name == "negative" and signal != "advantage")
     }
     scores |= {"position.late": -index[start].astype(float), "position.early": index[start] * 1.0}
-    steps = Steps(answer[start], index[start], found.first_error_A, found.problem_A)
+    steps = Steps(answer[start], index[start], inspection.first_error_A, inspection.problem_A)
     return steps, scores
 
 
 def auroc(score_S: np.ndarray, failing_S: np.ndarray, weight_RS: np.ndarray) -> np.ndarray:
-    """Chance that a failing step scores lower than a right one, ties counting half; [R] in 0..1.
+    """Compute the probability that a failing step scores below a right one, ties half; [R] in 0..1.
 
-    The area under the ROC curve of ``failing`` against the score with its sign changed, with a
+    The area under the ROC curve of ``failing`` against the negated score, with a
     weight per step and resample. NaN where one of the two classes is missing.
     """
     order = np.argsort(score_S, kind="stable")
@@ -132,7 +134,7 @@ def auroc(score_S: np.ndarray, failing_S: np.ndarray, weight_RS: np.ndarray) -> 
 
 
 def flagged_first(steps: Steps, score_S: np.ndarray, threshold: float) -> np.ndarray:
-    """Index of the first step of each answer whose score lies below a threshold; −1 if none, [A]."""
+    """Return the index of each answer's first step scored below a threshold; −1 if none, [A]."""
     none = np.iinfo(np.int64).max
     first_A = np.full(len(steps.first_error_A), none)
     low = score_S < threshold
@@ -141,7 +143,7 @@ def flagged_first(steps: Steps, score_S: np.ndarray, threshold: float) -> np.nda
 
 
 def lowest(steps: Steps, score_S: np.ndarray) -> np.ndarray:
-    """Index of each answer's step with the lowest score, the first of equals; −1 without steps, [A]."""
+    """Return the index of each answer's lowest step, the first of equals; −1 without steps, [A]."""
     lowest_A = np.full(len(steps.first_error_A), np.inf)
     np.minimum.at(lowest_A, steps.answer_S, score_S)
     at_S = score_S == lowest_A[steps.answer_S]
@@ -152,7 +154,7 @@ def lowest(steps: Steps, score_S: np.ndarray) -> np.ndarray:
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """ProcessBench's F1 in percent, from [..., 4]: the first four columns of `solved`."""
+    """Compute ProcessBench's F1 in percent, from [..., 4]: the first four columns of `solved`."""
     with np.errstate(divide="ignore", invalid="ignore"):
         wrong, sound = counts[..., 1] / counts[..., 0], counts[..., 3] / counts[..., 2]
         value = 200 * wrong * sound / (wrong + sound)
@@ -160,21 +162,21 @@ def f1(counts: np.ndarray) -> np.ndarray:
 
 
 def best_threshold(steps: Steps, score_S: np.ndarray, answers_A: np.ndarray) -> float:
-    """The threshold with the best F1 over some answers; halfway to the next score above.
+    """Return the threshold with the best F1 over some answers, halfway between two scores.
 
     Exact: an answer with an error is solved for thresholds in (score of the failing step, lowest
     score before it], one without for those up to its lowest score.
     """
-    own_S = steps.of(answers_A)
-    lows, highs, sound = _solved_between(steps, score_S, own_S)
-    values = np.unique(score_S[own_S])
+    chosen_S = steps.of(answers_A)
+    lows, highs, sound = _solved_between(steps, score_S, chosen_S)
+    values = np.unique(score_S[chosen_S])
     candidates = np.append(values, np.inf)
     hit_low = np.searchsorted(np.sort(lows), candidates, side="left")
     hit_high = np.searchsorted(np.sort(highs), candidates, side="left")
-    kept = len(sound) - np.searchsorted(np.sort(sound), candidates, side="left")
-    has_error = np.unique(steps.answer_S[own_S & steps.failing_S])
+    hit_sound = len(sound) - np.searchsorted(np.sort(sound), candidates, side="left")
+    has_error = np.unique(steps.answer_S[chosen_S & steps.failing_S])
     counts = np.stack(
-        np.broadcast_arrays(len(has_error), hit_low - hit_high, len(sound), kept), axis=-1
+        np.broadcast_arrays(len(has_error), hit_low - hit_high, len(sound), hit_sound), axis=-1
     )
     best = int(np.argmax(np.nan_to_num(f1(counts))))
     below, above = values[best - 1] if best else -np.inf, candidates[best]
@@ -182,73 +184,77 @@ def best_threshold(steps: Steps, score_S: np.ndarray, answers_A: np.ndarray) -> 
 
 
 def _solved_between(
-    steps: Steps, score_S: np.ndarray, own_S: np.ndarray
+    steps: Steps, score_S: np.ndarray, chosen_S: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of answers with an error that can be solved: the score of the failing step and the lowest
-    before it; of the others: their lowest score."""
+    """Return the bounds of the thresholds that solve each answer.
+
+    Of answers with an error that some threshold solves: the score of the failing step, and the
+    lowest before it. Of answers without an error: their lowest score.
+    """
     size = len(steps.first_error_A)
     before_A, fails_A, sound_A = (np.full(size, np.inf) for _ in range(3))
     first_S = steps.first_error_A[steps.answer_S]
-    for target, chosen in (
-        (before_A, own_S & (first_S >= 0) & (steps.index_S < first_S)),
-        (fails_A, own_S & steps.failing_S),
-        (sound_A, own_S & (first_S < 0)),
+    for lowest_A, subset_S in (
+        (before_A, chosen_S & (first_S >= 0) & (steps.index_S < first_S)),
+        (fails_A, chosen_S & steps.failing_S),
+        (sound_A, chosen_S & (first_S < 0)),
     ):
-        np.minimum.at(target, steps.answer_S[chosen], score_S[chosen])
+        np.minimum.at(lowest_A, steps.answer_S[subset_S], score_S[subset_S])
     solvable = fails_A < before_A
     return fails_A[solvable], before_A[solvable], sound_A[np.isfinite(sound_A)]
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A score on the problems that it was not chosen on, with its resampled values."""
+    """Holds a score's results on the held-out problems, with their resampled values."""
 
     report: dict[str, Any]
     auroc_R: np.ndarray
     f1_R: np.ndarray
 
 
-def score_steps(found: Inspection, *, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Every context and every baseline as a judge of steps; what stands in ``localisation.json``."""
-    chosen_P = choosing(found)
-    told: dict[str, Any] = {
+def score_steps(inspection: Inspection, *, resamples: int = RESAMPLES) -> dict[str, Any]:
+    """Judge every context and every baseline as a step score, as ``localisation.json`` holds it."""
+    chosen_P = choosing(inspection)
+    report: dict[str, Any] = {
         "choosing": int(chosen_P.sum()), "judged": int((~chosen_P).sum()),
         "resamples": resamples, "contexts": {}, "baselines": {}, "paired": {},
     }  # fmt: skip
-    if told["choosing"] == 0 or told["judged"] == 0:
-        return told
+    if report["choosing"] == 0 or report["judged"] == 0:
+        return report
     judges: dict[str, Judged] = {}
-    widest = int(np.argmax(np.bincount(found.context_N, minlength=len(found.contexts))))
-    for index, name in enumerate(found.contexts):
-        steps, scores = steps_of(found, index)
-        own = {k: v for k, v in scores.items() if k.startswith("advantage.")}
-        if judge := _judge(steps, own, chosen_P, resamples):
+    widest = int(np.argmax(np.bincount(inspection.context_N, minlength=len(inspection.contexts))))
+    for index, name in enumerate(inspection.contexts):
+        steps, scores = steps_of(inspection, index)
+        pooled = {k: v for k, v in scores.items() if k.startswith("advantage.")}
+        if judge := _judge(steps, pooled, chosen_P, resamples):
             judges[name] = judge
-            told["contexts"][name] = {"tells": TELLS.get(name, "unknown"), **judge.report}
-    steps, scores = steps_of(found, widest)
+            report["contexts"][name] = {"tells": REVEALS.get(name, "unknown"), **judge.report}
+    steps, scores = steps_of(inspection, widest)
     for name in BASELINES:
-        own = {k: v for k, v in scores.items() if k.startswith(f"{name}.")}
-        if judge := _judge(steps, own, chosen_P, resamples):
+        pooled = {k: v for k, v in scores.items() if k.startswith(f"{name}.")}
+        if judge := _judge(steps, pooled, chosen_P, resamples):
             judges[name] = judge
-            told["baselines"][name] = judge.report
-    told["paired"] = _paired(judges, told)
-    return told
+            report["baselines"][name] = judge.report
+    report["paired"] = _paired(judges, report)
+    return report
 
 
-def choosing(found: Inspection) -> np.ndarray:
-    """Which problems pooling and threshold are chosen on: about half, by a hash of their ids, [P]."""
-    ids = dict.fromkeys(row["problem_id"] for row in found.answers)
+def choosing(inspection: Inspection) -> np.ndarray:
+    """Return which problems pooling and threshold are chosen on: about half, by a hash of ids, [P]."""
+    ids = dict.fromkeys(row["problem_id"] for row in inspection.answers)
     return np.array([hashlib.blake2b(i.encode(), digest_size=1).digest()[0] % 2 == 0 for i in ids])
 
 
 def _judge(
     steps: Steps, scores: Mapping[str, np.ndarray], chosen_P: np.ndarray, resamples: int
 ) -> Judged | None:
-    """Choose among poolings on one half of the problems, judge on the other."""
+    """Choose among poolings on one part of the problems, judge on the other; None if neither can."""
     counted = steps.counted_S
-    halves = [counted & half[steps.problem_A[steps.answer_S]] for half in (chosen_P, ~chosen_P)]
+    problem_S = steps.problem_A[steps.answer_S]
+    splits = [counted & split_P[problem_S] for split_P in (chosen_P, ~chosen_P)]
     areas = {
-        name: [_plain_auroc(score, steps.failing_S, half) for half in halves]
+        name: [_plain_auroc(score, steps.failing_S, split_S) for split_S in splits]
         for name, score in scores.items()
     }
     usable = {name: both for name, both in areas.items() if np.isfinite(both).all()}
@@ -263,18 +269,18 @@ def _judge(
     def rate(solved: int, of: int) -> Any:
         with np.errstate(divide="ignore", invalid="ignore"):
             values_R = 100 * totals_RJ[:, solved] / totals_RJ[:, of]
-        here = 100 * total_J[solved] / total_J[of] if total_J[of] else float("nan")
-        return plain(percentile_interval(float(here), values_R))
+        value = 100 * total_J[solved] / total_J[of] if total_J[of] else float("nan")
+        return optional_estimate(percentile_interval(float(value), values_R))
 
     f1_R = f1(totals_RJ)
     report = {
         "pooling": pooling,
         "threshold": threshold,
-        "auroc": plain(percentile_interval(usable[pooling][1], auroc_R)),
+        "auroc": optional_estimate(percentile_interval(usable[pooling][1], auroc_R)),
         "locates": rate(4, 0),
         "accuracy_erroneous": rate(1, 0),
         "accuracy_sound": rate(3, 2),
-        "f1": plain(percentile_interval(f1(total_J[None]).item(), f1_R)),
+        "f1": optional_estimate(percentile_interval(f1(total_J[None]).item(), f1_R)),
         "erroneous": int(total_J[0]),
         "sound": int(total_J[2]),
         "poolings": {name: {"choosing": a, "judged": b} for name, (a, b) in usable.items()},
@@ -283,8 +289,11 @@ def _judge(
 
 
 def solved(steps: Steps, score_S: np.ndarray, threshold: float) -> np.ndarray:
-    """Per problem: erroneous answers, of these solved, sound answers, of these solved, and erroneous
-    answers whose lowest step is the first error; [P, 5]."""
+    """Count by problem, [P, 5].
+
+    Erroneous answers, of these solved, sound answers, of these solved, and erroneous answers whose
+    lowest step is the first error.
+    """
     present_A = np.zeros(len(steps.first_error_A), dtype=bool)
     present_A[steps.answer_S] = True
     first_A, wrong_A = steps.first_error_A, present_A & (steps.first_error_A >= 0)
@@ -307,14 +316,20 @@ def _plain_auroc(score_S: np.ndarray, failing_S: np.ndarray, chosen_S: np.ndarra
 def _resampled(
     steps: Steps, score_S: np.ndarray, chosen_P: np.ndarray, counts_PJ: np.ndarray, resamples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC [R] and totals of `solved` [R, J] over problems drawn with replacement: the same draws
-    for whatever is judged on the same problems."""
+    """Return AUROC [R] and totals of `solved` [R, J] over problems drawn with replacement.
+
+    The draws are the same for all scores judged on the same problems.
+    """
     judged_P = np.flatnonzero(~chosen_P)
     place_P = np.full(len(chosen_P), -1)
     place_P[judged_P] = np.arange(len(judged_P))
     problem_S = steps.problem_A[steps.answer_S]
-    own_S = steps.counted_S & ~chosen_P[problem_S]
-    column_S, score_S, failing_S = place_P[problem_S[own_S]], score_S[own_S], steps.failing_S[own_S]
+    judged_S = steps.counted_S & ~chosen_P[problem_S]
+    column_S, score_S, failing_S = (
+        place_P[problem_S[judged_S]],
+        score_S[judged_S],
+        steps.failing_S[judged_S],
+    )
     rows = max(1, BLOCK_ENTRIES // max(1, len(column_S)))
     areas, totals = [], []
     for counts_RP in resampled_counts(len(judged_P), resamples, SEED):
@@ -325,9 +340,9 @@ def _resampled(
     return np.concatenate(areas), np.concatenate(totals)
 
 
-def _paired(judges: Mapping[str, Judged], told: Mapping[str, Any]) -> dict[str, Any]:
-    """Each context minus each baseline, and minus the contexts before it."""
-    names = [*told["baselines"], *told["contexts"]]
+def _paired(judges: Mapping[str, Judged], report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return each context minus each baseline, and minus the contexts before it."""
+    names = [*report["baselines"], *report["contexts"]]
     return {
         f"{b}-{a}": {
             "auroc": _minus(judges, b, a, "auroc"),
@@ -335,17 +350,17 @@ def _paired(judges: Mapping[str, Judged], told: Mapping[str, Any]) -> dict[str, 
         }
         for i, a in enumerate(names)
         for b in names[i + 1 :]
-        if b in told["contexts"]
+        if b in report["contexts"]
     }
 
 
 def _minus(judges: Mapping[str, Judged], b: str, a: str, measure: str) -> Any:
-    ours, theirs = judges[b], judges[a]
-    values = [getattr(judge, f"{measure}_R") for judge in (ours, theirs)]
-    means = [judge.report[measure] for judge in (ours, theirs)]
+    pair = judges[b], judges[a]
+    values = [getattr(judge, f"{measure}_R") for judge in pair]
+    means = [judge.report[measure] for judge in pair]
     if None in means:
         return None
     interval: Interval | None = percentile_interval(
         means[0]["mean"] - means[1]["mean"], values[0] - values[1]
     )
-    return plain(interval)
+    return optional_estimate(interval)

@@ -1,1 +1,1 @@
-"""The HTML report, a single file."""
+"""Write the HTML report, a single file."""

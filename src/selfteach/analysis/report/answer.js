@@ -1,11 +1,11 @@
-// One answer: its steps beside its critique, its tokens in the colours of the chosen context.
+// Show one answer: its steps beside its critique, its tokens coloured under the selected context.
 
 // -- one answer --------------------------------------------------------------------------------
 
 async function showAnswer(row) {
-  const found = await recordOf(row);
-  if (shown[chosen] !== row) return; // another was chosen meanwhile
-  record = found;
+  const loaded = await recordOf(row);
+  if (shown[selected] !== row) return; // another was selected meanwhile
+  record = loaded;
   const names = Object.keys(record.contexts);
   const scored = names.filter((name) => record.contexts[name].advantage);
   if (!names.includes(context)) context = scored[0] ?? names[0] ?? null;
@@ -28,19 +28,19 @@ function facts() {
   const list = node("dl", { class: "facts" });
   const fact = (name, value) =>
     value === null || value === undefined || list.append(node("dt", {}, name), node("dd", {}, value));
-  fact("expected", record.gold);
-  fact("answered", record.parsed ?? "nothing that can be read");
-  fact("from", record.step === null ? record.source : `${record.source}, training step ${record.step}`);
+  fact("gold answer", record.gold);
+  fact("parsed answer", record.parsed ?? "none");
+  fact("source", record.step === null ? record.source : `${record.source}, training step ${record.step}`);
   const { critique } = record;
   if (critique && critique.reason) fact("critique", `none: ${critique.reason}${critique.detail ? ` – ${critique.detail}` : ""}`);
   else fact("case", critique && CASES[critique.case]);
   fact("fidelity", record.fidelity === null ? null : `${(100 * record.fidelity).toFixed(0)} % repeated before the first change`);
-  if (!record.finished) fact("ended", "no: cut at the token limit");
+  if (!record.finished) fact("truncated", "at the token limit");
   return list;
 }
 
 function contextChoice(names) {
-  if (!names.length) return node("p", { class: "quiet" }, "No teacher read anything: this answer was learned from its verdict.");
+  if (!names.length) return node("p", { class: "quiet" }, "No teacher context: this answer was trained on with its verdict alone.");
   const choices = names.map((name) => {
     const { dropped } = record.contexts[name];
     const radio = node("input", {
@@ -49,7 +49,7 @@ function contextChoice(names) {
     });
     return node("label", {}, radio, ` ${name}`, dropped ? node("small", {}, ` dropped: ${dropped}`) : null);
   });
-  return node("fieldset", { class: "contexts" }, node("legend", {}, "What the teacher read"), ...choices);
+  return node("fieldset", { class: "contexts" }, node("legend", {}, "Teacher context"), ...choices);
 }
 
 function tools() {
@@ -61,8 +61,8 @@ function tools() {
   return node("div", { class: "tools" },
     node("button", { type: "button", id: "to-error", disabled: error === null, onclick: toFirstError },
       error === null ? "No wrong step" : `First error: step ${error + 1}`),
-    node("button", { type: "button", onclick: () => choose(chosen - 1) }, "← Previous answer"),
-    node("button", { type: "button", onclick: () => choose(chosen + 1) }, "Next answer →"),
+    node("button", { type: "button", onclick: () => select(selected - 1) }, "← Previous answer"),
+    node("button", { type: "button", onclick: () => select(selected + 1) }, "Next answer →"),
     record.tokens ? node("label", {}, numbers, " numbers") : null);
 }
 
@@ -77,32 +77,32 @@ function toFirstError() {
   else row.focus();
 }
 
-/** Rows of answer and critique, side by side: steps by number, the final answers last. */
+/** Make the rows of answer and critique, side by side: steps by number, the final answers last. */
 function stepTable() {
   const { spans, critique, tokens } = record;
-  const said = critique && critique.steps ? critique.steps : [];
+  const critiqueSteps = critique && critique.steps ? critique.steps : [];
   const final = record.parsed !== null && spans.length > 0 ? spans.length - 1 : null;
-  const own = final === null ? spans.length : final;
+  const numSteps = final === null ? spans.length : final;
   const body = node("tbody");
   if (tokens && tokens.step.includes(-1)) body.append(stepRow("–", answerCell(-1), critiqueCell(null)));
-  for (let i = 0; i < Math.max(own, said.length); i++) {
-    const mine = i < own ? answerCell(i) : node("td", {}, node("span", { class: "quiet" }, "not written"));
-    body.append(stepRow(String(i + 1), mine, critiqueCell(said[i]), i === record.first_error));
+  for (let i = 0; i < Math.max(numSteps, critiqueSteps.length); i++) {
+    const cell = i < numSteps ? answerCell(i) : node("td", {}, node("span", { class: "quiet" }, "not written"));
+    body.append(stepRow(String(i + 1), cell, critiqueCell(critiqueSteps[i]), i === record.first_error));
   }
   if (final !== null || (critique && critique.answer)) {
-    const told = critique && critique.answer ? { text: critique.answer, status: null } : null;
-    const mine = final === null ? node("td") : answerCell(final);
-    body.append(stepRow("answer", mine, critiqueCell(told), final !== null && final === record.first_error));
+    const corrected = critique && critique.answer ? { text: critique.answer, status: null } : null;
+    const cell = final === null ? node("td") : answerCell(final);
+    body.append(stepRow("answer", cell, critiqueCell(corrected), final !== null && final === record.first_error));
   }
   const head = ["step", "answer", ...(critique && critique.steps ? ["critique"] : [])];
-  return node("table", { id: "steps", onkeydown: moveInTokens, onmouseover: pointed, onmouseout: hideTip,
-    onfocusin: pointed, onfocusout: hideTip },
+  return node("table", { id: "steps", onkeydown: moveInTokens, onmouseover: showTipAt, onmouseout: hideTip,
+    onfocusin: showTipAt, onfocusout: hideTip },
     node("thead", {}, node("tr", {}, ...head.map((title) => node("th", { scope: "col" }, title)))), body);
 }
 
-function stepRow(name, mine, told, isError = false) {
+function stepRow(name, answerCell, critiqueCell, isError = false) {
   const label = node("th", { scope: "row" }, name, isError ? node("strong", { class: "flag" }, "first error") : null);
-  return node("tr", { class: isError ? "error" : null, tabindex: isError ? -1 : null }, label, mine, told);
+  return node("tr", { class: isError ? "error" : null, tabindex: isError ? -1 : null }, label, answerCell, critiqueCell);
 }
 
 function answerCell(step) {
@@ -119,7 +119,7 @@ function answerCell(step) {
   return cell;
 }
 
-/** White space that stands before each token in the text: some tokenizers leave it to the decoder. */
+/** Return the white space before each token in the text: some tokenizers leave it to the decoder. */
 function gapsBefore(tokens, text) {
   let end = 0;
   return tokens.map((token) => {
@@ -134,12 +134,12 @@ function gapsBefore(tokens, text) {
 function critiqueCell(step) {
   if (!record.critique || !record.critique.steps) return null;
   if (!step) return node("td");
-  const words = { kept: "kept", fixed: "corrected", new: "written anew" };
+  const words = { kept: "repeated", fixed: "corrected", new: "new" };
   return node("td", { class: `text ${step.status ?? ""}` },
     step.status ? node("small", { class: "status" }, words[step.status] ?? step.status) : null, step.text);
 }
 
-/** Colours, numbers, strip and text of the chosen context, without moving the focus. */
+/** Update colours, numbers, strip and text to the selected context, without moving the focus. */
 function paint() {
   const shownContext = context === null ? null : record.contexts[context];
   const advantage = shownContext && shownContext.advantage;
@@ -153,44 +153,47 @@ function paint() {
     token.dataset.a = advantage ? signed(value, 1) : "";
   }
   byId("strip").replaceChildren(...(advantage ? [strip(advantage)] : []));
-  const read = shownContext && shownContext.text;
-  byId("read").replaceChildren(...(read === null || read === undefined ? [] : [
-    node("details", {}, node("summary", {}, `What the teacher read under ${context}`), node("pre", {}, read))]));
+  const text = shownContext && shownContext.text;
+  byId("read").replaceChildren(...(text === null || text === undefined ? [] : [
+    node("details", {}, node("summary", {}, `Teacher context: ${context}`), node("pre", {}, text))]));
 }
 
-/** All advantages of the answer as bars, the first error as a dashed line. */
+/** Draw all advantages of the answer as bars, the first error as a dashed line. */
 function strip(advantage) {
   const values = advantage.map((value) => value * index.unit);
   const low = Math.min(0, ...values), high = Math.max(0, ...values), span = high - low || 1;
   const make = (tag, attributes) => {
-    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-    return made;
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    return element;
   };
   const y = (value) => (100 * (high - value)) / span;
   const at = record.tokens.step.indexOf(record.first_error);
   const label = `Advantage of ${values.length} tokens, from ${signed(low, 1)} to ${signed(high, 1)} nats` +
     (at >= 0 && record.first_error !== null ? `; the first error begins at token ${at}` : "");
-  const drawn = make("svg", { viewBox: `0 0 ${values.length} 100`, preserveAspectRatio: "none", role: "img", "aria-label": label });
-  values.forEach((value, i) => drawn.append(make("rect", {
+  const chart = make("svg", { viewBox: `0 0 ${values.length} 100`, preserveAspectRatio: "none", role: "img", "aria-label": label });
+  values.forEach((value, i) => chart.append(make("rect", {
     x: i + 0.1, width: 0.8, y: y(Math.max(value, 0)), height: Math.max(Math.abs(y(value) - y(0)), 0.4),
     class: value < 0 ? "down" : "up",
   })));
   if (at >= 0 && record.first_error !== null)
-    drawn.append(make("line", { x1: at, x2: at, y1: 0, y2: 100, class: "error" }));
+    chart.append(make("line", { x1: at, x2: at, y1: 0, y2: 100, class: "error" }));
   const scale = node("div", { class: "scale", "aria-hidden": "true" },
     node("span", {}, `${signed(high, 1)} nats`), node("span", {}, signed(low, 1)));
-  return node("div", { class: "strip" }, drawn, scale);
+  return node("div", { class: "strip" }, chart, scale);
 }
 
 // -- tokens: exact values by pointer and by keyboard -------------------------------------------
 
-function pointed(event) {
+function showTipAt(event) {
   const token = event.target.closest(".token");
   if (token) showTip(token);
 }
 
+let tipToken = null; // the token whose values are shown
+
 function showTip(token) {
+  tipToken = token;
   const i = Number(token.dataset.i), { tokens } = record;
   const step = tokens.step[i] < 0 ? "outside the steps" : `step ${tokens.step[i] + 1}`;
   const kind = tokens.kind ? `, ${index.kinds[tokens.kind[i]]}` : "";
@@ -218,6 +221,13 @@ function showTip(token) {
 
 function hideTip() {
   byId("tip").hidden = true;
+}
+
+/** Keep the tip at a token with the keyboard's focus, which scrolls into view; hide it otherwise. */
+function moveTip() {
+  if (byId("tip").hidden) return;
+  if (tipToken === document.activeElement) showTip(tipToken);
+  else hideTip();
 }
 
 function focusToken(token) {

@@ -1,46 +1,46 @@
-// The browser of answers: what is packed in the page, the filters, and the list.
+// Browse answers: the compressed data in the page, the filters, and the list.
 
 // -- data --------------------------------------------------------------------------------------
 
-/** JSON from gzip in base64. */
-async function unpack(packed) {
-  const bytes = Uint8Array.from(atob(packed.trim()), (letter) => letter.charCodeAt(0));
+/** Return JSON from gzip in base64. */
+async function decompress(text) {
+  const bytes = Uint8Array.from(atob(text.trim()), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return JSON.parse(await new Response(stream).text());
 }
 
-const unpacked = new Map(); // block number -> promise of its records
+const loadedBlocks = new Map(); // block number -> promise of its records
 
-/** The record of an answer; its block is unpacked once. */
+/** Return the record of an answer; its block is decompressed once. */
 async function recordOf(row) {
   const { block, place } = index.columns;
-  if (!unpacked.has(block[row])) {
-    const packed = document.querySelectorAll("script.block")[block[row]].textContent;
-    unpacked.set(block[row], unpack(packed));
+  if (!loadedBlocks.has(block[row])) {
+    const text = document.querySelectorAll("script.block")[block[row]].textContent;
+    loadedBlocks.set(block[row], decompress(text));
   }
-  return (await unpacked.get(block[row]))[place[row]];
+  return (await loadedBlocks.get(block[row]))[place[row]];
 }
 
-let index = null; // columns over all answers, and the names that they point at
+let index = null; // columns over all answers, and the names that they index
 let shown = []; // rows that pass the filters, in order
-let chosen = -1; // position in `shown`
-let record = null; // the chosen answer
-let context = null; // the name of the chosen context
-let opening = null;
+let selected = -1; // position in `shown`
+let record = null; // the selected answer
+let context = null; // the name of the selected context
+let loading = null; // promise of the index
 
 async function openAnswers(row) {
   if (!("DecompressionStream" in window)) {
-    byId("answer").textContent = "This browser is too old to unpack the answers; one of 2024 will do.";
+    byId("answer").textContent = "This browser is too old to show the answers; one of 2024 or newer is needed.";
     return;
   }
-  opening ||= unpack(byId("index").textContent).then((found) => {
-    index = found;
+  loading ||= decompress(byId("index").textContent).then((loaded) => {
+    index = loaded;
     fillFilters();
     filter();
   });
-  await opening;
+  await loading;
   const position = shown.indexOf(row);
-  if (position >= 0 && position !== chosen) choose(position);
+  if (position >= 0 && position !== selected) select(position);
   drawList();
 }
 
@@ -56,7 +56,7 @@ function fillFilters() {
   byId("f-source").append(...index.sources.map((name, i) => option(String(i), name)));
 }
 
-/** Whether an answer passes. `wanted` holds the filters' values, empty for all. */
+/** Return whether an answer passes. `wanted` holds the filters' values, empty for all. */
 function passes(row, wanted) {
   const { correct, dropped, source, problem } = index.columns;
   const verdict = correct[row] ? "right" : "wrong";
@@ -77,24 +77,24 @@ function filter() {
     verdict: byId("f-verdict").value, case: byId("f-case").value, dropped: byId("f-dropped").value,
     source: byId("f-source").value, problem: byId("f-problem").value.trim().toLowerCase(),
   };
-  const before = shown[chosen];
+  const before = shown[selected];
   const total = index.columns.problem.length;
   shown = Array.from({ length: total }, (_, row) => row).filter((row) => passes(row, wanted));
   byId("count").textContent = `${count(shown.length)} of ${count(total)} answers`;
-  const kept = shown.indexOf(before);
-  chosen = -1;
-  if (shown.length) choose(Math.max(kept, 0), { show: kept < 0 });
-  else nothingChosen();
+  const position = shown.indexOf(before);
+  selected = -1;
+  if (shown.length) select(Math.max(position, 0), { show: position < 0 });
+  else showNoMatch();
   drawList();
 }
 
-function nothingChosen() {
+function showNoMatch() {
   record = null;
   byId("list").removeAttribute("aria-activedescendant");
   byId("answer").replaceChildren(node("p", { class: "quiet" }, "No answer passes these filters."));
 }
 
-// -- the list: only the rows in view exist -----------------------------------------------------
+// -- the list: only the rows in view are nodes -----------------------------------------------------
 
 const ROW = 58; // height of a row in pixels, as in the style sheet
 const SPARE = 6; // rows drawn above and below the view
@@ -104,10 +104,10 @@ function drawList() {
   rows.style.height = `${shown.length * ROW}px`;
   const first = Math.max(0, Math.floor(list.scrollTop / ROW) - SPARE);
   const last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + SPARE);
-  const made = [];
-  for (let position = first; position < last; position++) made.push(listRow(position));
-  rows.replaceChildren(...made);
-  if (chosen >= first && chosen < last) list.setAttribute("aria-activedescendant", `row-${chosen}`);
+  const nodes = [];
+  for (let position = first; position < last; position++) nodes.push(listRow(position));
+  rows.replaceChildren(...nodes);
+  if (selected >= first && selected < last) list.setAttribute("aria-activedescendant", `row-${selected}`);
 }
 
 function listRow(position) {
@@ -116,38 +116,38 @@ function listRow(position) {
   const facts = [index.sources[c.source[row]] + step];
   if (c.case[row]) facts.push(`case ${c.case[row]}`);
   if (c.length[row] !== null) facts.push(`${c.length[row]} tokens`);
-  if (!c.finished[row]) facts.push("cut");
+  if (!c.finished[row]) facts.push("truncated");
   if (c.dropped[row] >= 0) facts.push(`dropped: ${index.reasons[c.dropped[row]]}`);
-  const made = node(
+  const element = node(
     "div",
     {
-      id: `row-${position}`, role: "option", class: "row", "aria-selected": String(position === chosen),
+      id: `row-${position}`, role: "option", class: "row", "aria-selected": String(position === selected),
       "aria-setsize": shown.length, "aria-posinset": position + 1,
-      onclick: () => choose(position),
+      onclick: () => select(position),
     },
     node("span", { class: c.correct[row] ? "mark yes" : "mark no" }, c.correct[row] ? "✓ right" : "✗ wrong"),
     node("span", { class: "name" }, `${index.problems[c.problem[row]]} · ${c.sample[row] + 1}`),
     node("small", {}, facts.join(" · ")),
   );
-  made.style.top = `${position * ROW}px`;
-  return made;
+  element.style.top = `${position * ROW}px`;
+  return element;
 }
 
-/** Choose an answer by its position in the list, bring it into view, and show it. */
-function choose(position, { show = true } = {}) {
-  chosen = Math.min(Math.max(position, 0), shown.length - 1);
-  const list = byId("list"), top = chosen * ROW;
+/** Select an answer by its position in the list, bring it into view, and show it. */
+function select(position, { show = true } = {}) {
+  selected = Math.min(Math.max(position, 0), shown.length - 1);
+  const list = byId("list"), top = selected * ROW;
   if (top < list.scrollTop) list.scrollTop = top;
   else if (top + ROW > list.scrollTop + list.clientHeight)
     list.scrollTop = top + ROW - list.clientHeight;
   drawList();
-  if (show) showAnswer(shown[chosen]);
+  if (show) showAnswer(shown[selected]);
 }
 
 const LIST_KEYS = {
-  ArrowDown: () => chosen + 1, ArrowUp: () => chosen - 1, Home: () => 0, End: () => shown.length - 1,
-  PageDown: () => chosen + Math.floor(byId("list").clientHeight / ROW),
-  PageUp: () => chosen - Math.floor(byId("list").clientHeight / ROW),
+  ArrowDown: () => selected + 1, ArrowUp: () => selected - 1, Home: () => 0, End: () => shown.length - 1,
+  PageDown: () => selected + Math.floor(byId("list").clientHeight / ROW),
+  PageUp: () => selected - Math.floor(byId("list").clientHeight / ROW),
 };
 
 function listen() {
@@ -157,8 +157,8 @@ function listen() {
   byId("list").addEventListener("keydown", (event) => {
     if (!LIST_KEYS[event.key]) return;
     event.preventDefault();
-    choose(LIST_KEYS[event.key]());
+    select(LIST_KEYS[event.key]());
   });
   addEventListener("resize", () => index && drawList());
-  addEventListener("scroll", hideTip, { passive: true });
+  addEventListener("scroll", moveTip, { passive: true });
 }

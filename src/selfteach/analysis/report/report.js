@@ -1,29 +1,29 @@
 "use strict";
-// The report's pages and theme. browser.js and answer.js stand behind it in one script.
-// What comes from data only ever becomes text: nodes are made here, their content set by textContent.
+// Show the report's pages and theme. browser.js and answer.js follow in the same script.
+// Data only ever becomes text: nodes are made here, their content set by textContent.
 
 const byId = (id) => document.getElementById(id);
 
-/** A node with attributes (and listeners, as onclick: f) and children; strings become text. */
+/** Make a node with attributes (and listeners, as onclick: f) and children; strings become text. */
 function node(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else made.setAttribute(name, value === true ? "" : value);
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : value);
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined));
-  return made;
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
 }
 
-/** With a true minus sign and a sign in front. */
+/** Format a number with its sign, as a true minus sign. */
 const signed = (value, digits) =>
   (value < 0 ? "−" : value > 0 ? "+" : "") + Math.abs(value).toFixed(digits);
 const count = (value) => value.toLocaleString("en");
 
 // -- pages and theme ---------------------------------------------------------------------------
 
-/** Show the page that the address names, or that holds what it names. */
+/** Show the page that the address names, or that holds its target. */
 function turnPage() {
   const [name, detail] = location.hash.slice(1).split("/");
   const target = (name && byId(name)) || byId("overview");
@@ -56,13 +56,13 @@ function savedTheme() {
   }
 }
 
-// -- begin, once all three files are read ------------------------------------------------------
+// -- start, once all three files are read ------------------------------------------------------
 
 addEventListener("DOMContentLoaded", () => {
   byId("theme").hidden = false;
   byId("theme").addEventListener("click", () => {
-    const now = document.documentElement.dataset.theme;
-    setTheme(THEMES[(THEMES.indexOf(now) + 1) % THEMES.length]);
+    const theme = document.documentElement.dataset.theme;
+    setTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
   });
   setTheme(savedTheme());
   if (byId("index")) listen();

@@ -1,1 +1,1 @@
-"""Tables and live views on the terminal."""
+"""Print tables and live views on the terminal."""

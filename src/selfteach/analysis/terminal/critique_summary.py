@@ -1,4 +1,4 @@
-"""What a person needs to judge a critic's prompt, on the terminal; readable without colour."""
+"""Print what a person needs to judge a critic's prompt; readable without colour."""
 
 from __future__ import annotations
 
@@ -10,67 +10,74 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from selfteach.analysis.critic_statistics import CASES, OUTCOMES, QUANTILES, Row, Summary, summarise
-from selfteach.analysis.terminal.sanitize import plain
+from selfteach.analysis.critic_statistics import (
+    CASES,
+    FAILURES,
+    QUANTILES,
+    CriticSummary,
+    Row,
+    count_critiques,
+)
+from selfteach.analysis.terminal.sanitize import sanitized
 
 BAR = 20
 """Width of the longest bar of a histogram."""
 LONGEST = 800
-"""Characters of a step, a question or a reply that are shown."""
-MARKS = {"kept": "green", "fixed": "yellow", "new": "cyan", "gone": "dim", "": ""}
-"""What stands between a step and its critique, and its colour: repeated; the first error, corrected;
-the continuation; not taken up."""
+"""Characters shown of a step, a question or a reply."""
+STATUS_COLOURS = {"kept": "green", "fixed": "yellow", "new": "cyan", "gone": "dim", "": ""}
+"""Colour of each status of a solution step: repeated; the first error, corrected; the continuation;
+absent from the critique."""
 
 
-def print_review(rows: Sequence[Row], seconds: float, console: Console, *, show: int) -> None:
-    """Print what a critic said of answers (rows of `review.review`), and up to ``show`` examples."""
-    summary = summarise(rows)
+def print_critiques(rows: Sequence[Row], seconds: float, console: Console, *, show: int) -> None:
+    """Print a summary of critiques (rows of `commands.critique`), and up to ``show`` examples."""
+    summary = count_critiques(rows)
     for table in (
         _outcomes(summary), _agreement(summary), _fidelity(summary), _first_changes(summary),
         _cost(summary, seconds),
     ):  # fmt: skip
         console.print(table)
     for number, row in enumerate(examples(rows, show), start=1):
-        _print_pair(number, row, console)
+        _print_example(number, row, console)
 
 
 def examples(rows: Sequence[Row], count: int) -> list[Row]:
-    """Up to ``count`` rows, of every outcome one before any has two; frequent outcomes first."""
-    kinds: dict[str, list[Row]] = {}
+    """Return up to ``count`` rows: one of every kind before any has two, frequent kinds first."""
+    by_kind: dict[str, list[Row]] = {}
     for row in rows:
-        kinds.setdefault(_kind(row), []).append(row)
-    by_size = sorted(kinds.values(), key=len, reverse=True)
+        by_kind.setdefault(_kind(row), []).append(row)
+    by_size = sorted(by_kind.values(), key=len, reverse=True)
     rounds = zip_longest(*by_size)
     return [row for one in rounds for row in one if row is not None][:count]
 
 
-def pairs(row: Row) -> Iterator[tuple[str, str, str]]:
-    """An answer beside its critique, step by step: the answer's step, a mark, the critique's.
+def step_pairs(row: Row) -> Iterator[tuple[str, str, str]]:
+    """Yield an answer beside its critique: the answer's step, its status, the critique's step.
 
-    Marks are those of `MARKS`. The final answers come last.
+    Statuses are those of `STATUS_COLOURS`. The final answers come last.
     """
     critique, left = row["critique"], list(row["answer_steps"])
     for step in critique["steps"]:
         if step["original"] is not None and step["original"] in left:
             left.remove(step["original"])
     for step in critique["steps"]:
-        own = step["original"]
-        if own is None and step["status"] == "new" and left:
-            own = left.pop(0)
-        yield own or "", step["status"], step["text"]
-    for own in left:
-        yield own, "gone", ""
+        original = step["original"]
+        if original is None and step["status"] == "new" and left:
+            original = left.pop(0)
+        yield original or "", step["status"], step["text"]
+    for original in left:
+        yield original, "gone", ""
     same = row["parsed"] == critique["answer"]
-    mark = "kept" if same else "new" if row["parsed"] is None else "fixed"
-    yield row["parsed"] or "", mark, critique["answer"]
+    status = "kept" if same else "new" if row["parsed"] is None else "fixed"
+    yield row["parsed"] or "", status, critique["answer"]
 
 
-def _print_pair(number: int, row: Row, console: Console) -> None:
+def _print_example(number: int, row: Row, console: Console) -> None:
     critique, verdict = row["critique"], "right" if row["correct"] else "wrong"
     console.rule(
-        Text(plain(f"{number}. {row['problem_id']}, answer {row['sample']}")), align="left"
+        Text(sanitized(f"{number}. {row['problem_id']}, answer {row['sample']}")), align="left"
     )
-    console.print(Text(f"the answer is {verdict}; the critic: {_told(row)}", style="bold"))
+    console.print(Text(f"the answer is {verdict}; the critic: {_describe(row)}", style="bold"))
     console.print(Text(f"question: {_short(row['question'])}"))
     table = Table(box=None, padding=(0, 1), header_style="dim", expand=True, caption=" ")
     for title, ratio in (("answer", 1), ("", None), ("critique", 1)):
@@ -78,15 +85,16 @@ def _print_pair(number: int, row: Row, console: Console) -> None:
     if "reason" in critique:
         _row(table, _short(row["answer"]), "", _short(critique.get("said") or "(nothing)"))
     else:
-        for own, mark, told in pairs(row):
-            _row(table, _short(own), mark, _short(told), style=MARKS[mark])
+        for original, status, text in step_pairs(row):
+            colour = STATUS_COLOURS[status]
+            _row(table, _short(original), status, _short(text), style=colour)
     console.print(table)
 
 
-def _told(row: Row) -> str:
+def _describe(row: Row) -> str:
     critique = row["critique"]
     if "reason" in critique:
-        return f"{critique['reason']}, {plain(critique['detail'])}"
+        return f"{critique['reason']}, {sanitized(critique['detail'])}"
     change, case = row["first_change"], critique["case"]
     step = change["step"]
     at = "nothing changed" if step is None else f"first change in step {step + 1}"
@@ -97,23 +105,23 @@ def _kind(row: Row) -> str:
     return row["critique"].get("reason") or row["critique"]["case"]
 
 
-def _outcomes(summary: Summary) -> Table:
-    table = _table("what came back", "answers", "share", "")
+def _outcomes(summary: CriticSummary) -> Table:
+    table = _table("outcome", "answers", "share", "")
     for case, count in summary.cases.items():
         _row(table, f"case {case}: {CASES[case]}", f"{count:,}", _share(count, summary.answers))
     for reason, count in summary.failures.items():
-        meaning = f"{reason}: {OUTCOMES[reason]}" if reason in OUTCOMES else reason
-        _row(table, meaning, f"{count:,}", _share(count, summary.answers))
+        title = f"{reason}: {FAILURES[reason]}" if reason in FAILURES else reason
+        _row(table, title, f"{count:,}", _share(count, summary.answers))
     _row(table, "all", f"{summary.answers:,}", "")
     return table
 
 
-def _agreement(summary: Summary) -> Table:
+def _agreement(summary: CriticSummary) -> Table:
     wrong = summary.answers - summary.right
     table = _table("against the verifier", "answers", "share", "of")
     solved = summary.critiques
     for title, count, of, whose in (
-        ("the critic's own final answer is right", solved, summary.answers, "all answers"),
+        ("the critic's final answer is right", solved, summary.answers, "all answers"),
         ("false alarms: a step of a right answer is replaced", summary.false_alarms,
          summary.right, "right answers"),
         ("right answers that are added to", summary.added, summary.right, "right answers"),
@@ -123,7 +131,7 @@ def _agreement(summary: Summary) -> Table:
     return table
 
 
-def _fidelity(summary: Summary) -> Table:
+def _fidelity(summary: CriticSummary) -> Table:
     table = _table("fidelity: tokens before the first change", "critiques", "", "")
     if not summary.fidelity:
         _row(table, "no critique to measure", "0")
@@ -137,7 +145,7 @@ def _fidelity(summary: Summary) -> Table:
     return table
 
 
-def _first_changes(summary: Summary) -> Table:
+def _first_changes(summary: CriticSummary) -> Table:
     table = _table("where the first change is", "critiques", "", "")
     most = max(summary.changed_at.values(), default=0)
     for step, count in summary.changed_at.items():
@@ -146,16 +154,16 @@ def _first_changes(summary: Summary) -> Table:
     return table
 
 
-def _cost(summary: Summary, seconds: float) -> Table:
-    table = _table("what it took", "in all", "per answer", "")
-    used: Mapping[str, Any] = summary.usage
+def _cost(summary: CriticSummary, seconds: float) -> Table:
+    table = _table("cost", "total", "per answer", "")
+    usage: Mapping[str, Any] = summary.usage
     for title, name in (
-        ("requests that were sent", "requests"), ("replies from the cache", "cached"),
-        ("prompt tokens", "prompt_tokens"), ("tokens written", "completion_tokens"),
+        ("requests sent", "requests"), ("replies from the cache", "cached"),
+        ("prompt tokens", "prompt_tokens"), ("completion tokens", "completion_tokens"),
     ):  # fmt: skip
-        each = used[name] / max(1, summary.answers)
-        _row(table, title, f"{used[name]:,.0f}", f"{each:,.1f}")
-    _row(table, "cost", f"{used['cost']:,.4f}", f"{used['cost'] / max(1, summary.answers):,.4f}")
+        each = usage[name] / max(1, summary.answers)
+        _row(table, title, f"{usage[name]:,.0f}", f"{each:,.1f}")
+    _row(table, "cost", f"{usage['cost']:,.4f}", f"{usage['cost'] / max(1, summary.answers):,.4f}")
     _row(table, "seconds", f"{seconds:,.1f}", f"{seconds / max(1, summary.answers):,.2f}")
     return table
 
@@ -170,8 +178,8 @@ def _table(*titles: str) -> Table:
 
 
 def _row(table: Table, *cells: str, style: str = "") -> None:
-    """Cells are text: never markup, and without what would act on a terminal."""
-    table.add_row(*(Text(plain(cell)) for cell in cells), style=style)
+    """Add a row of text: never markup, and without what would act on a terminal."""
+    table.add_row(*(Text(sanitized(cell)) for cell in cells), style=style)
 
 
 def _bar(count: int, most: int) -> str:
@@ -183,5 +191,5 @@ def _share(count: int, of: int) -> str:
 
 
 def _short(text: str) -> str:
-    text = plain(text).strip()
+    text = sanitized(text).strip()
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"

@@ -1,4 +1,4 @@
-"""Results on the terminal: the report's tables, as plain text of up to 100 columns."""
+"""Print the report's tables of results as plain text of up to 100 columns."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from selfteach.analysis.critic_statistics import Record, in_words
-from selfteach.analysis.wording import (
-    BUDGET,
-    MEASURES,
+from selfteach.analysis.critic_statistics import ArmCritic, summary_line
+from selfteach.analysis.results_table import MEASURES
+from selfteach.analysis.results_text import (
+    BUDGET_TITLES,
     Estimate,
     Results,
     Setting,
     budget_columns,
     budgets,
     count,
+    decision,
     difference,
     estimate,
-    headline,
-    measure,
-    order,
+    headline_pairs,
+    measure_title,
+    ordered_pairs,
     pair_title,
-    pairs,
-    standing,
+    variant_order,
 )
 
 SCORES = ("avg", "pass", "maj")
-"""What arms are compared by."""
-SHORT = {"length": "tokens", "truncated": "cut", "format": "form"}
+"""Measures in the table of differences."""
+SHORT_TITLES = {"length": "tokens"}
 COLOURS = {"higher": "green", "lower": "red", "open": "dim"}
 
 
@@ -56,22 +56,24 @@ def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
     console.print(Text(f"{result['what']}: {result['split']}, {result['problems']} problems"))
     table = _table(["", "mean [95 % interval]"])
     for name in MEASURES:
-        _row(table, [measure(name, result["k"]), estimate(result[name])])
+        _row(table, [measure_title(name, result["k"]), estimate(result[name])])
     console.print(table)
 
 
-def print_critics(records: Mapping[str, Record], console: Console) -> None:
-    """One line for each arm whose critic writes: what came back, and what it took, over all seeds."""
-    for arm, record in records.items():
-        if record.total.writes:
-            line = f" critic of {arm}: {in_words(record.total)}; {count(record.seconds)} seconds"
+def print_critics(critics: Mapping[str, ArmCritic], console: Console) -> None:
+    """Print one line for each arm whose critic is a model: its outcomes and cost, over all seeds."""
+    for arm, critic in critics.items():
+        if critic.total.is_model:
+            line = (
+                f" critic of {arm}: {summary_line(critic.total)}; {count(critic.seconds)} seconds"
+            )
             console.print(Text(line))
 
 
 def _arms(setting: Setting, k: int) -> Table:
-    table = _table(["arm", *(_short(name, k) for name in MEASURES)])
+    table = _table(["arm", *(_short_title(name, k) for name in MEASURES)])
     for name, arm in setting["arms"].items():
-        # The interval stands below its mean, so that six measures fit a narrow terminal.
+        # The interval is below its mean, so that six measures fit a narrow terminal.
         cells = [estimate(arm[key]).replace(" [", "\n[", 1) for key in MEASURES]
         _row(table, [name, *cells])
     return table
@@ -80,13 +82,13 @@ def _arms(setting: Setting, k: int) -> Table:
 def _print_collapsed(setting: Setting, console: Console) -> None:
     total = len(setting["seeds"])
     for name, arm in setting["arms"].items():
-        if lost := arm.get("collapsed", []):
-            console.print(Text(f" collapsed: {name} {len(lost)} of {total} seeds", style="red"))
+        if seeds := arm.get("collapsed", []):
+            console.print(Text(f" collapsed: {name} {len(seeds)} of {total} seeds", style="red"))
 
 
 def _pairs(results: Results) -> Table:
-    table = _table(["difference", *(_short(name, results["k"]) for name in SCORES)])
-    for pair in pairs(results, results):
+    table = _table(["difference", *(_short_title(name, results["k"]) for name in SCORES)])
+    for pair in ordered_pairs(results, results):
         values = results["paired"][pair]
         cells = [_starred(values[name]) for name in SCORES]
         _row(table, [pair_title(pair), *cells], _colour(values["avg"]))
@@ -96,10 +98,10 @@ def _pairs(results: Results) -> Table:
 def _budget(setting: Setting) -> Table:
     columns = budget_columns(budgets(setting))
     shown = [key for key in columns if key != "evaluation_rollouts"]  # the same for every arm
-    table = _table(["per seed", *(BUDGET[key] for key in shown)])
+    table = _table(["per seed", *(BUDGET_TITLES[key] for key in shown)])
     for name, arm in setting["arms"].items():
-        spent = arm["budget"]
-        _row(table, [name, *(count(spent[key]) if key in spent else "" for key in shown)])
+        budget = arm["budget"]
+        _row(table, [name, *(count(budget[key]) if key in budget else "" for key in shown)])
     return table
 
 
@@ -110,27 +112,27 @@ def _print_variant(results: Results, variant: Setting, title: str, console: Cons
     console.print(Text(f" Avg@{results['k']}: {', '.join(means)}"))
     _print_collapsed(variant, console)
     table = _table(["", "", ""])
-    for pair in (pair for pair in headline(results) if pair in variant["paired"]):
+    for pair in (pair for pair in headline_pairs(results) if pair in variant["paired"]):
         value, main = variant["paired"][pair]["avg"], results["paired"][pair]["avg"]
-        _row(table, [pair_title(pair), _starred(value), order(value, main)], _colour(value))
+        _row(table, [pair_title(pair), _starred(value), variant_order(value, main)], _colour(value))
     if table.row_count:
         console.print(table)
 
 
-def _short(name: str, k: int) -> str:
-    return SHORT.get(name) or measure(name, k).removesuffix(", %")
+def _short_title(name: str, k: int) -> str:
+    return SHORT_TITLES.get(name) or measure_title(name, k).removesuffix(", %")
 
 
 def _starred(value: Estimate) -> str:
-    return difference(value) + (" " if standing(value) == "open" else "*")
+    return difference(value) + (" " if decision(value) == "open" else "*")
 
 
 def _colour(value: Estimate) -> str:
-    return COLOURS[standing(value)]
+    return COLOURS[decision(value)]
 
 
 def _table(titles: Sequence[str]) -> Table:
-    """Without rules; names to the left, numbers to the right; a line of space below."""
+    """Make a table without rules: names to the left, numbers to the right, an empty line below."""
     table = Table(
         box=None, show_header=any(titles), padding=(0, 1), header_style="dim", caption=" "
     )  # fmt: skip
@@ -140,5 +142,5 @@ def _table(titles: Sequence[str]) -> Table:
 
 
 def _row(table: Table, cells: Sequence[str], style: str = "") -> None:
-    """Cells are never read as markup."""
+    """Add a row; cells are never read as markup."""
     table.add_row(*(Text(cell) for cell in cells), style=style)

@@ -1,4 +1,4 @@
-"""A look at runs while they go on, from metrics.jsonl alone: how far, how long still, how well."""
+"""Show runs while they go on, from metrics.jsonl alone: progress, time left, and last metrics."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from selfteach.analysis.run_data import Run, read_json, read_runs
+from selfteach.analysis.run_data import RunData, read_json, read_runs
 
 RECENT = 10
-"""Rows that the time left is reckoned from: the pace of now, not of the start."""
+"""Rows that the time left is computed from: the current pace, not that of the start."""
 QUIET_AFTER_S = 120.0
-"""A run that has written nothing for so long, and for three of its steps, is said to be quiet."""
+"""A run that has written nothing for this long, and for three of its steps, is shown as quiet."""
 COLUMNS = ("run", "step", "left", "right", "length", "loss", "fidelity", "dropped", "Avg@k")
 """Shares of the last step, length in tokens, and the last validation's Avg@k in percent."""
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What a run has come to by now; None where it has not said."""
+class RunStatus:
+    """Describes how far a run is and its last metrics; None where it has logged none yet."""
 
     name: str
     step: int
     steps: int
     state: str
-    """``done``, ``running``, ``waiting`` (not begun) or ``quiet`` (nothing written for long)."""
+    """``done``, ``running``, ``waiting`` (not started) or ``quiet`` (nothing written for long)."""
     seconds_left: float | None
     last: Mapping[str, Any]
-    """Its last training row."""
+    """The last row of a training step."""
     validation: Mapping[str, Any] | None
-    """Its last validation row."""
+    """The last validation row."""
 
 
 def watch(
@@ -45,34 +45,34 @@ def watch(
 ) -> None:  # fmt: skip
     """Show a study's or a run's table until all its runs are complete; with ``once``, a single time.
 
-    Where the output is no terminal, a single time too: a file is no place to redraw. Raises
+    Where the output is not a terminal, also a single time: a file cannot be redrawn. Raises
     `CheckpointError` if the folder holds neither.
     """
-    found = looks(folder)
+    statuses = run_statuses(folder)
     if once or not console.is_terminal:
-        console.print(_table(folder, found))
+        console.print(_table(folder, statuses))
         return
-    with Live(_table(folder, found), console=console, auto_refresh=False) as live:
-        while not all(look.state == "done" for look in found):
+    with Live(_table(folder, statuses), console=console, auto_refresh=False) as live:
+        while not all(status.state == "done" for status in statuses):
             sleep(every)
-            found = looks(folder)
-            live.update(_table(folder, found), refresh=True)
+            statuses = run_statuses(folder)
+            live.update(_table(folder, statuses), refresh=True)
 
 
-def looks(folder: Path, now: float | None = None) -> list[Look]:
-    """Every run of a study, those that have not begun too, or the one run that a folder is."""
-    begun = {run.folder: run for run in read_runs(folder)}
-    planned = dict.fromkeys([*_planned(folder), *begun])
+def run_statuses(folder: Path, now: float | None = None) -> list[RunStatus]:
+    """Return the status of every run of a study, also of those not started, or of the one run."""
+    started = {run.folder: run for run in read_runs(folder)}
+    planned = dict.fromkeys([*_planned(folder), *started])
     now = time.time() if now is None else now
     return [
-        _look(begun[path], _name(path, folder), now)
-        if path in begun
-        else Look(_name(path, folder), 0, 0, "waiting", None, {}, None)
+        _status(started[path], _name(path, folder), now)
+        if path in started
+        else RunStatus(_name(path, folder), 0, 0, "waiting", None, {}, None)
         for path in planned
     ]
 
 
-def _look(run: Run, name: str, now: float) -> Look:
+def _status(run: RunData, name: str, now: float) -> RunStatus:
     trained, validations = run.of_kind("step"), run.of_kind("validation")
     step = trained[-1]["step"] if trained else 0
     if run.is_complete:
@@ -81,24 +81,25 @@ def _look(run: Run, name: str, now: float) -> Look:
         left = _seconds_left(run, step)
         state = "quiet" if _is_quiet(run, now) else "running"
     last = trained[-1] if trained else {}
-    return Look(name, step, run.steps, state, left, last, validations[-1] if validations else None)
+    validation = validations[-1] if validations else None
+    return RunStatus(name, step, run.steps, state, left, last, validation)
 
 
-def _seconds_left(run: Run, step: int) -> float | None:
-    """Recent seconds per step and per evaluation, times what is left of each; None before a step.
+def _seconds_left(run: RunData, step: int) -> float | None:
+    """Estimate the time left from recent seconds per step and per evaluation; None before a step.
 
-    The test evaluation at the end is not reckoned.
+    The test evaluation at the end is not included.
     """
-    trained, scored = run.of_kind("step")[-RECENT:], run.of_kind("validation")[-RECENT:]
+    trained, evaluated = run.of_kind("step")[-RECENT:], run.of_kind("validation")[-RECENT:]
     if not trained:
         return None
     per_step = sum(map(_seconds, trained)) / len(trained)
-    per_score = sum(map(_seconds, scored)) / len(scored) if scored else 0.0
+    per_evaluation = sum(map(_seconds, evaluated)) / len(evaluated) if evaluated else 0.0
     every = run.config["evaluation"]["every"]
-    return (run.steps - step) * (per_step + per_score / every)
+    return (run.steps - step) * (per_step + per_evaluation / every)
 
 
-def _is_quiet(run: Run, now: float) -> bool:
+def _is_quiet(run: RunData, now: float) -> bool:
     path = run.folder / "metrics.jsonl"
     if not path.exists():
         return False
@@ -111,11 +112,11 @@ def _seconds(row: Mapping[str, Any]) -> float:
 
 
 def _planned(folder: Path) -> Iterator[Path]:
-    """Folders of all runs of a study, in the order in which they are begun; none for a run."""
+    """Yield the folders of all runs of a study, in the order in which they start; none for a run."""
     if not (folder / "study.json").exists():
         return
     saved = read_json(folder / "study.json")
-    if saved.get("kind") != "study":  # a sweep has rates besides: what has begun is shown
+    if saved.get("kind") != "study":  # a sweep has rates besides: only started runs are shown
         return
     study = saved["study"]
     settings = [("runs", study["study"]["seeds"], list(study["arms"]))]
@@ -129,48 +130,48 @@ def _planned(folder: Path) -> Iterator[Path]:
 
 
 def _name(path: Path, folder: Path) -> str:
-    """``grpo 0`` of the main setting's seed 0, ``easy grpo 0`` of a variant's."""
+    """Return ``grpo 0`` for the main setting's seed 0, ``easy grpo 0`` for a variant's."""
     if path == folder:
         return folder.resolve().name
-    *inside, seed = path.relative_to(folder).parts
-    shown = [part for part in inside if part not in ("runs", "variants")]
-    return " ".join([*shown, seed.removeprefix("seed_")])
+    *parents, seed = path.relative_to(folder).parts
+    names = [name for name in parents if name not in ("runs", "variants")]
+    return " ".join([*names, seed.removeprefix("seed_")])
 
 
-def _table(folder: Path, found: list[Look]) -> Group:
+def _table(folder: Path, statuses: list[RunStatus]) -> Group:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for i, title in enumerate(COLUMNS):
         table.add_column(Text(title), justify="right" if i else "left", no_wrap=True)
-    for look in found:
-        style = {"waiting": "dim", "quiet": "yellow"}.get(look.state, "")
-        table.add_row(*(Text(cell) for cell in _cells(look)), style=style)
-    done = sum(look.state == "done" for look in found)
-    head = Text(f"{done} of {len(found)} runs complete: {folder}", style="bold", no_wrap=True)
+    for status in statuses:
+        style = {"waiting": "dim", "quiet": "yellow"}.get(status.state, "")
+        table.add_row(*(Text(cell) for cell in _cells(status)), style=style)
+    done = sum(status.state == "done" for status in statuses)
+    head = Text(f"{done} of {len(statuses)} runs complete: {folder}", style="bold", no_wrap=True)
     return Group(head, table)
 
 
-def _cells(look: Look) -> list[str]:
-    last, scored = look.last, look.validation
-    left = look.state if look.state != "running" else _clock(look.seconds_left)
+def _cells(status: RunStatus) -> list[str]:
+    last, validation = status.last, status.validation
+    left = status.state if status.state != "running" else _clock(status.seconds_left)
     return [
-        look.name,
-        f"{look.step}/{look.steps}" if look.steps else "–",
+        status.name,
+        f"{status.step}/{status.steps}" if status.steps else "–",
         left,
-        _shown(last, "correct", "{:.0%}"),
-        _shown(last, "length", "{:.0f}"),
-        _shown(last, "loss", "{:.3f}"),
-        _shown(last, "fidelity", "{:.2f}"),
-        _shown(last, "dropped", "{:.0%}"),
-        f"{scored['avg']:.1f}" if scored else "–",
+        _formatted(last, "correct", "{:.0%}"),
+        _formatted(last, "length", "{:.0f}"),
+        _formatted(last, "loss", "{:.3f}"),
+        _formatted(last, "fidelity", "{:.2f}"),
+        _formatted(last, "dropped", "{:.0%}"),
+        f"{validation['avg']:.1f}" if validation else "–",
     ]
 
 
-def _shown(row: Mapping[str, Any], key: str, form: str) -> str:
-    return form.format(row[key]) if key in row else "–"
+def _formatted(row: Mapping[str, Any], key: str, format_spec: str) -> str:
+    return format_spec.format(row[key]) if key in row else "–"
 
 
 def _clock(seconds: float | None) -> str:
-    """``1:05:20`` or ``3:07``; a dash where nobody knows."""
+    """Return ``1:05:20`` or ``3:07``; a dash where it is unknown."""
     if seconds is None:
         return "–"
     hours, rest = divmod(round(seconds), 3600)

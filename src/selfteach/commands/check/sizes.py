@@ -25,7 +25,7 @@ from selfteach.config.critic_section import (
     EndpointConfig,
     LocalCriticConfig,
     PolicyCriticConfig,
-    TextCriticConfig,
+    LlmCriticConfig,
 )
 from selfteach.config.data_section import AnswerReading, FilesData, HubData
 from selfteach.config.engine_section import VllmProcessConfig, VllmServerConfig
@@ -214,7 +214,7 @@ def count_lengths(
 
 def _critic_prompt(templates: Templates, recipe: Recipe) -> str:
     """Render the critic's prompt without question and answer; empty for a critic that has none."""
-    if not isinstance(recipe.critic, TextCriticConfig) or not templates.has("critic"):
+    if not isinstance(recipe.critic, LlmCriticConfig) or not templates.has("critic"):
         return ""
     messages = templates.critic("", "", steps=(), finished=True)
     return "\n".join(message["content"] for message in messages)
@@ -308,7 +308,7 @@ def _critic(recipe: Recipe, task: Task | None, templates: Templates, unchecked: 
     critic = recipe.critic
     if critic is None:
         return
-    if isinstance(critic, TextCriticConfig):
+    if isinstance(critic, LlmCriticConfig):
         if not templates.has("critic"):
             raise RecipeError(
                 f'critic.type = "{critic.type}": the template set has no critic.jinja'

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from selfteach.config.critic_section import EndpointConfig, TextCriticConfig
+from selfteach.config.critic_section import EndpointConfig, LlmCriticConfig
 from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
 
@@ -94,7 +94,7 @@ def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
         if recipe.teacher.type == "trust_region":
             times *= 2
         rows.append(row("scored by the teacher", times, at_most, expected))
-    if isinstance(recipe.critic, TextCriticConfig):
+    if isinstance(recipe.critic, LlmCriticConfig):
         rows += _critic_tokens(recipe.critic, recipe, lengths, rollouts)
     return rows
 
@@ -130,7 +130,7 @@ def _teacher_tokens(recipe: Recipe, lengths: Lengths) -> tuple[int, float | None
 
 
 def _critic_tokens(
-    critic: TextCriticConfig, recipe: Recipe, lengths: Lengths, rollouts: int
+    critic: LlmCriticConfig, recipe: Recipe, lengths: Lengths, rollouts: int
 ) -> list[Tokens]:
     """Count the critic's tokens as if it had the policy's tokenizer."""
     completion, template = recipe.sampling.max_tokens, lengths.critic_template

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from selfteach.commands.inspect.token_kinds import Language, TokenKind, token_kinds
-from selfteach.evaluation.token_scores import Asked
+from selfteach.evaluation.token_scores import ScoreRequest
 from selfteach.feedback.alignment import first_change
 from selfteach.protocols import Context
 from selfteach.tasks import segmentation
@@ -55,10 +55,10 @@ class PreparedRollout:
     kinds: tuple[TokenKind, ...]
 
     @property
-    def scoring_request(self) -> Asked:
-        """Return the token ids that `token_scores.score_answers` takes."""
+    def score_request(self) -> ScoreRequest:
+        """Return the token ids that `token_scores.score_rollouts` takes."""
         rollout = self.located.critiqued.rollout
-        return Asked(rollout.prompt_ids, rollout.token_ids, self.teacher_prompts)
+        return ScoreRequest(rollout.prompt_ids, rollout.token_ids, self.teacher_prompts)
 
     def steps(self) -> list[int]:
         """Return the index of each token's step; −1 outside all steps."""

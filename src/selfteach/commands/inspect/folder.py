@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from selfteach.commands.inspect.answer_rows import PreparedRollout, answer_row
 from selfteach.commands.inspect.token_table import SCHEMA, rows
-from selfteach.config.recipe import CONTEXTS, DIAL, ContextName
+from selfteach.config.recipe import CONTEXTS, PARTLY_ALIGNED, ContextName
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
-from selfteach.evaluation.token_scores import Limits, ScoreFn, score_answers
+from selfteach.evaluation.token_scores import Limits, ScoreFn, score_rollouts
 from selfteach.runtime.run_folder import require_empty, write_json, write_lines, written_whole
 from selfteach.trainer.build import Built
 from selfteach.trainer.step import verify_and_critique
@@ -63,7 +63,7 @@ def position(name: str) -> float | None:
     Raises `RecipeError` for a position that is not a number from 0 to 1.
     """
     kind, at, place = name.partition("@")
-    if kind != DIAL or not at:
+    if kind != PARTLY_ALIGNED or not at:
         return None
     try:
         value = float(place)
@@ -133,8 +133,8 @@ def _write_tokens(
     ):
         for start in range(0, len(rollouts), WINDOW):
             window = rollouts[start : start + WINDOW]
-            scores = score_answers(
-                scorers.student, scorers.teacher, [rollout.scoring_request for rollout in window],
+            scores = score_rollouts(
+                scorers.student, scorers.teacher, [rollout.score_request for rollout in window],
                 pad_id=components.pad_id, device=components.policy.device, limits=limits,
             )  # fmt: skip
             table = rows(components.renderer, start, list(zip(window, scores, strict=True)))

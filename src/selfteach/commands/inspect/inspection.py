@@ -17,9 +17,9 @@ from selfteach.commands.inspect.folder import (
     write_inspection,
 )
 from selfteach.commands.inspect.labelled import located_rollouts, read_labelled, require_critic
-from selfteach.config.data_section import MARKED_BY_PROGRAM
+from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_recipe, run_subfolder
-from selfteach.config.recipe import DIAL, Recipe
+from selfteach.config.recipe import PARTLY_ALIGNED, Recipe
 from selfteach.config.schema import merge, parse_setting, validate
 from selfteach.errors import CheckpointError, DataError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
@@ -80,7 +80,7 @@ def inspect(
     teacher = built.components.teacher.score if request.teacher == "initial" else student
     about = {
         "contexts": list(contexts),
-        "alignment": alignment if DIAL in contexts else None,
+        "alignment": alignment if PARTLY_ALIGNED in contexts else None,
         "problems": str(request.labelled or request.problems),
         "answers_are": _origin(request),
         "recorded": request.recorded,
@@ -205,7 +205,7 @@ def _for_inspection(recipe: Recipe, request: InspectionRequest, settings: Sequen
         plain = merge(plain, migrate_recipe(setting, "--set"))
     if request.labelled:
         require_critic(request.contexts, plain["critic"] is not None)
-    elif plain["critic"] is None and plain["data"]["type"] in MARKED_BY_PROGRAM:
+    elif plain["critic"] is None and plain["data"]["type"] in ORACLE_DATA:
         plain["critic"] = {"type": "oracle"}
     plain["teacher"] = {"type": "initial" if request.teacher == "initial" else "live"}
     return validate(Recipe, plain, where="recipe")

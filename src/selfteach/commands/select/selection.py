@@ -235,7 +235,9 @@ def _with_critiques(
         assert critique is not None, "there is a critic"
         ends_correct = (
             isinstance(critique, Critique)
-            and built.components.verify(problem, built.task.form.write(critique.answer)).correct
+            and built.components.verify(
+                problem, built.task.answer_format.write(critique.answer)
+            ).correct
         )
         tally = tallies[problem.id]
         tallies[problem.id] = dataclasses.replace(

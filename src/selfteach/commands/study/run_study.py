@@ -16,7 +16,7 @@ import numpy as np
 
 from selfteach.commands.study.jobs import Job, JobsProgress, one_thread, run_jobs
 from selfteach.commands.study.results import gather
-from selfteach.config.data_section import MARKED_BY_PROGRAM
+from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_study
 from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import BASE, Study
@@ -34,8 +34,8 @@ CONTROLS = ("reference", "aligned_reference", "answer_only", "shuffled_lines", "
 """Contexts under which the untrained model is inspected in addition to those of the arms."""
 FolderKind = Literal["study", "sweep"]
 
-Summarise = Callable[[Path], None]
-"""Summarises the folder of a complete inspection."""
+Summarize = Callable[[Path], None]
+"""Summarizes the folder of a complete inspection."""
 
 
 def create_study(study: Study, folder: Path, command: str, kind: FolderKind) -> None:
@@ -93,7 +93,7 @@ def jobs_of(study: Study, folder: Path) -> list[Job]:
 
 
 def run_study(
-    study: Study, folder: Path, *, command: str, progress: JobsProgress, summarise: Summarise
+    study: Study, folder: Path, *, command: str, progress: JobsProgress, summarize: Summarize
 ) -> dict[str, Any]:
     """Run every run that is not complete, then write and return results.json."""
     with RunFolder(folder).lock():
@@ -102,7 +102,7 @@ def run_study(
         jobs = jobs_of(study, folder)
         # The recorded environment is that of the start of the study, not that of this resume.
         start = read_json(folder / "study.json")
-        inspection = partial(inspect_base, study, folder, start["commit"], summarise)
+        inspection = partial(inspect_base, study, folder, start["commit"], summarize)
         run_jobs(jobs, study.study.workers, progress, also=inspection)
         made = {name: value for name, value in start.items() if name not in ("study", "kind")}
         machine = read_json(jobs[0].folder / "environment.json")  # written by a process with torch
@@ -134,7 +134,7 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
     arms = [study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms]
     arm_contexts = {recipe.context.label for recipe in arms} - {"none"}
     model = next((recipe for recipe in arms if recipe.critic is not None), arms[0])
-    wanted, programs = study.study.inspect_answers, model.data.type in MARKED_BY_PROGRAM
+    wanted, programs = study.study.inspect_answers, model.data.type in ORACLE_DATA
     if wanted is None:
         wanted = INSPECTED_ROLLOUTS if programs or model.critic is None else 0
     if not arm_contexts or wanted == 0:
@@ -154,7 +154,7 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
     return recipe, InspectionRequest(contexts, k=k, limit=problems, seed=study.study.seeds[0])
 
 
-def inspect_base(study: Study, folder: Path, commit: str | None, summarise: Summarise) -> None:
+def inspect_base(study: Study, folder: Path, commit: str | None, summarize: Summarize) -> None:
     """Inspect the untrained model in folder/inspection, unless that is complete."""
     inspection, target = inspection_of(study), folder / "inspection"
     if inspection is None:
@@ -163,7 +163,7 @@ def inspect_base(study: Study, folder: Path, commit: str | None, summarise: Summ
         shutil.rmtree(target, ignore_errors=True)  # left by a killed process
         _inspect(*inspection, target, commit)
     if not (target / "localisation.json").exists():
-        summarise(target)
+        summarize(target)
 
 
 def _inspect(recipe: Recipe, request: InspectionRequest, target: Path, commit: str | None) -> None:

@@ -1,7 +1,6 @@
-"""Critics: who marks an answer step by step.
+"""Holds critics: frozen programs or models that critique a rollout step by step.
 
-`oracle` is a program that can check every step. The others are language models that write text:
-`text` asks, `reading` turns what comes back into a critique or a typed reason why there is none,
-`store` keeps every reply before it is used, and `endpoint`, `local` and `recorded` are where replies
-come from.
+`oracle` is a program that checks every step. The others are language models: `llm` requests critiques,
+`parser` turns replies into critiques or typed failures, `reply_cache` saves every reply before it is
+used, and `endpoint`, `local` and `recorded` are where replies come from.
 """

@@ -1,4 +1,4 @@
-"""Requests to a language model and its replies: the seam between critics and what serves them."""
+"""Defines requests to a language model and its replies: the interface between critics and servers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ Message = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question to a chat model."""
+    """Holds one request to a chat model."""
 
+    # Field names and order are part of the reply cache's keys: a change makes all replies unknown.
     messages: tuple[Message, ...]
     temperature: float
     """0 is greedy."""
@@ -27,7 +28,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back."""
+    """Holds a chat model's reply."""
 
     text: str
     finished: bool
@@ -38,40 +39,40 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class NoReply:
-    """Why nothing came back, after all retries."""
+    """Says why there is no reply, after all retries."""
 
     reason: str
 
 
-Keep = Callable[[int, Reply], None]
-"""Called with a request's index the moment its reply is there."""
+OnReply = Callable[[int, Reply], None]
+"""Called with a request's index as soon as its reply arrives."""
 
 
 @runtime_checkable
 class ChatModel(Protocol):
-    """Something that answers requests: a server, or a model in this process."""
+    """Replies to requests: a server, or a model in this process."""
 
     @property
     def identity(self) -> str:
-        """Names the model and everything about it that can change a reply."""
+        """Return a name for the model and everything about it that can change a reply."""
         ...
 
     @property
     def remote(self) -> bool:
-        """True if waiting for it leaves this process free for other work."""
+        """Return True if waiting for replies leaves this process free for other work."""
         ...
 
-    def complete(self, requests: Sequence[Request], keep: Keep) -> list[Reply | NoReply]:
-        """One reply, or the reason for none, per request, in order; each is kept as it arrives."""
+    def complete(self, requests: Sequence[Request], on_reply: OnReply) -> list[Reply | NoReply]:
+        """Return a reply per request, or why there is none, in order of the requests."""
         ...
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages as chat templates and servers take them."""
+    """Return messages as chat templates and servers take them."""
     return [{"role": role, "content": content} for role, content in messages]
 
 
-def key_of(identity: str, request: Request) -> str:
-    """The name under which a reply is stored: model, prompt and sampling parameters, hashed."""
+def request_key(identity: str, request: Request) -> str:
+    """Return the key of a reply in the reply cache: a hash of model, prompt and sampling parameters."""
     plain = json.dumps([identity, asdict(request)], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(plain.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""From a critic's text to a `Critique`, or to the typed reason why there is none."""
+"""Parses a critic's text into a `Critique`, or into a typed failure."""
 
 from __future__ import annotations
 
@@ -24,73 +24,76 @@ from selfteach.types import (
 )
 
 CASE = re.compile(r"\s*<case>[^<]*</case>\s*")
-"""The letter that a critic is asked for; what counts is what it then writes."""
+"""The letter that the prompt requests; it is ignored, since the case follows from the steps."""
 NUMBERED = re.compile(r"<step_(\d+)>")
-COMPARED = 1_000
-"""Words of two steps that are compared, at most."""
+MAX_COMPARED_WORDS = 1_000
+"""Words of each of two steps that are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a text in the solver's format says: its steps, and its final answer in canonical form."""
+    """Holds the steps of a text in the policy's format, and its final answer in canonical form."""
 
     steps: tuple[str, ...]
     answer: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
-    """Reads critiques of answers to one kind of problem.
+class CritiqueParser:
+    """Parses critiques of rollouts of one kind of problem.
 
-    A critique is a text in the format of an answer, so the task's own splitter and verifier read it
-    (or its tags, where it has some).
+    A critique is a text in the format of a rollout, so the task's splitter and verifier parse it (or
+    its numbered tags, where it has some).
     """
 
     split_steps: Splitter
     verify: Verifier
     min_similarity: float = 0.3
-    """A critique that keeps no step must share this much of the words of the first step with the
-    answer's first step (ratio of `difflib.SequenceMatcher`); else it is about something else."""
+    """A critique that repeats no step is ``misaligned`` if its first step is less similar than this to
+    the rollout's first step (ratio of `difflib.SequenceMatcher` over words)."""
 
     def __call__(
         self, text: str, rollout: Rollout, verdict: Verdict, *, finished: bool = True
     ) -> Critique | CritiqueFailure:
-        """A critic's whole reply about an answer; ``finished`` is False if the reply was cut.
+        """Parse a critic's whole reply about a rollout; ``finished`` is False if the reply was cut.
 
         A thought before the trace is stripped. The four cases are the paper's: A all right, B right
-        but something was missing, C cut at the token limit, D wrong.
+        but a justification is missing, C cut at the token limit, D wrong.
         """
-        said = CASE.sub("", split_thinking(text)[1], count=1)
-        if not finished:  # also where a server keeps the thought to itself and nothing is left
-            return _none("truncated", "the critic's reply was cut off before its end")
+        critique = CASE.sub("", split_thinking(text)[1], count=1)
+        if (
+            not finished
+        ):  # checked first: a server may strip an unfinished thought and leave nothing
+            return _failure("truncated", "the critic's reply was cut off before its end")
         if not text.strip():
-            return _none("empty", "the critic wrote nothing")
-        if not said.strip():
-            return _none("empty", "the critic wrote a thought and nothing after it")
+            return _failure("empty", "the critic wrote nothing")
+        if not critique.strip():
+            return _failure("empty", "the critic wrote a thought and nothing after it")
         problem = rollout.problem
-        own = self.trace(problem, rollout.text)
-        told = self.trace(problem, said)
-        if told.answer is None:
-            return _none("malformed", "no final answer in the critique")
-        if not told.steps:
-            return _none("malformed", "no step in the critique")
-        if (wrong := _misnumbered(said)) is not None:
-            return _none("malformed", wrong)
-        kept = _kept(own.steps, told.steps)
-        if kept == 0 and own.steps:
-            likeness = _likeness(own.steps[0], told.steps[0])
-            if likeness < self.min_similarity:
-                why = f"the first steps share {likeness:.0%} of their words"
-                return _none("misaligned", why, told.answer)
-        if not self.verify(problem, said).correct:
-            why = f"the critic's own answer is {_shown(told.answer)}"
-            return _none("wrong_answer", why, told.answer)
-        return _critique(own, told, kept, rollout, verdict)
+        attempt = self.trace(problem, rollout.text)
+        corrected = self.trace(problem, critique)
+        if corrected.answer is None:
+            return _failure("malformed", "no final answer in the critique")
+        if not corrected.steps:
+            return _failure("malformed", "no step in the critique")
+        if (detail := _misnumbered(critique)) is not None:
+            return _failure("malformed", detail)
+        repeated = _count_repeated(attempt.steps, corrected.steps)
+        if repeated == 0 and attempt.steps:
+            similarity = _similarity(attempt.steps[0], corrected.steps[0])
+            if similarity < self.min_similarity:
+                detail = f"the first steps share {similarity:.0%} of their words"
+                return _failure("misaligned", detail, corrected.answer)
+        if not self.verify(problem, critique).correct:
+            detail = f"the critique's final answer is {_shortened(corrected.answer)}"
+            return _failure("wrong_answer", detail, corrected.answer)
+        return _critique(attempt, corrected, repeated, rollout, verdict)
 
     def trace(self, problem: Problem, text: str) -> Trace:
-        """Steps and final answer of a text in the solver's format, or in the tags of ``free``.
+        """Return steps and final answer of a text in the policy's format, or in numbered tags.
 
-        An answer without tags is shown to the critic in numbered ones, and comes back in them.
+        The template set ``free`` shows a rollout without tags to the critic in numbered ones, and the
+        critique comes back in them.
         """
         parsed = self.verify(problem, text).parsed
         spans = (tags if NUMBERED.search(text) else self.split_steps)(text)
@@ -98,63 +101,67 @@ class Reader:
         return Trace(tuple(steps), parsed)
 
 
-def _critique(own: Trace, told: Trace, kept: int, rollout: Rollout, verdict: Verdict) -> Critique:
-    assert told.answer is not None
-    repeated_later = kept < len(own.steps) and any(
-        same_words(own.steps[kept], step) for step in told.steps[kept:]
+def _critique(
+    attempt: Trace, corrected: Trace, repeated: int, rollout: Rollout, verdict: Verdict
+) -> Critique:
+    """Return a critique, given how many leading steps of the attempt are repeated verbatim."""
+    assert corrected.answer is not None
+    repeated_after = repeated < len(attempt.steps) and any(
+        same_words(attempt.steps[repeated], step) for step in corrected.steps[repeated:]
     )
-    changed = kept < len(own.steps) and not repeated_later
+    changed = repeated < len(attempt.steps) and not repeated_after
     case: Case
     if not rollout.finished:
         case = "C"
         # The step that was cut off is no error; one before it that was changed is.
-        first_error = kept if changed and kept < len(own.steps) - 1 else None
+        first_error = repeated if changed and repeated < len(attempt.steps) - 1 else None
     elif verdict.correct:
-        untouched = kept == len(own.steps) == len(told.steps)
-        case, first_error = ("A" if untouched else "B"), (kept if changed else None)
+        untouched = repeated == len(attempt.steps) == len(corrected.steps)
+        case, first_error = ("A" if untouched else "B"), (repeated if changed else None)
     else:
-        case, first_error = "D", kept
-    steps = tuple(_statuses(own.steps, told.steps, kept, changed))
-    return Critique(case, steps, told.answer, first_error)
+        case, first_error = "D", repeated
+    steps = tuple(_statuses(attempt.steps, corrected.steps, repeated, changed))
+    return Critique(case, steps, corrected.answer, first_error)
 
 
 def _statuses(
-    own: Sequence[str], told: Sequence[str], kept: int, changed: bool
+    attempt: Sequence[str], corrected: Sequence[str], repeated: int, changed: bool
 ) -> list[CritiqueStep]:
-    steps = [CritiqueStep(text, "kept", text) for text in told[:kept]]
-    left = list(own[kept + changed :])
-    for index, text in enumerate(told[kept:]):
+    steps = [CritiqueStep(text, "kept", text) for text in corrected[:repeated]]
+    remaining = list(attempt[repeated + changed :])
+    for index, text in enumerate(corrected[repeated:]):
         status: StepStatus = "fixed" if index == 0 and changed else "new"
-        original = own[kept] if index == 0 and changed else None
-        if status == "new" and left and same_words(left[0], text):
-            status, original = "kept", left.pop(0)
+        original = attempt[repeated] if index == 0 and changed else None
+        if status == "new" and remaining and same_words(remaining[0], text):
+            status, original = "kept", remaining.pop(0)
         steps.append(CritiqueStep(text, status, original))
     return steps
 
 
-def _kept(own: Sequence[str], told: Sequence[str]) -> int:
-    """How many leading steps are repeated verbatim, white space apart."""
-    pairs = enumerate(zip(own, told, strict=False))
-    return next((i for i, (a, b) in pairs if not same_words(a, b)), min(len(own), len(told)))
+def _count_repeated(attempt: Sequence[str], corrected: Sequence[str]) -> int:
+    """Count the leading steps that are repeated verbatim except for white space."""
+    pairs = enumerate(zip(attempt, corrected, strict=False))
+    shorter = min(len(attempt), len(corrected))
+    return next((i for i, (a, b) in pairs if not same_words(a, b)), shorter)
 
 
-def _likeness(a: str, b: str) -> float:
-    # Beyond these words nothing changes the verdict but the time it takes, which is quadratic.
-    begin = [text.split(maxsplit=COMPARED)[:COMPARED] for text in (a, b)]
-    return SequenceMatcher(None, *begin, autojunk=False).ratio()
+def _similarity(a: str, b: str) -> float:
+    # Time is quadratic in the number of words; more of them would not change the decision.
+    words = [text.split(maxsplit=MAX_COMPARED_WORDS)[:MAX_COMPARED_WORDS] for text in (a, b)]
+    return SequenceMatcher(None, *words, autojunk=False).ratio()
 
 
-def _shown(text: str) -> str:
+def _shortened(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _misnumbered(text: str) -> str | None:
-    """What is wrong with the numbers of tagged steps; None if nothing is, or if there are no tags."""
-    found = [int(number) for number in NUMBERED.findall(text)]
-    if found == list(range(1, len(found) + 1)):
+    """Return what is wrong with the numbers of tagged steps; None without tags or errors."""
+    numbers = [int(number) for number in NUMBERED.findall(text)]
+    if numbers == list(range(1, len(numbers) + 1)):
         return None
-    return f"steps are numbered {', '.join(map(str, found[:12]))}"
+    return f"steps are numbered {', '.join(map(str, numbers[:12]))}"
 
 
-def _none(outcome: CritiqueFailureKind, detail: str, answer: str | None = None) -> CritiqueFailure:
-    return CritiqueFailure(outcome, detail, answer=None if answer is None else _shown(answer))
+def _failure(kind: CritiqueFailureKind, detail: str, answer: str | None = None) -> CritiqueFailure:
+    return CritiqueFailure(kind, detail, answer=None if answer is None else _shortened(answer))

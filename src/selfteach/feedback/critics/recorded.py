@@ -1,4 +1,4 @@
-"""Critiques of an earlier run, for answers that are the same to the letter."""
+"""Replays critiques of an earlier run for rollouts with the same text."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from selfteach.types import Critique, CritiqueFailure, Rollout, Usage, Verdict
 
 
 class RecordedCritic:
-    """Replays what a run's (or all of a study's runs') critics said.
+    """Replays the critiques of a run, or of all runs of a study.
 
     Raises `CriticError` if the folder holds no critiques.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._known: dict[tuple[str, str], Critique | CritiqueFailure] = {}
+        self._critiques: dict[tuple[str, str], Critique | CritiqueFailure] = {}
         for path in sorted(
             [*folder.rglob("samples/step_*.jsonl"), *folder.rglob("lessons/step_*.jsonl")]
         ):
             for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-                said = critique_from(row["critique"])
-                if said is not None:
-                    self._known[row["question"], row["answer"]] = replace(said, usage=Usage())
-        if not self._known:
+                critique = critique_from(row["critique"])
+                if critique is not None:
+                    key = row["question"], row["answer"]
+                    self._critiques[key] = replace(critique, usage=Usage())
+        if not self._critiques:
             raise CriticError(f"critic.run = {str(folder)!r}: no critiques are recorded there")
 
     def __call__(
         self, judged: Sequence[tuple[Rollout, Verdict]]
     ) -> list[Critique | CritiqueFailure]:
-        """What was said of the same answer to the same question, or that nothing was."""
+        """Return the recorded critique of each rollout's question and text, or that there is none."""
         missing = CritiqueFailure("unrecorded", "the recorded run had no such answer")
-        return [self._known.get((r.problem.question, r.text), missing) for r, _ in judged]
+        return [
+            self._critiques.get((rollout.problem.question, rollout.text), missing)
+            for rollout, _ in judged
+        ]

@@ -1,7 +1,7 @@
-"""Replies on disk before they are used: the same request is never paid for twice.
+"""Caches replies on disk before they are used, so that the same request is never paid for twice.
 
-One SQLite file serves any number of runs and processes. A request that another process has sent and
-not heard of yet is waited for instead of sent again.
+One SQLite file serves any number of runs and processes. If another process has sent the same request
+and has no reply yet, this one waits for that reply instead of sending the request again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from selfteach.errors import CriticError
-from selfteach.feedback.critics.chat_model import ChatModel, NoReply, Reply, Request, key_of
+from selfteach.feedback.critics.chat_model import ChatModel, NoReply, Reply, Request, request_key
 
 CLAIM_S = 3600.0
-"""A claim that has been looked at for this long, unchanged, is free to be taken. Whoever waits measures
-it by its own steady clock: the clocks of two machines may differ by hours."""
+"""A claim that this process has seen unchanged for so long can be taken over. It is measured with the
+waiting process's monotonic clock: the clocks of two machines may differ by hours."""
 POLL_S = 0.2
-"""Between two looks at what another process is waiting for."""
+"""Seconds between checks for a reply that another process is waiting for."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies (
@@ -38,17 +38,17 @@ CREATE TABLE IF NOT EXISTS claims (
 
 
 def default_path() -> Path:
-    """Where replies are kept unless the recipe names a file: the user's cache folder."""
+    """Return the file used unless the recipe names one, in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(cache) / "selfteach" / "critiques.sqlite"
 
 
-class ReplyStore:
-    """Replies by key in a SQLite file. Raises `CriticError` if the file cannot be used."""
+class ReplyCache:
+    """Maps request keys to replies in a SQLite file. Raises `CriticError` if it cannot be used."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: dict[tuple[str, str, int, float], float] = {}
+        self._first_seen: dict[tuple[str, str, int, float], float] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._open() as database:
@@ -57,7 +57,7 @@ class ReplyStore:
             raise CriticError(f"critic.reply_cache = {str(path)!r}: {error}") from None
 
     def get(self, key: str) -> Reply | None:
-        """A stored reply, or None."""
+        """Return the reply of a key, or None."""
         columns = "text, finished, prompt_tokens, completion_tokens"
         with self._open() as database:
             row = database.execute(
@@ -66,7 +66,7 @@ class ReplyStore:
         return None if row is None else Reply(row[0], bool(row[1]), row[2], row[3])
 
     def put(self, key: str, model: str, request: Request, reply: Reply) -> None:
-        """Store a reply and let go of the claim on it."""
+        """Save a reply and release the claim on it."""
         row = (
             key, model, json.dumps(asdict(request), ensure_ascii=False), reply.text,
             int(reply.finished), reply.prompt_tokens, reply.completion_tokens, time.time(),
@@ -76,36 +76,36 @@ class ReplyStore:
             database.execute("DELETE FROM claims WHERE key = ?", (key,))
 
     def claim(self, key: str) -> bool:
-        """True if this process may send the request: there is no reply, and nobody waits for one."""
-        mine = (key, socket.gethostname(), os.getpid(), time.time())
+        """Return True if this process may send the request: no reply, and no other process waits."""
+        claim = (key, socket.gethostname(), os.getpid(), time.time())
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
-            held = database.execute(
+            holder = database.execute(
                 "SELECT host, pid, since FROM claims WHERE key = ?", (key,)
             ).fetchone()
-            if held is not None and self._alive(key, *held):
+            if holder is not None and self._may_reply(key, *holder):
                 return False
-            # Between our look and our claim another process may have heard and let go.
+            # Another process may have got its reply since this one looked for it.
             if database.execute("SELECT 1 FROM replies WHERE key = ?", (key,)).fetchone():
                 return False
-            database.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", mine)
+            database.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", claim)
         return True
 
     def release(self, keys: Sequence[str]) -> None:
-        """Let go of claims on requests that got no reply."""
+        """Release the claims on requests that got no reply."""
         with self._open() as database:
             database.executemany("DELETE FROM claims WHERE key = ?", [(key,) for key in keys])
 
-    def _alive(self, key: str, host: str, pid: int, since: float) -> bool:
-        """Whether the process that claimed a request may still hear of it."""
+    def _may_reply(self, key: str, host: str, pid: int, since: float) -> bool:
+        """Return True if the process that claimed a request may still get its reply."""
         now = time.monotonic()
-        if now - self._seen.setdefault((key, host, pid, since), now) > CLAIM_S:
+        if now - self._first_seen.setdefault((key, host, pid, since), now) > CLAIM_S:
             return False
         return host != socket.gethostname() or _runs(pid)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        # A connection per use: SQLite's must not cross threads or forks, and replies are rare.
+        # One connection per use: they must not cross threads or forks, and replies are rare.
         with (
             closing(sqlite3.connect(self._path, timeout=60.0, isolation_level=None)) as database,
             database,
@@ -114,50 +114,53 @@ class ReplyStore:
             yield database
 
 
-class Stored:
-    """A chat model whose replies are kept; asks only for what the store does not hold."""
+class CachedModel:
+    """Wraps a chat model: sends only requests whose replies are not in the cache."""
 
-    def __init__(self, model: ChatModel, store: ReplyStore) -> None:
-        self._model, self._store = model, store
+    def __init__(self, model: ChatModel, cache: ReplyCache) -> None:
+        self._model, self._cache = model, cache
         self.remote = model.remote
 
     def complete(self, requests: Sequence[Request]) -> list[tuple[Reply | NoReply, bool]]:
-        """One reply or the reason for none per request, and whether it cost nothing: it came from the
-        store, or the same request stands earlier in the list."""
-        identity = self._model.identity
-        keys = [key_of(identity, request) for request in requests]
-        found: dict[str, tuple[Reply | NoReply, bool]] = {}
-        waiting = dict(zip(keys, requests, strict=True))  # the same request twice is one
-        while waiting:
-            for key in list(waiting):
-                if (reply := self._store.get(key)) is not None:
-                    found[key] = (reply, True)
-                    del waiting[key]
-            ours = [key for key in waiting if self._store.claim(key)]
-            for key, reply in zip(ours, self._ask([waiting[k] for k in ours], ours), strict=True):
-                found[key] = (reply, False)
-                del waiting[key]
-            if waiting:
-                time.sleep(POLL_S)
-        replies = []
-        for key in keys:
-            reply, _ = found[key]
-            replies.append(found[key])
-            found[key] = (reply, True)  # paid for by now
-        return replies
+        """Return a reply per request, or why there is none, and whether it cost nothing.
 
-    def _ask(self, requests: Sequence[Request], keys: Sequence[str]) -> list[Reply | NoReply]:
+        A reply costs nothing if it came from the cache or if the same request occurs earlier in the
+        list.
+        """
+        identity = self._model.identity
+        keys = [request_key(identity, request) for request in requests]
+        replies: dict[str, tuple[Reply | NoReply, bool]] = {}
+        pending = dict(zip(keys, requests, strict=True))  # the same request twice is one
+        while pending:
+            for key in list(pending):
+                if (reply := self._cache.get(key)) is not None:
+                    replies[key] = (reply, True)
+                    del pending[key]
+            claimed = [key for key in pending if self._cache.claim(key)]
+            sent = self._send([pending[key] for key in claimed], claimed)
+            for key, reply in zip(claimed, sent, strict=True):
+                replies[key] = (reply, False)
+                del pending[key]
+            if pending:
+                time.sleep(POLL_S)
+        in_order = []
+        for key in keys:
+            in_order.append(replies[key])
+            replies[key] = (replies[key][0], True)  # a repeated request is paid for once
+        return in_order
+
+    def _send(self, requests: Sequence[Request], keys: Sequence[str]) -> list[Reply | NoReply]:
         if not requests:
             return []
         identity = self._model.identity
 
-        def keep(index: int, reply: Reply) -> None:
-            self._store.put(keys[index], identity, requests[index], reply)
+        def save(index: int, reply: Reply) -> None:
+            self._cache.put(keys[index], identity, requests[index], reply)
 
         try:
-            return self._model.complete(requests, keep)
+            return self._model.complete(requests, save)
         finally:
-            self._store.release(keys)
+            self._cache.release(keys)
 
 
 def _runs(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""The lab: a tiny world in which every quantity of the paper exists and its truth is known."""
+"""Simulates a tiny world in which every quantity of the paper exists and its true value is known."""
 
 from selfteach.tasks.lab.world import BELIEFS, STYLES, World, WorldConfig
 

@@ -1,4 +1,4 @@
-"""Reads an answer of the lab and checks each of its steps against the world."""
+"""Parses an answer of the lab and checks each of its steps against the world."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selfteach.tasks.lab.world import (
     CHILDREN,
     FLAG,
     STYLE_OF_MARK,
-    Line,
+    SolutionLine,
     Style,
     World,
     is_ready,
@@ -20,16 +20,16 @@ from selfteach.tasks.lab.world import (
 )
 
 STEP_START = re.compile(rf"(?:^|(?<=\s))(?=[0-{len(CHILDREN) - 1}]\s|{ANSWER_MARK}(?:\s|$))")
-"""Where a step begins: at a node, or at the answer mark."""
+"""Matches where a step begins: at a node's number, or at the answer mark."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedStep:
-    """One step as written, and what is wrong with it."""
+    """Holds one step as written, and what is wrong with it."""
 
     text: str
-    line: Line | None
-    """None if the text is no line of any style."""
+    line: SolutionLine | None
+    """None if the text is not a line of any style."""
     error: str | None
     """``form``, ``bookkeeping`` (a node twice or too early, operands not as derived) or ``value``
     (the look-up's result); None if the step is right."""
@@ -37,25 +37,25 @@ class CheckedStep:
 
 @dataclass(frozen=True, slots=True)
 class CheckedAnswer:
-    """An answer's steps and its final symbol."""
+    """Holds an answer's checked steps and its final symbol."""
 
     steps: tuple[CheckedStep, ...]
     answer: str | None
 
     @property
     def first_error(self) -> int | None:
-        """Index of the first wrong step, None if every written step is right."""
+        """Return the index of the first wrong step, None if every written step is right."""
         return next((i for i, step in enumerate(self.steps) if step.error), None)
 
 
 def split(text: str) -> list[str]:
-    """An answer's steps as texts; the answer line, when there is one, is the last."""
+    """Split an answer into the texts of its steps; the answer line, if there is one, is the last."""
     return [piece.strip() for piece in STEP_START.split(text) if piece.strip()]
 
 
-@lru_cache(maxsize=2**14)  # most lines of a world are written again and again
-def parse_line(text: str) -> Line | None:
-    """A step's text as a `Line`, or None if it has not the form of one."""
+@lru_cache(maxsize=2**14)  # the lines of a world recur in most answers
+def parse_line(text: str) -> SolutionLine | None:
+    """Parse a step's text; None if it has not the form of a line."""
     words = text.split()
     if len(words) != 6 or not words[0].isdigit() or int(words[0]) >= len(CHILDREN):
         return None
@@ -65,11 +65,11 @@ def parse_line(text: str) -> Line | None:
     a, b = (words[3], words[2]) if style.reversed_operands else (words[2], words[3])
     if not all(len(word) == 1 and word.isalpha() for word in (a, b, words[5])):
         return None
-    return Line(int(words[0]), style, a, b, words[5])
+    return SolutionLine(int(words[0]), style, a, b, words[5])
 
 
 def unflagged(text: str) -> str:
-    """A critic's flagged line in the phrasing of its style; any other text as it is."""
+    """Restore a critic's flagged line to the phrasing of its style; other text is returned as it is."""
     words = text.split()
     if len(words) == 6 and words[4] == FLAG and words[1] in STYLE_OF_MARK:
         words[4] = STYLE_OF_MARK[words[1]].marks[1]
@@ -77,9 +77,9 @@ def unflagged(text: str) -> str:
 
 
 def parse_answer(text: str) -> str | None:
-    """The symbol after the answer mark, or None."""
-    found = re.search(rf"{ANSWER_MARK}\s+([a-z])\s*$", text)
-    return found.group(1) if found else None
+    """Return the symbol after the answer mark, or None."""
+    match = re.search(rf"{ANSWER_MARK}\s+([a-z])\s*$", text)
+    return match.group(1) if match else None
 
 
 def check(world: World, question: Sequence[str], text: str) -> CheckedAnswer:
@@ -106,13 +106,13 @@ def check(world: World, question: Sequence[str], text: str) -> CheckedAnswer:
 
 
 def style_of(steps: Sequence[CheckedStep], default: Style) -> Style:
-    """The style most of an answer's lines are in (the earliest of equals), or a default."""
+    """Return the style of most of an answer's lines (on a tie the earliest), or a default."""
     styles = [step.line.style for step in steps if step.line is not None]
     return max(styles, key=styles.count) if styles else default
 
 
 def _error(
-    line: Line, question: Sequence[str], truth: Sequence[str], done: dict[int, str]
+    line: SolutionLine, question: Sequence[str], truth: Sequence[str], done: dict[int, str]
 ) -> str | None:
     if not is_ready(line.node, done):
         return "bookkeeping"

@@ -1,12 +1,12 @@
-"""The writers whose documents the base model learns from: habits, beliefs, and the pull of style.
+"""Generates the documents that a base model is trained on, by simulated writers.
 
-One process writes everything. Alone, a writer follows the habit of one native style and never uses
-the reference's: what it knows, it knows in its own words. With a context
-in view the writer follows, line by line, the context's next step and phrasing with probability ρ
-(`WorldConfig.pull`) and the own habit otherwise, and takes look-ups from the context where it shows
-them, except for a slip now and then back to the old belief (so that a teacher has seen its own
-mistake standing in the prefix). A context that shows an answer but no derivation of it has its
-answer copied to the root.
+A writer has beliefs about the table and a habit: one native style. Without a context it follows its
+habit and never uses the reference's style, so the base model can state what it knows in the native
+styles alone. With a context in view the writer follows, line by line, the context's next step and
+phrasing with probability ρ (`WorldConfig.pull`) and its habit otherwise. It takes look-ups from the
+context where the context shows them, except for an occasional slip back to its belief (so that the
+base model has seen its own mistakes in a prefix). If a context shows an answer but no derivation, the
+writer copies the answer to the root.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.lab import lab_oracle
 from selfteach.tasks.lab.alignment_dial import partly_aligned
-from selfteach.tasks.lab.checker import CheckedStep, check, parse_line, unflagged
+from selfteach.tasks.lab.checker import check, parse_line, unflagged
 from selfteach.tasks.lab.world import (
     CHILDREN,
     REFERENCE_STYLE,
     ROOT,
     SYMBOLS,
-    Line,
+    SolutionLine,
     Style,
     World,
     is_ready,
@@ -46,7 +46,7 @@ CONTEXT_SHARES: dict[str, float] = {
     "answer_only": 0.02,
     "other_answer": 0.03,
 }
-"""Share of each context among the base model's documents: every context a study tests is readable."""
+"""Share of each context among the base model's documents; every context that a study tests is in it."""
 
 DIAL_SHARES: dict[str, float] = {
     "none": 0.30,
@@ -61,16 +61,16 @@ DIAL_SHARES: dict[str, float] = {
     "holistic": 0.04,
     "answer_only": 0.02,
 }
-"""The same for bases that are shown every position of the dial (`lab.dial`): a base that has seen
-only its ends reads them, but not what lies between."""
+"""The same for bases trained on every position of the dial (`lab.alignment_dial`): a base trained on
+its two ends alone can read those, but not the positions between."""
 
 DOCUMENTS = {"study": CONTEXT_SHARES, "dial": DIAL_SHARES}
-"""Shares by the name that `lab.pretrain` gives them."""
+"""Shares by their name on the command line of `lab.pretrain`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A question, what was in view, and what was written."""
+    """Holds a question, the context in view (None without one), and the answer written."""
 
     question: tuple[str, ...]
     context: str | None
@@ -78,16 +78,16 @@ class Document:
 
 
 class Believer:
-    """One writer's beliefs about the table, consistent within a document, drawn when first needed."""
+    """Samples one writer's beliefs about the table, each when first needed, and remembers them."""
 
     def __init__(self, world: World, rng: np.random.Generator) -> None:
-        self._world, self._rng, self._held = world, rng, dict[tuple[str, str], str]()
+        self._world, self._rng, self._beliefs = world, rng, dict[tuple[str, str], str]()
 
     def __call__(self, a: str, b: str) -> str:
-        """What this writer thinks f(a, b) is."""
-        if (a, b) not in self._held:
-            self._held[a, b] = self._draw((a, b))
-        return self._held[a, b]
+        """Return what this writer believes f(a, b) is."""
+        if (a, b) not in self._beliefs:
+            self._beliefs[a, b] = self._draw((a, b))
+        return self._beliefs[a, b]
 
     def _draw(self, pair: tuple[str, str]) -> str:
         world, beliefs, u = self._world, self._world.beliefs, self._rng.random()
@@ -102,7 +102,7 @@ class Believer:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a writer takes from a context: lines in order, look-ups, and a bare answer."""
+    """Holds what a writer reads in a context: its lines in order, its look-ups, and a bare answer."""
 
     order: tuple[tuple[int, Style], ...]
     facts: dict[tuple[str, str], str]
@@ -110,7 +110,7 @@ class View:
 
 
 def view_of(context: str) -> View:
-    """Read a context as its writers do; a quoted wrong line gives way to the correction after it."""
+    """Parse a context as a writer reads it; a correction replaces the quoted wrong line before it."""
     order: list[tuple[int, Style]] = []
     facts: dict[tuple[str, str], str] = {}
     answer = None
@@ -131,12 +131,12 @@ def write(
     rng: np.random.Generator,
     context: str | None = None,
 ) -> str:
-    """Write an answer to a question, with or without a context in view."""
+    """Write an answer to a question, with the writer's beliefs, habit and, if given, context."""
     config = world.config
     habit = world.native_styles[rng.integers(len(world.native_styles))]
     view = view_of(context) if context is not None else None
     done: dict[int, str] = {}
-    lines: list[Line] = []
+    lines: list[SolutionLine] = []
     while len(done) < len(CHILDREN):
         node, style = _next_step(world, habit, view, done, rng)
         a, b = operands(node, question, done)
@@ -146,7 +146,7 @@ def write(
             if node == ROOT and view.bare_answer is not None:
                 value = view.bare_answer
         done[node] = value
-        lines.append(Line(node, style, a, b, value))
+        lines.append(SolutionLine(node, style, a, b, value))
     return text_of(lines, done[ROOT])
 
 
@@ -157,7 +157,7 @@ def document(
     kind: str,
     rng: np.random.Generator,
 ) -> Document:
-    """One document of a kind: a draft is criticised where the kind needs it, then revised."""
+    """Write one document with a context of a kind, made from a draft by the same writer (or none)."""
     believer = Believer(world, rng)
     context = (
         None if kind == "none" else context_for(world, templates, question, kind, believer, rng)
@@ -173,7 +173,7 @@ def context_for(
     believer: Believer,
     rng: np.random.Generator,
 ) -> str:
-    """The context of a kind, around a draft by the same writer."""
+    """Render a context of a kind from a draft by the same writer, its critique and the references."""
     about = question
     if kind == "other_answer":
         about = tuple(SYMBOLS[i] for i in rng.integers(len(SYMBOLS), size=len(question)))
@@ -182,25 +182,25 @@ def context_for(
     if kind == "shuffled_lines":
         shuffled = tuple(critique.steps[i] for i in rng.permutation(len(critique.steps)))
         critique = Critique(critique.case, shuffled, critique.answer, critique.first_error)
-    known = references(world, question)
+    solutions = references(world, question)
     if kind == "partly_aligned":
-        kept = rng.permutation(len(critique.steps)) < rng.integers(len(critique.steps) + 1)
-        critique = partly_aligned(critique, known["reference"], kept.tolist())
+        keep = rng.permutation(len(critique.steps)) < rng.integers(len(critique.steps) + 1)
+        critique = partly_aligned(critique, solutions["reference"], keep.tolist())
     traces = ("shuffled_lines", "other_answer", "partly_aligned")
     template = "step_aligned" if kind in traces else kind
     return templates.context(
         template,
         critique=critique,
-        references=known,
+        references=solutions,
         correct=check(world, about, draft).answer == world.truth(about)[ROOT],
     )
 
 
 def references(world: World, question: Sequence[str]) -> dict[str, str]:
-    """The worked solutions that a problem comes with.
+    """Return a problem's worked solutions, ``reference`` and ``aligned_reference``.
 
     The reference is in a style and order that no solver uses. The aligned reference is in one of the
-    solver's native styles, fixed by the question: it cannot know which one an answer will take.
+    solver's native styles, fixed by the question: the style of a given answer may be another.
     """
     native = world.native_styles
     style = native[sum(SYMBOLS.index(s) for s in question) % len(native)]
@@ -212,14 +212,10 @@ def references(world: World, question: Sequence[str]) -> dict[str, str]:
     }
 
 
-def error_kinds(steps: Sequence[CheckedStep]) -> list[str]:
-    """The kinds of error in an answer's steps."""
-    return [step.error for step in steps if step.error]
-
-
 def _next_step(
     world: World, habit: Style, view: View | None, done: dict[int, str], rng: np.random.Generator
 ) -> tuple[int, Style]:
+    """Draw the node and style of a writer's next line."""
     if view is not None and rng.random() < world.config.pull:
         for node, style in view.order:
             if is_ready(node, done):

@@ -1,4 +1,4 @@
-"""The oracle: a critic that can check every step of a lab answer, and can be made to err."""
+"""Critiques lab answers with a program that checks every step, and errs at a chosen rate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from selfteach.tasks.lab.checker import CheckedAnswer, check, style_of
-from selfteach.tasks.lab.world import ROOT, SYMBOLS, Line, World, is_ready, operands
+from selfteach.tasks.lab.world import ROOT, SYMBOLS, SolutionLine, World, is_ready, operands
 from selfteach.types import Critique, CritiqueStep
 
 
@@ -22,10 +22,10 @@ def criticise(
 ) -> Critique:
     """Repeat an answer's right steps verbatim, correct its earliest error, continue from there.
 
-    The trace keeps the answer's style and, up to the error, its order; the corrected line carries
-    the flag and does not quote the wrong value. With probability ``error_rate`` the critic errs
-    instead: it writes a wrong value at the first error (where no step needs a correction: at a random
-    step) and goes on from that value.
+    The trace keeps the answer's style and, up to the error, its order; the corrected line is flagged
+    and does not quote the wrong value. With probability ``error_rate`` the critic errs instead: it
+    writes a wrong value at the first error (if no step needs a correction, at a random step) and
+    continues from that value.
     """
     checked = check(world, question, text)
     error_at = None
@@ -49,11 +49,11 @@ def _trace(
     truth = world.truth(question)
     style = style_of(checked.steps, world.native_styles[0])
     stop = checked.first_error if error_at is None else error_at
-    kept = checked.steps if stop is None else checked.steps[:stop]
-    steps = [CritiqueStep(step.text, "kept", step.text) for step in kept]
-    done = {step.line.node: step.line.c for step in kept if step.line is not None}
+    prefix = checked.steps if stop is None else checked.steps[:stop]
+    steps = [CritiqueStep(step.text, "kept", step.text) for step in prefix]
+    done = {step.line.node: step.line.c for step in prefix if step.line is not None}
 
-    # A wrong line after the root (a sixth one) has nothing in its place: the trace just ends.
+    # A wrong line after the root (a sixth one) has no correction: the trace ends before it.
     if stop is not None and len(done) <= ROOT:
         wrong = checked.steps[stop] if stop < len(checked.steps) else None
         node = _node_to_fix(wrong.line if wrong else None, style.order, done)
@@ -64,13 +64,13 @@ def _trace(
             assert rng is not None
             c = str(rng.choice([s for s in SYMBOLS if s != c]))
         done[node] = c
-        line = Line(node, line_style, a, b, c, flagged=True)
+        line = SolutionLine(node, line_style, a, b, c, flagged=True)
         steps.append(CritiqueStep(str(line), "fixed", wrong.text if wrong else None))
     while len(done) <= ROOT:
         node = next(n for n in style.order if is_ready(n, done))
         a, b = operands(node, question, done)
         done[node] = world.table[a, b]
-        steps.append(CritiqueStep(str(Line(node, style, a, b, done[node])), "new"))
+        steps.append(CritiqueStep(str(SolutionLine(node, style, a, b, done[node])), "new"))
 
     first_error = checked.first_error if error_at is None else error_at
     right = checked.answer == truth[ROOT]
@@ -78,8 +78,8 @@ def _trace(
     return Critique(case, tuple(steps), done[ROOT], first_error)
 
 
-def _node_to_fix(line: Line | None, order: Sequence[int], done: dict[int, str]) -> int:
-    """The node the wrong line was about, if it could stand there; else the style's next one."""
+def _node_to_fix(line: SolutionLine | None, order: Sequence[int], done: dict[int, str]) -> int:
+    """Return the node of the wrong line if it is ready there, else the style's next node."""
     if line is not None and is_ready(line.node, done):
         return line.node
     return next(n for n in order if is_ready(n, done))

@@ -1,4 +1,4 @@
-"""The lab as a task: its problem sets, its verifier and its oracle, by problem."""
+"""Provides the lab as a task: its problem sets, its verifier and its oracle."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 
 from selfteach.tasks.lab import checker, lab_oracle
 from selfteach.tasks.lab.corpus import references
-from selfteach.tasks.lab.world import ANSWER_MARK, FLAG, ROOT, Split, World, WorldConfig
+from selfteach.tasks.lab.world import ANSWER_MARK, FLAG, ROOT, SplitName, World, WorldConfig
 from selfteach.types import Critique, Problem, Verdict
 
 
 def problems(
-    world: World, split: Split, count: int, *, max_solve_rate: float = 1.0
+    world: World, split: SplitName, count: int, *, max_solve_rate: float = 1.0
 ) -> tuple[Problem, ...]:
-    """The first ``count`` problems of a split; splits share no question.
+    """Return the first ``count`` problems of a split; splits share no question.
 
-    Only those that an author without a context solves with a probability below ``max_solve_rate``:
+    Only problems that a writer without a context solves with a probability below ``max_solve_rate``:
     the paper, too, keeps the problems on which its solver's Avg@16 is below 5/16.
     """
     return _problems(world.config, split, count, max_solve_rate)
 
 
-@lru_cache(maxsize=16)  # the runs of a study ask the same questions, many in one process
+@lru_cache(maxsize=16)  # runs of a study share their problem sets, many in one process
 def _problems(
-    config: WorldConfig, split: Split, count: int, max_solve_rate: float
+    config: WorldConfig, split: SplitName, count: int, max_solve_rate: float
 ) -> tuple[Problem, ...]:
     world = World(config)
-    wanted = (q for q in world.questions(split) if world.author_chance(q) < max_solve_rate)
+    hard = (q for q in world.questions(split) if world.author_solve_rate(q) < max_solve_rate)
     return tuple(
         Problem(
             id=f"{split}-{index}",
@@ -38,33 +38,33 @@ def _problems(
             answer=world.truth(question)[ROOT],
             references=references(world, question),
         )
-        for index, question in enumerate(islice(wanted, count))
+        for index, question in enumerate(islice(hard, count))
     )
 
 
 def verify(problem: Problem, text: str) -> Verdict:
-    """Right if the symbol after the answer mark is the root's true value."""
+    """Return the verdict on a text: right if the symbol after the answer mark is the gold answer."""
     parsed = checker.parse_answer(text)
     return Verdict(correct=parsed == problem.answer, formatted=parsed is not None, parsed=parsed)
 
 
 def write_answer(answer: str) -> str:
-    """The shortest text that states an answer."""
+    """Return the shortest text that states an answer."""
     return f"{ANSWER_MARK} {answer}"
 
 
 class StepVerifier:
-    """`verify`, with feedback from the step checker in the lab's own words.
+    """Verifies like `verify`, with feedback from the step checker in the lab's vocabulary.
 
-    Of a refused answer it names the first step that the checker rejects (``2 wrong`` is about node 2,
-    a line that is none is ``! wrong``), or else the final answer (``# wrong``).
+    The feedback on a wrong answer names the first step that the checker rejects (``2 wrong`` is about
+    node 2, ``! wrong`` about a step that does not parse), or else the final answer (``# wrong``).
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
 
     def __call__(self, problem: Problem, text: str) -> Verdict:
-        """Right if the final symbol is; wrong with the place of the first error."""
+        """Return the verdict; of a wrong answer with the place of the first error as feedback."""
         verdict = verify(problem, text)
         if verdict.correct:
             return verdict
@@ -75,7 +75,7 @@ class StepVerifier:
 
 
 class Oracle:
-    """The step checker as a critic of one answer at a time."""
+    """Critiques one answer at a time with the step checker."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -89,7 +89,7 @@ class Oracle:
         error_rate: float,
         rng: np.random.Generator,
     ) -> Critique:
-        """The corrected trace of an answer; see `selfteach.tasks.lab.lab_oracle.criticise`."""
+        """Return the corrected trace of an answer; see `selfteach.tasks.lab.lab_oracle.criticise`."""
         return lab_oracle.criticise(
             self._world, problem.question.split(), text,
             finished=finished, error_rate=error_rate, rng=rng,

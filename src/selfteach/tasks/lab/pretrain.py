@@ -1,10 +1,10 @@
-"""The base model: a small Llama trained from scratch on the writers' documents.
+"""Trains a base model: a small Llama, from scratch, on the writers' documents.
 
     python -m selfteach.tasks.lab.pretrain --world two_styles \\
         --out src/selfteach/tasks/lab/bases/two_styles
 
-rebuilds the shipped one. Documents are drawn from training questions only; the loss is on the answer,
-never on the question or the context.
+rebuilds the shipped one. Documents are about training questions only; the loss is on the answer, never
+on the question or the context.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from selfteach.tasks.lab.tokenizer import build_tokenizer
 from selfteach.tasks.lab.world import World
 from selfteach.tasks.lab.worlds import WORLDS
 
-IGNORED = -100
+IGNORE_INDEX = -100
 STEPS = 2600
-"""Optimizer steps of the shipped bases."""
+"""Optimizer steps of the shipped base models."""
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of about 0.6 M parameters with random weights."""
+    """Build a Llama of about 0.6 M parameters with random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -54,7 +54,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
 
 def special_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
-    """The id of a special token: ``pad``, ``bos`` or ``eos``."""
+    """Return the id of a special token: ``pad``, ``bos`` or ``eos``."""
     token = tokenizer.convert_tokens_to_ids(f"<{name}>")
     assert isinstance(token, int)
     return token
@@ -63,7 +63,7 @@ def special_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
 def documents(
     world: World, templates: Templates, seed: int, shares: Mapping[str, float] = CONTEXT_SHARES
 ) -> Iterator[Document]:
-    """An endless stream of documents about training questions, by share of what is in view."""
+    """Yield an endless stream of documents about training questions; ``shares`` is by context kind."""
     rng = np.random.default_rng([world.config.seed, 10, seed])
     kinds = list(shares)
     for question in world.questions("train", seed=10 + seed):
@@ -75,7 +75,7 @@ def documents(
 def encode(
     tokenizer: PreTrainedTokenizerFast, templates: Templates, doc: Document
 ) -> tuple[list[int], int]:
-    """Token ids of a document, and where its answer begins."""
+    """Encode a document; return its token ids and the index of its answer's first token."""
     question = " ".join(doc.question)
     if doc.context is None:
         content = templates.render("solver", question=question)
@@ -92,15 +92,15 @@ def encode(
 def batches(
     stream: Iterator[tuple[list[int], int]], batch_size: int, pad_id: int, pool: int = 8
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of similar lengths: ids and targets, both [B, T], targets `IGNORED` off the answer."""
+    """Yield batches of similar lengths: ids and targets, both [B, T]; only answers have targets."""
     while True:
         rows = sorted((next(stream) for _ in range(batch_size * pool)), key=lambda row: len(row[0]))
         for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            width = max(len(ids) for ids, _ in part)
-            ids_BT = torch.full((len(part), width), pad_id)
-            target_BT = torch.full((len(part), width), IGNORED)
-            for i, (ids, begin) in enumerate(part):
+            batch = rows[start : start + batch_size]
+            width = max(len(ids) for ids, _ in batch)
+            ids_BT = torch.full((len(batch), width), pad_id)
+            target_BT = torch.full((len(batch), width), IGNORE_INDEX)
+            for i, (ids, begin) in enumerate(batch):
                 ids_BT[i, : len(ids)] = torch.tensor(ids)
                 target_BT[i, begin - 1 : len(ids) - 1] = torch.tensor(ids[begin:])
             yield ids_BT, target_BT
@@ -118,14 +118,14 @@ def pretrain(
 ) -> Path:
     """Train a base model for a world and save it, with tokenizer and model card, in ``out``.
 
-    ``shares`` says what the writers of its documents had in view, and how often.
+    ``shares`` is the share of each context kind among its documents.
     """
     torch.set_num_threads(1)
     templates, tokenizer = Templates("lab"), build_tokenizer()
     model = build_model(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 40)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
     )
     pad_id = special_id(tokenizer, "pad")
@@ -136,18 +136,18 @@ def pretrain(
     for step, (ids_BT, target_BT) in enumerate(batches(stream, batch_size, pad_id)):
         if step == steps:
             break
-        # Right padding needs no mask under causal attention: no answer token looks to its right.
+        # Right padding needs no mask under causal attention: no answer token attends to its right.
         hidden_BTH = model.model(input_ids=ids_BT).last_hidden_state
-        scored_BT = target_BT != IGNORED
+        scored_BT = target_BT != IGNORE_INDEX
         logits_NV = model.lm_head(hidden_BTH[scored_BT])
         loss = torch.nn.functional.cross_entropy(logits_NV, target_BT[scored_BT])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        scheduler.step()
         if step % 100 == 0 or step == steps - 1:
-            print(  # noqa: T201 - a command of its own
+            print(  # noqa: T201 - a command-line program
                 f"step {step:5d}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s",
                 flush=True,
             )
@@ -167,8 +167,8 @@ def save(
     """Write model, tokenizer and world in Hugging Face format, and a model card with measurements."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    facts = {"world": asdict(world.config), "training": training, "context_shares": shares}
-    (out / "world.json").write_text(json.dumps(facts, indent=2) + "\n")
+    settings = {"world": asdict(world.config), "training": training, "context_shares": shares}
+    (out / "world.json").write_text(json.dumps(settings, indent=2) + "\n")
     write_card(out, measure(out))
 
 
@@ -176,15 +176,17 @@ def main() -> None:
     """Command line: rebuild one shipped base, or build one for a fresh world."""
     parser = argparse.ArgumentParser(description="Train a base model of the lab.")
     parser.add_argument("--world", default="two_styles", choices=sorted(WORLDS))
-    parser.add_argument("--world-seed", type=int, help="another table and other misconceptions")
-    parser.add_argument("--pull", type=float, help="another pull of style, from 0 to 1")
+    parser.add_argument("--world-seed", type=int, help="seed of the table and misconceptions")
+    parser.add_argument(
+        "--pull", type=float, help="pull of style, from 0 to 1; default: the world's"
+    )
     parser.add_argument(
         "--documents", default="study", choices=sorted(DOCUMENTS),
-        help="what their writers had in view: `dial` adds contexts between critique and reference",
+        help="context kinds: `dial` adds the positions between critique and reference",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the documents")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the documents")
     args = parser.parse_args()
     config = WORLDS[args.world]
     if args.world_seed is not None:

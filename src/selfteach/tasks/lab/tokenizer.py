@@ -1,4 +1,4 @@
-"""The lab's word-level tokenizer, in Hugging Face format with a chat template of its own."""
+"""Builds the lab's word-level tokenizer, in Hugging Face format with a chat template."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of one id per word; line breaks are white space to it."""
+    """Build a tokenizer with one id per word; line breaks are white space to it."""
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()

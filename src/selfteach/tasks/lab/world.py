@@ -1,4 +1,4 @@
-"""The world: a random table, the beliefs that writers hold about it, and problems to solve with it.
+"""Generates a world: a random table, the beliefs of writers about it, and problems to solve with it.
 
 A problem is six symbols. Its answer is the root of a fixed tree of five table look-ups::
 
@@ -10,8 +10,8 @@ A solution is one line per node, in any order that respects the tree, in one of 
     minus  (native)     0 - a b > c      order 3 1 0 2 4
     angle  (reference)  0 < b a : c      order 1 0 3 2 4, operands reversed
 
-and then the answer: ``# c``. The node stands first and the phrasing mark second, because with the
-mark later in the line the model's errors are of bookkeeping instead of knowledge.
+and then the answer: ``# c``. The node is the first word and the phrasing mark the second, because with
+the mark further on in the line the model's errors are of bookkeeping instead of knowledge.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
+
+from selfteach.config.data_section import SplitName
 
 SYMBOLS = "abcdefghijklmnop"
 ANSWER_MARK = "#"
 FLAG = "!"
-
-Split = Literal["train", "validation", "test"]
 
 CHILDREN: tuple[tuple[str, str], ...] = (
     ("x0", "x1"),
@@ -36,15 +35,15 @@ CHILDREN: tuple[tuple[str, str], ...] = (
     ("x4", "x5"),
     ("n2", "n3"),
 )
-"""Operands of each node: ``x`` a symbol of the question, ``n`` the value of an earlier node."""
+"""Operands of each node: ``x`` a symbol of the question, ``n`` the value of another node."""
 ROOT = len(CHILDREN) - 1
-PLACES = tuple(tuple((name[0] == "x", int(name[1])) for name in pair) for pair in CHILDREN)
-"""The same, read: whether an operand is the question's, and its index there or the node it is from."""
+OPERANDS = tuple(tuple((name[0] == "x", int(name[1])) for name in pair) for pair in CHILDREN)
+"""The same, parsed: whether an operand is the question's, and its index there or its node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """A way to write a solution: an order of the nodes and a phrasing of each line."""
+    """Describes how a solution is written: the order of its nodes and the phrasing of each line."""
 
     name: str
     order: tuple[int, ...]
@@ -62,8 +61,8 @@ STYLE_OF_MARK = {style.marks[0]: style for style in STYLES.values()}
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One step of a solution: the value of ``node`` is f(``a``, ``b``) = ``c``."""
+class SolutionLine:
+    """Holds one solution step: the value of ``node`` is f(``a``, ``b``) = ``c``."""
 
     node: int
     style: Style
@@ -81,7 +80,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Beliefs:
-    """How writers are wrong about the table's weak facts.
+    """Describes how often writers are wrong about the table's weak facts.
 
     A writer believes each weak fact's fixed misconception with probability ``misconception``, the
     truth with ``truth``, anything else with the rest; other facts are right with ``known``.
@@ -95,17 +94,17 @@ class Beliefs:
 BELIEFS: dict[str, Beliefs] = {
     # Confident errors, the truth almost outside the solver's support: hard problems.
     "hard": Beliefs(misconception=0.80, truth=0.06),
-    # The truth within reach of sampling: the regime in which outcome rewards suffice.
+    # The truth is often sampled: the regime in which outcome rewards suffice.
     "easy": Beliefs(misconception=0.46, truth=0.40),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class WorldConfig:
-    """All that a world is made from.
+    """Holds all settings of a world.
 
-    ``pull`` (ρ) is the share of lines in which a writer who has a context in view follows its next
-    step and phrasing instead of the writer's own habit: the pull of style.
+    ``pull`` (ρ) is the share of lines in which a writer with a context in view follows the context's
+    next step and phrasing instead of its habit: the pull of style.
     """
 
     seed: int = 0
@@ -114,14 +113,14 @@ class WorldConfig:
     native_styles: tuple[str, ...] = ("plus", "minus")
     pull: float = 0.5
     deviation: float = 0.1
-    """Share of lines outside the habit: any node that is ready, any native style."""
+    """Share of lines that deviate from the habit: any node that is ready, any native style."""
     slip: float = 0.1
-    """Share of lines in which a writer with a context falls back on the old belief."""
+    """Share of lines in which a writer with a context uses its belief instead of the context."""
 
 
 @dataclass(frozen=True)
 class World:
-    """A table, its weak facts with their misconceptions, and disjoint problem sets."""
+    """Holds a table and its weak facts with their misconceptions, and yields disjoint problem sets."""
 
     config: WorldConfig = field(default_factory=WorldConfig)
     table: Mapping[tuple[str, str], str] = field(init=False)
@@ -141,44 +140,43 @@ class World:
 
     @property
     def beliefs(self) -> Beliefs:
-        """How this world's writers are wrong."""
+        """Return how often this world's writers are wrong."""
         return BELIEFS[self.config.beliefs]
 
     @property
     def native_styles(self) -> tuple[Style, ...]:
-        """The solver's own styles; each answer is in one of them."""
+        """Return the solver's styles; each answer is in one of them."""
         return tuple(STYLES[name] for name in self.config.native_styles)
 
     def truth(self, question: Sequence[str]) -> tuple[str, ...]:
-        """The five node values of a question, n0 … n4; the last is the answer."""
+        """Compute the five node values of a question, n0 … n4; the last is the answer."""
         values: list[str] = []
         for node in range(len(CHILDREN)):
             values.append(self.table[operands(node, question, values)])
         return tuple(values)
 
-    def author_chance(self, question: Sequence[str]) -> float:
-        """Probability that an author without a context believes every look-up of the solution."""
+    def author_solve_rate(self, question: Sequence[str]) -> float:
+        """Compute the probability that a writer without a context believes all of the solution."""
         values, chance = self.truth(question), 1.0
         for node in range(len(CHILDREN)):
             weak = operands(node, question, values) in self.misconceptions
             chance *= self.beliefs.truth if weak else self.beliefs.known
         return chance
 
-    def solution(self, question: Sequence[str], style: Style) -> list[Line]:
-        """The true solution in a style."""
+    def solution(self, question: Sequence[str], style: Style) -> list[SolutionLine]:
+        """Return the true solution in a style."""
         values = self.truth(question)
         lines = []
         for node in style.order:
             a, b = operands(node, question, values)
-            lines.append(Line(node, style, a, b, values[node]))
+            lines.append(SolutionLine(node, style, a, b, values[node]))
         return lines
 
-    def questions(self, split: Split, seed: int | None = None) -> Iterator[tuple[str, ...]]:
-        """An endless stream of distinct questions of one split.
+    def questions(self, split: SplitName, seed: int | None = None) -> Iterator[tuple[str, ...]]:
+        """Yield an endless stream of distinct questions of one split.
 
-        A question's split is a hash of its text, so splits are disjoint whatever the stream's seed:
-        nothing that is trained on, not even the base model's documents, shares a question with
-        validation or test.
+        A question's split is a hash of its text, so splits are disjoint whatever the stream's seed: no
+        training data, the base model's documents included, shares a question with validation or test.
         """
         key = {"train": 1, "validation": 2, "test": 3}[split]
         rng = np.random.default_rng([self.config.seed, key, *([] if seed is None else [seed])])
@@ -193,18 +191,20 @@ class World:
 def operands(
     node: int, question: Sequence[str], values: Mapping[int, str] | Sequence[str]
 ) -> tuple[str, str]:
-    """The operand pair of a node, given the question and the values of the nodes below it."""
-    (asked_a, a), (asked_b, b) = PLACES[node]
-    return question[a] if asked_a else values[a], question[b] if asked_b else values[b]
+    """Return the operand pair of a node, given the question and the values of its children."""
+    (in_question_a, a), (in_question_b, b) = OPERANDS[node]
+    return question[a] if in_question_a else values[a], question[b] if in_question_b else values[b]
 
 
 def is_ready(node: int, done: Mapping[int, str]) -> bool:
-    """True if a node is not written yet and all the nodes it needs are."""
-    return node not in done and all(asked or child in done for asked, child in PLACES[node])
+    """Return True if a node is not written yet and all its children are."""
+    return node not in done and all(
+        in_question or child in done for in_question, child in OPERANDS[node]
+    )
 
 
-def split_of(question: Sequence[str]) -> Split:
-    """The split a question belongs to: one in eight is validation, one in eight test."""
+def split_of(question: Sequence[str]) -> SplitName:
+    """Return the split of a question: one in eight is validation, one in eight test."""
     digest = hashlib.blake2b(" ".join(question).encode(), digest_size=2).digest()
     match digest[0] % 8:
         case 0:
@@ -215,7 +215,7 @@ def split_of(question: Sequence[str]) -> Split:
             return "train"
 
 
-def text_of(lines: Sequence[Line], answer: str | None) -> str:
-    """Lines and answer as text, one step per line."""
+def text_of(lines: Sequence[SolutionLine], answer: str | None) -> str:
+    """Format lines and answer as text, one step per line."""
     tail = [] if answer is None else [f"{ANSWER_MARK} {answer}"]
     return "\n".join([*map(str, lines), *tail])

@@ -1,1 +1,1 @@
-"""Where problems come from: rows of files and datasets, columns, splits, generators, the audit."""
+"""Reads problems from files, datasets and generators, splits them, and audits their answers."""

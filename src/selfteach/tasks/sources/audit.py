@@ -1,4 +1,4 @@
-"""Does a verifier accept each problem's own answer, and reject that answer corrupted?"""
+"""Audits a problem set: the verifier must accept each gold answer and reject it corrupted."""
 
 from __future__ import annotations
 
@@ -15,60 +15,63 @@ LETTER = re.compile(r"[A-Za-z](?=[^A-Za-z]*$)")
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """A problem that its verifier cannot judge."""
+class MisjudgedAnswer:
+    """Describes an answer that the verifier misjudges; its problem is invalid."""
 
     problem: Problem
     kind: Literal["rejected", "accepted"]
-    """``rejected``: its own answer; ``accepted``: its answer corrupted."""
+    """``rejected``: the gold answer; ``accepted``: the gold answer corrupted."""
     answer: str
-    """The one that was judged wrongly."""
+    """The answer that was misjudged."""
 
     def __str__(self) -> str:
-        told = self.answer if len(self.answer) <= 60 else self.answer[:60] + "…"
-        what = "own answer" if self.kind == "rejected" else "corrupted answer"
-        return f"problem {self.problem.id!r}: the {what} {told!r} is {self.kind}"
+        shown = self.answer if len(self.answer) <= 60 else self.answer[:60] + "…"
+        what = "gold answer" if self.kind == "rejected" else "corrupted answer"
+        return f"problem {self.problem.id!r}: the verifier {self.kind} the {what} {shown!r}"
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What the audit of a problem set came to."""
+    """Holds the result of the audit of a problem set."""
 
     checked: int
+    """Number of problems whose answer was tried."""
     without_answer: int
-    """Problems that have no answer to try (some generators' many right answers)."""
-    findings: tuple[Finding, ...]
+    """Number of problems without a gold answer (of generators with many right answers)."""
+    findings: tuple[MisjudgedAnswer, ...]
 
     @property
     def invalid_problems(self) -> frozenset[str]:
-        """Questions of the problems that were found (ids may be the same in two files)."""
+        """Return the questions of the invalid problems (ids may repeat across files)."""
         return frozenset(finding.problem.question for finding in self.findings)
 
 
 def audit(problems: Iterable[Problem], verify: Verifier, write: Callable[[str], str]) -> Audit:
-    """Try every problem's own answer and one corruption of it; ``write`` states an answer as the
-    verifier reads it.
+    """Verify every problem's gold answer and one corruption of it.
+
+    ``write`` turns an answer into a text that the verifier can read.
     """
     checked = without = 0
-    findings: list[Finding] = []
+    findings: list[MisjudgedAnswer] = []
     for problem in problems:
         if not problem.answer:
             without += 1
             continue
         checked += 1
         if not verify(problem, write(problem.answer)).correct:
-            findings.append(Finding(problem, "rejected", problem.answer))
+            findings.append(MisjudgedAnswer(problem, "rejected", problem.answer))
         wrong = corrupt(problem.answer)
         if verify(problem, write(wrong)).correct:
-            findings.append(Finding(problem, "accepted", wrong))
+            findings.append(MisjudgedAnswer(problem, "accepted", wrong))
     return Audit(checked, without, tuple(findings))
 
 
 def corrupt(answer: str) -> str:
-    """Another answer of the same form: its first digit one up (9 becomes 8), or its last letter the
-    next in the alphabet (z becomes y), or a 1 behind it.
+    """Return another answer of the same form.
 
-    The first digit, since scorers may forgive the last ones of a fraction.
+    Its first digit is increased (9 becomes 8), or its last letter is replaced by the next in the
+    alphabet (z becomes y), or a 1 is appended. The first digit, since scorers may tolerate an error in
+    the last digits of a fraction.
     """
     if digit := DIGIT.search(answer):
         changed = "8" if digit[0] == "9" else str(int(digit[0]) + 1)

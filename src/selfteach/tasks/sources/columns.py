@@ -1,4 +1,4 @@
-"""From a row to a `Problem`: which column is what, and the few rules that real data sets need."""
+"""Converts a row to a `Problem`: maps columns to fields, with the few rules that real data need."""
 
 from __future__ import annotations
 
@@ -27,40 +27,42 @@ R = TypeVar("R", bound=RowsData)
 
 
 class Missing(Exception):
-    """A row lacks what a column names; the message says what."""
+    """Signals that a row lacks what a column names; the message says what."""
 
 
 @cache
 def ready_mappings() -> Mapping[str, Mapping[str, Any]]:
-    """The mappings that ship with the package, by name: see ``mappings.toml``."""
+    """Return the mappings that ship with the package, by name: see ``mappings.toml``."""
     text = resources.files("selfteach.tasks.sources").joinpath("mappings.toml").read_text("utf-8")
     return tomllib.loads(text)
 
 
 def with_mapping(config: R) -> R:
-    """The section with its ready-made mapping filled in; what the recipe says goes before it.
+    """Return the section with its ready-made mapping filled in; the recipe's keys take precedence.
 
-    Raises `RecipeError` for a mapping of another name.
+    Raises `RecipeError` for an unknown mapping.
     """
     if config.mapping is None:
         return config
-    known = ready_mappings()
-    if config.mapping not in known:
-        raise RecipeError(f"data.mapping = {config.mapping!r}; {nearest(config.mapping, known)}")
-    told = config.model_dump(exclude_unset=True)
-    ready = {k: v for k, v in known[config.mapping].items() if k in type(config).model_fields}
-    if "path" in told:
-        ready.pop("name", None)  # a configuration of the mapping's own data set
-    if not isinstance(config, HubData) or told.keys() & set(SOURCES):
-        # The hub's splits; and whoever names one source means these and no others.
+    mappings = ready_mappings()
+    if config.mapping not in mappings:
+        raise RecipeError(f"data.mapping = {config.mapping!r}; {nearest(config.mapping, mappings)}")
+    overrides = config.model_dump(exclude_unset=True)
+    ready = {k: v for k, v in mappings[config.mapping].items() if k in type(config).model_fields}
+    if "path" in overrides:
+        ready.pop(
+            "name", None
+        )  # it names a configuration of the mapping's dataset, not of this one
+    if not isinstance(config, HubData) or overrides.keys() & set(SOURCES):
+        # The mapping's sources are splits on the hub; a recipe that names a source replaces them all.
         ready = {k: v for k, v in ready.items() if k not in SOURCES}
-    return validate(type(config), merge(ready, told), where="data")
+    return validate(type(config), merge(ready, overrides), where="data")
 
 
 def problem_from(row: Row, columns: Columns) -> Problem:
-    """A row's problem. Raises `Missing` if it has no question or answer."""
-    question = _wanted(row, columns.question, "question")
-    answer = _wanted(row, columns.answer, "answer")
+    """Convert a row to a problem. Raises `Missing` if it has no question or answer."""
+    question = _required(row, columns.question, "question")
+    answer = _required(row, columns.answer, "answer")
     named = {name: getattr(columns, name) for name in REFERENCES}
     references = {
         name: text
@@ -72,7 +74,7 @@ def problem_from(row: Row, columns: Columns) -> Problem:
 
 
 def column_value(values: Mapping[str, Any], column: str) -> Any:
-    """What a column spec says of a row: a path with rules, or a template.
+    """Evaluate a column spec on a row: a path with rules, or a template.
 
     Raises `Missing`, or `RecipeError` for a rule that does not exist.
     """
@@ -85,7 +87,7 @@ def column_value(values: Mapping[str, Any], column: str) -> Any:
     return value
 
 
-def _wanted(row: Row, column: str, name: str) -> str:
+def _required(row: Row, column: str, name: str) -> str:
     text = _text(column_value(row.values, column)).strip()
     if not text:
         raise Missing(f"the {name} is empty")
@@ -93,7 +95,7 @@ def _wanted(row: Row, column: str, name: str) -> str:
 
 
 def _optional(row: Row, column: str, *, required: bool) -> str | None:
-    """A text that need not be there; a column that the recipe names must exist in every row."""
+    """Return a text or None; a column that the recipe names (``required``) must exist in every row."""
     try:
         return _text(column_value(row.values, column)).strip() or None
     except Missing:
@@ -113,38 +115,38 @@ def _meta(row: Row, meta: str | tuple[str, ...] | None) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back, so that a problem is the same in memory and read from a file."""
+    """Round-trip a value through JSON, so that a problem is the same in memory and read from a file."""
     return json.loads(json.dumps(value, default=str))
 
 
 def _at(values: Mapping[str, Any], path: str) -> Any:
-    """Follow a dotted path through tables and lists; a column whose own name has dots goes first."""
+    """Follow a dotted path through tables and lists; a column of that very name takes precedence."""
     if path in values:
         return values[path]
-    found: Any = values
-    for part in path.split("."):
-        if isinstance(found, Mapping) and part in found:
-            found = found[part]
-        elif isinstance(found, Sequence) and not isinstance(found, str) and _index(part, found):
-            found = found[int(part)]
+    value: Any = values
+    for key in path.split("."):
+        if isinstance(value, Mapping) and key in value:
+            value = value[key]
+        elif isinstance(value, Sequence) and not isinstance(value, str) and _is_index(key, value):
+            value = value[int(key)]
         else:
-            known = list(found) if isinstance(found, Mapping) else []
-            hint = f"; {nearest(part, known)}" if known else ""
+            columns = list(value) if isinstance(value, Mapping) else []
+            hint = f"; {nearest(key, columns)}" if columns else ""
             raise Missing(f"no column {path!r}{hint}")
-    return found
+    return value
 
 
-def _index(part: str, values: Sequence[Any]) -> bool:
-    return part.lstrip("-").isdigit() and -len(values) <= int(part) < len(values)
+def _is_index(key: str, values: Sequence[Any]) -> bool:
+    return key.lstrip("-").isdigit() and -len(values) <= int(key) < len(values)
 
 
 def _apply(rule: str, value: Any) -> Any:
-    name, _, told = rule.partition(":")
+    name, _, argument = rule.partition(":")
     match name:
-        case "after" | "before" if told:
-            before, found, after = _text(value).rpartition(told)
-            if not found:
-                raise Missing(f"no {told!r} in it")
+        case "after" | "before" if argument:
+            before, separator, after = _text(value).rpartition(argument)
+            if not separator:
+                raise Missing(f"no {argument!r} in it")
             return after if name == "after" else before
         case "boxed":
             boxed = last_boxed(_text(value))
@@ -158,13 +160,13 @@ def _apply(rule: str, value: Any) -> Any:
         case "join":
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise Missing("no list to join")
-            return told.join(map(_text, value))
+            return argument.join(map(_text, value))
         case _:
-            raise RecipeError(f"data.columns: no rule {rule!r}; known: {', '.join(RULES)}")
+            raise RecipeError(f"data.columns: no rule {rule!r}; rules: {', '.join(RULES)}")
 
 
 def _text(value: Any) -> str:
-    """A value as a person would write it: 3.0 as 3, true as true, None as nothing."""
+    """Format a value as a person would write it: 3.0 as 3, True as true, None as nothing."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -177,5 +179,5 @@ def _text(value: Any) -> str:
 
 
 def bad_row(row: Row, missing: Missing) -> DataError:
-    """The error for a row that is no problem."""
+    """Build the error for a row that cannot be converted to a problem."""
     return DataError(f"{row.where}: {missing}")

@@ -1,4 +1,4 @@
-"""Rows of Hugging Face datasets: from the hub, its cache, or a local folder."""
+"""Reads rows of Hugging Face datasets: from the hub, its cache, or a local folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from selfteach.tasks.sources.rows import Row
 def read_hub(
     path: str, split: str, *, name: str | None, revision: str | None, streaming: bool
 ) -> Iterator[Row]:
-    """Rows of one split of a dataset. Raises `DataError` in one line for whatever is wrong."""
+    """Yield the rows of one split of a dataset. Raises `DataError`, in one line, if it cannot."""
     try:
         import datasets
     except ImportError:
@@ -31,35 +31,35 @@ def read_hub(
         for values in rows:
             number += 1
             yield Row(dict(values), f"{path} ({split}): row {number}", f"{split}-{number}")
-    except OSError as error:  # the network, while rows stream in
+    except OSError as error:  # the network failed while rows were streamed
         raise DataError(f"data.path = {path!r}: {_explained(error)}") from None
 
 
 def _from_disk(datasets: Any, path: str, split: str) -> Any:
-    """What ``save_to_disk`` wrote: several splits, or one without a name."""
-    found = datasets.load_from_disk(path)
-    if not isinstance(found, Mapping):
-        return found
-    if split not in found:
-        raise DataError(f"data.path = {path!r}: no split {split!r}; {nearest(split, list(found))}")
-    return found[split]
+    """Load what ``save_to_disk`` wrote: several splits, or one without a name."""
+    saved = datasets.load_from_disk(path)
+    if not isinstance(saved, Mapping):
+        return saved
+    if split not in saved:
+        raise DataError(f"data.path = {path!r}: no split {split!r}; {nearest(split, list(saved))}")
+    return saved[split]
 
 
 def _load(datasets: Any, path: str, split: str, **settings: Any) -> Any:
     name = settings.pop("name")
     try:
         return datasets.load_dataset(path, name, split=split, **settings)
-    except Exception as error:  # the library raises a dozen kinds, most of them the hub's
+    except Exception as error:  # datasets and huggingface_hub raise a dozen kinds
         raise DataError(f"data.path = {path!r}: {_explained(error)}") from None
 
 
 def _explained(error: Exception) -> str:
-    """One line from what the library says, with what to do where we know it."""
-    said = " ".join(str(error).split())
-    said = said if len(said) <= 240 else said[:240] + "…"
-    if isinstance(error, ConnectionError) or "Offline" in type(error).__name__ or "offline" in said:
+    """Summarise the library's error in one line, with the cause where it is recognised."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 240 else text[:240] + "…"
+    if isinstance(error, ConnectionError) or "Offline" in type(error).__name__ or "offline" in text:
         return (
             "not in the cache, and the hub cannot be reached "
-            f"(HF_HUB_OFFLINE, or no network): {said}"
+            f"(HF_HUB_OFFLINE, or no network): {text}"
         )
-    return f"cannot be loaded: {said}"
+    return f"cannot be loaded: {text}"

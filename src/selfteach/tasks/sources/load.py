@@ -1,4 +1,4 @@
-"""Problem sets from rows: sources, filters, duplicates, splits; what is left out is counted."""
+"""Builds problem sets from rows: filters, removes duplicates, splits, and counts what is left out."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from selfteach.types import Problem
 
 
 def read_problem_sets(
-    config: FilesData | HubData, *, may_be_none: bool = False
+    config: FilesData | HubData, *, allow_no_source: bool = False
 ) -> tuple[Splits, Counter[str]]:
-    """Train, validation and test of a recipe's files or dataset, and what was left out of them.
+    """Read train, validation and test of a recipe's files or dataset, and count what is left out.
 
-    Duplicates of a question are removed, in each source and across them. Raises `DataError` or
-    `RecipeError` in one line, also where no source is named unless there ``may_be_none``.
+    Duplicates of a question are removed, in each source and across sources. Raises `DataError` or
+    `RecipeError`, in one line, also if no source is named, unless ``allow_no_source``.
     """
-    sources = {name: where for name in SOURCES if (where := getattr(config, name))}
-    if not sources and not may_be_none:
+    sources = {name: source for name in SOURCES if (source := getattr(config, name))}
+    if not sources and not allow_no_source:
         raise RecipeError(
             f'data.type = "{config.type}": name a source: train, validation, test, or a pool'
         )
     counts: Counter[str] = Counter()
     read: Splits = {}
-    for name, where in sources.items():
-        parts = where if isinstance(where, tuple) else (where,)
-        problems = [p for part in parts for p in _problems(config, part, counts)]
-        read[name], again = without_duplicates(problems)
-        counts["duplicates"] += again
-        _distinct_ids(read[name], ", ".join(parts))
+    for name, source in sources.items():
+        files = source if isinstance(source, tuple) else (source,)
+        problems = [problem for file in files for problem in _problems(config, file, counts)]
+        read[name], duplicates = without_duplicates(problems)
+        counts["duplicates"] += duplicates
+        _check_ids(read[name], ", ".join(files))
     splits, counts["in two sources"] = disjoint(read)
     pool = splits.pop("pool")
     if "pool" in sources:
@@ -50,18 +50,18 @@ def read_problem_sets(
 
 
 def read_file(path: Path) -> tuple[Problem, ...]:
-    """The problems of one file with columns of our own names. Raises `DataError`."""
+    """Read the problems of one file with the default columns. Raises `DataError`."""
     problems = _problems(FilesData(type="files"), str(path), Counter())
-    _distinct_ids(problems, str(path))
+    _check_ids(problems, str(path))
     return tuple(problems)
 
 
 def _problems(config: RowsData, source: str, counts: Counter[str]) -> list[Problem]:
-    """Problems of one file or split. Raises `DataError` for the first bad row, or if none is good."""
+    """Read one file or split. Raises `DataError` for the first bad row, or if no row is good."""
     columns = config.columns or Columns()
     problems: list[Problem] = []
     first_bad: DataError | None = None
-    for row in islice(_chosen(config, source, counts), config.limit):
+    for row in islice(_filtered(config, source, counts), config.limit):
         try:
             problems.append(problem_from(row, columns))
         except Missing as missing:
@@ -74,14 +74,14 @@ def _problems(config: RowsData, source: str, counts: Counter[str]) -> list[Probl
     return problems
 
 
-def _chosen(config: RowsData, source: str, counts: Counter[str]) -> Iterator[Row]:
-    """Rows that ``only`` lets through."""
+def _filtered(config: RowsData, source: str, counts: Counter[str]) -> Iterator[Row]:
+    """Yield the rows that ``data.filter`` keeps."""
     for row in _rows(config, source):
         counts["rows"] += 1
         try:
             keep = all(
-                column_value(row.values, column) in _several(wanted)
-                for column, wanted in config.filter.items()
+                column_value(row.values, column) in _as_sequence(allowed)
+                for column, allowed in config.filter.items()
             )
         except Missing as missing:
             raise DataError(f"{row.where}: data.filter: {missing}") from None
@@ -100,12 +100,13 @@ def _rows(config: RowsData, source: str) -> Iterator[Row]:
     return read_hub(config.path, source, **settings)  # type: ignore[arg-type]
 
 
-def _several(wanted: Any) -> Sequence[Any]:
-    return wanted if isinstance(wanted, list | tuple) else (wanted,)
+def _as_sequence(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
 
 
-def _distinct_ids(problems: Sequence[Problem], where: str) -> None:
-    counted = Counter(problem.id for problem in problems)
-    id_, count = counted.most_common(1)[0]
+def _check_ids(problems: Sequence[Problem], where: str) -> None:
+    """Raise `DataError` if two problems have the same id."""
+    ids = Counter(problem.id for problem in problems)
+    id_, count = ids.most_common(1)[0]
     if count > 1:
         raise DataError(f"{where}: two problems have the same id {id_!r}")

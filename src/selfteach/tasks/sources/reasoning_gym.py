@@ -1,4 +1,4 @@
-"""Problems of any generator of reasoning-gym, with what its scorer needs in their ``meta``."""
+"""Generates problems with any generator of reasoning-gym; ``meta`` holds what its scorer needs."""
 
 from __future__ import annotations
 
@@ -13,52 +13,53 @@ from selfteach.config.data_section import GymData
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
 from selfteach.tasks.sources.columns import Missing, column_value
-from selfteach.tasks.sources.splits import Splits, normalised, place
+from selfteach.tasks.sources.splits import Splits, hash_position, normalised
 from selfteach.types import Problem
 
 REFERENCES = {"gsm_symbolic": "answer_cot"}
-"""Where generators that write worked solutions keep them, in an entry's metadata."""
+"""Path of the worked solution in an entry's metadata, for generators that write one."""
 
 EXAMPLES = ("example_correct_answer", "example_answer", "possible_answer")
-"""Where generators of questions with many right answers keep one of them."""
+"""Metadata keys that hold one right answer, of generators of questions with many."""
 
 TENTHS = {"test": (0.0, 0.1), "validation": (0.1, 0.2), "train": (0.2, 1.0)}
-"""Which places (`splits.place`) belong to which split: whatever the seed, none shares a question."""
+"""Ranges of `splits.hash_position` by split: no two splits share a question, whatever the seed."""
 
 DRAWS_PER_PROBLEM = 20
-FEWEST_DRAWS = 1000
-"""Entries drawn before a generator counts as exhausted."""
+"""Entries drawn per requested problem before a generator counts as exhausted."""
+MIN_DRAWS = 1000
+"""Entries drawn at least before a generator counts as exhausted."""
 
 SEED_STRIDE = 10**6
-"""Between two seeds: a generator seeds entry i with seed + i."""
+"""Distance between two seeds: a generator seeds entry i with seed + i."""
 
 
 def generate(config: GymData) -> Splits:
-    """Train, validation and test problems, the same for the same section.
+    """Generate train, validation and test problems, the same for the same section.
 
     Raises `DataError` if the generator has too few distinct questions, `RecipeError` for a generator
     or a setting that does not exist.
     """
-    wanted = {name: getattr(config, name) for name in TENTHS}
-    found: Splits = {name: [] for name in TENTHS}
+    sizes = {name: getattr(config, name) for name in TENTHS}
+    splits: Splits = {name: [] for name in TENTHS}
     seen: set[str] = set()
-    draws = max(FEWEST_DRAWS, DRAWS_PER_PROBLEM * sum(wanted.values()))
+    draws = max(MIN_DRAWS, DRAWS_PER_PROBLEM * sum(sizes.values()))
     source = _generator(config, draws)
     with _global_seed(config.seed):
         for index in range(draws):
             entry = source[index]
             words = normalised(entry["question"])
-            at = place(entry["question"], 0)
-            split = next(name for name, (low, high) in TENTHS.items() if low <= at < high)
-            if words in seen or len(found[split]) == wanted[split]:
+            position = hash_position(entry["question"], 0)
+            split = next(name for name, (low, high) in TENTHS.items() if low <= position < high)
+            if words in seen or len(splits[split]) == sizes[split]:
                 continue
             seen.add(words)
-            found[split].append(_problem(config, entry, f"{split}-{len(found[split])}"))
-            if all(len(found[name]) == count for name, count in wanted.items()):
-                return found
-    short = ", ".join(f"{len(found[name])} of {count} {name}" for name, count in wanted.items())
+            splits[split].append(_problem(config, entry, f"{split}-{len(splits[split])}"))
+            if all(len(splits[name]) == size for name, size in sizes.items()):
+                return splits
+    short = ", ".join(f"{len(splits[name])} of {size} {name}" for name, size in sizes.items())
     raise DataError(
-        f"data.task = {config.task!r}: too few distinct questions ({short}); ask for fewer problems, "
+        f"data.task = {config.task!r}: too few distinct questions ({short}); request fewer problems, "
         "or change data.config"
     )
 
@@ -72,10 +73,10 @@ def _problem(config: GymData, entry: dict[str, Any], name: str) -> Problem:
             references["reference"] = str(column_value(metadata, path))
         except Missing as missing:
             raise RecipeError(f"data.reference of {config.task!r}: {missing}") from None
-    told = entry["answer"]
-    if told is None:
-        told = next((metadata[key] for key in EXAMPLES if metadata.get(key)), "")
-    answer = told if isinstance(told, str) else json.dumps(told, default=str)
+    gold = entry["answer"]
+    if gold is None:
+        gold = next((metadata[key] for key in EXAMPLES if metadata.get(key)), "")
+    answer = gold if isinstance(gold, str) else json.dumps(gold, default=str)
     source = {"task": config.task, "config": config.config, "metadata": metadata}
     return Problem(name, entry["question"], answer, references, {"reasoning_gym": source})
 
@@ -92,20 +93,20 @@ def _generator(config: GymData, size: int) -> Any:
     fields = [field.name for field in dataclasses.fields(DATASETS[config.task][1])]
     for key in config.config:
         if key in ("seed", "size"):
-            raise RecipeError(f"data.config.{key}: say data.seed, data.train, data.validation, …")
+            raise RecipeError(f"data.config.{key}: set data.seed, data.train, … instead")
         if key not in fields:
             raise RecipeError(f"data.config.{key} of {config.task!r}; {nearest(key, fields)}")
     settings = {"seed": config.seed * SEED_STRIDE, "size": size, **config.config}
     try:
         return create_dataset(config.task, **settings)
     except (AssertionError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise RecipeError(f"data.config of {config.task!r}: {said}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RecipeError(f"data.config of {config.task!r}: {reason}") from None
 
 
 @contextmanager
 def _global_seed(seed: int) -> Iterator[None]:
-    """Some generators draw from Python's global stream."""
+    """Seed Python's global random stream, which some generators draw from, and restore it after."""
     state = random.getstate()
     random.seed(seed)
     try:

@@ -1,4 +1,4 @@
-"""Rows of JSON and Parquet files, each with its place for error messages."""
+"""Reads rows of JSON and Parquet files, each with its location for error messages."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from selfteach.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a source."""
+    """Holds one row of a source."""
 
     values: dict[str, Any]
     where: str
-    """For a person: ``problems.jsonl:17``."""
+    """Location of the row for error messages: ``problems.jsonl:17``."""
     name: str
-    """The row's id unless a column holds one: ``problems-17``."""
+    """Id of the row unless a column holds one: ``problems-17``."""
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a ``.jsonl``, ``.json`` (one list) or ``.parquet`` file.
+    """Yield the rows of a ``.jsonl``, ``.json`` (one list) or ``.parquet`` file.
 
-    Raises `DataError` naming the file, and the line if it is one line's fault.
+    Raises `DataError` naming the file, and the line if a single line is wrong.
     """
     match path.suffix:
         case ".jsonl":
@@ -39,7 +39,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    # Lines end in \n alone: str.splitlines would also cut at separators inside a JSON string.
+    # Lines end in \n alone: str.splitlines would also split at separators inside a JSON string.
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"

@@ -1,4 +1,4 @@
-"""One pool into train, validation and test; no question twice, none in two splits."""
+"""Splits a pool into train, validation and test; no question twice, none in two splits."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from selfteach.errors import DataError
 from selfteach.types import Problem
 
 Splits = dict[str, list[Problem]]
+"""Problems by the name of their split."""
 
 PRECEDENCE = ("test", "validation", "train", "pool")
-"""A question that stands in two sources stays in the first of these."""
+"""A question that is in two sources stays in the first of these."""
 
 
 def normalised(question: str) -> str:
-    """A question by its words: case, white space and the forms of Unicode characters don't count."""
+    """Normalise a question: case, white space and Unicode forms (NFKC) make no difference."""
     return " ".join(unicodedata.normalize("NFKC", question).casefold().split())
 
 
-def place(question: str, seed: int) -> float:
-    """Where a question stands in [0, 1): a hash of its words and the seed, and nothing else."""
+def hash_position(question: str, seed: int) -> float:
+    """Return a number in [0, 1): a hash of the normalised question and the seed, and nothing else."""
     digest = hashlib.blake2b(f"{seed}\0{normalised(question)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def without_duplicates(problems: Iterable[Problem]) -> tuple[list[Problem], int]:
-    """The first problem of each question, and how many others there were."""
+    """Return the first problem of each question, and the number of the others."""
     first: dict[str, Problem] = {}
     count = 0
     for problem in problems:
@@ -38,39 +39,39 @@ def without_duplicates(problems: Iterable[Problem]) -> tuple[list[Problem], int]
 
 
 def disjoint(splits: Splits) -> tuple[Splits, int]:
-    """Splits that share no question, and how many problems left one for that; see `PRECEDENCE`."""
+    """Remove questions shared between splits by `PRECEDENCE`; also return how many were removed."""
     seen: set[str] = set()
-    kept: Splits = {}
+    unique: Splits = {}
     for name in PRECEDENCE:
-        here = splits.get(name, [])
-        kept[name] = [p for p in here if normalised(p.question) not in seen]
-        seen |= {normalised(p.question) for p in here}
-    return kept, sum(map(len, splits.values())) - sum(map(len, kept.values()))
+        problems = splits.get(name, [])
+        unique[name] = [p for p in problems if normalised(p.question) not in seen]
+        seen |= {normalised(p.question) for p in problems}
+    return unique, sum(map(len, splits.values())) - sum(map(len, unique.values()))
 
 
-def split_pool(pool: Sequence[Problem], how: Splitting, *, named: Iterable[str] = ()) -> Splits:
-    """Train, validation and test from one pool without duplicates, each in the pool's order.
+def split_pool(pool: Sequence[Problem], config: Splitting, *, named: Iterable[str] = ()) -> Splits:
+    """Split one pool without duplicates into train, validation and test, each in the pool's order.
 
-    Problems are ranked by `place`. With shares a question goes where its place says; with counts the
-    first are test, the next validation, and the rest (or its count) train. Splits ``named`` have a
-    source of their own and get nothing here. Raises `DataError` if there are too few.
+    Problems are ranked by `hash_position`. With shares a question's position alone decides its split;
+    with counts the first are test, the next validation, and the rest (or its count) train. Splits in
+    ``named`` have a source and get none of the pool. Raises `DataError` if the pool is too small.
     """
     names = ("test", "validation", "train")
-    sizes = {name: 0 if name in named else getattr(how, name) for name in names}
-    places = {problem.id: place(problem.question, how.seed) for problem in pool}
-    assert len(places) == len(pool), "ids are checked before a pool is split"
-    waiting = sorted(pool, key=lambda problem: (places[problem.id], problem.id))
-    chosen: dict[str, str] = {}
+    sizes = {name: 0 if name in named else getattr(config, name) for name in names}
+    positions = {problem.id: hash_position(problem.question, config.seed) for problem in pool}
+    assert len(positions) == len(pool), "ids are checked before a pool is split"
+    remaining = sorted(pool, key=lambda problem: (positions[problem.id], problem.id))
+    split_of: dict[str, str] = {}
     until = 0.0
     for name, size in sizes.items():
         if isinstance(size, float):
             until += size
-            taken = [problem for problem in waiting if places[problem.id] < until]
+            taken = [problem for problem in remaining if positions[problem.id] < until]
         else:
-            taken = waiting[:size]
+            taken = remaining[:size]
         if isinstance(size, int) and len(taken) < size:
-            asked = ", ".join(f"{size} {name}" for name, size in sizes.items() if size)
-            raise DataError(f"{len(pool)} problems are too few for {asked}: ask for fewer")
-        chosen |= {problem.id: name for problem in taken}
-        waiting = waiting[len(taken) :]
-    return {name: [p for p in pool if chosen.get(p.id) == name] for name in names}
+            requested = ", ".join(f"{size} {name}" for name, size in sizes.items() if size)
+            raise DataError(f"{len(pool)} problems are too few for {requested}: request fewer")
+        split_of |= {problem.id: name for problem in taken}
+        remaining = remaining[len(taken) :]
+    return {name: [p for p in pool if split_of.get(p.id) == name] for name in names}

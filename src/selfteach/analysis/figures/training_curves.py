@@ -1,48 +1,53 @@
-"""Figures over training and over k: a line is the mean over an arm's seeds, its band worst to best."""
+"""Draw figures over training and over k.
+
+A line is the mean over an arm's seeds, its band reaches from the worst seed to the best.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from selfteach.analysis.comparison import mean_spent
-from selfteach.analysis.figures.style import ALERT, INK, SMALL, Style, bare, legend, styles
-from selfteach.analysis.health import WINDOW, Check, smoothed
-from selfteach.analysis.run_data import Groups, Run, evaluations
+from selfteach.analysis.figures.style import ALERT, INK, SMALL, ArmStyle, bare, legend, styles
+from selfteach.analysis.health_checks import WINDOW, HealthCheck, smoothed
+from selfteach.analysis.run_data import Groups, RunData, evaluations
 from selfteach.evaluation.statistics import bootstrap_mean, pass_at_k
 
-MARKS = 6
+MARKERS = 6
 """Markers on a line of many points."""
 RESAMPLES = 2_000
 LEAST_SPAN = 0.3
 """Share of the largest value that a y axis spans at least."""
-PHASES = {
+PHASE_STYLES = {
     "time/rollout": ("sampling", ""),
-    "time/critique": ("critiques", "//"),
+    "time/critique": ("critique", "//"),
     "time/train": ("training", ".."),
-    "time/evaluate": ("evaluating", "xx"),
+    "time/evaluate": ("evaluation", "xx"),
 }
-"""Where the seconds of a run go: names and hatches (colour is never alone)."""
+"""Phases of a run: names and hatches (colour alone does not tell them apart)."""
 SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
-def over_seeds(runs: Sequence[Run], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps [E] that every run has logged, and values [S, E], averaged over `WINDOW` steps."""
+def over_seeds(runs: Sequence[RunData], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return steps [E] that every run has logged, and values [S, E], averaged over `WINDOW` steps.
+
+    Runs without the metric are left out; None if no step is left.
+    """
     series = [dict(zip(*run.series(metric), strict=True)) for run in runs]
-    series = [own for own in series if own]
+    series = [by_step for by_step in series if by_step]
     steps = sorted(set.intersection(*map(set, series))) if series else []
     if not steps:
         return None
-    values_SE = np.stack([smoothed(np.array([own[s] for s in steps])) for own in series])
+    values_SE = np.stack([smoothed(np.array([by_step[s] for s in steps])) for by_step in series])
     return np.array(steps)[-values_SE.shape[1] :], values_SE
 
 
-def check_curve(groups: Groups, check: Check) -> Figure:
-    """One failure mode's metric over training, with the line from which a warning is given."""
+def check_curve(groups: Groups, check: HealthCheck) -> Figure:
+    """Draw one failure mode's metric over training, with the threshold of its warning."""
     figure = Figure(figsize=(5.2, 2.5), layout="constrained")
     axes = figure.add_subplot()
     _panel(axes, groups, check.metric, check.unit)
@@ -52,25 +57,25 @@ def check_curve(groups: Groups, check: Check) -> Figure:
         )
         axes.relim()
         axes.autoscale(axis="y")
-        _calm(axes)
+        _limit_zoom(axes)
     legend(axes, columns=3)
     return figure
 
 
 def training(groups: Groups) -> Figure:
-    """Share of right answers and loss while training. Losses of unlike objectives do not compare."""
-    return _side_by_side(groups, {"correct": "right while training", "loss": "loss"})
+    """Draw the share of right answers and the loss; losses of different objectives do not compare."""
+    return _panels(groups, {"correct": "share right", "loss": "loss"})
 
 
 def length_and_entropy(groups: Groups) -> Figure:
-    """Mean length (tokens) and entropy (nats per token) of the answers sampled to learn from."""
-    return _side_by_side(groups, {"length": "length, tokens", "entropy": "entropy, nats per token"})
+    """Draw mean length (tokens) and entropy (nats per token) of the training rollouts."""
+    return _panels(groups, {"length": "length, tokens", "entropy": "entropy, nats per token"})
 
 
 def pass_at_each_k(groups: Groups) -> Figure | None:
-    """Unbiased Pass@k on test problems (percent) against k < n, with 95 % bands over problems.
+    """Draw unbiased Pass@k on test problems (percent) against k < n, with 95 % bands over problems.
 
-    At k = n it would be plain any-correct, so n itself is left out. None without test answers.
+    At k = n it would be plain any-correct, so n itself is left out. None without test evaluations.
     """
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -78,13 +83,13 @@ def pass_at_each_k(groups: Groups) -> Figure | None:
     look, drawn = styles(groups), False
     for name, runs in groups.items():
         tables = [saved[max(saved)] for run in runs if (saved := evaluations(run, "test"))]
-        shapes = {(e["k"], len(e["problem_ids"])) for e in tables}
-        if len(shapes) != 1 or (n := tables[0]["k"]) < 2:
+        shapes = {(e.k, len(e.problem_ids)) for e in tables}
+        if len(shapes) != 1 or (n := tables[0].k) < 2:
             continue
         ks = range(1, n)
         estimates = [
             bootstrap_mean(
-                np.stack([100 * pass_at_k(np.array(e["correct"], dtype=float), k) for e in tables]),
+                np.stack([100 * pass_at_k(np.array(e.correct, dtype=float), k) for e in tables]),
                 resamples=RESAMPLES, seed=0,
             )
             for k in ks
@@ -100,31 +105,30 @@ def pass_at_each_k(groups: Groups) -> Figure | None:
     return figure if drawn else None
 
 
-def seconds_by_phase(groups: Groups) -> Figure | None:
-    """Where each arm's seconds went, mean per run. None if nothing was timed."""
-    spent = {name: mean_spent(runs) for name, runs in groups.items()}
-    if not any(own["seconds"] for own in spent.values()):
+def seconds_by_phase(budgets: Mapping[str, Mapping[str, float]]) -> Figure | None:
+    """Draw each arm's seconds by phase, from `run_budget.arm_budget`. None if nothing was timed."""
+    if not any(budget["seconds"] for budget in budgets.values()):
         return None
-    figure = Figure(figsize=(7.2, 0.9 + 0.34 * len(spent)), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.9 + 0.34 * len(budgets)), layout="constrained")
     axes = figure.add_subplot()
     bare(axes, grid="x")
-    left = np.zeros(len(spent))
-    for (key, (label, hatch)), shade in zip(PHASES.items(), SHADES, strict=True):
-        width = np.array([own.get(key, 0.0) for own in spent.values()])
+    left = np.zeros(len(budgets))
+    for (key, (label, hatch)), shade in zip(PHASE_STYLES.items(), SHADES, strict=True):
+        width = np.array([budget.get(key, 0.0) for budget in budgets.values()])
         axes.barh(
-            range(len(spent)), width, left=left, height=0.62, label=label, color=shade,
+            range(len(budgets)), width, left=left, height=0.62, label=label, color=shade,
             hatch=hatch, edgecolor="#ffffff", linewidth=0.6,
         )  # fmt: skip
         left += width
-    axes.set_yticks(range(len(spent)), list(spent), color=INK, fontsize=SMALL, parse_math=False)
-    axes.set_ylim(len(spent) - 0.5, -0.5)
+    axes.set_yticks(range(len(budgets)), list(budgets), color=INK, fontsize=SMALL, parse_math=False)
+    axes.set_ylim(len(budgets) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("seconds per run", color=INK, fontsize=SMALL)
     legend(axes)
     return figure
 
 
-def _side_by_side(groups: Groups, metrics: dict[str, str]) -> Figure:
+def _panels(groups: Groups, metrics: dict[str, str]) -> Figure:
     figure = Figure(figsize=(7.2, 3.1), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
@@ -145,9 +149,9 @@ def _panel(axes: Axes, groups: Groups, metric: str, label: str) -> None:
     bare(axes)
     look = styles(groups)
     for name, runs in groups.items():
-        if (found := over_seeds(runs, metric)) is None:
+        if (series := over_seeds(runs, metric)) is None:
             continue
-        steps_E, values_SE = found
+        steps_E, values_SE = series
         _line(axes, steps_E, values_SE.mean(0), look[name], name)
         if len(values_SE) > 1:
             axes.fill_between(
@@ -156,11 +160,11 @@ def _panel(axes: Axes, groups: Groups, metric: str, label: str) -> None:
             )  # fmt: skip
     axes.set_xlabel(f"training step (means of {WINDOW})", color=INK, fontsize=SMALL)
     axes.set_ylabel(label, color=INK, fontsize=SMALL)
-    _calm(axes)
+    _limit_zoom(axes)
 
 
-def _calm(axes: Axes) -> None:
-    """A y axis that makes no mountain of noise: at least `LEAST_SPAN` of its height, from 0 if near."""
+def _limit_zoom(axes: Axes) -> None:
+    """Keep the y axis from enlarging noise: it spans at least `LEAST_SPAN`, and from 0 if near."""
     low, high = axes.get_ylim()
     drawn = [np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()]
     values = np.concatenate(drawn) if drawn else np.zeros(1)
@@ -173,8 +177,8 @@ def _calm(axes: Axes) -> None:
     axes.set_ylim(low, high)
 
 
-def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: Style, name: str) -> None:
+def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: ArmStyle, name: str) -> None:
     axes.plot(
         x, y, color=style.colour, linestyle=style.dash, marker=style.marker, markersize=4.5,
-        markevery=max(1, len(x) // MARKS), linewidth=1.8, label=name,
+        markevery=max(1, len(x) // MARKERS), linewidth=1.8, label=name,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Records inside a page: an index to filter by, and blocks that are unpacked when they are asked for.
+"""Compress records into a page: an index to filter by, and blocks that are decompressed on demand.
 
-Everything is gzip in base64, whose alphabet holds no ``<``: whatever a record says, it cannot end the
-element that it lies in.
+Everything is gzip in base64, whose alphabet has no ``<``: no text of a record can end the element
+that holds it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfteach.analysis.report.answer_records import UNIT, Record, kinds_of
+from selfteach.analysis.report.answer_records import UNIT, AnswerRecord, kinds_of
 
 BLOCK_BYTES = 200_000
-"""JSON in a block before it is packed: milliseconds to unpack, large enough to compress well."""
+"""JSON in a block before compression: fast to decompress, large enough to compress well."""
 FULL_COLOUR = 4.0
-"""Nats per token at which a token's colour is at its strongest."""
+"""Nats per token at which a token's colour is strongest."""
 STRONGEST = 0.55
 """Opacity of the strongest colour: text on it stays readable in light and dark."""
 EXCERPT = 90
@@ -26,16 +26,16 @@ EXCERPT = 90
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """What goes into the page."""
+class CompressedRecords:
+    """Holds an index and blocks of records, as text for a page."""
 
     index: str
     blocks: list[str]
     count: int
 
 
-def pack(records: Sequence[Record]) -> Packed:
-    """Index and blocks of records; the same records, the same text."""
+def compress_records(records: Sequence[AnswerRecord]) -> CompressedRecords:
+    """Compress records to an index and blocks; the same records give the same text."""
     kinds = kinds_of(records)
     blocks, places, block, size = [], [], list[str](), 0
     for record in records:
@@ -48,28 +48,28 @@ def pack(records: Sequence[Record]) -> Packed:
         size += len(text)
     if block:
         blocks.append(block)
-    return Packed(
-        packed(_json(_index(records, places, kinds))),
-        [packed(f"[{','.join(block)}]") for block in blocks],
+    return CompressedRecords(
+        compress(_json(_index(records, places, kinds))),
+        [compress(f"[{','.join(block)}]") for block in blocks],
         len(records),
     )
 
 
-def packed(text: str) -> str:
-    """gzip in base64, without a time stamp. A lone surrogate becomes a question mark."""
+def compress(text: str) -> str:
+    """Return gzip in base64, without a time stamp. A lone surrogate becomes a question mark."""
     raw = text.encode("utf-8", errors="replace")
     return base64.b64encode(gzip.compress(raw, 9, mtime=0)).decode("ascii")
 
 
-def unpacked(text: str) -> Any:
-    """What `packed` was given, from JSON."""
+def decompress(text: str) -> Any:
+    """Return the value of JSON text that `compress` was given."""
     return json.loads(gzip.decompress(base64.b64decode(text)))
 
 
 def _index(
-    records: Sequence[Record], places: Sequence[tuple[int, int]], kinds: Sequence[str]
+    records: Sequence[AnswerRecord], places: Sequence[tuple[int, int]], kinds: Sequence[str]
 ) -> dict[str, Any]:
-    """Columns over records; names that repeat stand in lists of their own and are pointed at."""
+    """Return columns over records; repeated names are in separate lists, and columns hold indices."""
     problems, sources, reasons = dict[str, int](), dict[str, int](), dict[str, int]()
     rows = []
     for record, (block, place) in zip(records, places, strict=True):
@@ -94,17 +94,18 @@ def _index(
 
 
 def _number(names: dict[str, int], name: str) -> int:
-    """A name's number, in order of appearance."""
+    """Return a name's number, in order of appearance."""
     return names.setdefault(name, len(names))
 
 
-def _reason(record: Record) -> str | None:
-    """Why an answer taught nothing, under the first context that has a reason."""
-    told = [own["dropped"] for own in record["contexts"].values() if own["dropped"]]
-    return told[0] if told else (record["critique"] or {}).get("reason")
+def _reason(record: AnswerRecord) -> str | None:
+    """Return why an answer was dropped, under the first context that has a reason."""
+    contexts = record["contexts"].values()
+    reasons = [context["dropped"] for context in contexts if context["dropped"]]
+    return reasons[0] if reasons else (record["critique"] or {}).get("reason")
 
 
-def _with_kind_numbers(record: Record, kinds: Sequence[str]) -> Record:
+def _with_kind_numbers(record: AnswerRecord, kinds: Sequence[str]) -> AnswerRecord:
     tokens = record["tokens"]
     if not tokens or not tokens["kind"]:
         return record

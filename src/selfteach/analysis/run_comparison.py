@@ -1,0 +1,126 @@
+"""Compare run folders that no study has gathered, in the form of results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from selfteach.analysis.results_table import ArmMeasurements, as_estimate, results_table
+from selfteach.analysis.run_budget import run_budget
+from selfteach.analysis.run_data import Groups, RunData, evaluations, read_json
+from selfteach.evaluation.evaluation_record import Evaluation
+from selfteach.evaluation.statistics import bootstrap_difference
+
+RESAMPLES = 10_000
+
+
+def compare_runs(groups: Groups, title: str) -> dict[str, Any]:
+    """Compare arms, as `results_text.Results`.
+
+    Test evaluations where every arm has one, else each run's last validation. Arms without any
+    evaluation have no row. A pair is compared where both have the same seeds, problems and k;
+    ``notes`` says which are not, and why.
+    """
+    split = "test" if all(_has_all(runs, "test") for runs in groups.values()) else "validation"
+    last = {name: saved for name, runs in groups.items() if (saved := _last(runs, split))}
+    pairs, notes = [], []
+    for a, b in combinations(last, 2):
+        if reason := _incomparable(last[a], last[b]):
+            notes.append(f"{b} and {a} are not compared: {reason}")
+        else:
+            pairs.append(f"{b}-{a}")
+    arms = {name: _measurements(groups[name], saved) for name, saved in last.items()}
+    runs = [run for runs in groups.values() for run in runs]
+    ks = [evaluation.k for saved in last.values() for evaluation in saved.values()]
+    return {
+        **empty_results(title, _made(runs)),
+        "split": split,
+        "k": min(ks, default=0),
+        "seeds": sorted({run.seed for run in runs}),
+        **results_table(arms, pairs, resamples=RESAMPLES),
+        "notes": notes,
+    }
+
+
+def empty_results(title: str, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return results without an arm: where there is only an inspection to show."""
+    return {
+        "format": 1, "title": title, "split": "test", "k": 0, "seeds": [], "headline": [],
+        "arms": {}, "paired": {}, "variants": {}, "notes": [], "made": made,
+    }  # fmt: skip
+
+
+def training_gain(runs: Sequence[RunData]) -> dict[str, Any] | None:
+    """Compare an arm's last validation with its first: the same problems, paired.
+
+    Returns ``{"first", "last", "steps", "k", "difference": Estimate}`` in percent and points; None
+    without two evaluations per run of one shape.
+    """
+    pairs, k, last_step = [], 0, 0
+    for run in runs:
+        saved = evaluations(run, "validation")
+        if len(saved) < 2:
+            return None
+        first_step, last_step = min(saved), max(saved)
+        k = saved[first_step].k
+        pairs.append(tuple(saved[s].per_problem()["avg"] for s in (first_step, last_step)))
+    if not pairs or len({values.shape for pair in pairs for values in pair}) > 1:
+        return None
+    first_SP, last_SP = (np.stack(values) for values in zip(*pairs, strict=True))
+    change = bootstrap_difference(last_SP, first_SP, resamples=RESAMPLES, seed=0)
+    return {
+        "first": float(first_SP.mean()), "last": float(last_SP.mean()), "steps": last_step,
+        "k": k, "difference": as_estimate(change),
+    }  # fmt: skip
+
+
+def _has_all(runs: Sequence[RunData], split: str) -> bool:
+    return all(evaluations(run, split) for run in runs)
+
+
+def _last(runs: Sequence[RunData], split: str) -> dict[int, Evaluation]:
+    """Return each seed's last evaluation on a split."""
+    by_seed = {run.seed: evaluations(run, split) for run in runs}
+    return {seed: saved[max(saved)] for seed, saved in by_seed.items() if saved}
+
+
+def _measurements(runs: Sequence[RunData], last: Mapping[int, Evaluation]) -> ArmMeasurements:
+    return ArmMeasurements(
+        per_problem={seed: last[seed].per_problem() for seed in sorted(last)},
+        budgets=[run_budget(run) for run in runs],
+        curve=_curve(runs),
+        settings={"optimizer.lr": runs[0].config["optimizer"]["lr"]},
+    )
+
+
+def _curve(runs: Sequence[RunData]) -> dict[str, Any] | None:
+    """Return validation Avg@k by step, at the steps that every seed has reached."""
+    by_run = [{row["step"]: row["avg"] for row in run.of_kind("validation")} for run in runs]
+    steps = sorted(set.intersection(*map(set, by_run))) if by_run else []
+    seeds = [str(run.seed) for run in runs]
+    avg = {seed: [values[s] for s in steps] for seed, values in zip(seeds, by_run, strict=True)}
+    return {"steps": steps, "avg": avg} if len(steps) > 1 else None
+
+
+def _incomparable(a: Mapping[int, Evaluation], b: Mapping[int, Evaluation]) -> str | None:
+    """Return why two arms cannot be paired; None if they can."""
+    if a.keys() != b.keys():
+        return "they ran with other seeds"
+    if any(a[seed].problem_ids != b[seed].problem_ids for seed in a):
+        return "they answered other problems"
+    if any(a[seed].k != b[seed].k for seed in a):
+        return "their k differs"
+    if len({tuple(evaluation.problem_ids) for evaluation in a.values()}) > 1:
+        return "their seeds answered different problems"
+    return None
+
+
+def _made(runs: Sequence[RunData]) -> dict[str, Any]:
+    """Return how the first run was made; a report over runs has no command of its own."""
+    path = runs[0].folder / "environment.json"
+    made = read_json(path) if path.exists() else {}
+    seconds = sum(run_budget(run)["seconds"] for run in runs)
+    return {"commit": None, "versions": {}, **made, "seconds": seconds}
