@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shlex
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from selfteach import __version__
-from selfteach.analysis.terminal.sanitize import sanitized
 from selfteach.commands import actions
-from selfteach.commands.notes import notes_on_stderr
+from selfteach.commands.console_script import run_console_script
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
-from selfteach.errors import CheckpointError, RecipeError, SelfteachError, Terminated
+from selfteach.errors import CheckpointError, RecipeError
 from selfteach.planning.plan_cli import plan
-from selfteach.runtime import gc_pause, torchrun
-from selfteach.runtime.signals import STATUS
-
-MULTI_RANK_COMMANDS = ("train", "resume")
-"""Commands that torchrun may start on several ranks."""
-RANK_0_GRACE_S = 5.0
-"""Seconds that another rank waits before it reports an error that rank 0 may be about to report."""
 
 app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
@@ -163,7 +152,7 @@ def inspect(
     contexts: Annotated[
         str, typer.Option(help="Contexts to show the teacher: names separated by commas, or `all`.")
     ],
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty output folder.")],
     recipe: Annotated[
         Path | None,
         typer.Option(help="Recipe for problems, critic and sampling; default: that of the run."),
@@ -364,69 +353,8 @@ def sweep(
 
 def main() -> None:
     """Run the console script: one line for an error of the user, a traceback for a bug of ours."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _quiet_libraries()
-    gc_pause.rest()
-    with notes_on_stderr():
-        _run_command()
-
-
-def _run_command() -> None:
-    try:
-        _require_one_process()
-        app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; continue with selfteach resume OUT", status=130)
-    except Terminated:
-        _exit_at_once("terminated; progress is saved, continue with selfteach resume OUT")
-    except SelfteachError as error:
-        if not torchrun.is_main():
-            # Rank 0 reports errors common to all ranks; its exit ends this rank while it waits.
-            time.sleep(RANK_0_GRACE_S)
-            _fail(f"rank {torchrun.rank()}: {error}")
-        _fail(str(error))
-    except Exception as error:
-        # Usage errors come from Typer's click, whose module moved between releases.
-        format_message = getattr(error, "format_message", None)
-        if format_message is None:
-            raise
-        _fail(format_message())
-
-
-def _require_one_process() -> None:
-    """Raise `RecipeError` under torchrun for a command that runs in one process."""
-    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if torchrun.by_torchrun() and command not in MULTI_RANK_COMMANDS:
-        raise RecipeError(
-            f"selfteach {command} runs in one process: call it without torchrun, which is for "
-            + " and ".join(MULTI_RANK_COMMANDS)
-        )
+    run_console_script(app)
 
 
 def _command() -> str:
     return shlex.join(["selfteach", *sys.argv[1:]])
-
-
-def _fail(message: str, *, status: int = 2) -> None:
-    # Escape control characters: a message may quote a server.
-    sys.stderr.write("selfteach: " + " ".join(sanitized(message).split()) + "\n")
-    sys.exit(status)
-
-
-def _exit_at_once(message: str) -> NoReturn:
-    """Exit without waiting for other threads: everything needed to resume is on disk."""
-    sys.stderr.write(f"selfteach: {message}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(STATUS)
-
-
-def _quiet_libraries() -> None:
-    """Silence progress bars and advice of the libraries, which would mix with ours."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")

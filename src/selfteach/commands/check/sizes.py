@@ -23,9 +23,9 @@ from selfteach.commands.check.memory import Load, VllmMemory
 from selfteach.commands.check.tokens import Lengths
 from selfteach.config.critic_section import (
     EndpointConfig,
+    LlmCriticConfig,
     LocalCriticConfig,
     PolicyCriticConfig,
-    LlmCriticConfig,
 )
 from selfteach.config.data_section import AnswerReading, FilesData, HubData
 from selfteach.config.engine_section import VllmProcessConfig, VllmServerConfig
