@@ -240,7 +240,7 @@ def test_the_sweep_never_scores_test_and_records_its_choice(
         ("optimizer.lrr=1", "did you mean 'lr'?"),
         ("modell.path=x", "did you mean 'model'?"),
         ("optimizer.lr=-1", "greater than 0"),
-        ("train.group_size=1", "at least 2 group_size"),
+        ("train.group_size=1", "train.group_size of at least 2"),
         ("data.type=labb", "expected tags"),
         ("model.path=lab:nowhere", "no such base model"),
         ("model.path=/no/such/model", "/no/such/model"),

@@ -137,12 +137,7 @@ class PartlyAlignedContext:
     def __init__(
         self, context: Context, replace_steps: ReplaceSteps, alignment: float, *, seed: int
     ) -> None:
-        self._context, self._replace_steps, self._alignment, self._seed = (
-            context,
-            replace_steps,
-            alignment,
-            seed,
-        )
+        self._context, self._replace_steps, self._alignment, self._seed = context, replace_steps, alignment, seed
 
     def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
         """Return the context of each rollout with its blended critique, or why it has none."""
