@@ -1,63 +1,55 @@
-"""The command line. Every wrong input is one line on stderr and exit status 2."""
+"""Define the command line. Wrong input is one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
-import logging
-import os
 import shlex
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from selfteach import __version__
-from selfteach.analysis.terminal.sanitize import sanitized
 from selfteach.commands import actions
+from selfteach.commands.console_script import run_console_script
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
-from selfteach.errors import CheckpointError, RecipeError, SelfteachError, Terminated
+from selfteach.errors import CheckpointError, RecipeError
 from selfteach.planning.plan_cli import plan
-from selfteach.runtime import gc_pause, torchrun
-from selfteach.runtime.signals import EXIT_STATUS
-
-MANY_RANKS = ("train", "resume")
-"""Commands that torchrun may start, several times over."""
-PATIENCE_S = 5.0
-"""How long another rank than 0 waits before it says what is wrong: rank 0 may be about to."""
 
 app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
-    "Start with:  selfteach check RECIPE   (what it would do and cost; spends nothing)\n\n"
+    "Start with:  selfteach check RECIPE   (prints sizes, memory and cost; runs nothing)\n\n"
     "then:        selfteach study RECIPE --out DIR",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 RecipePath = Annotated[
-    Path, typer.Argument(help="A TOML file; `name` finds one shipped with the package.")
+    Path, typer.Argument(help="TOML file, or the name of a recipe shipped with the package.")
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="A new or empty folder for the results.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="Output folder; resumes if it holds the same run.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change one value of every arm, e.g. --set train.steps=20; repeatable. "
-        "Keys that begin with study., arms., variants., sweep. or select. change those tables.",
+        help="Override a value in every arm, e.g. --set train.steps=20; repeatable. "
+        "Keys that start with study., arms., variants., sweep. or select. change those tables.",
     ),
 ]
-Arm = Annotated[str | None, typer.Option(help="Which arm of the recipe; needed if it has several.")]
-Seed = Annotated[int, typer.Option(help="Seed of the questions' order and of all sampling.")]
+Arm = Annotated[str | None, typer.Option(help="Arm of the recipe; required if it has several.")]
+Seed = Annotated[int, typer.Option(help="Seed of the problem order and of sampling.")]
 
 
-def _print_version(asked: bool) -> bool:
-    if asked:
+def _print_version(requested: bool) -> bool:
+    if requested:
         typer.echo(f"selfteach {__version__}")
         raise typer.Exit
-    return asked
+    return requested
 
 
 @app.callback()
@@ -69,14 +61,14 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """Accept the options that precede a command."""
 
 
 @app.command()
 def study(recipe: RecipePath, out: Out, settings: Settings = None) -> None:
-    """Compare arms: every arm, every seed, then one table with intervals and a report.
+    """Run every arm with every seed, then compare them in a table with intervals and a report.
 
-    Writes OUT/results.json and OUT/report.html. Stopped at any point, it goes on with
+    Writes OUT/results.json and OUT/report.html. After an interruption, continue with
     `selfteach resume OUT`.
     """
     actions.run_study(actions.load(recipe, settings), out, command=_command())
@@ -86,15 +78,17 @@ def study(recipe: RecipePath, out: Out, settings: Settings = None) -> None:
 def train(
     recipe: RecipePath, out: Out, arm: Arm = None, seed: Seed = 0, settings: Settings = None
 ) -> None:
-    """One run: one arm, one seed. The trained model is OUT/model, in Hugging Face format."""
+    """Train one arm with one seed. Saves the model to OUT/model in Hugging Face format."""
     actions.run_one(actions.one_run(actions.load(recipe, settings, arm), arm, seed), out)
 
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(help="The --out of a study, a run or a selection.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a study, a sweep, a run or a selection.")
+    ],
 ) -> None:
-    """Go on with a study, a run or a selection, however it was stopped; what is on disk is kept."""
+    """Resume a study, sweep, run or selection from what is on disk."""
     if (folder / "study.json").exists():
         from selfteach.commands.study.run_study import load_existing
 
@@ -108,9 +102,9 @@ def resume(
             raise CheckpointError(f"{folder}: no such folder")
         config = RunFolder(folder).config()
         if "select" in config:
-            chosen = validate(SelectConfig, config["select"], where=str(folder))
+            select_config = validate(SelectConfig, config["select"], where=str(folder))
             actions.run_selection(
-                validate(Recipe, config["recipe"], where=str(folder)), chosen, folder
+                validate(Recipe, config["recipe"], where=str(folder)), select_config, folder
             )
         else:
             actions.run_one(validate(Recipe, config, where=str(folder)), folder)
@@ -118,29 +112,31 @@ def resume(
 
 @app.command()
 def evaluate(
-    what: Annotated[str, typer.Argument(help="A run folder, a checkpoint, or a model path or id.")],
+    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, or model path or hub id.")],
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Where problems and sampling come from; by default the run's own."),
+        typer.Option(help="Recipe for problems and sampling; default: that of the run."),
     ] = None,
     problems: Annotated[
         str,
         typer.Option(
-            help="train, validation, test, or a .jsonl or .parquet file of questions and answers."
+            help="train, validation, test, or a .jsonl or .parquet file with question and answer."
         ),
     ] = "validation",
-    k: Annotated[int | None, typer.Option("-k", min=1, help="Answers per problem.")] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="Rollouts per problem.")] = None,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the evaluation here, as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the evaluation to this JSON file.")
+    ] = None,
     settings: Settings = None,
 ) -> None:
-    """Avg@k, Pass@k and Maj@k with 95 % intervals over problems."""
+    """Evaluate a model: Avg@k, Pass@k and Maj@k with 95 % intervals over problems."""
     from selfteach.commands.evaluate import evaluate_model
 
     chosen = (
         actions.one_run(actions.load(recipe, settings), None, seed, first=True) if recipe else None
     )
-    result = evaluate_model(what, recipe=chosen, problems=problems, k=k, seed=seed)
+    result = evaluate_model(model, recipe=chosen, problems=problems, k=k, seed=seed)
     if out is not None:
         from selfteach.runtime.run_folder import write_json
 
@@ -152,56 +148,59 @@ def evaluate(
 
 @app.command()
 def inspect(
-    what: Annotated[str, typer.Argument(help="A run folder, a checkpoint, or a model path or id.")],
+    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, or model path or hub id.")],
     contexts: Annotated[
-        str, typer.Option(help="What the self-teacher is shown: names with commas, or `all`.")
+        str, typer.Option(help="Contexts to show the teacher: names separated by commas, or `all`.")
     ],
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty output folder.")],
     recipe: Annotated[
         Path | None,
-        typer.Option(
-            help="Where problems, critic and sampling come from; by default the run's own."
-        ),
+        typer.Option(help="Recipe for problems, critic and sampling; default: that of the run."),
     ] = None,
     arm: Arm = None,
     problems: Annotated[
         str,
-        typer.Option(help="train, validation, test, or a JSONL file with question and answer."),
+        typer.Option(
+            help="train, validation, test, or a .jsonl or .parquet file with question and answer."
+        ),
     ] = "validation",
-    answers: Annotated[int, typer.Option("--answers", "-k", min=1, help="Per problem.")] = 4,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="The first so many problems only.")
-    ] = None,
+    k: Annotated[int, typer.Option("--answers", "-k", min=1, help="Rollouts per problem.")] = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N problems.")] = None,
     labelled: Annotated[
         Path | None,
-        typer.Option(help="Take these answers, whose steps are labelled (ProcessBench's JSONL)."),
+        typer.Option(
+            help="Score completions with labelled steps (JSONL in ProcessBench's schema)."
+        ),
     ] = None,
     recorded: Annotated[
-        str | None, typer.Option(help="Take a run's recorded answers, e.g. step_000010.")
+        str | None, typer.Option(help="Score recorded rollouts of a run, e.g. step_000010.")
     ] = None,
     teacher: Annotated[
-        str, typer.Option(help="given: the model itself; initial: what its training began with.")
+        str,
+        typer.Option(
+            help="Teacher weights: given (the model itself) or initial (before training)."
+        ),
     ] = "given",
     seed: Seed = 0,
     settings: Settings = None,
 ) -> None:
-    """Score the same answers under several contexts: what does each change, and where?
+    """Score the same rollouts under several contexts, token by token.
 
     Writes OUT/tokens.parquet (a row per token), OUT/answers.jsonl and OUT/localisation.json.
     """
-    from selfteach.commands.inspect.inspection import Request, inspect_model
-    from selfteach.commands.progress import answers_progress
+    from selfteach.commands.inspect.inspection import InspectionRequest, inspect_model
+    from selfteach.commands.progress import inspection_progress
     from selfteach.config.recipe import CONTEXTS
 
     if teacher not in ("given", "initial"):
-        raise RecipeError(f"--teacher {teacher!r}: write given or initial")
-    # The dial is asked for by name: only the lab has one.
-    every = [name for name in CONTEXTS if name not in ("none", "partly_aligned")]
-    names = every if contexts == "all" else [name.strip() for name in contexts.split(",")]
-    request = Request(
+        raise RecipeError(f"--teacher {teacher!r}: must be given or initial")
+    # "all" leaves out the dial partly_aligned, which only the lab has.
+    all_names = [name for name in CONTEXTS if name not in ("none", "partly_aligned")]
+    names = all_names if contexts == "all" else [name.strip() for name in contexts.split(",")]
+    request = InspectionRequest(
         tuple(names),
         problems,
-        answers,
+        k,
         limit,
         seed,
         teacher,
@@ -209,9 +208,11 @@ def inspect(
         recorded,  # type: ignore[arg-type]
     )
     chosen = actions.run_with_critic(actions.load(recipe, None), arm, seed) if recipe else None
-    with answers_progress() as progress:
-        inspect_model(what, request, out, recipe=chosen, settings=settings or (), progress=progress)
-    actions.sum_up(out, actions.console())
+    with inspection_progress() as progress:
+        inspect_model(
+            model, request, out, recipe=chosen, settings=settings or (), progress=progress
+        )
+    actions.summarize_inspection(out, actions.console())
 
 
 @app.command()
@@ -221,26 +222,22 @@ def check(
         bool,
         typer.Option(
             "--offline",
-            help="Load no weights and ask no server; list what cannot be had here instead of failing.",
+            help="Load no weights, contact no server; list what is not available instead of failing.",
         ),
     ] = False,
     settings: Settings = None,
 ) -> None:
-    """Validate a recipe and print what it resolves to, its sizes, memory and budget. Spends nothing."""
+    """Validate a recipe; print resolved values, sizes, memory and budget. Runs nothing."""
     from selfteach.commands.check.describe_recipe import describe_study
 
     loaded = actions.load(recipe, settings)
-    # All of it first: a recipe that fails prints its one line of error and nothing else.
+    # Collected before printing: a recipe that fails prints its error line and nothing else.
     lines = list(describe_study(loaded, offline=offline))
     if not offline:
-        from selfteach.commands.study.run_study import critics_of, engines_of
-        from selfteach.trainer.build_critic import require_critic
-        from selfteach.trainer.build_engine import require_engine
+        from selfteach.commands.study.run_study import recipes_of
+        from selfteach.trainer.preflight import preflight
 
-        for critic in critics_of(loaded):
-            require_critic(critic)
-        for own in engines_of(loaded):
-            require_engine(own)
+        preflight(recipes_of(loaded))
     for line in lines:
         typer.echo(line)
 
@@ -252,16 +249,18 @@ app.command()(plan)
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="A study, a run, an inspection, or several."),
+        typer.Argument(metavar="DIR...", help="Folders of studies, runs or inspections."),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="By default DIR/report.html; for several folders, report.html here."),
+        typer.Option(
+            help="Output file; default: DIR/report.html, or ./report.html for several folders."
+        ),
     ] = None,
 ) -> None:
-    """One HTML file with results, answers, health and budget, also of what still goes on.
+    """Write an HTML report: results, rollouts, health and budget; works while runs are in progress.
 
-    Figures are written beside it, as SVG and PNG. An inspection in DIR/inspection is shown too.
+    Also writes the figures as SVG and PNG. Includes an inspection in DIR/inspection.
     """
     from selfteach.analysis.report.page import write_report
 
@@ -270,17 +269,17 @@ def report(
 
 @app.command()
 def watch(
-    folder: Annotated[Path, typer.Argument(help="The --out of a study or of a run.")],
-    once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    folder: Annotated[Path, typer.Argument(help="Folder of a study or a run.")],
+    once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 2.0,
 ) -> None:
-    """Look on while a study or a run goes on: step, time left, and the numbers that matter.
+    """Show the progress of a study or a run: step, time left and the main metrics.
 
-    Reads what the runs write and touches nothing; ends when all runs are complete.
+    Only reads the run folders; exits when all runs are complete.
     """
-    from selfteach.analysis.terminal.watch import watch as look
+    from selfteach.analysis.terminal.watch import watch as watch_folder
 
-    look(folder, actions.console(), once=once, every=every)
+    watch_folder(folder, actions.console(), once=once, every=every)
 
 
 @app.command()
@@ -288,36 +287,37 @@ def critique(
     file: Annotated[
         Path,
         typer.Argument(
-            help="JSON lines with question, text (the answer to be marked) and answer (the right "
-            "one); or a run's rollouts/*.jsonl or samples/*.jsonl."
+            help="JSON lines with question, text (the completion to critique) and answer (the correct "
+            "final answer); or a run's rollouts/*.jsonl or samples/*.jsonl."
         ),
     ],
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Whose critic and problems; by default those of the run FILE lies in."),
+        typer.Option(help="Recipe for critic and problems; default: that of the run with FILE."),
     ] = None,
     arm: Arm = None,
     settings: Settings = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the critiques here, as JSON lines.")
+        Path | None,
+        typer.Option("--out", "-o", help="Also write the critiques to this JSONL file."),
     ] = None,
-    show: Annotated[int, typer.Option(min=0, help="Examples to show side by side.")] = 4,
+    show: Annotated[int, typer.Option(min=0, help="Number of examples to print.")] = 4,
 ) -> None:
-    """Let a critic mark answers from a file, and show what it takes to judge its prompt."""
+    """Critique completions from a file and print statistics and examples, to tune a critic's prompt."""
     from selfteach.analysis.terminal.critique_summary import print_critiques
-    from selfteach.commands.critique import recipe_beside, recipe_of, review
-    from selfteach.commands.progress import review_progress
+    from selfteach.commands.critique import critique_file, recipe_beside, recipe_of
+    from selfteach.commands.progress import critique_progress
     from selfteach.runtime.run_folder import write_lines
-    from selfteach.trainer.build_critic import require_critic
+    from selfteach.trainer.preflight import preflight
 
     chosen = (
         recipe_of(actions.load(recipe, settings, arm), arm)
         if recipe
         else recipe_beside(file, settings)
     )
-    require_critic(chosen.critic)
-    with review_progress() as progress:
-        rows, seconds = review(chosen, file, progress)
+    preflight([chosen], critic_only=True)
+    with critique_progress() as progress:
+        rows, seconds = critique_file(chosen, file, progress)
     print_critiques(rows, seconds, actions.console(), show=show)
     if out is not None:
         write_lines(out, rows)
@@ -326,13 +326,11 @@ def critique(
 
 @app.command()
 def select(recipe: RecipePath, out: Out, arm: Arm = None, settings: Settings = None) -> None:
-    """Choose a training set as the paper does, by the recipe's [select]: problems that are hard for
-    the solver, answered in the right form, and solved by the critic; with splits and a data card."""
+    """Select a training set by the recipe's [select]: hard for the policy, well formatted, solved by
+    the critic. Writes splits and a data card."""
     loaded = actions.load(recipe, settings, arm)
-    if arm is None:  # arms share solver and problems; the one with a critic knows all
-        arms = {name: loaded.recipe(name, seed=0) for name in loaded.arms}
-        arm = next((name for name, own in arms.items() if own.critic), next(iter(arms)))
-    actions.run_selection(loaded.recipe(arm, seed=0), loaded.select, out)
+    # Arms share policy and problems; one that has a critic has all that is needed.
+    actions.run_selection(actions.run_with_critic(loaded, arm, seed=0), loaded.select, out)
 
 
 @app.command()
@@ -340,11 +338,12 @@ def sweep(
     recipe: RecipePath,
     out: Out,
     record: Annotated[
-        Path | None, typer.Option(help="Also write the table and the choices to this JSON file.")
+        Path | None,
+        typer.Option(help="Also write the table and the chosen rates to this JSON file."),
     ] = None,
     settings: Settings = None,
 ) -> None:
-    """The recipe's [sweep]: the same rates and seeds for every arm, judged on validation problems."""
+    """Run the recipe's [sweep]: choose each arm's learning rate by validation Avg@k."""
     from selfteach.runtime.run_folder import write_json
 
     result = actions.run_sweep(actions.load(recipe, settings), out, command=_command())
@@ -353,65 +352,9 @@ def sweep(
 
 
 def main() -> None:
-    """The console script: one line for what a user can mend, a traceback for our own bugs."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _quiet_libraries()
-    gc_pause.pause()
-    try:
-        _require_one_process()
-        app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped; selfteach resume goes on from there", status=130)
-    except Terminated:
-        _end("terminated; what had been learned is saved, and selfteach resume goes on from there")
-    except SelfteachError as error:
-        if not torchrun.is_main():
-            # What is wrong for all is said by rank 0, whose end ends this rank while it waits.
-            time.sleep(PATIENCE_S)
-            _fail(f"rank {torchrun.rank()}: {error}")
-        _fail(str(error))
-    except Exception as error:
-        # Usage errors come from Typer's click, whose module moved between releases.
-        told = getattr(error, "format_message", None)
-        if told is None:
-            raise
-        _fail(told())
-
-
-def _require_one_process() -> None:
-    """Raises `RecipeError` under torchrun for a command that is not for many ranks."""
-    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if torchrun.is_torchrun() and command not in MANY_RANKS:
-        raise RecipeError(
-            f"selfteach {command} is one process: call it without torchrun, which is for "
-            + " and ".join(MANY_RANKS)
-        )
+    """Run the console script: one line for an error of the user, a traceback for a bug of ours."""
+    run_console_script(app)
 
 
 def _command() -> str:
     return shlex.join(["selfteach", *sys.argv[1:]])
-
-
-def _fail(message: str, *, status: int = 2) -> None:
-    # A message may quote a server.
-    sys.stderr.write("selfteach: " + " ".join(sanitized(message).split()) + "\n")
-    sys.exit(status)
-
-
-def _end(message: str) -> NoReturn:
-    """At once, whatever other threads still wait for: all that counts is on disk."""
-    sys.stderr.write(f"selfteach: {message}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_STATUS)
-
-
-def _quiet_libraries() -> None:
-    """Progress bars and advice of the libraries would stand between ours."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")

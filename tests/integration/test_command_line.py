@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a study end to end, and one clear line for wrong input."""
+"""The command line runs a study end to end, and reports wrong input in one line."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Run the console script in this process; its exit status."""
+    """Run the console script in this process; return its exit status."""
     monkeypatch.setattr(sys, "argv", ["selfteach", *map(str, words)])
     try:
         cli.main()
@@ -84,17 +84,17 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
 ) -> str:
-    """What a refused call says: exactly one line, exit status 2."""
+    """Return the error line of a failing call: exactly one line, exit status 2."""
     assert call(monkeypatch, *words) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("selfteach: ") and said.err.count("\n") == 1, said.err
-    return said.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("selfteach: ") and printed.err.count("\n") == 1, printed.err
+    return printed.err
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a whole study, and what was printed; its runs came one after the other."""
+    """Run a study with one worker; return its folder and what it printed."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "recipe.toml").write_text(RECIPE)
     printed = io.StringIO()
@@ -139,33 +139,31 @@ def test_a_study_from_recipe_to_report(
     after = json.loads((out / "results.json").read_text())
     assert after["arms"] == json.loads(before)["arms"]
     assert (out / "inspection" / "tokens.parquet").stat().st_mtime_ns == scored_at
-    assert after["made"]["seconds"] > json.loads(before)["made"]["seconds"], (
-        "what it took is added up"
-    )
+    assert after["made"]["seconds"] > json.loads(before)["made"]["seconds"], "seconds accumulate"
     assert after["made"]["processor"] == cpu_capability()
     capsys.readouterr()
     assert call(monkeypatch, "watch", out, "--once") == 0
-    told = capsys.readouterr().out
-    assert "9 of 9 runs complete" in told and "easy step_aligned 0" in told
+    watched = capsys.readouterr().out
+    assert "9 of 9 runs complete" in watched and "easy step_aligned 0" in watched
     two = [out / "runs" / arm / "seed_0" for arm in ("grpo", "step_aligned")]
     assert call(monkeypatch, "report", *two, "--out", out / "two.html") == 0
     assert "step_aligned − grpo" in (out / "two.html").read_text(encoding="utf-8")
 
 
-def test_what_goes_wrong_beside_runs_is_said_when_they_are_done(
-    recipe: Path, tmp_path: Path
-) -> None:
-    study = load_study(recipe, ["study.seeds=[0, 1, 2, 3]"])  # more than wait in the worker's queue
+def test_an_error_of_the_inspection_is_raised_after_all_runs(recipe: Path, tmp_path: Path) -> None:
+    study = load_study(
+        recipe, ["study.seeds=[0, 1, 2, 3]"]
+    )  # more than fit into the worker's queue
     jobs = [job for job in jobs_of(study, tmp_path / "out") if job.arm == BASE]
     with pytest.raises(ZeroDivisionError):
-        run_jobs(jobs, 1, lambda _: None, beside=partial(truediv, 1, 0))
+        run_jobs(jobs, 1, lambda _: None, also=partial(truediv, 1, 0))
     assert all(RunFolder(job.folder).is_complete for job in jobs)
 
 
-def test_a_killed_study_goes_on_and_is_the_same(
+def test_a_killed_study_resumes_with_the_same_results(
     study: tuple[Path, str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed by a real signal, with two runs side by side; and the same as runs in turn."""
+    """Killed by a signal with two runs in parallel; equal to sequential runs."""
     out = tmp_path / "out"
     words = [sys.executable, "-m", "selfteach", "study", recipe, "--set", "study.workers=2"]
     process = subprocess.Popen(
@@ -186,15 +184,15 @@ def test_a_killed_study_goes_on_and_is_the_same(
     assert ours["arms"] == theirs["arms"] and ours["variants"] == theirs["variants"]
 
 
-def test_check_tells_sizes_and_budget_and_spends_nothing(
+def test_check_prints_sizes_and_budget_and_writes_nothing(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     before = set(tmp_path.rglob("*"))
     assert call(monkeypatch, "check", recipe) == 0
     printed = capsys.readouterr().out
-    asked = "12 answers (at most 480 tokens)"
-    assert f"# grpo, per seed\n{asked}, 0 critiques, 2 optimizer steps" in printed
-    assert f"# step_aligned, per seed\n{asked}, 12 critiques" in printed
+    rollouts = "12 rollouts (at most 480 tokens)"
+    assert f"# grpo, per seed\n{rollouts}, 0 critiques, 2 optimizer steps" in printed
+    assert f"# step_aligned, per seed\n{rollouts}, 12 critiques" in printed
     assert "8 train, 3 validation, 4 test" in printed
     assert set(tmp_path.rglob("*")) == before
 
@@ -206,15 +204,15 @@ def test_train_and_evaluate(
     assert call(monkeypatch, "train", recipe, "--out", out, "--arm", "grpo", "--seed", 3) == 0
     capsys.readouterr()
     table = tmp_path / "evaluation.json"
-    for what in (out, out / "checkpoints" / "step_000002", out / "model", "lab:two_styles"):
-        words = ("evaluate", what, "--recipe", recipe, "-k", 2, "--out", table)
+    for model in (out, out / "checkpoints" / "step_000002", out / "model", "lab:two_styles"):
+        words = ("evaluate", model, "--recipe", recipe, "-k", 2, "--out", table)
         assert call(monkeypatch, *words) == 0
         assert "Avg@2" in capsys.readouterr().out
         result = json.loads(table.read_text())
         assert result["problems"] == 3 and result["k"] == 2
-    own = tmp_path / "own.jsonl"
-    own.write_text('{"question": "a b c d e f", "answer": "g"}\n')
-    assert call(monkeypatch, "evaluate", out, "--problems", own, "-k", 2, "--out", table) == 0
+    problems = tmp_path / "own.jsonl"
+    problems.write_text('{"question": "a b c d e f", "answer": "g"}\n')
+    assert call(monkeypatch, "evaluate", out, "--problems", problems, "-k", 2, "--out", table) == 0
     assert json.loads(table.read_text())["problems"] == 1
 
 
@@ -237,12 +235,12 @@ def test_the_sweep_never_scores_test_and_records_its_choice(
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("optimizer.lrr=1", "did you mean 'lr'?"),
         ("modell.path=x", "did you mean 'model'?"),
         ("optimizer.lr=-1", "greater than 0"),
-        ("train.group_size=1", "at least 2 group_size"),
+        ("train.group_size=1", "train.group_size of at least 2"),
         ("data.type=labb", "expected tags"),
         ("model.path=lab:nowhere", "no such base model"),
         ("model.path=/no/such/model", "/no/such/model"),
@@ -258,55 +256,55 @@ def test_the_sweep_never_scores_test_and_records_its_choice(
         ("arms.step_aligned.objective.beta=3.0", "beta"),
     ],
 )
-def test_wrong_values_are_one_line(
+def test_a_wrong_value_is_one_line(
     setting: str,
-    said: str,
+    message: str,
     recipe: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert said in refused(monkeypatch, capsys, "check", recipe, "--set", setting)
+    assert message in refused(monkeypatch, capsys, "check", recipe, "--set", setting)
 
 
-def test_wrong_calls_are_one_line(
+def test_a_wrong_call_is_one_line(
     recipe: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def said(*words: object) -> str:
+    def error(*words: object) -> str:
         return refused(monkeypatch, capsys, *words)
 
-    assert "no such recipe" in said("check", tmp_path / "nothing.toml")
-    assert "name the recipe file" in said("check", tmp_path)
+    assert "no such recipe" in error("check", tmp_path / "nothing.toml")
+    assert "name the recipe file" in error("check", tmp_path)
     broken = tmp_path / "broken.toml"
     broken.write_text("[model\n")
-    assert "not valid TOML" in said("check", broken)
-    assert "--arm grpo|step_aligned" in said("train", recipe, "--out", tmp_path / "x")
-    assert "did you mean 'grpo'?" in said("train", recipe, "--out", tmp_path / "x", "--arm", "grp")
-    assert "no such folder" in said("resume", tmp_path / "nowhere")
-    assert "no run folder" in said("resume", tmp_path)
-    assert "no run, no study" in said("report", tmp_path)
-    assert "neither a run nor a study" in said("watch", tmp_path)
-    assert "not empty" in said("study", recipe, "--out", tmp_path)
-    assert "is a file" in said("study", recipe, "--out", recipe)
-    assert "Missing option" in said("study", recipe)
+    assert "not valid TOML" in error("check", broken)
+    assert "--arm grpo|step_aligned" in error("train", recipe, "--out", tmp_path / "x")
+    assert "did you mean 'grpo'?" in error("train", recipe, "--out", tmp_path / "x", "--arm", "grp")
+    assert "no such folder" in error("resume", tmp_path / "nowhere")
+    assert "no run folder" in error("resume", tmp_path)
+    assert "no run, no study" in error("report", tmp_path)
+    assert "neither a run nor a study" in error("watch", tmp_path)
+    assert "not empty" in error("study", recipe, "--out", tmp_path)
+    assert "is a file" in error("study", recipe, "--out", recipe)
+    assert "Missing option" in error("study", recipe)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
-    assert "is empty" in said("evaluate", "lab:two_styles", "--problems", empty)
+    assert "is empty" in error("evaluate", "lab:two_styles", "--problems", empty)
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"question": "a"}\n')
-    assert "no such folder" in said("evaluate", tmp_path / "nowhere")
-    assert "no run, no study" in said("report", tmp_path / "nowhere")
-    assert "no such file" in said("critique", tmp_path / "nowhere.jsonl")
+    assert "no such folder" in error("evaluate", tmp_path / "nowhere")
+    assert "no run, no study" in error("report", tmp_path / "nowhere")
+    assert "no such file" in error("critique", tmp_path / "nowhere.jsonl")
     dial = (
         "--set",
         "arms.step_aligned.context.type=partly_aligned",
         "--set",
         "data.type=chain_sums",
     )
-    assert "only the lab" in said("check", recipe, *dial, "--set", "model.templates=lab")
-    assert "wrong.jsonl:1" in said("evaluate", "lab:two_styles", "--problems", wrong)
+    assert "only the lab" in error("check", recipe, *dial, "--set", "model.templates=lab")
+    assert "wrong.jsonl:1" in error("evaluate", "lab:two_styles", "--problems", wrong)
     assert not (tmp_path / "x").exists()
 
 
@@ -319,12 +317,12 @@ def test_a_folder_with_another_study_is_refused(
     out = tmp_path / "out"
     out.mkdir()
     (out / "study.json").write_text('{"study": {}}')
-    said = refused(monkeypatch, capsys, "study", recipe, "--out", out)
-    assert "holds another study" in said and "selfteach resume" in said
+    error = refused(monkeypatch, capsys, "study", recipe, "--out", out)
+    assert "holds another study" in error and "selfteach resume" in error
 
 
 @pytest.mark.parametrize("words", [(), ("--help",)])
-def test_help_teaches(
+def test_help_lists_every_command(
     words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, *words) == 0
@@ -338,7 +336,7 @@ def test_help_teaches(
         assert command in printed
 
 
-def test_the_version_is_said(
+def test_version_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "--version") == 0

@@ -1,4 +1,4 @@
-"""`selfteach critique`: what a person needs to judge a critic's prompt."""
+"""`selfteach critique` critiques completions from a file and prints statistics and examples."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ HOSTILE = (
     "\x1b[2J\x1b]0;owned\x07[bold]I like[/bold] <script>alert(1)</script>\u202e {{ turn }} ==="
 )
 
-# What is asked about, the answer's text, and what the critic says.
-ANSWERS = {
+# Question: the completion, and the critic's reply.
+COMPLETIONS = {
     "right and repeated": (RIGHT, RIGHT),
     "right and changed": (RIGHT, RIGHT.replace("12 less 2 is 10", "12 take away 2 is 10")),
     "wrong and corrected": (WRONG, RIGHT),
@@ -60,8 +60,8 @@ ANSWERS = {
 
 
 def replies(body: dict[str, Any]) -> str:
-    asked = body["messages"][-1]["content"]
-    return next(said for question, (_, said) in ANSWERS.items() if question in asked)
+    prompt = body["messages"][-1]["content"]
+    return next(reply for question, (_, reply) in COMPLETIONS.items() if question in prompt)
 
 
 @pytest.fixture
@@ -80,11 +80,11 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
-def answers(tmp_path: Path) -> Path:
-    path = tmp_path / "answers.jsonl"
+def completions(tmp_path: Path) -> Path:
+    path = tmp_path / "completions.jsonl"
     rows = [
         {"id": f"p{i}", "question": question, "text": text, "answer": "10"}
-        for i, (question, (text, _)) in enumerate(ANSWERS.items())
+        for i, (question, (text, _)) in enumerate(COMPLETIONS.items())
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -99,37 +99,40 @@ def recipe(tmp_path: Path, url: str) -> Path:
 
 
 def line(printed: str, begin: str) -> str:
-    (found,) = [row for row in printed.splitlines() if row.strip().startswith(begin)]
-    return " ".join(found.split())
+    (match,) = [row for row in printed.splitlines() if row.strip().startswith(begin)]
+    return " ".join(match.split())
 
 
-def test_a_critic_is_judged_on_answers_from_a_file(
-    tmp_path: Path, answers: Path, call: Call
+def test_statistics_and_critiques_of_completions_from_a_file(
+    tmp_path: Path, completions: Path, call: Call
 ) -> None:
     with serving(says(replies)) as server:
-        own, out = recipe(tmp_path, server.url), tmp_path / "critiques.jsonl"
-        status, printed, told = call(answers, "--recipe", own, "--out", out, "--show", 5)
-        assert (status, told) == (0, "") and len(server.requests) == 5
-        for begin, rest in {
-            "case A:": "all right 1 20%",
-            "case B:": "right, something was missing 1 20%",
-            "case D:": "wrong 1 20%",
-            "malformed:": "not in the form of an answer 1 20%",
-            "wrong_answer:": "its own final answer is wrong 1 20%",
-            "the critic's own": "final answer is right 3 60% 5 all answers",
-            "false alarms:": "a step of a right answer is replaced 1 50% 2 right answers",
-            "right answers that": "are added to 0 0% 2 right answers",
-            "misses:": "the wrong answer is given again 1 33% 3 wrong answers",
-            "requests that": "were sent 5 1.0",
-            "replies from": "the store 0 0.0",
+        path, out = recipe(tmp_path, server.url), tmp_path / "critiques.jsonl"
+        status, printed, errors = call(completions, "--recipe", path, "--out", out, "--show", 5)
+        assert (status, errors) == (0, "") and len(server.requests) == 5
+        rows_printed = [" ".join(row.split()) for row in printed.splitlines()]
+        for label, numbers in {
+            "case A: all right": "1 20%",
+            "case B: right, something was missing": "1 20%",
+            "case D: wrong": "1 20%",
+            "malformed:": "1 20%",
+            "wrong_answer:": "1 20%",
+            "the critic's": "3 60% 5 all answers",
+            "false alarms:": "1 50% 2 right answers",
+            "right answers that": "0 0% 2 right answers",
+            "misses:": "1 33% 3 wrong answers",
+            "requests": "sent 5 1.0",
+            "replies from the cache": "0 0.0",
             "prompt tokens": "100 20.0",
-            "tokens written": "35 7.0",
+            "": "35 7.0",  # completion tokens
             "cost": "0.1000 0.0200",
-            "nowhere": "1",
+            "nowhere": "1 ##########",
             "step 2": "2 ####################",
         }.items():
-            assert line(printed, begin).startswith(f"{begin} {rest}"), printed
-        # A step of the answer, the mark, the critique's step; the final answer last.
+            assert any(row.startswith(label) and row.endswith(numbers) for row in rows_printed), (
+                printed
+            )
+        # A step of the completion, its status, the critique's step; the final answer last.
         assert re.search(r"12 less 2 is 9\. +fixed +12 less 2 is 10\.", printed)
         assert re.search(r"Three bags of four are 12\. +kept +Three bags of four are 12\.", printed)
         assert re.search(r"\n +9 +fixed +10 *\n", printed)
@@ -138,45 +141,45 @@ def test_a_critic_is_judged_on_answers_from_a_file(
         assert [row["problem_id"] for row in rows] == ["p0", "p1", "p2", "p3", "p4"]
         assert [row["critique"].get("case") for row in rows[:3]] == ["A", "B", "D"]
         assert rows[2]["critique"]["first_error"] == 1 and rows[2]["first_change"]["step"] == 1
-        _, again, _ = call(answers, "--recipe", own)
-        assert len(server.requests) == 5, "what is in the store is not asked for again"
-        assert "the store 5 1.0" in line(again, "replies from")
-        assert "were sent 0 0.0" in line(again, "requests that")
+        _, again, _ = call(completions, "--recipe", path)
+        assert len(server.requests) == 5, "cached replies are not requested again"
+        assert "the cache 5 1.0" in line(again, "replies from")
+        assert "sent 0 0.0" in line(again, "requests")
         assert again.count("the answer is ") == 4
 
 
-def test_what_models_write_does_nothing_on_the_terminal(
-    tmp_path: Path, answers: Path, call: Call
+def test_control_characters_of_models_are_not_printed(
+    tmp_path: Path, completions: Path, call: Call
 ) -> None:
     with serving(says(HOSTILE)) as server:
-        rows = [json.loads(row) for row in answers.read_text().splitlines()]
+        rows = [json.loads(row) for row in completions.read_text().splitlines()]
         rows[0] |= {"question": f"q {HOSTILE}", "text": HOSTILE, "id": HOSTILE}
-        answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        _, printed, _ = call(answers, "--recipe", recipe(tmp_path, server.url), "--show", 1)
+        completions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _, printed, _ = call(completions, "--recipe", recipe(tmp_path, server.url), "--show", 1)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", printed), repr(printed)
     assert "owned" not in printed
     shown = "[bold]I like[/bold] <script>alert(1)</script>"
-    assert " ".join(printed.split()).count(shown) >= 3, "as the text that it is"
+    assert " ".join(printed.split()).count(shown) >= 3, "markup is printed as text"
 
 
-def test_verdict_and_end_may_be_told_and_a_dead_server_is_counted(
-    tmp_path: Path, answers: Path, call: Call
+def test_a_file_may_set_correct_and_finished_and_failures_are_counted(
+    tmp_path: Path, completions: Path, call: Call
 ) -> None:
     row = {"question": "cut", "text": "<step_1>Three bags of four are 12.</step_1><step_2>12",
            "answer": "10", "finished": False}  # fmt: skip
-    told = {"question": "told", "text": RIGHT, "answer": "11", "correct": True}
-    answers.write_text("\n".join(map(json.dumps, (row, told))))
+    labelled = {"question": "labelled", "text": RIGHT, "answer": "11", "correct": True}
+    completions.write_text("\n".join(map(json.dumps, (row, labelled))))
     out = tmp_path / "out.jsonl"
     with serving(says(RIGHT)) as server:
-        own = recipe(tmp_path, server.url)
-        call(answers, "--recipe", own, "--out", out)
+        path = recipe(tmp_path, server.url)
+        call(completions, "--recipe", path, "--out", out)
         assert "cut off" in server.requests[0]["messages"][-1]["content"]
         cut, claimed = (json.loads(line) for line in out.read_text().splitlines())
         assert cut["critique"]["case"] == "C" and cut["critique"]["first_error"] is None
         assert claimed["correct"] and claimed["critique"]["reason"] == "wrong_answer"
         server.behaviours = [refuses(503)]
-        words = ("--set", "critic.max_tokens=65")  # nothing of it is stored
-        status, printed, _ = call(answers, "--recipe", own, *words)
+        words = ("--set", "critic.max_tokens=65")  # not in the reply cache
+        status, printed, _ = call(completions, "--recipe", path, *words)
     assert status == 0 and "no reply 2 100%" in line(printed, "unavailable:")
     assert "no critique to measure" in printed
 
@@ -185,7 +188,7 @@ def run_of_the_lab(folder: Path, **critic: Any) -> None:
     tiny: Mapping[str, Any] = {
         "model": {"path": "lab:two_styles"},
         "data": {"type": "lab", "train": 4, "validation": 1, "test": 1},
-        "sampling": {"max_tokens": 20},  # every answer is cut off
+        "sampling": {"max_tokens": 20},  # every rollout is truncated
         "critic": {"type": "oracle", **critic},
         "context": {"type": "step_aligned"},
         "train": {"steps": 1, "problems_per_step": 2, "group_size": 2, "threads": 1},
@@ -194,20 +197,22 @@ def run_of_the_lab(folder: Path, **critic: Any) -> None:
     run_to_end(validate(Recipe, tiny), folder)
 
 
-def test_a_run_s_own_answers_and_lessons(tmp_path: Path, call: Call) -> None:
+def test_rollouts_and_samples_of_a_run_get_its_critiques(tmp_path: Path, call: Call) -> None:
     run_of_the_lab(tmp_path / "run")
-    said = []
+    critiqued = []
     for name in ("rollouts/step_000001.000.jsonl", "samples/step_000001.jsonl"):
         out = tmp_path / "out.jsonl"
         status, printed, _ = call(tmp_path / "run" / name, "--out", out, "--show", 0)
         assert status == 0 and "the answer is" not in printed
         assert line(printed, "case C:") == "case C: cut off 4 100%"
-        said.append([json.loads(row) for row in out.read_text().splitlines()])
+        critiqued.append([json.loads(row) for row in out.read_text().splitlines()])
     saved = (tmp_path / "run" / "samples" / "step_000001.jsonl").read_text().splitlines()
-    for row, own in zip(said[0], map(json.loads, saved), strict=True):
-        assert row["critique"] == own["critique"] and row["first_change"] == own["first_change"]
-    assert [row["critique"] for row in said[0]] == [row["critique"] for row in said[1]]
-    # The solver itself can be the critic: here each prompt is longer than its context.
+    for row, sample in zip(critiqued[0], map(json.loads, saved), strict=True):
+        assert (
+            row["critique"] == sample["critique"] and row["first_change"] == sample["first_change"]
+        )
+    assert [row["critique"] for row in critiqued[0]] == [row["critique"] for row in critiqued[1]]
+    # The policy itself can be the critic: here each prompt is longer than its context.
     policy = f'critic={{type="policy",max_tokens=8,reply_cache="{tmp_path / "store.sqlite"}"}}'
     samples = tmp_path / "run" / "samples" / "step_000001.jsonl"
     status, printed, _ = call(samples, "--set", policy)
@@ -218,28 +223,28 @@ def test_a_run_s_own_answers_and_lessons(tmp_path: Path, call: Call) -> None:
     assert line(printed, "case C:") == "case C: cut off 4 100%"
 
 
-def test_what_is_wrong_is_one_line(tmp_path: Path, answers: Path, call: Call) -> None:
-    own = recipe(tmp_path, "http://127.0.0.1:9/v1")
+def test_wrong_input_is_one_line(tmp_path: Path, completions: Path, call: Call) -> None:
+    path = recipe(tmp_path, "http://127.0.0.1:9/v1")
 
     def refused(*words: object) -> str:
-        status, printed, told = call(*words)
-        assert (status, printed, told.count("\n")) == (2, "", 1), told
-        return told
+        status, printed, error = call(*words)
+        assert (status, printed, error.count("\n")) == (2, "", 1), error
+        return error
 
-    assert "no server at" in refused(answers, "--recipe", own)
-    offline = ("--recipe", own, "--set", "critic.healthcheck=false")
-    assert "lies in no run" in refused(answers)
-    assert "no such file of answers" in refused(tmp_path / "nothing.jsonl", *offline)
-    oracle = ("--recipe", own, "--set", "critic={type='oracle'}")
-    assert "no oracle critic" in refused(answers, *oracle)
+    assert "no server at" in refused(completions, "--recipe", path)
+    offline = ("--recipe", path, "--set", "critic.healthcheck=false")
+    assert "is not in a run folder" in refused(completions)
+    assert "no such file of rollouts" in refused(tmp_path / "nothing.jsonl", *offline)
+    oracle = ("--recipe", path, "--set", "critic={type='oracle'}")
+    assert "no oracle critic" in refused(completions, *oracle)
     none = tmp_path / "none.toml"
     none.write_text('[context]\ntype = "reference"')
-    assert "has no critic" in refused(answers, "--recipe", none)
-    for text, said in {
+    assert "has no critic" in refused(completions, "--recipe", none)
+    for text, message in {
         "\n": "is empty",
-        '{"question": "a", "answer": "b"}': "answers.jsonl:1: no field 'text'",
+        '{"question": "a", "answer": "b"}': "completions.jsonl:1: no field 'text'",
         "[1]": "not a JSON object",
-        '{"problem_id": "x", "token_ids": [1], "text": "a"}': "problem 'x' is none of",
+        '{"problem_id": "x", "token_ids": [1], "text": "a"}': "the recipe has no problem 'x'",
     }.items():
-        answers.write_text(text)
-        assert said in refused(answers, *offline)
+        completions.write_text(text)
+        assert message in refused(completions, *offline)

@@ -1,4 +1,4 @@
-"""`selfteach select`: filters, splits, card; stopped and taken up anywhere; read back as a data set."""
+"""`selfteach select` filters, splits and writes a card; it can be resumed, and its set trained on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from selfteach.config.data_section import ChainSumsData, FilesData, SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.errors import CheckpointError, DataError, RecipeError
 from selfteach.feedback.critics.oracle import OracleCritic
+from selfteach.rollout.journaled_engine import BatchedEngine
 from selfteach.tasks import chain_sums
 from selfteach.tasks.task import load_task
 from selfteach.trainer.build import Built, build
@@ -64,7 +65,7 @@ def outputs(folder: Path) -> dict[str, str]:
     return {name: (folder / name).read_text() for name in names}
 
 
-def test_from_recipe_to_a_set_that_can_be_trained_on(
+def test_a_selected_set_can_be_trained_on(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
@@ -85,26 +86,26 @@ def test_from_recipe_to_a_set_that_can_be_trained_on(
     }
     for row in (row for split in rows.values() for row in split):
         assert row["meta"]["selection"]["avg"] < 5 / 16 and row["meta"]["selection"]["k"] == 4
-    # The section that the card prints, in a recipe of its own.
+    # A recipe with the section that the card prints.
     text = (out / "README.md").read_text()
     section = text.split("```toml\n")[1].split("```")[0]
-    own = tmp_path / "own.toml"
-    own.write_text(RECIPE.split("[data]")[0] + section + "[sampling]\nmax_tokens = 40\n"
+    training = tmp_path / "training.toml"
+    training.write_text(RECIPE.split("[data]")[0] + section + "[sampling]\nmax_tokens = 40\n"
                    '[critic]\ntype = "oracle"\n[context]\ntype = "step_aligned"\n'
                    "[train]\nsteps = 1\nproblems_per_step = 2\ngroup_size = 2\n"
                    "[evaluation]\ntest_k = 2\nvalidation_k = 2\n")  # fmt: skip
     monkeypatch.chdir(out)
-    assert call(monkeypatch, "check", own) == 0
+    assert call(monkeypatch, "check", training) == 0
     assert "5 train, 2 validation, 3 test" in capsys.readouterr().out
-    assert call(monkeypatch, "train", own, "--out", tmp_path / "run") == 0
+    assert call(monkeypatch, "train", training, "--out", tmp_path / "run") == 0
     samples = (tmp_path / "run" / "samples" / "step_000001.jsonl").read_text().splitlines()
-    assert json.loads(samples[0])["critique"]["steps"], "the lab's oracle knows the problems"
+    assert json.loads(samples[0])["critique"]["steps"], "the lab's oracle has the references"
     read = {"type": "files", "train": "train.jsonl", "verifier": "lab", "world": "two_styles"}
     task = load_task(FilesData.model_validate(read), "")
     assert all(set(p.references) == {"reference", "aligned_reference"} for p in task.train)
 
 
-def test_killed_and_resumed_it_is_the_same_and_samples_nothing_twice(
+def test_a_killed_selection_resumes_without_sampling_again(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -118,19 +119,19 @@ def test_killed_and_resumed_it_is_the_same_and_samples_nothing_twice(
     assert outputs(out) == outputs(whole)
 
 
-# -- with scripted answers ----------------------------------------------------------------------
+# -- with scripted rollouts ----------------------------------------------------------------------
 
 
-class Scripted:
-    """An engine whose answers to a problem are a list; counts what it is asked."""
+class ScriptedEngine:
+    """Returns listed completions per problem; counts the problems it was given."""
 
-    def __init__(self, answers: dict[str, Sequence[str]]) -> None:
-        self.answers, self.asked = answers, 0
+    def __init__(self, completions: dict[str, Sequence[str]]) -> None:
+        self.completions, self.problem_count = completions, 0
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
-        self.asked += len(problems)
+        self.problem_count += len(problems)
         return [
-            Rollout(p, i, (1,), (5,), (-0.5,), self.answers[p.id][i], True, 0)
+            Rollout(p, i, (1,), (5,), (-0.5,), self.completions[p.id][i], True, 0)
             for p in problems
             for i in range(sampling.samples)
         ]
@@ -138,19 +139,19 @@ class Scripted:
     def load_weights(self, named_weights: object, version: int) -> None: ...
 
 
-class Remembering:
-    """A critic that counts, and fails on some problems."""
+class RecordingCritic:
+    """Records which rollouts it was given, and fails on some problems."""
 
     def __init__(self, inner: OracleCritic, fails: set[str]) -> None:
-        self.inner, self.fails, self.asked = inner, fails, []
+        self.inner, self.fails, self.keys = inner, fails, []
 
     def __call__(
         self, judged: Sequence[tuple[Rollout, Verdict]]
     ) -> list[Critique | CritiqueFailure]:
-        self.asked += [rollout.key for rollout, _ in judged]
+        self.keys += [rollout.key for rollout, _ in judged]
         return [
-            CritiqueFailure("wrong_answer") if rollout.problem.id in self.fails else said
-            for (rollout, _), said in zip(judged, self.inner(judged), strict=True)
+            CritiqueFailure("wrong_answer") if rollout.problem.id in self.fails else critique
+            for (rollout, _), critique in zip(judged, self.inner(judged), strict=True)
         ]
 
 
@@ -167,28 +168,32 @@ CHOSEN = SelectConfig.model_validate(
 
 
 @pytest.fixture
-def chain(monkeypatch: pytest.MonkeyPatch) -> tuple[Built, Scripted, Remembering]:
-    """Six chain sums: easy, ill-formed, unsolvable for the critic, and three that are kept."""
+def chain(monkeypatch: pytest.MonkeyPatch) -> tuple[Built, ScriptedEngine, RecordingCritic]:
+    """Six chain sums: easy, badly formatted, unsolved by the critic, and three that are selected."""
     task = load_task(ChainSumsData(train=6, validation=1, test=1), "")
     right = {p.id: f"{p.references['aligned_reference']}" for p in task.train}
     wrong, garbled = "1 + 1 = 3\nAnswer: -1", "who knows"
     plans = ["RRWW", "WWGG", "WWWW", "RWWW", "WWWR", "GWWW"]
-    answers = {
+    completions = {
         p.id: [{"R": right[p.id], "W": wrong, "G": garbled}[c] for c in plan]
         for p, plan in zip(task.train, plans, strict=True)
     }
-    engine = Scripted(answers)
-    critic = Remembering(
+    engine = ScriptedEngine(completions)
+    critic = RecordingCritic(
         OracleCritic(chain_sums.criticise, error_rate=0.0, seed=0), {task.train[2].id}
     )
-    own = build(Recipe.model_validate(RECIPE_VALUES))
-    parts = dataclasses.replace(own.components, engine=engine, verify=task.verify, critic=critic)
-    built = dataclasses.replace(own, parts=parts, task=task)
+    lab = build(Recipe.model_validate(RECIPE_VALUES))
+    components = dataclasses.replace(
+        lab.components, engine=BatchedEngine(engine, 8), verify=task.verify, critic=critic
+    )
+    built = dataclasses.replace(lab, components=components, task=task)
     monkeypatch.setattr(selection, "build", lambda recipe: built)
     return built, engine, critic
 
 
-def run(folder: Path, chosen: SelectConfig = CHOSEN, **values: object) -> list[selection.Standing]:
+def run(
+    folder: Path, chosen: SelectConfig = CHOSEN, **values: object
+) -> list[selection.SelectionProgress]:
     return list(
         selection.select(Recipe.model_validate({**RECIPE_VALUES, **values}), chosen, folder)
     )
@@ -198,43 +203,41 @@ def with_settings(**settings: object) -> SelectConfig:
     return SelectConfig.model_validate({**CHOSEN.model_dump(), **settings})
 
 
-def test_the_filters_one_by_one(chain: tuple, tmp_path: Path) -> None:
+def test_each_filter_is_applied(chain: tuple, tmp_path: Path) -> None:
     built, engine, critic = chain
-    standings = run(tmp_path / "out", with_settings(min_format_rate=0.75))
-    assert [(s.judged, s.total) for s in standings] == [(2, 6), (4, 6), (6, 6)]
-    assert standings[-1].kept == 3
+    progress = run(tmp_path / "out", with_settings(min_format_rate=0.75))
+    assert [(p.done, p.total) for p in progress] == [(2, 6), (4, 6), (6, 6)]
+    assert progress[-1].selected == 3
     card = selection.card_of(tmp_path / "out")
     assert card["filters"] == {"too easy": 1, "badly formatted": 1, "critic fails": 1}
     assert card["by_right_answers"] == [3, 2, 1, 0, 0]
     ids = [p.id for p in built.task.train]
-    # Asked about the first wrong answer of problems that are hard and well-formatted, and no other.
-    assert critic.asked == [(ids[2], 0), (ids[3], 1), (ids[4], 0), (ids[5], 0)]
-    kept = [json.loads(line)["id"] for n in ("train", "validation", "test")
+    # Only the first incorrect rollout of problems that are hard and well formatted is critiqued.
+    assert critic.keys == [(ids[2], 0), (ids[3], 1), (ids[4], 0), (ids[5], 0)]
+    selected = [json.loads(line)["id"] for n in ("train", "validation", "test")
             for line in (tmp_path / "out" / f"{n}.jsonl").read_text().splitlines()]  # fmt: skip
-    assert sorted(kept) == sorted(ids[3:])
-    assert engine.asked == 6
+    assert sorted(selected) == sorted(ids[3:])
+    assert engine.problem_count == 6
 
 
-def test_a_critic_may_be_asked_more_than_once_or_not_at_all(chain: tuple, tmp_path: Path) -> None:
+def test_critic_answers_sets_the_critiques_per_problem(chain: tuple, tmp_path: Path) -> None:
     built, _, critic = chain
     run(tmp_path / "two", with_settings(critic_answers=2))
     first = built.task.train[1].id
-    assert [key for key in critic.asked if key[0] == first] == [(first, 0), (first, 1)]
-    asked = len(critic.asked)
+    assert [key for key in critic.keys if key[0] == first] == [(first, 0), (first, 1)]
+    count = len(critic.keys)
     run(tmp_path / "none", with_settings(critic=False))
-    assert len(critic.asked) == asked
+    assert len(critic.keys) == count
     assert selection.card_of(tmp_path / "none")["filters"]["critic fails"] == 0
 
 
-def test_other_filters_over_the_same_answers_sample_and_ask_nothing_again(
-    chain: tuple, tmp_path: Path
-) -> None:
+def test_other_filters_reuse_rollouts_and_critiques(chain: tuple, tmp_path: Path) -> None:
     _, engine, critic = chain
     run(tmp_path / "out")
-    asked = list(critic.asked)
+    keys = list(critic.keys)
     other = with_settings(max_solve_rate=0.25, split={"validation": 0, "test": 1})
     run(tmp_path / "out", other)
-    assert engine.asked == 6 and critic.asked == asked
+    assert engine.problem_count == 6 and critic.keys == keys
     assert selection.card_of(tmp_path / "out")["filters"]["too easy"] == 3
     before = outputs(tmp_path / "out")
     assert run(tmp_path / "out", other) == []
@@ -243,20 +246,20 @@ def test_other_filters_over_the_same_answers_sample_and_ask_nothing_again(
         run(tmp_path / "out", with_settings(samples=3))
 
 
-def test_what_makes_no_sense_is_one_line(chain: tuple, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"select\.critic asks the recipe's critic"):
+def test_impossible_settings_are_one_line(chain: tuple, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"select\.critic = true needs a critic"):
         run(tmp_path / "a", critic=None, context={"type": "reference"})
     with pytest.raises(DataError, match="6 problems are too few"):
         run(tmp_path / "b", with_settings(split={"test": 4, "validation": 4}))
-    assert chain[1].asked == 0, "known before anything is sampled"
-    with pytest.raises(DataError, match=r"too few.* answers are kept"):
+    assert chain[1].problem_count == 0, "raised before anything is sampled"
+    with pytest.raises(DataError, match=r"too few.* rollouts and critiques are stored"):
         run(tmp_path / "b2", with_settings(split={"test": 3, "validation": 2}))
     with pytest.raises(DataError, match="no problem is left"):
         run(tmp_path / "c", with_settings(min_format_rate=1, max_solve_rate=0.1, critic_answers=1))
     assert not (tmp_path / "c" / "card.json").exists()
 
 
-def test_settings_reach_select(
+def test_settings_change_the_select_table(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert (

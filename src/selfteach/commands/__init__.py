@@ -1,1 +1,1 @@
-"""The functions behind the commands of `selfteach.cli`."""
+"""Implement the commands of `selfteach.cli`."""

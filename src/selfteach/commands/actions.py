@@ -1,7 +1,8 @@
-"""What commands do: runs with their bars, and what is said at the end."""
+"""Run the commands with progress bars and print their results."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ from selfteach.errors import RecipeError
 from selfteach.runtime import torchrun
 
 PIPED_COLUMNS = 110
-"""Width of what is printed into a file or a pipe, which have none of their own: tables fit."""
+"""Width of output to a file or a pipe, in characters: wide enough for the tables."""
 
 
 def console() -> Console:
-    """Where results are printed."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=PIPED_COLUMNS)
+    """Return the console that results are printed on."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=PIPED_COLUMNS)
 
 
 def run_study(loaded: Study, folder: Path, *, command: str) -> None:
-    """Run or take up a study; its tables on the terminal, its report beside the results."""
+    """Run or resume a study; print its tables and write its report."""
     from selfteach.analysis.critic_statistics import read_study_critics
     from selfteach.analysis.report.page import write_report
     from selfteach.analysis.terminal.tables import print_critics, print_results
@@ -34,17 +35,19 @@ def run_study(loaded: Study, folder: Path, *, command: str) -> None:
     from selfteach.commands.study.run_study import run_study as run
 
     with study_progress(jobs_of(loaded, folder)) as progress:
-        results = run(loaded, folder, command=command, progress=progress, sum_up=sum_up)
-    shown = console()
-    print_results(results, shown)
-    print_critics(read_study_critics(folder), shown)
-    shown.print(
+        results = run(
+            loaded, folder, command=command, progress=progress, summarize=summarize_inspection
+        )
+    output = console()
+    print_results(results, output)
+    print_critics(read_study_critics(folder), output)
+    output.print(
         f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True
     )
 
 
-def sum_up(folder: Path, shown: Console | None = None) -> None:
-    """An inspection's localisation.json and figures, and on a console its tables."""
+def summarize_inspection(folder: Path, output: Console | None = None) -> None:
+    """Write an inspection's localisation.json and figures; print its tables if there is a console."""
     from selfteach.analysis.inspection.inspection_summary import (
         print_localisation,
         save_figures,
@@ -55,13 +58,13 @@ def sum_up(folder: Path, shown: Console | None = None) -> None:
     localisation = summarize(folder)
     write_json(folder / "localisation.json", localisation)
     save_figures(folder, localisation)
-    if shown is not None:
-        print_localisation(localisation, shown)
-        shown.print(f"inspection: {folder}", soft_wrap=True)
+    if output is not None:
+        print_localisation(localisation, output)
+        output.print(f"inspection: {folder}", soft_wrap=True)
 
 
 def run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
-    """Run or take up a sweep; the rates that it chose."""
+    """Run or resume a sweep, print the learning rates it chose, and return its table."""
     from selfteach.commands.progress import study_progress
     from selfteach.commands.study.run_study import run_sweep as run
     from selfteach.commands.study.run_study import sweep_jobs
@@ -76,7 +79,7 @@ def run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
 
 
 def run_one(recipe: Recipe, folder: Path) -> None:
-    """Run or take up one run, with its report."""
+    """Run or resume one run, and write its report."""
     from selfteach.commands.check.describe_recipe import notes
     from selfteach.commands.progress import run_progress
     from selfteach.trainer.loop import train as run
@@ -94,24 +97,24 @@ def run_one(recipe: Recipe, folder: Path) -> None:
     typer.echo(f"run:    {folder}{model}\nreport: {write_report(folder)}")
 
 
-def run_selection(recipe: Recipe, chosen: SelectConfig, folder: Path) -> None:
-    """Run or take up a selection; what went in and what came out."""
+def run_selection(recipe: Recipe, config: SelectConfig, folder: Path) -> None:
+    """Run or resume a selection; print how many problems went in and came out."""
     from selfteach.commands.progress import selection_progress
     from selfteach.commands.select.selection import card_of
     from selfteach.commands.select.selection import select as run
 
     with selection_progress() as progress:
-        for standing in run(recipe, chosen, folder):
-            progress(standing)
+        for done in run(recipe, config, folder):
+            progress(done)
     card = card_of(folder)
     out = ", ".join(f"{count:,} {name}" for name, count in card["out"].items())
     dropped = ", ".join(f"{count:,} {name}" for name, count in card["filters"].items())
-    typer.echo(f"problems: {card['in']:,} in, {dropped}, {card['kept']:,} kept: {out}")
+    typer.echo(f"problems: {card['in']:,} in, {dropped}, {card['kept']:,} selected: {out}")
     typer.echo(f"card:     {folder / 'README.md'}")
 
 
-def load(path: Path, settings: list[str] | None, arm: str | None = None) -> Study:
-    """A recipe by path or shipped name; with one arm in view, plain settings are that arm's."""
+def load(path: Path, settings: Sequence[str] | None, arm: str | None = None) -> Study:
+    """Load a recipe by path or shipped name; with ``arm``, plain settings change that arm only."""
     if arm is not None:
         tables = tuple(f"{table}." for table in TABLES)
         settings = [s if s.startswith(tables) else f"arms.{arm}.{s}" for s in settings or ()]
@@ -119,16 +122,19 @@ def load(path: Path, settings: list[str] | None, arm: str | None = None) -> Stud
         file.stem: file for file in (Path(__file__).parent.parent / "recipes").glob("*.toml")
     }
     if not path.exists():
-        own = shipped.get(path.name.removesuffix(".toml")) if len(path.parts) == 1 else None
-        if own is None:
+        by_name = shipped.get(path.name.removesuffix(".toml")) if len(path.parts) == 1 else None
+        if by_name is None:
             names = f", or one of {', '.join(sorted(shipped))}" if shipped else ""
             raise RecipeError(f"{path}: no such recipe; name a TOML file by its path{names}")
-        path = own
+        path = by_name
     return load_study(path, settings or ())
 
 
 def one_run(loaded: Study, arm: str | None, seed: int, *, first: bool = False) -> Recipe:
-    """The recipe of one arm. Raises `RecipeError` where it is not clear which."""
+    """Return the recipe of an arm; without ``arm``, of the only one (``first``: of the first).
+
+    Raises `RecipeError` if the recipe has several arms and none is named.
+    """
     if arm is None:
         if len(loaded.arms) > 1 and not first:
             raise RecipeError(
@@ -139,8 +145,8 @@ def one_run(loaded: Study, arm: str | None, seed: int, *, first: bool = False) -
 
 
 def run_with_critic(loaded: Study, arm: str | None, seed: int) -> Recipe:
-    """An arm, or the first one that has a critic, or the first."""
+    """Return the recipe of an arm; without ``arm``, of the first that has a critic, or of the first."""
     if arm is not None:
         return loaded.recipe(arm, seed=seed)
     arms = [loaded.recipe(name, seed=seed) for name in loaded.arms]
-    return next((own for own in arms if own.critic is not None), arms[0])
+    return next((recipe for recipe in arms if recipe.critic is not None), arms[0])

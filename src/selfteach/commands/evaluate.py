@@ -1,4 +1,4 @@
-"""`selfteach evaluate`: Avg@k, Pass@k and Maj@k of a run, a checkpoint or a model."""
+"""Evaluate a run, a checkpoint or a model: Avg@k, Pass@k and Maj@k with intervals."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ RESAMPLES = 10_000
 
 
 def evaluate_model(
-    what: str,
+    model: str | Path,
     *,
     recipe: Recipe | None = None,
-    problems: str = "validation",
+    problems: str | Path = "validation",
     k: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Evaluate a run, a checkpoint, or a plain model on a split or a file of problems.
 
-    ``what`` is a run folder (its newest checkpoint, or its final model), one of its checkpoints, or
-    whatever ``model.path`` of a recipe may be; a plain model of the lab needs no recipe. Returns the
-    measures of `evaluate.Evaluation` as ``{"mean", "ci95"}`` over problems, the sizes, and the
-    evaluation itself. Raises one of `selfteach.errors`.
+    ``model`` is a run folder (its newest checkpoint), one of its checkpoints, or anything that
+    ``model.path`` of a recipe may be; a model of the lab needs no recipe. ``problems`` is train,
+    validation, test, or a .jsonl or .parquet file; ``k`` is the number of rollouts per problem, by
+    default ``evaluation.test_k``. Returns each measure of `Evaluation` in percent as ``{"mean",
+    "ci95"}`` over problems, the number of problems, k, and the evaluation itself. Raises one of
+    `selfteach.errors`.
     """
-    built, resolved = open_model(Path(what), what, recipe)
-    chosen, split = named_problems(built, problems)
+    built, resolved = open_model(Path(model), str(model), recipe)
+    chosen, split = named_problems(built, str(problems))
     sampling = Sampling(
         samples=k or resolved.evaluation.test_k,
         temperature=resolved.evaluation.temperature,
@@ -42,17 +44,17 @@ def evaluate_model(
         built.components.engine, built.components.verify, chosen, sampling,
         split=split, same=built.task.answer_format.equivalent,
     )  # fmt: skip
-    return summary(result, what)
+    return summary(result, str(model))
 
 
-def summary(evaluation: Evaluation, what: str) -> dict[str, Any]:
-    """An evaluation's measures with 95 % bootstrap intervals over problems."""
+def summary(evaluation: Evaluation, model: str) -> dict[str, Any]:
+    """Return the measures of an evaluation with 95 % bootstrap intervals over problems."""
     measures = {}
     for name, values_P in evaluation.per_problem().items():
         interval = bootstrap_mean(values_P[None], resamples=RESAMPLES, seed=0)
         measures[name] = {"mean": interval.mean, "ci95": [interval.low, interval.high]}
     return {
-        "what": what,
+        "what": model,
         "split": evaluation.split,
         "problems": len(evaluation.problem_ids),
         "k": evaluation.k,

@@ -1,4 +1,4 @@
-"""Progress bars with the time left and the numbers that matter, from what runs write down."""
+"""Show progress bars with the time left and the main metrics, read from run folders."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from selfteach.config.recipe import Recipe
 from selfteach.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from selfteach.commands.select.selection import Standing
+    from selfteach.commands.select.selection import SelectionProgress
 
-NOTED = {
-    "correct": ("right", "{:.0%}"),
+SHOWN_METRICS = {
+    "correct": ("correct", "{:.0%}"),
     "length": ("length", "{:.0f}"),
     "loss": ("loss", "{:.3f}"),
     "fidelity": ("fidelity", "{:.2f}"),
     "dropped": ("dropped", "{:.0%}"),
-    "truncated": ("cut", "{:.0%}"),
+    "truncated": ("truncated", "{:.0%}"),
 }
-"""Metrics that stand beside a bar: title and form."""
-ONLY_IF_ANY = ("dropped", "truncated")
-"""Troubles: not worth their place while there are none."""
+"""Metrics shown beside a bar: title and number format."""
+HIDDEN_IF_ZERO = ("dropped", "truncated")
+"""Metrics that are shown only when they are above 0."""
 
 
 @contextmanager
 def run_progress(recipe: Recipe) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """One bar for one run; gives a function that shows a row of metrics."""
+    """Show a bar for one run; yields a function that takes each row of metrics."""
     console = Console(stderr=True)
     with _bars(console) as bars:
         task = bars.add_task("training", total=recipe.train.steps, note="")
@@ -60,31 +60,31 @@ def run_progress(recipe: Recipe) -> Iterator[Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
-def review_progress() -> Iterator[Callable[[int, int], None]]:
-    """One bar over answers that are marked; gives a function that takes how many of how many are."""
+def critique_progress() -> Iterator[Callable[[int, int], None]]:
+    """Show a bar over rollouts being critiqued; yields a function that takes (done, total)."""
     with _bars(Console(stderr=True)) as bars:
-        task = bars.add_task("marking", total=None, note="")
+        task = bars.add_task("critiquing", total=None, note="")
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 @contextmanager
-def selection_progress() -> Iterator[Callable[[Standing], None]]:
-    """One bar for a selection; gives a function that shows how far it has come."""
+def selection_progress() -> Iterator[Callable[[SelectionProgress], None]]:
+    """Show a bar for a selection; yields a function that takes its progress."""
     with _bars(Console(stderr=True)) as bars:
         task = bars.add_task("selecting", total=None, note="")
 
-        def show(standing: Standing) -> None:
-            note = f"kept {standing.kept:,}"
-            bars.update(task, completed=standing.judged, total=standing.total, note=note)
+        def show(progress: SelectionProgress) -> None:
+            note = f"selected {progress.selected:,}"
+            bars.update(task, completed=progress.done, total=progress.total, note=note)
 
         yield show
 
 
 @contextmanager
 def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], None]]:
-    """A bar for the whole study and one per arm; gives a function that looks at the runs' folders.
+    """Show a bar for the study and one per arm; yields a function that reads the run folders.
 
-    Runs that end while it watches are announced in a line each, so that a log file shows them too.
+    Each run that ends meanwhile is printed in a line, so that a log file shows it too.
     """
     console = Console(stderr=True)
     training = [job for job in jobs if job.recipe.train.steps > 0]
@@ -93,8 +93,9 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
     announced = {job.folder for job in jobs if RunFolder(job.folder).is_complete}
 
     def steps(label: str | None) -> tuple[int, int]:
-        own = [job for job in training if label in (None, job.label)]
-        return sum(done[job.folder] for job in own), sum(job.recipe.train.steps for job in own)
+        selected = [job for job in training if label in (None, job.label)]
+        total = sum(job.recipe.train.steps for job in selected)
+        return sum(done[job.folder] for job in selected), total
 
     with _bars(console) as bars:
         tasks = {}
@@ -103,7 +104,7 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
             name = label or "whole study"
             tasks[label] = bars.add_task(name, total=total, completed=so_far, note="")
 
-        def look(jobs: Sequence[Job]) -> None:
+        def update(jobs: Sequence[Job]) -> None:
             if not bars.disable:
                 done.update({job.folder: _steps_done(job) for job in training})
                 for label, task in tasks.items():
@@ -113,14 +114,14 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
                     announced.add(job.folder)
                     _announce(job, console)
 
-        yield look
+        yield update
 
 
 @contextmanager
-def answers_progress() -> Iterator[Callable[[int, int], None]]:
-    """One bar for answers that are scored; gives a function: so many, of so many."""
+def inspection_progress() -> Iterator[Callable[[int, int], None]]:
+    """Show a bar over rollouts being scored; yields a function that takes (done, total)."""
     with _bars(Console(stderr=True)) as bars:
-        task = bars.add_task("scoring", total=None, note="answers")
+        task = bars.add_task("scoring", total=None, note="rollouts")
 
         def show(done: int, total: int) -> None:
             bars.update(task, completed=done, total=total)
@@ -129,16 +130,16 @@ def answers_progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def note(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The numbers that matter, from the last row of each kind; what is not logged is left out."""
+    """Format the main metrics from the last row of each kind; leaves out what is not logged."""
     step, validation = rows.get("step", {}), rows.get("validation")
-    said = [
+    entries = [
         f"{title} {form.format(step[name])}"
-        for name, (title, form) in NOTED.items()
-        if name in step and (step[name] or name not in ONLY_IF_ANY)
+        for name, (title, form) in SHOWN_METRICS.items()
+        if name in step and (step[name] or name not in HIDDEN_IF_ZERO)
     ]
     if validation is not None:
-        said.append(f"Avg@{validation['k']} {validation['avg']:.1f} %")
-    return "  ".join(said)
+        entries.append(f"Avg@{validation['k']} {validation['avg']:.1f} %")
+    return "  ".join(entries)
 
 
 def _bars(console: Console) -> Progress:
@@ -151,29 +152,29 @@ def _bars(console: Console) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        refresh_per_second=2,  # ten times would take a tenth of a core from the work
+        refresh_per_second=2,  # 10 per second would use a tenth of a core
         # A log file gets a line per finished run instead of redrawn bars.
         disable=not console.is_terminal,
     )
 
 
 def _newest(jobs: Sequence[Job], label: str | None) -> str:
-    """The numbers of an arm's run that wrote last; none for the study as a whole."""
-    own = [RunFolder(job.folder).metrics_path for job in jobs if label == job.label]
-    written = [(path.stat().st_mtime_ns, path) for path in own if path.exists()]
+    """Return the metrics of the arm's run that wrote last; empty for the study as a whole."""
+    paths = [RunFolder(job.folder).metrics_path for job in jobs if label == job.label]
+    written = [(path.stat().st_mtime_ns, path) for path in paths if path.exists()]
     return _note_of(*max(written)) if written else ""
 
 
 @lru_cache(maxsize=64)
 def _note_of(_written: int, metrics: Path) -> str:
-    """The numbers that matter of a file, read once for each time that it was written."""
+    """Return the note of a metrics file, read again only after it was written."""
     return note({row["kind"]: row for row in RunFolder(metrics.parent).metrics()})
 
 
 def _announce(job: Job, console: Console) -> None:
-    scored = [row for row in RunFolder(job.folder).metrics() if row["kind"] != "step"]
-    if scored:
-        row = scored[-1]
+    evaluations = [row for row in RunFolder(job.folder).metrics() if row["kind"] != "step"]
+    if evaluations:
+        row = evaluations[-1]
         line = f"{job.label} seed {job.seed}: {row['kind']} Avg@{row['k']} {row['avg']:.1f} %"
         console.print(line, highlight=False)
 

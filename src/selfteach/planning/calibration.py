@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from selfteach.commands.check.sizes import look
+from selfteach.commands.check.sizes import measure_offline
 from selfteach.config.migrations import run_subfolder
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
@@ -90,7 +90,7 @@ def read_run(path: Path) -> MeasuredRun:
     requests = sum(row.get("critic_requests", 0) for row in rows)
     completion_tokens = sum(row.get("critic_completion_tokens", 0) for row in rows)
     return MeasuredRun(
-        work_of(recipe, look(recipe)),
+        work_of(recipe, measure_offline(recipe)),
         tuple(_rollout_lengths(folder, row) for row in rows),
         tuple({phase: float(row[f"time/{phase}"]) for phase in PHASES} for row in rows),
         completion_tokens / requests if requests else None,

@@ -187,10 +187,10 @@ def _trainer_items(work: StepWork, layout: Layout) -> tuple[Item, ...]:
     """Return a trainer's peak: training, or sampling in its process."""
     load = dataclasses.replace(work.load, shards=layout.trainers)
     needed = memory(load)
-    training = sum(item.bytes for item in needed.learning)
+    training = sum(item.bytes for item in needed.training)
     sampling = sum(item.bytes for item in needed.sampling)
     samples = not layout.samplers and work.engine != "vllm" and sampling > training
-    items = (*needed.always, *(needed.sampling if samples else needed.learning))
+    items = (*needed.always, *(needed.sampling if samples else needed.training))
     critic = work.critic
     if critic.kind == "in_process" and critic.shape is not None and critic.shape != load.shape:
         size = critic.shape.parameters

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from selfteach.commands.check.sizes import look
+from selfteach.commands.check.sizes import measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.planning.calibration import calibrate, measure_here, read_run, with_lengths_of
@@ -69,7 +69,7 @@ def plan(recipe: Recipe, request: PlanRequest) -> Iterator[str]:
 
 def prepare(recipe: Recipe, request: PlanRequest) -> tuple[StepWork, Hardware]:
     """Return a step's work and the hardware; a calibration replaces assumptions by measured values."""
-    work = work_of(recipe, look(recipe), request.overrides)
+    work = work_of(recipe, measure_offline(recipe), request.overrides)
     device, efficiency = find_device(request.device, request.device_file), Efficiency()
     if request.calibrate:
         runs = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from selfteach.commands.check.memory import Load
-from selfteach.commands.check.sizes import Survey, load_of
+from selfteach.commands.check.sizes import RunSizes, load_of
 from selfteach.config.critic_section import (
     EndpointConfig,
     LlmCriticConfig,
@@ -89,7 +89,7 @@ class Overrides:
     critic_seconds: float | None = None
 
 
-def work_of(recipe: Recipe, known: Survey, overrides: Overrides = Overrides()) -> StepWork:
+def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides()) -> StepWork:
     """Return the work of one step. Raises `RecipeError` for a model of unknown size."""
     load = load_of(recipe, known)
     if load is None:
@@ -123,7 +123,7 @@ def work_of(recipe: Recipe, known: Survey, overrides: Overrides = Overrides()) -
     )
 
 
-def critic_work_of(recipe: Recipe, known: Survey, overrides: Overrides) -> CriticWork:
+def critic_work_of(recipe: Recipe, known: RunSizes, overrides: Overrides) -> CriticWork:
     """Return the critic's work per rollout. Raises `RecipeError` for a server of unknown size."""
     critic = recipe.critic
     if critic is None:
@@ -173,7 +173,7 @@ def engine_of(recipe: Recipe) -> str:
     return "vllm" if recipe.engine.type.startswith("vllm") else "transformers"
 
 
-def _critic_shape(critic: LlmCriticConfig, known: Survey) -> Shape | None:
+def _critic_shape(critic: LlmCriticConfig, known: RunSizes) -> Shape | None:
     match critic:
         case PolicyCriticConfig():
             return known.shape

@@ -84,7 +84,6 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
 
     Raises `RecipeError`, `EngineError` or `DataError` in one line.
     """
-    tracking.require_packages(recipe.tracking.sinks)
     objective, shard = build_objective(recipe), build_sharding(recipe, ranks)
     device = choose_device(recipe.model.device)
     configure_torch(device)
@@ -149,16 +148,16 @@ def chunk_tokens(vocabulary: int, device: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Marker:
-    """A recipe's critic with all that reads answers, and no model to train."""
+class CritiqueSetup:
+    """Holds what critiquing rollouts needs: critic, task and renderer, without a model to train."""
 
     critic: Critic
     task: Task
     renderer: Renderer
 
 
-def build_marker(recipe: Recipe) -> Marker:
-    """The critic of a recipe by itself; the solver's weights are loaded only if they are the critic.
+def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
+    """Build the critic of a recipe alone; loads the policy's weights only if the policy is the critic.
 
     Raises what `build` raises.
     """
@@ -166,12 +165,12 @@ def build_marker(recipe: Recipe) -> Marker:
     if isinstance(recipe.critic, PolicyCriticConfig):
         built = build(recipe)
         assert built.components.critic is not None
-        return Marker(built.components.critic, built.task, built.components.renderer)
+        return CritiqueSetup(built.components.critic, built.task, built.components.renderer)
     task = load_task(recipe.data, resolve(recipe.model.path), allow_empty=True)
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
     critic = build_critic(recipe.critic, task, templates, None, seed=recipe.seed)
-    return Marker(critic, task, renderer)
+    return CritiqueSetup(critic, task, renderer)
 
 
 def build_renderer(

@@ -27,8 +27,7 @@ from selfteach.tasks.task import SplitName, training_order
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
-from selfteach.trainer.build_critic import require_critic
-from selfteach.trainer.build_engine import require_engine
+from selfteach.trainer.preflight import preflight
 from selfteach.types import Sampling
 
 BUDGET = (
@@ -84,9 +83,7 @@ def train(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> Iterator[
 
 
 def _require(recipe: Recipe) -> None:
-    """Ask who is served elsewhere, before anything is spent."""
-    require_critic(recipe.critic)
-    require_engine(recipe)
+    preflight([recipe])
 
 
 def _migrated(config: dict[str, Any]) -> dict[str, Any]:

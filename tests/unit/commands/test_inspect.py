@@ -1,4 +1,4 @@
-"""An inspection from a model to a folder: what stands in it, and who can read it."""
+"""An inspection scores a model and writes a folder; tests of its contents and of the command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from selfteach import cli
 from selfteach.commands.inspect import folder as inspection_folder
-from selfteach.commands.inspect.inspection import Request, inspect_model
+from selfteach.commands.inspect.inspection import InspectionRequest, inspect_model
 from selfteach.commands.inspect.labelled import read_labelled
 from selfteach.commands.inspect.token_table import SCHEMA
 from selfteach.commands.study.run_study import inspection_of
@@ -30,7 +30,7 @@ EVERY = tuple(name for name in CONTEXTS if name != "none")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("inspection") / "out"
-    inspect_model("lab:two_styles", Request(EVERY, k=2, limit=12), out)
+    inspect_model("lab:two_styles", InspectionRequest(EVERY, k=2, limit=12), out)
     return out
 
 
@@ -44,17 +44,17 @@ def answers(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
-def test_three_readers_read_the_same(folder: Path, tokens: pd.DataFrame) -> None:
+def test_pandas_polars_and_duckdb_read_the_same(folder: Path, tokens: pd.DataFrame) -> None:
     path = str(folder / "tokens.parquet")
-    told = pl.read_parquet(path).group_by("context").agg(pl.col("advantage").mean())
+    by_context = pl.read_parquet(path).group_by("context").agg(pl.col("advantage").mean())
     query = f"select context, avg(advantage) from '{path}' group by context"
     expected = tokens.groupby("context").advantage.mean()
-    for rows in (told.rows(), duckdb.sql(query).fetchall()):
+    for rows in (by_context.rows(), duckdb.sql(query).fetchall()):
         assert dict(rows) == pytest.approx(expected.to_dict(), abs=1e-5)
     assert list(tokens.columns) == SCHEMA.names == pl.read_parquet_schema(path).names()
 
 
-def test_every_column_says_what_it_is(folder: Path) -> None:
+def test_every_column_has_a_description(folder: Path) -> None:
     schema = pq.read_schema(folder / "tokens.parquet")
     for field in schema:
         assert field.metadata[b"description"]
@@ -73,11 +73,13 @@ def test_one_row_per_answer_context_and_token(tokens: pd.DataFrame, answers: lis
     shown = [(len(EVERY) - len(row["dropped"])) * row["tokens"] for row in answers]
     assert len(tokens) == sum(shown)
     for number, row in enumerate(answers):
-        own = tokens[(tokens.answer == number) & (tokens.context == "reference")]
-        assert set(own.problem_id) == {row["problem_id"]} and set(own["sample"]) == {row["sample"]}
-        assert " ".join(own.text[:-1]) == row["text"] and own.text.iloc[-1] == "<eos>"
+        rows = tokens[(tokens.answer == number) & (tokens.context == "reference")]
+        assert set(rows.problem_id) == {row["problem_id"]} and set(rows["sample"]) == {
+            row["sample"]
+        }
+        assert " ".join(rows.text[:-1]) == row["text"] and rows.text.iloc[-1] == "<eos>"
         for index, (start, stop) in enumerate(row["step_spans"]["tokens"]):
-            assert (own.step[start:stop] == index).all()
+            assert (rows.step[start:stop] == index).all()
 
 
 def test_scores_are_consistent(tokens: pd.DataFrame) -> None:
@@ -89,44 +91,44 @@ def test_scores_are_consistent(tokens: pd.DataFrame) -> None:
     assert student.nunique().max() == 1, "the student sees no context"
 
 
-def test_regions_stand_around_the_first_error(tokens: pd.DataFrame, answers: list[dict]) -> None:
+def test_regions_are_relative_to_the_first_error(tokens: pd.DataFrame, answers: list[dict]) -> None:
     kinds = set()
     for number, row in enumerate(answers):
-        own = tokens[(tokens.answer == number) & (tokens.context == "reference")]
+        rows = tokens[(tokens.answer == number) & (tokens.context == "reference")]
         error = row["first_error"]
         kinds.add((row["correct"], error is None))
         if error is None:
-            assert row["correct"] and set(own.region) == {"right"}
+            assert row["correct"] and set(rows.region) == {"right"}
         else:
             expected = np.select(
-                [own.step < error, own.step == error], ["before", "failing"], "after"
+                [rows.step < error, rows.step == error], ["before", "failing"], "after"
             )
-            assert (own.region == expected).all()
+            assert (rows.region == expected).all()
     assert {(True, True), (False, False)} <= kinds
     assert set(tokens[tokens.kind == "style"].text) <= set("+=-><:!")
 
 
-def test_what_a_context_repeats(answers: list[dict]) -> None:
+def test_verbatim_is_the_fraction_of_repeated_steps(answers: list[dict]) -> None:
     wrong = [row for row in answers if row["first_error"]]
     assert wrong
     for row in wrong:
         assert row["verbatim"]["step_aligned"] == row["verbatim"]["shuffled_lines"] == 1
         assert row["verbatim"]["omission"] == row["verbatim"]["reference"] == 0
-    sound = next(row for row in answers if row["first_error"] is None)
-    assert set(sound["verbatim"].values()) == {None} and sound["fidelity"] == 1
+    correct = next(row for row in answers if row["first_error"] is None)
+    assert set(correct["verbatim"].values()) == {None} and correct["fidelity"] == 1
 
 
-def test_a_critic_that_errs_moves_no_region(answers: list[dict], tmp_path: Path) -> None:
-    request = Request(("step_aligned",), k=2, limit=12)
+def test_an_erring_critic_does_not_change_the_regions(answers: list[dict], tmp_path: Path) -> None:
+    request = InspectionRequest(("step_aligned",), k=2, limit=12)
     inspect_model("lab:two_styles", request, tmp_path / "out", settings=["critic.error_rate=1.0"])
     rows = list(map(json.loads, (tmp_path / "out" / "answers.jsonl").read_text().splitlines()))
     assert [r["first_error"] for r in rows] == [r["first_error"] for r in answers]
     assert {r["first_error_from"] for r in rows} == {"oracle"}
-    sound = [r for r in rows if r["first_error"] is None]
-    assert sound and all(r["critique"]["first_error"] is not None for r in sound)
+    correct = [r for r in rows if r["first_error"] is None]
+    assert correct and all(r["critique"]["first_error"] is not None for r in correct)
 
 
-def test_labelled_steps_are_scored_like_the_answers_they_are(
+def test_labelled_steps_get_the_scores_of_the_same_rollouts(
     folder: Path, tokens: pd.DataFrame, answers: list[dict], tmp_path: Path
 ) -> None:
     lines = [
@@ -141,12 +143,12 @@ def test_labelled_steps_are_scored_like_the_answers_they_are(
     ]  # fmt: skip
     path = tmp_path / "labelled.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    request = Request(("reference", "answer_only", "holistic"), labelled=path)
+    request = InspectionRequest(("reference", "answer_only", "holistic"), labelled=path)
     about = inspect_model("lab:two_styles", request, tmp_path / "out")
     assert (about["answers_are"], about["first_error_from"]) == ("labelled", "label")
-    found = pd.read_parquet(tmp_path / "out" / "tokens.parquet")
+    scored = pd.read_parquet(tmp_path / "out" / "tokens.parquet")
     for context in request.contexts:
-        ours, theirs = (t[t.context == context] for t in (found, tokens))
+        ours, theirs = (t[t.context == context] for t in (scored, tokens))
         assert (ours.token_id.values == theirs.token_id.values).all()
         assert (ours.region.values == theirs.region.values).all()
         np.testing.assert_allclose(ours.advantage, theirs.advantage, atol=1e-4)
@@ -159,29 +161,29 @@ def test_labelled_steps_are_scored_like_the_answers_they_are(
     [
         ("{", r"labelled\.jsonl:1: not valid JSON"),
         ('{"problem": "p", "steps": ["a"]}', "needed: problem, steps, label"),
-        ('{"problem": "p", "steps": [], "label": 0}', "label 0 is no index of its 0 steps"),
-        ('{"problem": "p", "steps": ["a", " "], "label": 0}', "strings that are not empty"),
+        ('{"problem": "p", "steps": [], "label": 0}', "label 0 is neither an index of its 0 steps"),
+        ('{"problem": "p", "steps": ["a", " "], "label": 0}', "list of non-empty strings"),
         (
             '{"problem": "p", "steps": ["a"], "label": 1}',
-            "label 1 is no index of its 1 steps, nor -1",
+            "label 1 is neither an index of its 1 steps nor -1",
         ),
-        ("", "holds no labelled answer"),
+        ("", "holds no labelled rollout"),
     ],
 )
-def test_a_labelled_file_that_is_none(line: str, message: str, tmp_path: Path) -> None:
+def test_a_malformed_labelled_file_is_one_line(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "labelled.jsonl").write_text(line)
     with pytest.raises(DataError, match=message):
         read_labelled(tmp_path / "labelled.jsonl")
 
 
-def test_labelled_steps_without_what_a_context_needs(tmp_path: Path) -> None:
+def test_labelled_steps_lack_what_a_context_needs(tmp_path: Path) -> None:
     path = tmp_path / "labelled.jsonl"
     path.write_text('{"problem": "a b c d e f", "steps": ["0 + a b = c"], "label": -1}')
     with pytest.raises(RecipeError, match="'step_aligned' needs a critique"):
-        request = Request(("step_aligned",), labelled=path)
+        request = InspectionRequest(("step_aligned",), labelled=path)
         inspect_model("lab:two_styles", request, tmp_path / "a")
     with pytest.raises(DataError, match="answer_only: the file has no answer"):
-        request = Request(("answer_only",), labelled=path)
+        request = InspectionRequest(("answer_only",), labelled=path)
         inspect_model("lab:two_styles", request, tmp_path / "b")
 
 
@@ -201,24 +203,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_runs_recorded_answers(run: Path, tmp_path: Path) -> None:
-    request = Request(("step_aligned",), recorded="step_000002", teacher="initial")
+def test_recorded_rollouts_of_a_run_are_scored(run: Path, tmp_path: Path) -> None:
+    request = InspectionRequest(("step_aligned",), recorded="step_000002", teacher="initial")
     about = inspect_model(str(run), request, tmp_path / "out")
     assert (about["answers"], about["answers_are"]) == (4, "recorded")
-    found = pd.read_parquet(tmp_path / "out" / "tokens.parquet")
+    scored = pd.read_parquet(tmp_path / "out" / "tokens.parquet")
     saved = [json.loads(line) for path in sorted((run / "rollouts").glob("step_000002.*"))
              for line in path.read_text().splitlines()]  # fmt: skip
-    assert found.token_id.tolist() == [token for row in saved for token in row["token_ids"]]
-    assert set(found.policy_version) == {1}
-    with pytest.raises(CheckpointError, match=r"no answers 'step_9'; it has: step_000001"):
-        inspect_model(str(run), Request(("reference",), recorded="step_9"), tmp_path / "none")
+    assert scored.token_id.tolist() == [token for row in saved for token in row["token_ids"]]
+    assert set(scored.policy_version) == {1}
+    with pytest.raises(CheckpointError, match=r"no rollouts 'step_9'; it has: step_000001"):
+        inspect_model(
+            str(run), InspectionRequest(("reference",), recorded="step_9"), tmp_path / "none"
+        )
 
 
-def test_the_initial_teacher_is_what_training_began_with(run: Path, tmp_path: Path) -> None:
+def test_the_initial_teacher_has_the_weights_before_training(run: Path, tmp_path: Path) -> None:
     """A trained student under both teachers: the student's scores agree, the teacher's do not."""
     scored = {}
     for teacher in ("given", "initial"):
-        request = Request(("reference",), recorded="step_000001", teacher=teacher)  # type: ignore[arg-type]
+        request = InspectionRequest(("reference",), recorded="step_000001", teacher=teacher)  # type: ignore[arg-type]
         inspect_model(str(run), request, tmp_path / teacher)
         scored[teacher] = pd.read_parquet(tmp_path / teacher / "tokens.parquet")
     given, initial = scored["given"], scored["initial"]
@@ -230,24 +234,28 @@ def test_the_initial_teacher_is_what_training_began_with(run: Path, tmp_path: Pa
     assert np.abs(initial.student_logp - logps).max() > 1e-2, "the student has learned since"
 
 
-def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_inspection_leaves_no_partial_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(inspection_folder, "score_rollouts", broken)
     with pytest.raises(KeyboardInterrupt):
-        inspect_model("lab:two_styles", Request(("reference",), k=1, limit=1), tmp_path / "out")
+        inspect_model(
+            "lab:two_styles", InspectionRequest(("reference",), k=1, limit=1), tmp_path / "out"
+        )
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_study_inspects_what_its_arms_are_taught_with() -> None:
+def test_a_study_inspects_the_contexts_of_its_arms() -> None:
     arms = {
         "grpo": {"objective": {"type": "grpo"}},
         "omission": {"context": {"type": "omission"}, "critic": {"type": "oracle", "error_rate": 0.5}},
     }  # fmt: skip
-    asked = inspection_of(study_from({"arms": arms, "evaluation": {"validation_k": 4}}))
-    assert asked is not None
-    recipe, request = asked
+    inspection = inspection_of(study_from({"arms": arms, "evaluation": {"validation_k": 4}}))
+    assert inspection is not None
+    recipe, request = inspection
     assert {"omission", "aligned_reference", "other_answer"} <= set(request.contexts)
     assert request.k * (request.limit or 0) == 512 and recipe.data.validation >= 128
     assert recipe.critic.error_rate == 0.5, "what its arms are shown"  # type: ignore[union-attr]
@@ -270,7 +278,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return 0
 
 
-def test_the_command(
+def test_the_command_writes_and_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
@@ -280,8 +288,8 @@ def test_the_command(
     printed = capsys.readouterr().out
     for word in ("concentration", "step_aligned", "student_entropy", "F1, %", str(out)):
         assert word in printed
-    told = json.loads((out / "localisation.json").read_text())
-    assert set(told["contexts"]) == {"reference", "step_aligned"}
+    localisation = json.loads((out / "localisation.json").read_text())
+    assert set(localisation["contexts"]) == {"reference", "step_aligned"}
     assert {path.suffix for path in (out / "figures").iterdir()} == {".svg", ".png"}
     for wrong, message in [
         ((*words, "--out", out), "is not empty"),
@@ -290,5 +298,5 @@ def test_the_command(
         ((*words, "--teacher", "ema", "--out", tmp_path / "x"), "given or initial"),
     ]:
         assert call(monkeypatch, *wrong) == 2
-        said = capsys.readouterr().err
-        assert message in said and said.count("\n") == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The budget of memory: by hand, and against what PyTorch really keeps."""
+"""The memory estimate equals sums by hand and what PyTorch really saves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selfteach.commands.check.memory import Load, Vllm, layer_token_bytes, memory
-from selfteach.commands.check.sizes import load_of, look
+from selfteach.commands.check.memory import Load, VllmMemory, layer_token_bytes, memory
+from selfteach.commands.check.sizes import load_of, measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.models.policy import add_adapters, recompute_activations
@@ -38,7 +38,7 @@ def config(shape: Shape) -> object:
 @pytest.mark.parametrize(
     "shape", list(dict.fromkeys(known_shapes().values())), ids=lambda shape: shape.family
 )
-def test_the_formula_counts_what_transformers_builds(shape: Shape) -> None:
+def test_shape_parameters_equal_those_of_transformers(shape: Shape) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(shape))
     assert shape.parameters == sum(p.numel() for p in model.parameters())
@@ -49,7 +49,7 @@ def test_the_formula_counts_what_transformers_builds(shape: Shape) -> None:
     [("Qwen/Qwen3-1.7B", "1.72"), ("Qwen/QwQ-32B", "32.76"), ("meta-llama/Llama-3.1-8B", "8.03"),
      ("HuggingFaceTB/SmolLM2-135M-Instruct", "0.13"), ("Qwen/Qwen2.5-0.5B", "0.49")],
 )  # fmt: skip
-def test_well_known_models_have_their_size(name: str, published: str) -> None:
+def test_known_models_have_their_published_size(name: str, published: str) -> None:
     assert f"{known_shapes()[name].parameters / 1e9:.2f}" == published
 
 
@@ -79,23 +79,23 @@ def built(shape: Shape, *, lora: bool, weights: torch.dtype, recompute: bool = F
 
 
 def saved_bytes(model: PreTrainedModel, autocast: bool) -> int:
-    """Bytes of all that autograd keeps of a forward pass, but for weights and their cast copies."""
+    """Bytes of all that autograd saves in a forward pass, except weights and their cast copies."""
     widths = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
     widths |= {shape[::-1] for shape in widths}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and tuple(tensor.shape) not in widths:
-            kept[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return tensor
 
     ids = torch.randint(1, 64, (1, TOKENS))
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         states = model.model(input_ids=ids, use_cache=False)[0]  # noqa: F841 - keeps the graph
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -104,7 +104,7 @@ def saved_bytes(model: PreTrainedModel, autocast: bool) -> int:
     ("weights", "autocast"),
     [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)],
 )
-def test_a_layer_keeps_of_a_token_what_autograd_keeps(
+def test_layer_token_bytes_is_what_autograd_saves(
     family: str, lora: bool, weights: torch.dtype, autocast: bool
 ) -> None:
     one, two = (
@@ -116,7 +116,7 @@ def test_a_layer_keeps_of_a_token_what_autograd_keeps(
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_recomputing_keeps_one_state_a_layer(weights: torch.dtype) -> None:
+def test_gradient_checkpointing_saves_one_state_a_layer(weights: torch.dtype) -> None:
     one, two = (
         saved_bytes(built(tiny("llama", n), lora=True, weights=weights, recompute=True), True)
         for n in (1, 2)
@@ -133,46 +133,46 @@ def by_hand(**changes: object) -> dict[str, int]:
         learn_tokens=10, chunk_entries=64, sample_rows=3, sample_length=20,
     )  # fmt: skip
     total = memory(Load(**{**values, **changes}))
-    items = (*total.always, *total.learning, *total.sampling)
+    items = (*total.always, *total.training, *total.sampling)
     return {**{item.name: item.bytes for item in items}, "peak": total.peak}
 
 
-def test_the_sum_by_hand() -> None:
+def test_the_estimate_equals_the_sum_by_hand() -> None:
     # Embeddings 256; a layer 4 · 64 + 3 · 128 + 16 = 656; the last norm 8: 1,576 numbers.
-    held = 1576 * 4
+    weights = 1576 * 4
     # A layer keeps 4 (16 + 2 + 2) + 16 · 4 + 4 (16 + 64 + 16 + 16) = 592 bytes of a token.
     expected = {
-        "weights": held,
-        "AdamW's moments": 2 * held,
-        "teacher's own weights": held,
-        "gradients": held,
+        "weights": weights,
+        "AdamW moments": 2 * weights,
+        "copies of the trained weights": weights,
+        "gradients": weights,
         "activations": 10 * 2 * 592,
-        "states": 10 * 8 * 24,
+        "hidden states": 10 * 8 * 24,
         "logits": 8 * 4 * 64,
-        "head's gradient": 2 * 256 * 4,
-        "keys and values": 3 * 20 * (2 * 2 * 8 * 4),
-        "next token": 3 * 32 * 24,
+        "LM head gradient": 2 * 256 * 4,
+        "KV cache": 3 * 20 * (2 * 2 * 8 * 4),
+        "next-token logits": 3 * 32 * 24,
     }
-    learning = 5 * held + 11840 + 1920 + 2048 + 2048
-    assert by_hand() == {**expected, "peak": learning}
-    sampling = 4 * held + 3000 * 20 * 128 + 3000 * 32 * 24
+    training = 5 * weights + 11840 + 1920 + 2048 + 2048
+    assert by_hand() == {**expected, "peak": training}
+    sampling = 4 * weights + 3000 * 20 * 128 + 3000 * 32 * 24
     assert by_hand(sample_rows=3000)["peak"] == sampling, "never both"
 
 
-def test_vllm_beside_the_trainer_by_hand() -> None:
-    own, plain = 1576 * 2, by_hand()  # in bfloat16
+def test_vllm_on_the_trainers_device_adds_weights_and_cache() -> None:
+    weights, plain = 1576 * 2, by_hand()  # in bfloat16
     cache = 2000 * 20 * (2 * 2 * 8 * 2)
-    here = Vllm(weight_bytes=2, rows=2000, share=0.4, sleeps=True)
+    here = VllmMemory(weight_bytes=2, rows=2000, share=0.4, sleeps=True)
     asleep, awake = (
         by_hand(sampler=dataclasses.replace(here, sleeps=sleeps)) for sleeps in (True, False)
     )
     for sums in (asleep, awake):
-        assert sums["vLLM's weights"] == own and sums["vLLM's keys and values"] == cache
-        assert "next token" not in sums
-    assert asleep["peak"] == 4 * 1576 * 4 + own + cache, "more than learning, and never both"
-    assert awake["peak"] == plain["peak"] + own + cache
+        assert sums["vLLM weights"] == weights and sums["vLLM KV cache"] == cache
+        assert "next-token logits" not in sums
+    assert asleep["peak"] == 4 * 1576 * 4 + weights + cache, "more than training, and never both"
+    assert awake["peak"] == plain["peak"] + weights + cache
     elsewhere = by_hand(sampler="elsewhere", sample_rows=3000)
-    assert elsewhere["peak"] == plain["peak"] and "keys and values" not in elsewhere
+    assert elsewhere["peak"] == plain["peak"] and "KV cache" not in elsewhere
 
 
 @pytest.mark.parametrize(
@@ -180,11 +180,11 @@ def test_vllm_beside_the_trainer_by_hand() -> None:
     [
         ({"type": "transformers"}, "trainer"),
         ({"type": "vllm_server", "model": "m"}, "elsewhere"),
-        ({"type": "vllm", "dtype": "bfloat16"}, Vllm(2, 8, 0.4, True)),
-        ({"type": "vllm", "sleep": False, "max_num_seqs": 3}, Vllm(4, 3, 0.4, False)),
+        ({"type": "vllm", "dtype": "bfloat16"}, VllmMemory(2, 8, 0.4, True)),
+        ({"type": "vllm", "sleep": False, "max_num_seqs": 3}, VllmMemory(4, 3, 0.4, False)),
     ],
 )
-def test_a_recipe_says_who_samples_where(engine: dict[str, object], expected: object) -> None:
+def test_the_engine_section_sets_the_sampler(engine: dict[str, object], expected: object) -> None:
     recipe = Recipe.model_validate(
         {
             "engine": engine,
@@ -194,35 +194,35 @@ def test_a_recipe_says_who_samples_where(engine: dict[str, object], expected: ob
             "critic": {"type": "oracle"},
         }
     )
-    known = look(recipe)
-    needed = load_of(recipe, known)
+    run_sizes = measure_offline(recipe)
+    needed = load_of(recipe, run_sizes)
     assert needed is not None and needed.sampler == expected
-    if isinstance(expected, Vllm):
-        cpu = load_of(recipe, dataclasses.replace(known, device="cpu"))
+    if isinstance(expected, VllmMemory):
+        cpu = load_of(recipe, dataclasses.replace(run_sizes, device="cpu"))
         assert cpu is not None and cpu.sampler == dataclasses.replace(expected, sleeps=False)
 
 
-def test_adapters_in_float32_over_weights_in_bfloat16_by_hand() -> None:
-    found = by_hand(trained=100, adapters=(2, 7), weight_bytes=2, compute_bytes=2, copies=0)
-    assert found["weights"] == 1576 * 2 and found["adapters"] == 400
-    assert found["AdamW's moments"] == 800 and found["gradients"] == 400
+def test_float32_adapters_over_bfloat16_weights_by_hand() -> None:
+    items = by_hand(trained=100, adapters=(2, 7), weight_bytes=2, compute_bytes=2, copies=0)
+    assert items["weights"] == 1576 * 2 and items["adapters"] == 400
+    assert items["AdamW moments"] == 800 and items["gradients"] == 400
     # 4 (16 + 2 + 2) + 2 (5 · 8 + 8 + 64 + 16 + 16 + 14) = 396.
-    assert found["activations"] == 10 * 2 * 396
-    assert "teacher's own weights" not in found and "head's gradient" not in found
+    assert items["activations"] == 10 * 2 * 396
+    assert "copies of the trained weights" not in items and "LM head gradient" not in items
     recomputed = by_hand(
         trained=100, adapters=(2, 7), weight_bytes=2, compute_bytes=2, copies=0, recompute=True
     )
     assert recomputed["activations"] == 10 * (2 * 8 * 2 + 396)
 
 
-def test_autocast_keeps_a_copy_of_what_it_casts() -> None:
-    found = by_hand(compute_bytes=2)
-    assert found["head, cast"] == 2 * 256 * 2
-    assert found["layers' weights, cast"] == (1576 - 256) * 2
-    assert not {"head, cast", "layers' weights, cast"} & by_hand().keys()
+def test_autocast_adds_copies_of_what_it_casts() -> None:
+    items = by_hand(compute_bytes=2)
+    assert items["LM head, cast"] == 2 * 256 * 2
+    assert items["layer weights, cast"] == (1576 - 256) * 2
+    assert not {"LM head, cast", "layer weights, cast"} & by_hand().keys()
 
 
-def test_the_optimizer_holds_what_the_budget_says() -> None:
+def test_adamw_allocates_the_estimated_moments() -> None:
     for lora in (False, True):
         model = built(tiny("llama"), lora=lora, weights=torch.float32)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -237,6 +237,6 @@ def test_the_optimizer_holds_what_the_budget_says() -> None:
         count = sum(p.numel() for p in trained)
         if lora:
             assert count == tiny("llama").adapters(3, TARGETS)
-        asked = load(tiny("llama"), lora=lora, weights=torch.float32, autocast=False)
-        total = memory(dataclasses.replace(asked, trained=count))
-        assert {i.name: i.bytes for i in total.always}["AdamW's moments"] == moments
+        device_load = load(tiny("llama"), lora=lora, weights=torch.float32, autocast=False)
+        total = memory(dataclasses.replace(device_load, trained=count))
+        assert {i.name: i.bytes for i in total.always}["AdamW moments"] == moments

@@ -1,4 +1,4 @@
-"""The budget of tokens, by hand."""
+"""The token budget of a recipe equals counts by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rows(lengths: Lengths = COUNTED, **changes: object) -> dict[str, tuple[int, 
     return {r.name: (r.at_most, r.expected) for r in step_tokens(recipe(**changes), lengths)}
 
 
-def test_distillation_by_hand() -> None:
+def test_distillation_counts_equal_those_by_hand() -> None:
     assert rows() == {
         "prompts sampled from": (3 * 60, 3 * 50),
         "sampled": (12 * 100, None),
@@ -37,37 +37,37 @@ def test_distillation_by_hand() -> None:
     }
 
 
-def test_what_cannot_be_counted_has_no_expectation() -> None:
-    found = rows(Lengths(500))
-    assert found["scored by the student"] == (12 * (1024 + 100), None)
-    assert all(expected is None for _, expected in found.values())
+def test_without_lengths_there_is_no_expected_value() -> None:
+    counts = rows(Lengths(500))
+    assert counts["scored by the student"] == (12 * (1024 + 100), None)
+    assert all(expected is None for _, expected in counts.values())
     assert plus(1, None) is None and plus(1, 2.5) == 3.5
 
 
-def test_grpo_has_a_teacher_only_for_its_penalty() -> None:
+def test_grpo_counts_teacher_tokens_only_with_a_kl_penalty() -> None:
     grpo = {"context": {"type": "none"}, "objective": {"type": "grpo"}}
     assert "scored by the teacher" not in rows(**grpo)
     penalised = merge(grpo, {"objective": {"kl_coef": 0.1}})
     assert rows(**penalised)["scored by the teacher"] == (12 * 160, 12 * 150)
 
 
-def test_several_updates_and_a_teacher_between_two_policies_score_more() -> None:
-    found = rows(train={"num_iterations": 2}, teacher={"type": "trust_region"})
-    assert found["scored by the student"][0] == 2 * 12 * 160
-    assert found["scored by the teacher"][0] == 2 * 2 * 12 * 500
+def test_more_iterations_and_a_trust_region_teacher_multiply_the_counts() -> None:
+    counts = rows(train={"num_iterations": 2}, teacher={"type": "trust_region"})
+    assert counts["scored by the student"][0] == 2 * 12 * 160
+    assert counts["scored by the teacher"][0] == 2 * 2 * 12 * 500
 
 
 @pytest.mark.parametrize("sees", [False, True])
-def test_a_critic_by_hand(sees: bool) -> None:
+def test_critic_counts_equal_those_by_hand(sees: bool) -> None:
     critic = {**ENDPOINT, "sees_reference": sees}
-    asked = recipe(context={"type": "step_aligned"}, critic=critic)
-    found = step_tokens(asked, COUNTED)
-    more, about = (500, 70) if sees else (0, 0)
-    read = 2 * 12 * (10 + 60 + 100 + more)
-    assert found[-2:] == [
-        Tokens("read by the critic", read, 12 * (50 + 100 + 10 + about)),
+    critiqued = recipe(context={"type": "step_aligned"}, critic=critic)
+    counts = step_tokens(critiqued, COUNTED)
+    at_most, expected = (500, 70) if sees else (0, 0)
+    read = 2 * 12 * (10 + 60 + 100 + at_most)
+    assert counts[-2:] == [
+        Tokens("read by the critic", read, 12 * (50 + 100 + 10 + expected)),
         Tokens("written by the critic", 2 * 12 * 1000),
     ]
-    assert found[-3].expected == 12 * (50 + 100 + 100), "a trace is as long as the answer"
-    assert step_cost(asked, found) == pytest.approx((2 * read + 8 * 24_000) / 1e6)
+    assert counts[-3].expected == 12 * (50 + 100 + 100), "a trace is as long as the rollout"
+    assert step_cost(critiqued, counts) == pytest.approx((2 * read + 8 * 24_000) / 1e6)
     assert step_cost(recipe(), step_tokens(recipe(), COUNTED)) == 0

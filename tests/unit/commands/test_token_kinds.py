@@ -1,4 +1,4 @@
-"""Style and task: by the word that a token belongs to."""
+"""Token kinds are those of the word that a token belongs to."""
 
 from __future__ import annotations
 
@@ -6,46 +6,52 @@ from itertools import accumulate
 
 import pytest
 
-from selfteach.commands.inspect.token_kinds import LISTS, STYLE_WORDS, kinds
+from selfteach.commands.inspect.token_kinds import LISTS, STYLE_WORDS, token_kinds
 from selfteach.tasks.lab.world import STYLES, SYMBOLS
 
 
-def told(*pieces: str, language: str = "english") -> list[str]:
+def letters(*pieces: str, language: str = "english") -> list[str]:
     ends = list(accumulate(map(len, pieces)))
-    return [kind[0] for kind in kinds("".join(pieces), ends, language)]  # type: ignore[arg-type]
+    return [kind[0] for kind in token_kinds("".join(pieces), ends, language)]  # type: ignore[arg-type]
 
 
-def test_words_numbers_and_signs() -> None:
+def test_words_numbers_and_signs_have_their_kind() -> None:
     pieces = ["So", ",", " 3", " +", " x", " equals", " 12", ".", "5", " apples", "."]
-    assert "".join(told(*pieces)) == "sotttotttoo"
+    assert "".join(letters(*pieces)) == "sotttotttoo"
 
 
-def test_a_split_word_is_one_word() -> None:
-    assert told("Wa", "it") == ["s", "s"]
-    assert told(" there", "fore", " the", "refore", "d") == ["s", "s", "o", "o", "o"]
-    assert told("let", "'", "s", " go") == ["s", "s", "s", "o"]
-    assert told("let’", "s") == ["s", "s"]
+def test_all_tokens_of_a_word_have_its_kind() -> None:
+    assert letters("Wa", "it") == ["s", "s"]
+    assert letters(" there", "fore", " the", "refore", "d") == ["s", "s", "o", "o", "o"]
+    assert letters("let", "'", "s", " go") == ["s", "s", "s", "o"]
+    assert letters("let’", "s") == ["s", "s"]
 
 
 def test_white_space_special_tokens_and_tags_are_other() -> None:
-    assert told("<", "step", "_", "1", ">", "\n", "so", "", " ") == [*"ooooo", "o", "s", "o", "o"]
-    assert told("a", " I", " b") == ["o", "s", "t"]  # an article, a person, a variable
+    assert letters("<", "step", "_", "1", ">", "\n", "so", "", " ") == [
+        *"ooooo",
+        "o",
+        "s",
+        "o",
+        "o",
+    ]
+    assert letters("a", " I", " b") == ["o", "s", "t"]  # an article, a person, a variable
 
 
-def test_latex() -> None:
-    assert told("$", "\\", "frac", "{", "1", "}", "{", "2", "}$") == ["t"] * 9
+def test_latex_is_task() -> None:
+    assert letters("$", "\\", "frac", "{", "1", "}", "{", "2", "}$") == ["t"] * 9
 
 
-def test_tokens_of_a_thought_are_other() -> None:
-    assert kinds("so 1", [0, 0, 2, 4]) == ["other", "other", "style", "task"]
-    assert kinds("", []) == []
+def test_thinking_tokens_are_other() -> None:
+    assert token_kinds("so 1", [0, 0, 2, 4]) == ["other", "other", "style", "task"]
+    assert token_kinds("", []) == []
 
 
-def test_the_labs_marks_are_its_styles() -> None:
+def test_the_labs_style_symbols_are_listed() -> None:
     marks = {mark for style in STYLES.values() for mark in style.marks}
     assert set(LISTS["lab"]["marks"]) == {*marks, "!"}
     assert "".join(LISTS["lab"]["symbols"]) == SYMBOLS
-    assert told("0", " +", " a", " b", " =", " c", " #", " c", language="lab") == [*"osttstot"]
+    assert letters("0", " +", " a", " b", " =", " c", " #", " c", language="lab") == [*"osttstot"]
 
 
 @pytest.mark.parametrize("word", ["wait", "so", "let", "therefore", "because", "hmm"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from selfteach.commands.check.memory import Load, memory
-from selfteach.commands.check.sizes import look
+from selfteach.commands.check.sizes import measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
 from selfteach.errors import CheckpointError, RecipeError
@@ -106,9 +106,9 @@ def test_sharding_divides_stored_weights_and_gathers_those_of_a_layer() -> None:
     load = work().load
     whole, half = memory(load), memory(dataclasses.replace(load, shards=2))
     assert [2 * item.bytes for item in half.always] == [item.bytes for item in whole.always]
-    gathered = {item.name: item.bytes for item in half.learning}["gathered weights"]
+    gathered = {item.name: item.bytes for item in half.training}["gathered weights"]
     assert gathered == (256 + 2 * 660) * 4, "embeddings and two layers of (1,576 − 256) / 2"
-    assert "gathered weights" not in {item.name for item in whole.learning}
+    assert "gathered weights" not in {item.name for item in whole.training}
 
 
 @pytest.mark.parametrize("mean", [3.0, 100.0, 900.0])
@@ -192,7 +192,7 @@ def test_a_calibration_recovers_the_costs_behind_the_measurements() -> None:
 
 def paper(**changes: object) -> StepWork:
     recipe: Recipe = load_study(PAPER).recipe("step_aligned", seed=0)
-    return dataclasses.replace(work_of(recipe, look(recipe)), engine="vllm", **changes)
+    return dataclasses.replace(work_of(recipe, measure_offline(recipe)), engine="vllm", **changes)
 
 
 H100 = Hardware("h100-sxm", find_device("h100-sxm"), Efficiency())

@@ -16,7 +16,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.runtime import tracking
 from selfteach.runtime.tracking import TrackedRun, open_sinks, run_name, tracked_run, values_of
-from selfteach.trainer.build import build
+from selfteach.trainer.preflight import preflight
 
 ROWS = [
     {"step": 0, "kind": "validation", "k": 4, "avg": 12.5},
@@ -140,7 +140,7 @@ def test_a_missing_package_is_one_line_before_a_model_is_loaded(monkeypatch):
         }
     )
     with pytest.raises(RecipeError, match='"trackio" needs the package trackio: pip install'):
-        build(recipe)
+        preflight([recipe])
 
 
 def test_a_run_keeps_its_id_and_is_named_after_its_study(tmp_path: Path):

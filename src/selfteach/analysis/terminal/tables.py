@@ -52,7 +52,7 @@ def print_results(results: Results, console: Console) -> None:
 
 
 def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
-    """Print one model's measures, each with its interval over problems (`api.evaluate_model`)."""
+    """Print one model's measures, each with its interval over problems (`api.evaluate`)."""
     console.print(Text(f"{result['what']}: {result['split']}, {result['problems']} problems"))
     table = _table(["", "mean [95 % interval]"])
     for name in MEASURES:

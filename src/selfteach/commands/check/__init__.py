@@ -1,1 +1,1 @@
-"""`selfteach check`: what a recipe would run, hold in memory and cost, before anything is spent."""
+"""Commands behind `selfteach check`: what a recipe runs, holds in memory and costs."""

@@ -1,10 +1,10 @@
-"""Memory of one device while it trains and samples, added up before anything is loaded.
+"""Estimate the memory of one device while it trains and samples, before anything is loaded.
 
-Bytes, from the shape of the model and the numbers of the recipe; every line says how it came about.
-What a layer keeps for its gradient is counted as PyTorch saves it for the decoders of transformers
-(a test holds the count against autograd itself); the rest are the tensors that we allocate. Not
-counted: the allocator's slack, the driver's own (about 0.5 GiB with CUDA), rounding, and on a processor
-the copy of a model's weights that it samples with (400 million numbers at most).
+Bytes, from the shape of the model and the numbers of the recipe; every item states its arithmetic.
+What a layer saves for its backward pass is counted as PyTorch saves it for the decoders of
+transformers (a test compares the count with autograd); the rest are the tensors allocated here. Not
+counted: the allocator's fragmentation, the driver's memory (about 0.5 GiB with CUDA), rounding, and on
+CPU the copy of a model's weights for sampling (400 million elements at most).
 """
 
 from __future__ import annotations
@@ -17,57 +17,59 @@ from selfteach.models.architectures import Shape
 FLOAT = 4
 """Bytes of a float32."""
 CHUNK_BUFFERS = 8
-"""float32 buffers of a chunk's logits that a divergence holds at a time: both sides' logits, the
-products that they are cast from, log-probabilities, mixture and terms, and the gradient."""
+"""float32 buffers of a chunk's logits that a divergence holds at a time: logits of student and teacher,
+the matmul results they are cast from, log-probabilities, mixture and terms, and the gradient."""
 
 
 @dataclass(frozen=True, slots=True)
-class Vllm:
-    """A vLLM on the trainer's own device: a copy of the weights, and a cache of keys and values."""
+class VllmMemory:
+    """Describes a vLLM on the trainer's device: a copy of the weights, and a KV cache."""
 
     weight_bytes: int
-    """Of a number, in weights and cache."""
+    """Bytes per element, in weights and cache."""
     rows: int
-    """Answers decoded side by side."""
+    """Rollouts decoded in one batch."""
     share: float
-    """Of the device, whose rest behind the weights is the cache."""
+    """Fraction of the device's memory that vLLM takes: weights first, the rest is its cache."""
     sleeps: bool
-    """Gives both back while others work."""
+    """Releases weights and cache while the trainer works (sleep mode)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a device is asked to hold."""
+    """Describes what one device has to hold: the input of `memory`."""
 
     shape: Shape
     parameters: int
-    """Of the model, adapters apart."""
+    """Of the model, adapters excluded."""
     trained: int
-    """Numbers that train: the adapters', or all."""
+    """Trainable parameters: the adapters', or all."""
     adapters: tuple[int, int] | None
     """Rank, and modules per layer that have one; None when all weights train."""
     weight_bytes: int
     compute_bytes: int
-    """Of a number in the layers: the autocast type's, else the weights'."""
+    """Bytes per element in the layers: the autocast dtype's, else the weights'."""
     recompute: bool
+    """Gradient checkpointing."""
     copies: int
-    """Further copies of the weights that train, for teacher and critic."""
+    """Further copies of the trainable weights, for teacher and critic."""
     learn_tokens: int
-    """Tokens whose activations are kept at a time."""
+    """Tokens whose activations are stored at a time: those of a micro-batch."""
     chunk_entries: int
+    """Logits (tokens × vocabulary) of one chunk of the loss."""
     sample_rows: int
-    """Answers decoded side by side."""
+    """Rollouts decoded in one batch."""
     sample_length: int
-    """Prompt and answer, in tokens."""
-    sampler: Literal["trainer", "elsewhere"] | Vllm = "trainer"
-    """Who samples: the model that trains, an engine on other devices, or one beside it on this."""
+    """Prompt and completion, in tokens."""
+    sampler: Literal["trainer", "elsewhere"] | VllmMemory = "trainer"
+    """Where rollouts are sampled: with the model that trains, on other devices, or in a vLLM here."""
     shards: int = 1
-    """Devices that share weights, gradients and moments evenly (FSDP); tokens are each one's own."""
+    """Ranks that shard weights, gradients and optimizer moments evenly (FSDP2); tokens are per rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One line of the sum."""
+    """Holds one line of an estimate: bytes and the arithmetic behind them."""
 
     name: str
     bytes: int
@@ -76,32 +78,36 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The sum: what is always there, and what learning and sampling add in turn."""
+    """Holds an estimate: what is always allocated, and what training and sampling add in turn."""
 
     always: tuple[Item, ...]
-    learning: tuple[Item, ...]
+    training: tuple[Item, ...]
     sampling: tuple[Item, ...]
 
     @property
     def peak(self) -> int:
-        """Bytes at the peak: learning and sampling never meet."""
-        always, learning, sampling = (
+        """Bytes at the peak; training and sampling never happen at the same time."""
+        always, training, sampling = (
             sum(item.bytes for item in items)
-            for items in (self.always, self.learning, self.sampling)
+            for items in (self.always, self.training, self.sampling)
         )
-        return always + max(learning, sampling)
+        return always + max(training, sampling)
 
 
 def memory(load: Load) -> Memory:
-    """Every part of a device's memory."""
+    """Estimate the memory of one device, item by item."""
     trained_bytes = FLOAT if load.adapters else load.weight_bytes
-    held = load.trained * trained_bytes
-    gradients = Item("gradients", held, f"{load.trained:,} × {trained_bytes} bytes")
-    always = (*_weights(load, held), _moments(load, held), *_copies(load, held))
+    trained_total = load.trained * trained_bytes
+    gradients = Item("gradients", trained_total, f"{load.trained:,} × {trained_bytes} bytes")
+    always = (
+        *_weights(load, trained_total),
+        _moments(load, trained_total),
+        *_copies(load, trained_total),
+    )
     sampler = load.sampler
-    stays = _vllm(load, sampler) if isinstance(sampler, Vllm) and not sampler.sleeps else ()
+    awake = _vllm(load, sampler) if isinstance(sampler, VllmMemory) and not sampler.sleeps else ()
     return Memory(
-        (*(_shard(item, load.shards) for item in always), *stays),
+        (*(_shard(item, load.shards) for item in always), *awake),
         (
             _shard(gradients, load.shards),
             *_gathered(load),
@@ -113,12 +119,12 @@ def memory(load: Load) -> Memory:
 
 
 def layer_token_bytes(load: Load) -> int:
-    """What one layer keeps of one token for its gradient, in bytes.
+    """Return the bytes that one layer saves per token for its backward pass.
 
-    Of each norm its input in float32 (and its normalised value in the weights' type, where its own
-    weight trains), with a number per norm, head and query. In the compute type: the inputs of the
-    linear maps (each map's own copy where they are cast), what attention and the gated unit keep,
-    and the adapters' ranks.
+    Per norm: its input in float32 (and its normalised value in the weights' dtype where the norm's
+    weight trains), with one number per norm, head and query. In the compute dtype: the inputs of the
+    linear layers (one copy per layer where they are cast), what attention and the gated MLP save, and
+    the adapters' low-rank activations.
     """
     shape = load.shape
     h, i, a, k = shape.hidden, shape.intermediate, shape.attention, shape.keys
@@ -135,7 +141,7 @@ def layer_token_bytes(load: Load) -> int:
 
 
 def gib(count: int) -> str:
-    """Bytes in GiB, or in MiB below a tenth of one."""
+    """Format bytes in GiB, or in MiB below a tenth of a GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
@@ -146,7 +152,7 @@ def _shard(item: Item, shards: int) -> Item:
 
 
 def _gathered(load: Load) -> tuple[Item, ...]:
-    """Whole weights at a time: those outside the layers, the layer that runs and the next one."""
+    """Count unsharded weights: those outside the layers, the running layer and the prefetched one."""
     if load.shards == 1:
         return ()
     shape = load.shape
@@ -156,40 +162,42 @@ def _gathered(load: Load) -> tuple[Item, ...]:
     return (Item("gathered weights", (ends + 2 * layer) * load.compute_bytes, how),)
 
 
-def _weights(load: Load, held: int) -> tuple[Item, ...]:
+def _weights(load: Load, trained_total: int) -> tuple[Item, ...]:
     how = f"{load.parameters:,} × {load.weight_bytes} bytes"
     model = Item("weights", load.parameters * load.weight_bytes, how)
     if not load.adapters:
         return (model,)
-    return model, Item("adapters", held, f"{load.trained:,} × {FLOAT} bytes")
+    return model, Item("adapters", trained_total, f"{load.trained:,} × {FLOAT} bytes")
 
 
-def _moments(load: Load, held: int) -> Item:
-    return Item("AdamW's moments", 2 * held, f"2 × {gib(held)}")
+def _moments(load: Load, trained_total: int) -> Item:
+    return Item("AdamW moments", 2 * trained_total, f"2 × {gib(trained_total)}")
 
 
-def _copies(load: Load, held: int) -> tuple[Item, ...]:
+def _copies(load: Load, trained_total: int) -> tuple[Item, ...]:
     if not load.copies:
         return ()
-    return (Item("teacher's own weights", load.copies * held, f"{load.copies} × {gib(held)}"),)
+    how = f"{load.copies} × {gib(trained_total)}"
+    return (Item("copies of the trained weights", load.copies * trained_total, how),)
 
 
 def _activations(load: Load) -> tuple[Item, ...]:
     shape, tokens = load.shape, load.learn_tokens
     layer = layer_token_bytes(load)
-    # The embedded tokens, the last norm, and the states that meet the head, student's and teacher's.
+    # Embeddings, the last norm, and the hidden states before the LM head, student's and teacher's.
     ends = tokens * shape.hidden * 6 * FLOAT
     if load.recompute:
         stream = shape.layers * shape.hidden * load.weight_bytes
-        kept = tokens * (stream + layer)
+        saved = tokens * (stream + layer)
         how = (
             f"{tokens:,} tokens × ({shape.layers} layers × {shape.hidden} × {load.weight_bytes} bytes "
             f"+ one layer at {layer:,} bytes)"
         )
     else:
-        kept = tokens * shape.layers * layer
+        saved = tokens * shape.layers * layer
         how = f"{tokens:,} tokens × {shape.layers} layers × {layer:,} bytes"
-    return Item("activations", kept, how), Item("states", ends, f"{tokens:,} × {shape.hidden} × 24")
+    hidden = Item("hidden states", ends, f"{tokens:,} × {shape.hidden} × 24")
+    return Item("activations", saved, how), hidden
 
 
 def _logits(load: Load) -> tuple[Item, ...]:
@@ -200,23 +208,23 @@ def _logits(load: Load) -> tuple[Item, ...]:
     head = shape.vocabulary * shape.hidden
     if load.compute_bytes != load.weight_bytes:
         copy = 2 * head * load.compute_bytes  # the student's and the teacher's
-        items.append(Item("head, cast", copy, f"2 × {head:,} × {load.compute_bytes} bytes"))
+        items.append(Item("LM head, cast", copy, f"2 × {head:,} × {load.compute_bytes} bytes"))
         inner = load.parameters - head * (1 if shape.tied else 2)
         how = f"{inner:,} × {load.compute_bytes} bytes"
-        items.append(Item("layers' weights, cast", inner * load.compute_bytes, how))
+        items.append(Item("layer weights, cast", inner * load.compute_bytes, how))
     if not load.adapters:
-        items.append(Item("head's gradient", 2 * head * FLOAT, f"2 × {head:,} × {FLOAT} bytes"))
+        items.append(Item("LM head gradient", 2 * head * FLOAT, f"2 × {head:,} × {FLOAT} bytes"))
     return tuple(items)
 
 
-def _vllm(load: Load, vllm: Vllm) -> tuple[Item, ...]:
+def _vllm(load: Load, vllm: VllmMemory) -> tuple[Item, ...]:
     size, width = load.parameters, vllm.weight_bytes
     token = 2 * load.shape.layers * load.shape.keys * width
-    how = f"{vllm.rows:,} answers × {load.sample_length:,} tokens × {token:,}"
+    how = f"{vllm.rows:,} rollouts × {load.sample_length:,} tokens × {token:,}"
     return (
-        Item("vLLM's weights", size * width, f"{size:,} × {width} bytes"),
+        Item("vLLM weights", size * width, f"{size:,} × {width} bytes"),
         Item(
-            "vLLM's keys and values",
+            "vLLM KV cache",
             vllm.rows * load.sample_length * token,
             f"{how} at least; it takes the rest of its {vllm.share:g} of the device",
         ),
@@ -226,16 +234,16 @@ def _vllm(load: Load, vllm: Vllm) -> tuple[Item, ...]:
 def _sampling(load: Load) -> tuple[Item, ...]:
     if load.sampler == "elsewhere":
         return ()
-    if isinstance(load.sampler, Vllm):
+    if isinstance(load.sampler, VllmMemory):
         return _vllm(load, load.sampler) if load.sampler.sleeps else ()
     shape, rows, length = load.shape, load.sample_rows, load.sample_length
     token = 2 * shape.layers * shape.keys * load.compute_bytes
-    logits = rows * shape.vocabulary * (2 * FLOAT + 2 * 8)  # drawn from in float64
+    logits = rows * shape.vocabulary * (2 * FLOAT + 2 * 8)  # sampled from in float64
     return (
         Item(
-            "keys and values",
+            "KV cache",
             rows * length * token,
-            f"{rows:,} answers × {length:,} tokens × {token:,}",
+            f"{rows:,} rollouts × {length:,} tokens × {token:,}",
         ),
-        Item("next token", logits, f"{rows:,} × {shape.vocabulary:,} × 24 bytes"),
+        Item("next-token logits", logits, f"{rows:,} × {shape.vocabulary:,} × 24 bytes"),
     )

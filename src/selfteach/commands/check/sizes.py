@@ -1,9 +1,9 @@
-"""What a budget needs to know of a run: the model's size, problems, lengths; built or looked up.
+"""Measure a run before it starts: model size, number of problems, lengths in tokens.
 
-A run that can be built is measured. Offline, what cannot be had here is named and left out: models of
-a hub that are in no cache (their size is then that of their known shape), problem sets that are not
-made yet, servers. What is named wrongly stays an error: a model's folder that is not there, a problem
-set that is missing from a folder that is.
+`measure` reads the sizes off a run that was built. `measure_offline` loads no weights and asks no
+server: it lists what is not available on this machine (hub models in no cache, whose size then comes
+from a table of known shapes; problem sets that do not exist yet; servers) instead of failing. A wrong
+name stays an error: a model folder that does not exist, a file missing from a folder that does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from selfteach.commands.check.memory import Load, Vllm
+from selfteach.commands.check.memory import Load, VllmMemory
 from selfteach.commands.check.tokens import Lengths
 from selfteach.config.critic_section import (
     EndpointConfig,
@@ -47,33 +47,35 @@ from selfteach.trainer.build import (
 from selfteach.trainer.build_critic import build_critic
 
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-"""What may be a model of a hub; anything else (``./x``, ``~/x``, ``a/b/c``) is a folder."""
+"""What may be the id of a hub model; anything else (``./x``, ``~/x``, ``a/b/c``) is a folder."""
 SIZES = {"float32": 4, "bfloat16": 2}
-"""Bytes of a number."""
-LETTERS = 4
-"""Characters of English in a token, where no tokenizer is here to count."""
+"""Bytes per element, by dtype."""
+CHARACTERS_PER_TOKEN = 4
+"""For English text, where no tokenizer is available to count."""
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """What is known of a run before it begins."""
+class RunSizes:
+    """Holds the sizes of one run: its model, its problems, and their lengths in tokens."""
 
     device: str
     shape: Shape | None
-    """None for a model of which nothing is known here."""
+    """None for a model whose architecture is unknown."""
     parameters: int
+    """Of the model, adapters excluded."""
     trained: int
+    """Trainable parameters."""
     lengths: Lengths
     problems: dict[str, int]
-    """How many, by split; empty if they could not be read."""
+    """Number of problems by split; empty if they could not be read."""
     unchecked: tuple[str, ...] = ()
-    """What was not loaded, and why; a line each."""
+    """What was not loaded and why, one line each."""
     task: Task | None = None
-    """The problems, where they are here."""
+    """The problems; None if they could not be read."""
 
 
-def survey(recipe: Recipe, built: Built) -> Survey:
-    """Of a run that could be built."""
+def measure(recipe: Recipe, built: Built) -> RunSizes:
+    """Return the sizes of a run that was built."""
     policy = built.components.policy
     shape = shape_of(policy.model.config)
     adapters = sum(p.numel() for p in policy.trainable.values()) if policy.has_adapters else 0
@@ -81,18 +83,18 @@ def survey(recipe: Recipe, built: Built) -> Survey:
     trained = sum(p.numel() for p in policy.trainable.values())
     problems = {s: len(getattr(built.task, s)) for s in ("train", "validation", "test")}
     templates = Templates(recipe.model.templates or built.task.templates)
-    lengths = measure(
+    lengths = count_lengths(
         built.components.max_length, built.components.renderer, templates, built.task, recipe
     )
-    return Survey(
+    return RunSizes(
         str(policy.device), shape, parameters, trained, lengths, problems, task=built.task
     )
 
 
-def look(recipe: Recipe) -> Survey:
-    """Of a run of which parts are missing here. Loads no weights and asks no server.
+def measure_offline(recipe: Recipe) -> RunSizes:
+    """Return the sizes of a run from what is on this machine; loads no weights, asks no server.
 
-    Raises what building it would raise of the parts that are here.
+    Raises what `build` would raise about the components that are available.
     """
     unchecked: list[str] = []
     build_objective(recipe)
@@ -109,19 +111,19 @@ def look(recipe: Recipe) -> Survey:
     _critic(recipe, task, templates, unchecked)
     problems = {s: len(getattr(task, s)) for s in ("train", "validation", "test")} if task else {}
     trained = shape.adapters(lora.rank, lora.targets) if lora and shape else parameters
-    lengths = measure(window, renderer, templates, task, recipe)
-    return Survey(
+    lengths = count_lengths(window, renderer, templates, task, recipe)
+    return RunSizes(
         model.device, shape, parameters, trained, lengths, problems, tuple(unchecked), task
     )
 
 
-def load_of(recipe: Recipe, known: Survey) -> Load | None:
-    """What a device would have to hold; None for a model of which nothing is known here."""
-    shape, model, train = known.shape, recipe.model, recipe.train
+def load_of(recipe: Recipe, sizes: RunSizes) -> Load | None:
+    """Return what one device has to hold; None for a model whose architecture is unknown."""
+    shape, model, train = sizes.shape, recipe.model, recipe.train
     if shape is None:
         return None
     weights = SIZES[model.weights_dtype]
-    answer, lengths = recipe.sampling.max_tokens, known.lengths
+    completion, lengths = recipe.sampling.max_tokens, sizes.lengths
     prompt = lengths.longest_prompt
     copies = int(
         recipe.teacher.type != "live" and (recipe.teacher.type == "ema" or model.lora is None)
@@ -130,37 +132,40 @@ def load_of(recipe: Recipe, known: Survey) -> Load | None:
     rows = min(recipe.sampling.batch_size, train.problems_per_step * train.group_size)
     return Load(
         shape=shape,
-        parameters=known.parameters,
-        trained=known.trained,
+        parameters=sizes.parameters,
+        trained=sizes.trained,
         adapters=(model.lora.rank, len(model.lora.targets)) if model.lora else None,
         weight_bytes=weights,
-        compute_bytes=2 if autocast_of(model, known.device) else weights,
+        compute_bytes=2 if autocast_of(model, sizes.device) else weights,
         recompute=model.gradient_checkpointing,
         copies=copies,
-        # A sample longer than a micro-batch stands alone; the teacher's side keeps no activations.
-        learn_tokens=max(train.micro_batch_tokens, prompt + answer),
-        chunk_entries=chunk_tokens(shape.vocabulary, known.device) * shape.vocabulary,
+        # A sample longer than a micro-batch is a micro-batch of its own; the teacher's forward pass
+        # stores no activations.
+        learn_tokens=max(train.micro_batch_tokens, prompt + completion),
+        chunk_entries=chunk_tokens(shape.vocabulary, sizes.device) * shape.vocabulary,
         sample_rows=rows,
-        sample_length=min(lengths.window, prompt + answer),
-        sampler=_sampler(recipe, rows, known.device),
+        sample_length=min(lengths.window, prompt + completion),
+        sampler=_sampler(recipe, rows, sizes.device),
     )
 
 
-def _sampler(recipe: Recipe, rows: int, device: str) -> Literal["trainer", "elsewhere"] | Vllm:
+def _sampler(
+    recipe: Recipe, rows: int, device: str
+) -> Literal["trainer", "elsewhere"] | VllmMemory:
     match recipe.engine:
         case VllmServerConfig():
             return "elsewhere"
-        case VllmProcessConfig() as own:
-            dtype = recipe.model.weights_dtype if own.dtype == "auto" else own.dtype
-            sleeps = own.sleep and not device.startswith("cpu")
-            rows = min(rows, own.max_num_seqs)
-            return Vllm(SIZES[dtype], rows, own.gpu_memory_utilization, sleeps)
+        case VllmProcessConfig() as engine:
+            dtype = recipe.model.weights_dtype if engine.dtype == "auto" else engine.dtype
+            sleeps = engine.sleep and not device.startswith("cpu")
+            rows = min(rows, engine.max_num_seqs)
+            return VllmMemory(SIZES[dtype], rows, engine.gpu_memory_utilization, sleeps)
         case _:
             return "trainer"
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
-    """A loaded configuration as a `Shape`; what it does not say is as with Llama."""
+    """Convert a transformers configuration to a `Shape`; missing fields take Llama's defaults."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     return Shape(
@@ -177,22 +182,22 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     )
 
 
-def measure(
+def count_lengths(
     window: int,
     renderer: Renderer | None,
     templates: Templates,
     task: Task | None,
     recipe: Recipe,
 ) -> Lengths:
-    """Lengths in tokens, as far as tokenizer and problems are here."""
-    template = _critic_words(templates, recipe)
+    """Count lengths in tokens, as far as tokenizer and problems are available."""
+    template = _critic_prompt(templates, recipe)
     if renderer is None:
-        return Lengths(window, critic_template=len(template) // LETTERS)
-    counted = len(renderer.encode_answer(template)) - 1 if template else 0
+        return Lengths(window, critic_template=len(template) // CHARACTERS_PER_TOKEN)
+    template_tokens = len(renderer.encode_answer(template)) - 1 if template else 0
     if task is None or not task.train:
-        return Lengths(window, critic_template=counted)
-    everything = (*task.train, *task.validation, *task.test)
-    prompts = [len(renderer.solver_prompt(problem)) for problem in everything]
+        return Lengths(window, critic_template=template_tokens)
+    problems = (*task.train, *task.validation, *task.test)
+    prompts = [len(renderer.solver_prompt(problem)) for problem in problems]
     references = [
         len(renderer.encode_answer(problem.references["reference"]))
         for problem in task.train
@@ -203,11 +208,12 @@ def measure(
         longest_prompt=max(prompts),
         mean_prompt=fmean(prompts[: len(task.train)]),
         mean_reference=fmean(references) if references else None,
-        critic_template=counted,
+        critic_template=template_tokens,
     )
 
 
-def _critic_words(templates: Templates, recipe: Recipe) -> str:
+def _critic_prompt(templates: Templates, recipe: Recipe) -> str:
+    """Render the critic's prompt without question and answer; empty for a critic that has none."""
     if not isinstance(recipe.critic, LlmCriticConfig) or not templates.has("critic"):
         return ""
     messages = templates.critic("", "", steps=(), finished=True)
@@ -215,7 +221,7 @@ def _critic_words(templates: Templates, recipe: Recipe) -> str:
 
 
 def _cached(model: ModelConfig) -> PreTrainedConfig | None:
-    """A model's configuration, from its folder or the cache."""
+    """Return a model's configuration from its folder or the cache; None if it is in neither."""
     try:
         if model.gguf_file:
             return _gguf_config(resolve(model.path), model.gguf_file)
@@ -228,12 +234,12 @@ def _cached(model: ModelConfig) -> PreTrainedConfig | None:
 
 @functools.lru_cache(maxsize=2)
 def _gguf_config(path: str, gguf_file: str) -> PreTrainedConfig:
-    """Read once per process: it takes seconds."""
+    """Read the configuration from a GGUF file, once per process: it takes seconds."""
     return AutoConfig.from_pretrained(path, gguf_file=gguf_file, local_files_only=True)
 
 
 def _size(model: ModelConfig, unchecked: list[str]) -> tuple[Shape | None, int]:
-    """A model's shape and parameters, from its folder, the cache, or what is known of it."""
+    """Return a model's shape and parameters from its folder, the cache, or the table of shapes."""
     if not _installed(model.path):
         unchecked.append(f"model {model.path}: the package is not installed; its size is unknown")
         return None, 0
@@ -241,22 +247,22 @@ def _size(model: ModelConfig, unchecked: list[str]) -> tuple[Shape | None, int]:
     if config is not None:
         unchecked.append(f"model {model.path}: its weights were not loaded; sizes from its config")
         with torch.device("meta"):
-            bare = AutoModelForCausalLM.from_config(config)
-        assert isinstance(bare, PreTrainedModel)
-        return shape_of(config), sum(p.numel() for p in bare.parameters())
+            model_on_meta = AutoModelForCausalLM.from_config(config)
+        assert isinstance(model_on_meta, PreTrainedModel)
+        return shape_of(config), sum(p.numel() for p in model_on_meta.parameters())
     path = resolve(model.path)
     if Path(path).is_dir():
         raise EngineError(f"model.path = {model.path!r}: the folder has no config.json")
     if not HUB_ID.fullmatch(path):
         raise EngineError(f"model.path = {model.path!r}: no such folder")
-    known = known_shapes().get(path)
-    sizes = "sizes from its known shape" if known else "its size is unknown"
-    unchecked.append(f"model {model.path}: not in the local cache; {sizes}")
-    return known, known.parameters if known else 0
+    shape = known_shapes().get(path)
+    source = "sizes from its known shape" if shape else "its size is unknown"
+    unchecked.append(f"model {model.path}: not in the local cache; {source}")
+    return shape, shape.parameters if shape else 0
 
 
 def _installed(path: str) -> bool:
-    """False for a model in a Python package that is not installed here."""
+    """Return False for a model in a Python package that is not installed."""
     try:
         return bool(resolve(path))
     except EngineError:
@@ -266,13 +272,13 @@ def _installed(path: str) -> bool:
 
 
 def _task(recipe: Recipe, unchecked: list[str]) -> Task | None:
-    """The problems; None if they are not made yet."""
+    """Load the problems; None if their files do not exist yet or the hub cannot be reached."""
     data, path = recipe.data, recipe.model.path
     folder = resolve(path) if _installed(path) else path
     if isinstance(data, FilesData):
         absent = [p for p in _paths(data) if not p.exists() and not p.parent.is_dir()]
         if absent:
-            unchecked.append(f"problems {absent[0]}: {absent[0].parent} is not there yet")
+            unchecked.append(f"problems {absent[0]}: {absent[0].parent} does not exist yet")
             return None
     if isinstance(data, HubData) and not Path(data.path or "").is_dir():
         try:
@@ -290,6 +296,7 @@ def _paths(data: FilesData) -> Iterator[Path]:
 
 
 def _template_set(recipe: Recipe) -> str:
+    """Return the template set that a task of this kind uses unless the recipe names another."""
     data = recipe.data
     if isinstance(data, AnswerReading):
         return "steps" if data.steps == "tags" else "free"
@@ -297,6 +304,7 @@ def _template_set(recipe: Recipe) -> str:
 
 
 def _critic(recipe: Recipe, task: Task | None, templates: Templates, unchecked: list[str]) -> None:
+    """Check the critic as far as that needs no server and no weights; note what was not checked."""
     critic = recipe.critic
     if critic is None:
         return
@@ -307,7 +315,7 @@ def _critic(recipe: Recipe, task: Task | None, templates: Templates, unchecked: 
             )
         match critic:
             case EndpointConfig():
-                unchecked.append(f"critic {critic.model} at {critic.base_url}: not asked")
+                unchecked.append(f"critic {critic.model} at {critic.base_url}: not contacted")
             case LocalCriticConfig():
                 _size(ModelConfig(path=critic.path), unchecked)
             case _:

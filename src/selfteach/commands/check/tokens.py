@@ -1,8 +1,8 @@
-"""What a run samples, scores and asks for, in answers and tokens, from its recipe alone.
+"""Count the rollouts, critiques and tokens of a run from its recipe, before it starts.
 
-Every count is an upper bound: answers at full length, contexts that fill the window, critiques that
-are all asked for again. Where prompts and references could be counted there is an estimate too: mean
-prompts, contexts as long as a reference or an answer, and critiques asked for once.
+Every count is an upper bound: rollouts of full length, contexts that fill the window, every critique
+requested as often as the recipe allows. Where prompts and references could be counted there is an
+expected value too: mean prompts, contexts as long as a reference or a rollout, one request a critique.
 """
 
 from __future__ import annotations
@@ -14,50 +14,50 @@ from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
 
 ASSUMED_PROMPT = 1024
-"""Tokens of a prompt where none could be counted: a question of mathematics has less."""
+"""Prompt length in tokens where none could be counted: mathematics questions are shorter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of what a run is made of; None where it could not be counted."""
+    """Holds lengths in tokens; None where they could not be counted."""
 
     window: int
-    """Longest sequence, prompt and answer together."""
+    """Longest sequence, prompt and completion together."""
     longest_prompt: int = ASSUMED_PROMPT
     mean_prompt: float | None = None
     mean_reference: float | None = None
     critic_template: int = 0
-    """Of a critic's prompt without question and answer."""
+    """Length of a critic's prompt without question and rollout."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Answers of one run; upper bounds."""
+    """Holds upper bounds on what one run samples and trains."""
 
-    answers: int
-    """Sampled to learn from."""
+    rollouts: int
+    """Sampled for training."""
     tokens: int
-    """Of these answers, at most."""
+    """Tokens of these rollouts, at most."""
     critiques: int
     optimizer_steps: int
     evaluation_rollouts: int
 
     @classmethod
     def of(cls, recipe: Recipe, problems: dict[str, int]) -> Budget:
-        """The budget of a recipe over problem sets of these sizes."""
+        """Compute the budget of a recipe; ``problems`` is the number of problems by split."""
         train, evaluation = recipe.train, recipe.evaluation
         per_step = min(train.problems_per_step, problems["train"]) * train.group_size
-        answers = train.steps * per_step
-        points = 0
+        rollouts = train.steps * per_step
+        evaluations = 0
         if train.steps:
-            points = 1 + train.steps // evaluation.every + (train.steps % evaluation.every > 0)
-        evaluated = points * problems["validation"] * evaluation.validation_k
+            evaluations = 1 + train.steps // evaluation.every + (train.steps % evaluation.every > 0)
+        evaluated = evaluations * problems["validation"] * evaluation.validation_k
         if evaluation.test:
             evaluated += problems["test"] * evaluation.test_k
         return cls(
-            answers=answers,
-            tokens=answers * recipe.sampling.max_tokens,
-            critiques=answers if recipe.critic is not None else 0,
+            rollouts=rollouts,
+            tokens=rollouts * recipe.sampling.max_tokens,
+            critiques=rollouts if recipe.critic is not None else 0,
             optimizer_steps=train.steps * train.num_iterations,
             evaluation_rollouts=evaluated,
         )
@@ -65,7 +65,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens of one step: at most, and as expected where lengths are known."""
+    """Holds one kind of token count of a step: an upper bound, and the expected value where known."""
 
     name: str
     at_most: int
@@ -73,34 +73,34 @@ class Tokens:
 
 
 def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
-    """What one step reads and writes; rows that are nothing are left out."""
-    train, sampled = recipe.train, recipe.sampling.max_tokens
-    answers = train.problems_per_step * train.group_size
+    """Count the tokens that one step samples, scores and exchanges with the critic."""
+    train, completion = recipe.train, recipe.sampling.max_tokens
+    rollouts = train.problems_per_step * train.group_size
     prompt, mean = lengths.longest_prompt, lengths.mean_prompt
-    scored = answers * train.num_iterations
+    scored = rollouts * train.num_iterations
 
     def row(name: str, times: int, at_most: int, expected: float | None) -> Tokens:
         return Tokens(name, times * at_most, None if expected is None else round(times * expected))
 
     rows = [
         row("prompts sampled from", train.problems_per_step, prompt, mean),
-        row("sampled", answers, sampled, None),
-        row("scored by the student", scored, prompt + sampled, plus(mean, sampled)),
+        row("sampled", rollouts, completion, None),
+        row("scored by the student", scored, prompt + completion, plus(mean, completion)),
     ]
-    shown = _shown(recipe, lengths)
-    if shown is not None:
-        name, at_most, expected = shown
-        times = answers * train.num_iterations
+    teacher_tokens = _teacher_tokens(recipe, lengths)
+    if teacher_tokens is not None:
+        at_most, expected = teacher_tokens
+        times = rollouts * train.num_iterations
         if recipe.teacher.type == "trust_region":
             times *= 2
-        rows.append(row(name, times, at_most, expected))
+        rows.append(row("scored by the teacher", times, at_most, expected))
     if isinstance(recipe.critic, LlmCriticConfig):
-        rows += _asked(recipe.critic, recipe, lengths, answers)
+        rows += _critic_tokens(recipe.critic, recipe, lengths, rollouts)
     return rows
 
 
 def step_cost(recipe: Recipe, rows: list[Tokens]) -> float:
-    """At most, in the currency of the recipe's prices; 0 without a critic that is paid."""
+    """Return the highest cost of a step, in the currency of the recipe's prices; 0 if free."""
     if not isinstance(recipe.critic, EndpointConfig):
         return 0.0
     by_name = {row.name: row.at_most for row in rows}
@@ -111,34 +111,39 @@ def step_cost(recipe: Recipe, rows: list[Tokens]) -> float:
 
 
 def plus(*numbers: int | float | None) -> float | None:
-    """The sum, or None if one of them is not known."""
-    known = [number for number in numbers if number is not None]
-    return float(sum(known)) if len(known) == len(numbers) else None
+    """Return the sum, or None if one of the numbers is None."""
+    counted = [number for number in numbers if number is not None]
+    return float(sum(counted)) if len(counted) == len(numbers) else None
 
 
-def _shown(recipe: Recipe, lengths: Lengths) -> tuple[str, int, float | None] | None:
-    """What the teacher scores of one answer: with a context, or on the student's own prompt."""
-    told, rewarded = terms(recipe.objective)
-    sampled, mean = recipe.sampling.max_tokens, lengths.mean_prompt
-    name = "scored by the teacher"
-    if told is not None:
+def _teacher_tokens(recipe: Recipe, lengths: Lengths) -> tuple[int, float | None] | None:
+    """Count what the teacher scores of one rollout: under a context, or under the student's prompt."""
+    distillation, grpo = terms(recipe.objective)
+    completion, mean = recipe.sampling.max_tokens, lengths.mean_prompt
+    if distillation is not None:
         by_reference = recipe.context.type in ("reference", "aligned_reference")
-        context = lengths.mean_reference if by_reference else float(sampled)
-        return name, lengths.window, plus(mean, context, sampled)
-    if rewarded is not None and rewarded.kl_coef > 0:
-        return name, lengths.longest_prompt + sampled, plus(mean, sampled)
+        context = lengths.mean_reference if by_reference else float(completion)
+        return lengths.window, plus(mean, context, completion)
+    if grpo is not None and grpo.kl_coef > 0:
+        return lengths.longest_prompt + completion, plus(mean, completion)
     return None
 
 
-def _asked(critic: LlmCriticConfig, recipe: Recipe, lengths: Lengths, answers: int) -> list[Tokens]:
-    """The critic's tokens, as if it had the solver's tokenizer."""
-    sampled, template = recipe.sampling.max_tokens, lengths.critic_template
+def _critic_tokens(
+    critic: LlmCriticConfig, recipe: Recipe, lengths: Lengths, rollouts: int
+) -> list[Tokens]:
+    """Count the critic's tokens as if it had the policy's tokenizer."""
+    completion, template = recipe.sampling.max_tokens, lengths.critic_template
     prompt = lengths.longest_prompt
     reference = lengths.mean_reference if critic.sees_reference else 0.0
-    read = plus(lengths.mean_prompt, reference, sampled, template)
-    most = template + prompt + sampled + (lengths.window if critic.sees_reference else 0)
-    times = answers * critic.max_attempts
+    expected = plus(lengths.mean_prompt, reference, completion, template)
+    most = template + prompt + completion + (lengths.window if critic.sees_reference else 0)
+    times = rollouts * critic.max_attempts
     return [
-        Tokens("read by the critic", times * most, None if read is None else round(answers * read)),
+        Tokens(
+            "read by the critic",
+            times * most,
+            None if expected is None else round(rollouts * expected),
+        ),
         Tokens("written by the critic", times * critic.max_tokens),
     ]

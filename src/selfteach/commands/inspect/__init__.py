@@ -1,6 +1,6 @@
-"""What feedback changes: the same answers scored with and without it, token by token, on disk.
+"""Commands behind `selfteach inspect`: score the same rollouts with and without feedback, per token.
 
-`answers` says what is known of each answer, `token_scores` what student and self-teacher make of it,
-`kinds` which tokens are style and which are task, `table` what ``tokens.parquet`` holds, `folder`
-puts it all into files, and `labelled` reads answers whose steps somebody else has marked.
+`answer_rows` locates steps and first errors, `token_kinds` tells style from task tokens, `token_table`
+defines ``tokens.parquet``, `folder` scores and writes the files, `labelled` reads rollouts whose steps
+are labelled, and `inspection` runs all of it for one model.
 """

@@ -1,4 +1,4 @@
-"""What is known of each answer before it is scored: steps, first error, contexts, kinds of tokens."""
+"""Prepare rollouts for scoring: steps, first error, contexts, token kinds; and answers.jsonl's rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from selfteach.commands.inspect.token_kinds import Kind, Language, kinds
+from selfteach.commands.inspect.token_kinds import Language, TokenKind, token_kinds
 from selfteach.evaluation.token_scores import ScoreRequest
 from selfteach.feedback.alignment import first_change
 from selfteach.protocols import Context
@@ -20,93 +20,96 @@ from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, FirstCh
 
 Region = Literal["before", "failing", "after", "right"]
 Source = Literal["oracle", "critic", "label"]
-"""Who says where the first error is: a program that checks every step, the critic, or the file."""
+"""What locates the first error: a program that checks every step, the critic, or the file's label."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """A marked answer with its steps and where the first of them is wrong.
+class LocatedRollout:
+    """Holds a critiqued rollout, its solution steps, and the index of the first wrong one.
 
-    Example: an answer of three steps whose second is wrong: ``first_error=1``, ``located=True``.
+    Example: three steps of which the second is wrong: ``first_error=1``, ``located=True``.
     """
 
     critiqued: CritiquedRollout
     spans: tuple[Span, ...]
-    """Steps in characters of the answer's text, the final answer last."""
+    """Solution steps as character ranges of the rollout's text, the final answer last."""
     first_error: int | None
-    """Index of the first wrong step; None when no step is wrong, or nobody says."""
+    """Index of the first wrong step; None if no step is wrong or the first error is unknown."""
     located: bool
-    """True if somebody says where the first error is, or that there is none."""
+    """True if the first error is known, or is known not to exist."""
     source: Source | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Inspected:
-    """An answer, ready to be scored under several contexts."""
+class PreparedRollout:
+    """Holds a rollout with everything needed to score it under several contexts."""
 
-    told: Told
+    located: LocatedRollout
     token_spans: tuple[Span, ...]
     contexts: Mapping[str, str | None]
-    """What the self-teacher is shown, by the context's name; None where nothing can be."""
+    """What the teacher is shown, by context name; None where the context cannot be built."""
     dropped: Mapping[str, str]
-    """Why a context cannot be shown, by its name."""
+    """Why a context cannot be shown, by context name."""
     teacher_prompts: Mapping[str, tuple[int, ...]]
     change: FirstChange | None
-    kinds: tuple[Kind, ...]
+    kinds: tuple[TokenKind, ...]
 
     @property
-    def asked(self) -> ScoreRequest:
-        """The answer as `token_scores` wants it."""
-        rollout = self.told.critiqued.rollout
+    def score_request(self) -> ScoreRequest:
+        """Return the token ids that `token_scores.score_rollouts` takes."""
+        rollout = self.located.critiqued.rollout
         return ScoreRequest(rollout.prompt_ids, rollout.token_ids, self.teacher_prompts)
 
     def steps(self) -> list[int]:
-        """Index of each token's step; −1 outside all steps."""
-        count = len(self.told.critiqued.rollout.token_ids)
-        inside = [-1] * count
+        """Return the index of each token's step; −1 outside all steps."""
+        count = len(self.located.critiqued.rollout.token_ids)
+        indices = [-1] * count
         for index, (start, stop) in enumerate(self.token_spans):
-            inside[start:stop] = [index] * (stop - start)
-        return inside
+            indices[start:stop] = [index] * (stop - start)
+        return indices
 
     def regions(self) -> list[Region | None]:
-        """Each token's region; None outside all steps and where nobody says."""
-        return [region(step, self.told) for step in self.steps()]
+        """Return each token's region; None outside all steps and where the first error is unknown."""
+        return [region(step, self.located) for step in self.steps()]
 
 
-def region(step: int, told: Told) -> Region | None:
-    """Where a step stands to the first error. A right answer whose steps are all right is ``right``;
-    an answer that is right in spite of a wrong step has its three regions like a wrong one."""
-    if step < 0 or not told.located:
-        return None
-    if told.first_error is None:
-        return "right" if told.critiqued.verdict.correct else None
-    if step == told.first_error:
-        return "failing"
-    return "before" if step < told.first_error else "after"
+def region(step: int, rollout: LocatedRollout) -> Region | None:
+    """Return where a step lies relative to the first error; None if that is unknown.
 
-
-def tell(built: Built, critiqued: Sequence[CritiquedRollout]) -> list[Told]:
-    """Steps and first error of each answer; by the task's oracle if it has one, else its critique.
-
-    A critic may err, and be made to; the regions then still say the truth.
+    All steps of a correct rollout without a wrong step are ``right``; a rollout whose final answer is
+    correct in spite of a wrong step has the three regions of an incorrect one.
     """
-    return [_tell(built, answer) for answer in critiqued]
+    if step < 0 or not rollout.located:
+        return None
+    if rollout.first_error is None:
+        return "right" if rollout.critiqued.verdict.correct else None
+    if step == rollout.first_error:
+        return "failing"
+    return "before" if step < rollout.first_error else "after"
 
 
-def _tell(built: Built, critiqued: CritiquedRollout) -> Told:
+def locate_errors(built: Built, rollouts: Sequence[CritiquedRollout]) -> list[LocatedRollout]:
+    """Find steps and first error of each rollout: by the task's oracle if any, else the critic.
+
+    The oracle is exact even where the recipe's critic errs (``critic.error_rate``).
+    """
+    return [_locate_error(built, critiqued) for critiqued in rollouts]
+
+
+def _locate_error(built: Built, critiqued: CritiquedRollout) -> LocatedRollout:
     spans = tuple(built.components.split_steps(critiqued.rollout.text))
     oracle, critique = built.task.oracle, critiqued.critique
     source: Source = "critic"
     if oracle is not None:
         critique, source = _true_critique(oracle, critiqued), "oracle"
     if not isinstance(critique, Critique):
-        return Told(critiqued, spans, None, located=False)
+        return LocatedRollout(critiqued, spans, None, located=False)
     first = critique.first_error
     if first is None and spans and _ends_wrong(critiqued):
         first = len(spans) - 1  # every step is right and the final answer is not
     if first is not None and first >= len(spans):
-        return Told(critiqued, spans, None, located=False)
-    return Told(critiqued, spans, first, located=True, source=source)
+        return LocatedRollout(critiqued, spans, None, located=False)
+    return LocatedRollout(critiqued, spans, first, located=True, source=source)
 
 
 def _true_critique(oracle: OracleFn, critiqued: CritiquedRollout) -> Critique:
@@ -123,24 +126,27 @@ def _ends_wrong(critiqued: CritiquedRollout) -> bool:
 
 def prepare(
     built: Built,
-    answers: Sequence[Told],
+    rollouts: Sequence[LocatedRollout],
     contexts: Mapping[str, Context],
     *,
     language: Language,
-) -> list[Inspected]:
-    """What the self-teacher is shown of each answer under each context, and each token's kind."""
-    critiqued = [told.critiqued for told in answers]
+) -> list[PreparedRollout]:
+    """Build every context of every rollout, the teacher prompts, and the kind of each token."""
+    critiqued = [rollout.critiqued for rollout in rollouts]
     shown = {name: context(critiqued) for name, context in contexts.items()}
     return [
-        _inspected(built, told, {name: texts[i] for name, texts in shown.items()}, language)
-        for i, told in enumerate(answers)
+        _prepare(built, rollout, {name: texts[i] for name, texts in shown.items()}, language)
+        for i, rollout in enumerate(rollouts)
     ]
 
 
-def _inspected(
-    built: Built, told: Told, shown: Mapping[str, str | CritiqueFailure], language: Language
-) -> Inspected:
-    rollout, renderer = told.critiqued.rollout, built.components.renderer
+def _prepare(
+    built: Built,
+    located: LocatedRollout,
+    shown: Mapping[str, str | CritiqueFailure],
+    language: Language,
+) -> PreparedRollout:
+    rollout, renderer = located.critiqued.rollout, built.components.renderer
     ends = renderer.token_ends(rollout.token_ids)
     contexts: dict[str, str | None] = {}
     dropped: dict[str, str] = {}
@@ -155,16 +161,16 @@ def _inspected(
             dropped[name] = "longer than the context window"
         else:
             prompts[name] = prompt
-    return Inspected(
-        told=told,
-        token_spans=tuple(segmentation.token_spans(told.spans, ends)),
+    return PreparedRollout(
+        located=located,
+        token_spans=tuple(segmentation.token_spans(located.spans, ends)),
         contexts=contexts,
         dropped=dropped,
         teacher_prompts=prompts,
-        change=first_change(told.critiqued, told.spans, ends)
-        if _has_steps(told.critiqued)
+        change=first_change(located.critiqued, located.spans, ends)
+        if _has_steps(located.critiqued)
         else None,
-        kinds=tuple(kinds(rollout.text, ends, language)),
+        kinds=tuple(token_kinds(rollout.text, ends, language)),
     )
 
 
@@ -172,38 +178,34 @@ def _has_steps(critiqued: CritiquedRollout) -> bool:
     return isinstance(critiqued.critique, Critique) and bool(critiqued.critique.steps)
 
 
-def verbatim(inspected: Inspected, context: str) -> float | None:
-    """Share of the right steps before the first error that stand word for word in a context.
+def verbatim(prepared: PreparedRollout, context: str) -> float | None:
+    """Return the fraction of the correct steps before the first error that a context repeats verbatim.
 
-    It tells what a context repeats from what it knows: 1 for a faithful step-aligned critique, 0
-    for one that leaves right steps out. None without such steps or without the context.
+    1 for a step-aligned critique that copies every correct step, 0 for one that leaves them out. None
+    without correct steps before an error, or without the context.
     """
-    told, text = inspected.told, inspected.contexts[context]
-    before = told.spans[: told.first_error] if told.first_error is not None else ()
-    if text is None or not before:
+    located, shown = prepared.located, prepared.contexts[context]
+    before = located.spans[: located.first_error] if located.first_error is not None else ()
+    if shown is None or not before:
         return None
-    said = told.critiqued.rollout.text
-    return float(np.mean([_stands_in(segmentation.content(said, span), text) for span in before]))
+    text = located.critiqued.rollout.text
+    return float(np.mean([_contains(segmentation.content(text, span), shown) for span in before]))
 
 
-def _stands_in(step: str, text: str) -> bool:
+def _contains(step: str, text: str) -> bool:
     return f" {_spaced(step)} " in f" {_spaced(text)} "
 
 
 def _spaced(text: str) -> str:
-    """With single spaces, also around the brackets of tags."""
+    """Collapse whitespace to single spaces, and put spaces around the brackets of tags."""
     return " ".join(text.replace("<", " < ").replace(">", " > ").split())
 
 
-def answer_row(inspected: Inspected) -> dict[str, Any]:
-    """One line of ``answers.jsonl``; joins ``tokens.parquet`` by problem_id and sample."""
-    told = inspected.told
-    rollout, verdict, critique = (
-        told.critiqued.rollout,
-        told.critiqued.verdict,
-        told.critiqued.critique,
-    )
-    token_spans = [list(span) for span in inspected.token_spans]
+def answer_row(prepared: PreparedRollout) -> dict[str, Any]:
+    """Return a row of ``answers.jsonl``; it joins ``tokens.parquet`` by problem_id and sample."""
+    located, critiqued = prepared.located, prepared.located.critiqued
+    rollout, verdict, critique = critiqued.rollout, critiqued.verdict, critiqued.critique
+    token_spans = [list(span) for span in prepared.token_spans]
     return {
         "problem_id": rollout.problem.id,
         "sample": rollout.sample,
@@ -216,12 +218,12 @@ def answer_row(inspected: Inspected) -> dict[str, Any]:
         "parsed": verdict.parsed,
         "finished": rollout.finished,
         "tokens": len(rollout.token_ids),
-        "step_spans": {"tokens": token_spans, "characters": [list(span) for span in told.spans]},
-        "first_error": told.first_error,
-        "first_error_from": told.source,
+        "step_spans": {"tokens": token_spans, "characters": [list(span) for span in located.spans]},
+        "first_error": located.first_error,
+        "first_error_from": located.source,
         "critique": None if critique is None else asdict(critique),
-        "contexts": dict(inspected.contexts),
-        "dropped": dict(inspected.dropped),
-        "fidelity": None if inspected.change is None else inspected.change.fidelity,
-        "verbatim": {name: verbatim(inspected, name) for name in inspected.contexts},
+        "contexts": dict(prepared.contexts),
+        "dropped": dict(prepared.dropped),
+        "fidelity": None if prepared.change is None else prepared.change.fidelity,
+        "verbatim": {name: verbatim(prepared, name) for name in prepared.contexts},
     }

@@ -1,4 +1,4 @@
-"""An inspection as a folder: answers.jsonl, tokens.parquet, inspection.json, each of them whole."""
+"""Score rollouts and write an inspection: answers.jsonl, tokens.parquet and inspection.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from selfteach.commands.inspect.answer_rows import Inspected, answer_row
+from selfteach.commands.inspect.answer_rows import PreparedRollout, answer_row
 from selfteach.commands.inspect.token_table import SCHEMA, rows
 from selfteach.config.recipe import CONTEXTS, PARTLY_ALIGNED, ContextName
 from selfteach.config.schema import nearest
@@ -24,43 +24,43 @@ from selfteach.types import CritiquedRollout, Problem, Sampling
 
 FORMAT = 1
 WINDOW = 512
-"""Answers whose scores are held before they are written."""
+"""Rollouts whose scores are held in memory before they are written."""
 
-Progress = Callable[[int, int], None]
-"""Called with the number of answers that are scored, and of all."""
+ScoringProgress = Callable[[int, int], None]
+"""Called with the number of rollouts that are scored, and of all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scorers:
-    """Who scores: the same model without and with a context, or a trained one and its initial self."""
+    """Holds the scoring functions of student and teacher, which may be the same model."""
 
     student: ScoreFn
     teacher: ScoreFn
 
 
 def check_contexts(names: Sequence[str]) -> tuple[str, ...]:
-    """Contexts by name, each once, in their usual order; of the dial by position.
+    """Return contexts by name, each once, in their usual order; those of the dial by position.
 
-    Raises `RecipeError` for a name that is none.
+    Raises `RecipeError` for an unknown name.
     """
-    known: list[ContextName] = [name for name in CONTEXTS if name != "none"]
+    all_names: list[ContextName] = [name for name in CONTEXTS if name != "none"]
     for name in names:
         if name == "none":
             raise RecipeError('context "none" shows nothing: the advantage would be 0')
-        if position(name) is None and name not in known:
-            raise RecipeError(f"no context {name!r}; {nearest(name, known)}")
+        if position(name) is None and name not in all_names:
+            raise RecipeError(f"no context {name!r}; {nearest(name, all_names)}")
     if not names:
-        raise RecipeError(f"name at least one context; known: {', '.join(known)}")
+        raise RecipeError(f"name at least one context; known: {', '.join(all_names)}")
     dial = sorted(
         (name for name in set(names) if "@" in name), key=lambda name: position(name) or 0.0
     )
-    return (*(name for name in known if name in names), *dial)
+    return (*(name for name in all_names if name in names), *dial)
 
 
 def position(name: str) -> float | None:
-    """Where on the dial a context like ``partly_aligned@0.6`` is; None for any other name.
+    """Return the dial position in a name like ``partly_aligned@0.6``; None for any other name.
 
-    Raises `RecipeError` for a position that is no number from 0 to 1.
+    Raises `RecipeError` for a position that is not a number from 0 to 1.
     """
     kind, at, place = name.partition("@")
     if kind != PARTLY_ALIGNED or not at:
@@ -74,7 +74,7 @@ def position(name: str) -> float | None:
     return value
 
 
-def sample_and_mark(
+def sample_and_critique(
     built: Built, problems: Sequence[Problem], sampling: Sampling
 ) -> list[CritiquedRollout]:
     """Sample rollouts of the problems, verify and critique them."""
@@ -84,33 +84,33 @@ def sample_and_mark(
 
 def write_inspection(
     built: Built,
-    answers: Sequence[Inspected],
+    rollouts: Sequence[PreparedRollout],
     scorers: Scorers,
     folder: Path,
     about: Mapping[str, Any],
-    progress: Progress | None = None,
+    progress: ScoringProgress | None = None,
 ) -> dict[str, Any]:
-    """Score all answers under their contexts and write the folder; returns inspection.json.
+    """Score all rollouts under their contexts, write the folder and return what inspection.json holds.
 
     inspection.json is written last: with it the folder is complete. Raises `CheckpointError` if the
-    folder holds anything, `DataError` if there is nothing to score.
+    folder is not empty, `DataError` if there is nothing to score.
     """
     require_empty(folder)
-    if not any(answer.teacher_prompts for answer in answers):
-        raise DataError(_nothing(answers))
+    if not any(rollout.teacher_prompts for rollout in rollouts):
+        raise DataError(_nothing_to_score(rollouts))
     started = time.monotonic()
-    tokens = _write_tokens(built, answers, scorers, folder / "tokens.parquet", progress)
-    write_lines(folder / "answers.jsonl", map(answer_row, answers))
+    tokens = _write_tokens(built, rollouts, scorers, folder / "tokens.parquet", progress)
+    write_lines(folder / "answers.jsonl", map(answer_row, rollouts))
     summary = {
         "format": FORMAT,
         **about,
         "temperature": 1.0,
-        "answers": len(answers),
-        "right": sum(answer.told.critiqued.verdict.correct for answer in answers),
-        "first_errors": sum(answer.told.first_error is not None for answer in answers),
+        "answers": len(rollouts),
+        "right": sum(rollout.located.critiqued.verdict.correct for rollout in rollouts),
+        "first_errors": sum(rollout.located.first_error is not None for rollout in rollouts),
         "rows": tokens,
-        "scored": dict(Counter(name for a in answers for name in a.teacher_prompts)),
-        "dropped": _dropped(answers),
+        "scored": dict(Counter(name for r in rollouts for name in r.teacher_prompts)),
+        "dropped": _dropped(rollouts),
         "seconds_scoring": time.monotonic() - started,
     }
     write_json(folder / "inspection.json", summary)
@@ -119,42 +119,45 @@ def write_inspection(
 
 def _write_tokens(
     built: Built,
-    answers: Sequence[Inspected],
+    rollouts: Sequence[PreparedRollout],
     scorers: Scorers,
     path: Path,
-    progress: Progress | None,
+    progress: ScoringProgress | None,
 ) -> int:
-    """tokens.parquet, a row group per window of answers; the number of its rows."""
+    """Write tokens.parquet, a row group per window of rollouts; return its number of rows."""
     components, written = built.components, 0
     limits = Limits(components.micro_batch_tokens, components.chunk_tokens)
     with (
-        written_whole(path) as aside,
-        pq.ParquetWriter(aside, SCHEMA, compression="zstd") as writer,
+        written_whole(path) as temporary,
+        pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer,
     ):
-        for start in range(0, len(answers), WINDOW):
-            window = answers[start : start + WINDOW]
-            told = score_rollouts(
-                scorers.student, scorers.teacher, [answer.asked for answer in window],
+        for start in range(0, len(rollouts), WINDOW):
+            window = rollouts[start : start + WINDOW]
+            scores = score_rollouts(
+                scorers.student, scorers.teacher, [rollout.score_request for rollout in window],
                 pad_id=components.pad_id, device=components.policy.device, limits=limits,
             )  # fmt: skip
-            table = rows(components.renderer, start, list(zip(window, told, strict=True)))
+            table = rows(components.renderer, start, list(zip(window, scores, strict=True)))
             writer.write_table(table)
             written += table.num_rows
             if progress is not None:
-                progress(start + len(window), len(answers))
+                progress(start + len(window), len(rollouts))
     return written
 
 
-def _dropped(answers: Sequence[Inspected]) -> dict[str, dict[str, int]]:
-    """How often each context could not be shown, by reason."""
-    counted: dict[str, Counter[str]] = {}
-    for answer in answers:
-        for name, reason in answer.dropped.items():
-            counted.setdefault(name, Counter())[reason] += 1
-    return {name: dict(reasons) for name, reasons in counted.items()}
+def _dropped(rollouts: Sequence[PreparedRollout]) -> dict[str, dict[str, int]]:
+    """Count how often each context could not be shown, by reason."""
+    counts: dict[str, Counter[str]] = {}
+    for rollout in rollouts:
+        for name, reason in rollout.dropped.items():
+            counts.setdefault(name, Counter())[reason] += 1
+    return {name: dict(reasons) for name, reasons in counts.items()}
 
 
-def _nothing(answers: Sequence[Inspected]) -> str:
-    reasons = _dropped(answers)
-    told = "; ".join(f"{name}: {max(r, key=lambda k: r[k])}" for name, r in reasons.items())
-    return f"no answer can be scored under any of these contexts ({told or 'there is no answer'})"
+def _nothing_to_score(rollouts: Sequence[PreparedRollout]) -> str:
+    """Return the error line, with the most frequent reason per context."""
+    dropped = _dropped(rollouts)
+    reasons = "; ".join(f"{name}: {max(r, key=lambda k: r[k])}" for name, r in dropped.items())
+    return (
+        f"no rollout can be scored under any of these contexts ({reasons or 'there is no rollout'})"
+    )

@@ -1,4 +1,4 @@
-"""What an inspection is asked for, and from it to a folder."""
+"""Inspect a model: score the same rollouts under several contexts and write the folder."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from selfteach.commands.inspect.answer_rows import Told, prepare, tell
+from selfteach.commands.inspect.answer_rows import LocatedRollout, locate_errors, prepare
 from selfteach.commands.inspect.folder import (
-    Progress,
     Scorers,
+    ScoringProgress,
     check_contexts,
     position,
-    sample_and_mark,
+    sample_and_critique,
     write_inspection,
 )
-from selfteach.commands.inspect.labelled import as_answers, read_labelled, require_critic
+from selfteach.commands.inspect.labelled import located_rollouts, read_labelled, require_critic
 from selfteach.config.data_section import ORACLE_DATA
-from selfteach.config.migrations import run_subfolder
+from selfteach.config.migrations import migrate_recipe, run_subfolder
 from selfteach.config.recipe import PARTLY_ALIGNED, Recipe
 from selfteach.config.schema import merge, parse_setting, validate
 from selfteach.errors import CheckpointError, DataError
@@ -37,36 +37,36 @@ TeacherWeights = Literal["given", "initial"]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """Which answers are scored, and under which contexts."""
+class InspectionRequest:
+    """Describes which rollouts are scored, and under which contexts."""
 
     contexts: tuple[str, ...]
-    problems: str = "validation"
-    """Split or file, as a name for the record; the problems themselves are handed over."""
+    problems: str | Path = "validation"
+    """Split or file the problems come from."""
     k: int = 4
-    """Answers per problem."""
+    """Rollouts per problem."""
     limit: int | None = None
-    """So many problems at most (of labelled steps: answers); the first ones."""
+    """Use only the first so many problems (with ``labelled``: rollouts)."""
     seed: int = 0
     teacher: TeacherWeights = "given"
-    """Weights behind the self-teacher: the model as given, or those its training began with."""
-    labelled: Path | None = None
-    """Take answers with labelled steps from this file instead of sampling."""
+    """Weights of the teacher: the model as given, or the initial weights of its training."""
+    labelled: str | Path | None = None
+    """Read rollouts with labelled steps from this file instead of sampling."""
     recorded: str | None = None
-    """Take a run's recorded answers of this name, like ``step_000010`` or ``validation_000000``."""
+    """Read a run's recorded rollouts of this name, like ``step_000010`` or ``validation_000000``."""
 
 
 def inspect(
     built: Built,
     recipe: Recipe,
-    request: Request,
-    answers: Sequence[Told],
+    request: InspectionRequest,
+    rollouts: Sequence[LocatedRollout],
     folder: Path,
     *,
     made: Mapping[str, Any],
-    progress: Progress | None = None,
+    progress: ScoringProgress | None = None,
 ) -> dict[str, Any]:
-    """Score answers under the contexts that are asked for and write the folder; its inspection.json."""
+    """Score rollouts under the requested contexts and write the folder; return its inspection.json."""
     templates = Templates(recipe.model.templates or built.task.templates)
     alignment = recipe.context.alignment
     contexts = {
@@ -74,7 +74,8 @@ def inspect(
         for name in check_contexts(request.contexts)
     }
     language = "lab" if recipe.data.type == "lab" else "english"
-    prepared = prepare(built, answers, contexts, language=language)
+    prepared = prepare(built, rollouts, contexts, language=language)
+    sources = sorted({rollout.source for rollout in rollouts if rollout.source})
     student = built.components.policy.score
     teacher = built.components.teacher.score if request.teacher == "initial" else student
     about = {
@@ -88,51 +89,51 @@ def inspect(
         "seed": request.seed,
         "teacher": request.teacher,
         "critic": None if recipe.critic is None else recipe.critic.model_dump(mode="json"),
-        "first_error_from": _one_of(sorted({told.source for told in answers if told.source})),
+        "first_error_from": " and ".join(sources) or None,
         "sampling_temperature": recipe.sampling.temperature,
         "made": dict(made),
     }
     return write_inspection(built, prepared, Scorers(student, teacher), folder, about, progress)
 
 
-def sampled(
-    built: Built, recipe: Recipe, request: Request, problems: Sequence[Problem]
-) -> list[Told]:
-    """Fresh answers to the first problems, marked."""
+def sample_rollouts(
+    built: Built, recipe: Recipe, request: InspectionRequest, problems: Sequence[Problem]
+) -> list[LocatedRollout]:
+    """Sample and critique rollouts of the first problems, and locate their errors."""
     sampling = Sampling(
         request.k, recipe.sampling.temperature, recipe.sampling.max_tokens, request.seed
     )
-    chosen = problems[: request.limit]
-    return tell(built, sample_and_mark(built, chosen, sampling))
+    critiqued = sample_and_critique(built, problems[: request.limit], sampling)
+    return locate_errors(built, critiqued)
 
 
-def recorded(built: Built, request: Request, run: RunFolder) -> list[Told]:
-    """A run's recorded answers, with the critiques that it has of them.
+def recorded_rollouts(
+    built: Built, request: InspectionRequest, run: RunFolder
+) -> list[LocatedRollout]:
+    """Read a run's recorded rollouts and critiques, and locate the errors.
 
-    Raises `CheckpointError` if there are no answers of this name, `DataError` if the problems are
-    not the recipe's.
+    Raises `CheckpointError` if there are no rollouts of this name, `DataError` if the recipe does not
+    have their problems.
     """
     name, task = str(request.recorded), built.task
-    known = problems_by_id([*task.train, *task.validation, *task.test])
+    problems = problems_by_id([*task.train, *task.validation, *task.test])
     critiques = run.load_critiques(int(name[5:])) if name.removeprefix("step_").isdigit() else {}
     critiqued: list[CritiquedRollout] = []
     for path in sorted(run_subfolder(run.path, "rollouts").glob(f"{name}.*.jsonl")):
         try:
-            rollouts = run.load_rollouts(path.stem, known) or []
+            rollouts = run.load_rollouts(path.stem, problems) or []
         except KeyError as missing:
             raise DataError(f"{path}: the recipe's data has no problem {missing}") from None
         critiqued += _critiqued(built, rollouts, critiques)
     if not critiqued:
-        have = sorted(
-            {p.name.split(".")[0] for p in run_subfolder(run.path, "rollouts").glob("*.jsonl")}
-        )
-        raise CheckpointError(
-            f"{run.path} has no answers {name!r}; it has: {', '.join(have[:3] + have[-3:]) or 'none'}"
-        )
+        files = run_subfolder(run.path, "rollouts").glob("*.jsonl")
+        names = sorted({path.name.split(".")[0] for path in files})
+        some = ", ".join(names[:3] + names[-3:]) or "none"
+        raise CheckpointError(f"{run.path} has no rollouts {name!r}; it has: {some}")
     if request.limit is not None:
-        first = list(dict.fromkeys(m.rollout.problem.id for m in critiqued))[: request.limit]
-        critiqued = [m for m in critiqued if m.rollout.problem.id in first]
-    return tell(built, critiqued)
+        first = list(dict.fromkeys(c.rollout.problem.id for c in critiqued))[: request.limit]
+        critiqued = [c for c in critiqued if c.rollout.problem.id in first]
+    return locate_errors(built, critiqued)
 
 
 def _critiqued(
@@ -147,62 +148,61 @@ def _critiqued(
 def _context(
     name: str, built: Built, templates: Templates, *, seed: int, alignment: float
 ) -> Context:
-    """A context by name; a position in the name goes before the recipe's."""
-    kind, place = name.partition("@")[0], position(name)
-    at = alignment if place is None else place
-    return build_context(kind, built.task, templates, seed=seed, alignment=at)
+    """Build a context by name; a dial position in the name overrides the recipe's."""
+    kind, named_position = name.partition("@")[0], position(name)
+    if named_position is not None:
+        alignment = named_position
+    return build_context(kind, built.task, templates, seed=seed, alignment=alignment)
 
 
-def _origin(request: Request) -> str:
+def _origin(request: InspectionRequest) -> str:
     if request.labelled:
         return "labelled"
     return "recorded" if request.recorded else "sampled"
 
 
-def _one_of(names: Sequence[str]) -> str | None:
-    return " and ".join(names) or None
-
-
 def inspect_model(
-    what: str,
-    request: Request,
-    folder: Path,
+    model: str | Path,
+    request: InspectionRequest,
+    folder: str | Path,
     *,
     recipe: Recipe | None = None,
     settings: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: ScoringProgress | None = None,
 ) -> dict[str, Any]:
-    """Score the same answers of a model under several contexts and write them to a folder.
+    """Score the same rollouts of a model under several contexts and write them to a folder.
 
-    ``what`` as in `evaluate_model`; ``settings`` are ``key=value`` on the recipe, a run's own too.
-    Without a critic in the recipe the task's oracle is asked. Returns what ``inspection.json`` holds;
-    ``docs/inspection.md`` describes the folder. Raises one of `selfteach.errors`.
+    ``model`` as in `evaluate_model`; ``settings`` are ``key=value`` changes of the recipe, also of the
+    recipe of a run. Without a critic in the recipe the task's oracle critiques. Returns what
+    ``inspection.json`` holds; ``docs/inspection.md`` describes the folder. Raises one of
+    `selfteach.errors`.
     """
+    model_path, folder = Path(model), Path(folder)
     check_contexts(request.contexts)
     require_empty(folder)
-    rows = read_labelled(request.labelled)[: request.limit] if request.labelled else []
+    rows = read_labelled(Path(request.labelled))[: request.limit] if request.labelled else []
     built, resolved = open_model(
-        Path(what), what, recipe, lambda own: _for_inspection(own, request, settings)
+        model_path, str(model), recipe, lambda base: _for_inspection(base, request, settings)
     )
     lost: dict[str, int] = {}
     if request.labelled:
-        answers, lost = as_answers(built, rows)
+        rollouts, lost = located_rollouts(built, rows)
     elif request.recorded:
-        checkpoint_of_it = (Path(what) / "state.json").exists()
-        run = Path(what).parent.parent if checkpoint_of_it else Path(what)
-        answers = recorded(built, request, RunFolder(run))
+        is_checkpoint = (model_path / "state.json").exists()
+        run = model_path.parent.parent if is_checkpoint else model_path
+        rollouts = recorded_rollouts(built, request, RunFolder(run))
     else:
-        problems, _ = named_problems(built, request.problems)
-        answers = sampled(built, resolved, request, problems)
-    made = {"model": what, "lost": lost, **collect_provenance()}
-    return inspect(built, resolved, request, answers, folder, made=made, progress=progress)
+        problems, _ = named_problems(built, str(request.problems))
+        rollouts = sample_rollouts(built, resolved, request, problems)
+    made = {"model": str(model), "lost": lost, **collect_provenance()}
+    return inspect(built, resolved, request, rollouts, folder, made=made, progress=progress)
 
 
-def _for_inspection(own: Recipe, request: Request, settings: Sequence[str]) -> Recipe:
-    """A recipe with what the caller sets, a critic where a program can be one, the teacher wanted."""
-    plain = own.model_dump(mode="json")
+def _for_inspection(recipe: Recipe, request: InspectionRequest, settings: Sequence[str]) -> Recipe:
+    """Return the recipe with settings, an oracle critic if it has none, and the requested teacher."""
+    plain = recipe.model_dump(mode="json")
     for setting in map(parse_setting, settings):
-        plain = merge(plain, setting)
+        plain = merge(plain, migrate_recipe(setting, "--set"))
     if request.labelled:
         require_critic(request.contexts, plain["critic"] is not None)
     elif plain["critic"] is None and plain["data"]["type"] in ORACLE_DATA:

@@ -1,4 +1,4 @@
-"""Answers whose steps somebody has labelled, from JSON lines in the schema of ProcessBench.
+"""Read rollouts with labelled steps from JSON lines in the schema of ProcessBench.
 
     {"id": "gsm8k-0", "problem": "…", "steps": ["…", "…"], "label": 1, "final_answer_correct": false}
 
@@ -15,36 +15,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfteach.commands.inspect.answer_rows import Told
+from selfteach.commands.inspect.answer_rows import LocatedRollout
 from selfteach.config.recipe import CRITIC_CONTEXTS
 from selfteach.errors import DataError, RecipeError
 from selfteach.tasks.segmentation import Span
 from selfteach.trainer.build import Built
 from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, Problem, Rollout, Verdict
 
-BETWEEN_STEPS = "\n\n"
-"""What stands between steps when a model reads them as one answer."""
+STEP_SEPARATOR = "\n\n"
+"""Text between steps when they are joined to one completion."""
 
-BARE = frozenset({"answer_only", "holistic"})
-"""Contexts that are made from the right answer alone, without anybody's trace."""
+ANSWER_ONLY_CONTEXTS = frozenset({"answer_only", "holistic"})
+"""Contexts built from the gold answer alone, without a trace."""
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
-    """One line of such a file."""
+class LabelledRollout:
+    """Holds one line of a file with labelled steps."""
 
     problem: Problem
     sample: int
-    """Which of the file's answers to this problem, from 0."""
+    """Index among the file's rollouts of this problem, from 0."""
     steps: tuple[str, ...]
     first_error: int | None
     correct: bool
 
 
-def read_labelled(path: Path) -> list[Labelled]:
-    """All lines of a file. Answers to the same problem share the id of the first of them.
+def read_labelled(path: Path) -> list[LabelledRollout]:
+    """Read all lines of a file. Rollouts of the same problem share the id of the first of them.
 
-    Raises `DataError` naming the line that is not of this form.
+    Raises `DataError` naming the line that is malformed.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -52,58 +52,61 @@ def read_labelled(path: Path) -> list[Labelled]:
         raise DataError(f"{path}: no such file of labelled steps") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    known: dict[str, Problem] = {}
-    counted: dict[str, int] = {}
-    read = []
+    problems: dict[str, Problem] = {}
+    last_sample: dict[str, int] = {}
+    rollouts = []
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
             row = _row(line, f"{path}:{number}")
             name = str(row.get("id", f"{path.stem}-{number}"))
-            problem = known.setdefault(row["problem"], _problem(row, name))
-            counted[problem.id] = counted.get(problem.id, -1) + 1
-            read.append(_labelled(row, problem, counted[problem.id], f"{path}:{number}"))
-    if not read:
-        raise DataError(f"{path}: holds no labelled answer")
-    return read
+            problem = problems.setdefault(row["problem"], _problem(row, name))
+            sample = last_sample.get(problem.id, -1) + 1
+            last_sample[problem.id] = sample
+            rollouts.append(_labelled(row, problem, sample, f"{path}:{number}"))
+    if not rollouts:
+        raise DataError(f"{path}: holds no labelled rollout")
+    return rollouts
 
 
 def require_critic(contexts: Sequence[str], has_critic: bool) -> None:
-    """Raises `RecipeError` for contexts that only a critic could make."""
-    needing = [name for name in contexts if name in CRITIC_CONTEXTS - BARE]
-    if needing and not has_critic:
+    """Raise `RecipeError` for contexts that only a critic can provide."""
+    needs_critic = [name for name in contexts if name in CRITIC_CONTEXTS - ANSWER_ONLY_CONTEXTS]
+    if needs_critic and not has_critic:
         raise RecipeError(
-            f"context {needing[0]!r} needs a critique, and a file of labelled steps has none: name "
-            "a critic (--recipe, or --set critic.type=…), or choose among reference, "
+            f"context {needs_critic[0]!r} needs a critique, and a file of labelled steps has none: "
+            "name a critic (--recipe, or --set critic.type=…), or choose among reference, "
             "aligned_reference, holistic, answer_only"
         )
 
 
-def as_answers(built: Built, labelled: Sequence[Labelled]) -> tuple[list[Told], dict[str, int]]:
-    """The answers as token ids, marked; and how many could not be spelled, by reason.
+def located_rollouts(
+    built: Built, labelled: Sequence[LabelledRollout]
+) -> tuple[list[LocatedRollout], dict[str, int]]:
+    """Tokenize and critique labelled rollouts; also return how many were lost, by reason.
 
-    The ids are made by encoding the text, steps joined by a blank line: they were not sampled.
+    The token ids come from encoding the text, steps joined by a blank line: they were not sampled.
     """
-    rollouts = [_rollout(built, one) for one in labelled]
+    rollouts = [_rollout(built, line) for line in labelled]
     spans = [
-        _spans(rollout.text, one.steps) for rollout, one in zip(rollouts, labelled, strict=True)
+        _spans(rollout.text, line.steps) for rollout, line in zip(rollouts, labelled, strict=True)
     ]
-    kept = [i for i, own in enumerate(spans) if own is not None]
-    verdicts = [_verdict(built, rollouts[i], labelled[i]) for i in kept]
+    usable = [i for i, steps in enumerate(spans) if steps is not None]
+    verdicts = [_verdict(built, rollouts[i], labelled[i]) for i in usable]
     critiques: Sequence[Critique | CritiqueFailure]
     if built.components.critic is not None:
-        judged = [(rollouts[i], verdict) for i, verdict in zip(kept, verdicts, strict=True)]
+        judged = [(rollouts[i], verdict) for i, verdict in zip(usable, verdicts, strict=True)]
         critiques = built.components.critic(judged)
     else:
-        critiques = [_answer_alone(labelled[i]) for i in kept]
-    told = [
-        Told(
-            CritiquedRollout(rollouts[i], verdict, critique), tuple(spans[i] or ()), labelled[i].first_error,
-            located=True, source="label",
+        critiques = [_critique_of_answer(labelled[i]) for i in usable]
+    located = [
+        LocatedRollout(
+            CritiquedRollout(rollouts[i], verdict, critique),
+            tuple(spans[i] or ()), labelled[i].first_error, located=True, source="label",
         )
-        for i, verdict, critique in zip(kept, verdicts, critiques, strict=True)
+        for i, verdict, critique in zip(usable, verdicts, critiques, strict=True)
     ]  # fmt: skip
-    lost = len(labelled) - len(kept)
-    return told, {"steps do not survive the tokenizer": lost} if lost else {}
+    lost = len(labelled) - len(usable)
+    return located, {"steps do not survive the tokenizer": lost} if lost else {}
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
@@ -122,25 +125,28 @@ def _problem(row: Mapping[str, Any], name: str) -> Problem:
     return Problem(name, str(row["problem"]), str(row.get("answer") or ""), references)
 
 
-def _labelled(row: Mapping[str, Any], problem: Problem, sample: int, where: str) -> Labelled:
+def _labelled(row: Mapping[str, Any], problem: Problem, sample: int, where: str) -> LabelledRollout:
     steps, label = row["steps"], row["label"]
     if not isinstance(steps, list) or not all(isinstance(s, str) and s.strip() for s in steps):
-        raise DataError(f"{where}: steps must be a list of strings that are not empty")
+        raise DataError(f"{where}: steps must be a list of non-empty strings")
     if not isinstance(label, int) or not -1 <= label < len(steps):
-        raise DataError(f"{where}: label {label!r} is no index of its {len(steps)} steps, nor -1")
-    right = bool(row.get("final_answer_correct", label < 0))
-    return Labelled(problem, sample, tuple(steps), label if label >= 0 else None, right)
+        raise DataError(
+            f"{where}: label {label!r} is neither an index of its {len(steps)} steps nor -1"
+        )
+    correct = bool(row.get("final_answer_correct", label < 0))
+    first_error = label if label >= 0 else None
+    return LabelledRollout(problem, sample, tuple(steps), first_error, correct)
 
 
-def _rollout(built: Built, one: Labelled) -> Rollout:
+def _rollout(built: Built, line: LabelledRollout) -> Rollout:
     renderer = built.components.renderer
-    ids = renderer.encode_answer(BETWEEN_STEPS.join(step.strip() for step in one.steps))
+    ids = renderer.encode_answer(STEP_SEPARATOR.join(step.strip() for step in line.steps))
     return Rollout(
-        problem=one.problem,
-        sample=one.sample,
-        prompt_ids=renderer.solver_prompt(one.problem),
+        problem=line.problem,
+        sample=line.sample,
+        prompt_ids=renderer.solver_prompt(line.problem),
         token_ids=ids,
-        logps=(float("nan"),) * len(ids),  # nobody sampled them
+        logps=(float("nan"),) * len(ids),  # they were not sampled
         text=renderer.decode(ids),
         finished=True,
         policy_version=0,
@@ -148,7 +154,7 @@ def _rollout(built: Built, one: Labelled) -> Rollout:
 
 
 def _spans(text: str, steps: Sequence[str]) -> list[Span] | None:
-    """Where the steps stand in the decoded text; None where the tokenizer has changed them."""
+    """Find the steps in the decoded text; None where the tokenizer changed them."""
     spans, at = [], 0
     for step in steps:
         start = text.find(step.strip(), at)
@@ -159,14 +165,14 @@ def _spans(text: str, steps: Sequence[str]) -> list[Span] | None:
     return spans
 
 
-def _verdict(built: Built, rollout: Rollout, one: Labelled) -> Verdict:
-    read = built.task.verify(rollout.problem, rollout.text)
-    return Verdict(one.correct, read.formatted, read.parsed)
+def _verdict(built: Built, rollout: Rollout, line: LabelledRollout) -> Verdict:
+    verdict = built.task.verify(rollout.problem, rollout.text)
+    return Verdict(line.correct, verdict.formatted, verdict.parsed)
 
 
-def _answer_alone(one: Labelled) -> Critique | CritiqueFailure:
-    """What suffices for `BARE` contexts, where the file has the right answer."""
-    if not one.problem.answer:
+def _critique_of_answer(line: LabelledRollout) -> Critique | CritiqueFailure:
+    """Return a critique without steps: enough for `ANSWER_ONLY_CONTEXTS` if the file has the answer."""
+    if not line.problem.answer:
         return CritiqueFailure("the file has no answer")
-    case = "A" if one.first_error is None and one.correct else "D"
-    return Critique(case, (), one.problem.answer, one.first_error)
+    case = "A" if line.first_error is None and line.correct else "D"
+    return Critique(case, (), line.problem.answer, line.first_error)

@@ -1,8 +1,8 @@
-"""Which tokens of an answer are style, which are task: by the word that a token belongs to.
+"""Classify tokens as style, task or other by the word that a token belongs to.
 
-The lists are in ``token_kinds.toml``. A token belongs to the word in which its last character that is
-no white space lies, so a word that is split over several tokens is one word, and all its tokens are of
-one kind. White space, special tokens and a thought before the answer are ``other``.
+The word lists are in ``token_kinds.toml``. A token belongs to the word that contains its last
+non-whitespace character, so all tokens of a word have the same kind. Whitespace, special tokens and
+the thinking before the answer are ``other``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["style", "task", "other"]
+TokenKind = Literal["style", "task", "other"]
 Language = Literal["english", "lab"]
 
 LISTS: dict[str, dict[str, Any]] = tomllib.loads(
@@ -24,9 +24,9 @@ STYLE_WORDS = frozenset(
     word for name in ("hesitation", "connective", "manner") for word in LISTS["english"][name]
 )
 ARTICLES = frozenset({"a", "i"})
-"""Words of one letter that are no variables."""
+"""One-letter words that are not variables."""
 
-_PIECE = re.compile(
+_WORD = re.compile(
     r"""(?P<tag></?\w+>)                                   # <step_1>, </answer>
       | (?P<command>\\[A-Za-z]+)                           # \\frac
       | (?P<number>\d+(?:[.,]\d+)*)
@@ -36,48 +36,50 @@ _PIECE = re.compile(
 )
 
 
-def kinds(text: str, token_ends: Sequence[int], language: Language = "english") -> list[Kind]:
-    """The kind of each token of an answer; ``token_ends[i]`` is where token i ends in the text.
+def token_kinds(
+    text: str, token_ends: Sequence[int], language: Language = "english"
+) -> list[TokenKind]:
+    """Return the kind of each token of a rollout; ``token_ends[i]`` is where token i ends in ``text``.
 
-    In the lab a word is what stands between two spaces.
+    Words of the lab's language are separated by spaces.
     """
-    spans, of_span = _pieces(text, language)
+    spans, span_kinds = _words(text, language)
     starts = [start for start, _ in spans]
-    told: list[Kind] = []
+    kinds: list[TokenKind] = []
     begin = 0
     for end in token_ends:
         last = begin + len(text[begin:end].rstrip()) - 1
         at = bisect_right(starts, last) - 1
-        inside = last >= begin and at >= 0 and last < spans[at][1]
-        told.append(of_span[at] if inside else "other")
+        in_span = last >= begin and at >= 0 and last < spans[at][1]
+        kinds.append(span_kinds[at] if in_span else "other")
         begin = max(begin, end)
-    return told
+    return kinds
 
 
-def _pieces(text: str, language: Language) -> tuple[list[tuple[int, int]], list[Kind]]:
-    """Words, numbers, signs and tags of a text: where they stand, and of which kind they are."""
+def _words(text: str, language: Language) -> tuple[list[tuple[int, int]], list[TokenKind]]:
+    """Find the words, numbers, signs and tags of a text; return their spans and kinds."""
     if language == "lab":
-        found = list(re.finditer(r"\S+", text))
-        return [m.span() for m in found], [_lab_kind(m[0]) for m in found]
-    found = list(_PIECE.finditer(text))
-    return [m.span() for m in found], [_kind(str(m.lastgroup), m[0].casefold()) for m in found]
+        words = list(re.finditer(r"\S+", text))
+        return [m.span() for m in words], [_lab_kind(m[0]) for m in words]
+    words = list(_WORD.finditer(text))
+    return [m.span() for m in words], [_kind(str(m.lastgroup), m[0].casefold()) for m in words]
 
 
-def _kind(group: str, said: str) -> Kind:
-    said = said.replace("’", "'")
+def _kind(group: str, word: str) -> TokenKind:
+    word = word.replace("’", "'")
     match group:
         case "command" | "number":
             return "task"
-        case "word" if said in STYLE_WORDS:
+        case "word" if word in STYLE_WORDS:
             return "style"
         case "word":
-            return "task" if len(said) == 1 and said not in ARTICLES else "other"
+            return "task" if len(word) == 1 and word not in ARTICLES else "other"
         case "sign":
-            return "task" if said in LISTS["english"]["operators"] else "other"
+            return "task" if word in LISTS["english"]["operators"] else "other"
     return "other"
 
 
-def _lab_kind(said: str) -> Kind:
-    if said in LISTS["lab"]["marks"]:
+def _lab_kind(word: str) -> TokenKind:
+    if word in LISTS["lab"]["marks"]:
         return "style"
-    return "task" if said in LISTS["lab"]["symbols"] else "other"
+    return "task" if word in LISTS["lab"]["symbols"] else "other"

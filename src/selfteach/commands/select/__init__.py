@@ -1,1 +1,1 @@
-"""`selfteach select`: build a training set of hard, well-formed, critic-solvable problems."""
+"""Commands behind `selfteach select`: choose a training set and describe it in a data card."""

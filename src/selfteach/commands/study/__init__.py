@@ -1,1 +1,1 @@
-"""`selfteach study` and `selfteach sweep`: arms × seeds, a process per run, one results.json."""
+"""Commands behind `selfteach study` and `selfteach sweep`: arms × seeds, run side by side."""

@@ -1,6 +1,6 @@
-"""Arms × seeds under one recipe: every run in a folder of its own, one results.json, one report.
+"""Run a study: arms × seeds of one recipe, each run in its folder, then one results.json.
 
-What only runs need, torch for one, takes seconds to import, and is imported in their processes.
+This module must not import torch, which takes seconds: only the processes of the runs import it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from selfteach.commands.study.jobs import Job, Progress, by_engine, distinct, one_thread, run_jobs
+from selfteach.commands.study.jobs import Job, JobsProgress, one_thread, run_jobs
 from selfteach.commands.study.results import gather
-from selfteach.config.critic_section import CriticConfig
 from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_study
 from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
@@ -27,53 +26,53 @@ from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder, read_json, require_empty, result_of, write_json
 
 if TYPE_CHECKING:
-    from selfteach.commands.inspect.inspection import Request
+    from selfteach.commands.inspect.inspection import InspectionRequest
 
-INSPECTED = 512
-"""Answers that a study inspects by default."""
+INSPECTED_ROLLOUTS = 512
+"""Rollouts of the untrained model that a study inspects by default."""
 CONTROLS = ("reference", "aligned_reference", "answer_only", "shuffled_lines", "other_answer")
-"""Contexts under which a study's untrained model is inspected beside those of the arms."""
-Kind = Literal["study", "sweep"]
+"""Contexts under which the untrained model is inspected in addition to those of the arms."""
+FolderKind = Literal["study", "sweep"]
 
-SumUp = Callable[[Path], None]
-"""What is made of an inspection's folder when it is complete."""
+Summarize = Callable[[Path], None]
+"""Summarizes the folder of a complete inspection."""
 
 
-def create_study(study: Study, folder: Path, command: str, kind: Kind) -> None:
-    """Begin a study (or sweep) here. Raises `CheckpointError` if the folder holds something else."""
-    marker = folder / "study.json"
+def create_study(study: Study, folder: Path, command: str, kind: FolderKind) -> None:
+    """Create the folder of a study or sweep. Raises `CheckpointError` if it holds another one."""
+    path = folder / "study.json"
     plain = study.model_dump(mode="json")
-    if marker.exists():
-        saved = read_json(marker)
+    if path.exists():
+        saved = read_json(path)
         if (_migrated(saved["study"]), saved.get("kind")) != (plain, kind):
             raise CheckpointError(
                 f"{folder} holds another study; choose another --out, "
-                f"or go on with that one: selfteach resume {folder}"
+                f"or continue that one: selfteach resume {folder}"
             )
         return
     require_empty(folder)
-    write_json(marker, {"kind": kind, "study": plain, "command": command, **collect_provenance()})
+    write_json(path, {"kind": kind, "study": plain, "command": command, **collect_provenance()})
 
 
 def _migrated(plain: dict[str, Any]) -> dict[str, Any] | None:
-    """A study of an earlier version with what studies have had since; None for what is none."""
+    """Return a study of an earlier version in today's format; None if it is not a valid study."""
     try:
         return validate(Study, migrate_study(plain)).model_dump(mode="json")
     except RecipeError:
         return None
 
 
-def load_existing(folder: Path) -> tuple[Study, str, Kind]:
-    """The study that a folder holds, the command that began it, and whether it is a sweep."""
+def load_existing(folder: Path) -> tuple[Study, str, FolderKind]:
+    """Return the study in a folder, the command that started it, and whether it is a study or sweep."""
     saved = read_json(folder / "study.json")
     study = migrate_study(saved["study"], str(folder / "study.json"))
     return validate(Study, study, where=str(folder)), saved["command"], saved["kind"]
 
 
 def jobs_of(study: Study, folder: Path) -> list[Job]:
-    """All runs of a study: the main setting first, seed by seed, then the variants.
+    """List all runs of a study: the main setting first, seed by seed, then the variants.
 
-    Variants' untrained models come last: such short runs leave no core idle at the end.
+    The untrained models of the variants come last: such short runs leave no core idle at the end.
     """
     jobs, last = [], []
     settings: list[tuple[str | None, Sequence[int], Sequence[str]]] = [
@@ -94,101 +93,92 @@ def jobs_of(study: Study, folder: Path) -> list[Job]:
 
 
 def run_study(
-    study: Study, folder: Path, *, command: str, progress: Progress, sum_up: SumUp
+    study: Study, folder: Path, *, command: str, progress: JobsProgress, summarize: Summarize
 ) -> dict[str, Any]:
-    """Run whatever is not done yet, then write and return results.json."""
+    """Run every run that is not complete, then write and return results.json."""
     with RunFolder(folder).lock():
         create_study(study, folder, command, "study")
         started = time.monotonic()
         jobs = jobs_of(study, folder)
-        # What it was made with is what it was begun with, not what the tree holds by now.
-        begun = read_json(folder / "study.json")
-        inspecting = partial(inspect_base, study, folder, begun["commit"], sum_up)
-        run_jobs(jobs, study.study.workers, progress, beside=inspecting)
-        made = {name: value for name, value in begun.items() if name not in ("study", "kind")}
-        on = read_json(jobs[0].folder / "environment.json")  # by a process that has torch
-        made |= {"processor": on["processor"]} if "processor" in on else {}
-        earlier = folder / "results.json"
-        spent = read_json(earlier)["made"]["seconds"] if earlier.exists() else 0.0
+        # The recorded environment is that of the start of the study, not that of this resume.
+        start = read_json(folder / "study.json")
+        inspection = partial(inspect_base, study, folder, start["commit"], summarize)
+        run_jobs(jobs, study.study.workers, progress, also=inspection)
+        made = {name: value for name, value in start.items() if name not in ("study", "kind")}
+        machine = read_json(jobs[0].folder / "environment.json")  # written by a process with torch
+        made |= {"processor": machine["processor"]} if "processor" in machine else {}
+        previous = folder / "results.json"
+        spent = read_json(previous)["made"]["seconds"] if previous.exists() else 0.0
         results = gather(study, jobs, {**made, "seconds": spent + time.monotonic() - started})
         write_json(folder / "results.json", results)
     return results
 
 
-def critics_of(study: Study) -> list[CriticConfig]:
-    """Every critic that a study asks, once."""
-    return distinct(recipe.critic for recipe in _recipes(study))
-
-
-def engines_of(study: Study) -> list[Recipe]:
-    """One recipe for each engine that a study samples from and each model that it gives it."""
-    return by_engine(_recipes(study))
-
-
-def _recipes(study: Study) -> Iterator[Recipe]:
+def recipes_of(study: Study) -> Iterator[Recipe]:
+    """Yield the recipe of every arm in the main setting and in every variant, without seeds."""
     settings = [(None, list(study.arms)), *((n, v.arms) for n, v in study.variants.items())]
     for name, arms in settings:
         for arm in arms or study.arms:
             yield study.recipe(arm, variant=name)
 
 
-def inspection_of(study: Study) -> tuple[Recipe, Request] | None:
-    """How a study's untrained model is inspected; None where it is not.
+def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
+    """Return the recipe and request of the inspection of the untrained model; None if there is none.
 
-    Under the contexts of the main setting's arms and `CONTROLS`, in as far as they need nothing that
-    the arms have not. The answers are marked by a program where there is one (erring as in the first
-    arm that has it); a critic that writes is asked only if ``study.inspect_answers`` says how often.
+    Contexts are those of the main setting's arms, and those of `CONTROLS` that need nothing the arms
+    lack. A program critiques the rollouts where the task has one (with the error rate of the first arm
+    that has a critic); a critic that writes is used only if ``study.inspect_answers`` is set.
     """
-    from selfteach.commands.inspect.inspection import Request
+    from selfteach.commands.inspect.inspection import InspectionRequest
 
     arms = [study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms]
-    taught = {own.context.label for own in arms} - {"none"}
-    model = next((own for own in arms if own.critic is not None), arms[0])
+    arm_contexts = {recipe.context.label for recipe in arms} - {"none"}
+    model = next((recipe for recipe in arms if recipe.critic is not None), arms[0])
     wanted, programs = study.study.inspect_answers, model.data.type in ORACLE_DATA
     if wanted is None:
-        wanted = INSPECTED if programs or model.critic is None else 0
-    if not taught or wanted == 0:
+        wanted = INSPECTED_ROLLOUTS if programs or model.critic is None else 0
+    if not arm_contexts or wanted == 0:
         return None
     k = model.evaluation.validation_k
     problems = -(-wanted // k)
     changes: dict[str, Any] = {"train": {"steps": 0}, "teacher": {"type": "live"}}
     if programs:
         changes["critic"] = {"type": "oracle"}
-    if model.data.type == "lab":  # as many as are asked for, the arms' own first
+    if model.data.type == "lab":  # enough problems; the first are those of the arms
         changes["data"] = {"validation": max(model.data.validation, problems)}
     recipe = validate(Recipe, merge(model.model_dump(mode="json"), changes), where="inspection")
     possible = [
         name for name in CONTROLS if recipe.critic is not None or name not in CRITIC_CONTEXTS
     ]
-    contexts = tuple(sorted({*taught, *possible}))
-    return recipe, Request(contexts, k=k, limit=problems, seed=study.study.seeds[0])
+    contexts = tuple(sorted({*arm_contexts, *possible}))
+    return recipe, InspectionRequest(contexts, k=k, limit=problems, seed=study.study.seeds[0])
 
 
-def inspect_base(study: Study, folder: Path, commit: str | None, sum_up: SumUp) -> None:
-    """Inspect the untrained model in folder/inspection, as far as that is not done."""
-    asked, target = inspection_of(study), folder / "inspection"
-    if asked is None:
+def inspect_base(study: Study, folder: Path, commit: str | None, summarize: Summarize) -> None:
+    """Inspect the untrained model in folder/inspection, unless that is complete."""
+    inspection, target = inspection_of(study), folder / "inspection"
+    if inspection is None:
         return
     if not (target / "inspection.json").exists():
-        shutil.rmtree(target, ignore_errors=True)  # what a kill has left
-        _inspect(*asked, target, commit)
+        shutil.rmtree(target, ignore_errors=True)  # left by a killed process
+        _inspect(*inspection, target, commit)
     if not (target / "localisation.json").exists():
-        sum_up(target)
+        summarize(target)
 
 
-def _inspect(recipe: Recipe, request: Request, target: Path, commit: str | None) -> None:
-    from selfteach.commands.inspect.inspection import inspect, sampled
+def _inspect(recipe: Recipe, request: InspectionRequest, target: Path, commit: str | None) -> None:
+    from selfteach.commands.inspect.inspection import inspect, sample_rollouts
     from selfteach.trainer.build import build, set_threads
 
     set_threads(one_thread(recipe).train.threads)
     built = build(recipe)
-    answers = sampled(built, recipe, request, built.task.problems("validation"))
+    rollouts = sample_rollouts(built, recipe, request, built.task.problems("validation"))
     made = {**collect_provenance(), "model": recipe.model.path, "commit": commit}
-    inspect(built, recipe, request, answers, target, made=made)
+    inspect(built, recipe, request, rollouts, target, made=made)
 
 
 def sweep_jobs(study: Study, folder: Path) -> list[Job]:
-    """Every arm (of every setting) × every rate × every seed of the sweep; test is never scored."""
+    """List the runs of a sweep: arms × learning rates × seeds; test problems are never scored."""
     if study.sweep is None:
         raise RecipeError("the recipe has no [sweep]: add lr = [...] and seeds = [...]")
     jobs = []
@@ -197,15 +187,17 @@ def sweep_jobs(study: Study, folder: Path) -> list[Job]:
         for arm in arms or study.arms:
             for lr in study.sweep.lr:
                 for seed in study.sweep.seeds:
-                    over = {"optimizer": {"lr": lr}, "evaluation": {"test": False}}
-                    recipe = study.recipe(arm, seed=seed, variant=variant, overrides=over)
+                    overrides = {"optimizer": {"lr": lr}, "evaluation": {"test": False}}
+                    recipe = study.recipe(arm, seed=seed, variant=variant, overrides=overrides)
                     name = f"{variant or 'runs'}/{arm}/lr_{lr:g}/seed_{seed}"
                     jobs.append(Job(variant, arm, seed, recipe, folder / name))
     return jobs
 
 
-def run_sweep(study: Study, folder: Path, *, command: str, progress: Progress) -> dict[str, Any]:
-    """Run the sweep and choose each arm's rate: the best mean validation Avg@k at the last step."""
+def run_sweep(
+    study: Study, folder: Path, *, command: str, progress: JobsProgress
+) -> dict[str, Any]:
+    """Run the sweep and choose each arm's lr by the mean validation Avg@k at the last step."""
     jobs = sweep_jobs(study, folder)
     with RunFolder(folder).lock():
         create_study(study, folder, command, "sweep")
@@ -220,7 +212,7 @@ def run_sweep(study: Study, folder: Path, *, command: str, progress: Progress) -
             means = {lr: float(np.mean(list(v.values()))) for lr, v in table["avg"].items()}
             table["mean"] = means
             table["chosen"] = float(max(means, key=lambda lr: means[lr]))
-    begun = read_json(folder / "study.json")
-    result = {"settings": chosen, "command": command, "commit": begun["commit"]}
+    start = read_json(folder / "study.json")
+    result = {"settings": chosen, "command": command, "commit": start["commit"]}
     write_json(folder / "sweep.json", result)
     return result

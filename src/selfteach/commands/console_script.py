@@ -1,0 +1,88 @@
+"""Run the command line: settings of the process, one-line errors and exit statuses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from typing import NoReturn
+
+import typer
+
+from selfteach.analysis.terminal.sanitize import sanitized
+from selfteach.commands.notes import notes_on_stderr
+from selfteach.errors import RecipeError, SelfteachError, Terminated
+from selfteach.runtime import gc_pause, torchrun
+from selfteach.runtime.signals import EXIT_STATUS
+
+MULTI_RANK_COMMANDS = ("train", "resume")
+"""Commands that torchrun may start on several ranks."""
+RANK_0_GRACE_S = 5.0
+"""Seconds that another rank waits before it reports an error that rank 0 may be about to report."""
+
+
+def run_console_script(app: typer.Typer) -> None:
+    """Run a command; exit with 2 and one line on stderr for an error of the user."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet_libraries()
+    gc_pause.pause()
+    with notes_on_stderr():
+        _run_command(app)
+
+
+def _run_command(app: typer.Typer) -> None:
+    try:
+        _require_one_process()
+        app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; continue with selfteach resume OUT", status=130)
+    except Terminated:
+        _exit_at_once("terminated; progress is saved, continue with selfteach resume OUT")
+    except SelfteachError as error:
+        if not torchrun.is_main():
+            # Rank 0 reports errors common to all ranks; its exit ends this rank while it waits.
+            time.sleep(RANK_0_GRACE_S)
+            _fail(f"rank {torchrun.rank()}: {error}")
+        _fail(str(error))
+    except Exception as error:
+        # Usage errors come from Typer's click, whose module moved between releases.
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:
+            raise
+        _fail(format_message())
+
+
+def _require_one_process() -> None:
+    """Raise `RecipeError` under torchrun for a command that runs in one process."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if torchrun.is_torchrun() and command not in MULTI_RANK_COMMANDS:
+        raise RecipeError(
+            f"selfteach {command} runs in one process: call it without torchrun, which is for "
+            + " and ".join(MULTI_RANK_COMMANDS)
+        )
+
+
+def _fail(message: str, *, status: int = 2) -> None:
+    # Escape control characters: a message may quote a server.
+    sys.stderr.write("selfteach: " + " ".join(sanitized(message).split()) + "\n")
+    sys.exit(status)
+
+
+def _exit_at_once(message: str) -> NoReturn:
+    """Exit without waiting for other threads: everything needed to resume is on disk."""
+    sys.stderr.write(f"selfteach: {message}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_STATUS)
+
+
+def _quiet_libraries() -> None:
+    """Silence progress bars and advice of the libraries, which would mix with ours."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,0 +1,79 @@
+"""Check servers, folders and optional packages before a run spends anything.
+
+Imports neither torch nor transformers: the process of a study calls this. What needs them (the clients
+of the servers) is imported only where a recipe names a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from selfteach.config.critic_section import CriticConfig, EndpointConfig, RecordedConfig
+from selfteach.config.engine_section import VllmServerConfig
+from selfteach.config.recipe import Recipe
+from selfteach.errors import CriticError
+from selfteach.runtime import tracking
+
+CRITIC_IDENTITY = {"base_url", "model", "api_key_env", "thinking", "extra_body"}
+"""Settings of a served critic on which its healthcheck depends."""
+ENGINE_IDENTITY = {"engine", "model"}
+"""Sections of a recipe on which the healthcheck of its engine server depends."""
+
+
+def preflight(recipes: Iterable[Recipe], *, critic_only: bool = False) -> None:
+    """Check everything that runs need from elsewhere, each server once however many runs use it.
+
+    In this order: the packages of tracking sinks, the folders of recorded critics, critic servers
+    (unless ``critic.healthcheck = false``), vLLM servers that sample. With ``critic_only`` just what
+    the critics need. Raises `RecipeError`, `CriticError` or `EngineError` in one line.
+    """
+    checked = list(recipes)
+    if not critic_only:
+        for recipe in checked:
+            tracking.require_packages(recipe.tracking.sinks)
+    critics = [recipe.critic for recipe in checked if recipe.critic is not None]
+    for critic in critics:
+        if isinstance(critic, RecordedConfig):
+            _require_recording(critic)
+    _require_critics(critics)
+    if not critic_only:
+        _require_engines(checked)
+
+
+def _require_recording(critic: RecordedConfig) -> None:
+    """Raise `CriticError` unless the run or study of a recorded critic is a folder."""
+    if not Path(critic.run).is_dir():
+        raise CriticError(
+            f"critic.run = {critic.run!r}: no such folder; name a run folder or a study's"
+        )
+
+
+def _require_critics(critics: Iterable[CriticConfig]) -> None:
+    """Ask each distinct critic server once."""
+    servers = {
+        critic.model_dump_json(include=CRITIC_IDENTITY): critic
+        for critic in critics
+        if isinstance(critic, EndpointConfig) and critic.healthcheck
+    }
+    if servers:
+        from selfteach.trainer.build_critic import require_critic  # imports torch
+
+        for critic in servers.values():
+            require_critic(critic)
+
+
+def _require_engines(recipes: Iterable[Recipe]) -> None:
+    """Ask each distinct vLLM server once, for the longest completions that any recipe samples."""
+    servers: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if isinstance(recipe.engine, VllmServerConfig):
+            key = recipe.model_dump_json(include=ENGINE_IDENTITY)
+            longest = servers.setdefault(key, recipe)
+            if recipe.sampling.max_tokens > longest.sampling.max_tokens:
+                servers[key] = recipe
+    if servers:
+        from selfteach.trainer.build_engine import require_engine  # imports torch
+
+        for recipe in servers.values():
+            require_engine(recipe)
