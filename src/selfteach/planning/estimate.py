@@ -83,7 +83,7 @@ class Forecast:
         time = self.timeline
         return {
             "rollout": time.mean("begun", "sampled"),
-            "critique": max(0.0, time.mean("sampled", "marked")),
+            "critique": max(0.0, time.mean("sampled", "critiqued")),
             "train": time.mean("learning", "learned"),
         }
 
