@@ -44,8 +44,8 @@ MODEL_SIZES = {
             "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49_152,
             "max_position_embeddings": 2048, "tie_word_embeddings": True,
         },
-        rollouts=32, group_size=8, prompt=128, teacher_prompt=256, length=256, micro_batch_tokens=32_768,
-        trl_batch=32,
+        rollouts=32, group_size=8, prompt=128, teacher_prompt=256, length=256,
+        micro_batch_tokens=32_768, trl_batch=32,
     ),
     "Qwen2.5-1.5B, random weights": ModelSize(
         "qwen2",

@@ -6,7 +6,7 @@ All variants get the same hidden states and heads [V, H] of student and teacher,
 divergence per token with its gradient in the student's hidden states, and in its head where that
 trains:
 
-    ours         losses.fused_cpu, or lm_head.chunked_sum with divergence.per_token, as the trainer chooses
+    ours         losses.fused_cpu, or lm_head.chunked_sum with divergence.per_token, as in training
     plain        full logits of both, the textbook form, autograd
     TRL full     trl.experimental.sdpo.loss_utils on full logits
     TRL chunked  trl.kernels.chunked_divergence.ChunkedDivergenceFunction (no top-K)

@@ -2,11 +2,11 @@
 
     python benchmarks/loss/divergences_gpu.py [--parts exact grid curve chunks tilings] [--json FILE]
 
-The ways of divergences.py on CUDA (it skips itself where there is none), and
+The variants of divergences.py on CUDA (skipped where there is none), and
 
-    ours            as a training step takes it: from hidden states where that can be, else by tokens
+    ours            as in a training step: from hidden states where possible, else by tokens
     ours, by tokens chunks of tokens, whose rows of logits go through Triton kernels
-    ours, torch     the same without the kernels: the closed form in PyTorch's own operations
+    ours, torch     the same without the kernels: analytic gradients in PyTorch operations
     ours, compiled  chunk by chunk with the textbook form of a chunk through torch.compile
     Liger           its fused linear JSD, where liger-kernel is installed
 
@@ -177,7 +177,7 @@ Costs = dict[str, float]
 
 
 def measured(case: Case, rounds: int, compiled: bool) -> tuple[Costs, Costs, dict[str, str]]:
-    """Return median milliseconds and workspace in MiB per variant, and the errors of those that fail."""
+    """Return median milliseconds, workspace in MiB, and the errors of variants that fail."""
     inputs, times, spaces, failed = Inputs.of(case), {}, {}, {}
     for name in variants_of(case, compiled=compiled):
         try:

@@ -1,4 +1,4 @@
-"""Seconds of a training step by phase, and the bytes that a device held meanwhile."""
+"""Measure the seconds of a training step by phase, and the peak memory of the device."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import torch
 
 PHASES = ("sampling", "teacher", "student", "optimizer")
-"""Timed where they happen, each without what another one takes inside it: an engine's answers; the
-teacher's passes; the student's passes, both heads' logits and the loss, forward and backward; clipping
-and the update. The rest of a step is what is around: verdicts, contexts, batches, metrics."""
+"""Exclusive phases: sampling; the teacher's passes; the student's passes, both heads' logits and the
+loss, forward and backward; clipping and the update. The rest of a step is verdicts, contexts, batches
+and metrics."""
 
 
-def instant() -> float:
-    """The time at which a device has done what it was told so far."""
+def synchronized_time() -> float:
+    """Return the time after the device has finished its queue."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def held_bytes(before: int | None = None) -> int:
-    """Bytes of the device that are taken now; or the most that were, beyond what was ``before``."""
+def device_bytes(before: int | None = None) -> int:
+    """Reset the peak and return the allocated bytes; or the peak beyond ``before``. 0 without CUDA."""
     if not torch.cuda.is_initialized():
         return 0
     if before is not None:
@@ -34,49 +34,49 @@ def held_bytes(before: int | None = None) -> int:
 
 
 class Clock:
-    """Seconds of a step, by phase."""
+    """Collects the seconds of steps, by phase."""
 
     def __init__(self) -> None:
         self.peak = 0
-        """On CUDA: the most bytes that a step held beyond what was there when it began."""
-        self.begun = 0.0
-        """Seconds of the step before `end` measures it."""
+        """On CUDA: peak bytes of a step beyond what was allocated at its start."""
+        self.before = 0.0
+        """Seconds of the step that `end` is not passed."""
         self.steps: list[dict[str, float]] = []
-        self._now: dict[str, float] = {}
+        self._current: dict[str, float] = {}
         self._inner = 0.0
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Seconds spent inside are this phase's, but for those of a phase inside it."""
-        before, self._inner = self._inner, 0.0
-        began = instant()
+        """Count the seconds spent inside for this phase, except those of a nested phase."""
+        outer, self._inner = self._inner, 0.0
+        start = synchronized_time()
         try:
             yield
         finally:
-            spent = instant() - began
-            self.add(phase, spent - self._inner)
-            self._inner = before + spent
+            seconds = synchronized_time() - start
+            self.add(phase, seconds - self._inner)
+            self._inner = outer + seconds
 
-    def around(self, phase: str, function: Callable) -> Callable:
-        """The same function, timed."""
+    def timed(self, phase: str, function: Callable) -> Callable:
+        """Return the function, timed as a phase."""
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             with self(phase):
                 return function(*args, **kwargs)
 
-        return timed
+        return wrapper
 
     def add(self, phase: str, seconds: float) -> None:
-        """Seconds that a phase has taken."""
-        self._now[phase] = self._now.get(phase, 0.0) + seconds
+        """Add seconds to a phase."""
+        self._current[phase] = self._current.get(phase, 0.0) + seconds
 
     def end(self, seconds: float) -> None:
-        """A step is over, which took so long and what had begun it."""
-        self.steps.append({**self._now, "step": self.begun + seconds})
-        self._now, self.begun = {}, 0.0
+        """End a step that took ``seconds`` and those in ``before``."""
+        self.steps.append({**self._current, "step": self.before + seconds})
+        self._current, self.before = {}, 0.0
 
     def medians(self, skip: int = 1) -> dict[str, float]:
-        """Per phase, over the steps after the first ``skip``."""
+        """Return the median seconds per phase, over the steps after the first ``skip``."""
         rows = self.steps[skip:]
         names = dict.fromkeys(name for row in rows for name in row)
         return {n: statistics.median(row.get(n, 0.0) for row in rows) for n in names}

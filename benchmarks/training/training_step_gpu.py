@@ -1,24 +1,29 @@
-"""One training step beside TRL's SDPO and GRPO trainers on a GPU, on the lab's base and known shapes.
+"""Measure a training step against TRL's SDPO and GRPO trainers on a GPU, with the lab's base and larger shapes.
 
-    python benchmarks/training_step_gpu.py [--models ...] [--json FILE]     (in .venv-bench)
+    python benchmarks/training/training_step_gpu.py [--models ...] [--json FILE]     (in .venv-bench)
 
-What is compared, and how it is made the same, says `training_ways`. Of models with random weights
-(`random_models`) answers and contexts are given to both. Phases wait for the device, and peaks are the
-allocator's. `--chunks 23 26` adds our step with so many logits (powers of two) in existence at a time.
+`trainers_compared` describes the comparison. Models with random weights (`random_models`) get random
+rollouts and contexts. Phases wait for the device, and peaks are the allocator's. `--chunks 23 26` adds
+our step with 2^23 and 2^26 logits per chunk.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
+
 import torch
-from harness import MIB, Table, on_device, parser, ratio, reported
-from random_models import SIZED
+from harness import MIB, Table, parser, ratio, reported, resolve_device
+from random_models import MODEL_SIZES
 from step_clock import PHASES, Clock
-from training_ways import BF16, KINDS, Again, Ours, Theirs
+from trainers_compared import BF16, KINDS, OtherChunks, OurTrainer, TrlTrainer
 
 from selfteach.config.schema import merge
 
@@ -27,22 +32,22 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": BF16,
     "bf16 weights": {"model": {"weights_dtype": "bfloat16"}},
 }
-"""On CUDA: what weights and products are in; TRL's are set alike."""
+"""Types of weights and matmuls on CUDA; TRL is configured alike."""
 
 
 def main() -> None:
-    """The lab's model and shapes with random weights."""
-    made = parser(__doc__)
-    made.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: a check"
+    """Measure the lab's model and shapes with random weights."""
+    options = parser(__doc__)
+    options.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: a smoke test"
     )
-    listed = ["lab", *SIZED]
-    made.add_argument("--models", nargs="*", choices=listed, default=listed[:2])
-    made.add_argument("--kinds", nargs="*", choices=KINDS)
-    made.add_argument("--precisions", nargs="*", choices=PRECISIONS)
-    made.add_argument("--chunks", nargs="*", type=int, default=[], help="top-K and grpo")
-    args = made.parse_args()
-    args.device = on_device(args.device)
+    models = ["lab", *MODEL_SIZES]
+    options.add_argument("--models", nargs="*", choices=models, default=models[:2])
+    options.add_argument("--kinds", nargs="*", choices=KINDS)
+    options.add_argument("--precisions", nargs="*", choices=PRECISIONS)
+    options.add_argument("--chunks", nargs="*", type=int, default=[], help="top-K and grpo")
+    args = options.parse_args()
+    args.device = resolve_device(args.device)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with reported(args) as tables:
@@ -50,28 +55,28 @@ def main() -> None:
 
 
 def compare(table: Table, model: str, kind: str, precision: str, args: argparse.Namespace) -> None:
-    """One line for each of the two, and for ours with other chunks."""
-    where = {"model": {"device": args.device}}
+    """Add a row for each trainer, and for ours with other chunks."""
+    device = {"model": {"device": args.device}}
     clocks = {"ours": Clock(), "TRL": Clock()}
-    ours = Ours(model, kind, clocks["ours"], merge(where, PRECISIONS[precision]))
+    ours = OurTrainer(model, kind, clocks["ours"], merge(device, PRECISIONS[precision]))
     failed: dict[str, str] = {}
-    own = args.chunks if kind in ("top-K", "grpo") else []  # others may have kernels of their own
-    again = {f"ours, 2^{n} logits": Again(ours, Clock(), 2**n) for n in own}
-    clocks |= {who: other.clock for who, other in again.items()}
+    sizes = args.chunks if kind in ("top-K", "grpo") else []  # the others may use fused kernels
+    others = {f"ours, 2^{n} logits": OtherChunks(ours, Clock(), 2**n) for n in sizes}
+    clocks |= {who: other.clock for who, other in others.items()}
     try:
-        theirs = Theirs(model, kind, clocks["TRL"], ours, args.rounds + 1, args.device, precision)
-        theirs.others += again.values()
-        theirs.trainer.train()
+        trl = TrlTrainer(model, kind, clocks["TRL"], ours, args.rounds + 1, args.device, precision)
+        trl.others += others.values()
+        trl.trainer.train()
     except torch.cuda.OutOfMemoryError as error:
         failed["TRL"] = f"out of memory: {str(error).splitlines()[0][:100]}"
-        theirs = None
+        trl = None
         gc.collect()
         torch.cuda.empty_cache()
-        alone(ours, list(again.values()), args.rounds + 1)
-    said = {who: clock.medians() for who, clock in clocks.items() if len(clock.steps) > 1}
+        without_trl(ours, list(others.values()), args.rounds + 1)
+    medians = {who: clock.medians() for who, clock in clocks.items() if len(clock.steps) > 1}
     for who in clocks:
-        row = said.get(who, {}) if who not in failed else {}
-        base = said.get("ours", {})
+        row = medians.get(who, {}) if who not in failed else {}
+        base = medians.get("ours", {})
         table.add(
             model=model, precision=precision, kind=kind, who=who, step=row.get("step"),
             **{phase: row.get(phase) for phase in PHASES},
@@ -85,21 +90,21 @@ def compare(table: Table, model: str, kind: str, precision: str, args: argparse.
         )  # fmt: skip
 
 
-def alone(ours: Ours, others: list[Again], steps: int) -> None:
-    """Ours without TRL's, which did not fit."""
-    for one in (ours, *others):
-        one.clock.steps.clear()
+def without_trl(ours: OurTrainer, others: list[OtherChunks], steps: int) -> None:
+    """Measure ours where TRL ran out of memory."""
+    for trainer in (ours, *others):
+        trainer.clock.steps.clear()
         for _ in range(steps):
-            one.step()
+            trainer.step()
 
 
 def measure(args: argparse.Namespace, tables: list[Table]) -> None:
-    """All that is asked for."""
+    """Measure the chosen models, precisions and kinds."""
     tables.append(table := Table("A training step on a GPU, seconds"))
     table.notes = (
-        "`times ours` above 1: slower than ours. Of a model with random weights answers and "
-        "contexts are given to both, and nobody samples. bf16: float32 weights under autocast. "
-        "`peak_MiB`: the most that a step held beyond weights, moments and teachers."
+        "`times ours` above 1: slower than ours. With random weights, both trainers get the same "
+        "random rollouts and contexts, and sampling is skipped. bf16: float32 weights under autocast. "
+        "`peak_MiB`: peak of a step beyond weights, moments and teachers."
     )
     torch.cuda.is_available() and torch.cuda.init()
     quick = ["tiny, random weights"]
