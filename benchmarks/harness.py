@@ -4,8 +4,8 @@ A benchmark is a script in a folder beside this file. It prints its tables, and 
 writes them to a file; ``benchmarks/run.py`` runs all of them and renders results/*.md from their JSON.
 
 Times are wall time in one process, on one thread by default, with variants alternating (A B C, A B C,
-…), so that a slow minute of the machine affects all of them. Peak memory is measured in a separate process
-per variant, as an allocator does not return what another variant has used.
+…), so that a slow minute of the machine affects all of them. Peak memory is measured in a separate
+process per variant, as an allocator does not return what another variant has used.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ MODEL_SIZES = {
             "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 512,
             "max_position_embeddings": 256, "tie_word_embeddings": True,
         },
-        rollouts=8, group_size=4, prompt=16, teacher_prompt=24, length=16, micro_batch_tokens=256, trl_batch=4,
+        rollouts=8, group_size=4, prompt=16, teacher_prompt=24, length=16,
+        micro_batch_tokens=256, trl_batch=4,
     ),
 }  # fmt: skip
 

@@ -1,10 +1,10 @@
-"""`make lab` by phase, before and after, and how the cost of a step grows.
+"""Measure `make lab` by phase against an earlier commit, and how the cost of a step grows.
 
-    python benchmarks/main_job.py [--before COMMIT] [--components phases growth whole] [--json FILE]
+    python benchmarks/training/main_job.py [--before COMMIT] [--parts phases growth whole] [--json FILE]
 
-Three tables: seconds per step of each arm in the tree as it is and at an earlier commit (runs of both
-alternate, one process and one thread each); the whole study of recipes/paper_in_miniature.toml, as
-`make lab` runs it; and the phases of a step as answers, their length and the vocabulary grow.
+Three tables: seconds per step of each arm in this tree and at an earlier commit (their runs alternate,
+one process and one thread each); the whole study of experiments/paper_in_miniature, as `make lab` runs
+it; and the phases of a step as rollouts, their length and the vocabulary grow.
 """
 
 from __future__ import annotations
@@ -21,43 +21,42 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
+
 import numpy as np
 import torch
 from harness import Table, parser, ratio, reported
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from selfteach.config.migrations import migrate_metrics
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.models.loading import BASES
-from selfteach.trainer.async_training import train_steps
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import build
-from selfteach.trainer.step import RolloutRequest
 
-ROOT = Path(__file__).resolve().parents[1]
-LAB = ROOT / "recipes" / "paper_in_miniature.toml"
+ROOT = Path(__file__).resolve().parents[2]
+LAB = Path("experiments", "paper_in_miniature", "recipe.toml")
 ARMS = ("grpo", "reference", "step_aligned")
 PHASES = ("rollout", "critique", "train")
-STARTED = "225e670"
-"""The commit before anything was made faster."""
+BASELINE = "225e670"
+"""The commit before any optimization."""
 SCALED: dict[str, tuple[int, ...]] = {
     "answers": (16, 32, 64, 128, 256),
     "tokens an answer": (16, 32, 64, 128),
     "vocabulary": (37, 1_024, 8_192, 32_768),
 }
-USUAL = {"answers": 32, "tokens an answer": 32, "vocabulary": 37}
-
-
+DEFAULT_SIZE = {"answers": 32, "tokens an answer": 32, "vocabulary": 37}
 PARTS = ("phases", "growth", "whole")
 
 
 def main() -> None:
-    """Measure all three, or those that are named."""
+    """Measure the chosen tables."""
     options = parser(__doc__)
-    options.add_argument("--before", default=STARTED, help="an earlier commit to compare with")
-    options.add_argument(
-        "--components", nargs="*", choices=PARTS, default=PARTS, help="which tables"
-    )
-    options.add_argument("--keep", type=Path, help="a new folder for the whole study, which stays")
+    options.add_argument("--before", default=BASELINE, help="an earlier commit to compare with")
+    options.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="which tables")
+    options.add_argument("--keep", type=Path, help="a new folder in which the whole study is kept")
     args = options.parse_args()
     torch.set_num_threads(1)
     rounds, steps = (1, 3) if args.quick else (2, 20)
@@ -75,7 +74,7 @@ def main() -> None:
 
 
 def by_phase(table: Table, before: str, *, rounds: int, steps: int) -> None:
-    """The arms, now and at an earlier commit, in turn."""
+    """Measure each arm in this tree and at an earlier commit, alternating."""
     with tree_of(before) as earlier:
         trees = {"now": ROOT, **({before: earlier} if earlier else {})}
         for arm in ARMS:
@@ -84,99 +83,109 @@ def by_phase(table: Table, before: str, *, rounds: int, steps: int) -> None:
                 for name, tree in trees.items():
                     rows[name].append(one_run(tree, arm, steps))
             for name in reversed(trees):
-                middle = {k: statistics.median(row[k] for row in rows[name]) for k in rows[name][0]}
-                then = statistics.median(row["run"] for row in rows[before]) if earlier else None
+                medians = {
+                    k: statistics.median(row[k] for row in rows[name]) for k in rows[name][0]
+                }
+                run_before = (
+                    statistics.median(row["run"] for row in rows[before]) if earlier else None
+                )
                 table.add(
-                    arm=arm, tree=name, **{phase: middle[phase] for phase in PHASES},
-                    evaluating_per_answer=middle["evaluating"], beginning=middle["beginning"],
-                    whole_run=middle["run"], times_faster=ratio(then, middle["run"]),
+                    arm=arm, tree=name, **{phase: medians[phase] for phase in PHASES},
+                    evaluating_per_answer=medians["evaluating"], beginning=medians["beginning"],
+                    whole_run=medians["run"], times_faster=ratio(run_before, medians["run"]),
                 )  # fmt: skip
     table.notes = (
         f"`whole_run`: seconds of {steps} steps with the validation curve's two points, from the "
-        "command to its end; `beginning` is what is not a phase: imports, loading, writing."
+        "command to its end; `beginning` is the time outside all phases: imports, loading, writing."
     )
 
 
 def one_run(tree: Path, arm: str, steps: int) -> dict[str, float]:
-    """Seconds of a short run: per step by phase, per evaluated answer, the rest, and the whole."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "run"
+    """Return the seconds of a short run: per step by phase, per evaluation rollout, the rest, the whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
         settings = {
             "train.steps": steps, "evaluation.every": steps, "evaluation.test": "false",
             "train.checkpoint_every": steps, "train.threads": 1,
         }  # fmt: skip
-        command = [sys.executable, "-m", "selfteach", "train", str(LAB), "--arm", arm]
+        command = [sys.executable, "-m", "selfteach", "train", str(tree / LAB), "--arm", arm]
         command += ["--seed", "50", "--out", str(out)]
         command += [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]
         environ = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
-        began = time.monotonic()
-        subprocess.run(command, env=environ, check=True, capture_output=True, cwd=place)
-        seconds = time.monotonic() - began
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {**told(rows, steps), "beginning": seconds - busy(rows), "run": seconds}
+        start = time.monotonic()
+        subprocess.run(command, env=environ, check=True, capture_output=True, cwd=folder)
+        seconds = time.monotonic() - start
+        rows = read_metrics(out / "metrics.jsonl")
+    return {**by_step(rows, steps), "beginning": seconds - in_phases(rows), "run": seconds}
 
 
-def told(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
-    """Mean seconds per step of each phase, and per evaluated answer."""
-    taken = [row for row in rows if row["kind"] == "step"]
-    measured = [row for row in rows if "time/evaluate" in row]
-    answers = sum(row["evaluation_rollouts"] for row in measured)
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a run's metrics, an earlier commit's under their present names."""
+    return [migrate_metrics(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def by_step(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
+    """Return the mean seconds per step of each phase, and per evaluation rollout."""
+    trained = [row for row in rows if row["kind"] == "step"]
+    evaluated = [row for row in rows if "time/evaluate" in row]
+    rollouts = sum(row["evaluation_rollouts"] for row in evaluated)
     return {
-        **{phase: sum(row[f"time/{phase}"] for row in taken) / steps for phase in PHASES},
-        "evaluating": sum(row["time/evaluate"] for row in measured) / max(1, answers),
+        **{phase: sum(row[f"time/{phase}"] for row in trained) / steps for phase in PHASES},
+        "evaluating": sum(row["time/evaluate"] for row in evaluated) / max(1, rollouts),
     }
 
 
-def busy(rows: list[dict[str, Any]]) -> float:
-    """Seconds that some phase has."""
+def in_phases(rows: list[dict[str, Any]]) -> float:
+    """Return the seconds of all phases."""
     return sum(v for row in rows for k, v in row.items() if k.startswith("time/"))
 
 
 @contextlib.contextmanager
 def tree_of(commit: str) -> Iterator[Path | None]:
-    """The source tree of an earlier commit, or None where the history does not hold it."""
-    with tempfile.TemporaryDirectory() as place:
+    """Yield the tree of an earlier commit, or None if it is not in the history."""
+    with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(
-            ["git", "-C", str(ROOT), "archive", commit, "src"], capture_output=True, check=False
+            ["git", "-C", str(ROOT), "archive", commit, "src", str(LAB)],
+            capture_output=True,
+            check=False,
         )
         if archive.returncode:
-            print(f"no {commit} in this history: nothing to compare with")
+            print(f"no {commit} in this history: no comparison")
             yield None
             return
-        subprocess.run(["tar", "-x", "-C", place], input=archive.stdout, check=True)
-        yield Path(place)
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        yield Path(folder)
 
 
 def whole_study(table: Table, keep: Path | None) -> None:
-    """`make lab` from the command to the report, in a folder that is thrown away unless it is named."""
-    with tempfile.TemporaryDirectory() as place:
-        out = (keep or Path(place) / "study").absolute()
-        command = [sys.executable, "-m", "selfteach", "study", str(LAB), "--out", str(out)]
+    """Measure `make lab` from the command to the report, in ``keep`` or a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = (keep or Path(folder) / "study").absolute()
+        command = [sys.executable, "-m", "selfteach", "study", str(ROOT / LAB), "--out", str(out)]
         environ = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-        began = time.monotonic()
-        subprocess.run(command, env=environ, check=True, cwd=place, stdout=subprocess.DEVNULL)
-        seconds = time.monotonic() - began
+        start = time.monotonic()
+        subprocess.run(command, env=environ, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+        seconds = time.monotonic() - start
         logs = sorted(out.rglob("metrics.jsonl"))
-        spent: dict[str, float] = {}
+        seconds_of: dict[str, float] = {}
         for log in logs:
-            for row in map(json.loads, log.read_text().splitlines()):
+            for row in read_metrics(log):
                 for name, value in row.items():
                     if name.startswith("time/"):
                         phase = name.removeprefix("time/")
-                        spent[phase] = spent.get(phase, 0.0) + value
-    table.add(runs=len(logs), minutes=seconds / 60, core_minutes=2 * seconds / 60, **spent)
+                        seconds_of[phase] = seconds_of.get(phase, 0.0) + value
+    table.add(runs=len(logs), minutes=seconds / 60, core_minutes=2 * seconds / 60, **seconds_of)
     table.notes = (
-        "Phases: seconds summed over all runs, two of which go on side by side with one "
-        "thread each. The rest of the core-minutes is beginning and ending processes, the "
-        "inspection and the report."
+        "Phases: seconds summed over all runs, two of which run at a time on one thread each. The "
+        "rest of the core-minutes is starting and ending processes, the inspection and the report."
     )
 
 
 def scaling(table: Table, *, steps: int, quick: bool) -> None:
-    """One thing grows at a time; the exponent is the slope of log seconds on log size."""
+    """Grow one size at a time; the exponent is the slope of log seconds on log size."""
     for grows, sizes in SCALED.items():
         chosen = sizes[:2] if quick else sizes
-        measured = [one_size({**USUAL, grows: size}, steps) for size in chosen]
+        measured = [one_size({**DEFAULT_SIZE, grows: size}, steps) for size in chosen]
         for size, seconds in zip(chosen, measured, strict=True):
             table.add(grows=grows, size=size, **seconds)
         slopes = {
@@ -185,23 +194,23 @@ def scaling(table: Table, *, steps: int, quick: bool) -> None:
         }
         table.add(grows=grows, size="", **slopes)
     table.notes = (
-        "Answers are made to go on to the length named; learning is distillation from a reference "
-        "in view. The exponent is that between the two largest sizes: 1 is linear; below it a fixed "
-        "cost still counts."
+        "Rollouts are forced to the given length; training is distillation with the reference as "
+        "context. The exponent is that between the two largest sizes: 1 is linear; below 1 a fixed "
+        "cost still matters."
     )
 
 
 def exponent(sizes: tuple[int, ...], seconds: list[float]) -> float:
-    """d log(seconds) / d log(size) between the two largest sizes."""
+    """Return d log(seconds) / d log(size) between the two largest sizes."""
     return float(np.log(seconds[-1] / seconds[-2]) / np.log(sizes[-1] / sizes[-2]))
 
 
 def one_size(size: dict[str, int], steps: int) -> dict[str, float]:
-    """Median seconds of the phases of a step."""
-    with tempfile.TemporaryDirectory() as place:
+    """Return the median seconds of the phases of a step."""
+    with tempfile.TemporaryDirectory() as folder:
         model = "lab:two_styles"
-        if size["vocabulary"] > USUAL["vocabulary"]:
-            model = wider(Path(place), size["vocabulary"])
+        if size["vocabulary"] > DEFAULT_SIZE["vocabulary"]:
+            model = wider(Path(folder), size["vocabulary"])
         values = {
             "model": {"path": model},
             "data": {"type": "lab", "train": 282, "validation": 1, "test": 1},
@@ -215,17 +224,20 @@ def one_size(size: dict[str, int], steps: int) -> dict[str, float]:
         recipe = validate(Recipe, merge({}, values), where="benchmark")
         built = build(recipe)
         engine: Any = built.components.engine
-        engine._end_ids = ()  # answers go on to the length that is wanted
-        problems, asked = built.task.problems("train"), size["answers"] // 8
+        engine._end_ids = ()  # rollouts only end at the length limit
+        problems, count = built.task.problems("train"), size["answers"] // 8
 
-        def turn(step: int) -> RolloutRequest:
-            start = (step * asked) % (len(problems) - asked)
+        def request(step: int) -> RolloutRequest:
+            start = (step * count) % (len(problems) - count)
             return RolloutRequest(
-                step, problems[start : start + asked], built.components.policy.version
+                step, problems[start : start + count], built.components.policy.version
             )
 
         rows = [
-            metrics for _, (_, metrics) in train_steps(built.components, turn, range(1, steps + 1))
+            metrics
+            for _, (_, metrics) in train_steps(
+                built.components, request, range(1, steps + 1), RunFolder(Path(folder) / "run")
+            )
         ]
     return {
         p: statistics.median(row[f"time/{p}"] for row in rows[1:])
@@ -235,7 +247,7 @@ def one_size(size: dict[str, int], steps: int) -> dict[str, float]:
 
 
 def wider(folder: Path, vocabulary: int) -> str:
-    """The lab's base with tokens that it never uses."""
+    """Save the lab's base with unused tokens added; return its folder."""
     base = BASES / "two_styles"
     model = AutoModelForCausalLM.from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import torch
 from random_models import MODEL_SIZES, model_of, samples_of

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import torch
 from harness import MIB, Table, parser, peak_bytes, ratio, reported

@@ -1,4 +1,4 @@
-"""Measure a training step against TRL's SDPO and GRPO trainers on a GPU, with the lab's base and larger shapes.
+"""Measure a training step against TRL's SDPO and GRPO trainers on a GPU, at several sizes.
 
     python benchmarks/training/training_step_gpu.py [--models ...] [--json FILE]     (in .venv-bench)
 
@@ -16,8 +16,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import torch
 from harness import MIB, Table, parser, ratio, reported, resolve_device
