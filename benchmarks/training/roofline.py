@@ -101,7 +101,7 @@ class Model:
         )
 
     def forward(self, spans: list[tuple[int, int]], heads: int) -> float:
-        """Return the operations of tokens ``begin`` to ``end`` of sequences, and of ``heads`` head rows."""
+        """Return the operations of tokens ``begin`` to ``end`` of sequences and ``heads`` head rows."""
         tokens = sum(end - begin for begin, end in spans)
         attended = sum((end * (end + 1) - begin * (begin + 1)) / 2 for begin, end in spans)
         attention = 4 * self.attention * self.layers * attended
