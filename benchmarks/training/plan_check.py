@@ -3,7 +3,7 @@
     python benchmarks/training/plan_check.py [--rounds 12] [--out FILE]
 
 All settings run their steps in alternation, so that load on this machine affects all alike; the median
-of each phase counts. A critic of known latency sleeps that long per request, several requests at a time.
+of each phase counts. A critic of known latency sleeps that long per request, several at a time.
 """
 
 from __future__ import annotations
