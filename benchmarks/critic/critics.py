@@ -78,11 +78,12 @@ class CriticRequests:
         if kind != "step_aligned":
             return None
         parsed = [
-            self.parser._read(reply, *pair) for reply, pair in zip(replies, self.wrong, strict=True)
+            self.parser._parse(reply, *pair)
+            for reply, pair in zip(replies, self.wrong, strict=True)
         ]
         return sum(isinstance(result, Critique) for result in parsed) / len(parsed)
 
-    def critic(self, config: dict[str, Any]) -> TextCritic:
+    def critic(self, config: dict[str, Any]) -> LlmCritic:
         """Build a critic as a recipe does."""
         reply_cache = str(Path(self.folder.name) / "replies.sqlite")
         values = {**RECIPE, "critic": {**config, "max_tokens": TOKENS, "reply_cache": reply_cache}}
@@ -99,7 +100,7 @@ class CriticRequests:
         )
         templates = components.renderer._templates
         critic = build_critic(recipe.critic, task, templates, solver, seed=0)
-        assert isinstance(critic, TextCritic)
+        assert isinstance(critic, LlmCritic)
         return critic
 
     def model(self, config: dict[str, Any]) -> ChatModel:

@@ -132,7 +132,7 @@ def critic_work_of(recipe: Recipe, known: Survey, overrides: Overrides) -> Criti
     concurrency = critic.concurrency if served else getattr(critic, "batch_size", 1)
     if overrides.critic_seconds is not None:
         return CriticWork("latency", concurrency=concurrency, latency=overrides.critic_seconds)
-    if not isinstance(critic, TextCriticConfig):
+    if not isinstance(critic, LlmCriticConfig):
         return CriticWork("program")
     shape = _critic_shape(critic, known)
     if shape is None:
