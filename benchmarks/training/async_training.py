@@ -6,7 +6,8 @@ The lab's policy trains; its critic is an HTTP server on the loopback that retur
 critiques and takes ``--latency`` seconds per request, however many are in flight. Sequential and
 asynchronous runs alternate in one process. Prints seconds per step (without the first ``staleness +
 1``), the active seconds of each phase, and the step's time as a share of the sequential run's longest
-phase and of the sum of its phases. Rollouts differ between settings, and so does the number of critic requests.
+phase and of the sum of its phases. Rollouts differ between settings, and so does the number of critic
+requests.
 """
 
 from __future__ import annotations
