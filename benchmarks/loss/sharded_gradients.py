@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfteach.models.fsdp import Shards
-from selfteach.runtime.distributed import Ranks, joined
+from selfteach.runtime.distributed import Ranks, init_ranks
 
 EACH, ONCE = "after each", "at the end"
 MICRO_BATCHES = 8
@@ -84,7 +84,7 @@ def timed(ranks: Ranks, rounds: int, quick: bool, tokens: int) -> dict[str, floa
 def peak(ranks: Ranks, variant: str, quick: bool, tokens: int) -> int:
     """Return the peak bytes of one step beyond the weight shards."""
     backward = gradients(ranks, quick, tokens)
-    ranks.wait()
+    ranks.barrier()
     Path("/proc/self/clear_refs").write_text("5")
     before = process_status("VmRSS")
     backward(variant)
@@ -114,7 +114,7 @@ def _run(rank: int, port: int, results: Any, work: Callable[..., Any], args: tup
     settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2,
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
     os.environ.update({name: str(value) for name, value in settings.items()})
-    with joined("cpu", 120.0) as ranks:
+    with init_ranks("cpu", 120.0) as ranks:
         result = work(ranks, *args)
         if ranks.is_main:
             results.put(result)

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "fakes"))
 
-from scripted_critic import criticises
+from scripted_critic import oracle_critique
 from scripted_server import Server, says, serving
 
 from selfteach.config.recipe import Recipe
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace, setting: tuple) -> tuple[dict[str, float],
 
     def slow(handler: Any, body: dict[str, Any]) -> None:
         time.sleep(args.latency)
-        says(criticises)(handler, body)
+        says(oracle_critique)(handler, body)
 
     with tempfile.TemporaryDirectory() as path, serving(slow) as server:
         folder = Path(path)

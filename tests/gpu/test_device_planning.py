@@ -15,7 +15,7 @@ from selfteach.planning.plan import PlanRequest, plan, prepare
 pytestmark = pytest.mark.gpu
 
 
-def test_the_device_is_measured_with_work_that_it_notices(
+def test_measurements_of_the_device_are_plausible(
     device: str, record_property: Callable[[str, object], None]
 ) -> None:
     first, again = measured_here(), measured_here()
