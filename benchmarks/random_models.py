@@ -76,7 +76,7 @@ def model_of(name: str, device: torch.device | str, dtype: torch.dtype) -> Any:
     config = AutoConfig.for_model(
         size.family, **size.shape, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
-    settle(torch.device(device))  # process-wide: applies to TRL as well
+    configure_torch(torch.device(device))  # process-wide: applies to TRL as well
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, setting: tuple) -> tuple[dict[str, float],
         rows = [row for row in RunFolder(folder / "run").metrics() if row["kind"] == "step"]
         rows = rows[warm_up:]
         names = [n for n in rows[0] if n.startswith(("time/", "active_")) or n == "waiting"]
-        return {n: sum(row[n] for row in rows) / len(rows) for n in names}, len(server.asked)
+        return {n: sum(row[n] for row in rows) / len(rows) for n in names}, len(server.requests)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ class Tiling:
 
 
 SUMS, GRADIENT = Tiling(), Tiling()
-"""The best of sixteen on an H200; `benchmarks/loss/divergences_gpu.py --parts tilings` tries them again."""
+"""The fastest of sixteen on an H200: `benchmarks/loss/divergences_gpu.py --parts tilings`."""
 PROGRAMS = 528
 """Programs that sums are split among, as far as there is work: four for each of 132 multiprocessors."""
 SLAB_BYTES = 32 * 2**20
