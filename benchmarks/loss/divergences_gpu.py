@@ -68,7 +68,7 @@ CHUNK_ENTRIES = tuple(2**n for n in range(22, 28))
 
 
 def ours_whole(case: Case, inputs: Inputs) -> Tensor:
-    """Ours as `Distillation.loss` chooses."""
+    """Compute ours as `Distillation.loss` chooses."""
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
     spec = case.spec
@@ -86,10 +86,10 @@ def ours_torch(case: Case, inputs: Inputs) -> Tensor:
 
 def ours_compiled(case: Case, inputs: Inputs) -> Tensor:
     """Compute chunk by chunk, each chunk with the textbook form under torch.compile."""
-    fused = _compiled(case.kind)
+    compiled = _compiled(case.kind)
 
     def fn(_: Divergence, student_CV: Tensor, teacher_CV: Tensor, ids_C: Tensor) -> PerToken:
-        return PerToken(fused(student_CV, teacher_CV), ids_C, ids_C, ids_C)
+        return PerToken(compiled(student_CV, teacher_CV), ids_C, ids_C, ids_C)
 
     return ours(case, inputs, fn)
 

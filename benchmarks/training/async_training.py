@@ -6,7 +6,8 @@ The lab's policy trains; its critic is an HTTP server on the loopback that retur
 critiques and takes ``--latency`` seconds per request, however many are in flight. Sequential and
 asynchronous runs alternate in one process. Prints seconds per step (without the first ``staleness +
 1``), the active seconds of each phase, and the step's time as a share of the sequential run's longest
-phase and of the sum of its phases. Rollouts differ between settings, and so does the number of critic requests.
+phase and of the sum of its phases. Rollouts differ between settings, and so does the number of critic
+requests.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def measure(args: argparse.Namespace, setting: tuple) -> tuple[dict[str, float],
         rows = [row for row in RunFolder(folder / "run").metrics() if row["kind"] == "step"]
         rows = rows[warm_up:]
         names = [n for n in rows[0] if n.startswith(("time/", "active_")) or n == "waiting"]
-        return {n: sum(row[n] for row in rows) / len(rows) for n in names}, len(server.asked)
+        return {n: sum(row[n] for row in rows) / len(rows) for n in names}, len(server.requests)
 
 
 def main() -> None:

@@ -37,7 +37,9 @@ from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import build
 
 ROOT = Path(__file__).resolve().parents[2]
-LAB = Path("recipes", "paper_in_miniature.toml")
+LAB = ROOT / "recipes" / "paper_in_miniature.toml"
+LAB_BEFORE = Path("experiments", "paper_in_miniature", "recipe.toml")
+"""Where the same recipe was in earlier commits, with their keys."""
 ARMS = ("grpo", "reference", "step_aligned")
 PHASES = ("rollout", "critique", "train")
 BASELINE = "225e670"
@@ -108,7 +110,8 @@ def one_run(tree: Path, arm: str, steps: int) -> dict[str, float]:
             "train.steps": steps, "evaluation.every": steps, "evaluation.test": "false",
             "train.checkpoint_every": steps, "train.threads": 1,
         }  # fmt: skip
-        command = [sys.executable, "-m", "selfteach", "train", str(tree / LAB), "--arm", arm]
+        recipe = LAB if tree == ROOT else tree / LAB_BEFORE
+        command = [sys.executable, "-m", "selfteach", "train", str(recipe), "--arm", arm]
         command += ["--seed", "50", "--out", str(out)]
         command += [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]
         environ = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
@@ -145,7 +148,7 @@ def tree_of(commit: str) -> Iterator[Path | None]:
     """Yield the tree of an earlier commit, or None if it is not in the history."""
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(
-            ["git", "-C", str(ROOT), "archive", commit, "src", str(LAB)],
+            ["git", "-C", str(ROOT), "archive", commit, "src", str(LAB_BEFORE)],
             capture_output=True,
             check=False,
         )
@@ -161,7 +164,7 @@ def whole_study(table: Table, keep: Path | None) -> None:
     """Measure `make lab` from the command to the report, in ``keep`` or a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         out = (keep or Path(folder) / "study").absolute()
-        command = [sys.executable, "-m", "selfteach", "study", str(ROOT / LAB), "--out", str(out)]
+        command = [sys.executable, "-m", "selfteach", "study", str(LAB), "--out", str(out)]
         environ = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
         start = time.monotonic()
         subprocess.run(command, env=environ, check=True, cwd=folder, stdout=subprocess.DEVNULL)

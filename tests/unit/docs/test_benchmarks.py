@@ -1,4 +1,4 @@
-"""The benchmarks' own tools: what they measure was done, and README.md says what was measured."""
+"""Test the benchmarks' harness, and that their pages show the measured results."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import ast
 import importlib
 import json
 import pkgutil
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,10 +18,11 @@ import pytest
 import selfteach
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+README = (BENCHMARKS / "README.md").read_text()
 
 
 @pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch) -> Any:
+def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import harness
 
@@ -26,44 +30,54 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> Any:
     sys.modules.pop("harness", None)
 
 
-def holding(mebibytes: int, let_go: bool) -> Any:
-    """Something that makes a tensor of so many MiB beside one that was there before."""
+@pytest.fixture
+def runner(harness: ModuleType) -> Iterator[Any]:
+    import run
+
+    yield run
+    sys.modules.pop("run", None)
+
+
+def allocating(mebibytes: int, release: bool) -> Any:
+    """Return a variant that allocates a tensor of so many MiB beside an earlier one."""
     import torch
 
     before = torch.ones(2**22)  # 16 MiB that do not count
 
-    def way() -> Any:
-        made = torch.ones(mebibytes * 2**18)
-        size = made.sum() + before.sum()
-        return size if let_go else made
+    def variant() -> Any:
+        tensor = torch.ones(mebibytes * 2**18)
+        size = tensor.sum() + before.sum()
+        return size if release else tensor
 
-    return way
+    return variant
 
 
-@pytest.mark.parametrize("let_go", [False, True])
-def test_peak_memory_is_what_was_held_at_once_beyond_the_inputs(tools: Any, let_go: bool) -> None:
-    assert 64 <= tools.peak_bytes(holding, 64, let_go) / tools.MIB < 72
+@pytest.mark.parametrize("release", [False, True])
+def test_peak_memory_excludes_the_inputs(harness: Any, release: bool) -> None:
+    assert 64 <= harness.peak_bytes(allocating, 64, release) / harness.MIB < 72
 
 
 def fails(_: int) -> Any:
     raise ValueError("no such size")
 
 
-def test_a_way_that_fails_says_why(tools: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_variant_reports_its_error(
+    harness: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(RuntimeError, match="ValueError: no such size"):
-        tools.peak_bytes(fails, 1)
+        harness.peak_bytes(fails, 1)
 
 
-def test_ways_take_turns_and_warm_up_rounds_do_not_count(tools: Any) -> None:
+def test_variants_alternate_and_warm_up_rounds_do_not_count(harness: Any) -> None:
     calls: list[str] = []
-    ways = {name: lambda name=name: calls.append(name) for name in "ab"}
-    timings = tools.alternated(ways, rounds=3, warm_up=2)
+    variants = {name: lambda name=name: calls.append(name) for name in "ab"}
+    timings = harness.alternated(variants, rounds=3, warm_up=2)
     assert calls == ["a", "b"] * 5
     assert [len(timings[name].seconds) for name in "ab"] == [3, 3]
 
 
-def test_a_table_keeps_all_columns_and_leaves_out_what_was_not_measured(tools: Any) -> None:
-    table = tools.Table("T", notes="Note.")
+def test_a_table_has_all_columns_and_blank_cells_for_what_was_not_measured(harness: Any) -> None:
+    table = harness.Table("T", notes="Note.")
     table.add(a=1234567, b=None)
     table.add(a=1.23456, c="x")
     assert table.markdown() == (
@@ -71,41 +85,69 @@ def test_a_table_keeps_all_columns_and_leaves_out_what_was_not_measured(tools: A
     )
 
 
-def test_tables_are_written_down_even_when_a_later_one_fails(tools: Any, tmp_path: Path) -> None:
-    args = tools.parser("Doc.").parse_args(["--json", str(tmp_path / "t.json")])
-    with pytest.raises(ZeroDivisionError), tools.reported(args) as tables:
-        tables.append(tools.Table("First"))
+def test_tables_are_written_even_when_a_later_one_fails(harness: Any, tmp_path: Path) -> None:
+    args = harness.parser("Doc.").parse_args(["--json", str(tmp_path / "t.json")])
+    with pytest.raises(ZeroDivisionError), harness.reported(args) as tables:
+        tables.append(harness.Table("First"))
         tables[0].add(value=1)
         tables[0].add(value=1 / 0)
-    said = json.loads((tmp_path / "t.json").read_text())
-    assert [table.rows for table in tools.tables_of(said)] == [[{"value": 1}]]
-    assert said["machine"]["versions"]["torch"]
+    results = json.loads((tmp_path / "t.json").read_text())
+    assert [table.rows for table in harness.tables_of(results)] == [[{"value": 1}]]
+    assert results["machine"]["versions"]["torch"]
 
 
-PAGES = sorted(path.name for path in BENCHMARKS.glob("*.md"))
+PAGES = sorted(path.name for path in (BENCHMARKS / "results").glob("*.md"))
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_holds_its_machine_s_newest_results_and_nothing_else(
-    tools: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+def test_a_page_shows_exactly_the_newest_results_of_its_machine(
+    runner: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    import run as runner
-
-    machine = None if name == "README.md" else Path(name).stem
+    machine = None if name == "tables.md" else Path(name).stem
     results = runner.newest(machine)
     assert results
     monkeypatch.setattr(runner, "HERE", tmp_path)
-    page = (BENCHMARKS / name).read_text()
-    (tmp_path / name).write_text(page)
+    page = (BENCHMARKS / "results" / name).read_text()
+    copy = tmp_path / "results" / name
+    copy.parent.mkdir()
+    copy.write_text(page)
     runner.render(results, machine)
-    sys.modules.pop("run", None)
-    assert (tmp_path / name).read_text() == page
+    assert copy.read_text() == page
 
 
-@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
-def test_what_a_benchmark_takes_from_the_package_is_there(path: Path) -> None:
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE))
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-\d+)?")
+
+
+@pytest.mark.parametrize("question", SECTIONS)
+def test_a_question_names_its_command_and_has_one_short_table_of_measured_numbers(
+    runner: Any, question: str
+) -> None:
+    section = SECTIONS[question]
+    keys = set(re.findall(r"BENCH=(\w+)", section))
+    assert keys <= set(runner.BENCHMARKS) and "`make bench" in section
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) <= 25 and sum(row.startswith("|---") for row in rows) == (1 if keys else 0)
+    pages = "\n".join((BENCHMARKS / "results" / name).read_text() for name in PAGES)
+    measured = set(NUMBER.findall(pages))
+    cells = [cell for row in rows[2:] for cell in row.strip("|").split("|")[1:]]
+    assert {number for cell in cells for number in NUMBER.findall(cell)} <= measured
+
+
+def test_every_benchmark_has_a_script(runner: Any) -> None:
+    scripts = [script for _, script, _ in runner.BENCHMARKS.values()]
+    assert [script for script in scripts if not (BENCHMARKS / f"{script}.py").exists()] == []
+    by_hand = re.findall(r"`(\w+/\w+\.py)`", README)
+    assert by_hand and [path for path in by_hand if not (BENCHMARKS / path).exists()] == []
+
+
+SCRIPTS = sorted(BENCHMARKS.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_names_that_a_benchmark_imports_from_the_package_exist(path: Path) -> None:
     """Read, not run: most need TRL, a GPU or an hour."""
-    taken = [
+    imported = [
         (str(node.module), alias.name)
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "selfteach"
@@ -114,7 +156,18 @@ def test_what_a_benchmark_takes_from_the_package_is_there(path: Path) -> None:
     modules = {name.name for name in pkgutil.iter_modules(selfteach.__path__, "selfteach.")}
     missing = [
         f"{module}.{name}"
-        for module, name in taken
+        for module, name in imported
         if not hasattr(importlib.import_module(module), name) and f"{module}.{name}" not in modules
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_folders_that_a_benchmark_puts_on_its_path_exist(path: Path) -> None:
+    levels = re.findall(
+        r"sys\.path\.insert\(0, str\(Path\(__file__\)\.resolve\(\)\.parents\[(\d)\](.*?)\)\)",
+        path.read_text(),
+    )
+    for level, rest in levels:
+        folder = path.parents[int(level)].joinpath(*re.findall(r'"(\w+)"', rest))
+        assert folder.is_dir() and (rest or (folder / "harness.py").exists())

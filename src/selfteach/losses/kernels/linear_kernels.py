@@ -34,7 +34,7 @@ class Tiling:
 
 
 SUMS, GRADIENT = Tiling(), Tiling()
-"""The fastest of sixteen on an H200; `benchmarks/divergences_gpu.py --parts tilings` measures them."""
+"""The fastest of sixteen on an H200: `benchmarks/loss/divergences_gpu.py --parts tilings`."""
 PROGRAMS = 528
 """Most programs that sums are split among: four for each of 132 multiprocessors."""
 BLOCK_BYTES = 32 * 2**20
