@@ -21,7 +21,7 @@ from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError, RecipeError, SelfteachError, Terminated
 from selfteach.planning.plan_cli import plan
 from selfteach.runtime import gc_pause, torchrun
-from selfteach.runtime.signals import STATUS
+from selfteach.runtime.signals import EXIT_STATUS
 
 MANY_RANKS = ("train", "resume")
 """Commands that torchrun may start, several times over."""
@@ -357,7 +357,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
-    gc_pause.rest()
+    gc_pause.pause()
     try:
         _require_one_process()
         app(sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -384,7 +384,7 @@ def main() -> None:
 def _require_one_process() -> None:
     """Raises `RecipeError` under torchrun for a command that is not for many ranks."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if torchrun.by_torchrun() and command not in MANY_RANKS:
+    if torchrun.is_torchrun() and command not in MANY_RANKS:
         raise RecipeError(
             f"selfteach {command} is one process: call it without torchrun, which is for "
             + " and ".join(MANY_RANKS)
@@ -406,7 +406,7 @@ def _end(message: str) -> NoReturn:
     sys.stderr.write(f"selfteach: {message}\n")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(STATUS)
+    os._exit(EXIT_STATUS)
 
 
 def _quiet_libraries() -> None:

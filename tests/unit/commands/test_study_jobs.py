@@ -71,7 +71,7 @@ def test_runs_of_one_model_and_seed_begin_alike(tmp_path: Path) -> None:
 
 def _settings() -> None:
     """In a worker."""
-    assert gc.get_threshold()[0] == gc_pause.SELDOM, "imports are still to come"
+    assert gc.get_threshold()[0] == gc_pause.PAUSED_THRESHOLD, "imports are still to come"
     if os.environ.get("GLIBC_TUNABLES") != "glibc.malloc.hugetlb=1":
         raise LookupError(os.environ.get("GLIBC_TUNABLES"))
 

@@ -130,9 +130,7 @@ def _shown(recipe: Recipe, lengths: Lengths) -> tuple[str, int, float | None] | 
     return None
 
 
-def _asked(
-    critic: LlmCriticConfig, recipe: Recipe, lengths: Lengths, answers: int
-) -> list[Tokens]:
+def _asked(critic: LlmCriticConfig, recipe: Recipe, lengths: Lengths, answers: int) -> list[Tokens]:
     """The critic's tokens, as if it had the solver's tokenizer."""
     sampled, template = recipe.sampling.max_tokens, lengths.critic_template
     prompt = lengths.longest_prompt

@@ -23,7 +23,7 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, Terminated
 from selfteach.runtime import gc_pause
 from selfteach.runtime.run_folder import RunFolder
-from selfteach.runtime.signals import STATUS, listening
+from selfteach.runtime.signals import EXIT_STATUS, handle_sigterm
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """Where Linux, WSL and ROCm have a driver; without one nobody needs to ask torch for a GPU."""
@@ -84,7 +84,7 @@ def run_jobs(
             for job in waiting
         ]
         try:
-            with listening() as termination, termination.safe():
+            with handle_sigterm() as termination, termination.interruptible():
                 pending = {*besides, *futures}
                 while pending:
                     done, pending = concurrent.futures.wait(pending, timeout=POLLED_S)
@@ -145,7 +145,7 @@ def _run(recipe: Recipe, folder: Path, alike: Sequence[Path]) -> None:
     try:
         run_to_end(recipe, folder, alike)
     except Terminated:
-        os._exit(STATUS)
+        os._exit(EXIT_STATUS)
 
 
 def _require_servers(recipes: Sequence[Recipe]) -> None:
@@ -187,7 +187,7 @@ def one_thread(recipe: Recipe) -> Recipe:
 
 def _end_with_parent(parent: int) -> None:
     """In a worker: end at once when the study's process is gone, so that a resume finds no one."""
-    gc_pause.rest()
+    gc_pause.pause()
 
     import torch
 

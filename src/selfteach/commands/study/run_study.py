@@ -23,7 +23,7 @@ from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import BASE, Study
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.runtime.provenance import environment
+from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder, read_json, require_empty, result_of, write_json
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def create_study(study: Study, folder: Path, command: str, kind: Kind) -> None:
             )
         return
     require_empty(folder)
-    write_json(marker, {"kind": kind, "study": plain, "command": command, **environment()})
+    write_json(marker, {"kind": kind, "study": plain, "command": command, **collect_provenance()})
 
 
 def _migrated(plain: dict[str, Any]) -> dict[str, Any] | None:
@@ -183,7 +183,7 @@ def _inspect(recipe: Recipe, request: Request, target: Path, commit: str | None)
     set_threads(one_thread(recipe).train.threads)
     built = build(recipe)
     answers = sampled(built, recipe, request, built.task.problems("validation"))
-    made = {**environment(), "model": recipe.model.path, "commit": commit}
+    made = {**collect_provenance(), "model": recipe.model.path, "commit": commit}
     inspect(built, recipe, request, answers, target, made=made)
 
 
