@@ -6,11 +6,7 @@ All variants get the same hidden states and heads [V, H] of student and teacher,
 divergence per token with its gradient in the student's hidden states, and in its head where that
 trains:
 
-<<<<<<< HEAD
-    ours         lm_head.chunked_sum with divergence.per_token
-=======
     ours         lm_head.chunked_sum with divergence.per_token, as in training
->>>>>>> 8dbcdbce4d60a95e50bb72f2986ea893a7b3142c
     plain        full logits of both, the textbook form, autograd
     TRL full     trl.experimental.sdpo.loss_utils on full logits
     TRL chunked  trl.kernels.chunked_divergence.ChunkedDivergenceFunction (no top-K)
@@ -322,11 +318,7 @@ PARTS: dict[str, tuple[str, Callable[[], Cases]]] = {
 }
 NOTES = (
     "`times ours` above 1: slower than ours. `workspace_MiB`: beyond inputs, weights and gradients. A "
-<<<<<<< HEAD
-    "bf16 head that trains is summed up in float32, and that sum is workspace."
-=======
     "narrow bf16 head that trains is summed in float32, and that sum is workspace."
->>>>>>> 8dbcdbce4d60a95e50bb72f2986ea893a7b3142c
 )
 
 

@@ -71,18 +71,10 @@ def ours_whole(case: Case, inputs: Inputs) -> Tensor:
     """Compute ours as `Distillation.loss` chooses."""
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
-<<<<<<< HEAD
-    spec = case.spec
-    if not fused.supports(spec, student, teacher):
-        return ours(case, inputs)
-    weight_N = torch.full((case.tokens,), 1 / case.tokens, device=inputs.ids_N.device)
-    return fused.divergence_sum(spec, student, teacher, inputs.ids_N, weight_N)[0]
-=======
     if not fused.supports(case.spec, student, teacher):
         return ours(case, inputs)
     weight_N = torch.full((case.tokens,), 1 / case.tokens, device=inputs.ids_N.device)
     return fused.divergence_sum(case.spec, student, teacher, inputs.ids_N, weight_N)[0]
->>>>>>> 8dbcdbce4d60a95e50bb72f2986ea893a7b3142c
 
 
 def ours_torch(case: Case, inputs: Inputs) -> Tensor:
