@@ -1,11 +1,11 @@
-"""What every benchmark shares: alternated timing, peak memory, the machine, and tables.
+"""Measure time and peak memory of variants, describe the machine, and write tables.
 
-A benchmark is a script beside this file. It prints its tables, and with ``--json FILE`` writes them
-down as well; ``benchmarks/run.py`` runs them all and renders README.md from what they have written.
+A benchmark is a script in a folder beside this file. It prints its tables, and with ``--json FILE``
+writes them to a file; ``benchmarks/run.py`` runs all of them and renders results/*.md from their JSON.
 
-Times are wall time in one process, one thread unless said, the ways to be compared taken in turn
-(A B C, A B C, …), so that a slow minute of the machine meets all of them. Peak memory is measured in
-a process of its own per way, since an allocator does not give back what another way has used.
+Times are wall time in one process, on one thread by default, with variants alternating (A B C, A B C,
+…), so that a slow minute of the machine affects all of them. Peak memory is measured in a separate
+process per variant, as an allocator does not return what another variant has used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIB = 2**20
 
 @dataclass
 class Table:
-    """One table of a benchmark: rows of named values, in the order in which they are shown.
+    """Holds one table of a benchmark: rows of named values, in the order of display.
 
     A value may be a number, text, or None for what was not measured or does not apply.
     """
@@ -38,23 +38,25 @@ class Table:
     title: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: str = ""
-    """What a reader has to know beside the numbers, in Markdown."""
+    """Footnotes in Markdown."""
 
     def add(self, **values: Any) -> None:
-        """Append a row, and print it at once."""
+        """Append a row and print it."""
         self.rows.append(values)
-        print("  ".join(f"{k}={shown(v)}" for k, v in values.items()), flush=True)
+        print("  ".join(f"{k}={format_value(v)}" for k, v in values.items()), flush=True)
 
     def markdown(self) -> str:
-        """The table for README.md."""
+        """Return the table in Markdown."""
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-        lines += ["| " + " | ".join(shown(r.get(n)) for n in names) + " |" for r in self.rows]
+        lines += [
+            "| " + " | ".join(format_value(r.get(n)) for n in names) + " |" for r in self.rows
+        ]
         return "\n".join([f"**{self.title}**", "", *lines, "", self.notes]).rstrip() + "\n"
 
 
-def shown(value: Any) -> str:
-    """A value as a person reads it: three significant digits, nothing for None."""
+def format_value(value: Any) -> str:
+    """Format a value with three significant digits; None is empty."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, float):
@@ -67,33 +69,33 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one way over the rounds."""
+    """Holds the seconds of one variant in each round."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle of them."""
+        """Return the median of the rounds."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """(largest − smallest) / median: how far the rounds lie apart."""
+        """Return (largest − smallest) / median."""
         return (max(self.seconds) - min(self.seconds)) / self.median
 
 
 def alternated(
-    ways: Mapping[str, Callable[[], object]], *, rounds: int = 5, warm_up: int = 1
+    variants: Mapping[str, Callable[[], object]], *, rounds: int = 5, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Time every way in turn, ``rounds`` times after ``warm_up`` rounds that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    """Time the variants in alternation, ``rounds`` times after ``warm_up`` rounds that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warm_up + rounds):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
+        for name, variant in variants.items():
+            start = time.perf_counter()
+            variant()
             _wait_for_device()
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
@@ -105,35 +107,35 @@ def _wait_for_device() -> None:
 
 
 def peak_bytes(prepare: Callable[..., Callable[[], object]], *args: Any) -> int:
-    """Most memory that a way holds at once beyond what ``prepare(*args)`` has already made.
+    """Return the peak memory of a variant beyond that of ``prepare(*args)``.
 
-    See `alone`; what is freed goes back to the system here, so that nothing is reused unseen.
+    See `measure_alone`; freed memory is returned to the system, so that reuse cannot hide a peak.
     """
-    return alone(prepare, *args, tidy=True)[1]
+    return measure_alone(prepare, *args, return_freed=True)[1]
 
 
-def alone(
-    prepare: Callable[..., Callable[[], object]], *args: Any, tidy: bool = False
+def measure_alone(
+    prepare: Callable[..., Callable[[], object]], *args: Any, return_freed: bool = False
 ) -> tuple[float, int]:
-    """Seconds and peak bytes of a way that runs once, in a fresh process.
+    """Run a variant once in a fresh process; return its seconds and peak bytes.
 
-    ``prepare(*args)`` makes inputs and weights, warms up what is loaded lazily (on small inputs) and
-    returns the way. The peak is the most that it holds at once beyond what was there before, what it
-    returns included. On CUDA the allocator's own figure; on Linux the process's resident memory
-    (VmHWM, reset before the way runs); elsewhere raises RuntimeError. ``prepare`` must be importable:
-    no lambda. With ``tidy`` freed blocks go back to the system at once, which makes a small peak exact
-    and costs time.
+    ``prepare(*args)`` makes inputs and weights, warms up lazy imports (on small inputs) and returns the
+    variant. The peak is beyond what was allocated before, including what the variant returns: on CUDA
+    the allocator's statistic; on Linux the process's resident memory (VmHWM, reset before the variant
+    runs); elsewhere RuntimeError is raised. ``prepare`` must be importable: no lambda. With
+    ``return_freed`` freed blocks go back to the system at once, which makes a small peak exact and
+    costs time.
     """
     context = multiprocessing.get_context("spawn")
-    kept = {name: os.environ.get(name) for name in _MALLOC}
-    os.environ.update(_MALLOC if tidy else {})
+    environ_before = {name: os.environ.get(name) for name in RETURN_FREED}
+    os.environ.update(RETURN_FREED if return_freed else {})
     try:
         receive, send = context.Pipe(duplex=False)
         child = context.Process(target=_measure_peak, args=(send, prepare, args))
         child.start()
         send.close()
         try:
-            said = receive.recv()
+            result = receive.recv()
         except EOFError:
             child.join()
             raise RuntimeError(
@@ -141,14 +143,15 @@ def alone(
             ) from None
         child.join()
     finally:
-        for name, value in kept.items():
+        for name, value in environ_before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-    if isinstance(said, str):
-        raise RuntimeError(said)
-    return said
+    if isinstance(result, str):
+        raise RuntimeError(result)
+    return result
 
 
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Environment in which glibc returns freed blocks to the system."""
 
 
 def _measure_peak(send: Any, prepare: Callable[..., Callable[[], object]], args: tuple) -> None:
@@ -156,27 +159,28 @@ def _measure_peak(send: Any, prepare: Callable[..., Callable[[], object]], args:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        way = prepare(*args)
+        variant = prepare(*args)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            before, began = torch.cuda.memory_allocated(), time.perf_counter()
-            kept = way()
+            before, start = torch.cuda.memory_allocated(), time.perf_counter()
+            output = variant()
             torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start
             send.send((seconds, torch.cuda.max_memory_allocated() - before))
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-            before, began = _status("VmRSS"), time.perf_counter()
-            kept = way()
-            send.send((time.perf_counter() - began, _status("VmHWM") - before))
-        del kept
-    except Exception as error:  # the parent says it
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            before, start = process_status("VmRSS"), time.perf_counter()
+            output = variant()
+            send.send((time.perf_counter() - start, process_status("VmHWM") - before))
+        del output
+    except Exception as error:  # the parent reports it
         send.send(f"{type(error).__name__}: {error}")
         raise
 
 
-def _status(name: str) -> int:
+def process_status(name: str) -> int:
+    """Return a memory figure of /proc/self/status in bytes. Raises RuntimeError off Linux."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -184,7 +188,7 @@ def _status(name: str) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were made on."""
+    """Describe the machine that runs the benchmarks."""
     import torch
 
     model = platform.processor() or platform.machine()
@@ -224,26 +228,26 @@ def _commit() -> str | None:
         return None
 
 
-def on_device(name: str) -> str:
-    """``cpu`` or ``cuda``; ``auto`` is CUDA where there is one."""
+def resolve_device(name: str) -> str:
+    """Return ``cpu`` or ``cuda``; ``auto`` is CUDA where there is one."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks share."""
-    made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    made.add_argument("--json", type=Path, help="also write the tables to this file")
-    made.add_argument("--rounds", type=int, default=5, help="alternated rounds that count")
-    made.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
-    return made
+    """Return a parser with the options that all benchmarks share."""
+    options = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    options.add_argument("--json", type=Path, help="also write the tables to this file")
+    options.add_argument("--rounds", type=int, default=5, help="alternated rounds that count")
+    options.add_argument("--quick", action="store_true", help="small sizes: a smoke test")
+    return options
 
 
 @contextlib.contextmanager
 def reported(args: argparse.Namespace) -> Iterator[list[Table]]:
-    """Tables that are written to ``--json`` as they stand, also when a later one fails."""
-    began, at_start = time.time(), machine()
+    """Yield a list for tables, which are written to ``--json`` also when a later one fails."""
+    start, at_start = time.time(), machine()
     tables: list[Table] = []
     try:
         yield tables
@@ -251,19 +255,19 @@ def reported(args: argparse.Namespace) -> Iterator[list[Table]]:
         for table in tables:
             print("\n" + table.markdown(), flush=True)
         if args.json:
-            said = {
+            results = {
                 "machine": at_start,
-                "seconds": round(time.time() - began),
+                "seconds": round(time.time() - start),
                 "tables": [asdict(table) for table in tables],
             }
-            args.json.write_text(json.dumps(said, indent=1) + "\n")
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def ratio(slower: float | None, faster: float | None) -> float | None:
-    """How many times as long (or as large); None where one of them was not measured."""
+    """Return how many times as long (or as large); None where one of them was not measured."""
     return slower / faster if slower is not None and faster else None
 
 
-def tables_of(said: Mapping[str, Any]) -> Sequence[Table]:
-    """The tables of a benchmark's JSON."""
-    return [Table(**table) for table in said["tables"]]
+def tables_of(results: Mapping[str, Any]) -> Sequence[Table]:
+    """Return the tables of a benchmark's JSON."""
+    return [Table(**table) for table in results["tables"]]

@@ -1,11 +1,11 @@
-"""Every benchmark, one after the other; then results/<date>.json and the tables of README.md.
+"""Run the benchmarks one after the other; write results/<date>.json and render results/tables.md.
 
     python benchmarks/run.py [--only NAME ...] [--quick] [--date 2026-11-25] [--machine NAME]
 
-Each runs in a process of its own with the interpreter of the environment it needs (see BENCHMARKS).
-A benchmark that is not run keeps the tables of the newest results file. ``--machine avx2`` writes
-results/<date>.avx2.json and the tables of avx2.md instead, since ratios differ between machines. Other
-options are the scripts'.
+Each runs in a separate process with the interpreter of the environment it needs (see BENCHMARKS). A
+benchmark that is not run keeps the tables of the newest results file. ``--machine avx2`` writes
+results/<date>.avx2.json and renders results/avx2.md instead, since ratios differ between machines.
+Other options are passed on to the scripts. README.md is written by hand from these tables.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 ON_GPU = ["--device", "cuda"]
 LARGE = ["--models", "Qwen2.5-1.5B, random weights"]
 BENCHMARKS: dict[str, tuple[str, str, list[str]]] = {
-    "divergences": (".venv-bench", "divergences", []),
-    "training_step": (".venv-bench", "training_step", []),
-    "sampling": (".venv-bench", "sampling", []),
-    "main_job": (".venv", "main_job", []),
-    "limit": (".venv", "limit", []),
-    "critics": (".venv", "critics", []),
-    "sharded_gradients": (".venv", "sharded_gradients", []),
-    "divergences_gpu": (".venv-bench", "divergences_gpu", []),
-    "training_step_gpu": (".venv-bench", "training_step_gpu", LARGE),
-    "sampling_gpu": (".venv-bench", "sampling", ON_GPU),
+    "divergences": (".venv-bench", "loss/divergences", []),
+    "training_step": (".venv-bench", "training/training_step", []),
+    "sampling": (".venv-bench", "rollout/sampling", []),
+    "main_job": (".venv", "training/main_job", []),
+    "limit": (".venv", "training/roofline", []),
+    "critics": (".venv", "critic/critics", []),
+    "sharded_gradients": (".venv", "loss/sharded_gradients", []),
+    "divergences_gpu": (".venv-bench", "loss/divergences_gpu", []),
+    "training_step_gpu": (".venv-bench", "training/training_step_gpu", LARGE),
+    "sampling_gpu": (".venv-bench", "rollout/sampling", ON_GPU),
 }
-"""The environment whose Python runs a script, and its arguments; `*_gpu` where there is one."""
+"""By key in results/*.json: the environment whose Python runs a script, the script, its arguments.
+`*_gpu` run only where there is a GPU."""
 
 
 def main() -> None:
-    """Run, gather, render."""
+    """Run the chosen benchmarks, and save and render after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=BENCHMARKS, default=list(BENCHMARKS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--date", default=datetime.date.today().isoformat())
-    parser.add_argument("--machine", help="another machine, whose tables have a page of their own")
-    args, more = parser.parse_known_args()
+    parser.add_argument("--machine", help="another machine, with a separate page results/NAME.md")
+    args, script_args = parser.parse_known_args()
     path = HERE / "results" / f"{args.date}{suffix(args.machine)}.json"
     results = newest(args.machine) if not path.exists() else json.loads(path.read_text())
     failed = []
@@ -61,11 +62,11 @@ def main() -> None:
         if name.endswith("_gpu") and not torch.cuda.is_available():
             print("no CUDA device here: nothing to measure")
             continue
-        said = run(name, more, quick=args.quick)
-        if said is None:
+        tables = run(name, script_args, quick=args.quick)
+        if tables is None:
             failed.append(name)
         elif not args.quick:
-            results[name] = {"date": args.date, **said}
+            results[name] = {"date": args.date, **tables}
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
             render(results, args.machine)
@@ -74,24 +75,31 @@ def main() -> None:
 
 
 def suffix(machine: str | None) -> str:
-    """What a machine's results are called behind their date."""
+    """Return what follows the date in the file name of a machine's results."""
     return f".{machine}" if machine else ""
 
 
 def newest(machine: str | None = None) -> dict[str, Any]:
-    """What was measured last on a machine."""
+    """Return the newest results of a machine, by benchmark."""
     dates = "[0-9]" * 4 + "-[0-9][0-9]" * 2
-    earlier = sorted((HERE / "results").glob(f"{dates}{suffix(machine)}.json"))
-    return json.loads(earlier[-1].read_text()) if earlier else {}
+    files = sorted((HERE / "results").glob(f"{dates}{suffix(machine)}.json"))
+    return json.loads(files[-1].read_text()) if files else {}
 
 
-def run(name: str, more: list[str], *, quick: bool) -> dict[str, Any] | None:
-    """One benchmark's tables, or None if it failed."""
+def run(name: str, script_args: list[str], *, quick: bool) -> dict[str, Any] | None:
+    """Run a benchmark; return its JSON, or None if it failed."""
     environment, script, arguments = BENCHMARKS[name]
     python = ROOT / environment / "bin" / "python"
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "tables.json"
-        command = [str(python), str(HERE / f"{script}.py"), "--json", str(out), *arguments, *more]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "tables.json"
+        command = [
+            str(python),
+            str(HERE / f"{script}.py"),
+            "--json",
+            str(out),
+            *arguments,
+            *script_args,
+        ]
         command += ["--quick"] if quick else []
         environ = {"OMP_NUM_THREADS": "1", **os.environ}
         done = subprocess.run(command, cwd=ROOT, env=environ, check=False)
@@ -99,30 +107,30 @@ def run(name: str, more: list[str], *, quick: bool) -> dict[str, Any] | None:
 
 
 def render(results: dict[str, Any], machine: str | None = None) -> None:
-    """Put the tables between the marks of README.md, or of the machine's own page."""
-    parts = []
+    """Put the tables between the markers of results/tables.md, or of the machine's page."""
+    sections = []
     for name in (name for name in BENCHMARKS if name in results):
-        said = results[name]
+        result = results[name]
         title = name.removesuffix("_gpu").replace("_", " ").capitalize()
-        parts.append(f"## {title}{' on a GPU' * name.endswith('_gpu')}\n")
+        sections.append(f"## {title}{' on a GPU' * name.endswith('_gpu')}\n")
         command = f"make bench BENCH={name}" + (f" MACHINE={machine}" if machine else "")
-        parts.append(f"`{command}`; {where(said)}.\n")
-        parts += [table.markdown() for table in tables_of(said)]
-    page = HERE / (f"{machine}.md" if machine else "README.md")
+        sections.append(f"`{command}`; {setup(result)}.\n")
+        sections += [table.markdown() for table in tables_of(result)]
+    page = HERE / "results" / f"{machine or 'tables'}.md"
     pattern = re.compile(re.escape(BEGIN) + ".*" + re.escape(END), re.DOTALL)
-    body = BEGIN + "\n\n" + "\n".join(parts) + "\n" + END
+    body = BEGIN + "\n\n" + "\n".join(sections) + "\n" + END
     page.write_text(pattern.sub(lambda _: body, page.read_text()))
 
 
-def where(said: dict[str, Any]) -> str:
-    """Date, commit, machine and versions in one line."""
-    on, versions = said["machine"], said["machine"]["versions"]
-    halves = " and ".join(on["bf16"]) or "no instructions for bf16"
-    device = on["gpu"] or f"{on['cpu']} ({halves}), {on['cores']} cores, {on['threads']} thread"
+def setup(result: dict[str, Any]) -> str:
+    """Describe date, commit, machine and versions in one line."""
+    on, versions = result["machine"], result["machine"]["versions"]
+    bf16 = " and ".join(on["bf16"]) or "no instructions for bf16"
+    device = on["gpu"] or f"{on['cpu']} ({bf16}), {on['cores']} cores, {on['threads']} thread"
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
     return (
-        f"{said['date']}, commit {on['commit']}, {device}, {listed}, load {on['load']} at the "
-        f"start, {said['seconds']} s in all"
+        f"{result['date']}, commit {on['commit']}, {device}, {listed}, load {on['load']} at the "
+        f"start, {result['seconds']} s in all"
     )
 
 

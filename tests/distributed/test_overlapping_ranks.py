@@ -1,4 +1,4 @@
-"""Ranks whose steps overlap: the answers and the end of one process, killed, told to end, taken up."""
+"""Ranks with overlapping steps: the rollouts and result of one process, also when killed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from runs_on_ranks import (
     assert_same_weights,
     in_double,
     recipe,
-    rows_seen,
-    until_a_rank_ends,
-    until_told_to_end,
+    run_until_a_rank_dies,
+    run_until_sigterm,
+    train_rows,
 )
 from safetensors.torch import load_file
 from scripted_critic import oracle_critique
@@ -31,14 +31,14 @@ from selfteach.errors import SelfteachError
 from selfteach.runtime.run_folder import RunFolder, result_of
 from selfteach.trainer.loop import run_to_end
 
-LATE: dict[str, Any] = {
+STALE: dict[str, Any] = {
     "sampling": {"separate_copy": True},
     "objective": {"importance_cap": 2.0},
     "train": {"staleness": 2},
 }
-WAYS: dict[str, dict[str, Any]] = {
-    "beside": {},
-    "beside_in_pieces": SHARDED,
+VARIANTS: dict[str, dict[str, Any]] = {
+    "separate_copy": {},
+    "separate_copy_sharded": SHARDED,
     "between_updates": {"sampling": {"separate_copy": False}},
 }
 
@@ -50,47 +50,51 @@ def _double() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def critic() -> Iterator[Server]:
-    """Elsewhere, so that marking overlaps."""
+    """A critic behind an endpoint, so that critiques overlap with training."""
     with serving(says(oracle_critique)) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def late(critic: Server) -> Callable[..., Recipe]:
-    """A recipe whose replies are kept in a folder, so that every run pays for its own."""
+def stale_recipe(critic: Server) -> Callable[..., Recipe]:
+    """A recipe whose reply cache is in the run's folder, so that every run makes its own requests."""
 
     def in_folder(folder: Path, change: dict[str, Any] | None = None) -> Recipe:
-        asked = {
+        section = {
             "type": "endpoint", "base_url": critic.url, "model": "oracle", "max_tokens": 64,
             "reply_cache": str(folder / "replies.sqlite"), "min_similarity": 0.0, "http_retries": 0,
         }  # fmt: skip
-        return recipe(**merge(merge(LATE, {"critic": asked}), change or {}))
+        return recipe(**merge(merge(STALE, {"critic": section}), change or {}))
 
     return in_folder
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, late: Callable[..., Recipe]) -> Path:
-    """Overlapped, in one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    run_to_end(late(folder), folder / "run")
+def single_run(
+    tmp_path_factory: pytest.TempPathFactory, stale_recipe: Callable[..., Recipe]
+) -> Path:
+    """An asynchronous run in one process."""
+    folder = tmp_path_factory.mktemp("single_run")
+    run_to_end(stale_recipe(folder), folder / "run")
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, late: Callable[..., Recipe]) -> Path:
-    """Overlapped, on two ranks that nobody stopped."""
-    folder = tmp_path_factory.mktemp("both")
-    on_ranks(2, rows_seen, late(folder, SHARDED), folder / "run")
+def two_rank_run(
+    tmp_path_factory: pytest.TempPathFactory, stale_recipe: Callable[..., Recipe]
+) -> Path:
+    """An asynchronous run on two ranks that was never stopped."""
+    folder = tmp_path_factory.mktemp("two_rank_run")
+    on_ranks(2, train_rows, stale_recipe(folder, SHARDED), folder / "run")
     return folder / "run"
 
 
-def answers(run: Path) -> dict[str, list[Any]]:
-    said = {}
+def rollouts_of(run: Path) -> dict[str, list[Any]]:
+    rollouts = {}
     for path in sorted((run / "rollouts").glob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        said[path.stem] = [(row["token_ids"], row["policy_version"]) for row in rows]
-    return said
+        rollouts[path.stem] = [(row["token_ids"], row["policy_version"]) for row in rows]
+    return rollouts
 
 
 def assert_same_bits(ours: Path, theirs: Path) -> None:
@@ -99,67 +103,79 @@ def assert_same_bits(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(w, marks=[] if w == "beside" else [pytest.mark.slow]) for w in WAYS]
+    "variant",
+    [pytest.param(w, marks=[] if w == "separate_copy" else [pytest.mark.slow]) for w in VARIANTS],
 )
-def test_two_ranks_overlap_as_one_process_does(
-    way: str, alone: Path, late: Callable[..., Recipe], critic: Server, tmp_path: Path
+def test_two_ranks_overlap_like_one_process(
+    variant: str,
+    single_run: Path,
+    stale_recipe: Callable[..., Recipe],
+    critic: Server,
+    tmp_path: Path,
 ) -> None:
-    paid = len(critic.requests)
-    rows, others = on_ranks(2, rows_seen, late(tmp_path, WAYS[way]), tmp_path / "run")
-    asked = result_of(tmp_path / "run")["budget"]["critic_requests"]
-    assert len(critic.requests) - paid == asked, "each answer is marked once"
+    requests_before = len(critic.requests)
+    rows, others = on_ranks(
+        2, train_rows, stale_recipe(tmp_path, VARIANTS[variant]), tmp_path / "run"
+    )
+    requests = result_of(tmp_path / "run")["budget"]["critic_requests"]
+    assert len(critic.requests) - requests_before == requests, "one request per rollout"
     assert others == [] and all(row["ranks"] == 2 for row in rows if row["kind"] == "step")
-    assert answers(tmp_path / "run") == answers(alone)
-    versions = {name: {v for _, v in said} for name, said in answers(alone).items()}
+    assert rollouts_of(tmp_path / "run") == rollouts_of(single_run)
+    versions = {name: {v for _, v in rows} for name, rows in rollouts_of(single_run).items()}
     assert [versions[f"step_{step:06d}.000"] for step in (1, 2, 3, 4)] == [{0}, {0}, {0}, {1}]
-    assert_same_run(tmp_path / "run", alone)
+    assert_same_run(tmp_path / "run", single_run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_rank_that_dies_costs_nothing_that_is_paid(
-    ranks: int, alone: Path, both: Path, late: Callable[..., Recipe], critic: Server, tmp_path: Path
+def test_rollouts_survive_the_death_of_a_rank(
+    ranks: int,
+    single_run: Path,
+    two_rank_run: Path,
+    stale_recipe: Callable[..., Recipe],
+    critic: Server,
+    tmp_path: Path,
 ) -> None:
-    cut = late(tmp_path, SHARDED)
-    message, nothing = on_ranks(2, until_a_rank_ends, cut, tmp_path / "run")
-    assert "rank 0: another rank has ended" in message and nothing is None
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/answers").iterdir()}
-    assert len(written) == 2 + 4 * 2, "an evaluation, and all steps' answers: two are ahead"
-    on_ranks(ranks, rows_seen, cut, tmp_path / "run")
+    sharded = stale_recipe(tmp_path, SHARDED)
+    message, no_result = on_ranks(2, run_until_a_rank_dies, sharded, tmp_path / "run")
+    assert "rank 0: another rank has ended" in message and no_result is None
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/rollouts").iterdir()}
+    assert len(written) == 2 + 4 * 2, "an evaluation, and the rollouts of all steps: two are ahead"
+    on_ranks(ranks, train_rows, sharded, tmp_path / "run")
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
-    assert answers(tmp_path / "run") == answers(alone)
-    assert_same_weights(tmp_path / "run", alone)
+    assert rollouts_of(tmp_path / "run") == rollouts_of(single_run)
+    assert_same_weights(tmp_path / "run", single_run)
     if ranks == 2:
-        assert_same_bits(tmp_path / "run", both)
+        assert_same_bits(tmp_path / "run", two_rank_run)
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_rank_ends_all_with_steps_under_way(
-    both: Path, late: Callable[..., Recipe], tmp_path: Path
+def test_sigterm_to_one_rank_ends_all_with_steps_in_flight(
+    two_rank_run: Path, stale_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    rare = late(tmp_path, merge(SHARDED, {"train": {"checkpoint_every": 4}}))
-    assert on_ranks(2, until_told_to_end, rare, tmp_path / "run") == ["ended", "ended"]
+    rarely_saved = stale_recipe(tmp_path, merge(SHARDED, {"train": {"checkpoint_every": 4}}))
+    assert on_ranks(2, run_until_sigterm, rarely_saved, tmp_path / "run") == ["ended", "ended"]
     run = tmp_path / "run"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
-    # The weights that answered step 4 are no more. Without the second rank's share nobody goes on.
+    # The weights that sampled step 4 are gone: without the second rank's share no rank can resume.
     without = shutil.copytree(run, tmp_path / "without")
     (without / "rollouts" / "step_000004.001.jsonl").unlink()
-    said = on_ranks(2, failed, rare, without)
-    assert said[0] == said[1] and "step_000004.001.jsonl is missing" in said[0], said
-    rows, _ = on_ranks(2, rows_seen, rare, run)
+    errors = on_ranks(2, failed, rarely_saved, without)
+    assert errors[0] == errors[1] and "step_000004.001.jsonl is missing" in errors[0], errors
+    rows, _ = on_ranks(2, train_rows, rarely_saved, run)
     assert [row["step"] for row in rows if row["kind"] == "step"] == [3, 4]
-    assert_same_bits(run, both)
+    assert_same_bits(run, two_rank_run)
 
 
 def test_a_critic_that_fails_ends_all_ranks_with_its_message(
-    late: Callable[..., Recipe], critic: Server, tmp_path: Path
+    stale_recipe: Callable[..., Recipe], critic: Server, tmp_path: Path
 ) -> None:
-    whole, critic.behaviours = critic.behaviours, [says(oracle_critique)] * 15 + [refuses(401)]
+    before, critic.behaviours = critic.behaviours, [says(oracle_critique)] * 15 + [refuses(401)]
     try:
-        said = on_ranks(2, failed, late(tmp_path, SHARDED), tmp_path / "run")
+        errors = on_ranks(2, failed, stale_recipe(tmp_path, SHARDED), tmp_path / "run")
     finally:
-        critic.behaviours = whole
-    assert all("critic" in message and "another rank" not in message for message in said), said
+        critic.behaviours = before
+    assert all("critic" in message and "another rank" not in message for message in errors), errors
 
 
 def failed(recipe: Recipe, folder: Path) -> str:
@@ -168,7 +184,7 @@ def failed(recipe: Recipe, folder: Path) -> str:
     return str(caught.value)
 
 
-def test_the_rows_say_how_the_steps_overlapped(both: Path) -> None:
-    for row in RunFolder(both).metrics():
+def test_metrics_report_the_overlap(two_rank_run: Path) -> None:
+    for row in RunFolder(two_rank_run).metrics():
         if row["kind"] == "step":
             assert row["ranks"] == 2 and 0 <= row["overlap"] <= 1

@@ -1,6 +1,6 @@
-"""A server that speaks vLLM's addresses around a tiny model of its own, and does what it is told badly.
+"""Serves vLLM's HTTP API around a tiny model, and misbehaves on demand.
 
-It loads what it is given and runs it, so that its log-probabilities are those of its weights.
+It loads the weights it is sent and runs them, so that its log-probabilities are those of its weights.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 Body = dict[str, Any]
 
 
-class Refusal(Exception):
-    """A status that is no success, and what is said with it."""
+class HttpError(Exception):
+    """An HTTP error status with its message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
 
 
-class Vllm:
-    """What `vllm serve` does, as far as an engine asks for it; one switch per thing that goes wrong."""
+class ScriptedVllm:
+    """Does what `vllm serve` does, as far as an engine needs it; one switch per kind of failure."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._initial, self._tokenizer = copy.deepcopy(model).eval(), tokenizer
@@ -45,12 +45,12 @@ class Vllm:
         """New weights are acknowledged and not loaded."""
         self.cache_stays = False
         self.dies_after: int | None = None
-        """So many answers, and then every connection is cut."""
+        """Completions left until every connection is cut."""
         self.restarts_after: int | None = None
-        """So many answers, and then it is the server that was started, with its first weights."""
-        self.meddles_after: int | None = None
-        """So many answers, and then somebody else loads weights."""
-        self.asked: list[Body] = []
+        """Completions left until the server restarts, with its initial weights."""
+        self.other_run_loads_after: int | None = None
+        """Completions left until another run loads its weights."""
+        self.requests: list[Body] = []
         self.loads = 0
         self.errors: list[BaseException | None] = []
         self._lock = threading.Lock()
@@ -59,7 +59,7 @@ class Vllm:
         self.restart()
 
     def restart(self) -> None:
-        """The first weights, and no label."""
+        """Return to the initial weights, without a label."""
         self.model, self.label = copy.deepcopy(self._initial), "default"
         self.adapters: dict[str, PeftModel] = {}
 
@@ -86,7 +86,7 @@ class Vllm:
         self._http.daemon_threads = True
         self._http.handle_error = lambda *_: self.errors.append(
             sys.exception()
-        )  # for whoever looks
+        )  # for a test that fails to look at
         self.port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -98,15 +98,15 @@ class Vllm:
 
     def answer(self, handler: BaseHTTPRequestHandler, body: Body) -> None:
         address = handler.path
-        with self._lock:  # one thing after another: what is told to happen after n answers does
+        with self._lock:  # one request at a time, so that n completions are counted exactly
             if self.dies_after == 0:
                 handler.connection.close()
                 return
             try:
-                said, status = self._route(address)(body), 200
-            except Refusal as refusal:
-                said, status = {"error": {"message": str(refusal)}}, refusal.status
-        send(handler, status, json.dumps(said).encode())
+                reply, status = self._route(address)(body), 200
+            except HttpError as error:
+                reply, status = {"error": {"message": str(error)}}, error.status
+        send(handler, status, json.dumps(reply).encode())
 
     def _route(self, address: str) -> Callable[[Body], Any]:
         plain: Mapping[str, Callable[[Body], Any]] = {
@@ -120,18 +120,18 @@ class Vllm:
             "/collective_rpc": self._reload,
             "/reset_prefix_cache": lambda _: {"success": not self.cache_stays},
         }
-        hot: Mapping[str, Callable[[Body], Any]] = {
+        hot_loading: Mapping[str, Callable[[Body], Any]] = {
             "/v1/load_lora_adapter": self._load_adapter,
             "/v1/unload_lora_adapter": self._unload_adapter,
         }
-        known = {
+        handlers = {
             **plain,
             **(developer if self.developer else {}),
-            **(hot if self.hot_loading else {}),
+            **(hot_loading if self.hot_loading else {}),
         }
-        if address not in known:
-            raise Refusal(404, "Not Found")
-        return known[address]
+        if address not in handlers:
+            raise HttpError(404, "Not Found")
+        return handlers[address]
 
     def _models(self, _: Body) -> Any:
         names = ["tiny", *self.adapters]
@@ -152,44 +152,44 @@ class Vllm:
     def _load_adapter(self, body: Body) -> Any:
         name, path = body["lora_name"], Path(body["lora_path"])
         if not self.lora:
-            raise Refusal(500, "LoRA is not enabled. Use --enable-lora to enable LoRA.")
+            raise HttpError(500, "LoRA is not enabled. Use --enable-lora to enable LoRA.")
         if not path.is_dir():
-            raise Refusal(404, f"Loading lora {name} failed: No adapter found for {path}")
+            raise HttpError(404, f"Loading lora {name} failed: No adapter found for {path}")
         self.loads += 1
         if self.stale and self.adapters:
             self.adapters[name] = next(iter(self.adapters.values()))
         else:
-            with warnings.catch_warnings():  # PEFT asks transformers for something by its old name
+            with warnings.catch_warnings():  # PEFT uses a deprecated name of transformers
                 warnings.simplefilter("ignore")
                 adapted = PeftModel.from_pretrained(copy.deepcopy(self.model), str(path))
             self.adapters[name] = adapted.eval()
         return "Success"
 
     def _unload_adapter(self, body: Body) -> Any:
-        if not self.stale:  # or there would be nothing left to serve in place of what is new
+        if not self.stale:  # a stale server goes on with an old adapter
             del self.adapters[body["lora_name"]]
         return "Success"
 
     def _complete(self, body: Body) -> Any:
-        self.asked.append(body)
+        self.requests.append(body)
         model = {"tiny": self.model, **self.adapters}.get(body["model"])
         if model is None:
-            raise Refusal(404, f"The model `{body['model']}` does not exist.")
+            raise HttpError(404, f"The model `{body['model']}` does not exist.")
         choice = self._choice(model, body)
-        if body["max_tokens"] > 1:  # an answer, and no question about the weights
-            self._one_more()
+        if body["max_tokens"] > 1:  # a rollout, not the probe of the weights
+            self._count_completion()
         return {"model": body["model"], "choices": [choice]}
 
-    def _one_more(self) -> None:
-        for name in ("dies_after", "restarts_after", "meddles_after"):
+    def _count_completion(self) -> None:
+        for name in ("dies_after", "restarts_after", "other_run_loads_after"):
             left = getattr(self, name)
             if left is not None and left > 0:
                 setattr(self, name, left - 1)
         if self.restarts_after == 0:
             self.restarts_after = None
             self.restart()
-        if self.meddles_after == 0:
-            self.label = "somebody-else-1-v0"
+        if self.other_run_loads_after == 0:
+            self.label = "another-run-1-v0"
 
     @torch.no_grad()
     def _choice(self, model: PreTrainedModel | PeftModel, body: Body) -> dict[str, Any]:
@@ -200,12 +200,12 @@ class Vllm:
             not sampled or sampled[-1] not in body["stop_token_ids"]
         ):
             logits_V = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
-            hot_V = (logits_V / body["temperature"]).log_softmax(-1)
-            said_V = hot_V if self.processed else logits_V.log_softmax(-1)
-            token = int(torch.multinomial(hot_V.exp(), 1, generator=stream))
-            best = said_V.topk(min(body["logprobs"], len(said_V))).indices.tolist()
-            top.append({f"token_id:{i}": said_V[i].item() for i in (token, *best)})
-            logps.append(said_V[token].item())
+            sampling_V = (logits_V / body["temperature"]).log_softmax(-1)
+            reported_V = sampling_V if self.processed else logits_V.log_softmax(-1)
+            token = int(torch.multinomial(sampling_V.exp(), 1, generator=stream))
+            best = reported_V.topk(min(body["logprobs"], len(reported_V))).indices.tolist()
+            top.append({f"token_id:{i}": reported_V[i].item() for i in (token, *best)})
+            logps.append(reported_V[token].item())
             sampled.append(token)
             ids.append(token)
         return {
@@ -215,9 +215,9 @@ class Vllm:
 
 
 @contextmanager
-def serving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Vllm]:
-    """A server for the length of a block."""
-    server = Vllm(model, tokenizer)
+def serving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[ScriptedVllm]:
+    """Run a server within a block."""
+    server = ScriptedVllm(model, tokenizer)
     server.start()
     try:
         yield server

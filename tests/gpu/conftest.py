@@ -1,12 +1,12 @@
-"""Tests on a CUDA device. ``SELFTEACH_GPU_TESTS_ON=cpu`` runs what it can on the processor instead: it
-shows that the tests themselves are sound, where there is no device."""
+"""Sets up tests on a CUDA device. ``SELFTEACH_GPU_TESTS_ON=cpu`` runs what it can on the CPU instead,
+to check the tests themselves where there is no device."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
-# Products of matrices that repeat themselves need it before CUDA is first used.
+# Deterministic matrix products need it before CUDA is first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
@@ -17,7 +17,7 @@ ON = os.environ.get("SELFTEACH_GPU_TESTS_ON", "cuda")
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """The kind of device that is tested."""
+    """Return the kind of device that is tested."""
     if ON == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return ON
@@ -25,7 +25,7 @@ def device() -> str:
 
 @pytest.fixture
 def deterministic(device: str) -> Iterator[None]:
-    """torch's algorithms that repeat themselves, where it has them; it would say which it lacks."""
+    """Use torch's deterministic algorithms where it has them; it warns where it has none."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

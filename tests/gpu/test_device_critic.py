@@ -1,4 +1,4 @@
-"""A critic on a device: whose weights write, what they are called, and what they say."""
+"""A local critic on a device: its weights, their fingerprint, and its replies."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ pytestmark = pytest.mark.gpu
 
 TEXTS = ("a b c a b c a b", "d d d d", "a b c d e f a b", "f e f e f", "a a")
 GREEDY = [Request((("user", text),), 0.0, 24) for text in TEXTS]
-DRAWN = [Request((("user", text),), 1.0, 24) for text in TEXTS]
+SAMPLED = [Request((("user", text),), 1.0, 24) for text in TEXTS]
 
 
 def local(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, **more: object
 ) -> LocalModel:
-    told = {"batch_size": 4, "weights": contextlib.nullcontext, **more}
+    options = {"batch_size": 4, "weights": contextlib.nullcontext, **more}
     return LocalModel(
         model, Renderer(tokenizer, Templates("lab")), identity="tiny",
-        end_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id, max_length=64, **told,
+        end_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id, max_length=64, **options,
     )  # fmt: skip  # pyright: ignore
 
 
@@ -40,56 +40,56 @@ def ask(model: LocalModel, requests: list[Request]) -> list[str]:
     return [reply.text for reply in replies if isinstance(reply, Reply)]
 
 
-def moved(model: LlamaForCausalLM, device: str) -> LlamaForCausalLM:
-    own = copy.deepcopy(model)
-    torch.nn.Module.to(own, device)
-    return own
+def copy_to(model: LlamaForCausalLM, device: str) -> LlamaForCausalLM:
+    copied = copy.deepcopy(model)
+    torch.nn.Module.to(copied, device)
+    return copied
 
 
-@pytest.mark.parametrize("requests", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_replies_are_the_processors(
+@pytest.mark.parametrize("requests", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_replies_equal_those_on_a_cpu(
     requests: list[Request], tiny_llama: LlamaForCausalLM, lab_tokenizer, device: str
 ) -> None:
-    own = ask(local(moved(tiny_llama, device), lab_tokenizer), requests)
-    assert own == ask(local(tiny_llama, lab_tokenizer), requests)
-    assert len(set(own)) > 1
+    replies = ask(local(copy_to(tiny_llama, device), lab_tokenizer), requests)
+    assert replies == ask(local(tiny_llama, lab_tokenizer), requests)
+    assert len(set(replies)) > 1
 
 
-def test_guessing_changes_no_greedy_reply(
+def test_prompt_lookup_changes_no_greedy_reply(
     tiny_llama: LlamaForCausalLM, lab_tokenizer, device: str
 ) -> None:
-    there = moved(tiny_llama, device)
-    guessed = ask(local(there, lab_tokenizer, prompt_lookup=3), GREEDY)
-    assert guessed == ask(local(there, lab_tokenizer, batch_size=1), GREEDY)
+    on_device = copy_to(tiny_llama, device)
+    replies = ask(local(on_device, lab_tokenizer, prompt_lookup=3), GREEDY)
+    assert replies == ask(local(on_device, lab_tokenizer, batch_size=1), GREEDY)
 
 
-def test_a_guess_leaves_the_random_stream_alone(
+def test_prompt_lookup_leaves_the_random_stream_alone(
     tiny_llama: LlamaForCausalLM, lab_tokenizer, device: str
 ) -> None:
-    model = local(moved(tiny_llama, device), lab_tokenizer, prompt_lookup=3)
+    model = local(copy_to(tiny_llama, device), lab_tokenizer, prompt_lookup=3)
     torch.manual_seed(5)
     expected = torch.rand(3, device=device)
     torch.manual_seed(5)
-    ask(model, DRAWN)
+    ask(model, SAMPLED)
     assert torch.equal(torch.rand(3, device=device), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_have_one_name_on_every_device(
+def test_weights_have_one_fingerprint_on_every_device(
     dtype: torch.dtype, tiny_llama: LlamaForCausalLM, device: str
 ) -> None:
     tiny_llama.to(dtype)  # pyright: ignore
-    there = moved(tiny_llama, device)
-    assert fingerprint(there) == fingerprint(tiny_llama)
+    on_device = copy_to(tiny_llama, device)
+    assert fingerprint(on_device) == fingerprint(tiny_llama)
     with torch.no_grad():
-        next(there.parameters())[3, 2] += 0.125
-    assert fingerprint(there) != fingerprint(tiny_llama)
+        next(on_device.parameters())[3, 2] += 0.125
+    assert fingerprint(on_device) != fingerprint(tiny_llama)
 
 
-def test_the_solver_as_critic_writes_with_its_initial_weights(
+def test_the_policy_as_critic_uses_its_initial_weights(
     tiny_llama: LlamaForCausalLM, lab_tokenizer, device: str
 ) -> None:
-    policy = Policy(moved(tiny_llama, device), Schedule(1e-2))
+    policy = Policy(copy_to(tiny_llama, device), Schedule(1e-2))
     model = local(policy.model, lab_tokenizer, weights=initial_weights(policy))  # pyright: ignore
     before = ask(model, GREEDY)
     for weight in policy.trainable.values():
@@ -99,7 +99,7 @@ def test_the_solver_as_critic_writes_with_its_initial_weights(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_recipes_critic_is_where_it_is_asked_to_be(dtype: str, device: str) -> None:
+def test_a_recipes_critic_is_on_its_device(dtype: str, device: str) -> None:
     config = LocalCriticConfig.model_validate(
         {"type": "local", "path": "lab:two_styles", "device": device, "weights_dtype": dtype}
     )

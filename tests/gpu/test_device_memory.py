@@ -1,4 +1,4 @@
-"""What `check` says a step needs, beside what the device's allocator has given for one."""
+"""The memory that `check` estimates for a step, against the peak of the device's allocator."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from runs_on_device import ALIGNED, lessons_of, recipe
+from runs_on_device import ALIGNED, recipe, training_samples
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfteach.commands.check.memory import gib, memory
 from selfteach.commands.check.sizes import load_of, measure
-from selfteach.runtime.torch_setup import settle
+from selfteach.runtime.torch_setup import configure_torch
 from selfteach.trainer import step
 from selfteach.trainer.build import build
 from selfteach.types import TrainingSample
 
 pytestmark = pytest.mark.gpu
 
-ANSWER, ROWS = 480 if torch.cuda.is_available() else 24, 16
+COMPLETION_TOKENS, ROWS = 480 if torch.cuda.is_available() else 24, 16
 SHAPE: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12,
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
@@ -40,22 +40,22 @@ ARMS: dict[str, tuple[dict[str, Any], float]] = {
         {"objective": {"type": "grpo"}, "model": {"gradient_checkpointing": True}}, 2.0
     ),
 }  # fmt: skip
-"""What is asked for, and how many times the peak an estimate may be. A micro-batch counts prompts and
-answers of both sides, of which the teacher's leave nothing behind: an estimate is high there."""
+"""Changes of the recipe, and the largest allowed ratio of estimate to peak. A micro-batch counts tokens
+of student and teacher, and the teacher's keep no activations: an estimate is high there."""
 
 
-def long_answers(samples: list[TrainingSample], vocabulary: int) -> list[TrainingSample]:
-    """The same samples with answers of random tokens, none of which begin alike."""
+def long_samples(samples: list[TrainingSample], vocabulary: int) -> list[TrainingSample]:
+    """Return the samples with rollouts of random tokens, which share no prefix."""
     torch.manual_seed(0)
-    made = []
+    long = []
     for index, sample in enumerate(samples[:ROWS]):
-        ids = tuple(torch.randint(3, vocabulary, (ANSWER,)).tolist())
+        ids = tuple(torch.randint(3, vocabulary, (COMPLETION_TOKENS,)).tolist())
         rollout = dataclasses.replace(
-            sample.rollout, token_ids=ids, logps=(-3.0,) * ANSWER, sample=index
+            sample.rollout, token_ids=ids, logps=(-3.0,) * COMPLETION_TOKENS, sample=index
         )
         critiqued = dataclasses.replace(sample.critiqued, rollout=rollout)
-        made.append(dataclasses.replace(sample, critiqued=critiqued, steps=()))
-    return made
+        long.append(dataclasses.replace(sample, critiqued=critiqued, steps=()))
+    return long
 
 
 @pytest.fixture(scope="module")
@@ -74,41 +74,41 @@ def model_folder(
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_estimate_holds_a_real_step(
+def test_the_estimate_covers_a_real_step(
     arm: str, device: str, model_folder: Path, record_property: Callable[[str, object], None]
 ) -> None:
     changes, most = ARMS[arm]
-    answers = 2 * ANSWER if "context" in changes else ANSWER
-    own = {
+    completions = 2 * COMPLETION_TOKENS if "context" in changes else COMPLETION_TOKENS
+    sizes = {
         "model": {"path": str(model_folder)},
-        "sampling": {"max_tokens": ANSWER, "batch_size": ROWS},
-        "train": {"micro_batch_tokens": ROWS * (answers + 128), "max_length": 1024},
+        "sampling": {"max_tokens": COMPLETION_TOKENS, "batch_size": ROWS},
+        "train": {"micro_batch_tokens": ROWS * (completions + 128), "max_length": 1024},
     }
-    asked = recipe(device, changes, own)
-    # Contexts are those of a model that can answer: ids, not weights, are what the samples need.
-    samples = long_answers(lessons_of(build(recipe("cpu", changes))), SHAPE["vocab_size"])
+    sized = recipe(device, changes, sizes)
+    # Contexts come from a trained model: the samples need ids, not this model's weights.
+    samples = long_samples(training_samples(build(recipe("cpu", changes))), SHAPE["vocab_size"])
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    built = build(asked)
-    estimate = memory(needed) if (needed := load_of(asked, measure(asked, built))) else None
+    built = build(sized)
+    estimate = memory(needed) if (needed := load_of(sized, measure(sized, built))) else None
     assert estimate is not None
-    for _ in range(2):  # with gradients and moments of the step before
-        said = step.learn(built.components, samples)
-        assert said["grad_norm"] > 0
+    for _ in range(2):  # the second with gradients and moments of the first
+        metrics = step.learn(built.components, samples)
+        assert metrics["grad_norm"] > 0
     if device != "cuda":
         return
     peak = torch.cuda.max_memory_allocated() - before
     record_property(arm, f"{gib(estimate.peak)} estimated, {gib(peak)} at the peak")
-    assert peak <= 1.1 * estimate.peak, "a run that `check` lets pass has to fit"
+    assert peak <= 1.1 * estimate.peak, "a run that passes `check` has to fit"
     assert estimate.peak <= most * peak
 
 
-def test_attention_in_float32_holds_no_square_of_every_head(device: str) -> None:
-    """Heads that share keys have no kernel there: the plain way would keep [heads, T, T]."""
-    settle(torch.device("cuda"))
+def test_attention_in_float32_stores_no_square_per_head(device: str) -> None:
+    """Grouped-query heads have no float32 kernel: plain attention would store [heads, T, T]."""
+    configure_torch(torch.device("cuda"))
     length, heads = (4096, 8) if device == "cuda" else (64, 8)
     config = LlamaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=1,

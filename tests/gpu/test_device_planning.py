@@ -10,12 +10,12 @@ import torch
 from runs_on_device import ALIGNED, recipe
 
 from selfteach.planning.devices import measured_here
-from selfteach.planning.plan import Request, plan, prepare
+from selfteach.planning.plan import PlanRequest, plan, prepare
 
 pytestmark = pytest.mark.gpu
 
 
-def test_the_device_is_measured_with_work_that_it_notices(
+def test_measurements_of_the_device_are_plausible(
     device: str, record_property: Callable[[str, object], None]
 ) -> None:
     first, again = measured_here(), measured_here()
@@ -32,10 +32,10 @@ def test_the_device_is_measured_with_work_that_it_notices(
 
 
 def test_a_plan_is_calibrated_by_steps_taken_here(device: str) -> None:
-    asked = recipe(device, ALIGNED)
-    work, where = prepare(asked, Request(calibrate=("here",)))
-    efficiency = where.have
+    lab = recipe(device, ALIGNED)
+    work, hardware = prepare(lab, PlanRequest(calibrate=("here",)))
+    efficiency = hardware.efficiency
     assert work.load.shape.hidden > 0
     assert 0 < efficiency.train_mfu <= 1 and efficiency.decode_share > 0
-    assert {"train_mfu", "decode_share", "mark_s"} <= set(efficiency.measured)
-    assert any(re.search(r"step", line) for line in plan(asked, Request()))
+    assert {"train_mfu", "decode_share", "critique_s"} <= set(efficiency.measured)
+    assert any(re.search(r"step", line) for line in plan(lab, PlanRequest()))

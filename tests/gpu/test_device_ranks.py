@@ -1,4 +1,4 @@
-"""One rank of torchrun on a device, whole and in pieces, is the process on its own."""
+"""One torchrun rank on a device, replicated and sharded, equals a process without torchrun."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ teacher = {{ type = "ema", rate = 0.2 }}
 """
 
 
-SINGLE_PROCESS = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-"""No network is needed, and none may be there."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""The test needs no network, and there may be none."""
 
 
 def run(device: str, folder: Path, *settings: str, torchrun: bool = True) -> None:
@@ -62,7 +62,7 @@ def run(device: str, folder: Path, *settings: str, torchrun: bool = True) -> Non
     for setting in settings:
         command += ["--set", setting]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, **SINGLE_PROCESS}
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, **ENVIRONMENT}
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
@@ -72,25 +72,30 @@ def steps(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def alone(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks") / "alone"
+def without_torchrun(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks") / "without_torchrun"
     run(device, folder, torchrun=False)
     return folder
 
 
-@pytest.mark.parametrize("way", ["none", "full", "full, bfloat16"])
-def test_one_rank_is_the_process_alone(way: str, alone: Path, device: str, tmp_path: Path) -> None:
-    settings = [f'distributed.shard="{way.split(",")[0]}"']
-    if "bfloat16" in way:
+@pytest.mark.parametrize("variant", ["none", "full", "full, bfloat16"])
+def test_one_rank_equals_a_process_without_torchrun(
+    variant: str, without_torchrun: Path, device: str, tmp_path: Path
+) -> None:
+    settings = [f'distributed.shard="{variant.split(",")[0]}"']
+    if "bfloat16" in variant:
         settings += ['distributed.param_dtype="bfloat16"', 'distributed.reduce_dtype="float32"']
     run(device, tmp_path / "ranks", *settings)
-    expected, rows = steps(alone), steps(tmp_path / "ranks")
+    expected, rows = steps(without_torchrun), steps(tmp_path / "ranks")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    near = 0.1 if "bfloat16" in way else 1e-3
+    tolerance = 0.1 if "bfloat16" in variant else 1e-3
     for name in ("loss", "grad_norm"):
-        assert rows[0][name] == pytest.approx(expected[0][name], rel=near, abs=1e-6), name
-    assert rows[0]["tokens_sampled"] == expected[0]["tokens_sampled"], "the same answers"
-    a, b = (load_file(folder / "model/model.safetensors") for folder in (alone, tmp_path / "ranks"))
+        assert rows[0][name] == pytest.approx(expected[0][name], rel=tolerance, abs=1e-6), name
+    assert rows[0]["tokens_sampled"] == expected[0]["tokens_sampled"], "the same rollouts"
+    a, b = (
+        load_file(folder / "model/model.safetensors")
+        for folder in (without_torchrun, tmp_path / "ranks")
+    )
     assert a.keys() == b.keys()
     for name, value in b.items():
         assert torch.isfinite(value).all() and value.shape == a[name].shape

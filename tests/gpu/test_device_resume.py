@@ -1,7 +1,7 @@
-"""A run that was stopped and taken up on a device ends as the unbroken one.
+"""A run that was stopped and resumed on a device ends like the uninterrupted one.
 
-To the last bit with torch's deterministic algorithms; without them attention's gradient is added up in
-whatever order the device's cores come to it, so that runs agree in their first step and little more.
+Bitwise with torch's deterministic algorithms; without them attention's gradient is summed in the order
+in which the device's cores finish, so that runs agree in their first step and little more.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from selfteach.trainer.loop import run_to_end, train
 
 pytestmark = [
     pytest.mark.gpu,
-    # What torch has no deterministic way for it names, and goes on.
+    # torch warns where it has no deterministic algorithm.
     pytest.mark.filterwarnings("ignore:.*deterministic.*"),
 ]
 
 
-def timeless(folder: Path) -> list[dict[str, Any]]:
+def metrics_without_times(folder: Path) -> list[dict[str, Any]]:
     clocks = ("time/", "active_", "waiting", "overlap")
     rows = RunFolder(folder).metrics()
     return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]
@@ -37,45 +37,45 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / "weights.safetensors")
 
 
-def stopped(asked: Recipe, folder: Path) -> None:
-    """Left in its third step, after a checkpoint, and taken up."""
+def train_with_stops(run_recipe: Recipe, folder: Path) -> None:
+    """Train, stop in the second and third step, and resume."""
     for rows in (2, 3):
-        stopping = train(asked, folder)
+        stopping = train(run_recipe, folder)
         for _ in range(rows):
             next(stopping)
         stopping.close()
-    run_to_end(asked, folder)
+    run_to_end(run_recipe, folder)
 
 
 @pytest.mark.parametrize("arm", ["grpo, penalty", "step_aligned", "ema", "trust region", "lora"])
-@pytest.mark.parametrize("half", [False, True])
-def test_with_deterministic_algorithms_to_the_last_bit(
-    arm: str, half: bool, deterministic: None, device: str, tmp_path: Path
+@pytest.mark.parametrize("autocast", [False, True])
+def test_deterministic_algorithms_resume_bitwise(
+    arm: str, autocast: bool, deterministic: None, device: str, tmp_path: Path
 ) -> None:
-    more = {"model": {"autocast": "bfloat16"}} if half else {}
-    asked = recipe(device, ARMS[arm], more, {"train": {"steps": 4}})
-    run_to_end(asked, tmp_path / "whole")
-    stopped(asked, tmp_path / "stopped")
+    more = {"model": {"autocast": "bfloat16"}} if autocast else {}
+    run_recipe = recipe(device, ARMS[arm], more, {"train": {"steps": 4}})
+    run_to_end(run_recipe, tmp_path / "whole")
+    train_with_stops(run_recipe, tmp_path / "stopped")
     ours, theirs = (weights(tmp_path / name) for name in ("whole", "stopped"))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
-    assert timeless(tmp_path / "whole") == timeless(tmp_path / "stopped")
+    assert metrics_without_times(tmp_path / "whole") == metrics_without_times(tmp_path / "stopped")
     a, b = (evaluation_of(tmp_path / name, "test", 4) for name in ("whole", "stopped"))
     assert a == b
 
 
-def test_without_them_a_run_begins_alike(
+def test_without_them_the_first_step_agrees(
     device: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    asked = recipe(device, ARMS["step_aligned"])
+    run_recipe = recipe(device, ARMS["step_aligned"])
     for name in ("one", "two"):
-        run_to_end(asked, tmp_path / name)
-    one, two = (timeless(tmp_path / name) for name in ("one", "two"))
+        run_to_end(run_recipe, tmp_path / name)
+    one, two = (metrics_without_times(tmp_path / name) for name in ("one", "two"))
     first, again = (next(r for r in rows if r["kind"] == "step") for rows in (one, two))
     assert first.keys() == again.keys()
     for name in first.keys() - {"kind"}:
         assert first[name] == pytest.approx(again[name], rel=1e-3, abs=1e-6), name
     a, b = (weights(tmp_path / name) for name in ("one", "two"))
-    alike = all(torch.equal(a[name], b[name]) for name in a)
-    record_property("two plain runs are bit for bit alike", alike)
+    identical = all(torch.equal(a[name], b[name]) for name in a)
+    record_property("two plain runs are bitwise identical", identical)

@@ -1,4 +1,4 @@
-"""A step on a device is the processor's step: same samples, same loss, same gradient."""
+"""A step on a device equals the step on a CPU: same samples, same loss, same gradient."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs_on_device import ALIGNED, ARMS, HALF, learned, lessons_of, recipe
+from runs_on_device import (
+    ALIGNED,
+    ARMS,
+    LOW_PRECISION,
+    loss_and_gradients,
+    recipe,
+    training_samples,
+)
 
 from selfteach.runtime.run_folder import RunFolder, result_of
 from selfteach.trainer import step
@@ -16,57 +23,59 @@ from selfteach.trainer.loop import run_to_end
 pytestmark = pytest.mark.gpu
 
 FLOAT32 = 2e-4
-"""Of a gradient's largest entry: sums of a few thousand float32 in another order."""
+"""Tolerance relative to a gradient's largest entry: float32 sums in another order."""
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_loss_and_gradient_are_the_processors(arm: str, device: str) -> None:
-    here, there = (build(recipe(where, ARMS[arm])) for where in ("cpu", device))
-    for name, weight in here.components.policy.trainable.items():
-        assert torch.equal(there.components.policy.trainable[name].cpu(), weight), name
-        assert there.components.policy.trainable[name].device.type == device
-    samples = lessons_of(here)
-    if there.components.policy.has_adapters:  # a B of zeros would leave A without a gradient
-        for name, weight in here.components.policy.trainable.items():
+def test_loss_and_gradient_equal_those_on_a_cpu(arm: str, device: str) -> None:
+    on_cpu, on_device = (build(recipe(where, ARMS[arm])) for where in ("cpu", device))
+    for name, weight in on_cpu.components.policy.trainable.items():
+        assert torch.equal(on_device.components.policy.trainable[name].cpu(), weight), name
+        assert on_device.components.policy.trainable[name].device.type == device
+    samples = training_samples(on_cpu)
+    if on_device.components.policy.has_adapters:  # a B of zeros would leave A without a gradient
+        for name, weight in on_cpu.components.policy.trainable.items():
             torch.nn.init.normal_(weight, 0.0, 0.05)
-            there.components.policy.trainable[name].data.copy_(weight)
-    loss, gradients, said = learned(here, samples)
-    own_loss, own_gradients, own_said = learned(there, samples)
-    assert own_loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
-    assert own_gradients.keys() == gradients.keys()
+            on_device.components.policy.trainable[name].data.copy_(weight)
+    loss, gradients, stats = loss_and_gradients(on_cpu, samples)
+    device_loss, device_gradients, device_stats = loss_and_gradients(on_device, samples)
+    assert device_loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    assert device_gradients.keys() == gradients.keys()
     largest = max(float(g.abs().max()) for g in gradients.values())
     assert largest > 1e-6
     for name, expected in gradients.items():
-        apart = float((own_gradients[name] - expected).abs().max())
-        assert apart <= FLOAT32 * largest, name
-    for told, expected in zip(own_said, said, strict=True):
-        torch.testing.assert_close(told["logp"].cpu(), expected["logp"].cpu(), rtol=1e-4, atol=1e-4)
+        difference = float((device_gradients[name] - expected).abs().max())
+        assert difference <= FLOAT32 * largest, name
+    for ours, expected in zip(device_stats, stats, strict=True):
+        torch.testing.assert_close(ours["logp"].cpu(), expected["logp"].cpu(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("arm", ["grpo", "reference", "step_aligned", "lora"])
-def test_an_update_moves_the_weights_as_on_the_processor(arm: str, device: str) -> None:
+def test_an_update_changes_the_weights_as_on_a_cpu(arm: str, device: str) -> None:
     """AdamW's first step is about the sign of each gradient: entries near 0 may go either way."""
-    here, there = (build(recipe(where, ARMS[arm])) for where in ("cpu", device))
-    samples = lessons_of(here)
-    before = {n: w.detach().clone() for n, w in here.components.policy.trainable.items()}
-    said, own = (step.learn(built.components, samples) for built in (here, there))
+    on_cpu, on_device = (build(recipe(where, ARMS[arm])) for where in ("cpu", device))
+    samples = training_samples(on_cpu)
+    before = {n: w.detach().clone() for n, w in on_cpu.components.policy.trainable.items()}
+    cpu_metrics, device_metrics = (
+        step.learn(built.components, samples) for built in (on_cpu, on_device)
+    )
     for name in ("loss", "grad_norm", "lr", "clip_fraction", "tokens_trained"):
-        assert own[name] == pytest.approx(said[name], rel=1e-3, abs=1e-6), name
-    apart = moved = entries = 0.0
-    for name, weight in here.components.policy.trainable.items():
-        other = there.components.policy.trainable[name].detach().cpu()
-        apart += float((other - weight.detach()).abs().gt(0.1 * said["lr"]).sum())
+        assert device_metrics[name] == pytest.approx(cpu_metrics[name], rel=1e-3, abs=1e-6), name
+    difference = moved = entries = 0.0
+    for name, weight in on_cpu.components.policy.trainable.items():
+        other = on_device.components.policy.trainable[name].detach().cpu()
+        difference += float((other - weight.detach()).abs().gt(0.1 * cpu_metrics["lr"]).sum())
         moved += float((weight.detach() - before[name]).abs().sum())
         entries += weight.numel()
-    assert moved > 0 and apart < 0.01 * entries
+    assert moved > 0 and difference < 0.01 * entries
 
 
 @pytest.mark.parametrize(
     "arm", ["grpo", "reference", "step_aligned", "ema", "trust region", "lora"]
 )
-def test_a_run_goes_through(arm: str, device: str, tmp_path: Path) -> None:
-    asked = recipe(device, ARMS[arm])
-    run_to_end(asked, tmp_path)
+def test_a_run_completes(arm: str, device: str, tmp_path: Path) -> None:
+    run_recipe = recipe(device, ARMS[arm])
+    run_to_end(run_recipe, tmp_path)
     rows = RunFolder(tmp_path).metrics()
     steps = [row for row in rows if row["kind"] == "step"]
     assert [row["step"] for row in steps] == [1, 2, 3]
@@ -78,39 +87,42 @@ def test_a_run_goes_through(arm: str, device: str, tmp_path: Path) -> None:
     assert list((tmp_path / "model").glob("*model.safetensors"))
 
 
-@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("precision", LOW_PRECISION)
 @pytest.mark.parametrize("arm", ["grpo, penalty", "step_aligned", "ema", "trust region"])
-def test_half_precision_is_near_the_processors_float32(half: str, arm: str, device: str) -> None:
+def test_low_precision_is_near_float32_on_a_cpu(precision: str, arm: str, device: str) -> None:
     exact = build(recipe("cpu", ARMS[arm]))
-    there = build(recipe(device, ARMS[arm], HALF[half]))
-    samples = lessons_of(exact)
-    loss, gradients, _ = learned(exact, samples)
-    own_loss, own, _ = learned(there, samples)
-    if "lora" in half:  # other weights train: only that it is a gradient
-        assert own and all(torch.isfinite(g).all() for g in own.values())
+    on_device = build(recipe(device, ARMS[arm], LOW_PRECISION[precision]))
+    samples = training_samples(exact)
+    loss, gradients, _ = loss_and_gradients(exact, samples)
+    device_loss, device_gradients, _ = loss_and_gradients(on_device, samples)
+    if "lora" in precision:  # other weights train: only that it is a gradient
+        assert device_gradients
+        assert all(torch.isfinite(g).all() for g in device_gradients.values())
     else:
-        pairs = [(own[name].float().flatten(), g.flatten()) for name, g in gradients.items()]
+        pairs = [
+            (device_gradients[name].float().flatten(), g.flatten()) for name, g in gradients.items()
+        ]
         a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
         assert torch.cosine_similarity(a, b, dim=0) > 0.95
-    assert own_loss == pytest.approx(loss, rel=0.1, abs=0.02)
+    assert device_loss == pytest.approx(loss, rel=0.1, abs=0.02)
 
 
-@pytest.mark.parametrize("half", HALF)
-def test_a_run_in_half_precision_goes_through(half: str, device: str, tmp_path: Path) -> None:
-    run_to_end(recipe(device, ALIGNED, HALF[half]), tmp_path)
+@pytest.mark.parametrize("precision", LOW_PRECISION)
+def test_a_run_in_low_precision_completes(precision: str, device: str, tmp_path: Path) -> None:
+    run_to_end(recipe(device, ALIGNED, LOW_PRECISION[precision]), tmp_path)
     steps = [row for row in RunFolder(tmp_path).metrics() if row["kind"] == "step"]
     assert len(steps) == 3 and all(row["grad_norm"] > 0 for row in steps)
     assert all(row["mismatch_mean"] < 0.05 for row in steps)
 
 
-def test_sampling_beside_learning_goes_through(device: str, tmp_path: Path) -> None:
-    """A copy of the weights answers in a thread of its own while the policy learns."""
-    beside = {
+def test_a_run_that_samples_while_it_trains_completes(device: str, tmp_path: Path) -> None:
+    """A copy of the weights samples in another thread while the policy trains."""
+    change = {
         "sampling": {"separate_copy": True},
         "train": {"staleness": 1},
         "objective": {"importance_cap": 2.0},
     }
-    run_to_end(recipe(device, ALIGNED, beside), tmp_path)
+    run_to_end(recipe(device, ALIGNED, change), tmp_path)
     steps = [row for row in RunFolder(tmp_path).metrics() if row["kind"] == "step"]
     assert len(steps) == 3 and steps[0]["mismatch_max"] < 1e-3
-    assert steps[2]["mismatch_max"] > 0, "answers of older weights"
+    assert steps[2]["mismatch_max"] > 0, "rollouts of older weights"

@@ -1,6 +1,6 @@
-"""Work in a process of its own that a test may kill, forked: torch is imported already.
+"""Runs a function in a forked process that a test may kill: torch is imported already.
 
-A kill does not ask how its process began. That commands answer as they should is tested with real ones.
+A kill is the same for a forked process and a new one. Other tests start commands as real processes.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-PATIENCE_S = 120
+TIMEOUT_S = 120
 
 
-def killed(until: Callable[[], object], work: Callable[..., Any], *args: Any) -> None:
-    """Begin ``work(*args)`` and send SIGKILL as soon as ``until`` is true."""
-    process = begun(until, work, *args)
+def kill_when(condition: Callable[[], object], work: Callable[..., Any], *args: Any) -> None:
+    """Start ``work(*args)`` and send SIGKILL as soon as ``condition()`` is true."""
+    process = run_until(condition, work, *args)
     process.kill()
     process.join()
 
 
-def begun(until: Callable[[], object], work: Callable[..., Any], *args: Any) -> BaseProcess:
-    """The process of ``work(*args)``, as soon as ``until`` is true; fails if it has ended before."""
+def run_until(condition: Callable[[], object], work: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Return the process of ``work(*args)`` once ``condition()`` is true; fail if it ends before."""
     process = multiprocessing.get_context("fork").Process(target=work, args=args)
     process.start()
-    deadline = time.monotonic() + PATIENCE_S
-    while not until():
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
         if time.monotonic() > deadline or not process.is_alive():
             process.kill()
-            raise AssertionError(f"ended too early, or never came so far ({process.exitcode})")
+            raise AssertionError(
+                f"ended too early, or did not get there in time ({process.exitcode})"
+            )
         time.sleep(0.002)
     return process

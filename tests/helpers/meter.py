@@ -1,4 +1,4 @@
-"""What a vLLM server counts, read from its own page of metrics."""
+"""Reads a vLLM server's counters from its /metrics page."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ SAMPLE = re.compile(r"^vllm:(\w+)(?:\{[^}]*\})? ([\d.e+-]+)$", re.MULTILINE)
 
 
 class Meter:
-    """Counters since this meter was made, or since the server was started."""
+    """Reads counters since this meter was made, or since the server was started."""
 
     def __init__(self, address: str, *, since_start: bool = False) -> None:
         self._address = address
         self._before = {} if since_start else self._read()
 
     def count(self, name: str) -> int:
-        """How much a counter has grown."""
+        """Return how much a counter has grown."""
         return round(self.now(name) - self._before.get(name, 0.0))
 
     def now(self, name: str) -> float:
-        """A gauge or counter as it stands."""
+        """Return the present value of a gauge or counter."""
         return self._read()[name]
 
     @property
-    def answered(self) -> int:
-        """Requests that got a whole reply, cut at their token limit or not."""
+    def completed(self) -> int:
+        """Requests that got a complete reply, cut at the token limit or not."""
         return self.count("request_success_total")
 
     def _read(self) -> dict[str, float]:

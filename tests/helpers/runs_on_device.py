@@ -1,4 +1,4 @@
-"""Small runs on a device, and a step's loss and gradient as it comes to them."""
+"""Small runs on a device, and the loss and gradient of one step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUN: dict[str, Any] = {
     "evaluation": {"every": 3, "validation_k": 2, "test_k": 2},
 }  # fmt: skip
 EASY: dict[str, Any] = {"model": {"path": "lab:easy"}}
-"""Whose answers are right now and then: rewards differ."""
+"""A model that is correct now and then: rewards differ."""
 GRPO: dict[str, Any] = {**EASY, "objective": {"type": "grpo"}}
 REFERENCE: dict[str, Any] = {"context": {"type": "reference"}}
 ALIGNED: dict[str, Any] = {"critic": {"type": "oracle"}, "context": {"type": "step_aligned"}}
@@ -49,7 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "objective": {"type": "hybrid", "weight": {"start": 0.5, "end": 0.5}},
     },
 }
-HALF: dict[str, dict[str, Any]] = {
+LOW_PRECISION: dict[str, dict[str, Any]] = {
     "autocast": {"model": {"autocast": "bfloat16"}},
     "weights": {"model": {"weights_dtype": "bfloat16"}},
     "autocast, lora": {"model": {"autocast": "bfloat16", "lora": {"rank": 4, "alpha": 8}}},
@@ -64,8 +64,8 @@ def recipe(device: str, *changes: Mapping[str, Any]) -> Recipe:
     return validate(Recipe, values, where="test")
 
 
-def lessons_of(built: Built) -> list[TrainingSample]:
-    """A first step's answers, marked and with contexts. Every other answer counts as right, so that
+def training_samples(built: Built) -> list[TrainingSample]:
+    """Return the training samples of a first step. Every other rollout counts as correct, so that
     rewards differ in each group."""
     components = built.components
     rollouts = components.engine.generate(built.task.problems("train")[:4], components.sampling)
@@ -76,10 +76,10 @@ def lessons_of(built: Built) -> list[TrainingSample]:
     return step.build_samples(components, critiqued)
 
 
-def learned(
+def loss_and_gradients(
     built: Built, samples: list[TrainingSample]
 ) -> tuple[float, dict[str, Tensor], list[Any]]:
-    """Loss, gradients and what was said of tokens, as `step.learn` comes to them."""
+    """Return loss, gradients and per-token statistics, as `step.learn` computes them."""
     components = built.components
     token_weights = components.objective.token_weights(
         samples, components.objective.denominators(samples), 0
@@ -90,14 +90,16 @@ def learned(
         pad_id=components.pad_id,
         micro_batch_tokens=components.micro_batch_tokens,
     )
-    said = [step._backward(components, batch.to(components.policy.device)) for batch in batches]
-    assert len(said) == len(batches) > 0
-    for told in said:
-        assert all(value.device.type == components.policy.device.type for value in told.values())
+    stats = [step._backward(components, batch.to(components.policy.device)) for batch in batches]
+    assert len(stats) == len(batches) > 0
+    for batch_stats in stats:
+        assert all(
+            value.device.type == components.policy.device.type for value in batch_stats.values()
+        )
     gradients = {
         name: weight.grad.detach().cpu()
         for name, weight in components.policy.trainable.items()
         if weight.grad is not None
     }
     components.policy.optimizer.zero_grad(set_to_none=True)
-    return sum(told["total"].sum().item() for told in said), gradients, said
+    return sum(batch["total"].sum().item() for batch in stats), gradients, stats

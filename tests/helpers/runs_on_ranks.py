@@ -1,4 +1,4 @@
-"""Runs in float64 on two ranks that are compared with one process, and what may happen to them."""
+"""Runs in float64 on ranks, to be compared with one process; and faults to inject into them."""
 
 from __future__ import annotations
 
@@ -37,26 +37,28 @@ RUN = {
 }  # fmt: skip
 SHARDED = {"distributed": {"shard": "full", "timeout_seconds": 60}}
 TOLERANCE = 1e-6
-"""Of weights, after four updates: Llama's norms are in float32 whatever the weights are, and ranks that
-hold other samples fold them otherwise (`branches`)."""
+"""Of weights, after four updates: Llama's norms are in float32 whatever the weights are, and ranks with
+other samples share other prefixes (`tree_attention`)."""
 
 
 def recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate(merge(RUN, changes))
 
 
-def _before_learning(monkeypatched: Callable[[int], None]) -> None:
+def _before_learning(hook: Callable[[int], None]) -> None:
     """Call a function with the number of the step before each `step.learn`."""
     learn, steps = step.learn, itertools.count(1)
 
     def learning(*args: Any) -> Any:
-        monkeypatched(next(steps))
+        hook(next(steps))
         return learn(*args)
 
     step.learn = learning
 
 
-def until_a_rank_ends(recipe: Recipe, folder: Path) -> str:
+def run_until_a_rank_dies(recipe: Recipe, folder: Path) -> str:
+    """End the second rank in step 3; return the error of the others."""
+
     def die(number: int) -> None:
         if number == 3 and torchrun.rank() == 1:
             os._exit(9)
@@ -67,8 +69,8 @@ def until_a_rank_ends(recipe: Recipe, folder: Path) -> str:
     return str(caught.value)
 
 
-def until_told_to_end(recipe: Recipe, folder: Path) -> str:
-    """The second rank gets SIGTERM while it trains in step 2."""
+def run_until_sigterm(recipe: Recipe, folder: Path) -> str:
+    """Send SIGTERM to the second rank while it trains in step 2."""
 
     def terminate(number: int) -> None:
         if number == 2 and torchrun.rank() == 1:
@@ -80,12 +82,13 @@ def until_told_to_end(recipe: Recipe, folder: Path) -> str:
     return "ended"
 
 
-def rows_seen(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+def train_rows(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """Train, and return the rows of metrics that this rank yields."""
     return list(train(recipe, folder))
 
 
 def assert_same_weights(ours: Path, theirs: Path) -> None:
-    """Of the exported models, within the tolerance."""
+    """Compare the exported models, within the tolerance."""
     (name,) = {path.name for path in (theirs / "model").glob("*model.safetensors")}
     a, b = (load_file(folder / "model" / name) for folder in (ours, theirs))
     assert a.keys() == b.keys()
@@ -94,22 +97,22 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
 
 
 def assert_same_run(ours: Path, theirs: Path, *, step: int = 4) -> None:
-    """Weights, evaluation and metrics, but for the seconds."""
+    """Compare weights, evaluation and metrics, but for times."""
     assert_same_weights(ours, theirs)
     assert evaluation_of(ours, "test", step) == evaluation_of(theirs, "test", step)
     for row, other in zip(RunFolder(ours).metrics(), RunFolder(theirs).metrics(), strict=True):
         for name in (row.keys() | other.keys()) - {"ranks", "kind"}:
             if not name.startswith(("time/", "active_", "waiting", "overlap")):
                 assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
-    own, other = result_of(ours)["budget"], result_of(theirs)["budget"]
-    assert {**own, "seconds": 0} == {**other, "seconds": 0}
+    our_budget, their_budget = result_of(ours)["budget"], result_of(theirs)["budget"]
+    assert {**our_budget, "seconds": 0} == {**their_budget, "seconds": 0}
 
 
 def in_double() -> Any:
-    """The body of a fixture under which all models are in float64."""
+    """Load all models in float64: the body of a fixture."""
     loaded = building.load_model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "load_model", lambda *told: loaded(*told).double())
+        patch.setattr(building, "load_model", lambda *args: loaded(*args).double())
         torch.set_default_dtype(torch.float64)
         yield
         torch.set_default_dtype(torch.float32)

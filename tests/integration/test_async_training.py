@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import begun, killed
+from forked import kill_when, run_until
 from safetensors.torch import load_file
 from scripted_critic import oracle_critique
 from scripted_server import refuses, says, serving
@@ -124,7 +124,7 @@ def started(folder: Path, until: str) -> subprocess.Popen[str]:
 )
 def test_kill_9_with_steps_under_way(moment: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    killed((folder / moment).exists, run_to_end, recipe(), folder)
+    kill_when((folder / moment).exists, run_to_end, recipe(), folder)
     written = {p: p.stat().st_mtime_ns for p in folder.glob("rollouts/*.jsonl")}
     run_to_end(recipe(), folder)
     assert_same(whole, folder)
@@ -146,7 +146,7 @@ def test_sigterm_saves_what_was_learned_and_says_so(whole: Path, tmp_path: Path)
 
 def test_answers_that_cannot_be_written_again_are_not_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    killed((folder / "checkpoints" / "step_000004").exists, run_to_end, recipe(), folder)
+    kill_when((folder / "checkpoints" / "step_000004").exists, run_to_end, recipe(), folder)
     (folder / "rollouts" / "step_000005.000.jsonl").unlink()
     with pytest.raises(CheckpointError, match=r"step_000005\.000\.jsonl is missing"):
         run_to_end(recipe(), folder)
@@ -231,7 +231,7 @@ def test_a_critic_that_is_gone_for_a_while_is_waited_for(
 def test_two_runs_started_on_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfteach.runtime.run_folder.LOCK_PATIENCE_S", 0.2)
     first = tmp_path / "run" / "rollouts" / "step_000001.000.jsonl"
-    process = begun(first.exists, run_to_end, recipe(), tmp_path / "run")
+    process = run_until(first.exists, run_to_end, recipe(), tmp_path / "run")
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     try:

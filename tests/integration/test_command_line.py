@@ -21,7 +21,7 @@ from selfteach import cli
 from selfteach.commands.study.jobs import run_jobs
 from selfteach.commands.study.run_study import jobs_of
 from selfteach.config.recipe_file import BASE, load_study
-from selfteach.runtime.provenance import processor
+from selfteach.runtime.provenance import cpu_capability
 from selfteach.runtime.run_folder import RunFolder
 
 RECIPE = """
@@ -140,7 +140,7 @@ def test_a_study_from_recipe_to_report(
     assert after["arms"] == json.loads(before)["arms"]
     assert (out / "inspection" / "tokens.parquet").stat().st_mtime_ns == scored_at
     assert after["made"]["seconds"] > json.loads(before)["made"]["seconds"], "seconds accumulate"
-    assert after["made"]["processor"] == processor()
+    assert after["made"]["processor"] == cpu_capability()
     capsys.readouterr()
     assert call(monkeypatch, "watch", out, "--once") == 0
     watched = capsys.readouterr().out

@@ -13,7 +13,7 @@ from selfteach.analysis.run_data import read_run
 from selfteach.commands.actions import load
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
-from selfteach.runtime.provenance import processor
+from selfteach.runtime.provenance import cpu_capability
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.loop import run_to_end
 
@@ -56,12 +56,12 @@ def test_it_resumes_to_the_same_end_bit_for_bit(folder: Path) -> None:
     theirs = load_file(END / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     # Another CPU's vector instructions round otherwise.
-    tolerance = 0.0 if processor() == made_on else 1e-4
+    tolerance = 0.0 if cpu_capability() == made_on else 1e-4
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=tolerance)
     assert (folder / "answers" / "step_000003.000.jsonl").read_bytes() == sampled
     assert not (folder / "rollouts").exists(), "new rollouts stand beside the old ones"
-    if processor() == made_on:
+    if cpu_capability() == made_on:
         test = json.loads((folder / "evaluations" / "test_000004.json").read_text())
         assert test == json.loads((END / "test_000004.json").read_text())
         budget = json.loads((folder / "result.json").read_text())["budget"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import killed
+from forked import kill_when
 from same_run import assert_same
 from scripted_critic import oracle_critique
 from scripted_server import Behaviour, Server, cuts, raw, refuses, says, serving, stalls
@@ -237,7 +237,7 @@ def test_a_trainer_killed_while_it_waits_requests_only_the_rest(
 
     with serving(answers_three) as server:
         config = served(server.url, cache, concurrency=1)
-        killed(lambda: len(server.requests) >= 4, run_to_end, config, folder)
+        kill_when(lambda: len(server.requests) >= 4, run_to_end, config, folder)
         gone.set()
         paid = [json.dumps(body["messages"]) for body in server.requests[:3]]
         assert cached_replies(cache) == 3 and not (folder / "samples").exists()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from forked import killed
+from forked import kill_when
 
 from selfteach import cli
 from selfteach.commands.select import selection
@@ -110,7 +110,7 @@ def test_a_killed_selection_resumes_without_sampling_again(
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     samples = out / "samples" / "step_000000.jsonl"
-    killed(samples.exists, call, monkeypatch, "select", recipe, "--out", out)
+    kill_when(samples.exists, call, monkeypatch, "select", recipe, "--out", out)
     assert not (out / "card.json").exists()
     on_disk = {p: p.stat().st_mtime_ns for p in out.glob("rollouts/*.jsonl")}
     assert call(monkeypatch, "resume", out) == 0

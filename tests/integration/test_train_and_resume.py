@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import killed
+from forked import kill_when
 from safetensors.torch import load_file
 
 from selfteach.config.recipe import Recipe
@@ -157,7 +157,7 @@ MOMENTS = [
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_and_resume(moment: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    killed((folder / moment).exists, run_to_end, recipe(), folder)
+    kill_when((folder / moment).exists, run_to_end, recipe(), folder)
     on_disk = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("rollouts/*.jsonl")}
     assert on_disk
     run_to_end(recipe(), folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from scripted_vllm import Vllm, serving
+from scripted_vllm import ScriptedVllm, serving
 
 from selfteach import cli
 from selfteach.config.recipe import Recipe
@@ -34,14 +34,14 @@ RUN: dict[str, Any] = {
 
 
 @pytest.fixture
-def server() -> Iterator[Vllm]:
+def server() -> Iterator[ScriptedVllm]:
     built = build(validate(Recipe, merge(RUN, {"train": {"steps": 0}})))
     model = built.components.policy.model
     with serving(model, built.tokenizer) as server:  # type: ignore[arg-type]
         yield server
 
 
-def recipe(server: Vllm) -> Recipe:
+def recipe(server: ScriptedVllm) -> Recipe:
     own = {
         "type": "vllm_server", "url": server.url, "model": "tiny", "tolerance": 1e-3,
         "concurrency": 1, "patience_seconds": 0.0,
@@ -74,7 +74,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def test_a_run_samples_and_evaluates_with_the_weights_of_each_step(
-    server: Vllm, tmp_path: Path
+    server: ScriptedVllm, tmp_path: Path
 ) -> None:
     run_to_end(recipe(server), tmp_path / "run")
     kept = answers(tmp_path / "run")
@@ -90,7 +90,7 @@ def test_a_run_samples_and_evaluates_with_the_weights_of_each_step(
         assert 0 < row["importance_ratio_capped"] <= 1
 
 
-def test_a_served_engine_samples_beside_learning(server: Vllm, tmp_path: Path) -> None:
+def test_a_served_engine_samples_beside_learning(server: ScriptedVllm, tmp_path: Path) -> None:
     later = {"train": {"steps": 4, "staleness": 1}, "data": {"train": 8}}
     stale = validate(Recipe, merge(recipe(server).model_dump(), later))
     assert (
@@ -108,7 +108,7 @@ def test_a_served_engine_samples_beside_learning(server: Vllm, tmp_path: Path) -
 
 
 def test_a_stale_engine_ends_the_run_before_anything_is_trained_on_it(
-    server: Vllm, tmp_path: Path
+    server: ScriptedVllm, tmp_path: Path
 ) -> None:
     wanted = tmp_path / "wanted"
     run_to_end(recipe(server), wanted)
@@ -126,7 +126,7 @@ def test_a_stale_engine_ends_the_run_before_anything_is_trained_on_it(
 
 
 def test_an_engine_that_dies_is_said_in_one_line_and_resume_goes_on(
-    server: Vllm,
+    server: ScriptedVllm,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -135,13 +135,13 @@ def test_an_engine_that_dies_is_said_in_one_line_and_resume_goes_on(
     run_to_end(recipe(server), wanted)
     server.restart()
     server.dies_after = 1 + 4 + 3  # an evaluation, a step, and most of the next
-    with pytest.raises(EngineError, match="is gone"):
+    with pytest.raises(EngineError, match="is unavailable"):
         run_to_end(recipe(server), run)
     assert [row["step"] for row in steps(run)] == [1]
     capsys.readouterr()
     assert command(monkeypatch, "resume", run) == 2
     said = capsys.readouterr().err.strip()
-    assert "nobody answers at http://127.0.0.1" in said and "\n" not in said
+    assert "no server replies at http://127.0.0.1" in said and "\n" not in said
     server.dies_after = None
     server.restart()
     assert command(monkeypatch, "resume", run) == 0
@@ -150,7 +150,7 @@ def test_an_engine_that_dies_is_said_in_one_line_and_resume_goes_on(
 
 
 def test_check_asks_the_engine_once(
-    server: Vllm,
+    server: ScriptedVllm,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

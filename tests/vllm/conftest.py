@@ -1,4 +1,4 @@
-"""One real server for all tests of this folder: vLLM on the CPU, serving SmolLM2."""
+"""Runs one real server for the tests of this folder: vLLM on the CPU, serving SmolLM2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import vllm_server
 from vllm_server import Server
 
 SHARED: list[Server] = []
-"""The server of most tests, once there is one."""
+"""The server of most tests, once it has started."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,16 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Prints a line past pytest's capture."""
+def print_line(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Return a function that prints a line past pytest's capture."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
-    def print_line(line: str) -> None:
+    def write(line: str) -> None:
         with capture.global_and_fixture_disabled():
             sys.stdout.write(f"\n{line}\n")
             sys.stdout.flush()
 
-    return print_line
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -45,22 +45,22 @@ def installed() -> None:
 
 
 @pytest.fixture(scope="session")
-def started(installed: None, say: Callable[[str], None]) -> Iterator[Server]:
-    with vllm_server.serving(say=say) as server:
+def started(installed: None, print_line: Callable[[str], None]) -> Iterator[Server]:
+    with vllm_server.serving(log=print_line) as server:
         SHARED.append(server)
         yield server
 
 
 @pytest.fixture(scope="module")
-def alone(installed: None) -> None:
-    """No other server runs: there is memory, and a core, for one."""
+def no_shared_server(installed: None) -> None:
+    """Stop the shared server: there is memory, and a core, for one."""
     for server in SHARED:
         server.stop()
 
 
 @pytest.fixture
 def server(started: Server) -> Server:
-    """The server, started again if a test has killed it and failed."""
+    """Return the shared server, started again if a test has killed it and failed."""
     if not started.running:
         started.start()
     return started
@@ -68,5 +68,5 @@ def server(started: Server) -> Server:
 
 @pytest.fixture
 def meter(server: Server) -> Meter:
-    """What the server itself has counted since the test began."""
+    """Return the server's own counters since the test began."""
     return Meter(server.address)

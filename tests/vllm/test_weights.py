@@ -1,4 +1,4 @@
-"""A real server as the engine: same weights, same log-probabilities, update after update."""
+"""A real server as the engine: the trainer's weights and logprobs after every update."""
 
 from __future__ import annotations
 
@@ -51,28 +51,28 @@ LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"
 
 
 @pytest.fixture(scope="module")
-def engine(alone: None, say: Callable[[str], None]) -> Iterator[Server]:
-    with vllm_server.serving(say=say, engine=True) as server:
+def engine(no_shared_server: None, print_line: Callable[[str], None]) -> Iterator[Server]:
+    with vllm_server.serving(log=print_line, engine=True) as server:
         yield server
 
 
 def recipe(server: Server, more: dict[str, Any] | None = None) -> Recipe:
-    own = {
+    section = {
         "type": "vllm_server", "url": server.address, "model": vllm_server.NAME,
         "tolerance": TOLERANCE, "patience_seconds": 900.0, "concurrency": 4,
     }  # fmt: skip
-    return validate(Recipe, merge(merge(SMALL, {"engine": own}), more or {}), where="test")
+    return validate(Recipe, merge(merge(SMALL, {"engine": section}), more or {}), where="test")
 
 
 def mismatch(built: Built, rollouts: list[Rollout]) -> float:
-    """Largest difference of log-probabilities, trainer against engine, in nats."""
+    """Return the largest difference of log-probabilities, trainer against engine, in nats."""
     worst = 0.0
     for rollout in rollouts:
         side = sequences([rollout.prompt_ids], [rollout.token_ids], 0)
         with torch.no_grad():
             logits = built.components.policy.score(side).logits(slice(None))
-        own = token_logp(logits, torch.tensor(rollout.token_ids), TEMPERATURE)
-        worst = max(worst, (own - torch.tensor(rollout.logps)).abs().max().item())
+        trainer = token_logp(logits, torch.tensor(rollout.token_ids), TEMPERATURE)
+        worst = max(worst, (trainer - torch.tensor(rollout.logps)).abs().max().item())
     return worst
 
 
@@ -82,14 +82,14 @@ def move(built: Built, by: float) -> None:
             weight.add_(torch.randn_like(weight) * by)
 
 
-# Adapters first: they stand on the weights that the server was started with.
+# Adapters first: they need the weights that the server was started with.
 @pytest.mark.parametrize(("more", "by"), [(LORA, 0.05), ({}, 0.01)], ids=["lora", "full"])
 def test_trainer_and_engine_agree_before_and_after_updates(
-    engine: Server, more: dict[str, Any], by: float, say: Callable[[str], None]
+    engine: Server, more: dict[str, Any], by: float, print_line: Callable[[str], None]
 ) -> None:
-    wanted = recipe(engine, more)
-    require_engine(wanted)
-    built = build(wanted)
+    run_recipe = recipe(engine, more)
+    require_engine(run_recipe)
+    built = build(run_recipe)
     policy, problems = built.components.policy, built.task.train[:2]
     before: list[Rollout] = []
     for version in range(3):
@@ -97,10 +97,12 @@ def test_trainer_and_engine_agree_before_and_after_updates(
         built.components.engine.load_weights(policy.trainable.items(), version)
         loaded = time.monotonic() - started
         rollouts = built.components.engine.generate(problems, SAMPLING)
-        apart = mismatch(built, rollouts)
-        say(f"version {version}: {apart:.1e} nats apart, weights taken in {loaded:.1f} s")
-        assert apart < TOLERANCE
-        if before:  # and the old answers are far from the new weights: the update was one
+        difference = mismatch(built, rollouts)
+        print_line(
+            f"version {version}: difference {difference:.1e} nats, weights loaded in {loaded:.1f} s"
+        )
+        assert difference < TOLERANCE
+        if before:  # the old rollouts are far from the new weights: the update changed them
             assert mismatch(built, before) > 10 * TOLERANCE
         again = built.components.engine.generate(problems, SAMPLING)
         assert [r.token_ids for r in again] == [r.token_ids for r in rollouts]
@@ -108,12 +110,14 @@ def test_trainer_and_engine_agree_before_and_after_updates(
         move(built, by)
 
 
-def test_a_run_of_two_steps(engine: Server, tmp_path: Path, say: Callable[[str], None]) -> None:
+def test_a_run_of_two_steps(
+    engine: Server, tmp_path: Path, print_line: Callable[[str], None]
+) -> None:
     run_to_end(recipe(engine), tmp_path / "run")
     rows = [row for row in RunFolder(tmp_path / "run").metrics() if row["kind"] == "step"]
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
-        say(
+        print_line(
             f"step {row['step']}: mismatch mean {row['mismatch_mean']:.1e}, "
             f"max {row['mismatch_max']:.1e}, KL {row['mismatch_kl']:.1e}"
         )
@@ -122,13 +126,13 @@ def test_a_run_of_two_steps(engine: Server, tmp_path: Path, say: Callable[[str],
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_it_samples_beside_learning(
-    ranks: int, engine: Server, tmp_path: Path, say: Callable[[str], None]
+def test_it_samples_while_the_trainer_trains(
+    ranks: int, engine: Server, tmp_path: Path, print_line: Callable[[str], None]
 ) -> None:
-    """While step t learns, step t + 1 is answered; on two ranks by torchrun's own command."""
-    late = {"train": {"steps": 3, "staleness": 1}, "sampling": {"batch_size": 2}}
+    """Step t + 1 is sampled while step t trains; two ranks are started by torchrun."""
+    stale = {"train": {"steps": 3, "staleness": 1}, "sampling": {"batch_size": 2}}
     run = tmp_path / "run"
-    RunFolder(run).create(recipe(engine, late).model_dump(mode="json"), {})
+    RunFolder(run).create(recipe(engine, stale).model_dump(mode="json"), {})
     started = [sys.executable, "-m"]
     if ranks > 1:
         started += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
@@ -141,11 +145,11 @@ def test_it_samples_beside_learning(
     rows = [row for row in RunFolder(run).metrics() if row["kind"] == "step"]
     assert [row.get("ranks", 1) for row in rows] == [ranks] * 3
     paths = sorted((run / "rollouts").glob("step_*.jsonl"))
-    said = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    assert [answer["policy_version"] for answer in said] == [0] * 8 + [1] * 4
+    rollouts = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    assert [rollout["policy_version"] for rollout in rollouts] == [0] * 8 + [1] * 4
     assert rows[0]["mismatch_max"] < TOLERANCE < rows[2]["mismatch_max"], "one update behind"
     overlaps = ", ".join(f"{row['overlap']:.2f}" for row in rows)
-    say(f"{ranks} ranks: {time.monotonic() - began:.0f} s, overlaps {overlaps}")
+    print_line(f"{ranks} ranks: {time.monotonic() - began:.0f} s, overlaps {overlaps}")
 
 
 def test_a_server_killed_in_a_batch_and_started_again_has_the_newest_weights(
@@ -156,15 +160,15 @@ def test_a_server_killed_in_a_batch_and_started_again_has_the_newest_weights(
     move(built, 0.002)
     built.components.engine.load_weights(policy.trainable.items(), 1)
     longer = Sampling(samples=2, temperature=TEMPERATURE, max_tokens=24, seed=5)
-    said: list[list[Rollout]] = []
+    results: list[list[Rollout]] = []
     batch = threading.Thread(
-        target=lambda: said.append(built.components.engine.generate(problems, longer))
+        target=lambda: results.append(built.components.engine.generate(problems, longer))
     )
     batch.start()
     time.sleep(2.0)
-    assert batch.is_alive(), "it is killed in the middle"
-    engine.stop(at_once=True)
+    assert batch.is_alive(), "the server is killed during the batch"
+    engine.stop(kill=True)
     engine.start()
     batch.join(timeout=900)
-    assert said and len(said[0]) == 8
-    assert mismatch(built, said[0]) < TOLERANCE
+    assert results and len(results[0]) == 8
+    assert mismatch(built, results[0]) < TOLERANCE

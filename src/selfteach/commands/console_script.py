@@ -14,7 +14,7 @@ from selfteach.analysis.terminal.sanitize import sanitized
 from selfteach.commands.notes import notes_on_stderr
 from selfteach.errors import RecipeError, SelfteachError, Terminated
 from selfteach.runtime import gc_pause, torchrun
-from selfteach.runtime.signals import STATUS
+from selfteach.runtime.signals import EXIT_STATUS
 
 MULTI_RANK_COMMANDS = ("train", "resume")
 """Commands that torchrun may start on several ranks."""
@@ -27,7 +27,7 @@ def run_console_script(app: typer.Typer) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
-    gc_pause.rest()
+    gc_pause.pause()
     with notes_on_stderr():
         _run_command(app)
 
@@ -59,7 +59,7 @@ def _run_command(app: typer.Typer) -> None:
 def _require_one_process() -> None:
     """Raise `RecipeError` under torchrun for a command that runs in one process."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    if torchrun.by_torchrun() and command not in MULTI_RANK_COMMANDS:
+    if torchrun.is_torchrun() and command not in MULTI_RANK_COMMANDS:
         raise RecipeError(
             f"selfteach {command} runs in one process: call it without torchrun, which is for "
             + " and ".join(MULTI_RANK_COMMANDS)
@@ -77,7 +77,7 @@ def _exit_at_once(message: str) -> NoReturn:
     sys.stderr.write(f"selfteach: {message}\n")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(STATUS)
+    os._exit(EXIT_STATUS)
 
 
 def _quiet_libraries() -> None:

@@ -11,7 +11,7 @@ from selfteach.config.recipe import CRITIC_CONTEXTS
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context
 from selfteach.runtime.seeds import hashed_rng
-from selfteach.types import ReplaceSteps, Critique, CritiquedRollout, CritiqueFailure
+from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, ReplaceSteps
 
 SHARED_TEMPLATE = {
     "shuffled_lines": "step_aligned",
@@ -137,7 +137,12 @@ class PartlyAlignedContext:
     def __init__(
         self, context: Context, replace_steps: ReplaceSteps, alignment: float, *, seed: int
     ) -> None:
-        self._context, self._replace_steps, self._alignment, self._seed = context, replace_steps, alignment, seed
+        self._context, self._replace_steps, self._alignment, self._seed = (
+            context,
+            replace_steps,
+            alignment,
+            seed,
+        )
 
     def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
         """Return the context of each rollout with its blended critique, or why it has none."""

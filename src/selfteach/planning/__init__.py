@@ -1,6 +1,7 @@
-"""How long a step would take on devices that are not here: arithmetic, then a simulation.
+"""Predict step time and memory on devices that are not here: arithmetic, then a simulation.
 
-`devices` knows the devices, `work` what a step is made of, `costs` what one device takes for it,
-`calibration` corrects that by what was measured, `pipeline` lets samplers, critics and trainers work
-side by side, `layout` shares devices out, `forecast` puts it together and `telling` says it.
+`devices` describes hardware, `workload` what a step consists of, `costs` how long one device takes;
+`calibration` fits these costs to measured steps, `pipeline` and `simulation` run samplers, critics and
+trainers concurrently, `layout` assigns devices to roles, `estimate` searches for the best layout, and
+`describe_plan` prints it. The simulation needs SimPy: ``pip install "selfteach[plan]"``.
 """

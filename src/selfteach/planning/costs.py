@@ -1,11 +1,13 @@
-"""What one device, or a group of them, takes for a step: the arithmetic of a roofline.
+"""Compute how long one device, or a group of them, takes for a step: roofline arithmetic.
 
 Operations count a multiplication and an addition as two. A token costs 2 operations per weight that it
-meets, forward, and attention to its past 2 A L per layer (A the width of all heads, L the length of the
-sequence; under causal attention a token sees half of it). Going back costs as much again for the
-inputs' gradients, and as much again for the weights' where they train. Only answer tokens meet the
-head. Generating is another matter: each pass writes one token per answer and has to read all weights,
-and the keys and values of all answers, from memory (Pope et al., arXiv:2211.05102).
+meets in the forward pass, and attention to its past 2 A L per layer (A the width of all heads, L the
+length of the sequence; under causal attention a token sees half of it). The backward pass costs as
+much again for the inputs' gradients, and as much again for the weights' where they train. Only rollout
+tokens meet the head. Generation is bound differently: each pass writes one token per rollout and has to
+read all weights, and the keys and values of all rollouts, from memory (Pope et al., arXiv:2211.05102).
+
+Shape suffixes: R rollouts, T trainers.
 """
 
 from __future__ import annotations
@@ -17,230 +19,236 @@ import numpy as np
 from selfteach.commands.check.memory import FLOAT
 from selfteach.models.architectures import Shape
 from selfteach.planning.devices import Device
-from selfteach.planning.workload import Work
+from selfteach.planning.workload import StepWork
 
 SERVED_BYTES = 2
-"""Of a weight, a key or a value in an engine: bfloat16."""
-MOVED_SHARE = 0.6
-"""Of the memory's bandwidth that AdamW has: assumed, and too little of a step to be measured."""
-MOMENTS_MOVED = 7
-"""Numbers that AdamW reads or writes per number that trains: weight, gradient, two moments; and all
-but the gradient back."""
+"""Bytes per weight, key or value in an engine: bfloat16."""
+OPTIMIZER_BANDWIDTH_SHARE = 0.6
+"""Share of the memory bandwidth that AdamW reaches: assumed, and too short to be measured."""
+ADAMW_NUMBERS_MOVED = 7
+"""Numbers that AdamW reads or writes per trained number: weight, gradient and two moments are read;
+all but the gradient are written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """How much of what a device could do is had. Assumptions, until a calibration replaces them."""
+    """Holds the share of a device's peak that is reached: assumptions, or calibrated values."""
 
     train_mfu: float = 0.40
-    """Share of the device's operations per second while learning."""
+    """Share of the device's operations per second in training."""
     prefill_mfu: float = 0.50
     decode_share: float = 0.60
-    """Share of the roofline, memory or operations, while generating."""
+    """Share of the roofline, memory or operations, in decoding."""
     link_share: float = 0.70
-    """Share of what links, network and host's memory could carry."""
+    """Share of the bandwidth of links, network and host memory."""
     pass_s: float = 0.003
-    """Of each pass of a vLLM engine beyond that: scheduling and sampling."""
+    """Further seconds per pass of a vLLM engine: scheduling and sampling."""
     layer_pass_s: float = 0.0009
-    """The same per layer of a model that transformers runs without a graph."""
+    """The same per layer of a model that transformers runs without a CUDA graph."""
     layer_micro_s: float = 0.003
-    """Per layer of a micro-batch forth and back: kernels are launched, whatever they do."""
+    """Seconds per layer of a micro-batch, forward and backward, to launch kernels."""
     hop_s: float = 1e-5
-    """Until a collective's first byte, per doubling of the devices."""
-    mark_s: float = 0.001
-    """A program's verdict and critique of one answer."""
-    line: tuple[float, float] | None = None
-    """Measured here: seconds of a pass, and of each answer in it; stands in for the roofline."""
+    """Seconds until a collective's first byte, per doubling of the devices."""
+    critique_s: float = 0.001
+    """Seconds of a program's verdict and critique of one rollout."""
+    sampling_fit: tuple[float, float] | None = None
+    """Measured here: seconds per pass, and per rollout in it; replaces the roofline of sampling."""
     measured: tuple[str, ...] = ()
     """Names of the fields that a calibration has set."""
 
 
 @dataclass(frozen=True, slots=True)
-class Decoding:
-    """What one replica of an engine takes to generate; seconds."""
+class DecodingCost:
+    """Computes the time that one replica of an engine takes to generate; in seconds."""
 
     fixed: float
-    """Of a pass."""
+    """Per pass."""
     weights: float
-    """To read the weights, once a pass."""
+    """To read the weights, once per pass."""
     per_context: float
     """To read one token's keys and values."""
     per_row: float
-    """For the operations of one answer's token."""
+    """For the operations of one rollout's token."""
     prefill: float
     """Per prompt token."""
     slots: int
-    """Answers at a time: as many as keys and values have room for."""
+    """Rollouts decoded at a time: as many as there is memory for keys and values."""
 
     def pass_seconds(self, rows: int | float, context: int | float) -> float:
-        """One token for each of ``rows`` answers that hold ``context`` tokens together."""
+        """Return the time of one token for each of ``rows`` rollouts with ``context`` tokens in all."""
         reading = self.weights + self.per_context * context
         return self.fixed + max(reading, self.per_row * rows)
 
-    def drain(self, answers_A: np.ndarray, context: int | float) -> float:
-        """All of these answers, begun together after ``context`` tokens each, without their prompts.
+    def decode_seconds(self, lengths_R: np.ndarray, context: int | float) -> float:
+        """Return the time to decode rollouts that start together after ``context`` tokens each.
 
-        Rows leave as they end, so that the last passes serve the longest answers alone. More answers
-        than slots are taken as rounds of equal lengths.
+        Prefill is not included. Rollouts leave as they end, so that the last passes serve the longest
+        alone. More rollouts than slots are treated as rounds of equal length distribution.
         """
-        if len(answers_A) > self.slots:
-            rounds = len(answers_A) / self.slots
-            some = np.sort(answers_A)[:: int(np.ceil(rounds))]
-            return self.drain(some, context) * rounds * len(some) / min(self.slots, len(some))
-        ends_A = np.sort(answers_A)
-        rows_A = len(ends_A) - np.arange(len(ends_A))
-        passes_A = np.diff(ends_A, prepend=0.0)
-        held_A = rows_A * (context + ends_A - passes_A / 2)
-        reading_A = self.weights + self.per_context * held_A
-        each_A = self.fixed + np.maximum(reading_A, self.per_row * rows_A)
-        return float((passes_A * each_A).sum())
+        if len(lengths_R) > self.slots:
+            rounds = len(lengths_R) / self.slots
+            subset = np.sort(lengths_R)[:: int(np.ceil(rounds))]
+            seconds = self.decode_seconds(subset, context)
+            return seconds * rounds * len(subset) / min(self.slots, len(subset))
+        ends_R = np.sort(lengths_R)
+        rows_R = len(ends_R) - np.arange(len(ends_R))
+        passes_R = np.diff(ends_R, prepend=0.0)
+        cached_R = rows_R * (context + ends_R - passes_R / 2)
+        reading_R = self.weights + self.per_context * cached_R
+        pass_R = self.fixed + np.maximum(reading_R, self.per_row * rows_R)
+        return float((passes_R * pass_R).sum())
 
 
 @dataclass(frozen=True, slots=True)
-class Learning:
-    """What a group of trainers takes for a step; seconds, operations, bytes."""
+class TrainingCost:
+    """Computes the time that a group of trainers takes for a step; in seconds and operations."""
 
-    work: Work
+    work: StepWork
     trainers: int
     rate: float
-    """Operations per second of one trainer, as they are had."""
+    """Operations per second that one trainer reaches."""
     per_micro: float
     gather: float
-    """Of a micro-batch: to collect weights and to reduce gradients."""
+    """Per micro-batch: to all-gather weights and reduce-scatter gradients."""
     optimizer: float
 
-    def seconds(self, answers_A: np.ndarray) -> float:
-        """A step over answers of these lengths, dealt out to the trainers in turn.
+    def seconds(self, lengths_R: np.ndarray) -> float:
+        """Return the time of a step over rollouts of these lengths, dealt to the trainers in turn.
 
-        All wait for the one with most to do; collecting weights goes on beside the arithmetic.
+        All trainers wait for the busiest; gathering weights overlaps with computing.
         """
-        work, ranks = self.work, np.arange(len(answers_A)) % self.trainers
-        tokens_R = np.bincount(ranks, micro_tokens(work, answers_A), self.trainers)
-        work_R = np.bincount(ranks, learn_flops(work, answers_A), self.trainers)
-        micro_R = np.ceil(tokens_R / work.load.learn_tokens)
-        computing = float((work_R / self.rate + micro_R * self.per_micro).max())
-        moving = float(micro_R.max()) * self.gather
-        return work.updates * (max(computing, moving) + self.optimizer)
+        work, ranks_R = self.work, np.arange(len(lengths_R)) % self.trainers
+        tokens_T = np.bincount(ranks_R, micro_batch_tokens(work, lengths_R), self.trainers)
+        flops_T = np.bincount(ranks_R, train_flops(work, lengths_R), self.trainers)
+        micro_T = np.ceil(tokens_T / work.load.learn_tokens)
+        computing = float((flops_T / self.rate + micro_T * self.per_micro).max())
+        communicating = float(micro_T.max()) * self.gather
+        return work.updates * (max(computing, communicating) + self.optimizer)
 
 
-def decoding(
-    shape: Shape, device: Device, have: Efficiency, *, group: int, slots: int, engine: str
-) -> Decoding:
-    """One replica over ``group`` devices that split every weight (tensor parallelism)."""
-    together = device.bandwidth * have.decode_share * group
-    fixed = have.pass_s if engine == "vllm" else have.layer_pass_s * shape.layers
-    if group > 1:  # two sums per layer over the group
-        fixed += 2 * shape.layers * have.hop_s * np.log2(group)
-    token = 2 * shape.layers * shape.keys * SERVED_BYTES
-    flops = 2 * (body(shape) + shape.vocabulary * shape.hidden)
-    decode = Decoding(
+def decoding_cost(
+    shape: Shape, device: Device, efficiency: Efficiency, *, group: int, slots: int, engine: str
+) -> DecodingCost:
+    """Return the cost of one replica over ``group`` devices (tensor parallelism)."""
+    bandwidth = device.bandwidth * efficiency.decode_share * group
+    fixed = efficiency.pass_s if engine == "vllm" else efficiency.layer_pass_s * shape.layers
+    if group > 1:  # two all-reduces per layer over the group
+        fixed += 2 * shape.layers * efficiency.hop_s * np.log2(group)
+    token_bytes = 2 * shape.layers * shape.keys * SERVED_BYTES
+    flops = 2 * (body_weights(shape) + shape.vocabulary * shape.hidden)
+    cost = DecodingCost(
         fixed=float(fixed),
-        weights=served_bytes(shape) / together,
-        per_context=token / together,
-        per_row=flops / (device.flops * have.decode_share * group),
-        prefill=2 * body(shape) / (device.flops * have.prefill_mfu * group),
+        weights=served_bytes(shape) / bandwidth,
+        per_context=token_bytes / bandwidth,
+        per_row=flops / (device.flops * efficiency.decode_share * group),
+        prefill=2 * body_weights(shape) / (device.flops * efficiency.prefill_mfu * group),
         slots=slots,
     )
-    if have.line is None or engine == "vllm":
-        return decode
-    fixed, row = have.line
-    return Decoding(fixed, 0.0, 0.0, row, 0.0, slots)
+    if efficiency.sampling_fit is None or engine == "vllm":
+        return cost
+    fixed, per_row = efficiency.sampling_fit
+    return DecodingCost(fixed, 0.0, 0.0, per_row, 0.0, slots)
 
 
-def learning(work: Work, device: Device, have: Efficiency, trainers: int) -> Learning:
-    """A group of trainers that share weights evenly (FSDP)."""
+def training_cost(
+    work: StepWork, device: Device, efficiency: Efficiency, trainers: int
+) -> TrainingCost:
+    """Return the cost of trainers that shard weights evenly (FSDP)."""
     shape = work.load.shape
-    return Learning(
+    return TrainingCost(
         work=work,
         trainers=trainers,
-        rate=device.flops * have.train_mfu,
-        per_micro=have.layer_micro_s * shape.layers,
-        gather=gather_seconds(work, device, have, trainers),
+        rate=device.flops * efficiency.train_mfu,
+        per_micro=efficiency.layer_micro_s * shape.layers,
+        gather=gather_seconds(work, device, efficiency, trainers),
         optimizer=optimizer_seconds(work, device, trainers),
     )
 
 
-def optimizer_seconds(work: Work, device: Device, trainers: int) -> float:
-    """AdamW on one trainer's share of what trains: it reads and writes, and hardly computes."""
-    moved = MOMENTS_MOVED * FLOAT * work.load.trained / trainers
-    return moved / (device.bandwidth * MOVED_SHARE)
+def optimizer_seconds(work: StepWork, device: Device, trainers: int) -> float:
+    """Return the time of AdamW on one trainer's shard: bound by memory, not by operations."""
+    moved = ADAMW_NUMBERS_MOVED * FLOAT * work.load.trained / trainers
+    return moved / (device.bandwidth * OPTIMIZER_BANDWIDTH_SHARE)
 
 
-def gather_seconds(work: Work, device: Device, have: Efficiency, trainers: int) -> float:
-    """Of one micro-batch: weights collected for each pass, gradients summed and scattered."""
+def gather_seconds(work: StepWork, device: Device, efficiency: Efficiency, trainers: int) -> float:
+    """Return the communication of one micro-batch: all-gathers of weights, one reduce-scatter."""
     if trainers == 1:
         return 0.0
     load = work.load
     others = (trainers - 1) / trainers
     sent = gathers(work) * load.parameters * load.compute_bytes + load.trained * FLOAT
     calls = (gathers(work) + 1) * load.shape.layers
-    reach = device.reach(trainers) * have.link_share
-    return others * sent / reach + calls * have.hop_s * float(np.ceil(np.log2(trainers)))
+    bandwidth = device.bandwidth_between(trainers) * efficiency.link_share
+    hops = float(np.ceil(np.log2(trainers)))
+    return others * sent / bandwidth + calls * efficiency.hop_s * hops
 
 
-def publish_bytes(work: Work) -> float:
-    """What an engine needs of new weights: adapters, or all of them."""
+def publish_bytes(work: StepWork) -> float:
+    """Return the bytes of one weight sync: adapters, or all weights."""
     load = work.load
     return SERVED_BYTES * float(load.trained if load.adapters else load.parameters)
 
 
-def publish_seconds(work: Work, device: Device, have: Efficiency, devices: int) -> float:
-    """New weights to samplers on other devices, passed on from one to the next."""
-    return publish_bytes(work) / (device.reach(devices) * have.link_share)
+def publish_seconds(work: StepWork, device: Device, efficiency: Efficiency, devices: int) -> float:
+    """Return the time of a weight sync to samplers on other devices, passed on in a chain."""
+    return publish_bytes(work) / (device.bandwidth_between(devices) * efficiency.link_share)
 
 
-def wake_seconds(shape: Shape, device: Device, have: Efficiency, group: int) -> float:
-    """An engine's weights out to the host's memory and back, so that others may use the device."""
-    return 2 * served_bytes(shape) / group / (device.host_gb_per_s * 1e9 * have.link_share)
+def wake_seconds(shape: Shape, device: Device, efficiency: Efficiency, group: int) -> float:
+    """Return the time of an engine's sleep and wake-up: its weights to host memory and back."""
+    host_bandwidth = device.host_gb_per_s * 1e9 * efficiency.link_share
+    return 2 * served_bytes(shape) / group / host_bandwidth
 
 
-def gathers(work: Work) -> int:
-    """How often a micro-batch collects the weights: forth, back, and once for each teacher's pass."""
-    return 2 + work.teacher_sides
+def gathers(work: StepWork) -> int:
+    """Return the all-gathers per micro-batch: forward, backward, and one per teacher pass."""
+    return 2 + work.teacher_passes
 
 
 def served_bytes(shape: Shape) -> int:
-    """Of a model's weights in an engine."""
+    """Return the bytes of a model's weights in an engine."""
     return SERVED_BYTES * shape.parameters
 
 
-def body(shape: Shape) -> int:
-    """Weights that every token meets: all but embeddings and head."""
+def body_weights(shape: Shape) -> int:
+    """Return the weights that every token meets: all but embeddings and head."""
     ends = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     return shape.parameters - ends
 
 
-def forward_flops(shape: Shape, tokens: np.ndarray, headed: np.ndarray) -> np.ndarray:
-    """Operations of sequences of so many tokens, of which ``headed`` meet the head."""
+def sequence_flops(shape: Shape, tokens: np.ndarray, head_tokens: np.ndarray) -> np.ndarray:
+    """Return the forward operations of sequences, of whose tokens ``head_tokens`` meet the head."""
     attention = 2 * shape.layers * shape.attention * tokens**2
-    return tokens * 2.0 * body(shape) + attention + 2.0 * shape.vocabulary * shape.hidden * headed
+    head = 2.0 * shape.vocabulary * shape.hidden * head_tokens
+    return tokens * 2.0 * body_weights(shape) + attention + head
 
 
-def forward(work: Work, answers_A: np.ndarray) -> np.ndarray:
-    """Operations of the student's pass over each answer."""
-    return forward_flops(work.load.shape, work.prompt + answers_A, answers_A)
+def student_flops(work: StepWork, lengths_R: np.ndarray) -> np.ndarray:
+    """Return the operations of the student's forward pass over each rollout [R]."""
+    return sequence_flops(work.load.shape, work.prompt + lengths_R, lengths_R)
 
 
-def learn_flops(work: Work, answers_A: np.ndarray) -> np.ndarray:
-    """Operations of one update, per answer: student forth and back, teacher forth."""
+def train_flops(work: StepWork, lengths_R: np.ndarray) -> np.ndarray:
+    """Return the operations of one update per rollout [R]: student forward and backward, teacher."""
     load = work.load
     passes = (2 if load.adapters else 3) + load.recompute
-    flops = passes * forward(work, answers_A)
+    flops_R = passes * student_flops(work, lengths_R)
     if load.adapters:
-        flops = flops + 6.0 * load.trained * (work.prompt + answers_A)
-    if work.teacher_sides:
-        teacher = forward_flops(load.shape, teacher_tokens(work, answers_A), answers_A)
-        flops = flops + work.teacher_sides * teacher
-    return flops
+        flops_R = flops_R + 6.0 * load.trained * (work.prompt + lengths_R)
+    if work.teacher_passes:
+        teacher_R = sequence_flops(load.shape, teacher_tokens(work, lengths_R), lengths_R)
+        flops_R = flops_R + work.teacher_passes * teacher_R
+    return flops_R
 
 
-def teacher_tokens(work: Work, answers_A: np.ndarray) -> np.ndarray:
-    """Length of the teacher's sequence for each answer; a trace is as long as the answer."""
-    shown = answers_A if work.shows_trace else 0.0
-    return work.teacher_prompt + shown + answers_A
+def teacher_tokens(work: StepWork, lengths_R: np.ndarray) -> np.ndarray:
+    """Return the length of each rollout's teacher sequence [R]; a trace is as long as the rollout."""
+    trace_R = lengths_R if work.context_has_trace else 0.0
+    return work.teacher_prompt + trace_R + lengths_R
 
 
-def micro_tokens(work: Work, answers_A: np.ndarray) -> np.ndarray:
-    """What each answer takes of a micro-batch: the student's sequence and the teacher's."""
-    own = work.prompt + answers_A
-    return own + teacher_tokens(work, answers_A) if work.teacher_sides else own
+def micro_batch_tokens(work: StepWork, lengths_R: np.ndarray) -> np.ndarray:
+    """Return the tokens of each rollout in a micro-batch [R]: student and teacher sequence."""
+    student_R = work.prompt + lengths_R
+    return student_R + teacher_tokens(work, lengths_R) if work.teacher_passes else student_R

@@ -1,202 +1,211 @@
-"""A layout's step time, and the best layout of so many devices."""
+"""Forecast the step time of a layout, and search for the best layout of a number of devices."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from selfteach.errors import RecipeError
 from selfteach.planning import costs
-from selfteach.planning.costs import Decoding, Efficiency, Learning
+from selfteach.planning.costs import DecodingCost, Efficiency, TrainingCost
 from selfteach.planning.devices import Device
 from selfteach.planning.layout import (
-    Held,
     Layout,
+    RoleMemory,
     critic_groups,
-    held_by,
-    require_room,
-    resting,
+    decoding_slots,
+    memory_by_role,
+    require_memory,
     sampler_groups,
-    slots_of,
+    trainer_resident_bytes,
 )
-from selfteach.planning.simulation import Line, Timeline, simulate
-from selfteach.planning.workload import Work
+from selfteach.planning.pipeline import Pipeline, Timeline
+from selfteach.planning.workload import StepWork
 
-STEPS, EVENTS = 8, 2048
-"""Steps that are simulated once the pipeline is full, and answers; at least two steps."""
-TRIED = 2
-"""Layouts that are simulated: so many by the estimate of their speed, and as many of the smallest
-among those that are estimated to be within `NEAR` of the fastest."""
-NEAR = 1.05
-MOST_NEEDED = 64
+MAX_STEPS, MAX_ROLLOUTS = 8, 2048
+"""Steps that are simulated once the pipeline is full, and rollouts; at least two steps."""
+NUM_CANDIDATES = 2
+"""Layouts that are simulated: the fastest by estimate, and as many of the smallest among those whose
+estimate is within `CANDIDATE_RATIO` of the fastest."""
+CANDIDATE_RATIO = 1.05
+MAX_NEEDED = 64
 """Where the search for enough devices ends."""
-BOUND = 0.9
-"""Share of the time from which on a part that works is what the others wait for."""
-WITHIN = 1.02
-"""A layout on fewer devices is preferred if it is at most so much slower."""
+BOTTLENECK_SHARE = 0.9
+"""A role that works at least this share of the time is the bottleneck."""
+TIE_RATIO = 1.02
+"""A layout on fewer devices is preferred if it is at most this much slower."""
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
-    """Which devices, and how much of them is had."""
+class Hardware:
+    """Describes the devices of a plan, and the share of their peak that is reached."""
 
     name: str
     device: Device
-    have: Efficiency
+    efficiency: Efficiency
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a layout would come to."""
+    """Holds the predicted step time and memory of a layout."""
 
-    work: Work
-    where: Where
+    work: StepWork
+    hardware: Hardware
     layout: Layout
-    line: Line
-    learning: Learning
+    pipeline: Pipeline
+    training: TrainingCost
     timeline: Timeline
-    held: tuple[Held, ...]
+    memory: tuple[RoleMemory, ...]
 
     @property
     def period(self) -> float:
-        """Seconds from one step to the next."""
+        """Return the seconds from one step to the next."""
         return self.timeline.period
 
     @property
     def bottleneck(self) -> str:
-        """What the others wait for."""
-        busy = self.timeline.busy
-        name = max(busy, key=lambda part: busy[part])
-        if busy[name] >= BOUND:
-            return name
-        if self.work.staleness == 0 or _shared(self.layout, self.line):
+        """Return what limits the step time."""
+        active = self.timeline.active
+        role = max(active, key=lambda name: active[name])
+        if active[role] >= BOTTLENECK_SHARE:
+            return role
+        if self.work.staleness == 0 or _all_phases_share(self.pipeline):
             longest = max(self.phases, key=lambda phase: self.phases[phase])
-            return f"the sum of the phases, {longest} most of all"
-        return f"the way of one step through all phases, at staleness {self.work.staleness}"
+            return f"the sum of the phases, mostly {longest}"
+        return f"the latency of one step through all phases, at staleness {self.work.staleness}"
 
     @property
     def phases(self) -> dict[str, float]:
-        """Mean seconds of a step in each phase, waiting for its turn left out where it is known."""
-        time = self.timeline
+        """Return the mean seconds of a step per phase, without waiting for a turn to train."""
+        times = self.timeline
         return {
-            "rollout": time.mean("begun", "sampled"),
-            "critique": max(0.0, time.mean("sampled", "marked")),
-            "train": time.mean("learning", "learned"),
+            "rollout": times.mean("started", "sampled"),
+            "critique": max(0.0, times.mean("sampled", "critiqued")),
+            "train": times.mean("train_started", "trained"),
         }
 
     @property
     def tokens(self) -> dict[str, float]:
-        """Mean tokens of a step: sampled, written by the critic, and passed through the trainers."""
-        work, one = self.work, np.array([self.work.answer.mean])
-        critiqued = work.asked.critique.mean if work.asked.critique else 0.0
-        learned = float(costs.micro_tokens(work, one)[0]) * work.updates
-        each = (work.answer.mean, critiqued, learned)
-        names = ("rollout", "critique", "train")
-        return {name: work.answers * own for name, own in zip(names, each, strict=True)}
+        """Return the mean tokens of a step per phase: sampled, written by the critic, trained on."""
+        work, mean_R = self.work, np.array([self.work.rollout_lengths.mean])
+        critiques = work.critic.critique_lengths
+        per_rollout = {
+            "rollout": work.rollout_lengths.mean,
+            "critique": critiques.mean if critiques else 0.0,
+            "train": float(costs.micro_batch_tokens(work, mean_R)[0]) * work.updates,
+        }
+        return {phase: work.rollouts * tokens for phase, tokens in per_rollout.items()}
 
 
-def forecast(work: Work, where: Where, layout: Layout) -> Forecast:
-    """Simulate a layout. Raises `RecipeError` where it cannot hold the work."""
-    require_room(work, where.device, layout, where.name)
-    line, learning = line_of(work, where, layout)
-    steps = max(2, min(STEPS, EVENTS // work.answers))
-    return Forecast(
-        work, where, layout, line, learning, simulate(line, steps=steps),
-        tuple(held_by(work, where.device, layout)),
-    )  # fmt: skip
+def forecast(work: StepWork, hardware: Hardware, layout: Layout) -> Forecast:
+    """Simulate a layout. Raises `RecipeError` where its memory is too small, or without SimPy."""
+    require_memory(work, hardware.device, layout, hardware.name)
+    pipeline = pipeline_of(work, hardware, layout)
+    steps = max(2, min(MAX_STEPS, MAX_ROLLOUTS // work.rollouts))
+    timeline = load_simulate()(pipeline, steps=steps)
+    training = costs.training_cost(work, hardware.device, hardware.efficiency, layout.trainers)
+    memory = tuple(memory_by_role(work, hardware.device, layout))
+    return Forecast(work, hardware, layout, pipeline, training, timeline, memory)
 
 
-def _holds(work: Work, where: Where, layout: Layout) -> bool:
+def load_simulate() -> Callable[..., Timeline]:
+    """Import `simulate`. Raises `RecipeError` without SimPy, which only plans need."""
     try:
-        require_room(work, where.device, layout, where.name)
+        from selfteach.planning.simulation import simulate
+    except ModuleNotFoundError as error:
+        if error.name != "simpy":
+            raise
+        raise RecipeError('selfteach plan needs SimPy: pip install "selfteach[plan]"') from None
+    return simulate
+
+
+def pipeline_of(work: StepWork, hardware: Hardware, layout: Layout) -> Pipeline:
+    """Return the pipeline of a layout."""
+    device, efficiency, critic = hardware.device, hardware.efficiency, work.critic
+    per_batch = max(1, work.batch_size // work.group_size) * work.group_size
+    starts = range(0, work.rollouts, per_batch)
+    separate_samplers = layout.samplers > 0
+    publish = costs.publish_seconds(work, device, efficiency, layout.devices)
+    return Pipeline(
+        batches=[min(per_batch, work.rollouts - start) for start in starts],
+        group_size=work.group_size,
+        prompt=work.prompt,
+        rollout_lengths=work.rollout_lengths,
+        sampler=_sampler_cost(work, hardware, layout),
+        samplers=min(layout.sampler_replicas, work.problems),
+        train_seconds=costs.training_cost(work, device, efficiency, layout.trainers).seconds,
+        publish=publish if separate_samplers else 0.0,
+        wake=_wake_seconds(work, hardware, layout),
+        staleness=work.staleness,
+        sampling_shares_devices=not separate_samplers,
+        critic_kind=critic.kind,
+        critic=_critic_cost(work, hardware, layout),
+        critics=layout.critic_replicas if critic.kind == "served" else 1,
+        critic_shares_devices=_critic_shares_devices(work, layout),
+        critic_prompt=critic.prompt,
+        critique_lengths=critic.critique_lengths,
+        latency=efficiency.critique_s if critic.kind == "program" else critic.latency,
+        concurrency=critic.concurrency,
+        queue=max(per_batch, 2 * critic.concurrency),
+    )
+
+
+def best_forecast(work: StepWork, hardware: Hardware, total: int) -> Forecast:
+    """Return the fastest layout of at most ``total`` devices; among equals, that with the fewest.
+
+    Raises `RecipeError` where no layout holds the work.
+    """
+    lengths_R = work.rollout_lengths.sample(np.random.default_rng(0), work.rollouts)
+    estimates = [
+        (estimate(work, hardware, layout, lengths_R), layout.devices, layout)
+        for layout in layouts(work, hardware.device, total)
+        if _fits(work, hardware, layout)
+    ]
+    # A served critic shares devices only if something puts it to sleep: the last resort.
+    separate = [row for row in estimates if row[2].critics] if work.critic.kind == "served" else []
+    estimates = separate or estimates
+    if not estimates:
+        raise RecipeError(f"--devices {total}: {_devices_needed(work, hardware, total)}")
+    estimates.sort(key=lambda row: row[:2])
+    near = [row for row in estimates if row[0] <= CANDIDATE_RATIO * estimates[0][0]]
+    smallest = sorted(near, key=lambda row: row[1])
+    candidates = (*estimates[:NUM_CANDIDATES], *smallest[:NUM_CANDIDATES])
+    simulated = [
+        forecast(work, hardware, layout)
+        for layout in dict.fromkeys(layout for _, _, layout in candidates)
+    ]
+    fastest = min(one.period for one in simulated)
+    ties = [one for one in simulated if one.period <= TIE_RATIO * fastest]
+    return min(ties, key=lambda one: (one.layout.devices, one.period))
+
+
+def _fits(work: StepWork, hardware: Hardware, layout: Layout) -> bool:
+    try:
+        require_memory(work, hardware.device, layout, hardware.name)
     except RecipeError:
         return False
     return True
 
 
-def _needed(work: Work, where: Where, total: int) -> str:
-    """How many devices would do."""
-    for more in range(total + 1, MOST_NEEDED + 1):
-        if any(_holds(work, where, layout) for layout in layouts(work, where.device, more)):
-            return f"too few to hold this; at least {more} × {where.name} are needed"
-    return f"{MOST_NEEDED} × {where.name} do not hold this either; plan --trainers says why"
+def _devices_needed(work: StepWork, hardware: Hardware, total: int) -> str:
+    """Describe how many devices would hold the work."""
+    for count in range(total + 1, MAX_NEEDED + 1):
+        candidates = layouts(work, hardware.device, count)
+        if any(_fits(work, hardware, layout) for layout in candidates):
+            return f"too few to hold this; at least {count} × {hardware.name} are needed"
+    return f"{MAX_NEEDED} × {hardware.name} do not hold this either; plan --trainers explains why"
 
 
-def line_of(work: Work, where: Where, layout: Layout) -> tuple[Line, Learning]:
-    """The pipeline of a layout, with what its trainers take."""
-    device, have, asked = where.device, where.have, work.asked
-    learning = costs.learning(work, device, have, layout.trainers)
-    per_batch = max(1, work.batch_size // work.samples) * work.samples
-    sizes = [min(per_batch, work.answers - start) for start in range(0, work.answers, per_batch)]
-    alone = layout.samplers > 0
-    engine = "vllm" if alone else work.engine
-    wakes = 0.0
-    if engine == "vllm" and not alone:
-        wakes += costs.wake_seconds(work.load.shape, device, have, layout.sampler_group)
-    shares = not layout.critics and asked.marker in ("own", "served", "program")
-    if asked.marker == "served" and shares and asked.shape is not None:
-        wakes += costs.wake_seconds(asked.shape, device, have, layout.critic_group)
-    critic = _critic(work, where, layout)
-    line = Line(
-        batches=sizes,
-        samples=work.samples,
-        prompt=work.prompt,
-        answer=work.answer,
-        sampler=_sampler(work, where, layout, engine),
-        samplers=min(layout.sampler_replicas, work.problems),
-        learn=learning.seconds,
-        publish=costs.publish_seconds(work, device, have, layout.devices) if alone else 0.0,
-        wake=wakes,
-        staleness=work.staleness,
-        samplers_share=not alone,
-        marker=asked.marker,
-        critic=critic,
-        critics=layout.critic_replicas if asked.marker == "served" else 1,
-        critics_share=shares,
-        critic_prompt=asked.prompt,
-        critique=asked.critique,
-        latency=have.mark_s if asked.marker == "program" else asked.latency,
-        concurrency=asked.concurrency,
-        queue=max(per_batch, 2 * asked.concurrency),
-    )
-    return line, learning
-
-
-def best(work: Work, where: Where, total: int) -> Forecast:
-    """The fastest layout of at most so many devices; of those as fast, the one with the fewest.
-
-    Raises `RecipeError` where none holds the work.
-    """
-    drawn = work.answer.draw(np.random.default_rng(0), work.answers)
-    told = [
-        (estimate(work, where, layout, drawn), layout.devices, layout)
-        for layout in layouts(work, where.device, total)
-        if _holds(work, where, layout)
-    ]
-    # A served critic gives way to nobody unless somebody puts it to sleep: only where it must.
-    apart = [row for row in told if row[2].critics] if work.asked.marker == "served" else []
-    told = apart or told
-    if not told:
-        raise RecipeError(f"--devices {total}: {_needed(work, where, total)}")
-    told.sort(key=lambda row: row[:2])
-    small = sorted((row for row in told if row[0] <= NEAR * told[0][0]), key=lambda row: row[1])
-    tried = dict.fromkeys(layout for _, _, layout in (*told[:TRIED], *small[:TRIED]))
-    simulated = [forecast(work, where, layout) for layout in tried]
-    fastest = min(one.period for one in simulated)
-    near = [one for one in simulated if one.period <= WITHIN * fastest]
-    return min(near, key=lambda one: (one.layout.devices, one.period))
-
-
-def layouts(work: Work, device: Device, total: int) -> Iterator[Layout]:
-    """Candidates: trainers, samplers and critics in steps of about half, on at most ``total``."""
-    served = work.asked.marker == "served"
+def layouts(work: StepWork, device: Device, total: int) -> Iterator[Layout]:
+    """Yield candidates: counts per role in steps of about half, on at most ``total`` devices."""
+    served = work.critic.kind == "served"
     for critic_group in critic_groups(work, device):
         for critics in (0, *_counts(total, critic_group)) if served else (0,):
             left = total - critics
-            for trainers in _counts(min(left, work.answers), 1):
+            for trainers in _counts(min(left, work.rollouts), 1):
                 if served and not critics and critic_group > trainers:
                     continue
                 for group in sampler_groups(work, device) or [1]:
@@ -207,78 +216,103 @@ def layouts(work: Work, device: Device, total: int) -> Iterator[Layout]:
                         yield Layout(trainers, samplers, critics, group, critic_group)
 
 
-def estimate(work: Work, where: Where, layout: Layout, answers_A: np.ndarray) -> float:
-    """Seconds of a step without a simulation: each phase by itself, the parts then overlapped.
+def estimate(work: StepWork, hardware: Hardware, layout: Layout, lengths_R: np.ndarray) -> float:
+    """Return the seconds of a step without a simulation: each phase alone, then roles overlapped.
 
-    Good to a factor of two: it draws lengths once, and takes each step to have its engines alone.
+    Accurate to a factor of two: lengths are sampled once, and no two steps share an engine.
     """
-    line, learning = line_of(work, where, layout)
-    replicas, asked = line.samplers, work.asked
-    share = -(-work.answers // replicas)
-    prompts = -(-work.problems // replicas) * work.prompt * line.sampler.prefill
-    sampling = line.sampler.drain(answers_A[:share], work.prompt) + prompts
-    marking = work.answers * line.latency / (line.concurrency if asked.marker == "latency" else 1)
-    if line.critic is not None and asked.critique is not None:
-        drawn = asked.critique.draw(np.random.default_rng(1), work.answers)
-        context = asked.prompt + work.answer.mean
-        own = drawn[: -(-work.answers // line.critics)]
-        marking = line.critic.drain(own, context) + len(own) * context * line.critic.prefill
-    learned = learning.seconds(answers_A) + line.publish
-    if line.samplers_share:
-        together = sampling + line.wake + learned + (marking if line.critics_share else 0.0)
-        parts = (together, 0.0 if line.critics_share else marking)
+    pipeline, critic = pipeline_of(work, hardware, layout), work.critic
+    per_replica = -(-work.rollouts // pipeline.samplers)
+    prompts = -(-work.problems // pipeline.samplers) * work.prompt
+    sampling = pipeline.sampler.decode_seconds(lengths_R[:per_replica], work.prompt)
+    sampling += prompts * pipeline.sampler.prefill
+    concurrency = pipeline.concurrency if critic.kind == "latency" else 1
+    critiquing = work.rollouts * pipeline.latency / concurrency
+    if pipeline.critic is not None and critic.critique_lengths is not None:
+        sampled_R = critic.critique_lengths.sample(np.random.default_rng(1), work.rollouts)
+        lengths = sampled_R[: -(-work.rollouts // pipeline.critics)]
+        context = critic.prompt + work.rollout_lengths.mean
+        critiquing = pipeline.critic.decode_seconds(lengths, context)
+        critiquing += len(lengths) * context * pipeline.critic.prefill
+    training = pipeline.train_seconds(lengths_R) + pipeline.publish
+    if pipeline.sampling_shares_devices:
+        shared = sampling + pipeline.wake + training
+        in_turns = pipeline.critic_shares_devices
+        roles = (shared + critiquing, 0.0) if in_turns else (shared, critiquing)
     else:
-        parts = (sampling, marking, learned)
-    way = sampling + line.wake + marking + learned
-    return max(*parts, way / (1 + work.staleness))
+        roles = (sampling, critiquing, training)
+    latency = sampling + pipeline.wake + critiquing + training
+    return max(*roles, latency / (1 + work.staleness))
 
 
 def _counts(most: int, unit: int) -> list[int]:
-    """Multiples of ``unit`` up to ``most``: powers of two and the halves between, and ``most``."""
-    found = {most // unit}
+    """Return multiples of ``unit``: powers of two, the midpoints between them, and ``most``."""
+    counts = {most // unit}
     size = 1
     while size * unit <= most:
-        found |= {size, size * 3 // 2}
+        counts |= {size, size * 3 // 2}
         size *= 2
-    return sorted(count * unit for count in found if 0 < count * unit <= most)
+    return sorted(count * unit for count in counts if 0 < count * unit <= most)
 
 
-def _sampler(work: Work, where: Where, layout: Layout, engine: str) -> Decoding:
+def _critic_shares_devices(work: StepWork, layout: Layout) -> bool:
+    return not layout.critics and work.critic.kind in ("in_process", "served", "program")
+
+
+def _wake_seconds(work: StepWork, hardware: Hardware, layout: Layout) -> float:
+    """Return the seconds per step of engines that share devices: sleep and wake-up."""
+    device, efficiency, critic = hardware.device, hardware.efficiency, work.critic
+    seconds = 0.0
+    if work.engine == "vllm" and not layout.samplers:
+        seconds += costs.wake_seconds(work.load.shape, device, efficiency, layout.sampler_group)
+    shares_devices = _critic_shares_devices(work, layout)
+    if critic.kind == "served" and shares_devices and critic.shape is not None:
+        seconds += costs.wake_seconds(critic.shape, device, efficiency, layout.critic_group)
+    return seconds
+
+
+def _sampler_cost(work: StepWork, hardware: Hardware, layout: Layout) -> DecodingCost:
     shape, group = work.load.shape, layout.sampler_group
-    if engine != "vllm":  # every answer of a batch has a row
-        return costs.decoding(
-            shape, where.device, where.have, group=1, slots=work.batch_size, engine=engine
-        )
-    kept = 0 if layout.samplers else resting(work, layout)
-    slots = slots_of(shape, where.device, group, work.prompt + work.answer.mean, kept)
-    return costs.decoding(
-        shape, where.device, where.have, group=group, slots=max(1, slots), engine=engine
+    engine = "vllm" if layout.samplers else work.engine
+    if engine == "vllm":
+        resident = 0 if layout.samplers else trainer_resident_bytes(work, layout)
+        length = work.prompt + work.rollout_lengths.mean
+        slots = max(1, decoding_slots(shape, hardware.device, group, length, resident))
+    else:  # every rollout of a batch has a row
+        group, slots = 1, work.batch_size
+    return costs.decoding_cost(
+        shape, hardware.device, hardware.efficiency, group=group, slots=slots, engine=engine
     )
 
 
-def _critic(work: Work, where: Where, layout: Layout) -> Decoding | None:
-    asked, device, have = work.asked, where.device, where.have
-    if asked.shape is None or asked.critique is None:
+def _critic_cost(work: StepWork, hardware: Hardware, layout: Layout) -> DecodingCost | None:
+    critic, device, efficiency = work.critic, hardware.device, hardware.efficiency
+    if critic.shape is None or critic.critique_lengths is None:
         return None
-    if asked.marker == "own":
-        return costs.decoding(
-            asked.shape, device, have, group=1, slots=asked.concurrency, engine="transformers"
-        )
-    length = asked.prompt + work.answer.mean + asked.critique.mean
-    kept = 0 if layout.critics else resting(work, layout)
-    slots = slots_of(asked.shape, device, layout.critic_group, length, kept)
-    return costs.decoding(
-        asked.shape, device, have, group=layout.critic_group, slots=max(1, slots), engine="vllm"
+    if critic.kind == "in_process":
+        return costs.decoding_cost(
+            critic.shape, device, efficiency, group=1, slots=critic.concurrency,
+            engine="transformers",
+        )  # fmt: skip
+    group = layout.critic_group
+    length = critic.prompt + work.rollout_lengths.mean + critic.critique_lengths.mean
+    resident = 0 if layout.critics else trainer_resident_bytes(work, layout)
+    slots = max(1, decoding_slots(critic.shape, device, group, length, resident))
+    return costs.decoding_cost(
+        critic.shape, device, efficiency, group=group, slots=slots, engine="vllm"
     )
 
 
-def _shared(layout: Layout, line: Line) -> bool:
-    return line.samplers_share and (line.critics_share or line.marker == "nobody")
+def _all_phases_share(pipeline: Pipeline) -> bool:
+    return pipeline.sampling_shares_devices and (
+        pipeline.critic_shares_devices or pipeline.critic_kind == "none"
+    )
 
 
-def with_concurrency(work: Work) -> Work:
-    """The same work with requests to the critic for all answers that can be on their way at a time."""
-    if work.asked.marker not in ("served", "latency"):
+def with_full_concurrency(work: StepWork) -> StepWork:
+    """Return the same work with a critic request for every rollout that can be in flight."""
+    critic = work.critic
+    if critic.kind not in ("served", "latency"):
         return work
-    wide = max(work.asked.concurrency, work.answers * (1 + work.staleness))
-    return dataclasses.replace(work, asked=dataclasses.replace(work.asked, concurrency=wide))
+    concurrency = max(critic.concurrency, work.rollouts * (1 + work.staleness))
+    return dataclasses.replace(work, critic=dataclasses.replace(critic, concurrency=concurrency))

@@ -1,4 +1,4 @@
-"""How a step's time falls with the number of devices, as a figure that can be read without colour."""
+"""Plot step time against the number of devices; the figure is readable without colour."""
 
 from __future__ import annotations
 
@@ -12,39 +12,47 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from selfteach.analysis.figures.style import GRID, INK, SMALL, SPARE, TINY, bare, legend, save
 from selfteach.errors import RecipeError
-from selfteach.planning.estimate import Forecast, Where, best, with_concurrency
-from selfteach.planning.workload import Work
+from selfteach.planning.estimate import (
+    Forecast,
+    Hardware,
+    best_forecast,
+    with_full_concurrency,
+)
+from selfteach.planning.workload import StepWork
 
 COUNTS = tuple(2**n for n in range(11))
 """1 to 1,024 devices."""
 STALENESS = (0, 1, 4)
-"""Lines of the figure, besides the plan's own."""
-HELPED = 1.05
-"""Where a step is at most so much slower than on all devices, more of them have stopped to help."""
+"""Lines of the figure, besides the plan's staleness."""
+SATURATION_RATIO = 1.05
+"""More devices no longer help where a step is at most this much slower than on all devices."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """One line: the best plan on at most so many devices."""
+    """Holds one line of the figure: the best plan for each number of devices."""
 
     staleness: int
     counts: tuple[int, ...]
     plans: tuple[Forecast, ...]
 
     @property
-    def stop(self) -> int:
-        """Index from which on more devices do not help."""
-        last = self.plans[-1].period
-        return next(at for at, plan in enumerate(self.plans) if plan.period <= HELPED * last)
+    def saturation(self) -> int:
+        """Return the index from which on more devices do not help."""
+        limit = SATURATION_RATIO * self.plans[-1].period
+        return next(i for i, plan in enumerate(self.plans) if plan.period <= limit)
 
 
-def scaling(work: Work, where: Where, counts: Sequence[int] = COUNTS) -> list[Scaling]:
-    """Lines for `STALENESS` and the work's own. Raises `RecipeError` if no count holds the work."""
-    return [_line(work, where, s, counts) for s in sorted({*STALENESS, work.staleness})]
+def scaling(work: StepWork, hardware: Hardware, counts: Sequence[int] = COUNTS) -> list[Scaling]:
+    """Return a line for each of `STALENESS` and for the work's staleness.
+
+    Raises `RecipeError` if no number of devices holds the work.
+    """
+    return [_line(work, hardware, s, counts) for s in sorted({*STALENESS, work.staleness})]
 
 
 def rows(lines: Sequence[Scaling]) -> Iterator[str]:
-    """The figure as a table in Markdown."""
+    """Yield the figure as a Markdown table."""
     yield (
         "| devices | " + " | ".join(f"staleness {line.staleness}" for line in lines) + " | split |"
     )
@@ -53,12 +61,12 @@ def rows(lines: Sequence[Scaling]) -> Iterator[str]:
     for count, plan in zip(last.counts, last.plans, strict=True):
         times = [f"{line.plans[line.counts.index(count)].period:,.3g} s" for line in lines]
         at = plan.layout
-        split = f"{at.trainers} learn, {at.samplers} sample, {at.critics} mark"
+        split = f"{at.trainers} train, {at.samplers} sample, {at.critics} serve the critic"
         yield f"| {count:,} | {' | '.join(times)} | {split} |"
 
 
 def draw(lines: Sequence[Scaling], title: str) -> Figure:
-    """Step time against devices, both on logarithmic axes; where a line stops, and why, is written."""
+    """Plot step time against devices on logarithmic axes; circles and text mark where lines flatten."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
     bare(axes, grid="both")
@@ -68,7 +76,7 @@ def draw(lines: Sequence[Scaling], title: str) -> Figure:
             line.counts, times, color=style.colour, linestyle=style.dash, marker=style.marker,
             markersize=5, linewidth=1.8, label=f"staleness {line.staleness}",
         )  # fmt: skip
-        at = line.counts[line.stop], times[line.stop]
+        at = line.counts[line.saturation], times[line.saturation]
         axes.plot(*at, marker="o", markersize=12, markerfacecolor="none", color=INK, linestyle="")
     _ideal(axes, lines[-1])
     _scales(axes, lines)
@@ -81,45 +89,46 @@ def draw(lines: Sequence[Scaling], title: str) -> Figure:
 
 
 def reasons(lines: Sequence[Scaling]) -> Iterator[str]:
-    """Where each line stops, and why; the circles of the figure in words."""
+    """Yield where each line flattens, and why: the circles of the figure in words."""
     for line in lines:
-        plan = line.plans[line.stop]
+        plan = line.plans[line.saturation]
         yield (
-            f"staleness {line.staleness}: stops at {line.counts[line.stop]:,} devices, "
+            f"staleness {line.staleness}: no gain beyond {line.counts[line.saturation]:,} devices, "
             f"{plan.period:,.3g} s: {plan.bottleneck}"
         )
 
 
 def write(lines: Sequence[Scaling], title: str, path: Path) -> list[Path]:
-    """The figure as SVG and PNG."""
+    """Write the figure as SVG and PNG; return both paths."""
     return save(draw(lines, title), path)
 
 
-def _line(work: Work, where: Where, staleness: int, counts: Sequence[int]) -> Scaling:
-    """Best plans; a count that holds nothing is left out, one that gains nothing repeats the last."""
-    found: list[tuple[int, Forecast]] = []
+def _line(work: StepWork, hardware: Hardware, staleness: int, counts: Sequence[int]) -> Scaling:
+    """Return the best plans; too few devices are left out, devices without gain repeat the last."""
+    plans: list[tuple[int, Forecast]] = []
+    concurrent = with_full_concurrency(replace(work, staleness=staleness))
     reason: RecipeError | None = None
     for count in counts:
         try:
-            plan = best(with_concurrency(replace(work, staleness=staleness)), where, count)
+            plan = best_forecast(concurrent, hardware, count)
         except RecipeError as error:
             reason = error
             continue
-        if found and found[-1][1].period <= plan.period:
-            plan = found[-1][1]
-        found.append((count, plan))
-    if not found:
+        if plans and plans[-1][1].period <= plan.period:
+            plan = plans[-1][1]
+        plans.append((count, plan))
+    if not plans:
         assert reason is not None
         raise reason
-    return Scaling(staleness, *map(tuple, zip(*found, strict=True)))  # type: ignore[arg-type]
+    return Scaling(staleness, *map(tuple, zip(*plans, strict=True)))  # type: ignore[arg-type]
 
 
 def _ideal(axes: Axes, line: Scaling) -> None:
-    """What twice the devices in half the time would be."""
+    """Plot linear scaling: twice the devices, half the time."""
     first, time = line.counts[0], line.plans[0].period
     axes.plot(
         line.counts, [time * first / count for count in line.counts], color=GRID, linewidth=1.2,
-        linestyle=(0, (1, 3)), label="in proportion",
+        linestyle=(0, (1, 3)), label="linear scaling",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`selfteach plan`: its options, and nothing else."""
+"""Define the options of `selfteach plan`; the planner is imported when the command runs."""
 
 from __future__ import annotations
 
@@ -14,63 +14,67 @@ from selfteach.planning.devices import HERE
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped one.")],
     device: Annotated[
-        str, typer.Option(help="A known device, as in devices.toml; `here` is this machine.")
+        str, typer.Option(help="A device of devices.toml; `here` measures this machine.")
     ] = HERE,
     trainers: Annotated[
-        int | None, typer.Option(min=1, help="Devices that learn; by default one.")
+        int | None, typer.Option(min=1, help="Devices that train; default 1.")
     ] = None,
     samplers: Annotated[
-        int, typer.Option(min=0, help="Devices that sample with vLLM; 0: trainers do it, in turns.")
+        int, typer.Option(min=0, help="Devices that sample with vLLM; 0: trainers also sample.")
     ] = 0,
     critics: Annotated[int, typer.Option(min=0, help="Devices that serve the critic.")] = 0,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="Share so many out in the best way, instead.")
+        int | None, typer.Option(min=1, help="Find the fastest split of at most this many devices.")
     ] = None,
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
             metavar="RUN|here",
-            help="Measured steps in place of assumptions: a run's folder (repeatable; two sizes tell "
-            "more), or `here`: a few steps on this machine, now.",
+            help="Fit efficiencies to measured steps: a run folder (repeatable; two sizes are better), "
+            "or `here`: run a few steps on this machine now.",
         ),
     ] = None,
     staleness: Annotated[
-        int | None, typer.Option(min=0, help="Instead of the recipe's; 0 is sequential.")
+        int | None, typer.Option(min=0, help="Replaces train.staleness; 0 is synchronous.")
     ] = None,
     answer_tokens: Annotated[
         float | None,
-        typer.Option(min=1, help="Mean length of an answer; by default half the limit."),
+        typer.Option(min=1, help="Mean length of a rollout; default half the limit."),
     ] = None,
     critique_tokens: Annotated[
-        float | None, typer.Option(min=1, help="The same of what the critic writes.")
+        float | None, typer.Option(min=1, help="Mean length of a critique; default half the limit.")
     ] = None,
     critic_seconds: Annotated[
-        float | None, typer.Option(min=0, help="What a reply takes from a critic elsewhere.")
+        float | None,
+        typer.Option(min=0, help="Seconds per reply of a critic whose size is unknown."),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
     figure: Annotated[
         Path | None,
-        typer.Option(help="Draw step time from 1 to 1,024 devices into this file (.svg and .png)."),
+        typer.Option(help="Plot step time on 1 to 1,024 devices to this file (.svg and .png)."),
     ] = None,
     device_file: Annotated[
         Path | None, typer.Option(help="More devices, in the form of devices.toml.")
     ] = None,
-    arm: Annotated[str | None, typer.Option(help="By default the first that has a critic.")] = None,
+    arm: Annotated[
+        str | None, typer.Option(help="Default: the first arm that has a critic.")
+    ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As everywhere.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
     ] = None,
 ) -> None:
-    """Predict memory, step time and bottleneck on devices that are not here. Spends nothing, but with
-    `--calibrate here`."""
-    from selfteach.planning.plan import Request
-    from selfteach.planning.plan import plan as lines_of
-    from selfteach.planning.workload import Wishes
+    """Predict memory, step time and bottleneck on devices that are not here. Loads no weights, sends no
+    request, except with `--calibrate here`."""
+    from selfteach.planning.plan import PlanRequest
+    from selfteach.planning.plan import plan as plan_lines
+    from selfteach.planning.workload import Overrides
 
     chosen = actions.run_with_critic(actions.load(recipe, settings, arm), arm, 0)
-    request = Request(
+    request = PlanRequest(
         device, device_file, trainers, samplers, critics, devices, tuple(calibrate or ()),
-        Wishes(staleness, answer_tokens, critique_tokens, critic_seconds), explain, figure,
+        Overrides(staleness, answer_tokens, critique_tokens, critic_seconds), explain, figure,
     )  # fmt: skip
-    # All of it first: what fails prints its one line and nothing else.
-    for line in list(lines_of(chosen, request)):
+    # Complete the plan before printing: an error prints its one line and nothing else.
+    for line in list(plan_lines(chosen, request)):
         typer.echo(line)

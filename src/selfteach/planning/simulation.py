@@ -1,16 +1,10 @@
-"""Samplers, critics and trainers side by side, simulated event by event (SimPy).
-
-Step t is sampled batch by batch; a batch's answers go to the critic once the whole batch is there, and
-the step is learned when all its answers are marked. Weights that sample step t have seen at least
-t − s updates (s the staleness limit): with s = 0 each step waits for the one before. Components that share
-devices take turns, the older step first. Time is in seconds.
-"""
+"""Simulate a `Pipeline` event by event, with SimPy (the extra ``plan``)."""
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,295 +12,245 @@ from typing import Any
 import numpy as np
 import simpy
 
-from selfteach.planning.costs import Decoding
-from selfteach.planning.lengths import Spread
-from selfteach.planning.workload import Marker
+from selfteach.planning.costs import DecodingCost
+from selfteach.planning.pipeline import Pipeline, StepTimes, Timeline
 
 Process = Generator[simpy.Event, Any, None]
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Who does what, and how fast."""
+def simulate(pipeline: Pipeline, *, steps: int = 8, seed: int = 0) -> Timeline:
+    """Simulate ``steps`` steps with lengths sampled by ``seed``.
 
-    batches: Sequence[int]
-    """Answers in each batch of a step."""
-    samples: int
-    """Answers to one question: their prompt is read once."""
-    prompt: float
-    answer: Spread
-    sampler: Decoding
-    samplers: int
-    """Replicas."""
-    learn: Callable[[np.ndarray], float]
-    """Seconds of a step from the lengths of its answers."""
-    publish: float = 0.0
-    """Seconds until samplers have new weights."""
-    wake: float = 0.0
-    """Seconds that an engine takes to give way and to come back, once a step."""
-    staleness: int = 0
-    samplers_share: bool = False
-    """Sampling and learning take turns on the same devices."""
-    marker: Marker = "nobody"
-    critic: Decoding | None = None
-    critics: int = 1
-    """Replicas."""
-    critics_share: bool = False
-    """Marking takes turns with learning."""
-    critic_prompt: float = 0.0
-    critique: Spread | None = None
-    latency: float = 0.0
-    """Seconds of a reply (``latency``) or of an answer (``program``)."""
-    concurrency: int = 1
-    """Requests at a time."""
-    queue: int = 256
-    """Answers that may wait for the critic; sampling goes on when there is room again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """When the parts of a step began and ended, in seconds since the start."""
-
-    begun: float
-    sampled: float
-    critiqued: float
-    learning: float
-    learned: float
-    """New weights are with the samplers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """What came of it."""
-
-    steps: tuple[Step, ...]
-    period: float
-    """Seconds from one step to the next, once the pipeline is full."""
-    busy: dict[str, float]
-    """Share of the time that samplers, critics and trainers work, from 0 to 1, in that stretch."""
-
-    def mean(self, start: str, end: str) -> float:
-        """Mean seconds between two moments of a step."""
-        spans = [getattr(step, end) - getattr(step, start) for step in self.steps]
-        return sum(spans) / len(spans)
-
-
-def simulate(line: Line, *, steps: int = 8, seed: int = 0) -> Timeline:
-    """So many steps with lengths drawn by ``seed``, and others before and after them, so that the
-    pipeline is full from the first to the last."""
-    ahead = 1 + line.staleness
-    shop = _Shop(line, ahead + steps + ahead, np.random.default_rng(seed))
-    first = shop.run(until=ahead)
-    worked = dict(shop.worked())
-    last = shop.run(until=ahead + steps)
-    spent = max(last - first, 1e-12)
-    busy = {name: (total - worked[name]) / spent for name, total in shop.worked().items()}
-    return Timeline(tuple(shop.steps[ahead : ahead + steps]), spent / steps, busy)
+    Further steps before and after them keep the pipeline full from the first to the last.
+    """
+    warm_up = 1 + pipeline.staleness
+    simulation = _Simulation(pipeline, warm_up + steps + warm_up, np.random.default_rng(seed))
+    start = simulation.run(until=warm_up)
+    active_before = dict(simulation.active_seconds())
+    end = simulation.run(until=warm_up + steps)
+    seconds = max(end - start, 1e-12)
+    active = {
+        role: (total - active_before[role]) / seconds
+        for role, total in simulation.active_seconds().items()
+    }
+    measured = simulation.steps[warm_up : warm_up + steps]
+    return Timeline(tuple(measured), seconds / steps, active)
 
 
 class _Replica:
-    """An engine: answers join between passes, leave when they end, and share its time meanwhile."""
+    """Simulates an engine: requests join and leave between passes, and share its time meanwhile."""
 
-    def __init__(self, env: simpy.Environment, cost: Decoding) -> None:
+    def __init__(self, env: simpy.Environment, cost: DecodingCost) -> None:
         self._env, self._cost = env, cost
         self._waiting: deque[tuple[float, float, float, simpy.Event]] = deque()
-        self._ends: list[tuple[float, int, float, simpy.Event]] = []
+        self._running: list[tuple[float, int, float, simpy.Event]] = []
+        """A heap of (pass at which it ends, number, context at its end, event)."""
         self._passes, self._context, self._number = 0.0, 0.0, 0
-        self._call = env.event()
-        self.worked = 0.0
+        self._arrival = env.event()
+        self.active_seconds = 0.0
         env.process(self._run())
 
-    def submit(self, read: float, context: float, tokens: float) -> simpy.Event:
-        """An answer of so many tokens after a prompt of which ``read`` are not in the cache yet."""
+    def submit(self, prefill: float, context: float, tokens: float) -> simpy.Event:
+        """Request ``tokens`` tokens after ``context`` of which ``prefill`` are not in the cache."""
         done = self._env.event()
-        self._waiting.append((read, context, tokens, done))
-        if not self._call.triggered:
-            self._call.succeed()
+        self._waiting.append((prefill, context, tokens, done))
+        if not self._arrival.triggered:
+            self._arrival.succeed()
         return done
 
     def _run(self) -> Process:
         while True:
-            read = self._admit()
-            if not self._ends:
-                self._call = self._env.event()
-                yield self._call
+            prefill_seconds = self._admit()
+            if not self._running:
+                self._arrival = self._env.event()
+                yield self._arrival
                 continue
-            if read:
-                self.worked += read
-                yield self._env.timeout(read)
+            if prefill_seconds:
+                self.active_seconds += prefill_seconds
+                yield self._env.timeout(prefill_seconds)
             yield from self._decode()
 
     def _admit(self) -> float:
-        """Let in who has room; seconds to read their prompts."""
-        read = 0.0
-        while self._waiting and len(self._ends) < self._cost.slots:
-            prompt, context, tokens, done = self._waiting.popleft()
-            read += prompt * self._cost.prefill
+        """Admit requests to free slots; return the seconds to prefill them."""
+        seconds = 0.0
+        while self._waiting and len(self._running) < self._cost.slots:
+            prefill, context, tokens, done = self._waiting.popleft()
+            seconds += prefill * self._cost.prefill
             self._context += context
             self._number += 1
             end = self._passes + tokens
-            heapq.heappush(self._ends, (end, self._number, context + tokens, done))
-        return read
+            heapq.heappush(self._running, (end, self._number, context + tokens, done))
+        return seconds
 
     def _decode(self) -> Process:
-        """Until the next answer ends, or another comes that has room."""
-        rows, ahead = len(self._ends), max(0.0, self._ends[0][0] - self._passes)
-        each = self._cost.pass_seconds(rows, self._context + rows * ahead / 2)
+        """Decode until the next request ends, or another arrives for a free slot."""
+        rows, ahead = len(self._running), max(0.0, self._running[0][0] - self._passes)
+        per_pass = self._cost.pass_seconds(rows, self._context + rows * ahead / 2)
         start = self._env.now
-        due = self._env.timeout(ahead * each)
+        due = self._env.timeout(ahead * per_pass)
         if rows < self._cost.slots:
             if not self._waiting:
-                self._call = self._env.event()
-            yield due | self._call
+                self._arrival = self._env.event()
+            yield due | self._arrival
         else:
             yield due
-        spent = self._env.now - start
-        self.worked += spent
-        passes = ahead if due.processed else min(ahead, spent / each)
+        elapsed = self._env.now - start
+        self.active_seconds += elapsed
+        passes = ahead if due.processed else min(ahead, elapsed / per_pass)
         self._passes += passes
         self._context += rows * passes
-        while self._ends and self._ends[0][0] <= self._passes + 1e-9:
-            _, _, held, done = heapq.heappop(self._ends)
-            self._context -= held
+        while self._running and self._running[0][0] <= self._passes + 1e-9:
+            _, _, context, done = heapq.heappop(self._running)
+            self._context -= context
             done.succeed()
 
 
 @dataclass
-class _Shop:
-    """The simulation's state."""
+class _Simulation:
+    """Holds the state of a simulation."""
 
-    line: Line
+    pipeline: Pipeline
     count: int
-    random: np.random.Generator
-    steps: list[Step] = field(default_factory=list)
+    rng: np.random.Generator
+    steps: list[StepTimes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        line = self.line
+        pipeline = self.pipeline
         self.env = env = simpy.Environment(0.0)
         self.device = simpy.PriorityResource(env)
-        self.requests = simpy.Resource(env, max(1, line.concurrency))
-        self.room = simpy.Resource(env, max(1, line.queue))
-        self.samplers = [_Replica(env, line.sampler) for _ in range(line.samplers)]
-        served = line.critic is not None
-        self.critics = [_Replica(env, line.critic) for _ in range(line.critics if served else 0)]  # type: ignore[arg-type]
+        self.requests = simpy.Resource(env, max(1, pipeline.concurrency))
+        self.queue = simpy.Resource(env, max(1, pipeline.queue))
+        self.samplers = [_Replica(env, pipeline.sampler) for _ in range(pipeline.samplers)]
+        critic, replicas = pipeline.critic, pipeline.critics
+        self.critics = [_Replica(env, critic) for _ in range(replicas)] if critic else []
         self.sampled = [env.event() for _ in range(self.count)]
         self.critiqued = [env.event() for _ in range(self.count)]
-        self.learned = [env.event() for _ in range(self.count)]
-        self.missing = [sum(line.batches)] * self.count
-        self.lengths = [line.answer.draw(self.random, sum(line.batches)) for _ in self.missing]
-        self.asked, self.learning, self.marking = 0, 0.0, 0.0
-        env.process(self._sample_all())
-        env.process(self._learn_all())
+        self.trained = [env.event() for _ in range(self.count)]
+        rollouts = sum(pipeline.batches)
+        self.not_critiqued = [rollouts] * self.count
+        self.lengths = [
+            pipeline.rollout_lengths.sample(self.rng, rollouts) for _ in range(self.count)
+        ]
+        self.num_requests, self.training_seconds, self.critique_seconds = 0, 0.0, 0.0
+        env.process(self._sample_steps())
+        env.process(self._train_steps())
 
     def run(self, until: int) -> float:
-        """Go on until so many steps are learned; the time."""
-        self.env.run(until=self.learned[until - 1])
+        """Run until ``until`` steps are trained on; return the time."""
+        self.env.run(until=self.trained[until - 1])
         return self.env.now
 
-    def worked(self) -> dict[str, float]:
-        """Seconds that each kind of part has worked so far, a part of it on average."""
-        samplers = sum(replica.worked for replica in self.samplers) / len(self.samplers)
-        marking = self.marking / max(1, self.line.concurrency)
+    def active_seconds(self) -> dict[str, float]:
+        """Return the seconds that each role has worked so far, averaged over its replicas."""
+        samplers = sum(replica.active_seconds for replica in self.samplers) / len(self.samplers)
+        critics = self.critique_seconds / max(1, self.pipeline.concurrency)
         if self.critics:
-            marking = sum(replica.worked for replica in self.critics) / len(self.critics)
-        elif self.line.marker == "program":
-            marking = self.marking
-        return {"samplers": samplers, "critics": marking, "trainers": self.learning}
+            critics = sum(replica.active_seconds for replica in self.critics) / len(self.critics)
+        elif self.pipeline.critic_kind == "program":
+            critics = self.critique_seconds
+        return {"samplers": samplers, "critics": critics, "trainers": self.training_seconds}
 
     @contextmanager
-    def _turn(self, shares: bool, step: int) -> Any:
-        """A turn on the shared devices, or nothing to wait for."""
-        if not shares:
+    def _turn(self, shares_devices: bool, step: int) -> Any:
+        """Yield the event of a turn on the shared devices; an immediate one where none is needed."""
+        if not shares_devices:
             yield self.env.timeout(0)
             return
         with self.device.request(priority=step) as turn:
             yield turn
 
-    def _sample_all(self) -> Process:
-        line, env = self.line, self.env
+    def _sample_steps(self) -> Process:
+        pipeline, env = self.pipeline, self.env
         for step in range(self.count):
-            if step > line.staleness:
-                yield self.learned[step - line.staleness - 1]
-            first, begun = 0, env.now
-            for number, size in enumerate(line.batches):
-                with self._turn(line.samplers_share, step) as turn:
+            if step > pipeline.staleness:
+                yield self.trained[step - pipeline.staleness - 1]
+            first, started = 0, env.now
+            for number, size in enumerate(pipeline.batches):
+                with self._turn(pipeline.sampling_shares_devices, step) as turn:
                     yield turn
                     if number == 0:
-                        begun = env.now
-                        yield env.timeout(line.wake)
+                        started = env.now
+                        yield env.timeout(pipeline.wake)
                     yield env.all_of(self._generate(self.lengths[step][first : first + size]))
-                # A program, and a critic that waits for its turn, begin when all is sampled.
-                beside = line.marker in ("served", "latency") and not line.critics_share
-                places = [self.room.request() for _ in range(size if beside else 0)]
+                # A program, and a critic that takes turns, starts once the whole step is sampled.
+                queued = (
+                    pipeline.critic_kind in ("served", "latency")
+                    and not pipeline.critic_shares_devices
+                )
+                places = [self.queue.request() for _ in range(size if queued else 0)]
                 yield env.all_of(places)
-                env.process(self._mark(step, first, size, places))
+                env.process(self._critique(step, first, size, places))
                 first += size
-            self.steps.append(Step(begun, env.now, 0.0, 0.0, 0.0))
+            self.steps.append(StepTimes(started, env.now, 0.0, 0.0, 0.0))
             self.sampled[step].succeed()
 
     def _generate(self, lengths: np.ndarray) -> list[simpy.Event]:
-        """Answers to whole questions, dealt out to the samplers in turn."""
-        line, ends = self.line, []
+        """Submit whole groups of rollouts, dealt to the samplers in turn."""
+        pipeline, ends = self.pipeline, []
         for number, tokens in enumerate(lengths):
-            question, again = divmod(number, line.samples)
-            replica = self.samplers[question % len(self.samplers)]
-            ends.append(replica.submit(0.0 if again else line.prompt, line.prompt, float(tokens)))
+            problem, sample = divmod(number, pipeline.group_size)
+            replica = self.samplers[problem % len(self.samplers)]
+            prefill = 0.0 if sample else pipeline.prompt
+            ends.append(replica.submit(prefill, pipeline.prompt, float(tokens)))
         return ends
 
-    def _mark(self, step: int, first: int, size: int, places: list[Any]) -> Process:
-        line, env = self.line, self.env
-        if line.marker in ("nobody", "program"):
+    def _critique(self, step: int, first: int, size: int, places: list[Any]) -> Process:
+        pipeline, env = self.pipeline, self.env
+        if pipeline.critic_kind in ("none", "program"):
+            is_program = pipeline.critic_kind == "program"
             yield self.sampled[step]
-            with self._turn(line.marker == "program" and line.critics_share, step) as turn:
+            with self._turn(is_program and pipeline.critic_shares_devices, step) as turn:
                 yield turn
-                spent = size * line.latency if line.marker == "program" else 0.0
-                yield env.timeout(spent)
-                self.marking += spent
-        elif line.critics_share:
+                seconds = size * pipeline.latency if is_program else 0.0
+                yield env.timeout(seconds)
+                self.critique_seconds += seconds
+        elif pipeline.critic_shares_devices:
             yield self.sampled[step]
             with self._turn(True, step) as turn:
                 yield turn
-                yield env.all_of(self._asks(step, first, size))
+                yield env.all_of(self._critic_requests(step, first, size))
         else:
-            yield env.all_of(self._asks(step, first, size))
+            yield env.all_of(self._critic_requests(step, first, size))
         for place in places:
-            self.room.release(place)
-        self.missing[step] -= size
-        if not self.missing[step]:
+            self.queue.release(place)
+        self.not_critiqued[step] -= size
+        if not self.not_critiqued[step]:
             self.critiqued[step].succeed()
 
-    def _asks(self, step: int, first: int, size: int) -> list[simpy.Event]:
-        tokens = self.lengths[step][first : first + size]
-        critiques = self.line.critique.draw(self.random, size) if self.line.critique else tokens
+    def _critic_requests(self, step: int, first: int, size: int) -> list[simpy.Event]:
+        rollouts = self.lengths[step][first : first + size]
+        distribution = self.pipeline.critique_lengths
+        critiques = distribution.sample(self.rng, size) if distribution else rollouts
         return [
-            self.env.process(self._ask(float(own), float(said)))
-            for own, said in zip(tokens, critiques, strict=True)
+            self.env.process(self._critic_request(float(rollout), float(critique)))
+            for rollout, critique in zip(rollouts, critiques, strict=True)
         ]
 
-    def _ask(self, answer: float, critique: float) -> Process:
-        line = self.line
+    def _critic_request(self, rollout: float, critique: float) -> Process:
+        pipeline = self.pipeline
         with self.requests.request() as slot:
             yield slot
             if not self.critics:
-                yield self.env.timeout(line.latency)
-                self.marking += line.latency
+                yield self.env.timeout(pipeline.latency)
+                self.critique_seconds += pipeline.latency
                 return
-            self.asked += 1
-            replica = self.critics[self.asked % len(self.critics)]
-            read = line.critic_prompt + answer
-            yield replica.submit(read, read, critique)
+            self.num_requests += 1
+            replica = self.critics[self.num_requests % len(self.critics)]
+            context = pipeline.critic_prompt + rollout
+            yield replica.submit(context, context, critique)
 
-    def _learn_all(self) -> Process:
-        line, env = self.line, self.env
+    def _train_steps(self) -> Process:
+        pipeline, env = self.pipeline, self.env
+        shares_devices = pipeline.sampling_shares_devices or pipeline.critic_shares_devices
         for step in range(self.count):
             yield self.sampled[step] & self.critiqued[step]
             critiqued = env.now
-            with self._turn(line.samplers_share or line.critics_share, step) as turn:
+            with self._turn(shares_devices, step) as turn:
                 yield turn
-                start, seconds = env.now, line.learn(self.lengths[step])
+                start, seconds = env.now, pipeline.train_seconds(self.lengths[step])
                 yield env.timeout(seconds)
-                self.learning += seconds
-            yield env.timeout(line.publish)
-            begun = self.steps[step]
-            self.steps[step] = Step(begun.begun, begun.sampled, critiqued, start, env.now)
-            self.learned[step].succeed()
+                self.training_seconds += seconds
+            yield env.timeout(pipeline.publish)
+            times = self.steps[step]
+            self.steps[step] = StepTimes(times.started, times.sampled, critiqued, start, env.now)
+            self.trained[step].succeed()

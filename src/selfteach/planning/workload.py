@@ -1,10 +1,10 @@
-"""What one step is made of, from the recipe and what is known of model and problems: no hardware."""
+"""Describe the work of one step, from recipe, model shape and problems; independent of hardware."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from selfteach.commands.check.memory import Load
 from selfteach.commands.check.sizes import RunSizes, load_of
@@ -18,79 +18,79 @@ from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.models.architectures import Shape, known_shapes
-from selfteach.planning.lengths import SHARE, Spread
+from selfteach.planning.lengths import ASSUMED_MEAN_SHARE, LengthDistribution
 
-Marker = Literal["nobody", "program", "own", "served", "latency"]
-"""Who marks: no critic; a program; a model in the trainer's process; a served model whose shape is
-known; a server of which only the time that a reply takes is known."""
+CriticKind = Literal["none", "program", "in_process", "served", "latency"]
+"""What writes critiques: no critic; a program; a model in the trainer's process; a served model of
+known shape; a server of which only the seconds per reply are known."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What is asked of the critic for one answer."""
+class CriticWork:
+    """Describes what the critic does for one rollout."""
 
-    marker: Marker
+    kind: CriticKind
     shape: Shape | None = None
     prompt: float = 0.0
-    """Tokens before the answer that is marked."""
-    critique: Spread | None = None
+    """Tokens before the rollout in the critic's prompt."""
+    critique_lengths: LengthDistribution | None = None
     concurrency: int = 1
-    """Requests at a time."""
+    """Requests in flight at most."""
     latency: float = 0.0
-    """Seconds of one reply (``latency``), or of one answer (``program``)."""
+    """Seconds per reply (``latency``) or per rollout (``program``)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One step."""
+class StepWork:
+    """Describes the work of one step."""
 
     load: Load
-    """Shape of the solver, and what a trainer holds."""
+    """Shape of the policy, and what a trainer holds in memory."""
     steps: int
     problems: int
-    samples: int
-    """Answers per problem."""
+    group_size: int
+    """Rollouts per problem."""
     batch_size: int
-    """Answers that are sampled together, and handed on together."""
+    """Rollouts that are sampled together, and passed on together."""
     prompt: float
-    answer: Spread
+    rollout_lengths: LengthDistribution
     teacher_prompt: float
-    """Tokens before the answer on the teacher's side; 0 without a teacher."""
-    shows_trace: bool
-    """True if the teacher's prompt also holds something as long as the answer."""
-    teacher_sides: int
+    """Tokens before the rollout in the teacher's sequence; 0 without a teacher."""
+    context_has_trace: bool
+    """True if the teacher's prompt also holds a critique as long as the rollout."""
+    teacher_passes: int
     """Forward passes of the teacher per update."""
     updates: int
     micro_batch_tokens: int
-    asked: Asked
+    critic: CriticWork
     staleness: int
     engine: str
-    """``transformers`` or ``vllm``: what samples where trainers sample themselves."""
+    """``transformers`` or ``vllm``: the engine where trainers also sample."""
 
     @property
-    def answers(self) -> int:
-        """Of one step."""
-        return self.problems * self.samples
+    def rollouts(self) -> int:
+        """Return the number of rollouts in a step."""
+        return self.problems * self.group_size
 
     @property
     def batches(self) -> int:
-        """Batches of answers in a step; they hold whole problems."""
-        per_batch = max(1, self.batch_size // self.samples)
+        """Return the number of sampling batches in a step; a batch holds whole groups."""
+        per_batch = max(1, self.batch_size // self.group_size)
         return -(-self.problems // per_batch)
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the command line says in place of the recipe; None: as it is."""
+class Overrides:
+    """Holds what the command line sets in place of the recipe; None keeps the recipe's value."""
 
     staleness: int | None = None
-    answer_tokens: float | None = None
+    rollout_tokens: float | None = None
     critique_tokens: float | None = None
     critic_seconds: float | None = None
 
 
-def work_of(recipe: Recipe, known: RunSizes, wishes: Wishes = Wishes()) -> Work:
-    """A step of a recipe. Raises `RecipeError` for a model of which nothing is known here."""
+def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides()) -> StepWork:
+    """Return the work of one step. Raises `RecipeError` for a model of unknown size."""
     load = load_of(recipe, known)
     if load is None:
         raise RecipeError(
@@ -99,85 +99,78 @@ def work_of(recipe: Recipe, known: RunSizes, wishes: Wishes = Wishes()) -> Work:
         )
     train, cap = recipe.train, recipe.sampling.max_tokens
     prompt = float(known.lengths.mean_prompt or known.lengths.longest_prompt)
-    told, rewarded = terms(recipe.objective)
-    has_teacher = told is not None or (rewarded is not None and rewarded.kl_coef > 0)
+    distilled, rewarded = terms(recipe.objective)
+    has_teacher = distilled is not None or (rewarded is not None and rewarded.kl_coef > 0)
     by_reference = recipe.context.type in ("reference", "aligned_reference")
     reference = known.lengths.mean_reference if by_reference else None
-    answer = Spread.around(wishes.answer_tokens or SHARE * cap, cap)
-    asked = asked_of(recipe, known, wishes)
-    return Work(
-        load=dataclasses.replace(load, sampler="trainer"),  # the layout says who else samples
+    mean_rollout = overrides.rollout_tokens or ASSUMED_MEAN_SHARE * cap
+    return StepWork(
+        load=dataclasses.replace(load, sampler="trainer"),  # the layout adds other samplers
         steps=train.steps,
         problems=train.problems_per_step,
-        samples=train.group_size,
+        group_size=train.group_size,
         batch_size=recipe.sampling.batch_size,
         prompt=prompt,
-        answer=answer,
+        rollout_lengths=LengthDistribution.with_mean(mean_rollout, cap),
         teacher_prompt=prompt + (reference or 0.0) if has_teacher else 0.0,
-        shows_trace=told is not None and reference is None,
-        teacher_sides=(2 if recipe.teacher.type == "trust_region" else 1) if has_teacher else 0,
+        context_has_trace=distilled is not None and reference is None,
+        teacher_passes=(2 if recipe.teacher.type == "trust_region" else 1) if has_teacher else 0,
         updates=train.num_iterations,
         micro_batch_tokens=train.micro_batch_tokens,
-        asked=asked,
-        staleness=wishes.staleness if wishes.staleness is not None else staleness_of(recipe),
+        critic=critic_work_of(recipe, known, overrides),
+        staleness=train.staleness if overrides.staleness is None else overrides.staleness,
         engine=engine_of(recipe),
     )
 
 
-def asked_of(recipe: Recipe, known: RunSizes, wishes: Wishes) -> Asked:
-    """Who marks, and what is asked. Raises `RecipeError` for a server of which nothing is known."""
+def critic_work_of(recipe: Recipe, known: RunSizes, overrides: Overrides) -> CriticWork:
+    """Return the critic's work per rollout. Raises `RecipeError` for a server of unknown size."""
     critic = recipe.critic
     if critic is None:
-        return Asked("nobody")
+        return CriticWork("none")
     served = isinstance(critic, EndpointConfig)
-    concurrency = critic.concurrency if served else getattr(critic, "batch", 1)
-    if wishes.critic_seconds is not None:
-        return Asked("latency", concurrency=concurrency, latency=wishes.critic_seconds)
+    concurrency = critic.concurrency if served else getattr(critic, "batch_size", 1)
+    if overrides.critic_seconds is not None:
+        return CriticWork("latency", concurrency=concurrency, latency=overrides.critic_seconds)
     if not isinstance(critic, LlmCriticConfig):
-        return Asked("program")
+        return CriticWork("program")
     shape = _critic_shape(critic, known)
     if shape is None:
         name = critic.model if isinstance(critic, EndpointConfig) else "the critic"
         raise RecipeError(
-            f"critic {name!r}: its size is not known; say how long a reply takes: --critic-seconds"
+            f"critic {name!r}: its size is not known; pass the seconds of a reply: --critic-seconds"
         )
-    reads = known.lengths.critic_template + float(
+    prompt = known.lengths.critic_template + float(
         known.lengths.mean_prompt or known.lengths.longest_prompt
     )
     if critic.sees_reference:
-        reads += known.lengths.mean_reference or 0.0
-    critique = Spread.around(wishes.critique_tokens or SHARE * critic.max_tokens, critic.max_tokens)
-    return Asked("served" if served else "own", shape, reads, critique, concurrency)
+        prompt += known.lengths.mean_reference or 0.0
+    mean_critique = overrides.critique_tokens or ASSUMED_MEAN_SHARE * critic.max_tokens
+    lengths = LengthDistribution.with_mean(mean_critique, critic.max_tokens)
+    return CriticWork("served" if served else "in_process", shape, prompt, lengths, concurrency)
 
 
-def longest_teacher(work: Work) -> int:
-    """Tokens of the longest teacher's sequence, as far as lengths are assumed: all at the limit."""
-    trace = work.answer.cap if work.shows_trace else 0
-    return int(work.teacher_prompt + trace + work.answer.cap)
+def longest_teacher_sequence(work: StepWork) -> int:
+    """Return the tokens of the longest teacher sequence: rollout and critique at their limits."""
+    trace = work.rollout_lengths.cap if work.context_has_trace else 0
+    return int(work.teacher_prompt + trace + work.rollout_lengths.cap)
 
 
-def with_answers(work: Work, answer: Spread, critique: Spread | None) -> Work:
-    """The same work with lengths that were measured."""
-    asked = work.asked
-    if critique is not None and asked.critique is not None:
-        asked = dataclasses.replace(asked, critique=critique)
-    return dataclasses.replace(work, answer=answer, asked=asked)
-
-
-def staleness_of(recipe: Recipe) -> int:
-    """How many updates old the weights that sampled a step's answers may be; 0 is sequential."""
-    return int(_value(recipe.train, "staleness") or 0)
+def with_lengths(
+    work: StepWork,
+    rollout_lengths: LengthDistribution,
+    critique_lengths: LengthDistribution | None,
+) -> StepWork:
+    """Return the same work with measured lengths."""
+    critic = work.critic
+    if critique_lengths is not None and critic.critique_lengths is not None:
+        critic = dataclasses.replace(critic, critique_lengths=critique_lengths)
+    return dataclasses.replace(work, rollout_lengths=rollout_lengths, critic=critic)
 
 
 def engine_of(recipe: Recipe) -> str:
-    """``vllm``, served or in process, or ``transformers``."""
-    kind = str(_value(_value(recipe, "engine"), "type") or "transformers")
-    return "vllm" if kind.startswith("vllm") else "transformers"
-
-
-def _value(section: Any, name: str) -> Any:
-    """A field that a recipe may not have yet."""
-    return getattr(section, name, None)
+    """Return ``vllm`` for a served or in-process vLLM engine, else ``transformers``."""
+    return "vllm" if recipe.engine.type.startswith("vllm") else "transformers"
 
 
 def _critic_shape(critic: LlmCriticConfig, known: RunSizes) -> Shape | None:

@@ -1,1 +1,1 @@
-"""Engines: what samples answers."""
+"""Engines: sample rollouts with transformers or vLLM."""

@@ -19,7 +19,7 @@ Batch = tuple[int, Sequence[Problem]]
 ONE_BATCH = sys.maxsize
 
 
-class Interrupted(EngineError):
+class SamplingInterrupted(EngineError):
     """Raised by an engine that fails in the middle of a batch.
 
     ``received`` holds the complete groups of some of the batch's problems, in order.
@@ -64,8 +64,8 @@ class JournaledEngine:
     The batches are those of a `BatchedEngine`; any other engine samples all rollouts in one batch.
 
     Batches that are in the folder are read instead of sampled. A resumed run forms the same batches,
-    so its rollouts are bitwise the same. Of a batch in which the engine failed (`Interrupted`) the
-    complete groups are kept and are not sampled again.
+    so its rollouts are bitwise the same. Of a batch in which the engine failed
+    (`SamplingInterrupted`) the complete groups are kept and are not sampled again.
 
     ``name`` begins the names of the batches' files, like ``step_000012``. With ``version`` every
     rollout must be of that policy version. ``weights_lost``: the weights that should sample no longer
@@ -126,7 +126,7 @@ class JournaledEngine:
         missing = [problem for problem in problems if problem.id not in complete]
         try:
             sampled = self._engine.engine.generate(missing, sampling)
-        except Interrupted as failure:
+        except SamplingInterrupted as failure:
             self._run.save_rollouts(unfinished, [*received, *failure.received])
             raise
         place = {problem.id: at for at, problem in enumerate(problems)}

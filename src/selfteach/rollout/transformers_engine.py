@@ -1,4 +1,4 @@
-"""Sampling with transformers, on CPU or one GPU: batched, KV-cached, reproducible row by row."""
+"""Samples with transformers, on CPU or one GPU: batched, KV-cached, each rollout reproducible alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from selfteach.errors import EngineError
 from selfteach.prompts.renderer import Renderer
-from selfteach.rollout.decoding.generate import decoded
+from selfteach.rollout.decoding.generate import sample_completions
 from selfteach.rollout.decoding.token_sampling import uniforms
 from selfteach.runtime.seeds import stream_key
 from selfteach.types import Problem, Rollout, Sampling
@@ -21,10 +21,10 @@ from selfteach.types import Problem, Rollout, Sampling
 class TransformersEngine:
     """Samples from a model in this process, usually the very module that is trained.
 
-    Every answer has a random stream of its own, keyed by (seed, question, sample, version) and
-    consumed one number per token, so its draw does not depend on its neighbours, on the order of
-    questions, or on what was sampled before a resume. (Its logits do, in the last bits: a batch of
-    another shape adds floats in another order. Callers re-form the same batches.)
+    Each rollout has its own random stream, keyed by (seed, problem, sample, version), and uses one
+    number of it per token. So its random numbers do not depend on the other rollouts of the batch, on
+    the order of problems, or on what was sampled before a resume. (Its logits do, in the last bits: a
+    batch of another shape adds floats in another order. Callers form the same batches again.)
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class TransformersEngine:
         self._causal = causal
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy weights into the model (those it already shares stay as they are)."""
-        own = dict(self._model.named_parameters())
+        """Copy weights into the model, but for those whose storage it shares with the trainer."""
+        parameters = dict(self._model.named_parameters())
         for name, value in named_weights:
-            if own[name].data_ptr() != value.data_ptr():
-                own[name].data.copy_(value)
+            if parameters[name].data_ptr() != value.data_ptr():
+                parameters[name].data.copy_(value)
         self._version = version
 
     @torch.inference_mode()
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
-        """One prefill per question, then one token at a time for all its answers side by side.
+        """Prefill each problem's prompt once, then decode all its rollouts side by side.
 
-        Raises `EngineError` if a question leaves no room for an answer.
+        Raises `EngineError` if a prompt leaves no room for a completion.
         """
         self._model.eval()
         prompts = [self._renderer.solver_prompt(problem) for problem in problems]
@@ -72,22 +72,21 @@ class TransformersEngine:
         streams = (stream_key(*key, sampling, self._version) for key in keys)
         uniforms_BT = np.stack([uniforms(stream, sampling.max_tokens) for stream in streams])
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
-            ids, logps = decoded(
+            ids, logps = sample_completions(
                 self._causal, prompts, uniforms_BT, temperature=sampling.temperature,
                 end_ids=self._end_ids, pad_id=self._pad_id, max_length=self._max_length,
             )  # fmt: skip
         rollouts = []
         for row, (problem, sample) in enumerate(keys):
-            answer = ids[row]
             rollouts.append(
                 Rollout(
                     problem=problem,
                     sample=sample,
                     prompt_ids=prompts[row // sampling.samples],
-                    token_ids=tuple(answer),
+                    token_ids=tuple(ids[row]),
                     logps=tuple(logps[row]),
-                    text=self._renderer.decode(answer),
-                    finished=answer[-1] in self._end_ids,
+                    text=self._renderer.decode(ids[row]),
+                    finished=ids[row][-1] in self._end_ids,
                     policy_version=self._version,
                 )
             )

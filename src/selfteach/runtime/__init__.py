@@ -1,1 +1,1 @@
-"""What surrounds a run: its folder, ranks, signals, seeds, tracking."""
+"""Provides what surrounds a run: its folder, ranks, signals, seeds, tracking."""

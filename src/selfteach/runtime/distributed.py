@@ -1,7 +1,7 @@
-"""Many ranks, started by torchrun: who does which share, what is put together, and who talks.
+"""Divides work over ranks that torchrun has started, and combines their results.
 
-Collectives are made in the same order on every rank and from one thread; none of them is made when
-there is one rank, so that a process on its own computes what it always did, bit for bit.
+Collectives are called in the same order on every rank and from one thread. With one rank none is
+called, so that a single process computes bitwise the same with and without torchrun.
 """
 
 from __future__ import annotations
@@ -26,149 +26,151 @@ from selfteach.runtime import torchrun
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 
-LOST = ("gloo", "nccl", "closed by peer", "connection reset", "timed out", "broken pipe")
-"""Words, one of which stands in what torch says when another rank is gone."""
-TURN, FREE, LOOK_EVERY_S = "selfteach/turn", "free", 0.1
-"""A place in the ranks' store that says whose turn it is, and how often to look at it."""
+LOST_RANK_WORDS = ("gloo", "nccl", "closed by peer", "connection reset", "timed out", "broken pipe")
+"""One of these is in torch's error message when another rank is lost."""
+MUTEX_KEY, MUTEX_FREE, MUTEX_POLL_S = "selfteach/mutex", "free", 0.1
+"""A key of the ranks' store that holds the mutex's owner, and how often to poll it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those that train together.
+    """Describes this process among those that train together, and communicates with them.
 
-    Example: five batches on two ranks; rank 0 takes the first two, rank 1 the last three, and what
-    they make of them, gathered, has the order that one process would have given it.
+    Example: of five batches on two ranks, rank 0 takes the first two, rank 1 the last three, and the
+    gathered results have the order that one process would have given them.
     """
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
-    """The ranks in a row, for sharding; None in a process that torchrun did not start."""
+    """A one-dimensional mesh of all ranks, for sharding; None without torchrun."""
     store: Store | None = None
-    """What all ranks can read and write from any thread, in no order; None as above."""
+    """A key-value store that all ranks can use from any thread, in any order; None as above."""
 
     @property
     def is_main(self) -> bool:
-        """True for the rank that talks, and writes what is written once."""
+        """True for the rank that prints, and writes the files that are written once."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part: neighbours stay together, sizes differ by one at most."""
+        """Return this rank's part: contiguous; sizes differ by one at most."""
         total = len(items)
         return items[total * self.rank // self.size : total * (self.rank + 1) // self.size]
 
-    def gather(self, own: list[T]) -> list[T]:
-        """All ranks' lists, one after another; the same on every rank."""
+    def gather(self, items: list[T]) -> list[T]:
+        """Concatenate the lists of all ranks, in their order; the same result on every rank."""
         if self.size == 1:
-            return own
+            return items
         lists: list[list[T]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(lists, own)
+        dist.all_gather_object(lists, items)
         return [item for part in lists for item in part]
 
     def broadcast(self, value: T) -> T:
-        """What rank 0 says, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
-        said = [value]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if it is true on one: for decisions that all must take alike."""
-        return self._reduced(torch.tensor(float(flag)), dist.ReduceOp.MAX).item() > 0
+        """True on every rank if the flag is true on one: for decisions that all must share."""
+        return self._all_reduce(torch.tensor(float(flag)), dist.ReduceOp.MAX).item() > 0
 
     def sum(self, value: Number) -> Number:
-        """A number added up over ranks."""
-        total = self._reduced(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.SUM)
+        """Return the sum of a number over all ranks."""
+        total = self._all_reduce(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.SUM)
         return type(value)(total.item()) if self.size > 1 else value
 
     def mean(self, values_N: Tensor) -> float:
-        """The mean over all ranks' entries, however many each has; 0 where there are none."""
+        """Return the mean over all ranks' entries, however many each has; 0 if there are none."""
         if self.size == 1:
             return values_N.mean().item() if len(values_N) else 0.0
-        own = torch.stack([values_N.double().sum().cpu(), torch.tensor(len(values_N)).double()])
-        total, count = self._reduced(own, dist.ReduceOp.SUM).tolist()
+        local = torch.stack([values_N.double().sum().cpu(), torch.tensor(len(values_N)).double()])
+        total, count = self._all_reduce(local, dist.ReduceOp.SUM).tolist()
         return total / count if count else 0.0
 
     def max(self, values_N: Tensor) -> float:
-        """The largest of all ranks' entries, none of which is negative; 0 where there are none."""
-        own = (
+        """Return the maximum of all ranks' entries, none of which is negative; 0 if there are none."""
+        local = (
             values_N.max().double().cpu() if len(values_N) else torch.zeros((), dtype=torch.double)
         )
-        return self._reduced(own, dist.ReduceOp.MAX).item()
+        return self._all_reduce(local, dist.ReduceOp.MAX).item()
 
     def sum_gradients(self, weights: Iterable[Tensor]) -> None:
-        """Sum the gradients of weights that every rank holds whole: summed, not averaged, since
-        every loss has the step's denominators in it."""
+        """Sum the gradients of replicated weights over ranks: summed, not averaged, since every loss
+        includes the step's global denominators."""
         if self.size == 1:
             return
         weights = list(weights)
         if not self.any(any(weight.grad is not None for weight in weights)):
             return
         for weight in weights:
-            if weight.grad is None:  # this rank had nothing to learn from
+            if weight.grad is None:  # this rank had no sample
                 weight.grad = torch.zeros_like(weight)
             dist.all_reduce(weight.grad)
 
     def all_or_raise(self, call: Callable[[], T]) -> T:
-        """What a call gives here, once it has ended well on all ranks. It makes no collective itself.
+        """Return the result of a call once it has succeeded on all ranks. The call itself must use no
+        collective.
 
-        Where it fails on one, all raise what that one says: nobody waits for a rank that has left.
+        If it fails on one rank, all ranks raise that rank's message, so that none waits for it in a
+        collective.
         """
         if self.size == 1:
             return call()
-        made: list[T] = []
-        own: SelfteachError | None = None
+        result: list[T] = []
+        local_error: SelfteachError | None = None
         try:
-            made.append(call())
+            result.append(call())
         except SelfteachError as error:
-            own = error
-        failures = self.gather([] if own is None else [str(own)])
-        if own is not None:
-            raise own
+            local_error = error
+        failures = self.gather([] if local_error is None else [str(local_error)])
+        if local_error is not None:
+            raise local_error
         if failures:
             raise EngineError(failures[0])
-        return made[0]
+        return result[0]
 
     @contextmanager
     def mutex(self) -> Iterator[None]:
-        """A stretch in which one rank is at a time; no collective, so in any thread."""
+        """Let one rank at a time into a block; uses no collective, so it works in any thread."""
         if self.store is None:
             yield
             return
         me = str(self.rank)
-        while self.store.compare_set(TURN, FREE, me).decode() != me:
-            time.sleep(LOOK_EVERY_S)
+        while self.store.compare_set(MUTEX_KEY, MUTEX_FREE, me).decode() != me:
+            time.sleep(MUTEX_POLL_S)
         try:
             yield
         finally:
-            self.store.set(TURN, FREE)
+            self.store.set(MUTEX_KEY, MUTEX_FREE)
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
+    def barrier(self) -> None:
+        """Wait until all ranks have called this."""
         if self.size > 1:
             self.broadcast(None)
             self.sum(0)
 
-    def _reduced(self, value: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+    def _all_reduce(self, value: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         if self.size > 1:
             dist.all_reduce(value, op=how)
         return value
 
 
 SINGLE_PROCESS = Ranks()
-"""A process on its own."""
+"""One process without torchrun: every collective returns at once."""
 
 
 @contextmanager
-def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
-    """This process among the ranks that torchrun has started; alone where it has not.
+def init_ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
+    """Join the process group that torchrun has started; yields `SINGLE_PROCESS` without torchrun.
 
     ``device`` is the kind of device that trains, ``"cpu"`` or ``"cuda"``; each rank takes the one
-    with its local number. Raises `EngineError` when another rank is lost, or says nothing for
-    ``timeout_s`` seconds.
+    with its local rank. Raises `EngineError` when another rank is lost, or does not reach a collective
+    within ``timeout_s`` seconds.
     """
-    if not torchrun.by_torchrun():
+    if not torchrun.is_torchrun():
         yield SINGLE_PROCESS
         return
     if device == "cuda":
@@ -182,22 +184,24 @@ def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
             timeout=timeout,
         )  # fmt: skip
         mesh = init_device_mesh(device, (size,))
-        store.set(TURN, FREE)
+        store.set(MUTEX_KEY, MUTEX_FREE)
         ranks = Ranks(rank, size, mesh, store)
-        ranks.wait()  # the turn is there before anybody takes it
+        ranks.barrier()  # the mutex exists before any rank takes it
         yield ranks
     except RuntimeError as error:
-        if not _lost(error):
+        if not _lost_rank(error):
             raise
         raise EngineError(
-            f"rank {torchrun.rank()}: another rank has ended, or has said nothing for "
-            f"{timeout_s:g} s (distributed.timeout_seconds); what is on disk is kept: mend what that "
-            "rank says, then start the same command again"
+            f"rank {torchrun.rank()}: another rank has ended, or has not responded for "
+            f"{timeout_s:g} s (distributed.timeout_seconds); what is on disk stays there: fix the "
+            "error of that rank, then start the same command again"
         ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _lost(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOST)
+def _lost_rank(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(
+        word in str(error).lower() for word in LOST_RANK_WORDS
+    )

@@ -1,4 +1,4 @@
-"""What a run, a study or an inspection was made with."""
+"""Collects what a run, a study or an inspection was made with: commit, versions, machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 
-def environment() -> dict[str, Any]:
-    """What a run was made with: commit, versions, machine."""
+def collect_provenance() -> dict[str, Any]:
+    """Return the commit, the versions of Python and packages, and the machine."""
     packages = ("selfteach", "torch", "transformers", "peft", "tokenizers", "numpy")
     return {
         "commit": commit(),
@@ -20,16 +20,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """The vector instructions that products use: with others their last digits are others. Asks torch,
-    which takes seconds to import: for processes that have it anyway."""
+def cpu_capability() -> str:
+    """Return the CPU's vector instructions that matrix products use; the last digits depend on them.
+
+    Imports torch, which takes seconds: for processes that need it anyway.
+    """
     import torch
 
     return torch.backends.cpu.get_cpu_capability()
 
 
 def commit() -> str | None:
-    """The commit of the source tree this runs from; None for an installed package."""
+    """Return the commit of the source tree this runs from; None for an installed package."""
     here = Path(__file__).resolve().parent.parent
     if not (here.parents[1] / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Which random stream is whose."""
+"""Derives the random stream of each rollout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selfteach.types import Problem, Sampling
 
 
 def stream_key(problem: Problem, sample: int, sampling: Sampling, version: int) -> int:
-    """128 bits that only this answer has: by seed, question, sample and policy version."""
+    """Return a 128-bit key unique to this rollout: by seed, problem, sample and policy version."""
     key = repr((sampling.seed, problem.id, sample, version)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")
 

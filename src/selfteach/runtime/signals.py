@@ -1,11 +1,11 @@
-"""SIGTERM, from a scheduler that wants its machine back: heard at once, obeyed where it does no harm.
+"""Handles SIGTERM, which a scheduler sends when it wants its machine back.
 
-While weights change, or are swapped for a teacher's, an exception would leave them half of one kind
-and half of another. So the signal ends the process only in stretches that are marked as safe: waiting,
-sampling, evaluating. Elsewhere it is remembered until the next of them.
+While weights change, or are swapped for a teacher's, an exception would leave a mixture of both. So the
+signal ends the process only in blocks that are declared interruptible: waiting, sampling, evaluating.
+Elsewhere it is remembered until the next of them.
 
-Many ranks must stop at the same step: there the signal is only heard (`Termination.asked`), and after
-each step the ranks tell one another.
+Many ranks must stop at the same step: there the signal is only remembered (`Termination.requested`),
+and after each step the ranks exchange it.
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ from contextlib import contextmanager
 
 from selfteach.errors import Terminated
 
-STATUS = 143
-"""Exit status of a run that was ended by SIGTERM and has saved what it had learned: 128 + 15."""
+EXIT_STATUS = 143
+"""Exit status of a run that was ended by SIGTERM and has saved its progress: 128 + 15."""
 
 
 class Termination:
-    """Whether SIGTERM has come, and whether this is a moment to obey."""
+    """Remembers whether SIGTERM has arrived, and whether the process may end now."""
 
-    def __init__(self, *, waits: bool = False) -> None:
-        self.asked = False
-        """True once SIGTERM has come."""
-        self._waits, self._safe = waits, False
+    def __init__(self, *, deferred: bool = False) -> None:
+        self.requested = False
+        """True once SIGTERM has arrived."""
+        self._deferred, self._interruptible = deferred, False
 
     @contextmanager
-    def safe(self) -> Iterator[None]:
-        """A stretch that may end anywhere: raises `Terminated` in it, or at its beginning if the
-        signal has come before; one that waits raises nothing."""
-        self._safe = not self._waits
+    def interruptible(self) -> Iterator[None]:
+        """Mark a block that may end anywhere: raises `Terminated` in it, or at its beginning if the
+        signal has arrived before. Raises nothing if termination is deferred."""
+        self._interruptible = not self._deferred
         try:
-            if self.asked and self._safe:
+            if self.requested and self._interruptible:
                 raise Terminated
             yield
         finally:
-            self._safe = False
+            self._interruptible = False
 
-    def _heard(self, *_: object) -> None:
-        self.asked = True
-        if self._safe:
+    def _on_signal(self, *_: object) -> None:
+        self.requested = True
+        if self._interruptible:
             raise Terminated
 
 
 @contextmanager
-def listening(*, waits: bool = False) -> Iterator[Termination]:
-    """Hears SIGTERM for the length of a block; deaf outside of a process's main thread.
+def handle_sigterm(*, deferred: bool = False) -> Iterator[Termination]:
+    """Handle SIGTERM within a block; does nothing outside of a process's main thread.
 
-    One that ``waits`` is asked whether the signal has come, and never interrupts.
+    If ``deferred``, the signal only sets `Termination.requested` and never raises.
     """
-    termination = Termination(waits=waits)
+    termination = Termination(deferred=deferred)
     if threading.current_thread() is not threading.main_thread():
         yield termination
         return
-    before = signal.signal(signal.SIGTERM, termination._heard)
+    before = signal.signal(signal.SIGTERM, termination._on_signal)
     try:
         yield termination
     finally:

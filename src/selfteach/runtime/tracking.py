@@ -1,13 +1,13 @@
-"""Sinks besides metrics.jsonl: TensorBoard, Weights & Biases, trackio. All off unless a recipe asks.
+"""Sends metrics to TensorBoard, Weights & Biases or trackio. All are off unless the recipe names them.
 
-metrics.jsonl comes first and is the truth; a sink is a copy. A value has the name that it has there,
-behind its row's kind: ``step/correct``, ``validation/avg``, ``test/avg``.
+metrics.jsonl comes first and is the truth; a sink gets a copy. A value has its name there, prefixed
+with the kind of its row: ``step/correct``, ``validation/avg``, ``test/avg``.
 
-On a resume the rows behind the last checkpoint are made again. ``tracking.json`` counts the rows that
-each sink has been given, so that none is sent twice, but for the one that was under way when the
-process was killed. Rows that a sink has missed (it failed, or was named later) are sent when it is next
-opened. Weights & Biases and trackio buffer in a process or thread of their own: what they have not
-written when the machine dies, only metrics.jsonl has.
+On a resume the rows after the last checkpoint are made again. ``tracking.json`` counts the rows that
+each sink has received, so that none is sent twice, but for the one that was being sent when the process
+was killed. Rows that a sink has missed (it failed, or was added to the recipe since) are sent when it
+is next opened. Weights & Biases and trackio buffer in their own process or thread: what they have not
+written when the machine dies is in metrics.jsonl only.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where the numbers of a row go."""
+    """Receives the numbers of a row."""
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the values of a training step, by name. May raise; the row then counts as not sent."""
+        """Record the values of a step, by name. May raise; the row then counts as not sent."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Tracked:
-    """Which run it is that a sink is told of."""
+class TrackedRun:
+    """Describes the run to a sink."""
 
     folder: Path
     project: str
     name: str
     config: Mapping[str, Any]
     id: str
-    """The same for a resumed run; unlike that of any other."""
+    """Unique to the run; the same after a resume."""
 
 
-def require(names: Sequence[str]) -> None:
-    """Raises `RecipeError` for a sink whose package is missing, before anything is spent."""
+def require_packages(names: Sequence[str]) -> None:
+    """Raise `RecipeError` if the package of a sink is missing, before a model is loaded."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(
@@ -57,21 +57,21 @@ def require(names: Sequence[str]) -> None:
             )
 
 
-def identify(folder: Path, project: str, config: Mapping[str, Any]) -> Tracked:
-    """A run's name among others, and its id, which is kept in its folder."""
-    return Tracked(folder, project, run_name(folder), config, _state(folder)["id"])
+def tracked_run(folder: Path, project: str, config: Mapping[str, Any]) -> TrackedRun:
+    """Return the run's description for sinks; its id is stored in its folder."""
+    return TrackedRun(folder, project, run_name(folder), config, _state(folder)["id"])
 
 
 @contextmanager
-def sending(
+def open_sinks(
     sinks: Mapping[str, AbstractContextManager[Sink]],
     folder: Path,
     rows: Sequence[Mapping[str, Any]],
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Opens sinks, gives them what they have missed of ``rows``, and yields what sends the next row.
+    """Open sinks, send them the rows they have missed, and yield a function that sends the next row.
 
-    A sink that cannot be opened is a `RecipeError`; one that fails later is left out with a warning
-    until the run is next resumed: training goes on.
+    Raises `RecipeError` if a sink cannot be opened. A sink that fails afterwards is left out with a
+    warning until the run is next resumed: training goes on.
     """
     state = _state(folder) if sinks else {"sent": {}}
     position = len(rows)
@@ -102,7 +102,7 @@ def sending(
 
 
 def values_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row's numbers under the names that sinks get: ``kind/name``."""
+    """Return a row's numbers under the names that sinks get: ``kind/name``."""
     return {
         f"{row['kind']}/{name}": float(value)
         for name, value in row.items()
@@ -111,7 +111,7 @@ def values_of(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def run_name(folder: Path) -> str:
-    """``study/arm/seed_0`` for a run of a study, else the folder's own name."""
+    """Return ``study/arm/seed_0`` for a run of a study, else the folder's name."""
     path = folder.resolve()
     for parent in path.parents:
         if (parent / "study.json").exists():
@@ -121,60 +121,62 @@ def run_name(folder: Path) -> str:
 
 
 @contextmanager
-def tensorboard(run: Tracked) -> Iterator[Sink]:
-    """Event files in the run's folder, ``tensorboard/``: ``tensorboard --logdir RUN``."""
+def tensorboard(run: TrackedRun) -> Iterator[Sink]:
+    """Write event files into ``tensorboard/`` of the run's folder: ``tensorboard --logdir RUN``."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(log_dir=str(run.folder / "tensorboard")) as writer:
 
-        def take(step: int, values: Mapping[str, float]) -> None:
+        def record(step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
             writer.flush()  # what counts as sent is on disk
 
-        yield take
+        yield record
 
 
 @contextmanager
-def wandb(run: Tracked) -> Iterator[Sink]:
-    """A run of Weights & Biases; online unless ``WANDB_MODE=offline`` says otherwise."""
+def wandb(run: TrackedRun) -> Iterator[Sink]:
+    """Log to a run of Weights & Biases; online unless ``WANDB_MODE=offline`` is set."""
     import wandb as package  # type: ignore[import-not-found]
 
-    opened = package.init(
+    package_run = package.init(
         project=run.project, name=run.name, id=run.id, resume="allow", dir=str(run.folder),
         config=dict(run.config),
     )  # fmt: skip
     try:
-        yield lambda step, values: opened.log(dict(values), step=step)
+        yield lambda step, values: package_run.log(dict(values), step=step)
     finally:
-        opened.finish()
+        package_run.finish()
 
 
 @contextmanager
-def trackio(run: Tracked) -> Iterator[Sink]:
-    """A run of trackio: in its local database unless ``TRACKIO_SPACE_ID`` names a Space."""
+def trackio(run: TrackedRun) -> Iterator[Sink]:
+    """Log to a run of trackio: in its local database unless ``TRACKIO_SPACE_ID`` names a Space."""
     import trackio as package  # type: ignore[import-not-found]
 
     # It resumes by name: another run of the same name must not be taken for this one.
-    opened = package.init(
+    package_run = package.init(
         project=run.project, name=f"{run.name} {run.id}", config=dict(run.config), resume="allow",
         embed=False, auto_log_gpu=False, auto_log_cpu=False,
     )  # fmt: skip
     try:
-        yield lambda step, values: opened.log(dict(values), step=step)
+        yield lambda step, values: package_run.log(dict(values), step=step)
     finally:
-        opened.finish()
+        package_run.finish()
 
 
 def _enter(stack: ExitStack, name: str, sink: AbstractContextManager[Sink]) -> Sink:
     try:
         return stack.enter_context(sink)
-    except Exception as error:  # no login, no network, no permission: said before anything is spent
+    except (
+        Exception
+    ) as error:  # no login, no network, no permission: reported before training starts
         raise RecipeError(f"tracking.sinks: {name} cannot be opened: {error}") from error
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """The run's id, and how many rows each sink has been given."""
+    """Return the run's id, and how many rows each sink has received."""
     path = folder / "tracking.json"
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex[:8], "sent": {}})

@@ -51,11 +51,11 @@ from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
 from selfteach.protocols import Context, Critic, Objective, Teacher
-from selfteach.rollout.gathered_weights import Gathering
+from selfteach.rollout.gathered_weights import GatheringEngine
 from selfteach.rollout.journaled_engine import BatchedEngine
 from selfteach.runtime import tracking
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
-from selfteach.runtime.torch_setup import settle
+from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import Solver, build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
@@ -86,7 +86,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     """
     objective, shard = build_objective(recipe), build_sharding(recipe, ranks)
     device = choose_device(recipe.model.device)
-    settle(device)
+    configure_torch(device)
     task = load_task(recipe.data, resolve(recipe.model.path))
     tokenizer = load_tokenizer(recipe.model)
     templates = Templates(recipe.model.templates or task.templates)
@@ -111,7 +111,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     engine = build_engine(recipe, solver, prompts, sampler, ranks)
     components = Components(
         engine=BatchedEngine(
-            Gathering(engine) if shard else engine, recipe.sampling.batch_size, ranks
+            GatheringEngine(engine) if shard else engine, recipe.sampling.batch_size, ranks
         ),
         verify=task.verify,
         critic=build_critic(recipe.critic, task, templates, solver, seed=recipe.seed)
@@ -242,13 +242,13 @@ def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
 
 
 def build_sinks(
-    config: TrackingConfig, run: tracking.Tracked
+    config: TrackingConfig, run: tracking.TrackedRun
 ) -> dict[str, AbstractContextManager[tracking.Sink]]:
     """The sinks of a recipe by name, not yet opened."""
     return {name: _sink(name, run) for name in config.sinks}
 
 
-def _sink(name: str, run: tracking.Tracked) -> AbstractContextManager[tracking.Sink]:
+def _sink(name: str, run: tracking.TrackedRun) -> AbstractContextManager[tracking.Sink]:
     match name:
         case "tensorboard":
             return tracking.tensorboard(run)

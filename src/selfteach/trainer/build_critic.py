@@ -44,7 +44,7 @@ from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
 from selfteach.protocols import Critic
-from selfteach.runtime.torch_setup import settle
+from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task
 
 FINGERPRINT_ENTRIES = 2**24
@@ -161,7 +161,7 @@ def _local(config: LocalCriticConfig, templates: Templates) -> ChatModel:
     )
     tokenizer = load_tokenizer(model_config)
     device = choose_device(config.device)
-    settle(device)
+    configure_torch(device)
     model = load_model(model_config, device).requires_grad_(False)
     renderer = Renderer(tokenizer, templates, thinking=Thinking(config.thinking, config.thinking))
     return LocalModel(

@@ -1,4 +1,4 @@
-"""From a recipe's engine section to an engine."""
+"""Builds the engine of a recipe."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from selfteach.models.loading import load_tokenizer, resolve
 from selfteach.models.policy import Policy
 from selfteach.protocols import Engine
 from selfteach.rollout.transformers_engine import TransformersEngine
-from selfteach.rollout.vllm.in_process import Serving, VllmProcess
-from selfteach.rollout.vllm.vllm_engine import Sampler, VllmEngine, Weights
-from selfteach.rollout.vllm.weight_check import Fingerprint, Probe
-from selfteach.rollout.vllm.weight_sync import Handover
+from selfteach.rollout.vllm.in_process import ServedModel, VllmProcess
+from selfteach.rollout.vllm.vllm_engine import TrainableWeights, VllmBackend, VllmEngine
+from selfteach.rollout.vllm.weight_check import Probe, WeightCheck
+from selfteach.rollout.vllm.weight_sync import WeightFolder
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.trainer.build_critic import Solver
 from selfteach.types import Sequences
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 PROBE_TOKENS = 256
-"""Of the prompt that engine and trainer are both asked about: some blocks of a prefix cache."""
+"""Length of the prompt whose logprobs engine and trainer compare: some blocks of a prefix cache."""
 
 
 def build_engine(
@@ -49,9 +49,10 @@ def build_engine(
     model: PreTrainedModel | PeftModel,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Engine:
-    """The engine of a recipe; ``prompts`` are what it will be asked, for a look at some.
+    """Build the engine of a recipe; the weight check uses the first of ``prompts``.
 
-    ``model`` is what samples in this process: the solver's own, or a whole copy of a sharded one.
+    ``model`` samples if the engine is transformers: the policy's model, or a full copy of a sharded
+    one.
 
     Raises `EngineError` or `RecipeError` in one line.
     """
@@ -64,8 +65,8 @@ def build_engine(
     if ranks.size > 1 and isinstance(config, VllmProcessConfig):
         raise RecipeError(
             f'engine.type = "vllm" is for one process, and torchrun has started {ranks.size}, whose '
-            'groups vLLM would take for its own: serve the model (engine.type = "vllm_server"), so '
-            "that all ranks sample from there"
+            'process groups vLLM would use: serve the model (engine.type = "vllm_server"), so that '
+            "all ranks sample from there"
         )
     probe = Probe(
         ids := probe_ids(prompts, solver.max_length - 1),
@@ -73,11 +74,11 @@ def build_engine(
         trainer_logits(policy, ids),
     )
     return VllmEngine(
-        _sampler(recipe, config, solver, ranks),
+        _backend(recipe, config, solver, ranks),
         solver.renderer,
-        Fingerprint(probe, config.tolerance),
-        Weights(policy.trainable.items, tied_weights(policy)),
-        owner=ranks.broadcast(uuid.uuid4().hex[:8]),
+        WeightCheck(probe, config.tolerance),
+        TrainableWeights(policy.trainable.items, tied_weights(policy)),
+        run_id=ranks.broadcast(uuid.uuid4().hex[:8]),
         end_ids=solver.end_ids,
         max_length=solver.max_length,
         ranks=ranks,
@@ -85,18 +86,21 @@ def build_engine(
 
 
 def require_engine(recipe: Recipe) -> None:
-    """Ask a served engine once whether it is there and can do what this recipe wants of it.
+    """Check once that a served engine is reachable and can do what this recipe needs.
 
     Raises `EngineError` in one line.
     """
     if isinstance(recipe.engine, VllmServerConfig):
-        _served()  # the client is needed from here on
-        from selfteach.rollout.vllm.engine_healthcheck import Wanted, require_server
+        _server_client()  # raises if OpenAI's client is not installed
+        from selfteach.rollout.vllm.engine_healthcheck import (
+            EngineRequirements,
+            require_engine_server,
+        )
 
         tokenizer = load_tokenizer(recipe.model)
-        require_server(
+        require_engine_server(
             recipe.engine,
-            Wanted(
+            EngineRequirements(
                 adapters=recipe.model.lora is not None,
                 max_tokens=recipe.sampling.max_tokens,
                 encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
@@ -105,7 +109,7 @@ def require_engine(recipe: Recipe) -> None:
 
 
 def probe_ids(prompts: Iterable[tuple[int, ...]], longest: int) -> tuple[int, ...]:
-    """The first prompts one after another, so long as a probe may be."""
+    """Return the first prompts, concatenated and cut to the probe's length or to ``longest``."""
     ids: list[int] = []
     for prompt in prompts:
         ids += prompt
@@ -115,41 +119,42 @@ def probe_ids(prompts: Iterable[tuple[int, ...]], longest: int) -> tuple[int, ..
 
 
 def tied_weights(policy: Policy) -> dict[str, str]:
-    """Other names of weights that train, like ``lm_head.weight`` of a model with a tied head."""
+    """Return other names of trainable weights, like ``lm_head.weight`` of a model with a tied head."""
     names = {id(weight): name for name, weight in policy.trainable.items()}
-    everywhere = policy.model.named_parameters(remove_duplicate=False)
-    known = ((alias, names.get(id(weight))) for alias, weight in everywhere)
-    return {alias: name for alias, name in known if name is not None and name != alias}
+    parameters = policy.model.named_parameters(remove_duplicate=False)
+    aliases = ((alias, names.get(id(weight))) for alias, weight in parameters)
+    return {alias: name for alias, name in aliases if name is not None and name != alias}
 
 
 def trainer_logits(policy: Policy, ids: Sequence[int]) -> Callable[[], Tensor]:
-    """What the policy makes of the token behind ``ids``, [V], whenever asked."""
+    """Return a function that computes the policy's present logits [V] of the token after ``ids``."""
     last = torch.tensor([len(ids) - 1])
-    one = Sequences(torch.tensor([list(ids)]), torch.zeros(1, dtype=torch.long), last)
+    sequence = Sequences(torch.tensor([list(ids)]), torch.zeros(1, dtype=torch.long), last)
 
     def logits() -> Tensor:
         with torch.no_grad():
-            return policy.score(one.to(policy.device)).logits(slice(None))[0].float().cpu()
+            return policy.score(sequence.to(policy.device)).logits(slice(None))[0].float().cpu()
 
     return logits
 
 
-def _sampler(recipe: Recipe, config: EngineConfig, solver: Solver, ranks: Ranks) -> Sampler:
+def _backend(recipe: Recipe, config: EngineConfig, solver: Solver, ranks: Ranks) -> VllmBackend:
     model = solver.policy.model
     adapter = model.peft_config["default"] if isinstance(model, PeftModel) else None
     match config:
         case VllmServerConfig():
-            # Rank 0 writes there; the others only have to know its name.
+            # Rank 0 writes there; the others need only its path.
             folder = ranks.all_or_raise(lambda: _folder(config.folder) if ranks.is_main else None)
-            handover = Handover(ranks.broadcast(folder) or Path(), adapter)
-            return _served().VllmServer(config, handover)
+            weight_folder = WeightFolder(ranks.broadcast(folder) or Path(), adapter)
+            return _server_client().VllmServer(config, weight_folder)
         case VllmProcessConfig():
-            return VllmProcess(config, _serving(recipe, solver), Handover(_folder(None), adapter))
+            weight_folder = WeightFolder(_folder(None), adapter)
+            return VllmProcess(config, _served_model(recipe, solver), weight_folder)
         case _:
             raise AssertionError(config)
 
 
-def _served() -> ModuleType:
+def _server_client() -> ModuleType:
     try:
         from selfteach.rollout.vllm import server_client
     except ImportError:
@@ -159,27 +164,28 @@ def _served() -> ModuleType:
     return server_client
 
 
-def _serving(recipe: Recipe, solver: Solver) -> Serving:
-    own: ModelConfig = recipe.model
-    if own.gguf_file:
+def _served_model(recipe: Recipe, solver: Solver) -> ServedModel:
+    config: ModelConfig = recipe.model
+    if config.gguf_file:
         raise RecipeError(
             'engine.type = "vllm" reads safetensors only, and model.gguf_file is set: save the model '
             "with save_pretrained and name that folder in model.path"
         )
-    return Serving(
-        path=resolve(own.path),
+    return ServedModel(
+        path=resolve(config.path),
         max_length=solver.max_length,
-        lora_rank=own.lora.rank if own.lora else None,
+        lora_rank=config.lora.rank if config.lora else None,
         cuda=solver.policy.device.type == "cuda",
-        trust_remote_code=own.trust_remote_code,
+        trust_remote_code=config.trust_remote_code,
     )
 
 
-def _folder(named: str | None) -> Path:
-    """A folder of this process alone, gone with it."""
-    if named is not None:
-        Path(named).expanduser().mkdir(parents=True, exist_ok=True)
-    parent = Path(named).expanduser() if named is not None else None
+def _folder(parent_name: str | None) -> Path:
+    """Make a temporary folder that is deleted when this process exits."""
+    parent = None
+    if parent_name is not None:
+        parent = Path(parent_name).expanduser()
+        parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="selfteach-", dir=parent))
     folder.chmod(0o755)  # the server may be another user's
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""All that a resume needs, in plain safetensors (a distributed checkpoint where the model is in pieces;
-either resumes on any number of ranks): weights, optimizer, teacher, and where we are.
+"""Saves and restores what a resume needs: weights, optimizer, teacher, step and policy version.
 
-Random streams need no saving: they are keyed by (seed, question, sample, policy version).
+Tensors are plain safetensors, or a distributed checkpoint if the model is sharded; either resumes on
+any number of ranks. Random streams need no saving: they are keyed by (seed, problem, sample, policy
+version).
 """
 
 from __future__ import annotations
@@ -25,30 +26,30 @@ from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.run_folder import enough_disk, read_json, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-
+"""Of AdamW, per weight."""
 
 SHARDS = "shards"
-"""Where a sharded policy's tensors lie: a distributed checkpoint, for any number of ranks."""
+"""Folder of a sharded policy's tensors: a distributed checkpoint, for any number of ranks."""
 
 
 def save(
     folder: Path, step: int, policy: Policy, teacher: Teacher, *, keep: int = 1,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Path:  # fmt: skip
-    """Write ``folder/step_NNNNNN`` whole or not at all, then delete all but the newest ``keep``.
+    """Write ``folder/step_NNNNNN`` atomically, then delete all but the newest ``keep`` checkpoints.
 
-    All ranks together: each writes its pieces of a sharded policy, rank 0 everything else.
+    All ranks call this together: each writes its shards of a sharded policy, rank 0 everything else.
     """
-    target = path_of(folder, step)
+    target = path_for_step(folder, step)
     aside = folder / f".{target.name}.tmp"
     with enough_disk():
         if ranks.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        ranks.wait()
+        ranks.barrier()
         try:
             _fill(aside, step, policy, teacher, ranks)
-            ranks.wait()
+            ranks.barrier()
             if ranks.is_main:
                 if target.exists():
                     shutil.rmtree(target)
@@ -60,7 +61,7 @@ def save(
             _sync(folder)
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
-        ranks.wait()
+        ranks.barrier()
     return target
 
 
@@ -76,18 +77,18 @@ def _fill(aside: Path, step: int, policy: Policy, teacher: Teacher, ranks: Ranks
     write_json(aside / "state.json", {"step": step, "version": policy.version})
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint after a step is, or would be."""
+def path_for_step(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint after a step, whether it exists or not."""
     return folder / f"step_{step:06d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Return complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step_*") if (path / "state.json").exists())
 
 
 def load(checkpoint: Path, policy: Policy, teacher: Teacher) -> int:
-    """Put policy, optimizer and teacher back; returns the step after which it was saved.
+    """Restore policy, optimizer and teacher; return the step after which the checkpoint was saved.
 
     Raises `CheckpointError` if it is damaged or of another model.
     """
@@ -104,7 +105,7 @@ def load(checkpoint: Path, policy: Policy, teacher: Teacher) -> int:
 
 @torch.no_grad()
 def load_weights(checkpoint: Path, policy: Policy) -> None:
-    """Only the weights, for evaluation."""
+    """Load only the weights, for evaluation."""
     shards = checkpoint / SHARDS
     if shards.exists():
         _require_same(_names_under("weights", fsdp.names(shards)), policy, checkpoint)
@@ -134,14 +135,14 @@ def _restore_moments(policy: Policy, saved: dict[str, Tensor]) -> None:
     for name, param in policy.trainable.items():
         policy.optimizer.state.pop(param, None)
         if f"{name}::step" in saved:
-            own = _no_moments(param)
-            for moment, value in own.items():
+            moments = _no_moments(param)
+            for moment, value in moments.items():
                 fsdp.assign(value, saved[f"{name}::{moment}"])
-            policy.optimizer.state[param] = own
+            policy.optimizer.state[param] = moments
 
 
 def _no_moments(param: Tensor) -> dict[str, Tensor]:
-    """What AdamW keeps of a weight, before its first update: in pieces as the weight is."""
+    """Return AdamW's state of a weight before its first update: sharded as the weight is."""
     zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
     return {**zeros, "step": torch.zeros((), dtype=torch.float32, device=param.device)}
 
@@ -155,13 +156,13 @@ def _all_tensors(policy: Policy, teacher: Teacher) -> dict[str, Tensor]:
 
 
 def _load_shards(shards: Path, policy: Policy, teacher: Teacher) -> None:
-    """Moments and teacher, into tensors that are whole or in pieces as this run has them."""
-    known = fsdp.names(shards)
-    if _names_under("teacher", known) != teacher.state().keys():
+    """Load moments and teacher into tensors that are replicated or sharded as in this run."""
+    names = fsdp.names(shards)
+    if _names_under("teacher", names) != teacher.state().keys():
         raise CheckpointError(f"{shards} holds another teacher")
     for name, param in policy.trainable.items():
         policy.optimizer.state.pop(param, None)
-        if f"optimizer.{name}::step" in known:
+        if f"optimizer.{name}::step" in names:
             policy.optimizer.state[param] = _no_moments(param)
     fsdp.load(
         shards, {**_under("optimizer", _moments(policy)), **_under("teacher", teacher.state())}

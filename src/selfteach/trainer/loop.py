@@ -19,10 +19,10 @@ from selfteach.models.fsdp import whole_state
 from selfteach.models.loading import choose_device, resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
-from selfteach.runtime.distributed import Ranks, joined
-from selfteach.runtime.provenance import environment, processor
+from selfteach.runtime.distributed import Ranks, init_ranks
+from selfteach.runtime.provenance import collect_provenance, cpu_capability
 from selfteach.runtime.run_folder import RunFolder, enough_disk, result_of, write_json
-from selfteach.runtime.signals import Termination, listening
+from selfteach.runtime.signals import Termination, handle_sigterm
 from selfteach.tasks.task import SplitName, training_order
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
@@ -64,7 +64,7 @@ def train(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> Iterator[
     run = RunFolder(folder)
     with _joined(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
         if ranks.is_main:
-            made = {**environment(), "processor": processor()}
+            made = {**collect_provenance(), "processor": cpu_capability()}
             run.create(recipe.model_dump(mode="json"), made, _migrated)
             for other in alike:
                 run.copy_rollouts(rollouts_name("validation", 0), RunFolder(other))
@@ -74,11 +74,11 @@ def train(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> Iterator[
         built = build(recipe, ranks)
         step = _restore(run, built)
         heard = _recording(run, recipe) if ranks.is_main else nullcontext(_unheard)
-        with heard as record, listening(waits=ranks.size > 1) as termination:
+        with heard as record, handle_sigterm(deferred=ranks.size > 1) as termination:
             for row in _steps(run, recipe, built, step, record, termination):
                 if ranks.is_main:
                     yield row
-            with termination.safe():
+            with termination.interruptible():
                 _finish(run, recipe, built, record)
 
 
@@ -101,12 +101,12 @@ def run_to_end(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> dict
 def _joined(recipe: Recipe) -> AbstractContextManager[Ranks]:
     """The ranks of this run. Raises `RecipeError` where sharding is asked of a process on its own."""
     config = recipe.distributed
-    if config.shard != "none" and not torchrun.by_torchrun():
+    if config.shard != "none" and not torchrun.is_torchrun():
         raise RecipeError(
             f'distributed.shard = "{config.shard}" needs torchrun: torchrun --nproc-per-node 2 -m '
             'selfteach train ..., or set distributed.shard = "none"'
         )
-    return joined(choose_device(recipe.model.device).type, config.timeout_seconds)
+    return init_ranks(choose_device(recipe.model.device).type, config.timeout_seconds)
 
 
 def _unheard(row: Mapping[str, Any]) -> None:
@@ -130,9 +130,9 @@ def _recording(run: RunFolder, recipe: Recipe) -> Iterator[Record]:
     """What writes a row down: into metrics.jsonl first, then to the sinks that the recipe names."""
     config, sinks = recipe.tracking, {}
     if config.sinks:
-        known = tracking.identify(run.path, config.project, recipe.model_dump(mode="json"))
+        known = tracking.tracked_run(run.path, config.project, recipe.model_dump(mode="json"))
         sinks = build_sinks(config, known)
-    with tracking.sending(sinks, run.path, run.metrics()) as send:
+    with tracking.open_sinks(sinks, run.path, run.metrics()) as send:
 
         def record(row: Mapping[str, Any]) -> None:
             run.append_metrics(row)
@@ -149,7 +149,7 @@ def _steps(
     components.engine.load_weights(components.policy.trainable.items(), components.policy.version)
     learning = train_steps(
         components, _rollout_requests(recipe, built), range(done + 1, last + 1), run,
-        staleness=recipe.train.staleness, interruptible=end.safe,
+        staleness=recipe.train.staleness, interruptible=end.interruptible,
     )  # fmt: skip
 
     def save(step: int) -> None:
@@ -166,7 +166,7 @@ def _steps(
 
     try:
         if components.ranks.broadcast(_due(run, recipe, done)):
-            with end.safe():
+            with end.interruptible():
                 row = _measure(run, recipe, built, "validation", done, record)
             yield row
         for step, (_, metrics) in learning:
@@ -176,15 +176,15 @@ def _steps(
             done = step
             yield row
             if components.ranks.broadcast(_due(run, recipe, step)):
-                with end.safe():
+                with end.interruptible():
                     row = _measure(run, recipe, built, "validation", step, record)
                 yield row
             if step % recipe.train.checkpoint_every == 0 or step == last:
                 save(step)
-            if step < last and components.ranks.size > 1 and components.ranks.any(end.asked):
+            if step < last and components.ranks.size > 1 and components.ranks.any(end.requested):
                 raise Terminated  # on every rank, at the same step
     except Terminated:
-        if done > 0 and not checkpoint.path_of(run.checkpoints, done).exists():
+        if done > 0 and not checkpoint.path_for_step(run.checkpoints, done).exists():
             save(done)
         raise
 

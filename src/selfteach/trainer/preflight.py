@@ -31,7 +31,7 @@ def preflight(recipes: Iterable[Recipe], *, critic_only: bool = False) -> None:
     checked = list(recipes)
     if not critic_only:
         for recipe in checked:
-            tracking.require(recipe.tracking.sinks)
+            tracking.require_packages(recipe.tracking.sinks)
     critics = [recipe.critic for recipe in checked if recipe.critic is not None]
     for critic in critics:
         if isinstance(critic, RecordedConfig):

@@ -253,6 +253,8 @@ def test_a_recipe_is_immutable() -> None:
             "selfteach.cli, selfteach.commands.progress, selfteach.commands.study.run_study",
             ("torch", "transformers"),
         ),
+        # `selfteach --help` also works without the extra "plan".
+        ("selfteach.cli", ("torch", "simpy")),
     ],
 )
 def test_reading_a_recipe_imports_no_torch(modules: str, heavy: tuple[str, ...]) -> None:

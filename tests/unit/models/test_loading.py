@@ -17,7 +17,7 @@ from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.models import loading, matmul
 from selfteach.models.loading import autocast_of, choose_device, load_model, load_tokenizer
-from selfteach.runtime.torch_setup import settle
+from selfteach.runtime.torch_setup import configure_torch
 
 CPU = torch.device("cpu")
 
@@ -81,9 +81,9 @@ def test_on_a_gpu_attention_is_not_planned_shape_by_shape() -> None:
     before, asked = torch.backends.cuda.cudnn_sdp_enabled(), sdpa_attention.use_gqa_in_sdpa
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        settle(torch.device("cpu"))
+        configure_torch(torch.device("cpu"))
         assert torch.backends.cuda.cudnn_sdp_enabled()
-        settle(torch.device("cuda"))
+        configure_torch(torch.device("cuda"))
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
@@ -92,8 +92,8 @@ def test_on_a_gpu_attention_is_not_planned_shape_by_shape() -> None:
 
 FAULTS = """
 import resource, torch
-from selfteach.runtime.torch_setup import settle
-settle(torch.device("cpu"))
+from selfteach.runtime.torch_setup import configure_torch
+configure_torch(torch.device("cpu"))
 def steps():
     for _ in range(20):
         torch.ones(2**21)

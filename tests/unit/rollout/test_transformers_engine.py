@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, the same draws whatever stands beside them."""
+"""The transformers engine: its distribution, and rollouts that do not depend on their batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.errors import EngineError
 from selfteach.losses.policy_gradient import token_logp
 from selfteach.models.sequences import sequences
-from selfteach.rollout.decoding.token_sampling import BLOCK, draw
+from selfteach.rollout.decoding.token_sampling import BLOCK, sample_token
 from selfteach.rollout.transformers_engine import TransformersEngine
 from selfteach.trainer.build import build
 from selfteach.types import Problem, Sampling
@@ -48,7 +48,7 @@ def test_sampled_log_probabilities_are_the_trainers(built) -> None:
         assert logp.tolist() == pytest.approx(list(rollout.logps), abs=1e-4)
 
 
-def test_an_answer_does_not_depend_on_its_neighbours_or_their_order(built) -> None:
+def test_a_rollout_does_not_depend_on_its_batch_or_its_order(built) -> None:
     problems = built.task.train
     together = {(r.problem.id, r.sample): r for r in engine_of(built).generate(problems, SAMPLING)}
     backwards = engine_of(built).generate(problems[::-1], SAMPLING)
@@ -72,8 +72,8 @@ def test_seed_sample_and_version_each_change_the_draw(built) -> None:
     assert {r.policy_version for r in again} == {1}
 
 
-def test_questions_do_not_share_their_random_numbers(built) -> None:
-    # The same question under two names: only the name tells their streams apart.
+def test_problems_have_separate_random_streams(built) -> None:
+    # The same question under two ids: only the id separates their streams.
     one = built.task.train[0]
     twin = Problem("twin", one.question, one.answer)
     sampling = Sampling(8, 1.0, 40, 5)
@@ -100,18 +100,18 @@ def test_prompts_of_different_lengths_share_a_batch(built) -> None:
         assert a.logps == pytest.approx(b.logps, abs=1e-4)
 
 
-def test_finished_rows_leave_and_the_others_do_not_notice(built) -> None:
+def test_finished_rows_leave_without_an_effect_on_others(built) -> None:
     vocabulary = built.tokenizer.get_vocab()
     early = (built.tokenizer.eos_token_id, vocabulary["+"], vocabulary["k"])
     whole = engine_of(built).generate(built.task.train, SAMPLING)
     cut = engine_of(built, early).generate(built.task.train, SAMPLING)
-    assert len({len(r.token_ids) for r in cut}) > 3, "answers end at many different places"
+    assert len({len(r.token_ids) for r in cut}) > 3, "rollouts end at many different lengths"
     for a, b in zip(whole, cut, strict=True):
         stop = next(i for i, token in enumerate(a.token_ids) if token in early)
         assert b.token_ids == a.token_ids[: stop + 1] and b.finished
 
 
-def test_the_token_limit_cuts_and_says_so(built) -> None:
+def test_a_rollout_cut_at_the_token_limit_is_not_finished(built) -> None:
     for rollout in engine_of(built).generate(built.task.train, Sampling(2, 1.0, 7, 0)):
         assert len(rollout.token_ids) == 7 and not rollout.finished
     room = len(built.components.renderer.solver_prompt(built.task.train[0])) + 5
@@ -119,38 +119,38 @@ def test_the_token_limit_cuts_and_says_so(built) -> None:
         assert len(rollout.token_ids) == 5
 
 
-def test_a_prompt_without_room_for_an_answer(built) -> None:
+def test_a_prompt_without_room_for_a_rollout_is_an_error(built) -> None:
     with pytest.raises(EngineError, match=r"prompt of 8 tokens; the context holds 8"):
         engine_of(built, max_length=8).generate(built.task.train[:1], SAMPLING)
 
 
-def test_draw_inverts_the_distribution() -> None:
+def test_sample_token_inverts_the_distribution() -> None:
     # Probabilities .5 .25 .25: cumulative .5 .75 1.
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(5, 3)
-    token, logp = draw(logits, torch.tensor([0.0, 0.499, 0.501, 0.751, 0.999]), 1.0)
+    token, logp = sample_token(logits, torch.tensor([0.0, 0.499, 0.501, 0.751, 0.999]), 1.0)
     assert token.tolist() == [0, 0, 1, 2, 2]
     assert logp.exp().tolist() == pytest.approx([0.5, 0.5, 0.25, 0.25, 0.25])
     # At temperature ½ probabilities are squared: 4 1 1 of 6.
-    token, logp = draw(logits[:2], torch.tensor([0.66, 0.67]), 0.5)
+    token, logp = sample_token(logits[:2], torch.tensor([0.66, 0.67]), 0.5)
     assert token.tolist() == [0, 1]
     assert logp.exp().tolist() == pytest.approx([4 / 6, 1 / 6])
 
 
 @pytest.mark.parametrize("vocabulary", [BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 7])
-def test_draw_of_a_large_vocabulary_inverts_the_whole_sum(vocabulary: int) -> None:
+def test_sample_token_of_a_large_vocabulary_inverts_the_whole_sum(vocabulary: int) -> None:
     logits, row = 4 * torch.randn(3, vocabulary), torch.arange(3).repeat(200)
     share = logits.double().softmax(-1)
-    wanted = torch.multinomial(share, 200, replacement=True).T.flatten()
+    expected = torch.multinomial(share, 200, replacement=True).T.flatten()
     # In the middle of a token's share no rounding decides.
-    middle = (share.cumsum(-1) - share / 2)[row, wanted]
-    token, logp = draw(logits, middle, 1.0, row)
-    assert token.tolist() == wanted.tolist()
-    torch.testing.assert_close(logp.double(), share[row, wanted].log(), rtol=0, atol=1e-5)
+    middle = (share.cumsum(-1) - share / 2)[row, expected]
+    token, logp = sample_token(logits, middle, 1.0, row)
+    assert token.tolist() == expected.tolist()
+    torch.testing.assert_close(logp.double(), share[row, expected].log(), rtol=0, atol=1e-5)
 
 
-def test_draw_never_takes_an_impossible_token() -> None:
+def test_sample_token_never_returns_an_impossible_token() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(1001, 5)
-    token, _ = draw(logits, torch.linspace(0, 1 - 1e-9, 1001, dtype=torch.float64), 1.0)
+    token, _ = sample_token(logits, torch.linspace(0, 1 - 1e-9, 1001, dtype=torch.float64), 1.0)
     assert set(token.tolist()) == {1, 3}
 
 

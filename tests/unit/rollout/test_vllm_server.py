@@ -1,4 +1,4 @@
-"""A server ends with whoever started it, asked or killed, and takes its children with it."""
+"""A process group ends with the process that started it, and so do its children."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_server import Group, free_port, taken
+from vllm_server import ProcessGroup, free_port, is_taken
 
 PARENT_AND_CHILD = """
 import os, pathlib, subprocess, sys, time
@@ -23,9 +23,9 @@ time.sleep(600)
 OWNER = f"""
 import os, pathlib, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[3] / "tools")!r})
-from vllm_server import Group
+from vllm_server import ProcessGroup
 command = [sys.executable, "-c", {PARENT_AND_CHILD!r}]
-group = Group(command, env=dict(os.environ), log=pathlib.Path("log"))
+group = ProcessGroup(command, env=dict(os.environ), log=pathlib.Path("log"))
 time.sleep(600)
 """
 
@@ -55,14 +55,16 @@ def eventually(holds, within_s: float = 30.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_a_group_ends_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_group_ends_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill: bool
+) -> None:
     monkeypatch.chdir(tmp_path)
     command = [sys.executable, "-c", PARENT_AND_CHILD]
-    group = Group(command, env=dict(os.environ), log=tmp_path / "log")
+    group = ProcessGroup(command, env=dict(os.environ), log=tmp_path / "log")
     pids = pids_of(tmp_path)
     assert pids[0] == group.pid and not group.ended and all(map(alive, pids))
-    group.end(at_once=at_once)
+    group.end(kill=kill)
     assert group.ended
     eventually(lambda: not any(map(alive, pids)))
 
@@ -76,4 +78,4 @@ def test_a_group_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_free_port_is_not_taken() -> None:
-    assert not taken(free_port())
+    assert not is_taken(free_port())

@@ -1,4 +1,4 @@
-"""What each rank gets, without starting any."""
+"""How work is divided over ranks, without starting any."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from selfteach.types import (
 
 
 @given(st.integers(0, 20), st.integers(1, 7))
-def test_shares_are_neighbours_and_together_the_whole(items: int, size: int) -> None:
+def test_shares_are_contiguous_and_cover_all_items(items: int, size: int) -> None:
     shares = [list(Ranks(rank, size).share(range(items))) for rank in range(size)]
     assert [i for share in shares for i in share] == list(range(items))
     lengths = [len(share) for share in shares]
     assert max(lengths) - min(lengths) <= 1
 
 
-def test_alone_nothing_is_asked_of_others() -> None:
+def test_a_single_process_uses_no_collective() -> None:
     assert (
         SINGLE_PROCESS.is_main
         and SINGLE_PROCESS.gather([1, 2]) == [1, 2]
-        and SINGLE_PROCESS.first("a") == "a"
+        and SINGLE_PROCESS.broadcast("a") == "a"
     )
     assert SINGLE_PROCESS.sum(3) == 3 and SINGLE_PROCESS.any(True) and not SINGLE_PROCESS.any(False)
     values_N = torch.tensor([1.0, 2.0, 6.0])
@@ -48,13 +48,15 @@ def test_alone_nothing_is_asked_of_others() -> None:
     assert SINGLE_PROCESS.mean(values_N[:0]) == SINGLE_PROCESS.max(values_N[:0]) == 0
 
 
-def sample(length: int, told: bool) -> tuple[TrainingSample, TokenWeights]:
+def sample(length: int, with_teacher: bool) -> tuple[TrainingSample, TokenWeights]:
     ids = tuple(range(1, length + 1))
     rollout = Rollout(Problem("q", "?", "a"), 0, (1, 2), ids, (-1.0,) * length, "", True, 0)
-    taught = TrainingSample(
-        CritiquedRollout(rollout, Verdict(True, True, None), None), None, (1,) if told else None
+    training_sample = TrainingSample(
+        CritiquedRollout(rollout, Verdict(True, True, None), None),
+        None,
+        (1,) if with_teacher else None,
     )
-    return taught, TokenWeights((0.5,) * length)
+    return training_sample, TokenWeights((0.5,) * length)
 
 
 @given(
@@ -62,7 +64,7 @@ def sample(length: int, told: bool) -> tuple[TrainingSample, TokenWeights]:
     st.integers(1, 4),
     st.sampled_from([1, 30, 1000]),
 )
-def test_every_lesson_is_learned_once_and_all_ranks_pass_alike(
+def test_every_sample_is_in_one_micro_batch_and_ranks_have_equal_kinds(
     kinds: list[tuple[int, bool]], size: int, tokens: int
 ) -> None:
     pairs = [sample(*kind) for kind in kinds]
@@ -75,13 +77,13 @@ def test_every_lesson_is_learned_once_and_all_ranks_pass_alike(
     ]
     kinds_of = [[batch.teacher is not None for batch in batches] for batches in dealt]
     assert all(kinds_of[0] == other for other in kinds_of)
-    answers = [
+    lengths = [
         len(batch.ids_N[batch.student.rows_N == row])
         for batches in dealt for batch in batches for row in range(len(batch.student.ids_BT))
     ]  # fmt: skip
-    assert sorted(length for length in answers if length) == sorted(length for length, _ in kinds)
+    assert sorted(length for length in lengths if length) == sorted(length for length, _ in kinds)
     if size == 1:
-        assert all(len(batch.ids_N) for batch in dealt[0]), "nothing is padded for one"
+        assert all(len(batch.ids_N) for batch in dealt[0]), "one rank gets no empty micro-batch"
 
 
 def test_a_step_must_have_a_batch_for_each_rank() -> None:
@@ -114,7 +116,7 @@ def test_other_commands_are_one_process(monkeypatch: pytest.MonkeyPatch, capsys)
     assert torchrun.is_main()
 
 
-def test_another_rank_says_who_it_is(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_errors_of_another_rank_name_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(cli, "PATIENCE_S", 0.0)

@@ -1,4 +1,4 @@
-"""When Python looks for garbage: seldom while commands import, as before once a model runs."""
+"""Garbage collection runs rarely while commands import, and as before once a model runs."""
 
 import gc
 import sys
@@ -9,39 +9,39 @@ import torch
 
 from selfteach import cli
 from selfteach.runtime import gc_pause
-from selfteach.runtime.torch_setup import settle
+from selfteach.runtime.torch_setup import configure_torch
 
-OWN = (1_234, 12, 13)
+THRESHOLDS = (1_234, 12, 13)
 
 
 @pytest.fixture(autouse=True)
-def _own_pace() -> Iterator[None]:
+def _test_thresholds() -> Iterator[None]:
     before = gc.get_threshold()
-    gc.set_threshold(*OWN)
+    gc.set_threshold(*THRESHOLDS)
     yield
     gc.set_threshold(*before)
 
 
-def test_rest_is_over_when_a_model_is_about_to_run() -> None:
-    gc_pause.rest()
-    gc_pause.rest()  # a command within a command changes nothing
-    assert gc.get_threshold() == (gc_pause.SELDOM, *OWN[1:]) and gc.isenabled()
-    settle(torch.device("cpu"))
-    assert gc.get_threshold() == OWN
+def test_collection_resumes_before_a_model_runs() -> None:
+    gc_pause.pause()
+    gc_pause.pause()  # a command within a command changes nothing
+    assert gc.get_threshold() == (gc_pause.PAUSED_THRESHOLD, *THRESHOLDS[1:]) and gc.isenabled()
+    configure_torch(torch.device("cpu"))
+    assert gc.get_threshold() == THRESHOLDS
 
 
-def test_whoever_does_not_ask_keeps_their_pace() -> None:
-    gc_pause.rest()
+def test_without_a_pause_thresholds_stay() -> None:
+    gc_pause.pause()
     gc_pause.resume()
-    gc.set_threshold(4_321, 9, 9)  # another than was kept for a rest
-    settle(torch.device("cpu"))
+    gc.set_threshold(4_321, 9, 9)  # not those from before the pause
+    configure_torch(torch.device("cpu"))
     assert gc.get_threshold() == (4_321, 9, 9)
 
 
-def test_commands_ask_for_rest(
+def test_commands_pause_collection(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["selfteach", "--version"])
     cli.main()
     assert capsys.readouterr().out.startswith("selfteach ")
-    assert gc.get_threshold()[0] == gc_pause.SELDOM
+    assert gc.get_threshold()[0] == gc_pause.PAUSED_THRESHOLD

@@ -1,4 +1,4 @@
-"""Sinks: what they are given, that nothing is given twice, and what happens when one is not there."""
+"""Sinks: what they receive, that no row is sent twice, and what happens when one is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.runtime import tracking
-from selfteach.runtime.tracking import Tracked, identify, run_name, sending, values_of
+from selfteach.runtime.tracking import TrackedRun, open_sinks, run_name, tracked_run, values_of
 from selfteach.trainer.preflight import preflight
 
 ROWS = [
@@ -27,10 +27,10 @@ ROWS = [
 
 
 class Memory:
-    """A sink that remembers, and fails when it is told to."""
+    """A sink that records its calls, and fails on demand."""
 
     def __init__(self) -> None:
-        self.taken: list[tuple[int, dict[str, float]]] = []
+        self.received: list[tuple[int, dict[str, float]]] = []
         self.open = 0
         self.broken = False
 
@@ -38,62 +38,62 @@ class Memory:
     def __call__(self):
         self.open += 1
         try:
-            yield self.take
+            yield self.record
         finally:
             self.open -= 1
 
-    def take(self, step, values):
+    def record(self, step, values):
         if self.broken:
             raise OSError("no space left")
-        self.taken.append((step, dict(values)))
+        self.received.append((step, dict(values)))
 
 
 def steps(memory: Memory) -> list[int]:
-    return [step for step, _ in memory.taken]
+    return [step for step, _ in memory.received]
 
 
-def test_names_are_those_of_metrics_behind_the_kind():
+def test_names_are_those_of_metrics_prefixed_with_the_kind():
     assert values_of(ROWS[1]) == {"step/correct": 0.25, "step/dropped/refused": 0.5}
     assert values_of({**ROWS[0], "note": "x"}) == {"validation/k": 4, "validation/avg": 12.5}
 
 
 def test_every_row_reaches_every_sink_and_all_are_closed(tmp_path: Path):
     a, b = Memory(), Memory()
-    with sending({"a": a(), "b": b()}, tmp_path, []) as send:
+    with open_sinks({"a": a(), "b": b()}, tmp_path, []) as send:
         for row in ROWS:
             send(row)
         assert a.open == b.open == 1
     assert a.open == b.open == 0
-    assert a.taken == b.taken == [(row["step"], values_of(row)) for row in ROWS]
+    assert a.received == b.received == [(row["step"], values_of(row)) for row in ROWS]
 
 
 def test_a_resume_sends_no_row_twice(tmp_path: Path):
     memory = Memory()
-    with sending({"m": memory()}, tmp_path, []) as send:
+    with open_sinks({"m": memory()}, tmp_path, []) as send:
         for row in ROWS[:3]:
             send(row)
     # The checkpoint was at step 0: rows 1 and 2 are made again.
-    with sending({"m": memory()}, tmp_path, ROWS[:1]) as send:
+    with open_sinks({"m": memory()}, tmp_path, ROWS[:1]) as send:
         for row in ROWS[1:]:
             send(row)
     assert steps(memory) == [0, 1, 2, 2]
 
 
-def test_a_sink_that_is_named_later_gets_what_it_missed(tmp_path: Path):
-    early, late = Memory(), Memory()
-    with sending({"early": early()}, tmp_path, []) as send:
+def test_a_sink_added_on_a_resume_gets_the_rows_it_missed(tmp_path: Path):
+    first, second = Memory(), Memory()
+    with open_sinks({"first": first()}, tmp_path, []) as send:
         send(ROWS[0])
         send(ROWS[1])
-    with sending({"early": early(), "late": late()}, tmp_path, ROWS[:2]) as send:
+    with open_sinks({"first": first(), "second": second()}, tmp_path, ROWS[:2]) as send:
         send(ROWS[2])
-    assert steps(early) == steps(late) == [0, 1, 2]
+    assert steps(first) == steps(second) == [0, 1, 2]
 
 
-def test_a_sink_that_fails_is_left_out_and_caught_up_on_the_next_resume(tmp_path, caplog):
+def test_a_failed_sink_is_left_out_until_the_next_resume(tmp_path, caplog):
     good, bad = Memory(), Memory()
     with (
         caplog.at_level(logging.WARNING),
-        sending({"bad": bad(), "good": good()}, tmp_path, []) as send,
+        open_sinks({"bad": bad(), "good": good()}, tmp_path, []) as send,
     ):
         send(ROWS[0])
         bad.broken = True
@@ -104,7 +104,7 @@ def test_a_sink_that_fails_is_left_out_and_caught_up_on_the_next_resume(tmp_path
     assert [record.getMessage() for record in caplog.records] == [
         "tracking: bad is left out from now on: no space left"
     ]
-    with sending({"bad": bad()}, tmp_path, ROWS[:3]) as send:
+    with open_sinks({"bad": bad()}, tmp_path, ROWS[:3]) as send:
         send(ROWS[3])
     assert steps(bad) == [0, 1, 2, 2]
 
@@ -118,14 +118,14 @@ def test_a_sink_that_cannot_be_opened_is_one_line(tmp_path: Path):
     memory = Memory()
     with (
         pytest.raises(RecipeError, match=r"tracking\.sinks: wandb cannot be opened: not logged in"),
-        sending({"m": memory(), "wandb": shut()}, tmp_path, []),
+        open_sinks({"m": memory(), "wandb": shut()}, tmp_path, []),
     ):
         pass
     assert memory.open == 0
 
 
 def test_without_sinks_nothing_is_written(tmp_path: Path):
-    with sending({}, tmp_path, ROWS) as send:
+    with open_sinks({}, tmp_path, ROWS) as send:
         send(ROWS[0])
     assert list(tmp_path.iterdir()) == []
 
@@ -147,14 +147,14 @@ def test_a_run_keeps_its_id_and_is_named_after_its_study(tmp_path: Path):
     run = tmp_path / "mine" / "runs" / "grpo" / "seed_0"
     run.mkdir(parents=True)
     (tmp_path / "mine" / "study.json").write_text("{}")
-    first = identify(run, "p", {"seed": 0})
+    first = tracked_run(run, "p", {"seed": 0})
     assert first.name == run_name(run) == "mine/grpo/seed_0"
-    assert identify(run, "p", {"seed": 0}).id == first.id
+    assert tracked_run(run, "p", {"seed": 0}).id == first.id
     assert run_name(tmp_path / "other") == "other"
 
 
 class Calls:
-    """A package of another maker, as far as it is used: remembers every call."""
+    """Stands in for a tracking package and records every call."""
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
@@ -170,7 +170,7 @@ class Calls:
         self.calls.append(("finish",))
 
 
-RUN = Tracked(Path("runs/x"), "project", "study/arm/seed_0", {"seed": 0}, "ab12cd34")
+RUN = TrackedRun(Path("runs/x"), "project", "study/arm/seed_0", {"seed": 0}, "ab12cd34")
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -192,29 +192,29 @@ def test_adapters_call_their_packages_as_documented(name, monkeypatch):
 
 
 def test_the_tensorboard_adapter_writes_scalars_and_flushes(monkeypatch):
-    said = []
+    calls = []
 
     class Writer:
         def __init__(self, log_dir):
-            said.append(("open", log_dir))
+            calls.append(("open", log_dir))
 
         def __enter__(self):
             return self
 
         def __exit__(self, *_):
-            said.append(("close",))
+            calls.append(("close",))
 
         def add_scalar(self, name, value, step):
-            said.append((name, value, step))
+            calls.append((name, value, step))
 
         def flush(self):
-            said.append(("flush",))
+            calls.append(("flush",))
 
     fake = types.SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     with tracking.tensorboard(RUN) as send:
         send(7, {"step/loss": 0.5})
-    assert said == [("open", "runs/x/tensorboard"), ("step/loss", 0.5, 7), ("flush",), ("close",)]
+    assert calls == [("open", "runs/x/tensorboard"), ("step/loss", 0.5, 7), ("flush",), ("close",)]
 
 
 @pytest.mark.skipif(
@@ -223,8 +223,8 @@ def test_the_tensorboard_adapter_writes_scalars_and_flushes(monkeypatch):
 def test_real_tensorboard_reads_back_what_was_sent(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = Tracked(tmp_path, "p", "n", {}, "id")
-    with sending({"tensorboard": tracking.tensorboard(run)}, tmp_path, []) as send:
+    run = TrackedRun(tmp_path, "p", "n", {}, "id")
+    with open_sinks({"tensorboard": tracking.tensorboard(run)}, tmp_path, []) as send:
         for row in ROWS:
             send(row)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -240,6 +240,6 @@ def test_real_packages_still_have_what_is_called(name):
 
 def test_state_is_readable(tmp_path: Path):
     memory = Memory()
-    with sending({"m": memory()}, tmp_path, []) as send:
+    with open_sinks({"m": memory()}, tmp_path, []) as send:
         send(ROWS[0])
     assert json.loads((tmp_path / "tracking.json").read_text())["sent"] == {"m": 1}

@@ -1,4 +1,4 @@
-"""Micro-batches: which token stands where, what is left out, and corrupted ids found out."""
+"""Micro-batches: the position of each token, which samples are left out, and corrupted ids."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ from selfteach.types import (
 PAD = 0
 
 
-def sample(prompt: tuple[int, ...], answer: tuple[int, ...], told: bool = True) -> TrainingSample:
-    rollout = Rollout(Problem("p", "q", "a"), 0, prompt, answer, (-0.5,) * len(answer), "", True, 0)
+def sample(
+    prompt: tuple[int, ...], completion: tuple[int, ...], with_teacher: bool = True
+) -> TrainingSample:
+    logps = (-0.5,) * len(completion)
+    rollout = Rollout(Problem("p", "q", "a"), 0, prompt, completion, logps, "", True, 0)
     critiqued = CritiquedRollout(rollout, Verdict(True, True, "a"), None)
-    return TrainingSample(critiqued, teacher_prompt_ids=(*prompt, 9, 9) if told else None)
+    return TrainingSample(critiqued, teacher_prompt_ids=(*prompt, 9, 9) if with_teacher else None)
 
 
 SHORT, LONG = sample((1, 2), (3, 4)), sample((1, 2, 5), (6, 7, 8))
@@ -54,7 +57,7 @@ def test_a_batch_by_hand() -> None:
     assert batch.teacher.columns_N.tolist() == [3, 4, 4, 5, 6]
 
 
-def test_lessons_without_a_weight_are_left_out() -> None:
+def test_samples_without_a_weight_are_left_out() -> None:
     silent = TokenWeights((0.0, 0.0), 0.0)
     (batch,) = collate([SHORT, LONG], [silent, ONES[1]], pad_id=PAD, micro_batch_tokens=1000)
     assert batch.ids_N.tolist() == [6, 7, 8]
@@ -62,13 +65,13 @@ def test_lessons_without_a_weight_are_left_out() -> None:
     assert collate([], [], pad_id=PAD, micro_batch_tokens=1000) == []
 
 
-def test_a_lesson_longer_than_a_micro_batch_stands_alone_and_whole() -> None:
+def test_a_sample_longer_than_a_micro_batch_is_alone_and_uncut() -> None:
     batches = collate([SHORT, LONG], ONES, pad_id=PAD, micro_batch_tokens=1)
     assert [batch.ids_N.tolist() for batch in batches] == [[3, 4], [6, 7, 8]]
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_corrupted_ids_are_found_out(side: str) -> None:
+def test_corrupted_ids_are_detected(side: str) -> None:
     (batch,) = collate([SHORT, LONG], ONES, pad_id=PAD, micro_batch_tokens=1000)
     good = getattr(batch, side)
     ids_BT = good.ids_BT.clone()
@@ -79,8 +82,8 @@ def test_corrupted_ids_are_found_out(side: str) -> None:
 
 
 def test_every_batch_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(prompts, answers, pad_id):
-        side = sequences(prompts, answers, pad_id)
+    def shifted(prompts, completions, pad_id):
+        side = sequences(prompts, completions, pad_id)
         return dataclasses.replace(side, columns_N=side.columns_N - 1)
 
     monkeypatch.setattr(module, "sequences", shifted)
@@ -88,11 +91,11 @@ def test_every_batch_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         collate([SHORT], ONES[:1], pad_id=PAD, micro_batch_tokens=1000)
 
 
-def test_lessons_with_and_without_a_teacher_do_not_mix() -> None:
-    untold = sample((1, 2), (3, 4), told=False)
-    (batch,) = collate([untold], ONES[:1], pad_id=PAD, micro_batch_tokens=1000)
+def test_samples_with_and_without_a_teacher_do_not_mix() -> None:
+    without_teacher = sample((1, 2), (3, 4), with_teacher=False)
+    (batch,) = collate([without_teacher], ONES[:1], pad_id=PAD, micro_batch_tokens=1000)
     assert batch.teacher is None
-    for both in ([untold, LONG], [LONG, untold]):
+    for both in ([without_teacher, LONG], [LONG, without_teacher]):
         ones = [TokenWeights((1.0,) * len(one.rollout.token_ids)) for one in both]
         batches = collate(both, ones, pad_id=PAD, micro_batch_tokens=1000)
         assert [batch.teacher is None for batch in batches] == [True, False]

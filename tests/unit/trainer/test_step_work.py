@@ -24,7 +24,7 @@ from selfteach.losses.divergence import Divergence, form
 from selfteach.losses.objectives import Distillation, Grpo
 from selfteach.models import matmul
 from selfteach.models.lm_head import Head, Scores, chunked_sum
-from selfteach.rollout.decoding.llama import LlamaPasses
+from selfteach.rollout.decoding.llama import LlamaDecoder
 from selfteach.trainer.build import Built, build
 from selfteach.trainer.step import train_step
 from selfteach.types import Batch, Sequences
@@ -46,9 +46,9 @@ class Work:
     def __init__(self, built: Built, patch: pytest.MonkeyPatch) -> None:
         self.passes, self.tokens, self.head_rows = Counter[str](), Counter[str](), 0
         built.components.policy.model.model.register_forward_pre_hook(self._pass, with_kwargs=True)
-        product, one_token = Head.product, LlamaPasses.__call__
+        product, one_token = Head.product, LlamaDecoder.__call__
 
-        def stepped(passes: LlamaPasses, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
+        def stepped(passes: LlamaDecoder, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
             self.passes["one token"] += 1
             self.tokens["one token"] += len(token_R)
             return one_token(passes, parent_R, token_R)
@@ -58,7 +58,7 @@ class Work:
             return product(head, hidden)
 
         patch.setattr(Head, "product", counted)
-        patch.setattr(LlamaPasses, "__call__", stepped)
+        patch.setattr(LlamaDecoder, "__call__", stepped)
 
     def _pass(self, _: object, args: tuple, kwargs: dict[str, Any]) -> None:
         rows, width = (kwargs.get("input_ids", args[0] if args else None)).shape

@@ -26,7 +26,7 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context
 from selfteach.rollout.journaled_engine import problems_by_id
-from selfteach.runtime.provenance import environment
+from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder, require_empty
 from selfteach.trainer.build import Built, build_context
 from selfteach.trainer.open_model import named_problems, open_model
@@ -194,7 +194,7 @@ def inspect_model(
     else:
         problems, _ = named_problems(built, str(request.problems))
         rollouts = sample_rollouts(built, resolved, request, problems)
-    made = {"model": str(model), "lost": lost, **environment()}
+    made = {"model": str(model), "lost": lost, **collect_provenance()}
     return inspect(built, resolved, request, rollouts, folder, made=made, progress=progress)
 
 

@@ -23,7 +23,7 @@ from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime.futures import executor
-from selfteach.runtime.provenance import environment
+from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder, read_json, write_json, write_lines, write_text
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.splits import split_pool, without_duplicates
@@ -85,7 +85,7 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
     run = RunFolder(folder)
     with run.lock():
         _replace_filters(run, as_config(recipe, config))
-        run.create(as_config(recipe, config), environment(), _migrated)
+        run.create(as_config(recipe, config), collect_provenance(), _migrated)
         if is_complete(folder):
             return
         preflight([recipe if config.critic else recipe.model_copy(update={"critic": None})])

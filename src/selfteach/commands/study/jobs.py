@@ -22,7 +22,7 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, Terminated
 from selfteach.runtime import gc_pause
 from selfteach.runtime.run_folder import RunFolder
-from selfteach.runtime.signals import STATUS, listening
+from selfteach.runtime.signals import EXIT_STATUS, handle_sigterm
 from selfteach.trainer.preflight import preflight
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -85,7 +85,7 @@ def run_jobs(
             for job in waiting
         ]
         try:
-            with listening() as termination, termination.safe():
+            with handle_sigterm() as termination, termination.interruptible():
                 pending = {*extra, *futures}
                 while pending:
                     done, pending = concurrent.futures.wait(pending, timeout=POLL_INTERVAL_S)
@@ -140,13 +140,13 @@ def _same_initial_rollouts(jobs: Sequence[Job]) -> dict[Path, list[Path]]:
 
 
 def _run(recipe: Recipe, folder: Path, same_start: Sequence[Path]) -> None:
-    """Run a recipe to its end in a worker process; exit with `STATUS` on SIGTERM."""
+    """Run a recipe to its end in a worker process; exit with `EXIT_STATUS` on SIGTERM."""
     from selfteach.trainer.loop import run_to_end
 
     try:
         run_to_end(recipe, folder, same_start)
     except Terminated:
-        os._exit(STATUS)
+        os._exit(EXIT_STATUS)
 
 
 def one_thread(recipe: Recipe) -> Recipe:
@@ -159,7 +159,7 @@ def one_thread(recipe: Recipe) -> Recipe:
 
 def _exit_with_parent(parent: int) -> None:
     """Exit this worker when the study's process has ended, so that no worker is left at a resume."""
-    gc_pause.rest()
+    gc_pause.pause()
     mute_notes()  # the study's process has printed them
 
     import torch

@@ -22,7 +22,7 @@ from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import BASE, Study
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.runtime.provenance import environment
+from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder, read_json, require_empty, result_of, write_json
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def create_study(study: Study, folder: Path, command: str, kind: FolderKind) -> 
             )
         return
     require_empty(folder)
-    write_json(path, {"kind": kind, "study": plain, "command": command, **environment()})
+    write_json(path, {"kind": kind, "study": plain, "command": command, **collect_provenance()})
 
 
 def _migrated(plain: dict[str, Any]) -> dict[str, Any] | None:
@@ -173,7 +173,7 @@ def _inspect(recipe: Recipe, request: InspectionRequest, target: Path, commit: s
     set_threads(one_thread(recipe).train.threads)
     built = build(recipe)
     rollouts = sample_rollouts(built, recipe, request, built.task.problems("validation"))
-    made = {**environment(), "model": recipe.model.path, "commit": commit}
+    made = {**collect_provenance(), "model": recipe.model.path, "commit": commit}
     inspect(built, recipe, request, rollouts, target, made=made)
 
 

@@ -23,7 +23,7 @@ from selfteach.feedback.critics.chat_model import (
     request_key,
 )
 from selfteach.prompts.renderer import Renderer
-from selfteach.rollout.decoding.generate import decoded
+from selfteach.rollout.decoding.generate import sample_completions
 from selfteach.rollout.decoding.token_sampling import uniforms
 
 
@@ -106,7 +106,7 @@ class LocalModel:
     ) -> list[list[int]]:
         temperature, max_tokens = _mode(requests[0])
         streams = (int(request_key("seed", request)[:32], 16) for request in requests)
-        return decoded(
+        return sample_completions(
             self._causal, prompts, np.stack([uniforms(s, max_tokens) for s in streams]),
             temperature=temperature, end_ids=self._end_ids, pad_id=self._pad_id,
             max_length=self._max_length,

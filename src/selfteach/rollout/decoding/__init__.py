@@ -1,1 +1,1 @@
-"""Text from a transformers model in this process, as solver and local critic write it."""
+"""Samples from a transformers model in this process, for the policy and for a local critic."""

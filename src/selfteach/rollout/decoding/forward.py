@@ -1,8 +1,8 @@
-"""Prompts that are read once, and passes of one token per row behind them.
+"""Runs a model's forward passes: one prefill of all prompts, then one token per row and step.
 
-A row is what some answers have in common so far. Before each pass rows are rearranged: ``parent_R``
-says, for each row of the pass, which row of the one before it continues. Rows that are nobody's parent
-are gone, and a row may be the parent of several.
+A row of the batch stands for all completions of a prompt that are the same so far. Before each step
+rows are rearranged: ``parent_R`` names, for each row of the step, the row of the step before that it
+continues. Rows that no row continues are dropped, and several rows may continue the same one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from transformers import DynamicCache, PreTrainedModel
 from selfteach.models import prefix_cache
 
 
-class Prompts:
-    """Prompts that have been read: their keys and values, one row each, ``[shared | padding | rest]``.
+class PrefilledPrompts:
+    """Runs the prompts and holds their keys and values, one row each: ``[shared | padding | rest]``.
 
-    What all prompts begin with is run once (`prefixes`); the rest is padded on the left.
+    The prefix that all prompts share is run once (`prefix_cache`); the rest is padded on the left.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Prompts:
         ids, mask = ids.to(device), mask.to(device)
         self.shared = shared
         self.mask_QT = mask if padded else None
-        """1 where a token stands; None where nothing is padded."""
+        """1 for a token, 0 for padding; None if there is no padding."""
         self.width = width
         self.cache = DynamicCache()
         cache_name = prefix_cache.cache_argument(causal)
@@ -59,28 +59,28 @@ class Prompts:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        """Of each answer's first token."""
+        """Logits of each completion's first token."""
 
 
 @runtime_checkable
-class Passes(Protocol):
-    """One token for every row."""
+class Decoder(Protocol):
+    """Runs decoding steps of one token per row."""
 
     def __call__(self, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
-        """Rows continue their parents with a token each; the logits [R, V] of what comes next."""
+        """Append ``token_R`` to the rows ``parent_R``; return the logits [R, V] of the next token."""
         ...
 
 
-class ModelPasses:
-    """Of any model that takes transformers' dynamic cache."""
+class TransformersDecoder:
+    """Decodes with any model that takes transformers' dynamic cache."""
 
-    def __init__(self, causal: PreTrainedModel, prompts: Prompts) -> None:
+    def __init__(self, causal: PreTrainedModel, prompts: PrefilledPrompts) -> None:
         self._causal, self._cache, self._mask_RT = causal, prompts.cache, prompts.mask_QT
         self._cache_name = prefix_cache.cache_argument(causal)
         self._position_R = prompts.lengths_Q
 
     def __call__(self, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
-        """See `Passes`."""
+        """Run one step; see `Decoder`."""
         mask_RT = self._mask_RT
         if not np.array_equal(parent_R, np.arange(len(self._position_R))):
             parent = torch.from_numpy(parent_R).to(token_R.device)

@@ -1,1 +1,1 @@
-"""vLLM as the engine: a server or an engine in this process."""
+"""Runs vLLM as the engine: a server, or an engine in this process."""

@@ -1,4 +1,4 @@
-"""Whether a served engine is there and can do what is wanted of it, before anything is spent."""
+"""Checks before a run that a served engine is reachable and can do what the recipe needs."""
 
 from __future__ import annotations
 
@@ -9,100 +9,110 @@ from typing import Any
 
 from selfteach.config.engine_section import VllmServerConfig
 from selfteach.errors import EngineError
-from selfteach.rollout.vllm.http_client import Http, Missing
+from selfteach.rollout.vllm.http_client import HttpClient, NotFound
 from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
 
-PATIENCE_S = 10.0
+TIMEOUT_S = 10.0
 TEXT = "Question: 12 + 7 = ?\nÄnswer → <|im_end|></s> 19 \t\t ½ 数"
-"""What tokenizers that differ read differently: digits, accents, spaces, marks of several families."""
-ADAPTER = "selfteach-asks"
-NOWHERE = "/nowhere/selfteach"
-ENABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora --max-lora-rank"
+"""Different tokenizers encode it differently: digits, accents, spaces, control tokens of several model
+families."""
+ADAPTER = "selfteach-healthcheck"
+"""An adapter that does not exist."""
+NO_SUCH_PATH = "/nowhere/selfteach"
+LORA_FLAGS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora --max-lora-rank"
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a recipe wants of its engine."""
+class EngineRequirements:
+    """Describes what a recipe needs of its engine."""
 
     adapters: bool
+    """True if LoRA adapters are loaded, False if full weights are."""
     max_tokens: int
     encode: Callable[[str], Sequence[int]]
     """The trainer's tokenizer."""
 
 
-def require_server(config: VllmServerConfig, wanted: Wanted) -> None:
-    """Ask for the model, its tokenizer, and the way that new weights will take.
+def require_engine_server(config: VllmServerConfig, requirements: EngineRequirements) -> None:
+    """Check the server's model, its tokenizer, and how it takes new weights.
 
-    Raises `EngineError` in one line that says what is wrong and how to start the server.
+    Raises `EngineError` in one line: what is wrong, and how to start the server.
     """
-    http = Http(config, min(PATIENCE_S, config.timeout_seconds))
+    http = HttpClient(config, min(TIMEOUT_S, config.timeout_seconds))
     try:
-        _require_model(http, config, wanted)
-        _require_tokenizer(http, config, wanted)
-        if wanted.adapters:
+        _require_model(http, config, requirements)
+        _require_tokenizer(http, config, requirements)
+        if requirements.adapters:
             _require_adapters(http)
         else:
             _require_developer_mode(http)
-    except EngineUnavailable as gone:
+    except EngineUnavailable as error:
         raise EngineError(
-            f"engine: nobody answers at {config.url} ({gone}): start the server (docs/vllm.md), or "
-            "mend engine.url"
+            f"engine: no server replies at {config.url} ({error}): start the server (docs/vllm.md), or "
+            "correct engine.url"
         ) from None
 
 
-def _require_model(http: Http, config: VllmServerConfig, wanted: Wanted) -> None:
+def _require_model(
+    http: HttpClient, config: VllmServerConfig, requirements: EngineRequirements
+) -> None:
     try:
         cards: list[dict[str, Any]] = http.get("/v1/models")["data"]
         served = {str(card["id"]): card.get("max_model_len") for card in cards}
-    except (Missing, KeyError, TypeError):
-        raise EngineError(f"engine: what answers at {config.url} is no vLLM server") from None
+    except (NotFound, KeyError, TypeError):
+        raise EngineError(f"engine: the server at {config.url} is not vLLM") from None
     if config.model not in served:
         close = difflib.get_close_matches(config.model, list(served), n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(list(served)[:5])}"
         raise EngineError(
             f"engine.model = {config.model!r}: {config.url} does not serve it; {hint}"
         )
-    room = served[config.model]
-    if room is not None and room <= wanted.max_tokens:
+    context = served[config.model]
+    if context is not None and context <= requirements.max_tokens:
         raise EngineError(
-            f"engine: {config.url} has a context of {room} tokens, which is no more than an answer of "
-            f"{wanted.max_tokens} (sampling.max_tokens): start it with a larger --max-model-len"
+            f"engine: {config.url} has a context of {context} tokens, which is no more than a rollout "
+            f"of {requirements.max_tokens} (sampling.max_tokens): start it with a larger "
+            "--max-model-len"
         )
 
 
-def _require_tokenizer(http: Http, config: VllmServerConfig, wanted: Wanted) -> None:
-    asked = {"model": config.model, "prompt": TEXT, "add_special_tokens": False}
+def _require_tokenizer(
+    http: HttpClient, config: VllmServerConfig, requirements: EngineRequirements
+) -> None:
+    body = {"model": config.model, "prompt": TEXT, "add_special_tokens": False}
     try:
-        theirs = list(http.post("/tokenize", asked, passing=True)["tokens"])
-    except Missing:
-        return  # started without a tokenizer: the fingerprint of its weights has the last word
-    if theirs != list(wanted.encode(TEXT)):
+        server_ids = list(http.post("/tokenize", body, transient_5xx=True)["tokens"])
+    except NotFound:
+        return  # started without a tokenizer: the weight check decides
+    if server_ids != list(requirements.encode(TEXT)):
         raise EngineError(
-            f"engine: {config.url} reads text as other tokens than model.path: it serves another "
+            f"engine: {config.url} tokenizes text differently from model.path: it serves another "
             "model; ids would mean something else there"
         )
 
 
-def _require_developer_mode(http: Http) -> None:
+def _require_developer_mode(http: HttpClient) -> None:
     try:
         http.get("/weight_info")
-    except Missing:
+    except NotFound:
         raise EngineError(
             f"engine: {http.url} takes no full weights: start it with VLLM_SERVER_DEV_MODE=1 (vLLM "
             "0.32 or newer), or train adapters ([model.lora])"
         ) from None
 
 
-def _require_adapters(http: Http) -> None:
-    """An adapter that does not exist is refused in three ways, by what the server may do."""
+def _require_adapters(http: HttpClient) -> None:
+    """Try to load an adapter that does not exist: the error tells what the server allows."""
     try:
-        http.post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": NOWHERE})
-    except Missing as missing:
-        if NOWHERE in str(missing):
-            return  # it looked for it
-        raise EngineError(f"engine: {http.url} takes no adapters: start it with {ENABLE}") from None
-    except EngineError as refused:
-        if "not enabled" in str(refused):
+        http.post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": NO_SUCH_PATH})
+    except NotFound as error:
+        if NO_SUCH_PATH in str(error):
+            return  # it looked for the folder: adapters can be loaded
+        raise EngineError(
+            f"engine: {http.url} takes no adapters: start it with {LORA_FLAGS}"
+        ) from None
+    except EngineError as error:
+        if "not enabled" in str(error):
             raise EngineError(
-                f"engine: {http.url} was started without LoRA: start it with {ENABLE}"
+                f"engine: {http.url} was started without LoRA: start it with {LORA_FLAGS}"
             ) from None

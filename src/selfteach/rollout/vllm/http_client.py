@@ -1,4 +1,4 @@
-"""HTTP with a vLLM server: what it answers, and what becomes of what it refuses."""
+"""Sends HTTP requests to a vLLM server and turns its failures into our errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from selfteach.errors import EngineError
 from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
 
 BUSY = (408, 409, 429)
+"""Statuses of a server that may accept the same request soon after."""
 
 
-class Http:
-    """OpenAI's client, for addresses that OpenAI does not have too.
+class HttpClient:
+    """Wraps OpenAI's client, for addresses beyond OpenAI's API too.
 
-    Raises `EngineError` when built without the key that is named.
+    Raises `EngineError` when built if the environment variable of the API key is not set.
     """
 
     def __init__(self, config: VllmServerConfig, timeout_s: float | None = None) -> None:
@@ -29,18 +30,19 @@ class Http:
         )
 
     def get(self, path: str) -> Any:
-        """What is said there. Raises what `post` raises."""
-        return self._said(path, None, passing=True)
+        """Return the parsed reply. Raises what `post` raises, server errors as transient."""
+        return self._request(path, None, transient_5xx=True)
 
-    def post(self, path: str, body: Mapping[str, Any], *, passing: bool = False) -> Any:
-        """What a server says to this body.
+    def post(self, path: str, body: Mapping[str, Any], *, transient_5xx: bool = False) -> Any:
+        """Return the parsed reply to this body.
 
-        Raises `EngineUnavailable` if nobody answers in time, and where errors of the server's own (5xx) may be
-        ``passing``; `Missing` for an address or a model that is not there; else `EngineError`.
+        Raises `EngineUnavailable` if there is no reply in time, if the server is busy and, with
+        ``transient_5xx``, for server errors; `NotFound` for a missing address or model; `EngineError`
+        for anything else.
         """
-        return self._said(path, body, passing=passing)
+        return self._request(path, body, transient_5xx=transient_5xx)
 
-    def _said(self, path: str, body: Mapping[str, Any] | None, *, passing: bool) -> Any:
+    def _request(self, path: str, body: Mapping[str, Any] | None, *, transient_5xx: bool) -> Any:
         try:
             if body is None:
                 return self._client.get(path, cast_to=object)
@@ -50,21 +52,21 @@ class Http:
         except openai.APIConnectionError as error:
             raise EngineUnavailable(_one_line(str(error.__cause__ or error))) from None
         except openai.APIStatusError as error:
-            said = _one_line(_message(error))
+            message = _one_line(_message(error))
             if error.status_code in (401, 403):
-                how = f"the key in {self._key_env} is wrong" if self._key_env else "name your key"
-                raise EngineError(f"engine: {self.url}: {how} (engine.api_key_env)") from None
+                fix = f"the key in {self._key_env} is wrong" if self._key_env else "name your key"
+                raise EngineError(f"engine: {self.url}: {fix} (engine.api_key_env)") from None
             if error.status_code == 404:
-                raise Missing(f"engine: {self.url}{path}: {said}") from None
-            if error.status_code in BUSY or (passing and error.status_code >= 500):
-                raise EngineUnavailable(said) from None
-            raise EngineError(f"engine: {self.url}{path} refuses: {said}") from None
+                raise NotFound(f"engine: {self.url}{path}: {message}") from None
+            if error.status_code in BUSY or (transient_5xx and error.status_code >= 500):
+                raise EngineUnavailable(message) from None
+            raise EngineError(f"engine: {self.url}{path} refuses: {message}") from None
         except (openai.OpenAIError, ValueError) as error:
             raise EngineUnavailable(_one_line(f"a reply that cannot be read: {error}")) from None
 
 
-class Missing(EngineError):
-    """An address, a model or an adapter that a server does not have."""
+class NotFound(EngineError):
+    """The server does not have this address, model or adapter."""
 
 
 def _key(config: VllmServerConfig) -> str:
@@ -84,7 +86,7 @@ def _key(config: VllmServerConfig) -> str:
 
 def _message(error: openai.APIStatusError) -> str:
     body = error.body if isinstance(error.body, Mapping) else {}
-    return f"{error.status_code}, {body.get('message') or error.response.text or 'nothing more'}"
+    return f"{error.status_code}, {body.get('message') or error.response.text or 'no message'}"
 
 
 def _one_line(reason: str) -> str:

@@ -1,7 +1,7 @@
-"""vLLM in the trainer's own process, on its own device: awake while it samples, asleep while we learn.
+"""Drives vLLM in the trainer's process, on its device: awake while it samples, asleep while we train.
 
-Importing this needs no vLLM; building one does. vLLM wants an environment of its own, with this package
-in it: docs/vllm.md.
+Importing this needs no vLLM; building a `VllmProcess` does. vLLM wants an environment of its own, with
+this package in it: docs/vllm.md.
 """
 
 from __future__ import annotations
@@ -18,37 +18,45 @@ from torch import Tensor
 
 from selfteach.config.engine_section import VllmProcessConfig
 from selfteach.errors import EngineError
-from selfteach.rollout.vllm.vllm_engine import Answer, Ask
-from selfteach.rollout.vllm.weight_sync import Handover
+from selfteach.rollout.vllm.vllm_engine import Completion, CompletionRequest
+from selfteach.rollout.vllm.weight_sync import WeightFolder
 
-LIKELIEST = 20
-WHOLE: Mapping[str, Any] = {
+TOP_LOGPROBS = 20
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of max_lora_rank that vLLM accepts."""
+FULL_DISTRIBUTION: Mapping[str, Any] = {
     "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True,
     "detokenize": False,
 }  # fmt: skip
-"""The whole distribution, ends that are ours, and no text: ids are the truth."""
+"""Sample from the full distribution, end at our end tokens only, and return ids instead of text."""
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
-    """What is served, and to what size."""
+class ServedModel:
+    """Describes the model that vLLM runs, and the sizes it must allow."""
 
     path: str
     max_length: int
     lora_rank: int | None
-    """None where full weights train."""
+    """None if full weights train."""
     cuda: bool
     trust_remote_code: bool = False
 
 
 class VllmProcess:
-    """vLLM's `LLM`. Raises `EngineError` if vLLM is not here; when started, if it cannot run this."""
+    """Drives vLLM's `LLM` in this process.
 
-    where = "vLLM in this process"
+    Raises `EngineError` when built if vLLM is not installed; when first used, if it cannot run the
+    model.
+    """
+
+    name = "vLLM in this process"
     patience_s = 0.0
 
-    def __init__(self, config: VllmProcessConfig, serving: Serving, handover: Handover) -> None:
-        # The engine's core stays in this process: weights are handed over by reference.
+    def __init__(
+        self, config: VllmProcessConfig, served: ServedModel, weight_folder: WeightFolder
+    ) -> None:
+        # The engine's core stays in this process: weights are passed by reference.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if find_spec("vllm") is None:
@@ -56,33 +64,33 @@ class VllmProcess:
                 'engine.type = "vllm" needs vLLM in this environment: docs/vllm.md; or use a server: '
                 'engine.type = "vllm_server"'
             )
-        self._config, self._serving, self._handover = config, serving, handover
-        self._sleeps = config.sleep and serving.cuda
+        self._config, self._served, self._weight_folder = config, served, weight_folder
+        self._sleeps = config.sleep and served.cuda
         self._label: str | None = None
         self._adapter: Any = None
         self._loads = 0
 
     @cached_property
     def _llm(self) -> Any:
-        """vLLM's `LLM`, started when it is first given weights: not for ``selfteach check``."""
+        """vLLM's `LLM`, started when weights are first loaded: not for ``selfteach check``."""
         import vllm  # pyright: ignore[reportMissingImports]
 
         try:
-            llm = vllm.LLM(**arguments(self._config, self._serving))
+            llm = vllm.LLM(**llm_arguments(self._config, self._served))
         except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise EngineError(f"engine: vLLM cannot run {self._serving.path}: {reason}") from error
+            raise EngineError(f"engine: vLLM cannot run {self._served.path}: {reason}") from error
         if self._sleeps:
             llm.sleep(level=1)
         return llm
 
-    def load(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
-        """Adapters through a folder, as vLLM reads them; full weights straight from the trainer's."""
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
+        """Load adapters from a folder, as vLLM reads them; full weights from the trainer's tensors."""
         self._loads += 1
-        if self._handover.adapters:
+        if self._weight_folder.holds_adapters:
             from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-            path = self._handover.write(named_weights, label)
+            path = self._weight_folder.write(named_weights, label)
             self._adapter = LoRARequest(label, self._loads, str(path))
             self._label = label
             return
@@ -98,48 +106,54 @@ class VllmProcess:
         self._label = label
 
     def reload_weights(self, label: str) -> None:
-        """It cannot be started again behind our back."""
+        """Fail: an engine in this process cannot restart without it."""
         raise AssertionError(label)
 
-    def label(self, ours: str) -> str | None:
-        """Of its weights or of its adapter."""
-        return self._label if self._handover.adapters else self._llm.get_weight_version()
+    def current_label(self, expected: str) -> str | None:
+        """Return the label of the adapter or of the full weights."""
+        if self._weight_folder.holds_adapters:
+            return self._label
+        return self._llm.get_weight_version()
 
-    def answers(self, asks: Sequence[Ask], label: str) -> Iterator[tuple[int, Answer]]:
-        """All in one call; vLLM fills its batch from them."""
-        for index, output in enumerate(self._generate(asks, label, logprobs=0)):
+    def complete(
+        self, requests: Sequence[CompletionRequest], label: str
+    ) -> Iterator[tuple[int, Completion]]:
+        """Send all requests in one call; vLLM batches them."""
+        for index, output in enumerate(self._generate(requests, label, logprobs=0)):
             ids = tuple(output.token_ids)
-            said = zip(ids, output.logprobs, strict=True)
-            yield index, Answer(ids, tuple(by_id[token].logprob for token, by_id in said))
+            positions = zip(ids, output.logprobs, strict=True)
+            yield index, Completion(ids, tuple(by_id[token].logprob for token, by_id in positions))
 
-    def likeliest(self, ask: Ask, label: str) -> Mapping[int, float]:
-        """Twenty tokens, by id."""
-        (output,) = self._generate([ask], label, logprobs=LIKELIEST)
-        return {token: said.logprob for token, said in output.logprobs[0].items()}
+    def top_logprobs(self, request: CompletionRequest, label: str) -> Mapping[int, float]:
+        """Return the log-probabilities of the twenty most likely first tokens, by id."""
+        (output,) = self._generate([request], label, logprobs=TOP_LOGPROBS)
+        return {token: entry.logprob for token, entry in output.logprobs[0].items()}
 
-    def _generate(self, asks: Sequence[Ask], label: str, *, logprobs: int) -> list[Any]:
+    def _generate(
+        self, requests: Sequence[CompletionRequest], label: str, *, logprobs: int
+    ) -> list[Any]:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-        wanted = [
+        params = [
             SamplingParams(
-                max_tokens=ask.max_tokens, temperature=ask.temperature, seed=ask.seed,
-                stop_token_ids=list(ask.end_ids), logprobs=logprobs, **WHOLE,
+                max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
+                stop_token_ids=list(request.end_ids), logprobs=logprobs, **FULL_DISTRIBUTION,
             )
-            for ask in asks
+            for request in requests
         ]  # fmt: skip
-        prompts = [{"prompt_token_ids": list(ask.prompt_ids)} for ask in asks]
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         with self._awake():
             replies = self._llm.generate(
-                prompts, wanted, use_tqdm=False, lora_request=self._adapter
+                prompts, params, use_tqdm=False, lora_request=self._adapter
             )
         outputs = [reply.outputs[0] for reply in replies]
-        if not self._handover.adapters:
+        if not self._weight_folder.holds_adapters:
             _require_label(outputs, label)
         return outputs
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
-        """The engine on its device. What keeps it awake is one call: between calls others need it."""
+        """Wake the engine for one call: between calls the trainer needs its memory."""
         if self._sleeps:
             self._llm.wake_up()
         try:
@@ -149,35 +163,41 @@ class VllmProcess:
                 self._llm.sleep(level=1)
 
 
-def arguments(config: VllmProcessConfig, serving: Serving) -> dict[str, Any]:
-    """What vLLM's `LLM` is built with."""
-    lora = serving.lora_rank is not None
+def llm_arguments(config: VllmProcessConfig, served: ServedModel) -> dict[str, Any]:
+    """Return the arguments of vLLM's `LLM`."""
+    lora = served.lora_rank is not None
     return {
-        "model": serving.path,
+        "model": served.path,
         "dtype": config.dtype,
-        "max_model_len": serving.max_length,
+        "max_model_len": served.max_length,
         "max_num_seqs": config.max_num_seqs,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
         "enable_prefix_caching": True,
-        "enable_sleep_mode": config.sleep and serving.cuda,
+        "enable_sleep_mode": config.sleep and served.cuda,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "skip_tokenizer_init": True,
-        "trust_remote_code": serving.trust_remote_code,
-        # A prompt that is read in parts takes a seeded draw back, which a processor's generator cannot.
-        **({} if serving.cuda else {"enable_chunked_prefill": False}),
-        **({"enable_lora": True, "max_lora_rank": _rank(serving.lora_rank or 1)} if lora else {}),
+        "trust_remote_code": served.trust_remote_code,
+        # Chunked prefill rolls a seeded draw back, which a CPU generator does not support.
+        **({} if served.cuda else {"enable_chunked_prefill": False}),
+        **(
+            {"enable_lora": True, "max_lora_rank": _max_lora_rank(served.lora_rank or 1)}
+            if lora
+            else {}
+        ),
     }
 
 
-def _rank(rank: int) -> int:
-    """The least that vLLM takes and that holds this rank."""
-    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
+def _max_lora_rank(rank: int) -> int:
+    """Return the smallest rank that vLLM accepts and that is not below this one."""
+    return next((accepted for accepted in LORA_RANKS if accepted >= rank), rank)
 
 
 def _require_label(outputs: Sequence[Any], label: str) -> None:
-    """Every token was sampled under this label: vLLM says it of each answer."""
-    said = {span.version for output in outputs for span in output.weight_versions or ()}
-    if said != {label}:
-        raise EngineError(f"engine: stale: answers come from weights {sorted(said)}, not {label!r}")
+    """Check that every token was sampled under this label, which vLLM reports per output."""
+    versions = {span.version for output in outputs for span in output.weight_versions or ()}
+    if versions != {label}:
+        raise EngineError(
+            f"engine: stale: rollouts come from the weights {sorted(versions)}, not {label!r}"
+        )

@@ -1,7 +1,7 @@
-"""A vLLM server as a sampler: ids in, ids out, and weights through what vLLM has for them.
+"""Drives a vLLM server: token ids in, token ids out, and new weights through vLLM's own endpoints.
 
-Adapters are loaded by name (``/v1/load_lora_adapter``), and the name is the label: each request asks
-for it, each reply repeats it. Full weights are reloaded from a folder (developer mode:
+Adapters are loaded by name (``/v1/load_lora_adapter``), and the name is the label: each request names
+it, each reply repeats it. Full weights are reloaded from a folder (developer mode:
 ``/collective_rpc`` with ``reload_weights``), and the label is vLLM's own ``weight_version``.
 """
 
@@ -16,126 +16,148 @@ from torch import Tensor
 
 from selfteach.config.engine_section import VllmServerConfig
 from selfteach.errors import EngineError
-from selfteach.rollout.vllm.http_client import Http, Missing
-from selfteach.rollout.vllm.vllm_engine import AGAIN, Answer, Ask, EngineUnavailable
-from selfteach.rollout.vllm.weight_sync import Handover
+from selfteach.rollout.vllm.http_client import HttpClient, NotFound
+from selfteach.rollout.vllm.vllm_engine import (
+    RELOAD_SEPARATOR,
+    Completion,
+    CompletionRequest,
+    EngineUnavailable,
+)
+from selfteach.rollout.vllm.weight_sync import WeightFolder
 
-LIKELIEST = 20
-"""vLLM gives no more unless its server was told to."""
-UNLABELLED = "default"
+TOP_LOGPROBS = 20
+"""vLLM returns no more unless its server was started with a higher limit."""
+INITIAL_WEIGHT_VERSION = "default"
 """vLLM's label of the weights that it was started with."""
-RESETS = 3
-"""How often to ask for an empty cache: it is refused while a request is just ending."""
-WHOLE: Mapping[str, Any] = {
+CACHE_RESET_ATTEMPTS = 3
+"""A reset of the prefix cache is refused while a request is just ending."""
+FULL_DISTRIBUTION: Mapping[str, Any] = {
     "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True,
 }  # fmt: skip
-"""The whole distribution, whatever the model's own settings say; and answers end where ours do."""
+"""Sample from the full distribution, whatever the model's generation config says; and end at our end
+tokens only."""
 
 
 class VllmServer:
-    """A server at an address. Raises `EngineError` when built without the key that is named."""
+    """Drives a vLLM server at an address.
 
-    def __init__(self, config: VllmServerConfig, handover: Handover) -> None:
-        self._config, self._handover, self._http = config, handover, Http(config)
+    Raises `EngineError` when built if the environment variable of the API key is not set.
+    """
+
+    def __init__(self, config: VllmServerConfig, weight_folder: WeightFolder) -> None:
+        self._config, self._weight_folder = config, weight_folder
+        self._http = HttpClient(config)
 
     @property
-    def where(self) -> str:
+    def name(self) -> str:
         """The address."""
         return self._config.url
 
     @property
     def patience_s(self) -> float:
-        """As the recipe says."""
+        """How long the server may be unavailable, in seconds: engine.patience_seconds."""
         return self._config.patience_seconds
 
-    def load(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
-        """Leave the weights on disk and have the server take them from there."""
-        self._handover.write(named_weights, label)
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
+        """Write the weights to disk and have the server load them from there."""
+        self._weight_folder.write(named_weights, label)
         self.reload_weights(label)
 
     def reload_weights(self, label: str) -> None:
-        """Have the server take what lies on disk."""
-        path = str(self._handover.path(label))
-        if self._handover.adapters:
+        """Have the server load the weights that are on disk."""
+        path = str(self._weight_folder.path(label))
+        if self._weight_folder.holds_adapters:
             self._load_adapter(path, label)
             return
-        self._set_weight_version(
-            _loading(label)
-        )  # whoever else samples here sees it before the weights change
+        # Other runs that sample here must see a new label before the weights change.
+        self._set_weight_version(_loading(label))
         reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         self._http.post("/collective_rpc", reload)
-        if not any(self._http.post("/reset_prefix_cache", {})["success"] for _ in range(RESETS)):
+        if not any(
+            self._http.post("/reset_prefix_cache", {})["success"]
+            for _ in range(CACHE_RESET_ATTEMPTS)
+        ):
             raise EngineError(
-                f"engine: {self.where} does not empty its prefix cache, which the old weights filled: "
-                "another run uses it; give each run an engine of its own"
+                f"engine: {self.name} does not empty its prefix cache, which the old weights filled: "
+                "another run uses it; give each run its own engine"
             )
-        self._set_weight_version(f"{label}{AGAIN}{uuid.uuid4().hex[:8]}")
+        self._set_weight_version(f"{label}{RELOAD_SEPARATOR}{uuid.uuid4().hex[:8]}")
 
-    def label(self, ours: str) -> str | None:
-        """With adapters: ours if the server knows it. Else what it says of its weights."""
-        if self._handover.adapters:
-            return ours if ours in self._names() else None
+    def current_label(self, expected: str) -> str | None:
+        """Return ``expected`` if it is a loaded adapter; with full weights, their version."""
+        if self._weight_folder.holds_adapters:
+            return expected if expected in self._model_names() else None
         label = str(self._http.get("/weight_info")["weight_version"])
-        return None if label in (UNLABELLED, _loading(ours)) else label
+        return None if label in (INITIAL_WEIGHT_VERSION, _loading(expected)) else label
 
-    def answers(self, asks: Sequence[Ask], label: str) -> Iterator[tuple[int, Answer]]:
-        """As many at a time as the recipe allows."""
+    def complete(
+        self, requests: Sequence[CompletionRequest], label: str
+    ) -> Iterator[tuple[int, Completion]]:
+        """Send as many requests at a time as engine.concurrency allows."""
         with ThreadPoolExecutor(self._config.concurrency, "engine") as pool:
-            waiting = {pool.submit(self._answer, ask, label): i for i, ask in enumerate(asks)}
+            running = {
+                pool.submit(self._complete_one, request, label): i
+                for i, request in enumerate(requests)
+            }
             try:
-                for done in as_completed(waiting):
-                    yield waiting[done], done.result()
+                for done in as_completed(running):
+                    yield running[done], done.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def likeliest(self, ask: Ask, label: str) -> Mapping[int, float]:
-        """Twenty tokens, by id."""
-        extra = {"logprobs": LIKELIEST, "return_tokens_as_token_ids": True}
-        choice = self._complete(ask, label, extra)
-        said: Mapping[str, float] = choice["logprobs"]["top_logprobs"][0]
-        return {int(token.removeprefix("token_id:")): logp for token, logp in said.items()}
+    def top_logprobs(self, request: CompletionRequest, label: str) -> Mapping[int, float]:
+        """Return the log-probabilities of the twenty most likely first tokens, by id."""
+        extra = {"logprobs": TOP_LOGPROBS, "return_tokens_as_token_ids": True}
+        choice = self._post(request, label, extra)
+        logprobs: Mapping[str, float] = choice["logprobs"]["top_logprobs"][0]
+        return {int(token.removeprefix("token_id:")): logp for token, logp in logprobs.items()}
 
-    def _answer(self, ask: Ask, label: str) -> Answer:
-        choice = self._complete(ask, label, {"logprobs": 0})
-        return Answer(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
+    def _complete_one(self, request: CompletionRequest, label: str) -> Completion:
+        choice = self._post(request, label, {"logprobs": 0})
+        return Completion(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
 
-    def _complete(self, ask: Ask, label: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-        name = label if self._handover.adapters else self._config.model
-        asked = {
-            "model": name, "prompt": list(ask.prompt_ids), "max_tokens": ask.max_tokens,
-            "temperature": ask.temperature, "seed": ask.seed, "return_token_ids": True,
-            "stop_token_ids": list(ask.end_ids), **WHOLE, **extra,
+    def _post(
+        self, request: CompletionRequest, label: str, extra: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the one choice of a completion, after checking that the right model wrote it."""
+        model = label if self._weight_folder.holds_adapters else self._config.model
+        body = {
+            "model": model, "prompt": list(request.prompt_ids), "max_tokens": request.max_tokens,
+            "temperature": request.temperature, "seed": request.seed, "return_token_ids": True,
+            "stop_token_ids": list(request.end_ids), **FULL_DISTRIBUTION, **extra,
         }  # fmt: skip
         try:
-            reply = self._http.post("/v1/completions", asked, passing=True)
-        except Missing as missing:
-            if self._handover.adapters:  # it was there a moment ago
-                raise EngineUnavailable(str(missing)) from None
+            reply = self._http.post("/v1/completions", body, transient_5xx=True)
+        except NotFound as error:
+            if self._weight_folder.holds_adapters:  # it was loaded a moment ago
+                raise EngineUnavailable(str(error)) from None
             raise
         try:
-            (choice,), answered = reply["choices"], reply["model"]
+            (choice,), replying_model = reply["choices"], reply["model"]
         except (KeyError, TypeError, ValueError):
             raise EngineUnavailable("a reply that is no completion") from None
         if choice.get("finish_reason") == "abort":
-            raise EngineUnavailable("it has given up what it was asked")
-        if answered != name:
+            raise EngineUnavailable("it aborted a request")
+        if replying_model != model:
             raise EngineError(
-                f"engine: {self.where} is stale: {answered!r} answered where {name!r} was asked"
+                f"engine: {self.name} is stale: {replying_model!r} replied to a request for {model!r}"
             )
-        if not choice.get("token_ids") or choice.get("prompt_token_ids") != list(ask.prompt_ids):
+        if not choice.get("token_ids") or choice.get("prompt_token_ids") != list(
+            request.prompt_ids
+        ):
             raise EngineError(
-                f"engine: {self.where} gives no token ids back: it needs a recent vLLM (docs/vllm.md)"
+                f"engine: {self.name} returns no token ids: it needs a recent vLLM (docs/vllm.md)"
             )
         return choice
 
     def _load_adapter(self, path: str, label: str) -> None:
-        of_this_run = "-".join(label.split("-")[:2])
-        for name in self._names():
-            if name.startswith(of_this_run):
+        run_prefix = "-".join(label.split("-")[:2])
+        for name in self._model_names():
+            if name.startswith(run_prefix):
                 self._http.post("/v1/unload_lora_adapter", {"lora_name": name})
         self._http.post("/v1/load_lora_adapter", {"lora_name": label, "lora_path": path})
 
-    def _names(self) -> list[str]:
+    def _model_names(self) -> list[str]:
         return [str(card["id"]) for card in self._http.get("/v1/models")["data"]]
 
     def _set_weight_version(self, label: str) -> None:
@@ -143,5 +165,5 @@ class VllmServer:
 
 
 def _loading(label: str) -> str:
-    """The label while its weights are on their way, or when they got stuck there."""
+    """Return the label while its weights are being loaded, or when that was cut off."""
     return f"{label}-loading"

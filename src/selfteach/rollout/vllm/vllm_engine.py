@@ -1,13 +1,13 @@
-"""Sampling with vLLM, wherever it runs: seeds, labels, proofs, and a server that comes and goes.
+"""Samples rollouts with vLLM, in this process or behind an address, and survives server restarts.
 
-An answer counts only between two looks at the engine's label that both show the label which this very
-process gave with its last weights. Whoever loads other weights changes the label first, and an engine
-that was started again has none: so no answer can come from weights other than those of its version.
-That the weights behind the label are the trainer's is for `fingerprint` to say.
+A completion counts only if the engine's weight label was read before and after it, and both times was
+the label that this run set with its last weights. Another run that loads weights changes the label
+first, and an engine that was restarted has none: so no completion can come from weights other than
+those of its version. That the weights behind the label are the trainer's is what `WeightCheck` tests.
 
-Many ranks ask one engine, each for its share: rank 0 hands new weights over while nobody samples, and
-every rank has them proved to it. Whoever finds that the engine was started again gives it the weights
-of before, one rank at a time and under a new suffix of the label, so that the others see it too.
+Several ranks may sample from one engine, each its share of the rollouts: rank 0 sends new weights while
+no rank samples, and every rank runs the weight check. The first rank that notices a restart reloads the
+weights, under a mutex and with a new suffix of the label, so that the other ranks notice it too.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from torch import Tensor
 
 from selfteach.errors import EngineError
 from selfteach.prompts.renderer import Renderer
-from selfteach.rollout.journaled_engine import Interrupted
-from selfteach.rollout.vllm.weight_check import Fingerprint
+from selfteach.rollout.journaled_engine import SamplingInterrupted
+from selfteach.rollout.vllm.weight_check import WeightCheck
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.seeds import stream_key
 from selfteach.types import Problem, Rollout, Sampling
 
-LOOK_EVERY_S = 2.0
-"""Between looks at the label while answers come in; so much is asked again when a server dies."""
-PAUSE_S = 1.0
-"""Between attempts to reach a server that is gone."""
-AGAIN = "+"
-"""In a label, between the weights' name and that of their loading."""
+LABEL_CHECK_INTERVAL_S = 2.0
+"""Between reads of the label while completions arrive; what arrived since the last read is sampled
+again when a server dies."""
+RETRY_INTERVAL_S = 1.0
+"""Between attempts to reach a server that is unavailable."""
+RELOAD_SEPARATOR = "+"
+"""In a label, between the name of the weights and the id of one load of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One answer that is wanted."""
+class CompletionRequest:
+    """Describes one completion to sample: token ids in, sampling parameters, end tokens."""
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -48,159 +49,168 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """Sampled ids, the end token included, and their log-probabilities at the asked temperature."""
+class Completion:
+    """Holds sampled ids, the end token included, and their log-probabilities (nats) at the requested
+    temperature."""
 
     ids: tuple[int, ...]
     logps: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """The trainer's weights that train."""
+class TrainableWeights:
+    """Gives access to the trainer's trainable weights."""
 
     named: Callable[[], Iterable[tuple[str, Tensor]]]
-    """As they are now."""
+    """Returns the present weights by name."""
     tied: Mapping[str, str]
-    """Other names of some of them, like that of a tied output head."""
+    """From another name of a weight, like that of a tied output head, to its name in ``named``."""
 
 
 class EngineUnavailable(Exception):
-    """Nobody answers, or not as an engine that is well."""
+    """The engine is unreachable or returned a server error."""
 
 
 @runtime_checkable
-class Sampler(Protocol):
-    """A vLLM in this process or behind an address. Any method may raise `EngineUnavailable`."""
+class VllmBackend(Protocol):
+    """Drives a vLLM in this process or behind an address.
+
+    Any method may raise `EngineUnavailable`.
+    """
 
     @property
-    def where(self) -> str:
-        """How messages call it."""
+    def name(self) -> str:
+        """The engine's name in messages."""
         ...
 
     @property
     def patience_s(self) -> float:
-        """How long it may be gone."""
+        """How long the engine may be unavailable, in seconds."""
         ...
 
-    def load(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
-        """Take new weights, forget what caches hold of the old ones, and bear this label (or it and
-        a suffix behind `AGAIN`)."""
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
+        """Load new weights, empty the prefix cache of the old ones, and set this label (or the label
+        with a suffix behind `RELOAD_SEPARATOR`)."""
         ...
 
     def reload_weights(self, label: str) -> None:
-        """Take the weights of the last ``load`` once more, after a restart: with another suffix."""
+        """Load the weights of the last ``load_weights`` again after a restart, with a new suffix."""
         ...
 
-    def label(self, ours: str) -> str | None:
-        """The label that it bears; None if it has none, or an adapter ``ours`` is not there."""
+    def current_label(self, expected: str) -> str | None:
+        """Return the label of the loaded weights; None if they have none, or if an adapter of the
+        ``expected`` name is not loaded."""
         ...
 
-    def answers(self, asks: Sequence[Ask], label: str) -> Iterator[tuple[int, Answer]]:
-        """Answers with their index, as they come."""
+    def complete(
+        self, requests: Sequence[CompletionRequest], label: str
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield (index of the request, completion) in the order of arrival."""
         ...
 
-    def likeliest(self, ask: Ask, label: str) -> Mapping[int, float]:
-        """Log-probabilities by id of some of the likeliest first tokens."""
+    def top_logprobs(self, request: CompletionRequest, label: str) -> Mapping[int, float]:
+        """Return log-probabilities (nats) by id of some of the most likely first tokens."""
         ...
 
 
-class Patience:
-    """How long an engine may be gone at a stretch."""
+class RetryWindow:
+    """Limits how long an engine may be unavailable without interruption."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self.renew()
+        self.restart()
 
-    def renew(self) -> None:
-        """It was there a moment ago."""
+    def restart(self) -> None:
+        """Start the window again: the engine has just replied."""
         self._deadline = time.monotonic() + self._seconds
 
-    def wait(self, gone: EngineUnavailable) -> None:
-        """A pause before the next attempt. Raises ``gone`` when there is to be none."""
+    def wait(self, error: EngineUnavailable) -> None:
+        """Sleep before the next attempt; raises ``error`` when the window is over."""
         if time.monotonic() >= self._deadline:
-            raise gone
-        time.sleep(min(PAUSE_S, self._seconds))
+            raise error
+        time.sleep(min(RETRY_INTERVAL_S, self._seconds))
 
 
 class VllmEngine:
-    """An `Engine` on top of a `Sampler`; ``owner`` is this run's own name, the same on all ranks."""
+    """Implements `Engine` on a `VllmBackend`; ``run_id`` is unique to this run, equal on all ranks."""
 
     def __init__(
         self,
-        sampler: Sampler,
+        backend: VllmBackend,
         renderer: Renderer,
-        fingerprint: Fingerprint,
-        weights: Weights,
+        weight_check: WeightCheck,
+        weights: TrainableWeights,
         *,
-        owner: str,
+        run_id: str,
         end_ids: Sequence[int],
         max_length: int,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
-        self._sampler, self._renderer, self._fingerprint = sampler, renderer, fingerprint
-        self._weights, self._patience_s = weights, sampler.patience_s
+        self._backend, self._renderer, self._weight_check = backend, renderer, weight_check
+        self._weights, self._patience_s = weights, backend.patience_s
         self._end_ids, self._max_length = tuple(end_ids), max_length
-        self._owner, self._ranks = owner, ranks
+        self._run_id, self._ranks = run_id, ranks
         self._version, self._label, self._loads = 0, "", 0
-        self._seen: str | None = None
-        # Whole batches and whole updates take turns: no batch sees two versions.
-        self._turn = threading.RLock()
+        self._label_before: str | None = None
+        # A whole batch or a whole update holds it: no batch is sampled from two versions.
+        self._lock = threading.RLock()
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give the engine new weights and have it prove that it has them; all ranks together.
+        """Send the engine new weights and check that it uses them; all ranks call this together.
 
-        Raises `EngineError` on all of them if it is gone, is stale, or has others.
+        Raises `EngineError` on all ranks if the engine is unavailable, stale, or has other weights.
         """
-        with self._turn:
-            self._ranks.wait()  # nobody samples with the old ones
+        with self._lock:
+            self._ranks.barrier()  # no rank samples with the old weights
             self._loads += 1
-            label = f"selfteach-{self._owner}-{self._loads}-v{version}"
-            named = self._to_hand_over(named_weights)
-            self._ranks.all_or_raise(lambda: self._hand_over(named, label))
+            label = f"selfteach-{self._run_id}-{self._loads}-v{version}"
+            named = self._gather(named_weights)
+            self._ranks.all_or_raise(lambda: self._send(named, label))
             self._version, self._label = version, label
-            logits_V = (
-                self._fingerprint.probe.logits()
-            )  # a pass of all ranks where weights are sharded
-            self._ranks.all_or_raise(lambda: self._patiently(lambda: self._prove_current(logits_V)))
+            # A forward pass of all ranks where the weights are sharded.
+            logits_V = self._weight_check.probe.logits()
+            self._ranks.all_or_raise(lambda: self._retry(lambda: self._check_weights(logits_V)))
 
-    def _to_hand_over(
-        self, named_weights: Iterable[tuple[str, Tensor]]
-    ) -> list[tuple[str, Tensor]]:
-        """The weights by all their names on rank 0; the others help to gather them, and keep none."""
-        many, leads = self._ranks.size > 1, self._ranks.is_main
-        # The whole of a sharded model may not fit the device.
-        own = {name: w.cpu() if many else w for name, w in named_weights if leads}
+    def _gather(self, named_weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """Return the weights under all their names on rank 0; other ranks only help to gather them."""
+        many, is_main = self._ranks.size > 1, self._ranks.is_main
+        # The full weights of a sharded model may not fit the device.
+        weights = {name: w.cpu() if many else w for name, w in named_weights if is_main}
         # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by its own name.
-        tied = {a: own[name].clone() for a, name in self._weights.tied.items() if name in own}
-        return [*own.items(), *tied.items()]
+        tied = {
+            alias: weights[name].clone()
+            for alias, name in self._weights.tied.items()
+            if name in weights
+        }
+        return [*weights.items(), *tied.items()]
 
-    def _hand_over(self, named: list[tuple[str, Tensor]], label: str) -> None:
+    def _send(self, named: list[tuple[str, Tensor]], label: str) -> None:
         if self._ranks.is_main:
-            self._patiently(lambda: self._sampler.load(named, label))
+            self._retry(lambda: self._backend.load_weights(named, label))
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
-        """One request per answer, each with a seed of its own; prompts are run once per question.
+        """Sample with one request per rollout, each with its own seed; the engine's prefix cache
+        computes a prompt once per problem.
 
-        Raises `EngineError` if a question leaves no room for an answer, or the engine is stale;
-        `Interrupted` with the problems that are answered if it is gone for longer than allowed.
+        Raises `EngineError` if a prompt leaves no room for a completion, or the engine is stale;
+        `SamplingInterrupted` with the finished problems if the engine is unavailable for too long.
         """
-        with self._turn:
-            if not self._label:  # nobody trains here: the weights are those that were loaded
+        with self._lock:
+            if not self._label:  # nothing trains here: use the weights as they were loaded
                 self.load_weights(self._weights.named(), 0)
             keys = [(problem, sample) for problem in problems for sample in range(sampling.samples)]
             prompts = {problem.id: self._prompt(problem) for problem in problems}
-            asks = [self._ask(prompts[p.id], p, sample, sampling) for p, sample in keys]
-            got: dict[int, Answer] = {}
+            requests = [self._request(prompts[p.id], p, sample, sampling) for p, sample in keys]
+            completions: dict[int, Completion] = {}
             try:
-                self._collect(asks, got)
-            except EngineUnavailable as gone:
-                whole = _whole_problems(len(problems), sampling.samples, got)
-                rollouts = [self._rollout(*keys[i], prompts, got[i]) for i in whole]
-                raise Interrupted(
-                    self._gone(gone, f"{len(whole)} of {len(asks)}"), rollouts
+                self._collect(requests, completions)
+            except EngineUnavailable as error:
+                finished = _finished_problems(len(problems), sampling.samples, completions)
+                rollouts = [self._rollout(*keys[i], prompts, completions[i]) for i in finished]
+                raise SamplingInterrupted(
+                    self._unavailable(error, f"{len(finished)} of {len(requests)}"), rollouts
                 ) from None
-            return [self._rollout(*keys[i], prompts, got[i]) for i in range(len(asks))]
+            return [self._rollout(*keys[i], prompts, completions[i]) for i in range(len(requests))]
 
     def _prompt(self, problem: Problem) -> tuple[int, ...]:
         prompt = self._renderer.solver_prompt(problem)
@@ -211,93 +221,96 @@ class VllmEngine:
             )
         return prompt
 
-    def _ask(
+    def _request(
         self, prompt: tuple[int, ...], problem: Problem, sample: int, sampling: Sampling
-    ) -> Ask:
+    ) -> CompletionRequest:
         seed = stream_key(problem, sample, sampling, self._version) % 2**63
-        room = min(sampling.max_tokens, self._max_length - len(prompt))
-        return Ask(prompt, seed, room, sampling.temperature, self._end_ids)
+        max_tokens = min(sampling.max_tokens, self._max_length - len(prompt))
+        return CompletionRequest(prompt, seed, max_tokens, sampling.temperature, self._end_ids)
 
-    def _collect(self, asks: Sequence[Ask], got: dict[int, Answer]) -> None:
-        """Fill ``got``; what an engine that dies had answered stays in it.
+    def _collect(
+        self, requests: Sequence[CompletionRequest], completions: dict[int, Completion]
+    ) -> None:
+        """Fill ``completions``; those received before an engine died stay in it.
 
-        Raises `EngineUnavailable` if there was no answer for as long as patience lasts.
+        Raises `EngineUnavailable` if nothing arrives for a whole retry window.
         """
-        patience = Patience(self._patience_s)
-        while len(got) < len(asks):
-            missing = [i for i in range(len(asks)) if i not in got]
+        window = RetryWindow(self._patience_s)
+        while len(completions) < len(requests):
+            missing = [i for i in range(len(requests)) if i not in completions]
             try:
-                if self._be_current():
-                    self._fingerprint.verify_restart(self._said(), self._sampler.where)
-                for index, answer in self._vouched_for([asks[i] for i in missing]):
-                    got[missing[index]] = answer
-                    patience.renew()
-            except EngineUnavailable as gone:
-                patience.wait(gone)
+                if self._reload_if_restarted():
+                    self._weight_check.verify_restart(self._probe_engine(), self._backend.name)
+                for index, completion in self._complete([requests[i] for i in missing]):
+                    completions[missing[index]] = completion
+                    window.restart()
+            except EngineUnavailable as error:
+                window.wait(error)
 
-    def _vouched_for(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Answer]]:
-        """Answers behind which the label has been seen once more."""
-        waiting: list[tuple[int, Answer]] = []
-        looked = time.monotonic()
-        for numbered in self._sampler.answers(asks, self._label):
-            waiting.append(numbered)
-            if time.monotonic() > looked + LOOK_EVERY_S:
-                self._still_current()
-                yield from waiting
-                waiting, looked = [], time.monotonic()
-        self._still_current()
-        yield from waiting
+    def _complete(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[int, Completion]]:
+        """Yield completions after which the label was still the same."""
+        unchecked: list[tuple[int, Completion]] = []
+        checked_at = time.monotonic()
+        for indexed in self._backend.complete(requests, self._label):
+            unchecked.append(indexed)
+            if time.monotonic() > checked_at + LABEL_CHECK_INTERVAL_S:
+                self._require_same_label()
+                yield from unchecked
+                unchecked, checked_at = [], time.monotonic()
+        self._require_same_label()
+        yield from unchecked
 
-    def _be_current(self) -> bool:
-        """Give an engine that was started again its weights, of which it has none then; True if so."""
-        before = self._look()
-        if before is None:
+    def _reload_if_restarted(self) -> bool:
+        """Reload the weights of an engine that was restarted, which has none; True if it was."""
+        label = self._read_label()
+        if label is None:
             with self._ranks.mutex():
-                if self._look() is None:  # no other rank was faster
-                    self._sampler.reload_weights(self._label)
-        self._seen = before or self._look()
-        return before is None
+                if self._read_label() is None:  # no other rank was faster
+                    self._backend.reload_weights(self._label)
+        self._label_before = label or self._read_label()
+        return label is None
 
-    def _prove_current(self, logits_V: Tensor) -> None:
-        self._be_current()
-        self._fingerprint.check(self._said(), logits_V, self._sampler.where)
+    def _check_weights(self, logits_V: Tensor) -> None:
+        self._reload_if_restarted()
+        self._weight_check.compare(self._probe_engine(), logits_V, self._backend.name)
 
-    def _still_current(self) -> None:
-        # Another suffix: between the looks another rank gave it our weights, and before it had others.
-        if self._look() != self._seen or self._seen is None:
+    def _require_same_label(self) -> None:
+        # Another suffix: another rank reloaded our weights in between, before which the engine had
+        # others.
+        if self._read_label() != self._label_before or self._label_before is None:
             raise EngineUnavailable("it was started again")
 
-    def _look(self) -> str | None:
-        label = self._sampler.label(self._label)
-        if label is not None and label.partition(AGAIN)[0] != self._label:
+    def _read_label(self) -> str | None:
+        label = self._backend.current_label(self._label)
+        if label is not None and label.partition(RELOAD_SEPARATOR)[0] != self._label:
             raise EngineError(
-                f"engine: {self._sampler.where} is stale: it has the weights {label!r} where this run "
-                f"gave it {self._label!r}; another run uses it. Its answers are thrown away and "
-                "nothing was trained on them: give each run an engine of its own"
+                f"engine: {self._backend.name} is stale: it has the weights {label!r} where this run "
+                f"loaded {self._label!r}; another run uses it. Its rollouts are discarded and nothing "
+                "was trained on them: give each run its own engine"
             )
         return label
 
-    def _said(self) -> Mapping[int, float]:
-        probe = self._fingerprint.probe
-        ask = Ask(probe.prompt_ids, 0, 1, probe.temperature, ())
-        return self._sampler.likeliest(ask, self._label)
+    def _probe_engine(self) -> Mapping[int, float]:
+        probe = self._weight_check.probe
+        request = CompletionRequest(probe.prompt_ids, 0, 1, probe.temperature, ())
+        return self._backend.top_logprobs(request, self._label)
 
-    def _patiently(self, call: Callable[[], None]) -> None:
-        """Call, and call again while the engine is gone; `EngineError` when patience is at an end."""
-        patience = Patience(self._patience_s)
+    def _retry(self, call: Callable[[], None]) -> None:
+        """Call until the engine is available; `EngineError` when the retry window is over."""
+        window = RetryWindow(self._patience_s)
         while True:
             try:
                 return call()
-            except EngineUnavailable as gone:
+            except EngineUnavailable as error:
                 try:
-                    patience.wait(gone)
+                    window.wait(error)
                 except EngineUnavailable:
-                    raise EngineError(self._gone(gone)) from None
+                    raise EngineError(self._unavailable(error)) from None
 
-    def _gone(self, gone: EngineUnavailable, answered: str | None = None) -> str:
-        kept = f"; {answered} answers of this batch are kept" if answered else ""
+    def _unavailable(self, error: EngineUnavailable, received: str | None = None) -> str:
+        saved = f"; {received} rollouts of this batch are saved" if received else ""
         return (
-            f"engine: {self._sampler.where} is gone ({gone}){kept}: start it again, "
+            f"engine: {self._backend.name} is unavailable ({error}){saved}: start it again, "
             "then call selfteach resume"
         )
 
@@ -306,21 +319,23 @@ class VllmEngine:
         problem: Problem,
         sample: int,
         prompts: Mapping[str, tuple[int, ...]],
-        answer: Answer,
+        completion: Completion,
     ) -> Rollout:
         return Rollout(
             problem=problem,
             sample=sample,
             prompt_ids=prompts[problem.id],
-            token_ids=answer.ids,
-            logps=answer.logps,
-            text=self._renderer.decode(answer.ids),
-            finished=answer.ids[-1] in self._end_ids,
+            token_ids=completion.ids,
+            logps=completion.logps,
+            text=self._renderer.decode(completion.ids),
+            finished=completion.ids[-1] in self._end_ids,
             policy_version=self._version,
         )
 
 
-def _whole_problems(problems: int, samples: int, got: Mapping[int, Answer]) -> list[int]:
-    """Indices of the answers to problems of which every answer is there."""
+def _finished_problems(
+    problems: int, samples: int, completions: Mapping[int, Completion]
+) -> list[int]:
+    """Return the indices of the completions of problems whose whole group is there."""
     groups = [range(p * samples, (p + 1) * samples) for p in range(problems)]
-    return [i for group in groups if all(i in got for i in group) for i in group]
+    return [i for group in groups if all(i in completions for i in group) for i in group]

@@ -1,4 +1,4 @@
-"""Weights on disk for an engine in another process: a checkpoint, or an adapter as PEFT saves it."""
+"""Writes weights to disk for an engine in another process: a checkpoint or a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from torch import Tensor
 from selfteach.runtime.run_folder import enough_disk
 
 
-class Handover:
-    """Folders of weights below one folder, of which the newest is kept.
+class WeightFolder:
+    """Holds the newest weights on disk, in a folder named by their label.
 
-    An engine that was started again takes the newest once more, whatever the trainer does meanwhile.
+    They stay there until the next ones are written: an engine that was restarted reads them again.
     """
 
     def __init__(self, parent: Path, adapter: PeftConfig | None) -> None:
         self._parent, self._adapter = parent.absolute(), adapter
 
     def write(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> Path:
-        """A folder with these weights, the only one left. Raises `CheckpointError` on a full disk."""
+        """Write the weights, delete older ones, and return the new folder.
+
+        Raises `CheckpointError` if the disk is full.
+        """
         target = self._parent / label
         with enough_disk():
             target.mkdir(parents=True, exist_ok=True)
@@ -34,12 +37,12 @@ class Handover:
         return target
 
     @property
-    def adapters(self) -> bool:
-        """True where it is adapters that train."""
+    def holds_adapters(self) -> bool:
+        """True if the weights are those of a LoRA adapter, False if they are full weights."""
         return self._adapter is not None
 
     def path(self, label: str) -> Path:
-        """Where the weights of a label are."""
+        """Return the folder of the weights with this label."""
         return self._parent / label
 
     def _write(self, target: Path, named_weights: Iterable[tuple[str, Tensor]]) -> None:

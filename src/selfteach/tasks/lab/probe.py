@@ -42,7 +42,7 @@ BATCH_SIZE = 256
 WRITERS_PER_QUESTION = 4
 CONTEXTS = tuple(kind for kind in CONTEXT_SHARES if kind != "none")
 """The contexts that a base model is measured with unless its ``world.json`` lists others."""
-DIAL = "partly_aligned"
+PARTLY_ALIGNED = "partly_aligned"
 RETRY = "nothing, second answer"
 """The baseline of the contexts: a second answer to the missed questions, without a context."""
 SHARED_TEMPLATE = {"shuffled_lines": "step_aligned", "other_answer": "step_aligned"}
@@ -122,9 +122,9 @@ def readable_contexts(folder: Path) -> list[str]:
     ``partly_aligned 2`` shows two steps of the critique.
     """
     shares = json.loads((folder / "world.json").read_text()).get("context_shares", CONTEXT_SHARES)
-    dial = [f"{DIAL} {steps}" for steps in range(len(CHILDREN) + 1)]
-    kinds = [kind for kind in shares if kind not in ("none", DIAL)]
-    return kinds + dial if DIAL in shares else kinds
+    dial = [f"{PARTLY_ALIGNED} {steps}" for steps in range(len(CHILDREN) + 1)]
+    kinds = [kind for kind in shares if kind not in ("none", PARTLY_ALIGNED)]
+    return kinds + dial if PARTLY_ALIGNED in shares else kinds
 
 
 def context(
@@ -138,7 +138,7 @@ def context(
 ) -> str:
     """Render a context for a question, from the critique of an answer to the question ``about``."""
     critique = lab_oracle.criticise(world, about, text)
-    if kind.startswith(DIAL):
+    if kind.startswith(PARTLY_ALIGNED):
         keep = rng.permutation(len(critique.steps)) < int(kind.split()[1])
         reference = references(world, question)["reference"]
         critique, kind = partly_aligned(critique, reference, keep.tolist()), "step_aligned"

@@ -1,8 +1,8 @@
-"""How large a report of 5,000 inspected answers is, and how fast it opens, filters and shows one.
+"""Measure the size of a report of 5,000 inspected answers, and how fast it opens and filters.
 
-    python benchmarks/report_page.py [--answers 5000] [--tokens 33] [--contexts 9]
+    python benchmarks/analysis/report_page.py [--answers 5000] [--tokens 33] [--contexts 9]
 
-Made-up answers with random advantages, which compress worse than real ones. Needs playwright and a
+Synthetic answers with random advantages, which compress worse than real ones. Needs playwright and a
 Chromium on the PATH (or CHROMIUM=...). Prints a line per figure and asserts nothing.
 """
 
@@ -29,7 +29,7 @@ STEPS = 6
 
 
 def write_answers(folder: Path, answers: int, tokens: int, contexts: int) -> None:
-    """answers.jsonl and tokens.parquet as `selfteach inspect` writes them, of random words."""
+    """Write answers.jsonl and tokens.parquet as `selfteach inspect` does, of random words."""
     rng = np.random.default_rng(0)
     names = [f"context_{i}" for i in range(contexts)]
     step = np.minimum(np.arange(tokens) * STEPS // tokens, STEPS - 1)
@@ -96,23 +96,23 @@ def look(path: Path) -> None:
             "document.querySelector('.row[aria-selected=true]').ariaPosInSet > 99"
         )
         page.locator("#steps .token").first.wait_for()
-        print(f"last answer, its block anew   {1e3 * (time.perf_counter() - start):8.0f} ms")
+        print(f"last answer, block loaded     {1e3 * (time.perf_counter() - start):8.0f} ms")
         opened.close()
 
 
 def main() -> None:
-    """Write, measure, print."""
+    """Write a report, measure it and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--answers", type=int, default=5_000)
     parser.add_argument("--tokens", type=int, default=33)
     parser.add_argument("--contexts", type=int, default=9)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "inspected"
-        write_answers(root, asked.answers, asked.tokens, asked.contexts)
+        write_answers(root, args.answers, args.tokens, args.contexts)
         start = time.perf_counter()
         path = write_report(root)
-        print(f"{asked.answers:,} answers of {asked.tokens} tokens under {asked.contexts} contexts")
+        print(f"{args.answers:,} answers of {args.tokens} tokens under {args.contexts} contexts")
         print(f"written in                    {time.perf_counter() - start:8.1f} s")
         print(f"size                          {path.stat().st_size / 2**20:8.1f} MiB")
         look(path)

@@ -1,11 +1,11 @@
-"""A training step as ours and as TRL's trainers take it: same model, questions, answers and contexts.
+"""Run a training step of ours and of TRL's trainers: same model, problems, rollouts and contexts.
 
-TRL's own `train()` takes its steps; after each, ours takes one. TRL generates as it does (timed), and
-then both learn from the answers that ours has sampled; the self-teacher's prompts are ours, too. With
-GRPO each learns from its own answers, and rewards are a coin's, so that nearly every answer counts.
-What differs is left as each ships it: TRL's rewards and padding on one side, verdicts, critiques and
-metrics on the other. The self-teacher is shown the reference, which all answers to a question share,
-or (`full, critique`) a critique of each answer, which they do not.
+TRL's `train()` runs its steps; after each, ours runs one. TRL generates as usual (timed), and then both
+train on the rollouts that ours has sampled; the teacher prompts are ours, too. With GRPO each trains on
+its sampled rollouts, and rewards are the parity of the text, so that nearly every rollout counts. The
+rest is left as shipped: TRL's rewards and padding on one side, verdicts, critiques and metrics on the
+other. The context is the reference, which a group shares, or (`full, critique`) a critique of each
+rollout, which it does not.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import torch
-from random_models import SIZED, lessons_of, model_of
-from step_clock import Clock, held_bytes, instant
+from random_models import MODEL_SIZES, model_of, samples_of
+from step_clock import Clock, device_bytes, synchronized_time
 
 import vllm_server
 
@@ -51,7 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "train": {"steps": 1, "problems_per_step": 4, "group_size": 8},
     },
     "SmolLM2-135M": {
-        "model": {"path": str(vllm_server.MODEL)},  # a folder that TRL can load, too
+        "model": {"path": str(vllm_server.MODEL)},  # a folder that TRL can also load
         "data": {
             "type": "chain_sums", "seed": 1, "min_terms": 4, "max_terms": 4, "max_digits": 1,
             "train": 16, "validation": 1, "test": 1,
@@ -61,13 +62,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-for _name, _sized in SIZED.items():  # the lab's data and tokenizer are there, and not looked at
+for _name, _size in MODEL_SIZES.items():  # the lab's data and tokenizer are loaded, but unused
     MODELS[_name] = {
         **MODELS["lab"],
-        "sampling": {"max_tokens": _sized.length},
+        "sampling": {"max_tokens": _size.length},
         "train": {
-            "steps": 1, "problems_per_step": _sized.answers // _sized.each,
-            "group_size": _sized.each, "micro_batch_tokens": _sized.micro_batch_tokens,
+            "steps": 1, "problems_per_step": _size.rollouts // _size.group_size,
+            "group_size": _size.group_size, "micro_batch_tokens": _size.micro_batch_tokens,
         },
     }  # fmt: skip
 
@@ -85,26 +86,29 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "grpo": ({"type": "grpo"}, {}),
 }  # fmt: skip
-"""What is compared: our objective's settings, and TRL's."""
+"""By kind: our objective's settings, and TRL's."""
 
 
-class Ours:
-    """Our step on its own copy of the model."""
+class OurTrainer:
+    """Runs our step on a separate copy of the model."""
 
     def __init__(self, model: str, kind: str, clock: Clock, changes: Any = None) -> None:
         objective = KINDS[kind][0]
         context = {"grpo": {}, "full, critique": CRITIQUE}.get(kind, REFERENCE)
         values = merge(MODELS[model], {"objective": objective, **context})
         self.built: Built = built_of(model, merge(values, changes or {}))
-        self.given = lessons_of(model) if model in SIZED else None
-        if self.given is not None and kind == "grpo":  # which asks no teacher
-            self.given = [dataclasses.replace(g, teacher_prompt_ids=None) for g in self.given]
-        self.clock, self.taken = clock, 0
-        self.timing = clock
-        """Whose the phases are that happen now."""
+        self.fixed_samples = samples_of(model) if model in MODEL_SIZES else None
+        if self.fixed_samples is not None and kind == "grpo":  # which has no teacher
+            self.fixed_samples = [
+                dataclasses.replace(sample, teacher_prompt_ids=None)
+                for sample in self.fixed_samples
+            ]
+        self.clock, self.num_sampled = clock, 0
+        self.active_clock = clock
+        """The clock that phases are counted on at present."""
         components = self.built.components
         if kind == "grpo":
-            components = dataclasses.replace(components, verify=by_coin)
+            components = dataclasses.replace(components, verify=by_parity)
         policy: Any = components.policy
         policy.optimizer_step = self._timed("optimizer", policy.optimizer_step)
         teacher: Any = components.teacher
@@ -113,47 +117,45 @@ class Ours:
 
     def _timed(self, phase: str, function: Callable) -> Callable:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.timing(phase):
+            with self.active_clock(phase):
                 return function(*args, **kwargs)
 
         return timed
 
     def sample(self) -> list[TrainingSample]:
-        """The next problems, answered and marked."""
-        if self.given is not None:
-            return self.given
-        count = self.built.components.sampling.samples
-        asked = {4: 2, 8: 4}[count]
+        """Sample rollouts of the next problems, and critique them."""
+        if self.fixed_samples is not None:
+            return self.fixed_samples
+        count = {4: 2, 8: 4}[self.built.components.sampling.samples]
         problems = self.built.task.problems("train")
-        start = self.taken * asked % (len(problems) - asked + 1)
-        self.taken += 1
+        start = self.num_sampled * count % (len(problems) - count + 1)
+        self.num_sampled += 1
         with self.clock("sampling"):
             rollouts = self.components.engine.generate(
-                problems[start : start + asked], self.components.sampling
+                problems[start : start + count], self.components.sampling
             )
-        return step.teach(self.components, step.mark(self.components, rollouts))
+        critiqued = step.verify_and_critique(self.components, rollouts)
+        return step.build_samples(self.components, critiqued)
 
     def step(self, samples: list[TrainingSample] | None = None) -> None:
-        """One step, timed as a whole, too; from samples that have been sampled already, or others."""
-        before, began = held_bytes(), instant()
+        """Run one step, also timed as a whole, from these samples or new ones."""
+        before, start = device_bytes(), synchronized_time()
         self.learn(self.sample() if samples is None else samples)
-        self.clock.end(instant() - began)
-        self.clock.peak = held_bytes(before)
+        self.clock.end(synchronized_time() - start)
+        self.clock.peak = device_bytes(before)
 
     def learn(self, samples: list[TrainingSample]) -> None:
-        """What `step.take_in` does after teaching."""
-        backward = self.clock.around("student", step._backward)
+        """Run what `step.train_step` does once samples are built."""
+        backward = self.clock.timed("student", step._backward)
         with mock.patch.object(step, "_backward", backward):
-            {**step.describe(samples), **step.learn(self.components, samples)}
-        self.components.engine.load_weights(
-            self.components.policy.trainable.items(), self.components.policy.version
-        )
+            step.learn(self.components, samples)
+        step.publish_weights(self.components)
 
 
 def built_of(model: str, values: dict[str, Any]) -> Built:
-    """A recipe's components; a model of random weights takes the place of the one that is loaded."""
+    """Build a recipe; a model of random weights replaces the loaded one."""
     recipe = validate(Recipe, values, where="benchmark")
-    if model not in SIZED:
+    if model not in MODEL_SIZES:
         return build(recipe)
     dtype = getattr(torch, recipe.model.weights_dtype)
     with mock.patch.object(
@@ -162,34 +164,34 @@ def built_of(model: str, values: dict[str, Any]) -> Built:
         return build(recipe)
 
 
-class Again(Ours):
-    """The same step on the same model, with other chunks of logits."""
+class OtherChunks(OurTrainer):
+    """Runs the same step on the same model, with other chunks of logits."""
 
-    def __init__(self, ours: Ours, clock: Clock, entries: int) -> None:
-        self.ours, self.built, self.given = ours, ours.built, ours.given
-        self.clock, self.taken = clock, 0
+    def __init__(self, ours: OurTrainer, clock: Clock, entries: int) -> None:
+        self.ours, self.built, self.fixed_samples = ours, ours.built, ours.fixed_samples
+        self.clock, self.num_sampled = clock, 0
         vocabulary = ours.built.components.policy.model.config.vocab_size
         self.components = dataclasses.replace(
             ours.components, chunk_tokens=max(1, entries // vocabulary)
         )
 
     def learn(self, samples: list[TrainingSample]) -> None:
-        """With the phases timed as its own."""
-        self.ours.timing = self.clock
+        """Run the step with its phases on this clock."""
+        self.ours.active_clock = self.clock
         super().learn(samples)
-        self.ours.timing = self.ours.clock
+        self.ours.active_clock = self.ours.clock
 
 
-def by_coin(problem: object, text: str) -> Verdict:
-    """Right by the parity of the text: a reward that differs within every group, nearly."""
+def by_parity(problem: object, text: str) -> Verdict:
+    """Return a verdict by the parity of the text: rewards differ within nearly every group."""
     return Verdict(correct=sum(map(ord, text)) % 2 == 0, formatted=True, parsed=text)
 
 
-class Theirs:
-    """A TRL trainer on its own copy of the model, taught with our answers and contexts."""
+class TrlTrainer:
+    """Runs a TRL trainer on a separate copy of the model, with our rollouts and contexts."""
 
     def __init__(
-        self, model: str, kind: str, clock: Clock, ours: Ours, steps: int,
+        self, model: str, kind: str, clock: Clock, ours: OurTrainer, steps: int,
         device: str = "cpu", precision: str = "float32",
     ) -> None:  # fmt: skip
         from trl import GRPOConfig, GRPOTrainer
@@ -197,26 +199,26 @@ class Theirs:
 
         self.clock, self.ours, self.kind = clock, ours, kind
         self.samples: list[TrainingSample] = []
-        self.others: list[Ours] = []
+        self.others: list[OurTrainer] = []
         components = ours.built.components
         rows = MODELS[model]["train"]
         batch = rows["problems_per_step"] * rows["group_size"]
-        more: dict[str, Any] = {"use_cpu": True, "bf16": False}
+        options: dict[str, Any] = {"use_cpu": True, "bf16": False}
         if device == "cuda":
-            more = {"use_cpu": False, "bf16": precision == "bf16"}
-        if model in SIZED:
-            sized = SIZED[model]
+            options = {"use_cpu": False, "bf16": precision == "bf16"}
+        if model in MODEL_SIZES:
+            size = MODEL_SIZES[model]
             dtype = torch.bfloat16 if precision == "bf16 weights" else torch.float32
-            where = ours.components.policy.device
-            policy = model_of(model, where, dtype)
+            on = ours.components.policy.device
+            policy = model_of(model, on, dtype)
             loaded = mock.patch(
                 "trl.experimental.sdpo.sdpo_trainer.create_model_from_path",
-                lambda *_, **__: model_of(model, where, dtype),
+                lambda *_, **__: model_of(model, on, dtype),
             )
-            more["gradient_accumulation_steps"] = sized.answers // sized.peer_batch
-            more["per_device_train_batch_size"] = sized.peer_batch
+            options["gradient_accumulation_steps"] = size.rollouts // size.trl_batch
+            options["per_device_train_batch_size"] = size.trl_batch
         else:
-            policy = Ours(
+            policy = OurTrainer(
                 model, kind, Clock(), {"model": {"device": device}}
             ).built.components.policy.model
             loaded = contextlib.nullcontext()
@@ -225,26 +227,26 @@ class Theirs:
             renderer._messages("solver", question=p.question)
             for p in ours.built.task.problems("train")
         ]
-        place = self.place = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory()
         common: dict[str, Any] = {
-            "output_dir": place.name, "per_device_train_batch_size": batch, "max_steps": steps,
+            "output_dir": self.folder.name, "per_device_train_batch_size": batch, "max_steps": steps,
             "gradient_accumulation_steps": 1, "num_generations": rows["group_size"],
             "max_completion_length": MODELS[model]["sampling"]["max_tokens"], "report_to": [],
             "logging_strategy": "no", "save_strategy": "no",
             "gradient_checkpointing": False, "learning_rate": 1e-5, "disable_tqdm": True,
-            "temperature": 1.0, "top_k": 0, "shuffle_dataset": False, **more,
+            "temperature": 1.0, "top_k": 0, "shuffle_dataset": False, **options,
         }  # fmt: skip
         if kind == "grpo":
             args = GRPOConfig(**common, beta=0.0)
-            made = GRPOTrainer
+            trainer = GRPOTrainer
         else:
             args = SDPOConfig(
                 **common, distillation_alpha=1.0, teacher_model_kind="base", distillation_is_clip=None,
                 max_prompt_length=None, **KINDS[kind][1],
             )  # fmt: skip
-            made = SDPOTrainer
+            trainer = SDPOTrainer
         with loaded:
-            self.trainer: Any = made(
+            self.trainer: Any = trainer(
                 model=policy, reward_funcs=rewards, args=args,
                 processing_class=ours.built.tokenizer,
                 train_dataset=Dataset.from_list([{"prompt": p} for p in prompts]),
@@ -254,29 +256,29 @@ class Theirs:
 
     def _patch(self) -> None:
         trainer, clock = self.trainer, self.clock
-        trainer.compute_loss = clock.around("student", trainer.compute_loss)
+        trainer.compute_loss = clock.timed("student", trainer.compute_loss)
         accelerator = trainer.accelerator
-        accelerator.backward = clock.around("student", accelerator.backward)
-        accelerator.clip_grad_norm_ = clock.around("optimizer", accelerator.clip_grad_norm_)
-        given_too = self.ours.given is not None
-        if self.kind == "grpo" and given_too:
-            trainer._generate_single_turn = lambda *_, **__: (self._answers(), None)
+        accelerator.backward = clock.timed("student", accelerator.backward)
+        accelerator.clip_grad_norm_ = clock.timed("optimizer", accelerator.clip_grad_norm_)
+        fixed = self.ours.fixed_samples is not None
+        if self.kind == "grpo" and fixed:
+            trainer._generate_single_turn = lambda *_, **__: (self._rollouts(), None)
             trainer._tokenize_prompts = lambda _: (
                 [list(sample.rollout.prompt_ids) for sample in self.samples], None, {}
             )  # fmt: skip
             trainer.reward_funcs = [_every_other]
         elif self.kind == "grpo":
-            trainer._generate = clock.around("sampling", trainer._generate)
+            trainer._generate = clock.timed("sampling", trainer._generate)
         else:
             generate = trainer._generate_transformers
 
-            def given(prompt_ids: Any) -> Any:
+            def generate_ours(prompt_ids: Any) -> Any:
                 with clock("sampling"):
-                    None if given_too else generate(prompt_ids)
+                    None if fixed else generate(prompt_ids)
                 prompts = [list(sample.rollout.prompt_ids) for sample in self.samples]
-                return prompts, self._answers()
+                return prompts, self._rollouts()
 
-            trainer._generate = given
+            trainer._generate = generate_ours
             trainer.teacher_context_builder.build = self._context
             forward = trainer._forward_logits
 
@@ -286,58 +288,58 @@ class Theirs:
 
             trainer._forward_logits = logits
 
-    def _answers(self) -> list[list[int]]:
+    def _rollouts(self) -> list[list[int]]:
         return [list(sample.rollout.token_ids) for sample in self.samples]
 
-    def _context(self, output: dict, prompts: Any, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
-        told = [sample.teacher_prompt_ids or () for sample in self.samples]
-        width, pad = max(map(len, told)), self.ours.built.tokenizer.pad_token_id
-        where = output["completion_ids"].device
-        ids = torch.tensor([[pad] * (width - len(t)) + list(t) for t in told], device=where)
-        mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in told], device=where)
+    def _context(self, output: dict, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        prompts = [sample.teacher_prompt_ids or () for sample in self.samples]
+        width, pad = max(map(len, prompts)), self.ours.built.tokenizer.pad_token_id
+        on = output["completion_ids"].device
+        ids = torch.tensor([[pad] * (width - len(t)) + list(t) for t in prompts], device=on)
+        mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in prompts], device=on)
         return {
             "teacher_input_ids": torch.cat([ids, output["completion_ids"]], 1),
             "teacher_attention_mask": torch.cat([mask, output["completion_mask"]], 1),
-            "self_distillation_mask": torch.ones(len(told), device=where),
+            "self_distillation_mask": torch.ones(len(prompts), device=on),
         }
 
 
 def rewards(completions: list, **_: Any) -> list[float]:
-    """A coin for TRL's answers."""
+    """Return rewards by parity for TRL's rollouts, as `by_parity`."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [float(sum(map(ord, text)) % 2 == 0) for text in texts]
 
 
 def _every_other(completions: list, **_: Any) -> list[float]:
-    """Rewards that differ in each group, for answers that are no text."""
+    """Return rewards that differ in each group, for random tokens."""
     return [float(i % 2 == 0) for i in range(len(completions))]
 
 
 class _Steps(TrainerCallback):
-    """Times TRL's steps, and takes ours between them."""
+    """Times TRL's steps, and runs ours between them."""
 
-    def __init__(self, theirs: Theirs) -> None:
-        self.theirs = theirs
+    def __init__(self, trl: TrlTrainer) -> None:
+        self.trl = trl
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        ours = self.theirs.ours
-        began = instant()
-        self.theirs.samples = ours.sample()
-        ours.clock.begun = instant() - began
-        self._held = held_bytes()
-        self._began = instant()
+        ours = self.trl.ours
+        start = synchronized_time()
+        self.trl.samples = ours.sample()
+        ours.clock.before = synchronized_time() - start
+        self._before = device_bytes()
+        self._start = synchronized_time()
         self._optimizer = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._optimizer = instant()
+        self._optimizer = synchronized_time()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._optimizer is not None:
-            self.theirs.clock.add("optimizer", instant() - self._optimizer)
+            self.trl.clock.add("optimizer", synchronized_time() - self._optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        theirs, ours = self.theirs, self.theirs.ours
-        theirs.clock.end(instant() - self._began)
-        theirs.clock.peak = held_bytes(self._held)
-        for one in (ours, *theirs.others):
-            one.step(theirs.samples if one is ours else None)
+        trl, ours = self.trl, self.trl.ours
+        trl.clock.end(synchronized_time() - self._start)
+        trl.clock.peak = device_bytes(self._before)
+        for trainer in (ours, *trl.others):
+            trainer.step(trl.samples if trainer is ours else None)

@@ -1,12 +1,12 @@
-"""What a divergence from hidden states costs, forward and backward, beside the plain form and TRL's.
+"""Measure a divergence from hidden states, forward and backward, against autograd and TRL.
 
-    python benchmarks/divergences.py [--parts base larger curve] [--json FILE]          (in .venv-bench)
+    python benchmarks/loss/divergences.py [--parts base larger curve] [--json FILE]     (in .venv-bench)
 
-All ways are given the same hidden states and heads [V, H] of student and teacher, and return the mean
+All variants get the same hidden states and heads [V, H] of student and teacher, and return the mean
 divergence per token with its gradient in the student's hidden states, and in its head where that
 trains:
 
-    ours         scores.chunked_sum with divergence.per_token; for halves that train slabs
+    ours         losses.fused_cpu, or lm_head.chunked_sum with divergence.per_token, as in training
     plain        full logits of both, the textbook form, autograd
     TRL full     trl.experimental.sdpo.loss_utils on full logits
     TRL chunked  trl.kernels.chunked_divergence.ChunkedDivergenceFunction (no top-K)
@@ -16,13 +16,17 @@ On a GPU see divergences_gpu.py. Workspace is the peak beyond inputs, weights an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
 
 import torch
-from harness import MIB, Table, alone, alternated, parser, peak_bytes, ratio, reported
+from harness import MIB, Table, alternated, measure_alone, parser, peak_bytes, ratio, reported
 from torch import Tensor
 
 from selfteach.losses import fused_cpu
@@ -38,15 +42,15 @@ TOP_K = 100
 LN2 = 0.6931471805599453
 CURVE = (256, 1024, 4096, 16_384)
 SIZES = ((49_152, 576), (49_152, 2048), (151_936, 576), (151_936, 2048))
-"""Vocabulary and width, of a small and of a large model of today."""
+"""Vocabulary and hidden size of a small and of a large model."""
 EXACT_BELOW = 256 * MIB
 FULL_FITS = 4096
-"""Tokens up to which the plain form is measured: at 16,384 it wants 20 GB and more."""
+"""Tokens up to which the plain form is measured: at 16,384 it needs more than 20 GB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One size, precision and divergence."""
+    """Describes one size, precision and divergence."""
 
     kind: str
     tokens: int = 2048
@@ -58,20 +62,20 @@ class Case:
 
     @property
     def spec(self) -> Divergence:
-        """As ours is asked for it."""
+        """Return the divergence as our losses take it."""
         if self.kind == "top_k":
             return Divergence(kind="jsd", support="top_k", top_k=TOP_K)
         return Divergence(kind=self.kind)  # pyright: ignore[reportArgumentType]
 
     @property
     def full_logits(self) -> int:
-        """Bytes of one side's logits in float32."""
+        """Return the bytes of one side's logits in float32."""
         return 4 * self.tokens * self.vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What every way is given."""
+    """Holds the inputs of every variant."""
 
     student_NH: Tensor
     student_VH: Tensor
@@ -81,7 +85,7 @@ class Inputs:
 
     @classmethod
     def of(cls, case: Case) -> Inputs:
-        """Logits spread as a trained model's are: most of the mass on a few entries."""
+        """Make inputs whose logits are as peaked as a trained model's."""
         torch.manual_seed(0)
         dtype = getattr(torch, case.dtype)
 
@@ -100,18 +104,18 @@ class Inputs:
         )  # fmt: skip
 
     def take_gradients(self) -> list[Tensor]:
-        """The gradients, which are let go of here."""
-        told = [x.grad for x in (self.student_NH, self.student_VH) if x.grad is not None]
+        """Return the gradients and clear them."""
+        gradients = [x.grad for x in (self.student_NH, self.student_VH) if x.grad is not None]
         self.student_NH.grad = self.student_VH.grad = None
-        return told
+        return gradients
 
 
-SPENDING = partial(per_token, donate_teacher_logits=True)
-"""As the objectives ask for it: the teacher's logits are nobody else's."""
+DONATING = partial(per_token, donate_teacher_logits=True)
+"""As the objectives call it: the teacher's logits may be overwritten."""
 
 
-def ours(case: Case, inputs: Inputs, fn: Callable = SPENDING, chunk: int | None = None) -> Tensor:
-    """Fused, chunk by chunk."""
+def ours(case: Case, inputs: Inputs, fn: Callable = DONATING, chunk: int | None = None) -> Tensor:
+    """Compute the divergence chunk by chunk, fused where the objectives do."""
     teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
     weight_N = torch.full((case.tokens,), 1 / case.tokens, device=DEVICE)
 
@@ -122,9 +126,9 @@ def ours(case: Case, inputs: Inputs, fn: Callable = SPENDING, chunk: int | None 
 
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     chunk = chunk or chunk_tokens(case.vocabulary, DEVICE)
-    if fn is SPENDING and fused_cpu.runs(
+    if fn is DONATING and fused_cpu.runs(
         form(case.spec), student, teacher
-    ):  # as `objective.summed` chooses
+    ):  # as `objectives.weighted_loss` chooses
         return fused_cpu.divergence_sum(
             form(case.spec), student, teacher, inputs.ids_N, weight_N, chunk_tokens=chunk
         )[0]
@@ -132,12 +136,12 @@ def ours(case: Case, inputs: Inputs, fn: Callable = SPENDING, chunk: int | None 
 
 
 def plain(case: Case, inputs: Inputs) -> Tensor:
-    """Full logits and the textbook form."""
+    """Compute the textbook form from full logits."""
     return textbook(case.kind, *both_logits(inputs)).mean()
 
 
 def textbook(kind: str, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """The divergence of each row [N] as it is written in a book, for autograd."""
+    """Return the textbook divergence of each row [N], for autograd."""
     s, t = student_NV.float().log_softmax(-1), teacher_NV.float().log_softmax(-1)
     if kind == "top_k":
         index = s.detach().topk(TOP_K, -1).indices
@@ -153,20 +157,20 @@ def textbook(kind: str, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
 
 
 def _tailed(logp: Tensor, index: Tensor) -> Tensor:
-    kept = logp.gather(-1, index)
+    top = logp.gather(-1, index)
     rest = logp.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([kept, rest], -1)
+    return torch.cat([top, rest], -1)
 
 
 def both_logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Full logits of student and teacher [N, V]."""
+    """Return the full logits of student and teacher [N, V]."""
     student_NV = inputs.student_NH @ inputs.student_VH.T
     with torch.no_grad():
         return student_NV, inputs.teacher_NH @ inputs.teacher_VH.T
 
 
 def trl_full(case: Case, inputs: Inputs) -> Tensor:
-    """As TRL's SDPO trainer takes it, from full logits."""
+    """Compute TRL's SDPO loss, from full logits."""
     from trl.experimental.sdpo import loss_utils  # pyright: ignore[reportMissingImports]
 
     student_NV, teacher_NV = both_logits(inputs)
@@ -183,7 +187,7 @@ def trl_full(case: Case, inputs: Inputs) -> Tensor:
 
 
 def trl_chunked(case: Case, inputs: Inputs) -> Tensor:
-    """As TRL's distillation trainer takes it, from hidden states."""
+    """Compute the loss of TRL's distillation trainer, from hidden states."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
 
     loss_N, _ = ChunkedDivergenceFunction.apply(
@@ -193,108 +197,113 @@ def trl_chunked(case: Case, inputs: Inputs) -> Tensor:
     return loss_N.mean()
 
 
-WAYS: dict[str, Callable[[Case, Inputs], Tensor]] = {
+VARIANTS: dict[str, Callable[[Case, Inputs], Tensor]] = {
     "ours": ours, "plain": plain, "TRL full": trl_full, "TRL chunked": trl_chunked,
 }  # fmt: skip
 
 
-def ways_of(case: Case) -> list[str]:
-    """Who can do it here."""
+def variants_of(case: Case) -> list[str]:
+    """Return the variants that support a case and are installed."""
     names = ["ours", "plain"]
     if find_spec("trl"):
         names += ["TRL full"] if case.kind == "top_k" else ["TRL full", "TRL chunked"]
     return names
 
 
-def prepared(case: Case, way: str) -> Callable[[], list[Tensor]]:
-    """Forward and backward of one way, on inputs of its own; returns the gradients."""
+def prepared(case: Case, variant: str) -> Callable[[], list[Tensor]]:
+    """Return a call for forward and backward of one variant; the call returns the gradients."""
     small = Inputs.of(replace(case, tokens=8, vocabulary=512))
-    WAYS[way](replace(case, tokens=8, vocabulary=512), small).backward()
+    VARIANTS[variant](replace(case, tokens=8, vocabulary=512), small).backward()
     inputs = Inputs.of(case)
 
     def once() -> list[Tensor]:
-        WAYS[way](case, inputs).backward()
+        VARIANTS[variant](case, inputs).backward()
         return inputs.take_gradients()
 
     return once
 
 
-def workspace(case: Case, way: str) -> int:
-    """Peak beyond inputs, weights and gradients."""
-    return beyond_gradients(case, peak_bytes(prepared, case, way))
+def workspace(case: Case, variant: str) -> int:
+    """Return the peak bytes beyond inputs, weights and gradients."""
+    return beyond_gradients(case, peak_bytes(prepared, case, variant))
 
 
 def beyond_gradients(case: Case, peak: int) -> int:
-    """A way's peak less what it returns."""
+    """Return a variant's peak less its gradients."""
     item = 2 if case.dtype == "bfloat16" else 4
     gradients = case.tokens * case.hidden + case.trained * case.vocabulary * case.hidden
     return max(0, peak - item * gradients)
 
 
-def seconds_and_workspace(case: Case, way: str) -> tuple[float, int]:
-    """Of one way, once, in a process of its own; a small workspace is measured again, exactly."""
-    seconds, peak = alone(prepared, case, way)
+def seconds_and_workspace(case: Case, variant: str) -> tuple[float, int]:
+    """Run one variant once in a separate process; a small workspace is measured again, exactly."""
+    seconds, peak = measure_alone(prepared, case, variant)
     space = beyond_gradients(case, peak)
-    return seconds, space if space > EXACT_BELOW else workspace(case, way)
+    return seconds, space if space > EXACT_BELOW else workspace(case, variant)
 
 
 def compare(
-    table: Table, case: Case, rounds: int, ways: list[str] | None = None, *, space: bool = True
+    table: Table,
+    case: Case,
+    rounds: int,
+    variants: list[str] | None = None,
+    *,
+    space: bool = True,
 ) -> None:
-    """One line for each way; ``space``: measure workspace too, in a process for each.
+    """Add a row per variant; ``space``: measure workspace too, in a process for each.
 
-    With ``rounds`` 0 every way has a process of its own: what is largest does not fit side by side.
+    With ``rounds`` 0 every variant runs in a separate process: the largest do not fit side by side.
     """
-    ways = ways or ways_of(case)
+    variants = variants or variants_of(case)
     if rounds:
-        runs = {way: prepared(case, way) for way in ways}
+        runs = {variant: prepared(case, variant) for variant in variants}
         timings = alternated(runs, rounds=rounds, warm_up=0)
         del runs
-        times = {way: timings[way].median for way in ways}
-        spaces = {way: workspace(case, way) if space else None for way in ways}
+        times = {variant: timings[variant].median for variant in variants}
+        spaces = {variant: workspace(case, variant) if space else None for variant in variants}
     else:
-        told = {way: seconds_and_workspace(case, way) for way in ways}
-        times, spaces = ({way: told[way][i] for way in ways} for i in (0, 1))
-    for way in ways:
+        costs = {variant: seconds_and_workspace(case, variant) for variant in variants}
+        times, spaces = ({variant: costs[variant][i] for variant in variants} for i in (0, 1))
+    for variant in variants:
         table.add(
             kind=case.kind, vocabulary=case.vocabulary, hidden=case.hidden, dtype=case.dtype,
-            head="trains" if case.trained else "frozen", way=way, seconds=times[way],
-            **{"times ours": ratio(times[way], times["ours"])},
-            workspace_MiB=ratio(spaces[way], MIB),
-            **{"full logits / workspace": ratio(case.full_logits, spaces[way])},
-            **{"workspace / ours": ratio(spaces[way], spaces["ours"])},
+            head="trains" if case.trained else "frozen", way=variant, seconds=times[variant],
+            **{"times ours": ratio(times[variant], times["ours"])},
+            workspace_MiB=ratio(spaces[variant], MIB),
+            **{"full logits / workspace": ratio(case.full_logits, spaces[variant])},
+            **{"workspace / ours": ratio(spaces[variant], spaces["ours"])},
         )  # fmt: skip
 
 
 Cases = Iterator[tuple[Case, int, list[str] | None]]
-"""What is measured, how often, and which ways (None: all)."""
+"""Cases, rounds, and variants (None: all)."""
 
 
 def base() -> Cases:
-    """Every kind, with and without a trainable head."""
+    """Yield every kind, with and without a trainable head."""
     for trained in (True, False):
         for kind in KINDS:
             yield Case(kind, trained=trained), 2, None
 
 
 def larger() -> Cases:
-    """bf16; and larger sizes beside the peer that keeps to chunks, or TRL's full logits for top-K."""
+    """Yield bf16, and larger sizes against TRL's chunked form, or its full logits for top-K."""
     for trained in (True, False):
         for kind in KINDS:
             yield Case(kind, dtype="bfloat16", trained=trained), 1, None
     for kind in KINDS:
-        peer = "TRL full" if kind == "top_k" else "TRL chunked"
-        ways = ["ours", *([peer] if find_spec("trl") else [])]
-        yield Case(kind, vocabulary=151_936, dtype="bfloat16"), 1, ways
-        yield Case(kind, hidden=2048), 1, ways
+        baseline = "TRL full" if kind == "top_k" else "TRL chunked"
+        variants = ["ours", *([baseline] if find_spec("trl") else [])]
+        yield Case(kind, vocabulary=151_936, dtype="bfloat16"), 1, variants
+        yield Case(kind, hidden=2048), 1, variants
         if kind == "reverse_kl":
-            yield Case(kind, vocabulary=151_936, hidden=2048, dtype="bfloat16"), 1, ways
+            yield Case(kind, vocabulary=151_936, hidden=2048, dtype="bfloat16"), 1, variants
         if kind == "jsd":
-            yield Case(kind, vocabulary=151_936, hidden=2048, trained=False), 1, ways
+            yield Case(kind, vocabulary=151_936, hidden=2048, trained=False), 1, variants
 
 
 def everything() -> Cases:
-    """The whole grid, each way once and alone."""
+    """Yield the whole grid, each variant once in a separate process."""
     for vocabulary, hidden in SIZES:
         for dtype in ("float32", "bfloat16"):
             for kind in KINDS:
@@ -303,7 +312,7 @@ def everything() -> Cases:
 
 
 def small() -> Cases:
-    """Does it run at all?"""
+    """Yield small sizes, as a smoke test."""
     for kind in KINDS:
         yield Case(kind, tokens=64, vocabulary=2048, hidden=64), 1, None
 
@@ -316,24 +325,26 @@ PARTS: dict[str, tuple[str, Callable[[], Cases]]] = {
 }
 NOTES = (
     "`times ours` above 1: slower than ours. `workspace_MiB`: beyond inputs, weights and gradients. A "
-    "narrow bf16 head that trains is summed up in float32, and that sum is workspace."
+    "narrow bf16 head that trains is summed in float32, and that sum is workspace."
 )
 
 
 def the_curve(table: Table, *, quick: bool) -> None:
-    """Time and workspace as tokens grow."""
+    """Measure time and workspace as tokens grow."""
     for tokens in CURVE[:1] if quick else CURVE:
-        for way in ("ours", "plain") if tokens <= FULL_FITS and not quick else ("ours",):
+        for variant in ("ours", "plain") if tokens <= FULL_FITS and not quick else ("ours",):
             case = Case("reverse_kl", tokens, vocabulary=2048 if quick else 49_152)
-            seconds = alternated({way: prepared(case, way)}, rounds=1, warm_up=0)[way].median
+            run = {variant: prepared(case, variant)}
+            seconds = alternated(run, rounds=1, warm_up=0)[variant].median
             table.add(
-                tokens=tokens, way=way, seconds=seconds, workspace_MiB=workspace(case, way) / MIB,
+                tokens=tokens, way=variant, seconds=seconds,
+                workspace_MiB=workspace(case, variant) / MIB,
                 full_logits_MiB=case.full_logits / MIB,
             )  # fmt: skip
 
 
 def main() -> None:
-    """A table for each part, and the curve."""
+    """Measure a table for each part, and the curve."""
     options = parser(__doc__)
     options.add_argument(
         "--parts", nargs="*", choices=[*PARTS, "curve"], default=["base", "larger", "curve"],
@@ -341,7 +352,10 @@ def main() -> None:
     )  # fmt: skip
     options.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     options.add_argument(
-        "--sizes", nargs="*", default=[f"{v}x{h}" for v, h in SIZES], help="vocabulary x width"
+        "--sizes",
+        nargs="*",
+        default=[f"{v}x{h}" for v, h in SIZES],
+        help="vocabulary x hidden size",
     )
     options.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     args = options.parse_args()
@@ -355,13 +369,13 @@ def main() -> None:
                 continue
             title, cases = PARTS[part]
             tables.append(table := Table(title, notes=NOTES))
-            for case, rounds, ways in cases():
+            for case, rounds, variants in cases():
                 size = f"{case.vocabulary}x{case.hidden}"
                 if part != "quick" and not (
                     size in args.sizes and case.dtype in args.dtypes and case.kind in args.kinds
                 ):
                     continue
-                compare(table, case, rounds, ways, space=not args.quick)
+                compare(table, case, rounds, variants, space=not args.quick)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,25 @@
-"""How near each phase of a step is to what this machine can do.
+"""Compare each phase of a step with its roofline on this machine.
 
-    python benchmarks/limit.py [--json FILE]
+    python benchmarks/training/roofline.py [--json FILE]
 
-For every phase: the operations it cannot do without and the bytes it cannot but move, reckoned from the
-model's shape and the very answers that were sampled (padding, recomputation and copies are not among
-them); the time these would take at the machine's measured rates, matrix product and copy; and the share
-of that limit that was reached. Then what the time went into, from torch's profiler: matrix products,
-and the number of operators that were called.
+Per phase: the operations and bytes that it needs at least, computed from the model's shape and the
+sampled rollouts (without padding, recomputation and copies); the time these take at the machine's
+measured rates, matmul and copy; and the share of that limit that is reached. Then where the time goes,
+by torch's profiler: the share of matmuls, and the number of operator calls.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
 
 import torch
 from harness import Table, parser, reported
@@ -33,10 +36,10 @@ from selfteach.trainer.step import Components
 from selfteach.types import Rollout, TrainingSample
 
 FLOAT = 4
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "attention", "mkldnn")
-"""Components of the names of operators whose own time is a matrix product's."""
-MOVED_BY_ADAMW = 7
-"""Numbers read or written per trained number: weight, gradient, two moments; and all but one back."""
+MATMUL_NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "attention", "mkldnn")
+"""Substrings in the names of operators whose self time is that of matmuls."""
+ADAMW_NUMBERS_MOVED = 7
+"""Numbers read or written per trained number: four are read, all but the gradient are written."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lab": {
@@ -60,20 +63,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
-    """What a phase cannot do without."""
+class Minimum:
+    """Holds the operations and bytes that a phase needs at least."""
 
     operations: float
     bytes: float
 
     def seconds(self, rates: Mapping[str, float]) -> float:
-        """At the machine's rates, whichever of the two takes longer."""
+        """Return the larger of both times at the machine's rates."""
         return max(self.operations / rates["operations"], self.bytes / rates["bytes"])
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What counts of a model: weights of its layers and of its head, width of attention, layers."""
+    """Describes a model: weights of its layers and of its head, width of attention, layers."""
 
     layer_weights: int
     head_weights: int
@@ -84,7 +87,7 @@ class Model:
 
     @classmethod
     def of(cls, components: Components) -> Model:
-        """From a policy."""
+        """Describe the policy of a run."""
         config = components.policy.model.config
         linear = [m for m in components.policy.model.modules() if isinstance(m, torch.nn.Linear)]
         head = components.policy.model.get_output_embeddings()
@@ -98,10 +101,10 @@ class Model:
         )
 
     def forward(self, spans: list[tuple[int, int]], heads: int) -> float:
-        """Operations of tokens ``begin`` to ``end`` of sequences, and of ``heads`` rows of the head."""
+        """Return the operations of tokens ``begin`` to ``end`` of sequences and ``heads`` head rows."""
         tokens = sum(end - begin for begin, end in spans)
-        seen = sum((end * (end + 1) - begin * (begin + 1)) / 2 for begin, end in spans)
-        attention = 4 * self.attention * self.layers * seen
+        attended = sum((end * (end + 1) - begin * (begin + 1)) / 2 for begin, end in spans)
+        attention = 4 * self.attention * self.layers * attended
         return 2 * self.layer_weights * tokens + attention + 2 * self.head_weights * heads
 
 
@@ -124,29 +127,23 @@ def main() -> None:
             phases_of(table, name, values, rates, rounds)
         table.notes = (
             "`limit`: the longer of operations and bytes at the rates above. `in products`: the share "
-            "of the measured time that matrix products and attention have of their own; the rest is "
-            "memory-bound operators and the calls themselves (`operators`: how many; `us each`: "
-            "measured time per call)."
+            "of the measured time in matmuls and attention; the rest is memory-bound operators and "
+            "call overhead (`operators`: calls; `us each`: measured time per call)."
         )
 
 
 def measured_rates(table: Table) -> dict[str, float]:
-    """Operations and bytes per second: the best of several."""
+    """Return operations and bytes per second, each the best of several runs."""
 
-    def best(way: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(7):
-            began = time.perf_counter()
-            way()
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
+    def best(call: Callable[[], object]) -> float:
+        return min(timed(call) for _ in range(7))
 
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(1024, 1024, dtype=dtype) for _ in range(2))
         rates[str(dtype)] = 2 * 1024**3 / best(lambda a=a, b=b: a @ b)
     a, b = (torch.randn(1024, 1024) for _ in range(2))
-    if matmul.packs(b):  # the faster of two libraries is what the machine can do
+    if matmul.packs(b):  # the machine's rate is that of the faster library
         by_onednn = matmul.packed(b, None, 1024)
         rates["torch.float32, oneDNN"] = 2 * 1024**3 / best(lambda: by_onednn(a))
     source, target = (torch.randn(2**25) for _ in range(2))
@@ -161,29 +158,29 @@ def measured_rates(table: Table) -> dict[str, float]:
 def phases_of(
     table: Table, name: str, values: dict[str, Any], rates: Mapping[str, float], rounds: int
 ) -> None:
-    """One model's phases."""
+    """Measure the phases of one model."""
     built = build(validate(Recipe, values, where="benchmark"))
     components = built.components
     problems = built.task.problems("train")[: values["train"]["problems_per_step"]]
     rollouts = components.engine.generate(problems, components.sampling)
-    samples = step.teach(components, step.mark(components, rollouts))
-    for phase, (way, need) in ways(components, samples, rollouts).items():
-        way()
-        seconds = statistics.median(timed(way) for _ in range(rounds))
-        inside, calls = profiled(way)
-        limit = need.seconds(rates)
+    samples = step.build_samples(components, step.verify_and_critique(components, rollouts))
+    for phase, (call, minimum) in phases(components, samples, rollouts).items():
+        call()
+        seconds = statistics.median(timed(call) for _ in range(rounds))
+        in_matmuls, calls = profiled(call)
+        limit = minimum.seconds(rates)
         table.add(
-            model=name, phase=phase, seconds=seconds, gflop=need.operations / 1e9,
-            mb=need.bytes / 1e6, limit=limit, share=f"{100 * limit / seconds:.0f} %",
-            **{"in products": f"{100 * min(1.0, inside / seconds):.0f} %"},
+            model=name, phase=phase, seconds=seconds, gflop=minimum.operations / 1e9,
+            mb=minimum.bytes / 1e6, limit=limit, share=f"{100 * limit / seconds:.0f} %",
+            **{"in products": f"{100 * min(1.0, in_matmuls / seconds):.0f} %"},
             operators=calls, **{"us each": 1e6 * seconds / calls},
         )  # fmt: skip
 
 
-def ways(
+def phases(
     components: Components, samples: list[TrainingSample], rollouts: list[Rollout]
-) -> dict[str, tuple[Callable[[], object], Need]]:
-    """Each phase as something to call, and what it needs."""
+) -> dict[str, tuple[Callable[[], object], Minimum]]:
+    """Return each phase as a call, and its minimum."""
     model, engine = Model.of(components), components.engine
     problems = list({r.problem.id: r.problem for r in rollouts}.values())
     token_weights = components.objective.token_weights(
@@ -220,82 +217,91 @@ def ways(
             param.grad = torch.zeros_like(param) if param.grad is None else param.grad
         components.policy.optimizer.step()
 
-    answers = sum(len(r.token_ids) for r in rollouts)
-    asked = need_of_prompts(model, [r.prompt_ids for r in rollouts[:: components.sampling.samples]])
-    written = need_of_writing(model, rollouts)
-    told = [sample.teacher_prompt_ids or () for sample in samples]
-    read = need_of_sequences(model, told, samples, backward=False)
-    learned = need_of_sequences(
-        model, [r.prompt_ids for r in rollouts], samples, backward=True, heads=answers
+    rollout_tokens = sum(len(r.token_ids) for r in rollouts)
+    prompts = minimum_of_prompts(
+        model, [r.prompt_ids for r in rollouts[:: components.sampling.samples]]
+    )
+    decoding = minimum_of_decoding(model, rollouts)
+    teacher_prompts = [sample.teacher_prompt_ids or () for sample in samples]
+    teacher_minimum = minimum_of_sequences(model, teacher_prompts, samples, backward=False)
+    student_minimum = minimum_of_sequences(
+        model, [r.prompt_ids for r in rollouts], samples, backward=True, heads=rollout_tokens
     )
     return {
-        "prompts": (lambda: engine.generate(problems, first), asked),
+        "prompts": (lambda: engine.generate(problems, first), prompts),
         "prompts and answers": (
             lambda: engine.generate(problems, components.sampling),
-            Need(asked.operations + written.operations, asked.bytes + written.bytes),
+            Minimum(prompts.operations + decoding.operations, prompts.bytes + decoding.bytes),
         ),
-        "teacher": (teacher, read),
+        "teacher": (teacher, teacher_minimum),
         "teacher, student, loss and backward": (
-            both, Need(read.operations + learned.operations, read.bytes + learned.bytes),
+            both,
+            Minimum(
+                teacher_minimum.operations + student_minimum.operations,
+                teacher_minimum.bytes + student_minimum.bytes,
+            ),
         ),
-        "optimizer": (optimizer, Need(0.0, float(FLOAT * MOVED_BY_ADAMW * model.trained))),
+        "optimizer": (optimizer, Minimum(0.0, float(FLOAT * ADAMW_NUMBERS_MOVED * model.trained))),
     }  # fmt: skip
 
 
-def need_of_prompts(model: Model, prompts: list[tuple[int, ...]]) -> Need:
-    """Every question once, what all begin with once for all; the head for the last token of each."""
+def minimum_of_prompts(model: Model, prompts: list[tuple[int, ...]]) -> Minimum:
+    """Count each prompt once, a common prefix once for all; the head for the last token of each."""
     shared = shared_length(prompts)
     spans = [(shared, len(prompt)) for prompt in prompts] + [(0, shared)]
     weights = FLOAT * (model.layer_weights + model.head_weights)
-    return Need(model.forward(spans, len(prompts)), weights)
+    return Minimum(model.forward(spans, len(prompts)), weights)
 
 
-def need_of_writing(model: Model, rollouts: list[Rollout]) -> Need:
-    """A token of each answer per pass; each pass reads all weights, and keys and values of all."""
+def minimum_of_decoding(model: Model, rollouts: list[Rollout]) -> Minimum:
+    """Count a token per rollout and pass; each pass reads all weights, and all keys and values."""
     spans = [(len(r.prompt_ids), len(r.prompt_ids) + len(r.token_ids) - 1) for r in rollouts]
     tokens = sum(end - begin for begin, end in spans)
     passes = max(end - begin for begin, end in spans)
-    seen = sum((end * (end + 1) - begin * (begin + 1)) / 2 for begin, end in spans)
+    attended = sum((end * (end + 1) - begin * (begin + 1)) / 2 for begin, end in spans)
     read = (
-        passes * (model.layer_weights + model.head_weights) + seen * 2 * model.keys * model.layers
+        passes * (model.layer_weights + model.head_weights)
+        + attended * 2 * model.keys * model.layers
     )
-    return Need(model.forward(spans, tokens), FLOAT * read)
+    return Minimum(model.forward(spans, tokens), FLOAT * read)
 
 
-def need_of_sequences(
+def minimum_of_sequences(
     model: Model, prompts: list[tuple[int, ...]], samples: list[TrainingSample], *, backward: bool,
     heads: int | None = None,
-) -> Need:  # fmt: skip
-    """Whole sequences: a prompt that several answers have is needed once, with what all begin with."""
-    answers = [sample.rollout.token_ids for sample in samples]
+) -> Minimum:  # fmt: skip
+    """Count whole sequences: a prompt shared by a group, and a prefix common to all, only once."""
+    rollouts = [sample.rollout.token_ids for sample in samples]
     shared = shared_length(prompts)
     distinct = [(shared, len(prompt)) for prompt in dict.fromkeys(prompts)] + [(0, shared)]
     spans = distinct + [
-        (len(prompt), len(prompt) + len(answer) - 1)
-        for prompt, answer in zip(prompts, answers, strict=True)
+        (len(prompt), len(prompt) + len(rollout) - 1)
+        for prompt, rollout in zip(prompts, rollouts, strict=True)
     ]
-    scored = heads if heads is not None else sum(map(len, answers))
+    scored = heads if heads is not None else sum(map(len, rollouts))
     times = 3 if backward else 1
     weights = FLOAT * times * (model.layer_weights + model.head_weights)
-    return Need(times * model.forward(spans, scored), weights)
+    return Minimum(times * model.forward(spans, scored), weights)
 
 
-def timed(way: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
-    way()
-    return time.perf_counter() - began
+def timed(call: Callable[[], object]) -> float:
+    """Return the seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
-def profiled(way: Callable[[], object]) -> tuple[float, int]:
-    """Seconds that matrix products had of their own, and how many operators were called."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        way()
-    events = [event for event in seen.key_averages() if event.key.startswith("aten::")]
-    own = sum(
-        event.self_cpu_time_total for event in events if any(part in event.key for part in PRODUCTS)
+def profiled(call: Callable[[], object]) -> tuple[float, int]:
+    """Return the self seconds of matmuls, and the number of operator calls."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    events = [event for event in profiler.key_averages() if event.key.startswith("aten::")]
+    in_matmuls = sum(
+        event.self_cpu_time_total
+        for event in events
+        if any(name in event.key for name in MATMUL_NAMES)
     )
-    return own / 1e6, sum(event.count for event in events)
+    return in_matmuls / 1e6, sum(event.count for event in events)
 
 
 if __name__ == "__main__":

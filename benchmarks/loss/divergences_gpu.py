@@ -1,12 +1,12 @@
-"""What a divergence from hidden states costs on a GPU, beside TRL's, Liger's and the compiled form.
+"""Measure a divergence from hidden states on a GPU, against TRL, Liger and torch.compile.
 
-    python benchmarks/divergences_gpu.py [--parts exact grid curve chunks tilings] [--json FILE]
+    python benchmarks/loss/divergences_gpu.py [--parts exact grid curve chunks tilings] [--json FILE]
 
-The ways of divergences.py on CUDA (it skips itself where there is none), and
+The variants of divergences.py on CUDA (skipped where there is none), and
 
-    ours            as a training step takes it: from hidden states where that can be, else by tokens
+    ours            as in a training step: from hidden states where possible, else by tokens
     ours, by tokens chunks of tokens, whose rows of logits go through Triton kernels
-    ours, torch     the same without the kernels: the closed form in PyTorch's own operations
+    ours, torch     the same without the kernels: analytic gradients in PyTorch operations
     ours, compiled  chunk by chunk with the textbook form of a chunk through torch.compile
     Liger           its fused linear JSD, where liger-kernel is installed
 
@@ -17,6 +17,7 @@ inputs, weights and gradients. `exact` compares gradients with those of the plai
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple
 from importlib.util import find_spec
 from multiprocessing import get_context
+from pathlib import Path
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
 
 import torch
 from divergences import (
@@ -49,7 +53,7 @@ from selfteach.losses.kernels import linear_kernels, row_kernels
 from selfteach.losses.kernels.linear_kernels import Tiling
 from selfteach.models.lm_head import Head, Scores
 
-Way = Callable[[Case, Inputs], Tensor]
+Variant = Callable[[Case, Inputs], Tensor]
 TILINGS = [
     Tiling(rows, entries, inner, warps, stages)
     for rows, entries, inner, warps, stages in (
@@ -64,24 +68,24 @@ CHUNK_ENTRIES = tuple(2**n for n in range(22, 28))
 
 
 def ours_whole(case: Case, inputs: Inputs) -> Tensor:
-    """Ours as `objective.summed` chooses."""
+    """Compute ours as `objectives.weighted_loss` chooses."""
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
-    asked = divergence.form(case.spec)
-    if not fused_gpu.runs(asked, student, teacher):
+    form = divergence.form(case.spec)
+    if not fused_gpu.runs(form, student, teacher):
         return ours(case, inputs)
     weight_N = torch.full((case.tokens,), 1 / case.tokens, device=inputs.ids_N.device)
-    return fused_gpu.divergence_sum(asked, student, teacher, inputs.ids_N, weight_N)[0]
+    return fused_gpu.divergence_sum(form, student, teacher, inputs.ids_N, weight_N)[0]
 
 
 def ours_torch(case: Case, inputs: Inputs) -> Tensor:
-    """Ours as it is without Triton."""
+    """Compute ours without Triton."""
     with mock.patch.object(row_kernels, "runs", lambda *_: False):
         return ours(case, inputs)
 
 
 def ours_compiled(case: Case, inputs: Inputs) -> Tensor:
-    """Chunk by chunk, each chunk's arithmetic as torch.compile makes it from the textbook form."""
+    """Compute chunk by chunk, each chunk with the textbook form under torch.compile."""
     fused = _compiled(case.kind)
 
     def fn(_: Divergence, student_CV: Tensor, teacher_CV: Tensor, ids_C: Tensor) -> PerToken:
@@ -90,14 +94,13 @@ def ours_compiled(case: Case, inputs: Inputs) -> Tensor:
     return ours(case, inputs, fn)
 
 
-def _compiled(kind: str, made: dict[str, Callable] = {}) -> Callable:  # noqa: B006 - compiled once
-    if kind not in made:
-        made[kind] = torch.compile(lambda s, t: textbook(kind, s, t), dynamic=False)
-    return made[kind]
+@functools.cache
+def _compiled(kind: str) -> Callable:
+    return torch.compile(lambda s, t: textbook(kind, s, t), dynamic=False)
 
 
 def liger(case: Case, inputs: Inputs) -> Tensor:
-    """Liger's fused linear JSD; its betas 0 and 1 are the two KLs."""
+    """Compute Liger's fused linear JSD; its betas 0 and 1 are the two KLs."""
     from liger_kernel.transformers.functional import liger_fused_linear_jsd  # pyright: ignore[reportMissingImports]
 
     return liger_fused_linear_jsd(
@@ -106,7 +109,7 @@ def liger(case: Case, inputs: Inputs) -> Tensor:
     )  # fmt: skip
 
 
-WAYS: Mapping[str, Way] = {
+VARIANTS: Mapping[str, Variant] = {
     "ours": ours_whole,
     "ours, by tokens": ours,
     "ours, torch": ours_torch,
@@ -118,10 +121,10 @@ WAYS: Mapping[str, Way] = {
 }
 
 
-def ways_of(case: Case, *, compiled: bool) -> list[str]:
-    """Who can do it here."""
+def variants_of(case: Case, *, compiled: bool) -> list[str]:
+    """Return the variants that support a case and are installed."""
     names = ["ours"]
-    if case.dtype != "float32":  # which is walked by tokens anyway
+    if case.dtype != "float32":  # which is processed by tokens anyway
         names += ["ours, by tokens", "ours, torch"]
     names += [*(["ours, compiled"] if compiled else []), "plain"]
     if find_spec("trl"):
@@ -131,29 +134,29 @@ def ways_of(case: Case, *, compiled: bool) -> list[str]:
     return names
 
 
-def once(way: Way, case: Case, inputs: Inputs) -> list[Tensor]:
-    """Forward and backward; the gradients."""
-    way(case, inputs).backward()
+def once(variant: Variant, case: Case, inputs: Inputs) -> list[Tensor]:
+    """Run forward and backward; return the gradients."""
+    variant(case, inputs).backward()
     return inputs.take_gradients()
 
 
-def milliseconds(way: Way, case: Case, inputs: Inputs) -> float:
-    """Of one forward and backward."""
-    return between(lambda: once(way, case, inputs))
+def milliseconds(variant: Variant, case: Case, inputs: Inputs) -> float:
+    """Return the milliseconds of one forward and backward."""
+    return elapsed_ms(lambda: once(variant, case, inputs))
 
 
-def workspace(way: Way, case: Case, inputs: Inputs) -> int:
-    """Peak beyond what was there before and the gradients."""
+def workspace(variant: Variant, case: Case, inputs: Inputs) -> int:
+    """Return the peak bytes beyond earlier allocations and the gradients."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    gradients = sum(x.numel() * x.element_size() for x in once(way, case, inputs))
+    gradients = sum(x.numel() * x.element_size() for x in once(variant, case, inputs))
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before - gradients
 
 
 def grid(tables: list[Table], rounds: int, *, quick: bool) -> None:
-    """Sizes, kinds, heads; a table for each precision."""
+    """Measure sizes, kinds and heads; a table for each precision."""
     for dtype in ("bfloat16", "float32"):
         tables.append(table := Table(f"2,048 tokens in {dtype}: milliseconds / MiB of workspace"))
         for vocabulary in GRID_VOCABULARIES[:1] if quick else GRID_VOCABULARIES:
@@ -163,45 +166,49 @@ def grid(tables: list[Table], rounds: int, *, quick: bool) -> None:
                         case = Case(kind, 2048, vocabulary, hidden, dtype, trained)
                         largest = (vocabulary, hidden) == (151_936, 2048)
                         compiled = largest and trained and kind in ("reverse_kl", "jsd")
-                        wide = dtype == "float32"  # many times as slow
-                        told = measured(case, 2 if wide else rounds, compiled and not wide)
-                        table.add(**row(case, *told))
+                        is_float32 = dtype == "float32"  # many times slower
+                        costs = measured(
+                            case, 2 if is_float32 else rounds, compiled and not is_float32
+                        )
+                        table.add(**row(case, *costs))
 
 
 Costs = dict[str, float]
 
 
 def measured(case: Case, rounds: int, compiled: bool) -> tuple[Costs, Costs, dict[str, str]]:
-    """Of each way that can: median milliseconds, and workspace in MiB; and why the others cannot."""
+    """Return median milliseconds, workspace in MiB, and the errors of variants that fail."""
     inputs, times, spaces, failed = Inputs.of(case), {}, {}, {}
-    for name in ways_of(case, compiled=compiled):
+    for name in variants_of(case, compiled=compiled):
         try:
-            once(WAYS[name], case, inputs)  # compiles
-            once(WAYS[name], case, inputs)
-            spaces[name], times[name] = workspace(WAYS[name], case, inputs) / MIB, list[float]()
-        except Exception as error:  # one that cannot must not take the others' lines
+            once(VARIANTS[name], case, inputs)  # compiles
+            once(VARIANTS[name], case, inputs)
+            spaces[name], times[name] = workspace(VARIANTS[name], case, inputs) / MIB, list[float]()
+        except Exception as error:  # one that fails must not remove the others' rows
             inputs.take_gradients()
             failed[name] = type(error).__name__
     for _ in range(rounds):
-        for name, own in times.items():
-            own.append(milliseconds(WAYS[name], case, inputs))
-    return {name: statistics.median(own) for name, own in times.items()}, spaces, failed
+        for name, taken in times.items():
+            taken.append(milliseconds(VARIANTS[name], case, inputs))
+    return {name: statistics.median(taken) for name, taken in times.items()}, spaces, failed
 
 
 def row(case: Case, times: Costs, spaces: Costs, failed: dict[str, str]) -> dict[str, object]:
-    """A case in one line."""
-    peers = [times[name] for name in times if not name.startswith("ours")]
-    cells = {way: f"{times[way]:,.1f} / {spaces[way]:,.0f}" for way in WAYS if way in times}
+    """Return a case as one row."""
+    baselines = [times[name] for name in times if not name.startswith("ours")]
+    cells = {
+        name: f"{times[name]:,.1f} / {spaces[name]:,.0f}" for name in VARIANTS if name in times
+    }
     return {
         "kind": case.kind, "vocabulary": case.vocabulary, "hidden": case.hidden,
         "head": "trains" if case.trained else "frozen", **cells, **failed,
-        "fastest other / ours": min(peers) / times["ours"],
+        "fastest other / ours": min(baselines) / times["ours"],
         "full logits / our workspace": case.full_logits / MIB / spaces["ours"],
     }  # fmt: skip
 
 
 def chunks(table: Table, rounds: int) -> None:
-    """Ours by the entries of logits that exist at a time."""
+    """Measure ours by the number of logits that exist at a time."""
     for vocabulary, hidden in ((49_152, 576), (151_936, 2048)):
         for dtype in ("bfloat16", "float32"):
             for trained in (True, False):
@@ -210,57 +217,57 @@ def chunks(table: Table, rounds: int) -> None:
                 for entries in CHUNK_ENTRIES:
                     tokens = max(1, entries // vocabulary)
 
-                    def way(case: Case, inputs: Inputs, tokens: int = tokens) -> Tensor:
+                    def chunked(case: Case, inputs: Inputs, tokens: int = tokens) -> Tensor:
                         return ours(case, inputs, chunk=tokens)
 
-                    once(way, case, inputs)
-                    taken = [milliseconds(way, case, inputs) for _ in range(rounds)]
+                    once(chunked, case, inputs)
+                    taken = [milliseconds(chunked, case, inputs) for _ in range(rounds)]
                     table.add(
                         vocabulary=vocabulary, hidden=hidden, dtype=dtype,
                         head="trains" if trained else "frozen", entries=entries, tokens=tokens,
                         ms=statistics.median(taken),
-                        workspace_MiB=workspace(way, case, inputs) / MIB,
+                        workspace_MiB=workspace(chunked, case, inputs) / MIB,
                     )  # fmt: skip
 
 
 def curve(table: Table, rounds: int) -> None:
-    """Time and workspace as tokens grow."""
+    """Measure time and workspace as tokens grow."""
     for tokens in CURVE:
         case = Case("reverse_kl", tokens, dtype="bfloat16")
         inputs = Inputs.of(case)
         for name in ("ours", "TRL chunked", "plain"):
-            way = WAYS[name]
-            once(way, case, inputs)
-            taken = statistics.median(milliseconds(way, case, inputs) for _ in range(rounds))
+            variant = VARIANTS[name]
+            once(variant, case, inputs)
+            taken = statistics.median(milliseconds(variant, case, inputs) for _ in range(rounds))
             table.add(
-                tokens=tokens, way=name, ms=taken, workspace_MiB=workspace(way, case, inputs) / MIB,
+                tokens=tokens, way=name, ms=taken, workspace_MiB=workspace(variant, case, inputs) / MIB,
                 full_logits_MiB=case.full_logits / MIB,
             )  # fmt: skip
 
 
 def sides_of(vocabulary: int, hidden: int) -> tuple[linear_kernels.Sides, Tensor]:
-    """2,048 tokens in bf16."""
+    """Return both sides of 2,048 tokens in bf16, and the sampled ids."""
     inputs = Inputs.of(Case("jsd", 2048, vocabulary, hidden, "bfloat16", trained=False))
     states = (inputs.student_NH, inputs.student_VH, inputs.teacher_NH, inputs.teacher_VH)
     return linear_kernels.Sides(*(x.detach() for x in states)), inputs.ids_N
 
 
 def phases(sides: linear_kernels.Sides, ids_N: Tensor, kind: str) -> dict[str, Callable]:
-    """The three kernels with what they need."""
-    own = linear_kernels.sums(sides, ids_N, kind)
-    scale_N = torch.full_like(own.logp_N, 1 / len(ids_N))
+    """Return the three kernels with their inputs."""
+    sums = linear_kernels.sums(sides, ids_N, kind)
+    scale_N = torch.full_like(sums.logp_N, 1 / len(ids_N))
     grad_NW = sides.student_NH.new_empty(len(ids_N), 8192)
     return {
         "sums": lambda: linear_kernels.sums(sides, ids_N, kind),
-        "losses": lambda: linear_kernels.losses(sides, own, kind, 0.5, 1.0, None),
+        "losses": lambda: linear_kernels.losses(sides, sums, kind, 0.5, 1.0, None),
         "slab": lambda: linear_kernels.slab(
-            sides, own, own.kl_N, scale_N, grad_NW, 0, kind, 0.5, 1.0, None
+            sides, sums, sums.kl_N, scale_N, grad_NW, 0, kind, 0.5, 1.0, None
         ),
     }  # fmt: skip
 
 
 def compiled_once(tiling: Tiling, quick: bool) -> str | None:
-    """In a process of its own, so that many compile at a time; what went wrong."""
+    """Compile in a separate process, several at a time; return the error, if any."""
     try:
         with tiled(tiling):
             for fn in phases(*sides_of(2048, 576), "jsd").values():
@@ -273,7 +280,7 @@ def compiled_once(tiling: Tiling, quick: bool) -> str | None:
 
 @contextlib.contextmanager
 def tiled(tiling: Tiling) -> Iterator[None]:
-    """The kernels cut up like this."""
+    """Set the tiling of the kernels."""
     with (
         mock.patch.object(linear_kernels, "SUMS", tiling),
         mock.patch.object(linear_kernels, "GRADIENT", tiling),
@@ -282,39 +289,39 @@ def tiled(tiling: Tiling) -> Iterator[None]:
 
 
 def tilings(table: Table, rounds: int, *, quick: bool) -> None:
-    """The kernels of `linear_kernels` by how their work is cut up, and the rate of their products."""
+    """Measure the kernels of `linear_kernels` by tiling, with the rate of their matmuls."""
     chosen = TILINGS[:2] if quick else TILINGS
     with ProcessPoolExecutor(8, mp_context=get_context("spawn")) as pool:
         failed = list(pool.map(compiled_once, chosen, [quick] * len(chosen)))
     for vocabulary, hidden in ((49_152, 576), (151_936, 2048)):
         sides, ids_N = sides_of(vocabulary, hidden)
-        for tiling, wrong in zip(chosen, failed, strict=True):
-            told = {"vocabulary": vocabulary, "hidden": hidden, "tiling": str(astuple(tiling))}
-            if wrong:
-                table.add(**told, failed=wrong)
+        for tiling, error in zip(chosen, failed, strict=True):
+            row = {"vocabulary": vocabulary, "hidden": hidden, "tiling": str(astuple(tiling))}
+            if error:
+                table.add(**row, failed=error)
                 continue
             with tiled(tiling):
                 for name, fn in phases(sides, ids_N, "jsd").items():
                     fn()
-                    taken = statistics.median(between(fn) for _ in range(rounds))
+                    taken = statistics.median(elapsed_ms(fn) for _ in range(rounds))
                     entries = 8192 if name == "slab" else vocabulary
                     flop = 2 * 2 * len(ids_N) * entries * hidden
-                    told |= {name: taken, f"{name}, TFLOP/s": flop / taken / 1e9}
-            table.add(**told)
+                    row |= {name: taken, f"{name}, TFLOP/s": flop / taken / 1e9}
+            table.add(**row)
 
 
-def between(fn: Callable) -> float:
-    """Milliseconds between two events."""
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
+def elapsed_ms(fn: Callable) -> float:
+    """Return the milliseconds between two CUDA events around a call."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     fn()
-    ended.record()
+    end.record()
     torch.cuda.synchronize()
-    return began.elapsed_time(ended)
+    return start.elapsed_time(end)
 
 
 def exact(table: Table, *, quick: bool) -> None:
-    """How far each way's gradients are from the plain form's in float64."""
+    """Measure the relative error of each variant's gradients, against the plain form in float64."""
     for dtype in ("float32", "bfloat16"):
         for kind in KINDS:
             case = Case(kind, 64 if quick else 1024, dtype=dtype)
@@ -327,9 +334,9 @@ def exact(table: Table, *, quick: bool) -> None:
             ]  # fmt: skip
             with mock.patch.object(Tensor, "float", Tensor.double):
                 want = once(plain, case, Inputs(*wide, inputs.ids_N))
-            for name in ways_of(case, compiled=False):
+            for name in variants_of(case, compiled=False):
                 try:
-                    got = once(WAYS[name], case, inputs)
+                    got = once(VARIANTS[name], case, inputs)
                 except Exception as error:
                     inputs.take_gradients()
                     table.add(kind=kind, dtype=dtype, way=name, failed=type(error).__name__)
@@ -339,7 +346,7 @@ def exact(table: Table, *, quick: bool) -> None:
 
 
 def main() -> None:
-    """The tables that are asked for."""
+    """Measure the chosen tables."""
     options = parser(__doc__)
     parts = ("exact", "grid", "curve", "chunks", "tilings")
     options.add_argument("--parts", nargs="*", choices=parts, default=("exact", "grid", "curve"))
