@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from selfteach.commands.check.sizes import look
+from selfteach.commands.check.sizes import measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
 from selfteach.config.schema import merge, validate
@@ -71,7 +71,7 @@ class Setting:
 
     def __init__(self, name: str, recipe: Recipe) -> None:
         self.name, self.recipe, self.built = name, recipe, build(recipe)
-        self.work: StepWork = work_of(recipe, look(recipe))
+        self.work: StepWork = work_of(recipe, measure_offline(recipe))
         self.components: Components = self.built.components
         if name == SLOW:
             assert self.components.critic is not None

@@ -140,7 +140,7 @@ def _same_initial_rollouts(jobs: Sequence[Job]) -> dict[Path, list[Path]]:
 
 
 def _run(recipe: Recipe, folder: Path, same_start: Sequence[Path]) -> None:
-    """Run a recipe to its end in a worker process; exit with `STATUS` on SIGTERM."""
+    """Run a recipe to its end in a worker process; exit with `EXIT_STATUS` on SIGTERM."""
     from selfteach.trainer.loop import run_to_end
 
     try:
