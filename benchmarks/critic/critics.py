@@ -34,7 +34,8 @@ from selfteach.config.schema import validate
 from selfteach.feedback.critics.chat_model import ChatModel, Reply, Request
 from selfteach.feedback.critics.llm import LlmCritic
 from selfteach.trainer.build import build
-from selfteach.trainer.build_critic import Solver, build_critic
+from selfteach.models.loading import LoadedModel
+from selfteach.trainer.build_critic import build_critic
 from selfteach.types import Critique, Sampling
 
 HOLISTIC = "In a few sentences of your own, say what is good and what is wrong in this solution:"
@@ -90,16 +91,19 @@ class CriticRequests:
         recipe = validate(Recipe, values, where="benchmark")
         assert recipe.critic is not None
         components, task = self.built.components, self.built.task
-        solver = Solver(
-            components.policy,
-            components.renderer,
-            [components.renderer.end_id],
-            components.pad_id,
-            4096,
-            None,
+        policy = components.policy
+        loaded = LoadedModel(
+            model=policy.model,  # type: ignore[arg-type]
+            tokenizer=self.built.tokenizer,
+            renderer=components.renderer,
+            device=policy.device,
+            autocast=None,
+            max_length=4096,
+            end_ids=[components.renderer.end_id],
+            pad_id=components.pad_id,
         )
         templates = components.renderer._templates
-        critic = build_critic(recipe.critic, task, templates, solver, seed=0)
+        critic = build_critic(recipe.critic, task, templates, loaded, policy, seed=0)
         assert isinstance(critic, LlmCritic)
         return critic
 

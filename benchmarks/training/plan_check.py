@@ -29,7 +29,8 @@ from selfteach.planning.estimate import Hardware, forecast
 from selfteach.planning.layout import Layout
 from selfteach.planning.workload import StepWork, work_of
 from selfteach.protocols import Critic
-from selfteach.runtime.run_folder import RunFolder, write_json
+from selfteach.runtime.atomic_files import write_json
+from selfteach.runtime.run_folder import RunFolder
 from selfteach.tasks.task import training_order
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import build

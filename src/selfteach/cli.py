@@ -138,7 +138,7 @@ def evaluate(
     )
     result = evaluate_model(model, recipe=chosen, problems=problems, k=k, seed=seed)
     if out is not None:
-        from selfteach.runtime.run_folder import write_json
+        from selfteach.runtime.atomic_files import write_json
 
         write_json(out, result)
     from selfteach.analysis.terminal.tables import print_evaluation
@@ -307,7 +307,7 @@ def critique(
     from selfteach.analysis.terminal.critique_summary import print_critiques
     from selfteach.commands.critique import critique_file, recipe_beside, recipe_of
     from selfteach.commands.progress import critique_progress
-    from selfteach.runtime.run_folder import write_lines
+    from selfteach.runtime.atomic_files import write_lines
     from selfteach.trainer.preflight import preflight
 
     chosen = (
@@ -344,7 +344,7 @@ def sweep(
     settings: Settings = None,
 ) -> None:
     """Run the recipe's [sweep]: choose each arm's learning rate by validation Avg@k."""
-    from selfteach.runtime.run_folder import write_json
+    from selfteach.runtime.atomic_files import write_json
 
     result = actions.run_sweep(actions.load(recipe, settings), out, command=_command())
     if record is not None:

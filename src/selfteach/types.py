@@ -53,7 +53,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """Holds one sampled completion. The sampled token ids are authoritative; the text is decoded from them."""
+    """Holds one sampled completion: the sampled token ids, and the text decoded from them."""
 
     problem: Problem
     sample: int
@@ -81,7 +81,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Holds the sampling settings: group size, temperature, length, and the seed of the random streams."""
+    """Holds the sampling settings: group size, temperature, length and seed."""
 
     samples: int
     """Rollouts per problem (group size)."""
@@ -156,7 +156,7 @@ class Critique:
 
 
 ReplaceSteps = Callable[[Critique, str, Sequence[bool]], Critique]
-"""Maps a critique, a reference and which steps are kept to the critique with the other steps replaced."""
+"""Maps a critique, a reference and which steps are kept to a critique with the others replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class CritiqueFailure:
     detail: str = ""
     """What was wrong, for a person to read."""
     usage: Usage = Usage()
-    said: str = ""
+    reply: str = ""
     """The beginning of the critic's reply, for a person to read."""
     answer: str | None = None
     """The critic's final answer, where it gave one."""
@@ -279,13 +279,13 @@ class Sequences:
     columns_N: Tensor
     shared: int = 0
     """Number of leading tokens that are the same in every row, before any that is read: run once."""
-    branches: TokenTree | None = None
+    tree: TokenTree | None = None
     """The same sequences as paths of a tree, where that saves work."""
 
     def to(self, device: torch.device) -> Sequences:
         """Move the sequences to another device."""
         ids, rows, columns = (x.to(device) for x in (self.ids_BT, self.rows_N, self.columns_N))
-        tree = self.branches.to(device) if self.branches else None
+        tree = self.tree.to(device) if self.tree else None
         return Sequences(ids, rows, columns, self.shared, tree)
 
 

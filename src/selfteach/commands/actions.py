@@ -53,7 +53,7 @@ def summarize_inspection(folder: Path, output: Console | None = None) -> None:
         save_figures,
         summarize,
     )
-    from selfteach.runtime.run_folder import write_json
+    from selfteach.runtime.atomic_files import write_json
 
     localisation = summarize(folder)
     write_json(folder / "localisation.json", localisation)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from selfteach.evaluation.statistics import avg_at_k, maj_at_k, pass_at_k
-from selfteach.runtime.run_folder import read_json
+from selfteach.runtime.atomic_files import read_json
 
 RATES = ("avg", "pass", "maj", "truncated", "format")
 """Measures given in percent; ``length`` is in tokens."""

@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,61 @@ from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.models import matmul
 from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.template_set import Templates
+from selfteach.prompts.thinking import Thinking
 
 BASES = Path(__file__).parents[1] / "tasks" / "lab" / "bases"
 """The shipped base models, one folder per world, in Hugging Face format."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Holds a causal language model with its tokenizer, and what follows from both."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    device: torch.device
+    """Where the model computes; a model that will be sharded is still on the CPU."""
+    autocast: torch.dtype | None
+    """dtype of matrix products; None for the dtype of the weights."""
+    max_length: int
+    """Longest sequence in tokens that the model supports."""
+    end_ids: list[int]
+    """Token ids that end a rollout."""
+    pad_id: int
+
+
+def load(
+    config: ModelConfig, templates: Templates, *, device: torch.device, on_cpu: bool = False
+) -> LoadedModel:
+    """Load a model and its tokenizer; with ``on_cpu`` the weights stay in the host's memory.
+
+    Raises `EngineError` in one line.
+    """
+    tokenizer = load_tokenizer(config)
+    renderer = build_renderer(config, tokenizer, templates)
+    model = load_model(config, torch.device("cpu") if on_cpu else device)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        device=device,
+        autocast=autocast_of(config, device.type),
+        max_length=context_length(model),
+        end_ids=end_ids(model, tokenizer, renderer),
+        pad_id=pad_id(tokenizer),
+    )
+
+
+def build_renderer(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, templates: Templates
+) -> Renderer:
+    """Build the renderer of the policy's and the teacher's prompts."""
+    thinking = Thinking(**config.thinking.model_dump())
+    return Renderer(tokenizer, templates, system=config.system, thinking=thinking)
 
 
 def resolve(path: str) -> str:

@@ -120,8 +120,8 @@ class Policy:
             return self._shards.hidden(ids_BT)[rows_N, columns_N]
         shared = sequences.shared if self._shares_prefixes else 0
         ids_BT, columns_N, extra = ids_BT[:, shared:], columns_N - shared, dict[str, Any]()
-        if sequences.branches and self._uses_tree_attention and shared == sequences.shared:
-            tree = sequences.branches
+        if sequences.tree and self._uses_tree_attention and shared == sequences.shared:
+            tree = sequences.tree
             ids_BT, rows_N, columns_N = tree.ids_1U, 0, tree.columns_N
             extra = tree_attention.model_inputs(tree, shared, self.model.dtype)
         if shared:

@@ -27,5 +27,5 @@ def sequences(
         rows_N=torch.arange(len(whole)).repeat_interleave(torch.tensor(lengths)),
         columns_N=torch.tensor(list(chain.from_iterable(predicted)), dtype=torch.long),
         shared=shared,
-        branches=build_token_tree(prompts, answers, shared),
+        tree=build_token_tree(prompts, answers, shared),
     )

@@ -1,11 +1,11 @@
-"""From a recipe to components: the one file that knows every implementation."""
+"""Build the components of a run from its recipe: the one file that knows every implementation."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,7 +19,6 @@ from selfteach.config.recipe import (
     EmaTeacher,
     InitialTeacher,
     LiveTeacher,
-    ModelConfig,
     Recipe,
     TeacherConfig,
     TrackingConfig,
@@ -33,13 +32,11 @@ from selfteach.losses.token_masks import TokenMask
 from selfteach.models.fsdp import Shards
 from selfteach.models.loading import (
     DTYPES,
-    autocast_of,
+    LoadedModel,
+    build_renderer,
     choose_device,
-    context_length,
-    end_ids,
-    load_model,
+    load,
     load_tokenizer,
-    pad_id,
     resolve,
 )
 from selfteach.models.policy import Policy, Schedule, add_adapters, recompute_activations
@@ -49,7 +46,6 @@ from selfteach.models.teacher import LiveTeacher as Live
 from selfteach.models.teacher import TrustRegionTeacher as TrustRegion
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
-from selfteach.prompts.thinking import Thinking
 from selfteach.protocols import Context, Critic, Objective, Teacher
 from selfteach.rollout.gathered_weights import GatheringEngine
 from selfteach.rollout.journaled_engine import BatchedEngine
@@ -57,22 +53,22 @@ from selfteach.runtime import tracking
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task, load_task
-from selfteach.trainer.build_critic import Solver, build_critic, critic_threads
+from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
 from selfteach.trainer.step import Components
 from selfteach.types import Problem, Sampling
 
 CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**25}
-"""Logits (tokens times vocabulary) that exist at a time while a loss is computed: 4 and 128 MB each. A
-GPU waits for the calls of a chunk if it is much smaller."""
+"""Logits (tokens × vocabulary) in memory at a time while a loss is computed: 4 and 128 MB each. With
+much smaller chunks a GPU waits for kernel launches."""
 CHUNK_TOKENS = 76
-"""Tokens at least: the head is read once per chunk, and with fewer that is what takes the time. Two
-buffers of their logits and what else a loss holds are a tenth of the logits of 2,048 tokens."""
+"""Minimum tokens of a chunk: the head is read once per chunk, which dominates the time of smaller ones.
+Two buffers of their logits and what else a loss holds are a tenth of the logits of 2,048 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A recipe's components, its problems, and the tokenizer to save a model with."""
+    """Holds a recipe's components, its task, and the tokenizer to save a model with."""
 
     components: Components
     task: Task
@@ -80,7 +76,7 @@ class Built:
 
 
 def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
-    """Everything a run needs, checked before anything is spent; this rank's part of it.
+    """Build everything a run needs on this rank; what can be wrong with a recipe is found here.
 
     Raises `RecipeError`, `EngineError` or `DataError` in one line.
     """
@@ -88,33 +84,28 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     device = choose_device(recipe.model.device)
     configure_torch(device)
     task = load_task(recipe.data, resolve(recipe.model.path))
-    tokenizer = load_tokenizer(recipe.model)
     templates = Templates(recipe.model.templates or task.templates)
-    renderer = build_renderer(recipe.model, tokenizer, templates)
-    model = load_model(recipe.model, torch.device("cpu") if shard else device)
-    max_length = longest(recipe, context_length(model))
-    check_lengths(renderer, task, max_length, recipe)
-    adapted = _adapted(recipe, model)
-    # All ranks pass through a sharded model together, but answers end when they end: each rank
-    # samples from a whole copy. So does who samples while the policy learns.
-    # An engine elsewhere needs neither.
-    here = recipe.engine.type == "transformers"
-    apart = here and (shard is not None or recipe.sampling.separate_copy)
-    sampler = copy.deepcopy(adapted).requires_grad_(False) if apart else adapted
-    if here or shard is None:
+    loaded = load(recipe.model, templates, device=device, on_cpu=shard is not None)
+    loaded = replace(loaded, max_length=longest(recipe, loaded.max_length))
+    renderer = loaded.renderer
+    check_lengths(renderer, task, loaded.max_length, recipe)
+    model = _with_adapters(recipe, loaded.model)
+    # All ranks run a sharded model's forward pass together, but rollouts end at different lengths:
+    # each rank samples from a full copy. So does an engine that samples while the policy trains.
+    in_process = recipe.engine.type == "transformers"
+    copied = in_process and (shard is not None or recipe.sampling.separate_copy)
+    sampler = copy.deepcopy(model).requires_grad_(False) if copied else model
+    if in_process or shard is None:
         nn.Module.to(sampler, device)
-    policy = _policy(recipe, adapted, ranks, shard)
-    ends, pad = end_ids(model, tokenizer, renderer), pad_id(tokenizer)
-    autocast = autocast_of(recipe.model, recipe.model.device)
-    solver = Solver(policy, renderer, ends, pad, max_length, autocast)
+    policy = _policy(recipe, model, loaded, ranks, shard)
     prompts = (renderer.solver_prompt(p) for p in (*task.train, *task.validation, *task.test))
-    engine = build_engine(recipe, solver, prompts, sampler, ranks)
+    engine = build_engine(recipe, loaded, policy, prompts, sampler, ranks)
     components = Components(
         engine=BatchedEngine(
             GatheringEngine(engine) if shard else engine, recipe.sampling.batch_size, ranks
         ),
         verify=task.verify,
-        critic=build_critic(recipe.critic, task, templates, solver, seed=recipe.seed)
+        critic=build_critic(recipe.critic, task, templates, loaded, policy, seed=recipe.seed)
         if recipe.critic
         else None,
         context=_context(recipe, task, templates),
@@ -133,16 +124,16 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         samples_in_background=_samples_in_background(recipe),
         num_iterations=recipe.train.num_iterations,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
-        chunk_tokens=chunk_tokens(model.config.get_text_config().vocab_size, device.type),
-        max_length=max_length,
-        pad_id=pad,
+        chunk_tokens=chunk_tokens(loaded.model.config.get_text_config().vocab_size, device.type),
+        max_length=loaded.max_length,
+        pad_id=loaded.pad_id,
         ranks=ranks,
     )
-    return Built(components, task, tokenizer)
+    return Built(components, task, loaded.tokenizer)
 
 
 def chunk_tokens(vocabulary: int, device: str) -> int:
-    """Tokens whose logits exist at a time on a kind of device."""
+    """Return the number of tokens whose logits are in memory at a time on a kind of device."""
     entries = CHUNK_ENTRIES.get(device, CHUNK_ENTRIES["cuda"])
     return max(CHUNK_TOKENS, entries // vocabulary)
 
@@ -169,20 +160,12 @@ def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
     task = load_task(recipe.data, resolve(recipe.model.path), allow_empty=True)
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
-    critic = build_critic(recipe.critic, task, templates, None, seed=recipe.seed)
+    critic = build_critic(recipe.critic, task, templates, seed=recipe.seed)
     return CritiqueSetup(critic, task, renderer)
 
 
-def build_renderer(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, templates: Templates
-) -> Renderer:
-    """The solver's and the teacher's prompts as a recipe wants them."""
-    thinking = Thinking(**config.thinking.model_dump())
-    return Renderer(tokenizer, templates, system=config.system, thinking=thinking)
-
-
 def build_objective(recipe: Recipe) -> Objective:
-    """The objective of a recipe. Raises `RecipeError` for a combination that makes no sense."""
+    """Build the objective of a recipe. Raises `RecipeError` for an invalid combination."""
     temperature = recipe.sampling.temperature
     match recipe.objective:
         case DistillationConfig() as config:
@@ -229,7 +212,7 @@ def _grpo(config: GrpoConfig, sampling_temperature: float) -> Grpo:
 
 
 def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
-    """The self-teacher of a recipe; must be built while the policy is still the initial one."""
+    """Build the teacher of a recipe; must be called while the policy has its initial weights."""
     match config:
         case InitialTeacher():
             return Initial(policy)
@@ -244,7 +227,7 @@ def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
 def build_sinks(
     config: TrackingConfig, run: tracking.TrackedRun
 ) -> dict[str, AbstractContextManager[tracking.Sink]]:
-    """The sinks of a recipe by name, not yet opened."""
+    """Return the sinks of a recipe by name, not yet opened."""
     return {name: _sink(name, run) for name in config.sinks}
 
 
@@ -260,28 +243,28 @@ def _sink(name: str, run: tracking.TrackedRun) -> AbstractContextManager[trackin
             raise AssertionError(name)
 
 
-def longest(recipe: Recipe, built_for: int) -> int:
-    """Longest sequence in tokens: the recipe's, or what the model was built for."""
-    asked = recipe.train.max_length
-    if asked is not None and asked > built_for:
-        raise RecipeError(f"train.max_length = {asked}: the model was built for {built_for} tokens")
-    return asked or built_for
+def longest(recipe: Recipe, supported: int) -> int:
+    """Return the longest sequence in tokens: the recipe's, or the longest that the model supports."""
+    limit = recipe.train.max_length
+    if limit is not None and limit > supported:
+        raise RecipeError(f"train.max_length = {limit}: the model supports {supported} tokens")
+    return limit or supported
 
 
 def check_lengths(renderer: Renderer, task: Task, max_length: int, recipe: Recipe) -> None:
-    """Every question leaves room for a whole answer. Raises `DataError` naming the first without."""
+    """Check that each prompt leaves room for a rollout. Raises `DataError` naming the first without."""
     needed = recipe.sampling.max_tokens
     problems: Sequence[Problem] = [*task.train, *task.validation, *task.test]
     for problem in problems:
         length = len(renderer.solver_prompt(problem))
         if length + needed > max_length:
             raise DataError(
-                f"problem {problem.id!r} has a prompt of {length} tokens; with an answer of up to "
+                f"problem {problem.id!r} has a prompt of {length} tokens; with a rollout of up to "
                 f"{needed} (sampling.max_tokens) it exceeds the context of {max_length}"
             )
 
 
-def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+def _with_adapters(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
     if recipe.model.gradient_checkpointing:
         recompute_activations(model)
     lora = recipe.model.lora
@@ -298,28 +281,28 @@ def _adapted(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftMo
 
 
 def _samples_in_background(recipe: Recipe) -> bool:
-    """Whether the engine has weights of its own, and there is something to do beside sampling."""
+    """Return whether the engine has its own weights and sampling may overlap with training."""
     served = recipe.engine.type == "vllm_server"
     return recipe.train.staleness > 0 and (served or recipe.sampling.separate_copy)
 
 
 def build_sharding(recipe: Recipe, ranks: Ranks) -> Callable[[PreTrainedModel], Shards] | None:
-    """What shards a model as the recipe asks; None where every rank holds all of it.
+    """Return the function that shards the model; None if every rank holds the whole model.
 
-    Raises `RecipeError` for a step that leaves ranks without a question to ask.
+    Raises `RecipeError` for a step with fewer problems or batches than ranks.
     """
     per_batch = max(1, recipe.sampling.batch_size // recipe.train.group_size)
     batches = -(-recipe.train.problems_per_step // per_batch)
     if recipe.train.problems_per_step < ranks.size:
         raise RecipeError(
             f"train.problems_per_step = {recipe.train.problems_per_step} is too few for "
-            f"{ranks.size} ranks: each must have a question"
+            f"{ranks.size} ranks: each needs a problem"
         )
     if batches < ranks.size:
         most = recipe.train.problems_per_step // ranks.size * recipe.train.group_size
         raise RecipeError(
             f"sampling.batch_size = {recipe.sampling.batch_size} makes {batches} of a step's "
-            f"answers, too few for {ranks.size} ranks, each of which samples whole batches: "
+            f"rollouts, too few for {ranks.size} ranks, each of which samples whole batches: "
             f"set sampling.batch_size = {most} or less"
         )
     config, mesh = recipe.distributed, ranks.mesh
@@ -327,7 +310,7 @@ def build_sharding(recipe: Recipe, ranks: Ranks) -> Callable[[PreTrainedModel], 
         return None
     if isinstance(recipe.critic, PolicyCriticConfig):
         raise RecipeError(
-            'critic.type = "policy" cannot be sharded, since ranks ask it at different times: '
+            'critic.type = "policy" cannot be sharded, because ranks call it at different times: '
             'name the same model as a critic of type "local", or set distributed.shard = "none"'
         )
     return partial(
@@ -341,6 +324,7 @@ def build_sharding(recipe: Recipe, ranks: Ranks) -> Callable[[PreTrainedModel], 
 def _policy(
     recipe: Recipe,
     model: PreTrainedModel | PeftModel,
+    loaded: LoadedModel,
     ranks: Ranks,
     shard: Callable[[PreTrainedModel], Shards] | None,
 ) -> Policy:
@@ -353,7 +337,7 @@ def _policy(
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         grad_clip=optimizer.grad_clip,
-        autocast=autocast_of(recipe.model, recipe.model.device),
+        autocast=loaded.autocast,
         ranks=ranks,
         shard=shard,
     )
@@ -362,7 +346,7 @@ def _policy(
 def build_context(
     name: str, task: Task, templates: Templates, *, seed: int, alignment: float
 ) -> Context:
-    """One context by name. Raises `RecipeError` for one that these problems cannot have."""
+    """Build one context by name. Raises `RecipeError` if these problems do not support it."""
     if name != "partly_aligned":
         return TemplateContext(name, templates, seed=seed)
     if task.replace_steps is None:
@@ -375,7 +359,7 @@ def build_context(
 
 
 def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:
-    name, instead, critic = recipe.context.type, recipe.context.fallback, recipe.critic
+    name, fallback, critic = recipe.context.type, recipe.context.fallback, recipe.critic
     if name == "none":
         return None
 
@@ -389,12 +373,12 @@ def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None
         reasons = {reason for reason, policy in policies.items() if policy == "fallback"}
         other = named(critic.fallback)
         context = FallbackContext(context, other, frozenset(reasons)) if reasons else context
-    if instead is not None:
-        context = FallbackContext(context, named(instead))
+    if fallback is not None:
+        context = FallbackContext(context, named(fallback))
     return context
 
 
 def set_threads(threads: int | None) -> None:
-    """torch's threads for this process; None leaves its default."""
+    """Set torch's threads for this process; None leaves the default."""
     if threads is not None:
         torch.set_num_threads(threads)

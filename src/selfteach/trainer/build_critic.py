@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from selfteach.config.critic_section import (
     PolicyCriticConfig,
     RecordedConfig,
 )
-from selfteach.config.recipe import ModelConfig
+from selfteach.config.recipe import ModelConfig, ThinkingConfig
 from selfteach.errors import CriticError, RecipeError
 from selfteach.feedback.critics.chat_model import ChatModel
 from selfteach.feedback.critics.llm import LlmCritic
@@ -31,18 +30,9 @@ from selfteach.feedback.critics.oracle import OracleCritic
 from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.recorded import RecordedCritic
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache, default_path
-from selfteach.models.loading import (
-    choose_device,
-    context_length,
-    end_ids,
-    load_model,
-    load_tokenizer,
-    pad_id,
-)
+from selfteach.models.loading import LoadedModel, choose_device, load
 from selfteach.models.policy import Policy
-from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
-from selfteach.prompts.thinking import Thinking
 from selfteach.protocols import Critic
 from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task
@@ -51,25 +41,19 @@ FINGERPRINT_ENTRIES = 2**24
 """Weights whose bits are summed at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Solver:
-    """Holds the policy as a chat model, for the critic and the engine that share its weights."""
-
-    policy: Policy
-    renderer: Renderer
-    end_ids: list[int]
-    pad_id: int
-    max_length: int
-    autocast: torch.dtype | None
-
-
 def build_critic(
-    config: CriticConfig, task: Task, templates: Templates, solver: Solver | None, *, seed: int
+    config: CriticConfig,
+    task: Task,
+    templates: Templates,
+    loaded: LoadedModel | None = None,
+    policy: Policy | None = None,
+    *,
+    seed: int,
 ) -> Critic:
     """Build the critic of a recipe; must be called while the policy still has its initial weights.
 
-    ``solver`` is None if no policy is loaded. Raises `CriticError` or `RecipeError` before any request
-    is sent.
+    ``loaded`` and ``policy`` are None if no policy is loaded. Raises `CriticError` or `RecipeError`
+    before any request is sent.
     """
     match config:
         case OracleConfig():
@@ -86,7 +70,7 @@ def build_critic(
             path = Path(config.reply_cache).expanduser() if config.reply_cache else default_path()
             cache = ReplyCache(path)
             return LlmCritic(
-                CachedModel(_chat_model(config, templates, solver), cache),
+                CachedModel(_chat_model(config, templates, loaded, policy), cache),
                 templates,
                 CritiqueParser(task.split_steps, task.verify, config.min_similarity),
                 config,
@@ -101,7 +85,8 @@ def critic_threads(config: CriticConfig | None) -> int:
 def _chat_model(
     config: EndpointConfig | LocalCriticConfig | PolicyCriticConfig,
     templates: Templates,
-    solver: Solver | None,
+    loaded: LoadedModel | None,
+    policy: Policy | None,
 ) -> ChatModel:
     match config:
         case EndpointConfig():
@@ -112,22 +97,22 @@ def _chat_model(
         case LocalCriticConfig():
             return _local(config, templates)
         case PolicyCriticConfig():
-            if solver is None:
-                raise RecipeError('critic.type = "policy" needs a solver: name a recipe with one')
+            if loaded is None or policy is None:
+                raise RecipeError('critic.type = "policy" needs a policy: name a recipe with one')
             if config.thinking is not None:
                 raise RecipeError(
-                    "critic.thinking: the solver as critic thinks as model.thinking.student says"
+                    "critic.thinking: the policy as critic thinks as model.thinking.student says"
                 )
             return LocalModel(
-                solver.policy.model,
-                solver.renderer,
-                identity=f"policy:{config.thinking}:{fingerprint(solver.policy.model)}",
-                end_ids=solver.end_ids,
-                pad_id=solver.pad_id,
-                max_length=solver.max_length,
+                policy.model,
+                loaded.renderer,
+                identity=f"policy:{config.thinking}:{fingerprint(policy.model)}",
+                end_ids=loaded.end_ids,
+                pad_id=loaded.pad_id,
+                max_length=loaded.max_length,
                 batch_size=config.batch_size,
-                weights=initial_weights(solver.policy),
-                autocast=solver.autocast,
+                weights=initial_weights(policy),
+                autocast=loaded.autocast,
             )
 
 
@@ -158,19 +143,19 @@ def _local(config: LocalCriticConfig, templates: Templates) -> ChatModel:
         gguf_file=config.gguf_file,
         weights_dtype=config.weights_dtype,
         trust_remote_code=config.trust_remote_code,
+        thinking=ThinkingConfig(student=config.thinking, teacher=config.thinking),
     )
-    tokenizer = load_tokenizer(model_config)
     device = choose_device(config.device)
     configure_torch(device)
-    model = load_model(model_config, device).requires_grad_(False)
-    renderer = Renderer(tokenizer, templates, thinking=Thinking(config.thinking, config.thinking))
+    loaded = load(model_config, templates, device=device)
+    model = loaded.model.requires_grad_(False)
     return LocalModel(
         model,
-        renderer,
+        loaded.renderer,
         identity=f"local:{config.path}:{config.thinking}:{fingerprint(model)}",
-        end_ids=end_ids(model, tokenizer, renderer),
-        pad_id=pad_id(tokenizer),
-        max_length=context_length(model),
+        end_ids=loaded.end_ids,
+        pad_id=loaded.pad_id,
+        max_length=loaded.max_length,
         batch_size=config.batch_size,
         weights=contextlib.nullcontext,
         prompt_lookup=config.prompt_lookup,

@@ -23,7 +23,7 @@ from selfteach.config.engine_section import (
 )
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import EngineError, RecipeError
-from selfteach.models.loading import load_tokenizer, resolve
+from selfteach.models.loading import LoadedModel, load_tokenizer, resolve
 from selfteach.models.policy import Policy
 from selfteach.protocols import Engine
 from selfteach.rollout.transformers_engine import TransformersEngine
@@ -32,7 +32,6 @@ from selfteach.rollout.vllm.vllm_engine import TrainableWeights, VllmBackend, Vl
 from selfteach.rollout.vllm.weight_check import Probe, WeightCheck
 from selfteach.rollout.vllm.weight_sync import WeightFolder
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
-from selfteach.trainer.build_critic import Solver
 from selfteach.types import Sequences
 
 if TYPE_CHECKING:
@@ -44,7 +43,8 @@ PROBE_TOKENS = 256
 
 def build_engine(
     recipe: Recipe,
-    solver: Solver,
+    loaded: LoadedModel,
+    policy: Policy,
     prompts: Iterable[tuple[int, ...]],
     model: PreTrainedModel | PeftModel,
     ranks: Ranks = SINGLE_PROCESS,
@@ -56,11 +56,11 @@ def build_engine(
 
     Raises `EngineError` or `RecipeError` in one line.
     """
-    config, policy = recipe.engine, solver.policy
+    config = recipe.engine
     if isinstance(config, TransformersEngineConfig):
         return TransformersEngine(
-            model, solver.renderer, end_ids=solver.end_ids, pad_id=solver.pad_id,
-            max_length=solver.max_length, autocast=solver.autocast,
+            model, loaded.renderer, end_ids=loaded.end_ids, pad_id=loaded.pad_id,
+            max_length=loaded.max_length, autocast=loaded.autocast,
         )  # fmt: skip
     if ranks.size > 1 and isinstance(config, VllmProcessConfig):
         raise RecipeError(
@@ -69,18 +69,18 @@ def build_engine(
             "all ranks sample from there"
         )
     probe = Probe(
-        ids := probe_ids(prompts, solver.max_length - 1),
+        ids := probe_ids(prompts, loaded.max_length - 1),
         recipe.sampling.temperature,
         trainer_logits(policy, ids),
     )
     return VllmEngine(
-        _backend(recipe, config, solver, ranks),
-        solver.renderer,
+        _backend(recipe, config, loaded, policy, ranks),
+        loaded.renderer,
         WeightCheck(probe, config.tolerance),
         TrainableWeights(policy.trainable.items, tied_weights(policy)),
         run_id=ranks.broadcast(uuid.uuid4().hex[:8]),
-        end_ids=solver.end_ids,
-        max_length=solver.max_length,
+        end_ids=loaded.end_ids,
+        max_length=loaded.max_length,
         ranks=ranks,
     )
 
@@ -138,8 +138,10 @@ def trainer_logits(policy: Policy, ids: Sequence[int]) -> Callable[[], Tensor]:
     return logits
 
 
-def _backend(recipe: Recipe, config: EngineConfig, solver: Solver, ranks: Ranks) -> VllmBackend:
-    model = solver.policy.model
+def _backend(
+    recipe: Recipe, config: EngineConfig, loaded: LoadedModel, policy: Policy, ranks: Ranks
+) -> VllmBackend:
+    model = policy.model
     adapter = model.peft_config["default"] if isinstance(model, PeftModel) else None
     match config:
         case VllmServerConfig():
@@ -149,7 +151,7 @@ def _backend(recipe: Recipe, config: EngineConfig, solver: Solver, ranks: Ranks)
             return _server_client().VllmServer(config, weight_folder)
         case VllmProcessConfig():
             weight_folder = WeightFolder(_folder(None), adapter)
-            return VllmProcess(config, _served_model(recipe, solver), weight_folder)
+            return VllmProcess(config, _served_model(recipe, loaded), weight_folder)
         case _:
             raise AssertionError(config)
 
@@ -164,7 +166,7 @@ def _server_client() -> ModuleType:
     return server_client
 
 
-def _served_model(recipe: Recipe, solver: Solver) -> ServedModel:
+def _served_model(recipe: Recipe, loaded: LoadedModel) -> ServedModel:
     config: ModelConfig = recipe.model
     if config.gguf_file:
         raise RecipeError(
@@ -173,9 +175,9 @@ def _served_model(recipe: Recipe, solver: Solver) -> ServedModel:
         )
     return ServedModel(
         path=resolve(config.path),
-        max_length=solver.max_length,
+        max_length=loaded.max_length,
         lora_rank=config.lora.rank if config.lora else None,
-        cuda=solver.policy.device.type == "cuda",
+        cuda=loaded.device.type == "cuda",
         trust_remote_code=config.trust_remote_code,
     )
 

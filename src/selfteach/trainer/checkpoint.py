@@ -22,8 +22,8 @@ from selfteach.errors import CheckpointError
 from selfteach.models import fsdp
 from selfteach.models.policy import Policy
 from selfteach.protocols import Teacher
+from selfteach.runtime.atomic_files import enough_disk, read_json, write_json
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
-from selfteach.runtime.run_folder import enough_disk, read_json, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """Of AdamW, per weight."""
@@ -41,21 +41,21 @@ def save(
     All ranks call this together: each writes its shards of a sharded policy, rank 0 everything else.
     """
     target = path_for_step(folder, step)
-    aside = folder / f".{target.name}.tmp"
+    temporary = folder / f".{target.name}.tmp"
     with enough_disk():
         if ranks.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
         ranks.barrier()
         try:
-            _fill(aside, step, policy, teacher, ranks)
+            _fill(temporary, step, policy, teacher, ranks)
             ranks.barrier()
             if ranks.is_main:
                 if target.exists():
                     shutil.rmtree(target)
-                aside.replace(target)
+                temporary.replace(target)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
             raise
         if ranks.is_main:
             _sync(folder)
@@ -65,16 +65,16 @@ def save(
     return target
 
 
-def _fill(aside: Path, step: int, policy: Policy, teacher: Teacher, ranks: Ranks) -> None:
+def _fill(temporary: Path, step: int, policy: Policy, teacher: Teacher, ranks: Ranks) -> None:
     if policy.is_sharded:
-        fsdp.save(aside / SHARDS, _all_tensors(policy, teacher))
+        fsdp.save(temporary / SHARDS, _all_tensors(policy, teacher))
     if not ranks.is_main:
         return
     if not policy.is_sharded:
-        _save_tensors(aside / "weights.safetensors", dict(policy.trainable))
-        _save_tensors(aside / "optimizer.safetensors", _moments(policy))
-        _save_tensors(aside / "teacher.safetensors", dict(teacher.state()))
-    write_json(aside / "state.json", {"step": step, "version": policy.version})
+        _save_tensors(temporary / "weights.safetensors", dict(policy.trainable))
+        _save_tensors(temporary / "optimizer.safetensors", _moments(policy))
+        _save_tensors(temporary / "teacher.safetensors", dict(teacher.state()))
+    write_json(temporary / "state.json", {"step": step, "version": policy.version})
 
 
 def path_for_step(folder: Path, step: int) -> Path:

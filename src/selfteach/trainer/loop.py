@@ -1,4 +1,4 @@
-"""One run from a recipe to a result: steps, evaluations, checkpoints; stopped and taken up anywhere."""
+"""Run a recipe: steps, evaluations, checkpoints, result; resumable at any point."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from selfteach.models.fsdp import whole_state
 from selfteach.models.loading import choose_device, resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
+from selfteach.runtime.atomic_files import enough_disk, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
 from selfteach.runtime.provenance import collect_provenance, cpu_capability
-from selfteach.runtime.run_folder import RunFolder, enough_disk, result_of, write_json
+from selfteach.runtime.run_folder import RunFolder, result_of
 from selfteach.runtime.signals import Termination, handle_sigterm
 from selfteach.tasks.task import SplitName, training_order
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
 from selfteach.trainer.preflight import preflight
+from selfteach.trainer.step import publish_weights
 from selfteach.types import Sampling
 
 BUDGET = (
@@ -43,38 +45,40 @@ BUDGET = (
     "critic_cost",
     "optimizer_steps",
 )
-"""What is added up over a run's steps as its cost."""
+"""Metrics that are summed over a run's steps as its budget."""
 
 Record = Callable[[Mapping[str, Any]], None]
-"""Writes a row of metrics down."""
+"""Records a row of metrics."""
 
 
-def train(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> Iterator[dict[str, Any]]:
-    """Run a recipe in a folder, from wherever the folder stands; yields each row of metrics.
+def train(
+    recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()
+) -> Iterator[dict[str, Any]]:
+    """Run a recipe in a folder, or resume the run that the folder holds; yield each row of metrics.
 
-    An interrupted run goes on from its last checkpoint; answers and critiques that are on disk are
-    used again. The result is, bit for bit on CPU, that of a run that was never stopped. On SIGTERM
-    what has been learned is saved, and `Terminated` is raised. Under torchrun all ranks call this;
-    rank 0 writes what is written once, and it alone yields.
+    A run resumes from its last checkpoint and uses the rollouts and critiques that are in the folder.
+    On CPU the result is bitwise that of an uninterrupted run. On SIGTERM a checkpoint is saved and
+    `Terminated` is raised. Under torchrun all ranks call this; only rank 0 writes shared files and
+    yields rows.
 
-    ``alike`` are the folders of other runs that begin with the same model, problems and seed: what one
-    of them has answered before its first step is not answered again.
+    ``same_start`` are the folders of other runs that start with the same model, problems and seed:
+    rollouts of the untrained model are copied from them instead of sampled again.
     """
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
-    with _joined(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
+    with _ranks(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
         if ranks.is_main:
-            made = {**collect_provenance(), "processor": cpu_capability()}
-            run.create(recipe.model_dump(mode="json"), made, _migrated)
-            for other in alike:
+            environment = {**collect_provenance(), "processor": cpu_capability()}
+            run.create(recipe.model_dump(mode="json"), environment, _migrated)
+            for other in same_start:
                 run.copy_rollouts(rollouts_name("validation", 0), RunFolder(other))
         if ranks.broadcast(run.is_complete):
             return
-        ranks.all_or_raise(lambda: _require(recipe) if ranks.is_main else None)
+        ranks.all_or_raise(lambda: preflight([recipe]) if ranks.is_main else None)
         built = build(recipe, ranks)
         step = _restore(run, built)
-        heard = _recording(run, recipe) if ranks.is_main else nullcontext(_unheard)
-        with heard as record, handle_sigterm(deferred=ranks.size > 1) as termination:
+        recording = _recording(run, recipe) if ranks.is_main else nullcontext(_not_recorded)
+        with recording as record, handle_sigterm(deferred=ranks.size > 1) as termination:
             for row in _steps(run, recipe, built, step, record, termination):
                 if ranks.is_main:
                     yield row
@@ -82,24 +86,20 @@ def train(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> Iterator[
                 _finish(run, recipe, built, record)
 
 
-def _require(recipe: Recipe) -> None:
-    preflight([recipe])
-
-
 def _migrated(config: dict[str, Any]) -> dict[str, Any]:
-    """A recipe of an earlier version with what recipes have had since."""
+    """Complete the recipe of an earlier version with today's keys and defaults."""
     return validate(Recipe, config, where="config.json").model_dump(mode="json")
 
 
-def run_to_end(recipe: Recipe, folder: Path, alike: Sequence[Path] = ()) -> dict[str, Any]:
-    """`train` without looking at the rows; returns the result."""
-    for _ in train(recipe, folder, alike):
+def run_to_end(recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()) -> dict[str, Any]:
+    """Run `train` to its end and return the result."""
+    for _ in train(recipe, folder, same_start):
         pass
     return result_of(folder)
 
 
-def _joined(recipe: Recipe) -> AbstractContextManager[Ranks]:
-    """The ranks of this run. Raises `RecipeError` where sharding is asked of a process on its own."""
+def _ranks(recipe: Recipe) -> AbstractContextManager[Ranks]:
+    """Return the ranks of this run. Raises `RecipeError` for sharding without torchrun."""
     config = recipe.distributed
     if config.shard != "none" and not torchrun.is_torchrun():
         raise RecipeError(
@@ -109,12 +109,12 @@ def _joined(recipe: Recipe) -> AbstractContextManager[Ranks]:
     return init_ranks(choose_device(recipe.model.device).type, config.timeout_seconds)
 
 
-def _unheard(row: Mapping[str, Any]) -> None:
-    """Rank 0 writes rows down, and it alone."""
+def _not_recorded(row: Mapping[str, Any]) -> None:
+    """Discard a row: only rank 0 records metrics."""
 
 
 def _restore(run: RunFolder, built: Built) -> int:
-    """Load the newest checkpoint if there is one; the number of steps that are done."""
+    """Load the newest checkpoint if there is one; return the number of finished steps."""
     ranks = built.components.ranks
     saved = ranks.broadcast(checkpoint.checkpoints(run.checkpoints)[-1:])
     step = (
@@ -127,7 +127,7 @@ def _restore(run: RunFolder, built: Built) -> int:
 
 @contextmanager
 def _recording(run: RunFolder, recipe: Recipe) -> Iterator[Record]:
-    """What writes a row down: into metrics.jsonl first, then to the sinks that the recipe names."""
+    """Yield a function that writes a row to metrics.jsonl, then to the recipe's sinks."""
     config, sinks = recipe.tracking, {}
     if config.sinks:
         known = tracking.tracked_run(run.path, config.project, recipe.model_dump(mode="json"))
@@ -144,17 +144,17 @@ def _recording(run: RunFolder, recipe: Recipe) -> Iterator[Record]:
 def _steps(
     run: RunFolder, recipe: Recipe, built: Built, done: int, record: Record, end: Termination
 ) -> Iterator[dict[str, Any]]:
-    """The loop. A step's row precedes its checkpoint, so none is ever missing."""
+    """Take the steps. A step's row is written before its checkpoint, so that no row is missing."""
     components, last = built.components, recipe.train.steps
-    components.engine.load_weights(components.policy.trainable.items(), components.policy.version)
-    learning = train_steps(
+    publish_weights(components)
+    training = train_steps(
         components, _rollout_requests(recipe, built), range(done + 1, last + 1), run,
         staleness=recipe.train.staleness, interruptible=end.interruptible,
     )  # fmt: skip
 
     def save(step: int) -> None:
         keep = recipe.train.keep_checkpoints
-        run.flushed()  # it counts on the answers that led to it
+        run.flushed()  # a resume needs the rollouts that led to this checkpoint
         checkpoint.save(
             run.checkpoints,
             step,
@@ -169,9 +169,9 @@ def _steps(
             with end.interruptible():
                 row = _measure(run, recipe, built, "validation", done, record)
             yield row
-        for step, (_, metrics) in learning:
-            among = {"ranks": components.ranks.size} if components.ranks.size > 1 else {}
-            row = {"step": step, "kind": "step", **among, **metrics}
+        for step, (_, metrics) in training:
+            ranks = {"ranks": components.ranks.size} if components.ranks.size > 1 else {}
+            row = {"step": step, "kind": "step", **ranks, **metrics}
             record(row)
             done = step
             yield row
@@ -190,12 +190,15 @@ def _steps(
 
 
 def _rollout_requests(recipe: Recipe, built: Built) -> Callable[[int], RolloutRequest]:
-    """Who answers what in each step. Raises `RecipeError` if steps of one version share problems."""
+    """Return the problems and policy version of each step.
+
+    Raises `RecipeError` if there are too few problems for the steps that one version samples.
+    """
     train, problems = recipe.train, built.task.problems("train")
     most = min(train.steps, train.staleness + 1) * min(train.problems_per_step, len(problems))
     if most > len(problems):
         raise RecipeError(
-            f"train.staleness = {train.staleness}: the first {train.staleness + 1} steps are answered "
+            f"train.staleness = {train.staleness}: the first {train.staleness + 1} steps are sampled "
             f"by the same weights, so they need {most} problems, of which there are {len(problems)}"
         )
     order = training_order(len(problems), recipe.seed, train.problems_per_step)
@@ -210,7 +213,7 @@ def _rollout_requests(recipe: Recipe, built: Built) -> Callable[[int], RolloutRe
 
 
 def _due(run: RunFolder, recipe: Recipe, step: int) -> bool:
-    """True if the curve has a point at this step that is not there yet."""
+    """Return whether this step has a validation that is not recorded yet."""
     last = recipe.train.steps
     wanted = last > 0 and (step % recipe.evaluation.every == 0 or step == last)
     return wanted and not any(
@@ -221,7 +224,7 @@ def _due(run: RunFolder, recipe: Recipe, step: int) -> bool:
 def _measure(
     run: RunFolder, recipe: Recipe, built: Built, split: SplitName, step: int, record: Record
 ) -> dict[str, Any]:
-    """Evaluate on a split and write it down."""
+    """Evaluate on a split and record the result."""
     settings, started = recipe.evaluation, time.monotonic()
     sampling = Sampling(
         samples=settings.test_k if split == "test" else settings.validation_k,
@@ -249,7 +252,7 @@ def _measure(
 
 
 def _finish(run: RunFolder, recipe: Recipe, built: Built, record: Record) -> None:
-    """Score the test problems, once; save the model; write the result last."""
+    """Evaluate on the test problems, once; save the model; write the result last."""
     step = recipe.train.steps
     if recipe.evaluation.test:
         _measure(run, recipe, built, "test", step, record)
@@ -275,22 +278,22 @@ def _finish(run: RunFolder, recipe: Recipe, built: Built, record: Record) -> Non
 
 
 def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:
-    """The final model as ``transformers`` and PEFT read it, with its tokenizer."""
-    aside, target = run.path / ".model.tmp", run.path / "model"
+    """Save the final model for ``transformers`` and PEFT, with its tokenizer."""
+    temporary, target = run.path / ".model.tmp", run.path / "model"
     policy, ranks = built.components.policy, built.components.ranks
     model = policy.model
-    # Adapters never touch the embeddings; PEFT would go and look for the base's config to see.
+    # Adapters do not change the embeddings; without this PEFT would load the base's config to check.
     extra: dict[str, Any] = {"save_embedding_layers": False} if policy.has_adapters else {}
     if policy.is_sharded:
         extra["state_dict"] = whole_state(model, keep=ranks.is_main)
     if not ranks.is_main:
         return
     with enough_disk():
-        shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(str(aside), **extra)
-        built.tokenizer.save_pretrained(aside)
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(str(temporary), **extra)
+        built.tokenizer.save_pretrained(temporary)
         world = Path(resolve(recipe.model.path)) / "world.json"
-        if world.exists():  # a model of the lab stays one
-            shutil.copy(world, aside)
+        if world.exists():  # so that the export is a lab model as well
+            shutil.copy(world, temporary)
         shutil.rmtree(target, ignore_errors=True)
-        aside.replace(target)
+        temporary.replace(target)

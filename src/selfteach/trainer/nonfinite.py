@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfteach.errors import LossError
-from selfteach.runtime.run_folder import RunFolder, written_whole
+from selfteach.runtime.atomic_files import written_whole
+from selfteach.runtime.run_folder import RunFolder
 from selfteach.types import Batch, Sequences
 
 

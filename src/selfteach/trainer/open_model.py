@@ -18,7 +18,7 @@ from selfteach.types import Problem
 def open_model(
     path: Path, what: str, recipe: Recipe | None, adapt: Callable[[Recipe], Recipe] = lambda r: r
 ) -> tuple[Built, Recipe]:
-    """The parts behind a run, a checkpoint or a model; ``adapt`` has the last say on the recipe."""
+    """Build the components of a run, a checkpoint or a model; ``adapt`` changes the recipe last."""
     if (path / "state.json").exists():
         return _from_checkpoint(path, path.parent.parent, recipe, adapt)
     if (path / "study.json").exists():
@@ -38,15 +38,15 @@ def open_model(
 def _from_checkpoint(
     saved: Path, run: Path, recipe: Recipe | None, adapt: Callable[[Recipe], Recipe]
 ) -> tuple[Built, Recipe]:
-    own = validate(Recipe, RunFolder(run).config(), where=str(run))
-    resolved = adapt(recipe.model_copy(update={"model": own.model}) if recipe else own)
+    trained = validate(Recipe, RunFolder(run).config(), where=str(run))
+    resolved = adapt(recipe.model_copy(update={"model": trained.model}) if recipe else trained)
     built = build(resolved)
     checkpoint.load_weights(saved, built.components.policy)
     return built, resolved
 
 
 def named_problems(built: Built, name: str) -> tuple[tuple[Problem, ...], str]:
-    """The problems of a split or a file, and the name to record. Raises `DataError`."""
+    """Return the problems of a split or a file, and the name to record. Raises `DataError`."""
     if name in ("train", "validation", "test"):
         return built.task.problems(name), name
     path = Path(name)

@@ -21,12 +21,15 @@ ENGINE_IDENTITY = {"engine", "model"}
 """Sections of a recipe on which the healthcheck of its engine server depends."""
 
 
-def preflight(recipes: Iterable[Recipe], *, critic_only: bool = False) -> None:
+def preflight(
+    recipes: Iterable[Recipe], *, critic_only: bool = False, made: Iterable[Path] = ()
+) -> None:
     """Check everything that runs need from elsewhere, each server once however many runs use it.
 
     In this order: the packages of tracking sinks, the folders of recorded critics, critic servers
     (unless ``critic.healthcheck = false``), vLLM servers that sample. With ``critic_only`` just what
-    the critics need. Raises `RecipeError`, `CriticError` or `EngineError` in one line.
+    the critics need. ``made`` are folders that these runs write: a recorded critic may replay one of
+    them before it exists. Raises `RecipeError`, `CriticError` or `EngineError` in one line.
     """
     checked = list(recipes)
     if not critic_only:
@@ -35,15 +38,17 @@ def preflight(recipes: Iterable[Recipe], *, critic_only: bool = False) -> None:
     critics = [recipe.critic for recipe in checked if recipe.critic is not None]
     for critic in critics:
         if isinstance(critic, RecordedConfig):
-            _require_recording(critic)
+            _require_recording(critic, list(made))
     _require_critics(critics)
     if not critic_only:
         _require_engines(checked)
 
 
-def _require_recording(critic: RecordedConfig) -> None:
-    """Raise `CriticError` unless the run or study of a recorded critic is a folder."""
-    if not Path(critic.run).is_dir():
+def _require_recording(critic: RecordedConfig, made: Iterable[Path]) -> None:
+    """Raise `CriticError` unless a recorded critic's run or study exists or is among these runs."""
+    run = Path(critic.run).resolve()
+    among_these = any(run in (folder, *folder.parents) for folder in map(Path.resolve, made))
+    if not among_these and not run.is_dir():
         raise CriticError(
             f"critic.run = {critic.run!r}: no such folder; name a run folder or a study's"
         )

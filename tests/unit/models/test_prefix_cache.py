@@ -72,9 +72,9 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(
     side = sequences(PROMPTS, ANSWERS, pad_id=0)
     assert side.shared == MIN_SHARED
     results = []
-    assert side.branches is not None
-    for way in (side, dataclasses.replace(side, branches=None), None):
-        scores = policy.score(way or dataclasses.replace(side, shared=0, branches=None))
+    assert side.tree is not None
+    for way in (side, dataclasses.replace(side, tree=None), None):
+        scores = policy.score(way or dataclasses.replace(side, shared=0, tree=None))
         logits = scores.logits(slice(None))
         (logits.sin() * torch.arange(logits.shape[1])).sum().backward()
         weights = policy.trainable.items()

@@ -89,19 +89,19 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(
     prompts = [[*(2 + i % 7 for i in range(common)), *rest] for rest in behind]
     answers = [[5, 6, 7], [5, 6, 8, 2], [3], [3, 3], [1, 2]]
     side = sequences(prompts, answers, pad_id=0)
-    assert side.branches is not None and side.branches.ids_1U.numel() < side.ids_BT.numel()
+    assert side.tree is not None and side.tree.ids_1U.numel() < side.ids_BT.numel()
     results, passed = [], list[torch.Size]()
     embedding = model.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda _, args: passed.append(args[0].shape))
     assert side.shared == common
-    for way in (side, dataclasses.replace(side, branches=None, shared=0)):
+    for way in (side, dataclasses.replace(side, tree=None, shared=0)):
         logits = policy.score(way).logits(slice(None))
         (logits.sin() * torch.arange(logits.shape[1])).sum().backward()
         grads = [w.grad for w in policy.trainable.values() if w.grad is not None]
         assert len(grads) == len(policy.trainable)
         results.append((logits.detach(), grads))
         policy.optimizer.zero_grad(set_to_none=True)
-    assert side.branches.ids_1U.shape in passed, "the tree was not run"
+    assert side.tree.ids_1U.shape in passed, "the tree was not run"
     (with_tree, tree_grads), (plain, plain_grads) = results
     torch.testing.assert_close(with_tree, plain, rtol=0, atol=1e-6 * float(plain.abs().max()))
     for one, other in zip(tree_grads, plain_grads, strict=True):

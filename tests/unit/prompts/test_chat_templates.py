@@ -8,9 +8,9 @@ from transformers import LlamaForCausalLM
 
 from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
+from selfteach.models.loading import build_renderer, end_ids
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
-from selfteach.trainer.build import build_renderer, end_ids
 from selfteach.types import Problem
 
 QUESTION = Problem("p", "What is 2 + 2?", "4")

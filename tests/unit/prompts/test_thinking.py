@@ -13,12 +13,12 @@ from selfteach.feedback.alignment import first_error_token
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Distillation, Grpo
 from selfteach.losses.token_masks import TokenMask
+from selfteach.models.loading import build_renderer
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking, split_thinking
 from selfteach.tasks import segmentation, verifiers
 from selfteach.trainer.batching import collate
-from selfteach.trainer.build import build_renderer
 from selfteach.types import (
     Critique,
     CritiquedRollout,

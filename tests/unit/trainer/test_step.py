@@ -366,7 +366,7 @@ def test_a_served_critic_reads_a_batch_while_the_next_is_sampled(
 def test_the_loop_s_step_is_train_step(
     components: Components, tmp_path: Path, threads: int
 ) -> None:
-    """`train_steps` without staleness gives the samples, metrics and weights of `train_step`, bitwise."""
+    """Without staleness `train_steps` gives the samples, metrics and weights of `train_step`."""
     assert isinstance(components.engine, Scripted)
     engine = BatchedEngine(components.engine, batch_size=2)
     components = dataclasses.replace(components, engine=engine, critic_threads=threads)

@@ -32,14 +32,13 @@ from selfteach.config.engine_section import VllmProcessConfig, VllmServerConfig
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
-from selfteach.models.loading import autocast_of, load_tokenizer, resolve
+from selfteach.models.loading import autocast_of, build_renderer, load_tokenizer, resolve
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build import (
     Built,
     build_objective,
-    build_renderer,
     check_lengths,
     chunk_tokens,
     longest,
@@ -321,4 +320,4 @@ def _critic(recipe: Recipe, task: Task | None, templates: Templates, unchecked: 
             case _:
                 pass
     elif task is not None:
-        build_critic(critic, task, templates, None, seed=recipe.seed)
+        build_critic(critic, task, templates, seed=recipe.seed)

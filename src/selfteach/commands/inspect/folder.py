@@ -17,7 +17,7 @@ from selfteach.config.recipe import CONTEXTS, PARTLY_ALIGNED, ContextName
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
 from selfteach.evaluation.token_scores import Limits, ScoreFn, score_rollouts
-from selfteach.runtime.run_folder import require_empty, write_json, write_lines, written_whole
+from selfteach.runtime.atomic_files import require_empty, write_json, write_lines, written_whole
 from selfteach.trainer.build import Built
 from selfteach.trainer.step import verify_and_critique
 from selfteach.types import CritiquedRollout, Problem, Sampling

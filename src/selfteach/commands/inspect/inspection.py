@@ -26,8 +26,9 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context
 from selfteach.rollout.journaled_engine import problems_by_id
+from selfteach.runtime.atomic_files import require_empty
 from selfteach.runtime.provenance import collect_provenance
-from selfteach.runtime.run_folder import RunFolder, require_empty
+from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build_context
 from selfteach.trainer.open_model import named_problems, open_model
 from selfteach.trainer.step import verify_and_critique

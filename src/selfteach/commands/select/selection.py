@@ -22,9 +22,10 @@ from selfteach.config.schema import validate
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
+from selfteach.runtime.atomic_files import read_json, write_json, write_lines, write_text
 from selfteach.runtime.futures import executor
 from selfteach.runtime.provenance import collect_provenance
-from selfteach.runtime.run_folder import RunFolder, read_json, write_json, write_lines, write_text
+from selfteach.runtime.run_folder import RunFolder
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.splits import split_pool, without_duplicates
 from selfteach.trainer.build import Built, build, set_threads

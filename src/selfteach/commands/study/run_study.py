@@ -22,8 +22,9 @@ from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import BASE, Study
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
+from selfteach.runtime.atomic_files import read_json, require_empty, write_json
 from selfteach.runtime.provenance import collect_provenance
-from selfteach.runtime.run_folder import RunFolder, read_json, require_empty, result_of, write_json
+from selfteach.runtime.run_folder import RunFolder, result_of
 
 if TYPE_CHECKING:
     from selfteach.commands.inspect.inspection import InspectionRequest

@@ -94,7 +94,7 @@ class LlmCritic:
         critique = self._parser(text, rollout, verdict, finished=reply.finished)
         if isinstance(critique, Critique):
             return critique
-        return replace(critique, said=text[:EXCERPT])
+        return replace(critique, reply=text[:EXCERPT])
 
     def _usage(self, reply: Reply | NoReply, cached: bool) -> Usage:
         if isinstance(reply, NoReply):

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfteach.runtime.run_folder import enough_disk
+from selfteach.runtime.atomic_files import enough_disk
 
 
 class WeightFolder:
