@@ -6,7 +6,7 @@ All variants get the same hidden states and heads [V, H] of student and teacher,
 divergence per token with its gradient in the student's hidden states, and in its head where that
 trains:
 
-    ours         losses.fused_cpu, or lm_head.chunked_sum with divergence.per_token, as in training
+    ours         lm_head.chunked_sum with divergence.per_token
     plain        full logits of both, the textbook form, autograd
     TRL full     trl.experimental.sdpo.loss_utils on full logits
     TRL chunked  trl.kernels.chunked_divergence.ChunkedDivergenceFunction (no top-K)
@@ -29,8 +29,7 @@ import torch
 from harness import MIB, Table, alternated, measure_alone, parser, peak_bytes, ratio, reported
 from torch import Tensor
 
-from selfteach.losses import fused_cpu
-from selfteach.losses.divergence import Divergence, form, per_token
+from selfteach.losses.divergence import Divergence, per_token
 from selfteach.models.lm_head import Head, Scores, chunked_sum
 from selfteach.trainer.build import chunk_tokens
 
@@ -126,12 +125,6 @@ def ours(case: Case, inputs: Inputs, fn: Callable = DONATING, chunk: int | None 
 
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     chunk = chunk or chunk_tokens(case.vocabulary, DEVICE)
-    if fn is DONATING and fused_cpu.runs(
-        form(case.spec), student, teacher
-    ):  # as `objectives.weighted_loss` chooses
-        return fused_cpu.divergence_sum(
-            form(case.spec), student, teacher, inputs.ids_N, weight_N, chunk_tokens=chunk
-        )[0]
     return chunked_sum(of_chunk, student, weight_N, chunk_tokens=chunk)[0]
 
 
@@ -325,7 +318,7 @@ PARTS: dict[str, tuple[str, Callable[[], Cases]]] = {
 }
 NOTES = (
     "`times ours` above 1: slower than ours. `workspace_MiB`: beyond inputs, weights and gradients. A "
-    "narrow bf16 head that trains is summed in float32, and that sum is workspace."
+    "bf16 head that trains is summed up in float32, and that sum is workspace."
 )
 
 

@@ -47,7 +47,7 @@ from divergences import (
 from harness import Table, parser, reported
 from torch import Tensor
 
-from selfteach.losses import divergence, fused_gpu
+from selfteach.losses import fused
 from selfteach.losses.divergence import Divergence, PerToken
 from selfteach.losses.kernels import linear_kernels, row_kernels
 from selfteach.losses.kernels.linear_kernels import Tiling
@@ -68,14 +68,14 @@ CHUNK_ENTRIES = tuple(2**n for n in range(22, 28))
 
 
 def ours_whole(case: Case, inputs: Inputs) -> Tensor:
-    """Compute ours as `objectives.weighted_loss` chooses."""
+    """Ours as `Distillation.loss` chooses."""
     student = Scores.single(inputs.student_NH, Head(inputs.student_VH))
     teacher = Scores.single(inputs.teacher_NH, Head(inputs.teacher_VH))
-    form = divergence.form(case.spec)
-    if not fused_gpu.runs(form, student, teacher):
+    spec = case.spec
+    if not fused.supports(spec, student, teacher):
         return ours(case, inputs)
     weight_N = torch.full((case.tokens,), 1 / case.tokens, device=inputs.ids_N.device)
-    return fused_gpu.divergence_sum(form, student, teacher, inputs.ids_N, weight_N)[0]
+    return fused.divergence_sum(spec, student, teacher, inputs.ids_N, weight_N)[0]
 
 
 def ours_torch(case: Case, inputs: Inputs) -> Tensor:
@@ -260,7 +260,7 @@ def phases(sides: linear_kernels.Sides, ids_N: Tensor, kind: str) -> dict[str, C
     return {
         "sums": lambda: linear_kernels.sums(sides, ids_N, kind),
         "losses": lambda: linear_kernels.losses(sides, sums, kind, 0.5, 1.0, None),
-        "slab": lambda: linear_kernels.slab(
+        "gradient": lambda: linear_kernels.gradient_block(
             sides, sums, sums.kl_N, scale_N, grad_NW, 0, kind, 0.5, 1.0, None
         ),
     }  # fmt: skip
@@ -304,7 +304,7 @@ def tilings(table: Table, rounds: int, *, quick: bool) -> None:
                 for name, fn in phases(sides, ids_N, "jsd").items():
                     fn()
                     taken = statistics.median(elapsed_ms(fn) for _ in range(rounds))
-                    entries = 8192 if name == "slab" else vocabulary
+                    entries = 8192 if name == "gradient" else vocabulary
                     flop = 2 * 2 * len(ids_N) * entries * hidden
                     row |= {name: taken, f"{name}, TFLOP/s": flop / taken / 1e9}
             table.add(**row)

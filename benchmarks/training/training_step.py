@@ -65,7 +65,7 @@ def compare(table: Table, model: str, kind: str, rounds: int, *, memory: bool) -
     ours = OurTrainer(model, kind, clocks["ours"])
     trl = TrlTrainer(model, kind, clocks["TRL"], ours, steps=rounds + 1)
     # Without bf16 instructions a step of SmolLM2 takes minutes.
-    if kind == "full" and (model == "lab" or matmul.multiplies_halves("cpu")):
+    if kind == "full" and (model == "lab" or matmul.has_fast_bf16("cpu")):
         clocks["ours, bf16"] = Clock()
         trl.others.append(OurTrainer(model, kind, clocks["ours, bf16"], BF16))
     trl.trainer.train()

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from selfteach.models.lm_head import Scores
+from selfteach.models.lm_head import Scores, chunked_sum
 from selfteach.types import (
     Batch,
     Critique,
@@ -92,29 +93,54 @@ class Teacher(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is minimised, per token."""
+    """Defines what is minimised, token by token. Subclass it to inherit `loss`."""
 
     @property
     def needs_teacher(self) -> bool:
-        """True if the teacher's scores are asked for."""
+        """Whether the teacher's scores are needed."""
         ...
 
     def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:
-        """The denominators of the means that the loss is made of: the local counts, to be added up
-        over all ranks before `weigh` gets them."""
+        """Return the local denominators of the means that the loss consists of.
+
+        They are summed over all ranks before `token_weights` gets them.
+        """
         ...
 
     def token_weights(
         self, samples: Sequence[TrainingSample], counts: Sequence[float], update: int
     ) -> list[TokenWeights]:
-        """How much each token of each sample counts, after ``update`` updates of the weights."""
+        """Return each token's weight in the loss, after ``update`` updates of the policy's weights."""
         ...
 
     def per_token(
         self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
     ) -> Mapping[str, Tensor]:
-        """``loss`` and statistics, all [C], of some rows of a batch from the student's logits.
+        """Return ``loss`` and statistics, all [C], of some rows of a batch from the student's logits.
 
-        The loss is differentiated once. The teacher's logits are nobody else's: they may be written to.
+        ``loss`` is differentiated once. The teacher's logits may be overwritten.
         """
         ...
+
+    def loss(
+        self, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Sum weight times loss over a micro-batch; also return ``per_token``'s values [N], detached.
+
+        The sum's gradient reaches the student's hidden states and head. An objective that can compute
+        the same without the logits of a chunk overrides this.
+        """
+        return chunked_loss(self, student, teacher, batch, chunk_tokens)
+
+
+def chunked_loss(
+    objective: Objective, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Compute `Objective.loss` from ``objective.per_token``, ``chunk_tokens`` rows at a time."""
+
+    def per_token(logits_CV: Tensor, rows: slice) -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            teacher_CV = teacher.logits(rows) if teacher is not None else None
+        return objective.per_token(logits_CV, teacher_CV, batch, rows)
+
+    return chunked_sum(per_token, student, batch.weight_N, chunk_tokens=chunk_tokens)

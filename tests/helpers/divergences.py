@@ -1,4 +1,4 @@
-"""Divergences of every kind, and float64 tensors to compare them with."""
+"""Provide divergences of every kind, and float64 tensors to compare them with."""
 
 import math
 from dataclasses import replace
@@ -30,9 +30,9 @@ SAMPLED = [
 
 
 def name(spec: Divergence) -> str:
-    parts = [spec.kind, spec.support, spec.top_k_from, f"b{spec.beta}"]
-    parts += [key for key in ("jsd_scaled", "control_variate") if getattr(spec, key)]
-    return "-".join([*parts, f"clip{spec.clip}", f"T{spec.temperature}"])
+    labels = [spec.kind, spec.support, spec.top_k_from, f"b{spec.beta}"]
+    labels += [key for key in ("jsd_scaled", "control_variate") if getattr(spec, key)]
+    return "-".join([*labels, f"clip{spec.clip}", f"T{spec.temperature}"])
 
 
 def f64(*values: float) -> Tensor:

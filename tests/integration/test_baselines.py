@@ -199,7 +199,7 @@ def test_check_says_what_the_lab_cannot_read() -> None:
 def test_a_processor_without_products_of_halves_is_told_of(
     monkeypatch: pytest.MonkeyPatch, halves: bool
 ) -> None:
-    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: halves)
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda _: halves)
 
     def said(model: dict[str, object], **where: bool) -> bool:
         study = study_from({"context": {"type": "reference"}, "model": {"device": "cpu", **model}})

@@ -90,12 +90,14 @@ def test_a_run_samples_and_evaluates_with_the_weights_of_each_step(
         assert 0 < row["importance_ratio_capped"] <= 1
 
 
-def test_a_served_engine_samples_beside_learning(server: ScriptedVllm, tmp_path: Path) -> None:
+def test_a_served_engine_samples_while_the_trainer_trains(
+    server: ScriptedVllm, tmp_path: Path
+) -> None:
     later = {"train": {"steps": 4, "staleness": 1}, "data": {"train": 8}}
     stale = validate(Recipe, merge(recipe(server).model_dump(), later))
     assert (
-        build(stale).components.samples_beside
-        and not build(recipe(server)).components.samples_beside
+        build(stale).components.samples_in_background
+        and not build(recipe(server)).components.samples_in_background
     )
     for name in ("run", "again"):
         run_to_end(stale, tmp_path / name)

@@ -1,12 +1,12 @@
-"""How far the student is from the teacher at each token: KL divergences, JSD and their surrogates.
+"""Compute how far the student is from the teacher at each token: KL divergences, JSD, surrogates.
 
 Pure functions of log-probabilities and logits: no config, no logging, no collectives. Everything
 is in nats. ``student`` and ``teacher`` are log-probabilities over the last axis; the teacher is a
 constant and is detached here. Computed in float32 at least (float64 stays float64).
 
 A mass of zero contributes zero (0 log 0 = 0), in value and in gradient, so that -inf logits are
-allowed. A divergence that *is* infinite (KL(p ‖ q) where q misses a part of p) comes out infinite
-instead of being hidden; only the JSD and a clipped term stay finite there.
+allowed. A divergence that *is* infinite (KL(p ‖ q) where q misses a part of p) is returned
+as infinite; only the JSD and a clipped term stay finite there.
 
 Sources: generalised JSD, Agarwal et al. (GKD, arXiv:2306.13649, eq. 1); top-K and a tail bucket,
 SDPO (arXiv:2601.20802); pointwise clip, OPSD (arXiv:2601.18734); control variate, vOPD
@@ -16,87 +16,19 @@ SDPO (arXiv:2601.20802); pointwise clip, OPSD (arXiv:2601.18734); control variat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfteach.errors import RecipeError
-from selfteach.losses.analytic_gradients import Form, of_rows, scaled
+from selfteach.losses.analytic_gradients import of_rows, scaled
+from selfteach.losses.divergence_spec import Divergence, Side
 from selfteach.losses.policy_gradient import token_logp
-
-Kind = Literal["forward_kl", "reverse_kl", "jsd"]
-Support = Literal["full", "top_k", "sampled"]
-Side = Literal["student", "teacher"]
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """Which divergence, over which part of the vocabulary.
-
-    Example (SDPO: the student's hundred likeliest tokens and a bucket for the rest)::
-
-        Divergence(kind="jsd", support="top_k", top_k=100)
-
-    Raises RecipeError when a value is impossible or would have no effect.
-    """
-
-    kind: Kind
-    """``forward_kl`` KL(teacher ‖ student), ``reverse_kl`` KL(student ‖ teacher), or ``jsd``."""
-    support: Support = "full"
-    """Every vocabulary entry, K entries and a tail bucket, or the sampled token alone."""
-    beta: float = 0.5
-    """The teacher's share of the JSD's mixture, strictly between 0 and 1."""
-    jsd_scaled: bool = False
-    """Divide the JSD by beta (1 - beta), so that its limits at 0 and 1 are the two KLs."""
-    top_k: int | None = None
-    top_k_from: Side = "student"
-    """Whose likeliest tokens are kept."""
-    clip: float | None = None
-    """Cap (nats) on each entry's term, the tail bucket's included; the sum may become negative."""
-    temperature: float = 1.0
-    """Divides both sides' logits; the loss is not rescaled by its square."""
-    control_variate: bool = False
-    """Add KL(student ‖ teacher) to the sampled token's reward: same expected gradient."""
-
-    def __post_init__(self) -> None:
-        for allowed, message in self._requirements():
-            if not allowed:
-                raise RecipeError(f"divergence: {message}")
-
-    def _requirements(self) -> tuple[tuple[bool, str], ...]:
-        """What must hold, and what to say when it does not."""
-        jsd, top_k, sampled = self.kind == "jsd", self.support == "top_k", self.support == "sampled"
-        reverse = self.kind == "reverse_kl"
-        return (
-            _one_of("kind", self.kind, get_args(Kind)),
-            _one_of("support", self.support, get_args(Support)),
-            _one_of("top_k_from", self.top_k_from, get_args(Side)),
-            (jsd or self.beta == 0.5, f"beta = {self.beta} has no meaning for {self.kind}"),
-            (0 < self.beta < 1, f"beta must lie strictly between 0 and 1, got {self.beta}"),
-            (jsd or not self.jsd_scaled, f"jsd_scaled has no meaning for {self.kind}"),
-            (not (jsd and sampled), "jsd has no sampled-token form; use full or top_k"),
-            (top_k == (self.top_k is not None), "top_k goes with support = 'top_k', and only then"),
-            (self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"),
-            (top_k or self.top_k_from == "student", "top_k_from needs support = 'top_k'"),
-            (self.clip is None or self.clip > 0, f"clip must be positive, got {self.clip}"),
-            (self.clip is None or not sampled, "clip has no meaning for a sampled token"),
-            (0 < self.temperature < math.inf, f"temperature must be positive: {self.temperature}"),
-            (
-                (reverse and sampled) or not self.control_variate,
-                "control_variate needs kind = 'reverse_kl' and support = 'sampled'",
-            ),
-        )
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> tuple[bool, str]:
-    return value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}"
 
 
 class PerToken(NamedTuple):
-    """What a divergence says of each token; all fields have the shape of the token ids."""
+    """Holds a divergence's values for each token; all fields have the shape of the token ids."""
 
     loss: Tensor
     """The term to minimise (nats); for a sampled token a surrogate with the KL's gradient."""
@@ -116,39 +48,31 @@ def per_token(
     *,
     donate_teacher_logits: bool = False,
 ) -> PerToken:
-    """The divergence that ``spec`` names, for every row, from logits; differentiable in ``loss``.
+    """Compute the divergence that ``spec`` describes for every row of logits; ``loss`` has a gradient.
 
-    ``ids`` are the tokens that were sampled: the sampled-token losses and the teacher_logratio are about
-    them. ``spec.temperature`` applies to the loss only; the teacher_logratio is reported at temperature 1.
-    With ``donate_teacher_logits`` the teacher's logits are nobody else's: they may be overwritten, which saves a buffer
-    of their size, and ``loss`` can be differentiated one time only.
+    ``ids`` are the sampled tokens, which the sampled-token losses and ``teacher_logratio`` refer to.
+    ``spec.temperature`` applies to ``loss`` and ``logp``; ``teacher_logratio`` is at temperature 1.
+    With ``donate_teacher_logits`` the teacher's logits may be overwritten, which saves a buffer of
+    their size: the caller must not read them again, and ``loss`` can be differentiated only once.
     """
     teacher_logits = teacher_logits.detach()
     teacher_logratio = None
-    if spec.temperature != 1:  # asked now: the teacher's logits may be gone afterwards
+    if spec.temperature != 1:  # computed first: `of_rows` may overwrite the teacher's logits
         teacher_logratio = _teacher_logratio(student_logits, teacher_logits, ids)
     if spec.support == "sampled":
-        told = _of_sampled(spec, student_logits, teacher_logits, ids)
+        values = _of_sampled(spec, student_logits, teacher_logits, ids)
     else:
-        told = of_rows(
+        values = of_rows(
             student_logits,
             teacher_logits,
             ids,
-            form(spec),
+            spec,
             donate_teacher_logits=donate_teacher_logits,
         )
-    loss, clipped, logp, teacher_logp = told
+    loss, clipped, logp, teacher_logp = values
     if teacher_logratio is None:
         teacher_logratio = teacher_logp - logp
     return PerToken(loss, teacher_logratio, clipped, logp)
-
-
-def form(spec: Divergence) -> Form:
-    """What the closed form and the kernels are told to compute."""
-    return Form(
-        spec.kind, spec.beta, spec.jsd_scaled, spec.top_k, spec.top_k_from, spec.clip,
-        spec.temperature,
-    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -159,7 +83,7 @@ def _teacher_logratio(student_logits: Tensor, teacher_logits: Tensor, ids: Tenso
 def _of_sampled(
     spec: Divergence, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `of_rows` says, from the sampled tokens alone."""
+    """Compute what `of_rows` does, from the sampled tokens alone."""
     logp = token_logp(student_logits, ids, spec.temperature)
     teacher_logp = token_logp(teacher_logits, ids, spec.temperature)
     if spec.kind == "forward_kl":
@@ -177,33 +101,33 @@ def _of_sampled(
 def log_probs(
     logits: Float[Tensor, "*rows V"], temperature: float = 1.0
 ) -> Float[Tensor, "*rows V"]:
-    """Log-softmax of ``logits / temperature``, in float32 at least."""
+    """Compute the log-softmax of ``logits / temperature``, in float32 at least."""
     return scaled(logits, temperature).log_softmax(-1)
 
 
 def kl_terms(p: Float[Tensor, "*rows V"], q: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
-    """The terms p log(p/q) whose sum is KL(p ‖ q), from log-probabilities of both.
+    """Compute the terms p log(p/q) whose sum is KL(p ‖ q), from log-probabilities of both.
 
     Differentiable in both. A term may be negative; their sum over the vocabulary is not.
     """
-    # Mass that is zero, or too small for the dtype, is taken out of value and gradient together:
+    # Mass that is zero, or too small for the dtype, is removed from value and gradient together:
     # both sides filled with 0 give 1 * (0 - 0), and the fill lets no gradient through.
-    nothing = p.exp() == 0
-    p, q = p.masked_fill(nothing, 0.0), q.masked_fill(nothing, 0.0)
+    massless = p.exp() == 0
+    p, q = p.masked_fill(massless, 0.0), q.masked_fill(massless, 0.0)
     return p.exp() * (p - q)
 
 
 def forward_kl_terms(
     student: Float[Tensor, "*rows V"], teacher: Float[Tensor, "*rows V"]
 ) -> Float[Tensor, "*rows V"]:
-    """Terms t log(t/s) of KL(teacher ‖ student), from log-probabilities."""
+    """Compute the terms t log(t/s) of KL(teacher ‖ student), from log-probabilities."""
     return kl_terms(teacher.detach(), student)
 
 
 def reverse_kl_terms(
     student: Float[Tensor, "*rows V"], teacher: Float[Tensor, "*rows V"]
 ) -> Float[Tensor, "*rows V"]:
-    """Terms s log(s/t) of KL(student ‖ teacher), from log-probabilities."""
+    """Compute the terms s log(s/t) of KL(student ‖ teacher), from log-probabilities."""
     return kl_terms(student, teacher.detach())
 
 
@@ -214,7 +138,7 @@ def jsd_terms(
     *,
     scaled: bool = False,
 ) -> Float[Tensor, "*rows V"]:
-    """Terms of the generalised Jensen-Shannon divergence, from log-probabilities.
+    """Compute the terms of the generalised Jensen-Shannon divergence, from log-probabilities.
 
     ``beta KL(t ‖ m) + (1 - beta) KL(s ‖ m)`` with the mixture ``m = beta t + (1 - beta) s`` and
     ``0 < beta < 1``. It is at most the entropy of (beta, 1 - beta) and vanishes at both ends.
@@ -233,14 +157,14 @@ def jsd_terms(
 def forward_kl(
     student: Float[Tensor, "*rows V"], teacher: Float[Tensor, "*rows V"]
 ) -> Float[Tensor, "*rows"]:
-    """KL(teacher ‖ student) per row, in nats, from log-probabilities."""
+    """Compute KL(teacher ‖ student) per row, in nats, from log-probabilities."""
     return forward_kl_terms(student, teacher).sum(-1)
 
 
 def reverse_kl(
     student: Float[Tensor, "*rows V"], teacher: Float[Tensor, "*rows V"]
 ) -> Float[Tensor, "*rows"]:
-    """KL(student ‖ teacher) per row, in nats, from log-probabilities."""
+    """Compute KL(student ‖ teacher) per row, in nats, from log-probabilities."""
     return reverse_kl_terms(student, teacher).sum(-1)
 
 
@@ -251,7 +175,7 @@ def jsd(
     *,
     scaled: bool = False,
 ) -> Float[Tensor, "*rows"]:
-    """Generalised Jensen-Shannon divergence per row, in nats; see ``jsd_terms``."""
+    """Compute the generalised Jensen-Shannon divergence per row, in nats; see ``jsd_terms``."""
     return jsd_terms(student, teacher, beta, scaled=scaled).sum(-1)
 
 
@@ -261,7 +185,7 @@ def top_k_and_tail(
     k: int,
     side: Side = "student",
 ) -> tuple[Float[Tensor, "*rows K1"], Float[Tensor, "*rows K1"]]:
-    """Keep one side's k likeliest entries and pour the rest into one bucket: K1 = k + 1 entries.
+    """Keep one side's k likeliest entries and sum the rest into one bucket: K1 = k + 1 entries.
 
     Any divergence of the result is at most the one over the whole vocabulary (the log-sum
     inequality) and at least 0. The bucket is summed from the entries themselves: 1 minus the kept
@@ -271,14 +195,14 @@ def top_k_and_tail(
     if k >= student.shape[-1]:
         return student, teacher
     index = (student if side == "student" else teacher).detach().topk(k, dim=-1).indices
-    return _pour(student, index), _pour(teacher, index)
+    return _sum_tail(student, index), _sum_tail(teacher, index)
 
 
-def _pour(logp: Tensor, index: Tensor) -> Tensor:
-    kept, rest = logp.gather(-1, index), logp.scatter(-1, index, -math.inf)
+def _sum_tail(logp: Tensor, index: Tensor) -> Tensor:
+    top, rest = logp.gather(-1, index), logp.scatter(-1, index, -math.inf)
     empty = (rest == -math.inf).all(-1, keepdim=True)  # logsumexp has no gradient there
     tail = rest.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
-    return torch.cat([kept, tail], dim=-1)
+    return torch.cat([top, tail], dim=-1)
 
 
 def sampled_reverse_kl(
@@ -287,7 +211,7 @@ def sampled_reverse_kl(
     *,
     kl: Float[Tensor, "*rows"] | None = None,
 ) -> Float[Tensor, "*rows"]:
-    """Policy-gradient surrogate of KL(student ‖ teacher) on a token y that the student sampled.
+    """Compute a policy-gradient surrogate of KL(student ‖ teacher) on a token y the student sampled.
 
     ``-A log s(y)`` with the constant reward ``A = log t(y) - log s(y)``. The value means nothing;
     its gradient, in expectation over y ~ student, is the gradient of the KL. ``kl`` is the full
@@ -303,7 +227,7 @@ def sampled_reverse_kl(
 def sampled_forward_kl(
     logp: Float[Tensor, "*rows"], teacher_logp: Float[Tensor, "*rows"]
 ) -> Float[Tensor, "*rows"]:
-    """Importance-weighted surrogate of KL(teacher ‖ student) on a token y the student sampled.
+    """Compute an importance-weighted surrogate of KL(teacher ‖ student) on a token y from the student.
 
     ``-(t(y) / s(y)) log s(y)`` with the ratio held constant. The value means nothing; its
     gradient, in expectation over y ~ student, is the gradient of the KL. The ratio is not capped.

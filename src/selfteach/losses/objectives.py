@@ -1,21 +1,20 @@
-"""The objectives, behind one seam: distillation from the self-teacher, GRPO, and both at once.
+"""Compute the training objectives: distillation from the self-teacher, GRPO, and a mixture of both.
 
-All say what they divide by (`count`), how much each token counts (`weigh`) and what is lost on it
-(`per_token`). The loss is the sum of weights times losses; counts are those of all ranks and
-micro-batches, so that no split of a step changes anything.
+Each returns what it divides by (`denominators`), each token's weight (`token_weights`), each token's
+loss (`per_token`) and their sum of products (`loss`). Denominators are summed over all ranks and
+micro-batches, so that no split of a step changes the loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from selfteach.losses import divergence, fused_cpu, fused_gpu
+from selfteach.losses import divergence, fused
 from selfteach.losses.policy_gradient import (
     clipped_surrogate,
     group_advantages,
@@ -24,21 +23,21 @@ from selfteach.losses.policy_gradient import (
     token_logp,
 )
 from selfteach.losses.token_masks import TokenMask
-from selfteach.models.lm_head import Scores, chunked_sum
-from selfteach.protocols import Objective
+from selfteach.models.lm_head import Scores
+from selfteach.protocols import chunked_loss
 from selfteach.types import Batch, TokenWeights, TrainingSample
 
 Aggregation = Literal["token_mean", "sequence_mean"]
 Masks = Sequence[Sequence[float]]
-"""One number per token of each sample: 1 where it counts, else 0."""
+"""One number per token of each sample: 1 where it is in the loss, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """Divergence between the student and the self-teacher, on the tokens that pass the gate.
+    """Minimises a divergence between student and self-teacher on the tokens that pass the mask.
 
-    Token mean: every token that passes counts alike. Sequence mean: every answer with such a token
-    counts alike. A sample that is gated out, or was dropped, is absent from the denominator too.
+    Token mean: every token that passes has the same weight. Sequence mean: every rollout with such a
+    token has. A sample that is masked out, or was dropped, is absent from the denominator too.
     """
 
     spec: divergence.Divergence
@@ -49,54 +48,66 @@ class Distillation:
     needs_teacher: bool = True
 
     def masks(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
-        """The tokens that pass the gate."""
+        """Return 1 for each token that passes the mask, else 0."""
         return [self.token_mask.mask(sample) for sample in samples]
 
     def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:
-        """Tokens (answers) that count."""
+        """Return the number of tokens (or rollouts) in the loss."""
         return (num_counted(self.masks(samples), self.aggregation),)
 
     def token_weights(
         self, samples: Sequence[TrainingSample], counts: Sequence[float], update: int = 0
     ) -> list[TokenWeights]:
-        """Weights by gate."""
+        """Return weights from the masks, with the denominator in them."""
         weights = normalize(self.masks(samples), counts[0], self.aggregation)
-        return [TokenWeights(tuple(own)) for own in weights]
+        return [TokenWeights(tuple(sample_weights)) for sample_weights in weights]
 
     def per_token(
         self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
     ) -> Mapping[str, Tensor]:
-        """The divergence of each token, its advantage, and the student's log-probability."""
-        assert teacher_logits_CV is not None, "distillation asks for a teacher"
+        """Compute each token's divergence, teacher log-ratio, and the student's log-probability."""
+        assert teacher_logits_CV is not None, "distillation needs a teacher"
         ids_C = batch.ids_N[rows]
-        told = divergence.per_token(
+        result = divergence.per_token(
             self.spec, logits_CV, teacher_logits_CV, ids_C, donate_teacher_logits=True
         )
-        logp_C = told.logp
+        logp_C = result.logp
         if self.spec.temperature != self.sampling_temperature:
             logp_C = token_logp(logits_CV.detach(), ids_C, self.sampling_temperature)
-        said = {"logp": logp_C, "teacher_logratio": told.teacher_logratio, "clipped": told.clipped}
+        values = {
+            "logp": logp_C, "teacher_logratio": result.teacher_logratio, "clipped": result.clipped,
+        }  # fmt: skip
         if self.importance_cap is None:
-            return {"loss": told.loss, **said}
+            return {"loss": result.loss, **values}
         cap, sampled_C = self.importance_cap, batch.sampled_logp_N[rows]
         weight_C = importance_weight(logp_C, sampled_C, cap)
         return {
-            "loss": told.loss * weight_C,
-            **said,
+            "loss": result.loss * weight_C,
+            **values,
             "importance_capped": (weight_C >= cap).float(),
         }
 
-    def fuses(self, student: Scores, teacher: Scores) -> bool:
-        """True where `fused` can stand for `per_token`."""
-        if self.spec.support == "sampled" or self.sampling_temperature != 1:
-            return False
-        form = divergence.form(self.spec)
-        return fused_gpu.runs(form, student, teacher) or fused_cpu.runs(form, student, teacher)
-
-    def fused(
-        self, student: Scores, teacher: Scores, batch: Batch, chunk_tokens: int
+    def loss(
+        self, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The weighted sum of what `per_token` says of all tokens, and the rest of it."""
+        """Sum weight times loss over a micro-batch, by a fused loss where one computes the same."""
+        # A fused loss replaces this class's `per_token`, never that of a subclass.
+        replaceable = type(self).per_token is Distillation.per_token
+        if replaceable and teacher is not None and self._fuses(student, teacher):
+            return self._fused_loss(student, teacher, batch)
+        return chunked_loss(self, student, teacher, batch, chunk_tokens)
+
+    def _fuses(self, student: Scores, teacher: Scores) -> bool:
+        """Whether `fused` computes what `per_token` does for these scores."""
+        return self.sampling_temperature == 1 and fused.supports(self.spec, student, teacher)
+
+    def _fused_loss(
+        self,
+        student: Scores,
+        teacher: Scores,
+        batch: Batch,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return what `chunked_loss` does, without holding a chunk's logits."""
         cap = self.importance_cap
 
         def importance(logp_N: Tensor) -> Tensor:
@@ -104,28 +115,27 @@ class Distillation:
                 return torch.ones_like(logp_N)
             return importance_weight(logp_N, batch.sampled_logp_N, cap)
 
-        form = divergence.form(self.spec)
-        by = fused_gpu.divergence_sum
-        if not fused_gpu.runs(form, student, teacher):
-            by = partial(fused_cpu.divergence_sum, chunk_tokens=chunk_tokens)
-        loss, told = by(form, student, teacher, batch.ids_N, batch.weight_N, importance)
-        logp_N, weight_N = told["logp"], importance(told["logp"])
-        said = {
-            "loss": told["loss"] * weight_N, "logp": logp_N,
-            "teacher_logratio": told["teacher_logp"] - logp_N, "clipped": told["clipped"],
+        total, fused_values = fused.divergence_sum(
+            self.spec, student, teacher, batch.ids_N, batch.weight_N, importance
+        )
+        logp_N = fused_values["logp"]
+        weight_N = importance(logp_N)
+        values = {
+            "loss": fused_values["loss"] * weight_N, "logp": logp_N,
+            "teacher_logratio": fused_values["teacher_logp"] - logp_N,
+            "clipped": fused_values["clipped"],
         }  # fmt: skip
         if cap is not None:
-            said["importance_capped"] = (weight_N >= cap).float()
-        return loss, said
+            values["importance_capped"] = (weight_N >= cap).float()
+        return total, values
 
 
 @dataclass(frozen=True, slots=True)
 class Grpo:
-    """Group-relative policy optimisation (arXiv:2402.03300), as used today.
+    """Minimises the loss of group-relative policy optimisation (arXiv:2402.03300).
 
-    Every answer of the step counts in the denominator, also those of groups that score alike and
-    have no gradient. With ``kl_coef`` the initial policy is asked for as teacher, on the student's
-    own prompt.
+    Every rollout of the step is in the denominator, also those of groups with equal rewards, which
+    have no gradient. With ``kl_coef`` the teacher is the initial policy, on the student's prompt.
     """
 
     sampling_temperature: float
@@ -138,18 +148,18 @@ class Grpo:
 
     @property
     def needs_teacher(self) -> bool:
-        """Only a penalty towards the initial policy asks for one."""
+        """Whether there is a KL penalty towards the initial policy."""
         return self.kl_coef > 0
 
     def masks(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
-        """All tokens that are scored, also those of groups that score alike."""
+        """Return 1 for each scored token, also in groups with equal rewards."""
         return [
             [float(i >= sample.scored_from) for i in range(len(sample.rollout.token_ids))]
             for sample in samples
         ]
 
     def advantages(self, samples: Sequence[TrainingSample]) -> list[float]:
-        """How each answer compares with the others to its question."""
+        """Compute each rollout's advantage within the group of its problem."""
         return group_advantages(
             [float(sample.critiqued.verdict.correct) for sample in samples],
             [sample.rollout.problem.id for sample in samples],
@@ -157,25 +167,25 @@ class Grpo:
         )
 
     def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:
-        """All tokens (answers)."""
+        """Return the number of all scored tokens (or rollouts)."""
         return (num_counted(self.masks(samples), self.aggregation),)
 
     def token_weights(
         self, samples: Sequence[TrainingSample], counts: Sequence[float], update: int = 0
     ) -> list[TokenWeights]:
-        """Advantages within each question's group; without one, and a penalty, nothing to do."""
+        """Return weights and group advantages; weights are 0 with neither advantage nor penalty."""
         weights = normalize(self.masks(samples), counts[0], self.aggregation)
         return [
             TokenWeights(
-                tuple(own) if advantage or self.needs_teacher else (0.0,) * len(own), advantage
+                tuple(row) if advantage or self.needs_teacher else (0.0,) * len(row), advantage
             )
-            for own, advantage in zip(weights, self.advantages(samples), strict=True)
+            for row, advantage in zip(weights, self.advantages(samples), strict=True)
         ]
 
     def per_token(
         self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
     ) -> Mapping[str, Tensor]:
-        """The clipped surrogate (and penalty) of each token."""
+        """Compute the clipped surrogate (and KL penalty) of each token."""
         ids_C = batch.ids_N[rows]
         logp_C = token_logp(logits_CV, ids_C, self.sampling_temperature)
         sampled_C = batch.sampled_logp_N[rows]
@@ -183,48 +193,55 @@ class Grpo:
         loss_C, clipped_C = clipped_surrogate(
             logp_C, old_C, batch.advantage_N[rows], clip_low=self.clip_low, clip_high=self.clip_high
         )
-        said = {"logp": logp_C.detach(), "clipped": clipped_C}
+        values = {"logp": logp_C.detach(), "clipped": clipped_C}
         if self.importance_cap is not None:
             weight_C = importance_weight(old_C, sampled_C, self.importance_cap)
             loss_C = loss_C * weight_C
-            said["importance_capped"] = (weight_C >= self.importance_cap).float()
+            values["importance_capped"] = (weight_C >= self.importance_cap).float()
         if self.needs_teacher:
             assert teacher_logits_CV is not None
             reference_C = token_logp(teacher_logits_CV, ids_C, self.sampling_temperature)
-            said["kl"] = k3(logp_C, reference_C)
-            loss_C = loss_C + self.kl_coef * said["kl"]
-        return {"loss": loss_C, **said}
+            values["kl"] = k3(logp_C, reference_C)
+            loss_C = loss_C + self.kl_coef * values["kl"]
+        return {"loss": loss_C, **values}
+
+    def loss(
+        self, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Sum weight times loss over a micro-batch, chunk by chunk."""
+        return chunked_loss(self, student, teacher, batch, chunk_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Anneal:
-    """A weight that goes from ``start`` to ``end`` in a straight line and stays there.
+    """Anneals a weight linearly from ``start`` to ``end``, where it stays.
 
-    It depends on the number of updates alone, so that a resumed run repeats itself.
+    It depends on the number of updates alone, so that a resumed run reproduces it.
     """
 
     start: float
     end: float
     updates: int = 0
-    """Updates after which the end is reached; 0: there from the first."""
+    """Updates after which the end is reached; 0: from the first."""
 
     def __call__(self, update: int) -> float:
-        """The weight after ``update`` updates."""
-        done = min(1.0, update / self.updates) if self.updates else 1.0
-        return (1 - done) * self.start + done * self.end
+        """Return the weight after ``update`` updates."""
+        progress = min(1.0, update / self.updates) if self.updates else 1.0
+        return (1 - progress) * self.start + progress * self.end
 
 
 @dataclass(frozen=True, slots=True)
 class Hybrid:
-    """w L_distillation + v L_grpo, each a mean over a count of its own.
+    """Minimises w L_distillation + v L_grpo, each a mean with its own denominator.
 
     w is ``weight`` at the update that the step begins with; v is ``grpo_weight``, or 1 − w where
     that is None: a mixture, which is GRPO at w = 0 and distillation at w = 1. With
-    ``grpo_tokens = "others"`` GRPO has the tokens that pass distillation's gate neither in its sum
-    nor in its count (TRACE, arXiv:2605.10194). An answer without a teacher's prompt learns by GRPO.
+    ``grpo_tokens = "others"`` GRPO has the tokens that pass distillation's mask neither in its sum
+    nor in its denominator (TRACE, arXiv:2605.10194). A rollout without a teacher prompt has GRPO's
+    loss alone.
 
     Both share one pass: a token's weight is a + b, with a = w m_d / n_d and b = v m_g / n_g of the
-    masks m and counts n, and its loss the mean of both in the proportion a : b.
+    masks m and denominators n, and its loss the mean of both in the proportion a : b.
     """
 
     distillation: Distillation
@@ -235,104 +252,91 @@ class Hybrid:
     needs_teacher: bool = True
 
     def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:
-        """Distillation's denominator, then GRPO's."""
-        told, rewarded = self._masks(samples)
+        """Return distillation's denominator, then GRPO's."""
+        distilled, rewarded = self._masks(samples)
         return (
-            num_counted(told, self.distillation.aggregation),
+            num_counted(distilled, self.distillation.aggregation),
             num_counted(rewarded, self.grpo.aggregation),
         )
 
     def token_weights(
         self, samples: Sequence[TrainingSample], counts: Sequence[float], update: int
     ) -> list[TokenWeights]:
-        """Both weights of each token, as their sum and distillation's share of it."""
+        """Return both weights of each token, as their sum and distillation's share of it."""
         w = self.weight(update)
         v = 1 - w if self.grpo_weight is None else self.grpo_weight
-        told, rewarded = self._masks(samples)
-        a = normalize(told, counts[0], self.distillation.aggregation)
+        distilled, rewarded = self._masks(samples)
+        a = normalize(distilled, counts[0], self.distillation.aggregation)
         b = normalize(rewarded, counts[1], self.grpo.aggregation)
         return [
-            _mixed([w * x for x in own_a], [v * x if advantage else 0.0 for x in own_b], advantage)
-            for own_a, own_b, advantage in zip(a, b, self.grpo.advantages(samples), strict=True)
+            _mixed([w * x for x in row_a], [v * x if advantage else 0.0 for x in row_b], advantage)
+            for row_a, row_b, advantage in zip(a, b, self.grpo.advantages(samples), strict=True)
         ]
 
     def per_token(
         self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
     ) -> Mapping[str, Tensor]:
-        """The mixed loss of each token. Where distillation has no share, its advantage is 0."""
+        """Compute the mixed loss of each token; ``teacher_logratio`` is 0 where there is no teacher."""
         assert batch.share_N is not None
         share_C = batch.share_N[rows]
-        rewarded = self._stated(self.grpo.per_token(logits_CV, None, batch, rows))
+        rewarded = self._with_cap(self.grpo.per_token(logits_CV, None, batch, rows))
         if teacher_logits_CV is None:
             return {
                 **rewarded,
                 "teacher_logratio": torch.zeros_like(share_C),
                 "distillation_share": share_C,
             }
-        # A teacher that is not asked about a token must not spoil it, whatever it says.
-        alone_C1 = (share_C == 0)[:, None]
-        teacher_CV = torch.where(alone_C1, logits_CV.detach(), teacher_logits_CV)
-        told = self._stated(self.distillation.per_token(logits_CV, teacher_CV, batch, rows))
+        # Where distillation has no share, a non-finite teacher logit must not reach the loss.
+        grpo_only_C1 = (share_C == 0)[:, None]
+        teacher_CV = torch.where(grpo_only_C1, logits_CV.detach(), teacher_logits_CV)
+        distilled = self._with_cap(self.distillation.per_token(logits_CV, teacher_CV, batch, rows))
         mixed = {
-            name: share_C * told[name] + (1 - share_C) * rewarded[name]
+            name: share_C * distilled[name] + (1 - share_C) * rewarded[name]
             for name in ("loss", "clipped", "importance_capped")
-            if name in told
+            if name in distilled
         }
         return {
             **mixed,
-            "logp": told["logp"],
-            "teacher_logratio": told["teacher_logratio"],
+            "logp": distilled["logp"],
+            "teacher_logratio": distilled["teacher_logratio"],
             "distillation_share": share_C,
         }
 
-    def _stated(self, said: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """With the truncation of weights where either term has a cap: none by the one without."""
+    def loss(
+        self, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Sum weight times loss over a micro-batch, chunk by chunk."""
+        return chunked_loss(self, student, teacher, batch, chunk_tokens)
+
+    def _with_cap(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Add ``importance_capped`` where either objective has a cap: 0 for the one without."""
         if self.distillation.importance_cap is None and self.grpo.importance_cap is None:
-            return said
-        return {"importance_capped": torch.zeros_like(said["loss"]), **said}
+            return values
+        return {"importance_capped": torch.zeros_like(values["loss"]), **values}
 
     def _masks(self, samples: Sequence[TrainingSample]) -> tuple[Masks, Masks]:
-        told, rewarded = self.distillation.masks(samples), self.grpo.masks(samples)
+        distilled, rewarded = self.distillation.masks(samples), self.grpo.masks(samples)
         if self.grpo_tokens == "others":
             rewarded = [
-                [r * (1 - t) for r, t in zip(own_r, own_t, strict=True)]
-                for own_r, own_t in zip(rewarded, told, strict=True)
+                [r * (1 - d) for r, d in zip(row_r, row_d, strict=True)]
+                for row_r, row_d in zip(rewarded, distilled, strict=True)
             ]
-        return told, rewarded
-
-
-def weighted_loss(
-    objective: Objective, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The sum of weights times losses over a micro-batch, and what is said of each of its tokens.
-
-    Its gradient is taken as it is computed, chunk by chunk or in other ways where these are better, and
-    reaches the student's hidden states and head.
-    """
-    if isinstance(objective, Distillation) and teacher and objective.fuses(student, teacher):
-        return objective.fused(student, teacher, batch, chunk_tokens)
-
-    def per_token(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
-        with torch.no_grad():
-            teacher_CV = teacher.logits(rows) if teacher is not None else None
-        return dict(objective.per_token(logits_CV, teacher_CV, batch, rows))
-
-    return chunked_sum(per_token, student, batch.weight_N, chunk_tokens=chunk_tokens)
+        return distilled, rewarded
 
 
 def num_counted(masks: Masks, aggregation: Aggregation) -> float:
-    """The denominator of a mean over tokens, or over answers that have a token that counts."""
+    """Return the denominator of a mean over tokens, or over rollouts that have a token in the loss."""
     counted = (sum(mask) if aggregation == "token_mean" else any(mask) for mask in masks)
     return float(sum(counted))
 
 
 def normalize(masks: Masks, count: float, aggregation: Aggregation) -> list[list[float]]:
-    """Weights with which the sum over tokens is the wanted mean; all 0 where nothing counts."""
-    shares = []
+    """Return weights with which the sum over tokens is the mean; all 0 for a count of 0."""
+    weights = []
     for mask in masks:
-        among = count * (sum(mask) if aggregation == "sequence_mean" else 1)
-        shares.append([weight / among if among else 0.0 for weight in mask])
-    return shares
+        denominator = count * (sum(mask) if aggregation == "sequence_mean" else 1)
+        weights.append([value / denominator if denominator else 0.0 for value in mask])
+    return weights
 
 
 def _mixed(a: Sequence[float], b: Sequence[float], advantage: float) -> TokenWeights:

@@ -1,4 +1,4 @@
-"""Policy-gradient mathematics on sampled tokens: GRPO's advantages, surrogate and penalties.
+"""Compute policy-gradient terms of sampled tokens: GRPO's advantages, surrogate and penalties.
 
 Pure functions: no config, no logging, no collectives. Log-probabilities are in nats and belong to
 the tokens that were sampled. GRPO: Shao et al., arXiv:2402.03300; estimator k3: Schulman,
@@ -31,11 +31,11 @@ def group_advantages(
     scale_rewards: Literal["group", "none"],
     eps: float = GRPO_EPSILON,
 ) -> list[float]:
-    """How much better each answer did than the other answers to its question.
+    """Compute how much better each rollout did than the other rollouts of its problem.
 
     ``A_i = (r_i - mean) / (std + eps)`` within each group, with the unbiased standard deviation
     (divided by n - 1, as TRL does); ``scale_rewards="none"`` leaves out the division (Dr. GRPO,
-    arXiv:2503.20783). Exactly 0 where all rewards of a group are alike, a group of one included.
+    arXiv:2503.20783). Exactly 0 where all rewards of a group are equal, a group of one included.
     Groups may come in any order; the result is in the order of ``rewards``.
 
     Raises ValueError when ``rewards`` and ``groups`` differ in length.
@@ -44,7 +44,7 @@ def group_advantages(
     for reward, group in zip(rewards, groups, strict=True):
         members[group].append(reward)
     centre_scale = {
-        group: _centre_and_scale(own, scale_rewards, eps) for group, own in members.items()
+        group: _centre_and_scale(values, scale_rewards, eps) for group, values in members.items()
     }
     return [
         (reward - centre_scale[group][0]) / centre_scale[group][1]
@@ -55,7 +55,7 @@ def group_advantages(
 def _centre_and_scale(
     rewards: Sequence[float], scale_rewards: Literal["group", "none"], eps: float
 ) -> tuple[float, float]:
-    """What to subtract from, and then divide, one group's rewards by."""
+    """Return what to subtract from one group's rewards, and what to divide them by."""
     if max(rewards) == min(rewards):  # a rounded mean could differ from them by an ulp
         return rewards[0], 1.0
     mean = math.fsum(rewards) / len(rewards)
@@ -73,7 +73,7 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """PPO's pessimistic surrogate per token, as a loss, and 1 where the clip silences a token.
+    """Compute PPO's clipped surrogate per token, as a loss, and 1 where the clip removes the gradient.
 
     ``-min(r A, clip(r, 1 - low, 1 + high) A)`` with ``r = exp(logp - old_logp)``. A token is
     clipped when its ratio has already left the range in the direction that its advantage asks for;
@@ -114,18 +114,20 @@ def importance_weight(
 def token_logp(
     logits: Float[Tensor, "*rows V"], ids: Int[Tensor, "*rows"], temperature: float
 ) -> Float[Tensor, "*rows"]:
-    """Log-probability (nats) of one token per row under ``softmax(logits / temperature)``.
+    """Compute the log-probability (nats) of one token per row under ``softmax(logits / temperature)``.
 
     Computed in float32 at least; a token whose logit is -inf gets -inf. Differentiable once, in the
-    logits; of their size it makes nothing but that gradient.
+    logits; that gradient is the only new tensor of their size.
     """
-    by = _FusedTokenLogp if row_kernels.runs(logits) else _TokenLogp
-    return by.apply(logits, ids, temperature)  # pyright: ignore
+    function = _FusedTokenLogp if row_kernels.runs(logits) else _TokenLogp
+    return function.apply(logits, ids, temperature)  # pyright: ignore
 
 
 class _TokenLogp(torch.autograd.Function):
-    """`token_logp` a few rows at a time, in a processor's cache: of the logits' size is only their
-    gradient, made when it is asked for. Log-probabilities are made as the sampler makes them."""
+    """Implements `token_logp` a few rows at a time, which fit in a CPU's cache.
+
+    The gradient is computed in the backward pass, log-probabilities as the sampler computes them.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -133,29 +135,29 @@ class _TokenLogp(torch.autograd.Function):
         ctx.save_for_backward(logits_NV, ids_N1)
         ctx.temperature, ctx.shape = temperature, logits.shape
         rows = block_rows(logits_NV)
-        told = [
+        logps = [
             scaled(logits_BV, temperature).log_softmax(-1).gather(-1, ids_B1)
             for logits_BV, ids_B1 in zip(logits_NV.split(rows), ids_N1.split(rows), strict=True)
         ]
-        return torch.cat(told).reshape(ids.shape)
+        return torch.cat(logps).reshape(ids.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """``(1[v = id] - p_v) / temperature`` times each row's gradient, in the logits' dtype."""
+        """Compute ``(1[v = id] - p_v) / temperature`` times each row's gradient."""
         logits_NV, ids_N1 = ctx.saved_tensors
         scale_N1 = grad_logp.reshape(-1, 1) / ctx.temperature
         grad_NV = torch.empty_like(logits_NV)
         rows = block_rows(logits_NV)
-        parts = (x.split(rows) for x in (logits_NV, ids_N1, scale_N1, grad_NV))
-        for logits_BV, ids_B1, scale_B1, into_BV in zip(*parts, strict=True):
+        blocks = (x.split(rows) for x in (logits_NV, ids_N1, scale_N1, grad_NV))
+        for logits_BV, ids_B1, scale_B1, into_BV in zip(*blocks, strict=True):
             grad_BV = scaled(logits_BV, ctx.temperature).softmax(-1).mul_(-scale_B1)
             into_BV.copy_(grad_BV.scatter_add_(-1, ids_B1, scale_B1))
         return grad_NV.reshape(ctx.shape), None, None
 
 
 class _FusedTokenLogp(torch.autograd.Function):
-    """`token_logp` by Triton kernels: no copy of the logits, and the gradient when it is asked for."""
+    """Implements `token_logp` with Triton kernels, which copy no logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -175,7 +177,7 @@ class _FusedTokenLogp(torch.autograd.Function):
 
 
 def entropy(logits: Float[Tensor, "*rows V"], temperature: float = 1.0) -> Float[Tensor, "*rows"]:
-    """Entropy (nats) of ``softmax(logits / temperature)``, in float32 at least, 0 log 0 = 0."""
+    """Compute the entropy (nats) of ``softmax(logits / temperature)``, in float32 at least."""
     logp = scaled(logits, temperature).log_softmax(-1)
     mass = logp.exp()
     return -(mass * logp.masked_fill(mass == 0, 0.0)).sum(-1)

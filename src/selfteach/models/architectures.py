@@ -1,6 +1,6 @@
-"""Shapes of common models, and how many parameters they come to, for a budget without the model.
+"""Look up shapes of common models and count their parameters, without loading the model.
 
-``architectures.json`` holds what each model's ``config.json`` says; counts are computed from that.
+``architectures.json`` holds values of each model's ``config.json``; counts are computed from those.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DATA = Path(__file__).with_name("architectures.json")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A decoder of the Llama kind: attention with grouped keys and values, gated linear units.
+    """Describes a Llama-like decoder: attention with grouped keys and values, gated linear units.
 
     Parameters: embeddings V H (and as many for the head unless tied); per layer 2 H A + 2 H K for
     attention, 3 H I for the unit, 2 H for norms; and H for the last norm. ``qwen2`` adds biases
@@ -39,7 +39,7 @@ class Shape:
     positions: int
     """Longest sequence in tokens."""
     tied: bool
-    """True if the head is the embeddings."""
+    """True if the head shares the embeddings' weights."""
 
     @property
     def attention(self) -> int:
@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the model, tied ones once."""
+        """The number of parameters, tied ones counted once."""
         h, a, k = self.hidden, self.attention, self.keys
         extra = {"qwen2": a + 2 * k, "qwen3": 2 * self.head_dim}.get(self.family, 0)
         layer = 2 * h * a + 2 * h * k + 3 * h * self.intermediate + 2 * h + extra
@@ -61,7 +61,7 @@ class Shape:
         return embeddings + self.layers * layer + h
 
     def adapters(self, rank: int, targets: Sequence[str]) -> int:
-        """Numbers in low-rank adapters on these modules: rank (in + out) each. Unknown names add 0."""
+        """Count parameters of LoRA on these modules: rank (in + out) each. Unknown names add 0."""
         h, a, k, i = self.hidden, self.attention, self.keys, self.intermediate
         ends = {
             "q_proj": h + a, "k_proj": h + k, "v_proj": h + k, "o_proj": a + h,
@@ -72,6 +72,6 @@ class Shape:
 
 @cache
 def known_shapes() -> dict[str, Shape]:
-    """Shapes by hub id."""
+    """Return shapes by hub id."""
     rows = json.loads(DATA.read_text(encoding="utf-8"))
     return {name: Shape(**row["shape"]) for row in rows for name in row["ids"]}

@@ -1,7 +1,7 @@
-"""A model in pieces on all ranks (FSDP2), and what must know that it is.
+"""Shard a model over all ranks (FSDP2), and read, write and save its shards.
 
-Decoder layers are a group of weights each; embedding, last norm and head are the root's group, which
-stays whole between forward and backward: the chunked loss multiplies by the head outside of the
+Each decoder layer is a group of weights; embedding, last norm and head are the root's group, which
+stays gathered between forward and backward: the chunked loss multiplies by the head outside of the
 module's forward, and its gradient arrives in the same backward.
 """
 
@@ -33,11 +33,11 @@ from selfteach.models.lm_head import Head
 
 
 class Shards:
-    """Shards a model in place; from then on every pass is one that all ranks make together.
+    """Shards a model in place; from then on all ranks run every pass together.
 
-    ``param_dtype`` is what weights are gathered and multiplied in, ``reduce_dtype`` what gradients
-    are summed in; None: as they are stored. Gradients are summed over ranks, not averaged.
-    Raises `EngineError` for a model whose layers are not to be found.
+    Weights are gathered and multiplied in ``param_dtype``, gradients summed in ``reduce_dtype``; None:
+    as they are stored. Gradients are summed over ranks, not averaged.
+    Raises `EngineError` for a model without a list of decoder layers.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Shards:
         def last_hidden(ids_BT: Tensor) -> Tensor:
             return backbone(input_ids=ids_BT, use_cache=False)[0]
 
-        # The backbone alone is no root: its embedding and norm belong to the whole model's group.
+        # The backbone is no FSDP root: its embedding and norm belong to the whole model's group.
         self._model = cast(Any, model)
         self._model.selfteach_hidden = last_hidden
         fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
@@ -64,15 +64,15 @@ class Shards:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # FSDP2 would average
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
-        """The last layer's states, [B, T, H]."""
+        """Compute the last layer's states, [B, T, H]."""
         return self._model.selfteach_hidden(ids_BT)
 
     def head(self, head: Head) -> Head:
-        """The head as it is after a pass. Outside grad mode it is a copy, and the root is put back
-        into pieces: no backward will do that, and the next pass may be under other weights."""
+        """Return the gathered head after a pass. Outside grad mode it is a copy, and the root is
+        resharded: no backward will do that, and the next pass may be under other weights."""
         linear = self._model.get_output_embeddings()
         weight_VH, bias_V = linear.weight, linear.bias
         if not torch.is_grad_enabled():
@@ -82,36 +82,39 @@ class Shards:
         return replace(head, weight_VH=weight_VH, bias_V=bias_V)
 
     @contextmanager
-    def swapped(self, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Iterator[None]:
-        """Other values in this rank's pieces, put back on leaving. Copied, not exchanged: FSDP2
-        gathers from a buffer of its own, of which a parameter's piece is a view."""
-        pieces = {name: local(weight) for name, weight in own.items()}
-        kept = {name: piece.clone() for name, piece in pieces.items()}
+    def swapped(self, weights: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run with other values in this rank's shards, restored on leaving. Copied, not exchanged:
+        FSDP2 gathers from its own buffer, of which a parameter's shard is a view."""
+        shards = {name: local(weight) for name, weight in weights.items()}
+        original = {name: shard.clone() for name, shard in shards.items()}
         self._model.reshard()
         try:
-            for name, piece in pieces.items():
-                piece.copy_(local(other[name]))
+            for name, shard in shards.items():
+                shard.copy_(local(other[name]))
             yield
         finally:
-            for name, piece in pieces.items():
-                piece.copy_(kept[name])
+            for name, shard in shards.items():
+                shard.copy_(original[name])
             self._model.reshard()
 
 
 def local(weight: Tensor) -> Tensor:
-    """This rank's piece, sharing memory with the weight."""
+    """Return this rank's shard, sharing memory with the weight."""
     weight = weight.detach()
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def whole(weight: Tensor) -> Tensor:
-    """The whole of a weight, on every rank; all ranks together."""
+    """Return the full weight on every rank; all ranks call it together."""
     weight = weight.detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def whole_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The model's weights and buffers in the host's memory, where they are kept; all ranks together."""
+    """Return the full weights and buffers on the CPU; all ranks call it together.
+
+    With ``keep=False`` a rank takes part in the gathering and returns nothing.
+    """
     state, seen = {}, dict[int, Tensor]()  # a tied head stays one with its embedding
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:
@@ -124,7 +127,7 @@ def whole_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
-    """Copy a whole value, or a piece like the target's, into the target."""
+    """Copy a full value, or a shard like the target's, into the target."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         value = distribute_tensor(
             value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
@@ -133,22 +136,22 @@ def assign(target: Tensor, value: Tensor) -> None:
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a distributed checkpoint; all ranks together."""
+    """Write a distributed checkpoint; all ranks call it together."""
     state_dict_saver.save(
         {name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=folder
     )
 
 
 def names(folder: Path) -> set[str]:
-    """What a distributed checkpoint holds. Raises `CheckpointError` if it is damaged."""
+    """Return the names of a checkpoint's tensors. Raises `CheckpointError` if it is damaged."""
     try:
         return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
-    except Exception as error:  # whatever unpickling may raise
+    except Exception as error:  # unpickling may raise anything
         raise CheckpointError(f"{folder} is damaged: {error}") from None
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors, whole or in pieces, from a distributed checkpoint of any number of ranks.
+    """Fill full or sharded tensors from a distributed checkpoint of any number of ranks.
 
     Raises `CheckpointError` if it is damaged or holds other tensors.
     """

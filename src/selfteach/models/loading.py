@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: Hugging Face ids, folders, installed packages, the lab's bases."""
+"""Load models and tokenizers by name: hub ids, folders, installed packages, the lab's base models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve(path: str) -> str:
-    """A model's name in a recipe as something that transformers can load.
+    """Resolve a model's name in a recipe to something that transformers can load.
 
     ``lab:WORLD`` is a base model in this package, ``package:NAME`` the folder of an installed Python
     package (``package:NAME/sub/folder`` inside it); anything else is a folder or a hub id.
@@ -41,8 +41,8 @@ def resolve(path: str) -> str:
     if scheme == "lab":
         folder = BASES / rest
         if not (folder / "config.json").exists():
-            known = ", ".join(f"lab:{p.name}" for p in sorted(BASES.iterdir()) if p.is_dir())
-            raise EngineError(f"model.path = {path!r}: no such base model; shipped: {known}")
+            shipped = ", ".join(f"lab:{p.name}" for p in sorted(BASES.iterdir()) if p.is_dir())
+            raise EngineError(f"model.path = {path!r}: no such base model; shipped: {shipped}")
         return str(folder)
     if scheme == "package":
         name, _, inside = rest.partition("/")
@@ -56,16 +56,16 @@ def resolve(path: str) -> str:
 
 
 def autocast_of(config: ModelConfig, device: str) -> torch.dtype | None:
-    """What a model's products are computed in on a device (``cuda``, ``cpu``, or ``auto`` for the one
-    that `choose_device` takes); None for the weights' own dtype."""
+    """Return the dtype of a model's matmuls on a device (``cuda``, ``cpu``, or ``auto`` for the one
+    that `choose_device` returns); None for the dtype of the weights."""
     if config.autocast == "auto":
         kind = choose_device(device).type if device == "auto" else torch.device(device).type
-        return torch.bfloat16 if matmul.multiplies_halves(kind) else None
+        return torch.bfloat16 if matmul.has_fast_bf16(kind) else None
     return DTYPES[config.autocast] if config.autocast else None
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises `EngineError` in one line if there is none."""
+    """Load a model's tokenizer. Raises `EngineError` in one line if there is none."""
     path, trust = resolve(config.path), config.trust_remote_code
     try:
         if config.gguf_file:
@@ -82,12 +82,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 @functools.lru_cache(maxsize=2)
 def _gguf_tokenizer(path: str, gguf_file: str, trust: bool) -> PreTrainedTokenizerBase:
-    """Read once per process: it takes seconds, and a study's check builds every arm."""
+    """Load once per process: it takes seconds, and a study's check builds every arm."""
     return AutoTokenizer.from_pretrained(path, gguf_file=gguf_file, trust_remote_code=trust)
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """The causal language model of a recipe, in evaluation mode on its device.
+    """Load the causal language model of a recipe, in evaluation mode on its device.
 
     Weights come from safetensors or GGUF files only. Raises `EngineError` in one line.
     """
@@ -108,7 +108,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         raise EngineError(_cannot_load("model", config, error)) from error
     assert isinstance(model, PreTrainedModel)
     if config.gguf_file:
-        # The weights are plain tensors by now; the mark would forbid training and saving them.
+        # The weights are plain tensors by now; the flag would forbid training and saving them.
         vars(model.config).pop("quantization_config", None)
         vars(model).update(hf_quantizer=None, is_quantized=False)
     torch.nn.Module.to(model, device)
@@ -116,32 +116,32 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Longest sequence in tokens that a model was built for; 4,096 where it does not say."""
+    """Return a model's longest sequence in tokens; 4,096 where its config has none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
 
 
 def end_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, renderer: Renderer
 ) -> list[int]:
-    """Token ids that end an answer: the tokenizer's, what the model's own settings add, and what its
-    chat template writes behind an answer, lest a model whose settings forget it never stops."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    extra = own if isinstance(own, list) else [own]
-    known = (tokenizer.eos_token_id, renderer.end_id, *extra)
-    return sorted({i for i in known if isinstance(i, int)})
+    """Return the token ids that end a rollout: those of tokenizer and generation config, and what the
+    chat template writes after an assistant turn (some generation configs lack it)."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    extra = configured if isinstance(configured, list) else [configured]
+    candidates = (tokenizer.eos_token_id, renderer.end_id, *extra)
+    return sorted({i for i in candidates if isinstance(i, int)})
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up rows; `load_tokenizer` sees to it that there is one."""
+    """Return the padding token's id; `load_tokenizer` ensures that there is one."""
     assert isinstance(tokenizer.pad_token_id, int)
     return tokenizer.pad_token_id
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a recipe asks for; ``auto`` takes CUDA where there is one, else the CPU.
+    """Return the device a recipe names; ``auto`` is CUDA where there is one, else the CPU.
 
-    Raises `EngineError` for a device that this machine lacks, and for Apple's MPS, whose float64
-    gap breaks our sampling.
+    Raises `EngineError` for a device that this machine lacks, and for Apple's MPS, which has no
+    float64, which sampling needs.
     """
     if name == "mps":
         raise EngineError(
@@ -156,7 +156,7 @@ def choose_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Loading takes a moment; its bars would stand between ours."""
+    """Hide transformers' progress bars, which would interrupt ours."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -169,7 +169,7 @@ def _no_progress_bars() -> Iterator[None]:
 def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason and not config.trust_remote_code:
-        reason = "it brings code of its own, which runs only with model.trust_remote_code = true"
+        reason = "the model has custom code, which runs only with model.trust_remote_code = true"
     if len(reason) > 200:
         reason = reason[:200] + "…"
     return f"model.path = {config.path!r}: cannot load the {what}: {reason}"

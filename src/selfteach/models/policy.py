@@ -1,4 +1,4 @@
-"""The policy: a causal language model that is trained, its optimizer, and how it scores answers."""
+"""Train and score with the policy: a causal language model with its optimizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROBE_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The learning rate of each update, counted from 0."""
+    """Computes the learning rate of each update, counted from 0."""
 
     lr: float
     warmup_steps: int = 0
@@ -34,7 +34,7 @@ class Schedule:
     total_steps: int = 1
 
     def __call__(self, update: int) -> float:
-        """The learning rate of an update."""
+        """Return the learning rate of an update."""
         rate = self.lr
         if self.warmup_steps:
             rate *= min(1.0, (update + 1) / self.warmup_steps)
@@ -44,11 +44,11 @@ class Schedule:
 
 
 class Policy:
-    """A model with its optimizer; scores answers as hidden states with their head.
+    """Holds a model and its optimizer; scores rollouts as hidden states with their head.
 
-    The weights that train are the adapters' where there are any, else all. With ``shard`` each rank
-    holds a piece of every weight, and all ranks make every pass together; without, each holds all of
-    them and gradients are added up over ``ranks`` before an update.
+    The trainable weights are the adapters' where there are any, else all. With ``shard`` each rank
+    holds a shard of every weight, and all ranks run every pass together; without, each rank holds all
+    weights and gradients are summed over ``ranks`` before an update.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Policy:
         assert isinstance(causal, PreTrainedModel)
         self._backbone: nn.Module = getattr(causal, causal.base_model_prefix)
         self._head = head_of(causal)
-        # Recomputing activations and keeping keys and values exclude each other in transformers.
+        # Gradient checkpointing and a key-value cache exclude each other in transformers.
         self._shares_prefixes = not any(
             getattr(module, "gradient_checkpointing", False) for module in causal.modules()
         )
-        self._takes_branches = tree_attention.enable_tree_attention(causal)
-        # The head is probed on the whole model; the optimizer must see the pieces.
+        self._uses_tree_attention = tree_attention.enable_tree_attention(causal)
+        # The head is probed on the full model; the optimizer must get the shards.
         self._ranks, self._shards = ranks, shard(causal) if shard is not None else None
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -86,51 +86,53 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's weights."""
         return next(iter(self.trainable.values())).device
 
     @property
     def is_sharded(self) -> bool:
-        """True when this rank holds a piece of each weight."""
+        """Whether this rank holds a shard of each weight."""
         return self._shards is not None
 
     @property
     def has_adapters(self) -> bool:
-        """True when only low-rank adapters train."""
+        """Whether only low-rank adapters train."""
         return isinstance(self.model, PeftModel)
 
     def score(self, sequences: Sequences) -> Scores:
-        """Logits of the answers' tokens, on demand. Prompt tokens never meet the head."""
+        """Return the rollouts' tokens' logits, on demand. Prompt tokens never reach the head."""
         if self.model.training != torch.is_grad_enabled():  # it walks through all modules
             self.model.train(torch.is_grad_enabled())
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             hidden_NH = self._hidden(sequences)
         head = self._head if self._shards is None else self._shards.head(self._head)
         hidden_NH = hidden_NH.to(self._autocast or hidden_NH.dtype)
-        if not torch.is_grad_enabled():  # a teacher's: cast once, not once per chunk of its logits
+        if not torch.is_grad_enabled():  # a teacher's head: cast once, not once per chunk
             head = _cast(head, hidden_NH.dtype)
         return Scores.single(hidden_NH, head)
 
     def _hidden(self, sequences: Sequences) -> Tensor:
-        """The last layer's states that predict the answers' tokens, [N, H]."""
+        """Compute the last layer's states that predict the rollouts' tokens, [N, H]."""
         ids_BT, rows_N, columns_N = sequences.ids_BT, sequences.rows_N, sequences.columns_N
-        if self._shards is not None:  # a pass for the prefix would be one that other ranks lack
+        if (
+            self._shards is not None
+        ):  # a pass for the prefix would have no counterpart on other ranks
             return self._shards.hidden(ids_BT)[rows_N, columns_N]
         shared = sequences.shared if self._shares_prefixes else 0
-        ids_BT, columns_N, told = ids_BT[:, shared:], columns_N - shared, dict[str, Any]()
-        if sequences.branches and self._takes_branches and shared == sequences.shared:
-            folded = sequences.branches
-            ids_BT, rows_N, columns_N = folded.ids_1U, 0, folded.columns_N
-            told = tree_attention.inputs(folded, shared, self.model.dtype)
+        ids_BT, columns_N, extra = ids_BT[:, shared:], columns_N - shared, dict[str, Any]()
+        if sequences.branches and self._uses_tree_attention and shared == sequences.shared:
+            tree = sequences.branches
+            ids_BT, rows_N, columns_N = tree.ids_1U, 0, tree.columns_N
+            extra = tree_attention.model_inputs(tree, shared, self.model.dtype)
         if shared:
             cache = prefix_cache.fill(self._backbone, sequences.ids_BT[0, :shared], len(ids_BT))
-            told[prefix_cache.cache_argument(self._backbone)] = cache
-        return self._backbone(input_ids=ids_BT, use_cache=shared > 0, **told)[0][rows_N, columns_N]
+            extra[prefix_cache.cache_argument(self._backbone)] = cache
+        return self._backbone(input_ids=ids_BT, use_cache=shared > 0, **extra)[0][rows_N, columns_N]
 
     def optimizer_step(self) -> dict[str, float]:
-        """One AdamW step on the gradients that have been added up; returns what it did.
+        """Take one AdamW step on the accumulated gradients; returns its metrics.
 
-        A gradient that is not finite changes nothing and is counted.
+        A non-finite gradient changes no weight and is counted in ``nonfinite_updates``.
         """
         rate = self._schedule(self.version)
         if self._shards is None:
@@ -147,23 +149,23 @@ class Policy:
 
     @contextlib.contextmanager
     def weights_swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """The model with other values in its trainable weights, put back on leaving."""
+        """Run with other values in the trainable weights, restored on leaving."""
         if self._shards is not None:
             with self._shards.swapped(self.trainable, weights):
                 yield
             return
-        own = {name: param.data for name, param in self.trainable.items()}
+        original = {name: param.data for name, param in self.trainable.items()}
         try:
             for name, param in self.trainable.items():
                 param.data = weights[name]
             yield
         finally:
             for name, param in self.trainable.items():
-                param.data = own[name]
+                param.data = original[name]
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
-        """The model without its adapters: the initial policy."""
+        """Run the model without its adapters: as the initial policy."""
         assert isinstance(self.model, PeftModel)
         with self.model.disable_adapter():
             yield
@@ -178,7 +180,7 @@ def add_adapters(
     targets: tuple[str, ...],
     seed: int,
 ) -> PeftModel:
-    """Low-rank adapters on the named modules, initialised from ``seed``.
+    """Add low-rank adapters to the named modules, initialised from ``seed``.
 
     Raises `EngineError` if the model has no module of these names.
     """
@@ -192,7 +194,7 @@ def add_adapters(
     )
     try:
         with warnings.catch_warnings():
-            # PEFT asks transformers for something by its old name; nobody here can mend that.
+            # PEFT uses a deprecated name of transformers; it cannot be fixed here.
             warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
             adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -202,23 +204,23 @@ def add_adapters(
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Trade time for memory: keep no activations of the layers, run them again going backward."""
+    """Enable gradient checkpointing: layers are computed again in the backward pass."""
     # transformers renames this one too; the old name warns and goes with its version 6.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
 
 
 def _cast(head: Head, dtype: torch.dtype) -> Head:
-    """The head in a dtype; itself where it has it."""
+    """Cast a head to a dtype."""
     bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
     return replace(head, weight_VH=head.weight_VH.to(dtype), bias_V=bias_V)
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """A model's output head, checked against the model's own logits on a few tokens.
+    """Return a model's output head, checked against the model's own logits on a few tokens.
 
     Raises `EngineError` for a model whose logits are more than a linear map, a scale and a soft cap
-    of its last hidden states: divergences would be of another distribution than it samples from.
+    of its last hidden states: divergences would not be of the distribution it samples from.
     """
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
@@ -235,11 +237,11 @@ def head_of(model: PreTrainedModel) -> Head:
         expected = model(input_ids=ids, use_cache=False).logits.float()
         hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)[0]
         error = (head.logits(hidden) - expected).abs().max() / expected.std().clamp(min=1e-6)
-    # bf16 weights leave our float32 head and the model's bf16 one further apart.
+    # With bf16 weights the float32 head here and the model's bf16 head differ more.
     tolerance = PROBE_TOLERANCE if linear.weight.dtype == torch.float32 else 0.1
     if error > tolerance:
         raise EngineError(
-            f"{type(model).__name__} does something to its logits that we do not know "
+            f"{type(model).__name__} changes its logits in an unsupported way "
             f"(relative difference {error:.2g}); its divergences would be wrong"
         )
     return head

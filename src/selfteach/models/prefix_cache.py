@@ -1,7 +1,7 @@
-"""Tokens that all rows of a batch begin with are run once, and their keys and values repeated.
+"""Compute the prefix that all rows of a batch share once, and repeat its keys and values.
 
-Few-shot examples, system prompts and the answers of one group make most of a prompt the same for
-every row. Under causal attention its states do not depend on what follows, so running it once per
+Few-shot examples, system prompts and the rollouts of one group make most of a prompt the same for
+every row. Under causal attention its states do not depend on what follows, so computing it once per
 batch is exact, gradients included.
 """
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 MIN_SHARED = 32
-"""Shorter common prefixes are run row by row: a pass of their own would cost more than it saves."""
+"""Shorter prefixes are computed row by row: a separate pass would cost more than it saves."""
 
 
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all prompts share and may be run once; 0 where that does not pay.
+    """Return how many leading tokens all prompts share and can be computed once; 0 for too few.
 
-    The last token of each prompt is never among them: its state predicts the answer's first.
+    The last token of each prompt is never among them: its state predicts the rollout's first token.
     """
     if len(prompts) < 2:
         return 0
@@ -31,7 +31,7 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def fill(model: nn.Module, ids_P: Tensor, rows: int) -> DynamicCache:
-    """The keys and values of one prefix, repeated for ``rows`` rows; differentiable in grad mode."""
+    """Compute one prefix's keys and values, repeated for ``rows`` rows; differentiable in grad mode."""
     cache = DynamicCache()
     model(input_ids=ids_P[None], use_cache=True, **{cache_argument(model): cache})
     cache.batch_repeat_interleave(rows)
@@ -39,5 +39,5 @@ def fill(model: nn.Module, ids_P: Tensor, rows: int) -> DynamicCache:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What a transformers model calls its cache: the name changes in 5.2x, and the old one warns."""
+    """Return the name of a model's cache argument: transformers 5.2x renames it; the old name warns."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -1,4 +1,4 @@
-"""Prompts and answers as right-padded id tensors."""
+"""Build right-padded id tensors of prompts and rollouts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from itertools import chain
 import torch
 
 from selfteach.models.prefix_cache import shared_length
-from selfteach.models.tree_attention import branches
+from selfteach.models.tree_attention import build_token_tree
 from selfteach.types import Sequences
 
 
 def sequences(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int
 ) -> Sequences:
-    """Prompts with their answers appended, right-padded, and where the answers are predicted."""
+    """Append answers to prompts, right-padded; includes the positions that predict their tokens."""
     whole = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
     width = max(map(len, whole))
     lengths = [len(answer) for answer in answers]
@@ -27,5 +27,5 @@ def sequences(
         rows_N=torch.arange(len(whole)).repeat_interleave(torch.tensor(lengths)),
         columns_N=torch.tensor(list(chain.from_iterable(predicted)), dtype=torch.long),
         shared=shared,
-        branches=branches(prompts, answers, shared),
+        branches=build_token_tree(prompts, answers, shared),
     )

@@ -1,7 +1,7 @@
-"""The self-teacher's weights: the initial policy's, the live policy's, an average, or a mixture.
+"""Score with a self-teacher: the initial or current policy, an average of its weights, or a mixture.
 
-A teacher is the policy's own module with other values in the weights that train: nothing else is
-copied. Its state survives a resume.
+A teacher is the policy's module with other values in the trainable weights: nothing else is copied.
+Its state is saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from selfteach.types import Sequences
 
 
 class InitialTeacher:
-    """The frozen initial policy: a copy of the weights, or the adapters switched off."""
+    """Scores with the frozen initial policy: a copy of the weights, or the adapters switched off."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -27,45 +27,45 @@ class InitialTeacher:
 
     @torch.no_grad()
     def score(self, sequences: Sequences) -> Scores:
-        """Logits under the initial weights."""
+        """Return logits under the initial weights."""
         return score_initial(self._policy, self._weights, sequences)
 
     def update(self) -> None:
-        """Frozen: nothing to do."""
+        """Do nothing: the weights are frozen."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """The initial weights (none when they are the adapters switched off)."""
+        """Return the initial weights (none when they are the adapters switched off)."""
         return self._weights
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up saved initial weights."""
+        """Restore saved initial weights."""
         _load(self._weights, state)
 
 
 class LiveTeacher:
-    """The policy as it is now."""
+    """Scores with the current policy."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
     @torch.no_grad()
     def score(self, sequences: Sequences) -> Scores:
-        """Logits under the current weights."""
+        """Return logits under the current weights."""
         return self._policy.score(sequences)
 
     def update(self) -> None:
-        """Follows by itself."""
+        """Do nothing: the policy's weights are the teacher's."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """Nothing of its own."""
+        """Return nothing: the weights are in the policy's checkpoint."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing of its own."""
+        """Do nothing: the weights are in the policy's checkpoint."""
 
 
 class EmaTeacher:
-    """An exponential moving average of the policy's weights.
+    """Scores with an exponential moving average (EMA) of the policy's weights.
 
     After each optimizer step ``average += rate * (weights - average)``.
     """
@@ -76,30 +76,30 @@ class EmaTeacher:
 
     @torch.no_grad()
     def score(self, sequences: Sequences) -> Scores:
-        """Logits under the averaged weights."""
+        """Return logits under the averaged weights."""
         with self._policy.weights_swapped(self._weights):
-            return _own_head(self._policy.score(sequences))
+            return _detached_head(self._policy.score(sequences))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move a step towards the policy."""
+        """Move the average towards the policy's weights."""
         for name, param in self._policy.trainable.items():
             self._weights[name].lerp_(param.detach(), self._rate)
 
     def state(self) -> Mapping[str, Tensor]:
-        """The averaged weights."""
+        """Return the averaged weights."""
         return self._weights
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up saved averages."""
+        """Restore saved averages."""
         _load(self._weights, state)
 
 
 class TrustRegionTeacher:
-    """Logits between the initial policy's and the live policy's (SDPO, arXiv:2601.20802).
+    """Interpolates between the initial and the current policy's logits (SDPO, arXiv:2601.20802).
 
-    ``logits = (1 - student_mix) * initial + student_mix * live``: a teacher that follows the policy
-    but cannot leave the neighbourhood of where it began.
+    ``logits = (1 - student_mix) * initial + student_mix * current``: a teacher that follows the policy
+    but stays close to the initial one.
     """
 
     def __init__(self, policy: Policy, student_mix: float) -> None:
@@ -108,38 +108,38 @@ class TrustRegionTeacher:
 
     @torch.no_grad()
     def score(self, sequences: Sequences) -> Scores:
-        """Logits interpolated between initial and current weights."""
+        """Return logits interpolated between initial and current weights."""
         ((initial, initial_head, _),) = score_initial(self._policy, self._weights, sequences).terms
-        ((live, live_head, _),) = self._policy.score(sequences).terms
+        ((current, current_head, _),) = self._policy.score(sequences).terms
         share = self._student_mix
-        return Scores(((initial, initial_head, 1 - share), (live, live_head, share)))
+        return Scores(((initial, initial_head, 1 - share), (current, current_head, share)))
 
     def update(self) -> None:
-        """Follows by itself."""
+        """Do nothing: the policy's weights are the teacher's."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """The initial weights (none when they are the adapters switched off)."""
+        """Return the initial weights (none when they are the adapters switched off)."""
         return self._weights
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up saved initial weights."""
+        """Restore saved initial weights."""
         _load(self._weights, state)
 
 
 def score_initial(policy: Policy, weights: Mapping[str, Tensor], sequences: Sequences) -> Scores:
-    """Logits under the initial policy: adapters off, or the kept copy of the weights."""
+    """Return logits under the initial policy: adapters off, or a copy of the weights."""
     if policy.has_adapters:
         with policy.adapters_off():
             return policy.score(sequences)
     with policy.weights_swapped(weights):
-        return _own_head(policy.score(sequences))
+        return _detached_head(policy.score(sequences))
 
 
-def _own_head(scores: Scores) -> Scores:
-    """Scores that keep the head they were made with when the policy's weights are swapped back.
+def _detached_head(scores: Scores) -> Scores:
+    """Return scores whose head keeps its values when the policy's weights are swapped back.
 
-    The head's parameter *object* belongs to the policy; the values behind it are the teacher's only
-    inside the swap, and logits are computed later.
+    The head's parameter *object* belongs to the policy; it holds the teacher's values only inside the
+    swap, and logits are computed after it.
     """
     return Scores(
         tuple(

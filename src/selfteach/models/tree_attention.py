@@ -1,9 +1,9 @@
-"""Sequences that begin alike are the paths of a tree: no beginning is run twice.
+"""Compute prefixes that sequences of a micro-batch share only once (tree attention).
 
-Answers to one question share its prompt and often their first words. Under causal attention a token's
-state depends only on what stands before it in its own sequence. So each distinct beginning has one
-place, at its own position, where all but attention is computed once; attention looks along each path
-as it would along the sequence. Exact, gradients included.
+Rollouts of one problem share its prompt and often their first tokens. Under causal attention a token's
+state depends only on the tokens before it in its sequence. So sequences are paths of a tree with one
+node per distinct prefix: everything but attention is computed once per node, and attention runs along
+each path as it would along the sequence. Exact, gradients included.
 """
 
 from __future__ import annotations
@@ -23,39 +23,38 @@ from transformers.masking_utils import sdpa_mask
 from selfteach.types import TokenTree
 
 ATTENTION = "sdpa_along_paths"
-"""Our attention's name in a model's settings: PyTorch's, along paths where a pass has some."""
+"""Our attention's name in a model's settings: SDPA, along the paths of a tree where a pass has one."""
 MIN_SAVING = 0.9
-"""Places are used where they are at most this share of the padded rows: gathering costs, too."""
+"""Largest ratio of nodes to padded tokens at which a tree is used: gathering states costs time, too."""
 
 
-def branches(
+def build_token_tree(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], shared: int
 ) -> TokenTree | None:
-    """The sequences behind their first ``shared`` tokens as paths of a tree; None if that does not pay.
+    """Build the tree of the sequences after their first ``shared`` tokens; None if it saves too little.
 
-    ``prompts`` and ``answers`` are B lists of ids; the result has U places and N of them that predict,
-    one for each of the answers' tokens in order. An answer's last token is left out: its state predicts
-    nothing that is read.
+    ``prompts`` and ``answers`` are B lists of ids; the result has U nodes and the N nodes that predict
+    the answers' tokens, in order. An answer's last token is left out: nothing reads its state.
     """
     read = [(*p[shared:], *a[:-1]) for p, a in zip(prompts, answers, strict=True)]
     length = max(map(len, read))
     path_BL = np.zeros((len(read), length), dtype=np.int64)
     ids, positions, first = list[int](), list[int](), list[int]()
-    before, last = (), 0
-    for row in sorted(range(len(read)), key=read.__getitem__):  # who begins alike stands together
-        own, path_L = read[row], path_BL[row]
-        alike, end, places = _alike(before, own), len(own), len(ids)
-        path_L[:alike] = path_BL[last, :alike]
-        path_L[alike:end] = range(places, places + end - alike)
-        ids += own[alike:]
-        positions += range(shared + alike, shared + end)
-        first += range(row * length + alike, row * length + end)
-        before, last = own, row
+    previous, previous_row = (), 0
+    for row in sorted(range(len(read)), key=read.__getitem__):  # shared prefixes become adjacent
+        sequence, path_L = read[row], path_BL[row]
+        start, end, nodes = _common_prefix(previous, sequence), len(sequence), len(ids)
+        path_L[:start] = path_BL[previous_row, :start]
+        path_L[start:end] = range(nodes, nodes + end - start)
+        ids += sequence[start:]
+        positions += range(shared + start, shared + end)
+        first += range(row * length + start, row * length + end)
+        previous, previous_row = sequence, row
     if len(ids) > MIN_SAVING * path_BL.size:
         return None
     predicting = [
-        path_L[len(own) - len(answer) : len(own)]
-        for path_L, own, answer in zip(path_BL, read, answers, strict=True)
+        path_L[len(sequence) - len(answer) : len(sequence)]
+        for path_L, sequence, answer in zip(path_BL, read, answers, strict=True)
     ]
     return TokenTree(
         torch.tensor([ids]), torch.tensor([positions]), torch.from_numpy(path_BL),
@@ -63,36 +62,36 @@ def branches(
     )  # fmt: skip
 
 
-def _alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens are the same."""
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many leading tokens are the same."""
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
 
 
 class Paths(NamedTuple):
-    """What attention is told of a pass over the places of a tree."""
+    """Holds what attention needs for a pass over the nodes of a tree."""
 
     path_BL: Tensor
-    """The places of each sequence's tokens, any place behind its end."""
+    """The nodes of each sequence's tokens; any node after its end."""
     first_U: Tensor
-    """Where in the flattened paths each place stands first."""
+    """Each node's first position in the flattened paths."""
     mask: Tensor | None
-    """What is added behind a common beginning: [1, 1, L, shared + L]; None without one."""
+    """Additive mask after a shared prefix: [1, 1, L, shared + L]; None without one."""
 
 
-def inputs(found: TokenTree, shared: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a model that `enable_tree_attention` is told besides ids and a common beginning's cache."""
-    length, device = found.path_BL.shape[1], found.path_BL.device
+def model_inputs(tree: TokenTree, shared: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return a model's keyword arguments for a tree, besides ids and a shared prefix's cache."""
+    length, device = tree.path_BL.shape[1], tree.path_BL.device
     mask = None
     if shared:
         mask = torch.full((1, 1, length, shared + length), -torch.inf, dtype=dtype, device=device)
         mask.triu_(shared + 1)
     return {
-        "position_ids": found.positions_1U,
-        # Given one of four dimensions, transformers makes none for U tokens that follow each other.
+        "position_ids": tree.positions_1U,
+        # Given a four-dimensional mask, transformers builds none for U consecutive tokens.
         "attention_mask": torch.zeros((1, 1, 1, 1), dtype=dtype, device=device),
-        "paths": Paths(found.path_BL, found.first_U, mask),
+        "paths": Paths(tree.path_BL, tree.first_U, mask),
     }
 
 
@@ -100,29 +99,29 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     *, paths: Paths | None = None, **settings: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention [1, U, heads, S] of places, each seen by the paths that run through it.
+    """Compute attention [1, U, heads, S] of nodes, along the paths through them.
 
-    Every path computes the states of its beginning again, which are the same as another's: they are
-    taken from where each place stands first.
+    Every path computes the states of its prefix again, equal to those of other paths: each node takes
+    its state from the first path through it.
     """
     if paths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     shared = key.shape[2] - query.shape[2]
     queries, keys, values = (
-        _along(paths.path_BL, x[0, :, -query.shape[2] :]) for x in (query, key, value)
+        _gather_paths(paths.path_BL, x[0, :, -query.shape[2] :]) for x in (query, key, value)
     )
     if shared:
         common = (x[:, :, :shared].expand(len(keys), -1, -1, -1) for x in (key, value))
         keys, values = (torch.cat(x, 2) for x in zip(common, (keys, values), strict=True))
-    told_BLHS, _ = sdpa_attention_forward(module, queries, keys, values, paths.mask, **settings)
-    told_UD = F.embedding(paths.first_U, told_BLHS.flatten(2).flatten(0, 1))
-    return told_UD.view(1, len(told_UD), *told_BLHS.shape[2:]), None
+    states_BLHS, _ = sdpa_attention_forward(module, queries, keys, values, paths.mask, **settings)
+    states_UD = F.embedding(paths.first_U, states_BLHS.flatten(2).flatten(0, 1))
+    return states_UD.view(1, len(states_UD), *states_BLHS.shape[2:]), None
 
 
-def _along(path_BL: Tensor, states_HUS: Tensor) -> Tensor:
-    """States of places as states of sequences, [B, heads, L, S].
+def _gather_paths(path_BL: Tensor, states_HUS: Tensor) -> Tensor:
+    """Gather nodes' states into sequences' states, [B, heads, L, S].
 
-    By the operator for embeddings, whose gradient is summed in one order on a GPU too.
+    Uses the embedding operator, whose gradient is summed in a fixed order on a GPU too.
     """
     states_UD = states_HUS.transpose(0, 1).flatten(1)
     return F.embedding(path_BL, states_UD).unflatten(2, (len(states_HUS), -1)).transpose(1, 2)
@@ -133,38 +132,38 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def enable_tree_attention(model: PreTrainedModel) -> bool:
-    """Have a model look along paths where a pass has some; False for one that cannot, left as it was.
+    """Switch a model to tree attention; returns False for an unsupported one, which is left unchanged.
 
-    Asked of its settings, since a window may be wider than any probe, and then of the model itself: its
-    states must be those of the plain pass.
+    Checks the model's settings, since a sliding window may be wider than any probe, and then that the
+    states of a probe equal those of a plain pass.
     """
     backbone: nn.Module = getattr(model, model.base_model_prefix)
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) or kinds != {"full_attention"}
-    takes = inspect.signature(backbone.forward).parameters.values()
-    known = {"attention_mask", "position_ids"} <= {p.name for p in takes}
-    hands_on = any(p.kind is p.VAR_KEYWORD for p in takes)
+    parameters = inspect.signature(backbone.forward).parameters.values()
+    takes_positions = {"attention_mask", "position_ids"} <= {p.name for p in parameters}
+    forwards_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters)
     before = config._attn_implementation
-    if windowed or not (known and hands_on) or before not in ("sdpa", ATTENTION):
+    if windowed or not (takes_positions and forwards_kwargs) or before not in ("sdpa", ATTENTION):
         return False
     model.set_attn_implementation(ATTENTION)
-    if not _probed(model, backbone):
+    if not _matches_plain_pass(model, backbone):
         model.set_attn_implementation(before)
         return False
     return True
 
 
 @torch.no_grad()
-def _probed(model: PreTrainedModel, backbone: nn.Module) -> bool:
+def _matches_plain_pass(model: PreTrainedModel, backbone: nn.Module) -> bool:
     device = next(backbone.parameters()).device
-    found = branches([(1, 2), (1, 2)], [(0, 3, 1), (3, 0, 1)], 0)
-    assert found is not None
-    found = found.to(device)
-    told = inputs(found, 0, model.dtype)
-    folded_UH = backbone(input_ids=found.ids_1U, use_cache=False, **told)[0][0]
+    tree = build_token_tree([(1, 2), (1, 2)], [(0, 3, 1), (3, 0, 1)], 0)
+    assert tree is not None
+    tree = tree.to(device)
+    extra = model_inputs(tree, 0, model.dtype)
+    tree_UH = backbone(input_ids=tree.ids_1U, use_cache=False, **extra)[0][0]
     ids_BT = torch.tensor([[1, 2, 0, 3], [1, 2, 3, 0]], device=device)
     plain_NH = backbone(input_ids=ids_BT, use_cache=False)[0][:, 1:].flatten(0, 1)
-    error = (folded_UH[found.columns_N] - plain_NH).abs().max()
+    error = (tree_UH[tree.columns_N] - plain_NH).abs().max()
     tolerance = 1e-4 if plain_NH.dtype in (torch.float32, torch.float64) else 0.1
     return bool(error <= tolerance * plain_NH.abs().max())

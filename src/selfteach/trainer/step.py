@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from selfteach.feedback.alignment import changed_steps, first_change, first_error_token
-from selfteach.losses.objectives import weighted_loss
 from selfteach.models.policy import Policy
 from selfteach.prompts.renderer import Renderer
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
@@ -144,9 +143,7 @@ def _backward(components: Components, batch: Batch) -> dict[str, Tensor]:
     """Add one micro-batch's gradient of the step's loss; return statistics of its tokens, each [N]."""
     teacher = components.teacher.score(batch.teacher) if batch.teacher is not None else None
     student = components.policy.score(batch.student)
-    loss, stats = weighted_loss(
-        components.objective, student, teacher, batch, components.chunk_tokens
-    )
+    loss, stats = components.objective.loss(student, teacher, batch, components.chunk_tokens)
     loss.backward()
     return {
         **stats,

@@ -136,13 +136,13 @@ def test_top_k_and_tail_lies_between_zero_and_the_whole(pair, beta, k, side) -> 
 @quick
 @given(pairs(masked=False), st.sampled_from(["student", "teacher"]))
 def test_top_k_grows_with_k_and_keeps_the_likeliest(pair, side) -> None:
-    own = pair[0] if side == "student" else pair[1]
-    assume(len(own.unique()) == len(own))
+    ranked = pair[0] if side == "student" else pair[1]
+    assume(len(ranked.unique()) == len(ranked))
     values = []
-    for k in range(1, len(own) + 1):
+    for k in range(1, len(ranked) + 1):
         buckets = top_k_and_tail(*pair, k, side)
-        kept = (buckets[0] if side == "student" else buckets[1])[:k]
-        assert torch.equal(kept.sort().values, own.topk(k).values.sort().values)
+        top = (buckets[0] if side == "student" else buckets[1])[:k]
+        assert torch.equal(top.sort().values, ranked.topk(k).values.sort().values)
         values.append(forward_kl(*buckets).item())
     assert all(b >= a - 1e-11 for a, b in itertools.pairwise(values))
     assert math.isclose(values[-1], forward_kl(*pair).item(), rel_tol=1e-12, abs_tol=ATOL)
@@ -169,7 +169,7 @@ def test_temperature_divides_and_a_constant_changes_nothing(pair, temperature, s
     want = per_token(Divergence("forward_kl"), pair[0] / temperature, pair[1] / temperature, y)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-9, atol=1e-11)
     plain = per_token(Divergence("forward_kl"), *pair, y)
-    torch.testing.assert_close(got.advantage, plain.advantage, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got.teacher_logratio, plain.teacher_logratio, rtol=1e-9, atol=1e-11)
 
 
 @quick

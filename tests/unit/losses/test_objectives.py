@@ -1,4 +1,4 @@
-"""Weights, gates and denominators; a step split in any way has the same loss and gradient."""
+"""Token weights, masks and denominators; a step split in any way has the same loss and gradient."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from selfteach.errors import AlignmentError
 from selfteach.feedback.alignment import first_error_token
+from selfteach.losses import fused
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.losses.token_masks import TokenMask
@@ -19,6 +20,7 @@ from selfteach.models.lm_head import Head, Scores, chunked_sum
 from selfteach.protocols import Objective
 from selfteach.trainer.batching import check_same_tokens, collate
 from selfteach.types import (
+    Batch,
     Critique,
     CritiquedRollout,
     CritiqueFailure,
@@ -37,7 +39,7 @@ def sample(
     length: int,
     *,
     correct: bool = False,
-    told: bool = True,
+    has_teacher: bool = True,
     error: int | None = None,
     changed: tuple[tuple[int, int], ...] = (),
 ) -> TrainingSample:
@@ -47,8 +49,8 @@ def sample(
     )
     return TrainingSample(
         CritiquedRollout(rollout, Verdict(correct, True, "x"), None),
-        teacher_prompt_ids=(1, 2, 3, 4) if told else None,
-        dropped=None if told else "no critique",
+        teacher_prompt_ids=(1, 2, 3, 4) if has_teacher else None,
+        dropped=None if has_teacher else "no critique",
         first_error_token=error,
         changed_spans=changed,
     )
@@ -62,11 +64,11 @@ def weights_of(
 
 
 def mask(objective: Objective, samples: list[TrainingSample]) -> list[tuple[float, ...]]:
-    """Weights as they are before the division by the one denominator."""
-    signals, (count,) = weights_of(objective, samples)
+    """Return weights before the division by the denominator."""
+    token_weights, (count,) = weights_of(objective, samples)
     return [
         tuple(round(w * count, 12) for w in weights_of_sample.weights)
-        for weights_of_sample in signals
+        for weights_of_sample in token_weights
     ]
 
 
@@ -74,8 +76,8 @@ def distillation(**changes: object) -> Distillation:
     return Distillation(Divergence("reverse_kl"), 1.0, **changes)  # type: ignore[arg-type]
 
 
-def gated(*gate: object) -> Distillation:
-    return distillation(token_mask=TokenMask(*gate))  # type: ignore[arg-type]
+def masked(*token_mask: object) -> Distillation:
+    return distillation(token_mask=TokenMask(*token_mask))  # type: ignore[arg-type]
 
 
 def hybrid(
@@ -85,39 +87,39 @@ def hybrid(
     return Hybrid(distillation(**changes), Grpo(1.0), schedule, grpo_weight, grpo_tokens)  # type: ignore[arg-type]
 
 
-LESSONS = [
+SAMPLES = [
     sample("a", 3, correct=True),
     sample("b", 2, error=1),
-    sample("c", 4, told=False),
+    sample("c", 4, has_teacher=False),
     sample("d", 5, error=2),
 ]
 
 
 @pytest.mark.parametrize(
-    ("gate", "expected"),
+    ("token_mask", "expected"),
     [
         ("all", [(1, 1, 1), (1, 1), (0, 0, 0, 0), (1, 1, 1, 1, 1)]),
         ("incorrect", [(0, 0, 0), (1, 1), (0, 0, 0, 0), (1, 1, 1, 1, 1)]),
         ("correct", [(1, 1, 1), (0, 0), (0, 0, 0, 0), (0, 0, 0, 0, 0)]),
     ],
 )
-def test_gates_by_verdict(gate: str, expected: list[tuple[float, ...]]) -> None:
-    objective = gated(gate)
-    assert objective.denominators(LESSONS) == (sum(map(sum, expected)),)
-    assert mask(objective, LESSONS) == expected
+def test_masks_by_verdict(token_mask: str, expected: list[tuple[float, ...]]) -> None:
+    objective = masked(token_mask)
+    assert objective.denominators(SAMPLES) == (sum(map(sum, expected)),)
+    assert mask(objective, SAMPLES) == expected
 
 
-def test_from_the_first_error_on() -> None:
-    objective = gated("all", True)
-    assert mask(objective, LESSONS) == [(0, 0, 0), (0, 1), (0, 0, 0, 0), (0, 0, 1, 1, 1)]
-    assert objective.denominators(LESSONS) == (4,)
+def test_tokens_from_the_first_error_on_pass() -> None:
+    objective = masked("all", True)
+    assert mask(objective, SAMPLES) == [(0, 0, 0), (0, 1), (0, 0, 0, 0), (0, 0, 1, 1, 1)]
+    assert objective.denominators(SAMPLES) == (4,)
 
 
-def test_sequence_mean_gives_every_answer_the_same_say() -> None:
+def test_sequence_mean_gives_every_rollout_the_same_weight() -> None:
     objective = distillation(aggregation="sequence_mean", token_mask=TokenMask("all", True))
-    signals, (count,) = weights_of(objective, LESSONS)
+    token_weights, (count,) = weights_of(objective, SAMPLES)
     assert count == 2
-    assert [sum(weights_of_sample.weights) for weights_of_sample in signals] == pytest.approx(
+    assert [sum(weights_of_sample.weights) for weights_of_sample in token_weights] == pytest.approx(
         [0, 0.5, 0, 0.5]
     )
 
@@ -156,12 +158,12 @@ def gradient_of(
         hidden = embedding[side.ids_BT[side.rows_N, side.columns_N]]
         teacher = Scores.single(hidden, teacher_head) if batch.teacher else None
 
-        def told(logits, rows, batch=batch, teacher=teacher):
+        def per_token(logits, rows, batch=batch, teacher=teacher):
             teacher_logits = teacher.logits(rows) if teacher else None
             return objective.per_token(logits, teacher_logits, batch, rows)
 
         total, _ = chunked_sum(
-            told,
+            per_token,
             Scores.single(hidden, Head(head)),
             batch.weight_N.double(),
             chunk_tokens=3,
@@ -181,7 +183,7 @@ def gradient_of(
 )
 @settings(max_examples=40, deadline=None)
 def test_any_split_has_the_same_loss_and_gradient(shape: list, micro: int, kind: str) -> None:
-    samples = [sample("q", n, correct=c, told=t or kind == "grpo") for n, c, t in shape]
+    samples = [sample("q", n, correct=c, has_teacher=t or kind == "grpo") for n, c, t in shape]
     objective: Objective
     match kind:
         case "grpo":
@@ -209,18 +211,18 @@ def test_any_split_has_the_same_loss_and_gradient(shape: list, micro: int, kind:
     assert torch.allclose(split_gradient, whole_gradient, rtol=1e-12, atol=1e-15)
 
 
-def test_a_dropped_lesson_is_as_if_absent() -> None:
+def test_a_dropped_sample_is_as_if_absent() -> None:
     objective = distillation()
-    with_it = gradient_of(objective, LESSONS, 100)
-    without = gradient_of(objective, [LESSONS[0], LESSONS[1], LESSONS[3]], 100)
+    with_it = gradient_of(objective, SAMPLES, 100)
+    without = gradient_of(objective, [SAMPLES[0], SAMPLES[1], SAMPLES[3]], 100)
     assert with_it[0] == pytest.approx(without[0], rel=1e-12)
     assert torch.equal(with_it[1], without[1])
 
 
 def test_the_importance_weight_scales_a_tokens_loss() -> None:
     capped, plain = distillation(importance_cap=1e9), distillation()
-    token_weights, _ = weights_of(plain, LESSONS[:1])
-    (batch,) = collate(LESSONS[:1], token_weights, pad_id=0, micro_batch_tokens=100)
+    token_weights, _ = weights_of(plain, SAMPLES[:1])
+    (batch,) = collate(SAMPLES[:1], token_weights, pad_id=0, micro_batch_tokens=100)
     logits, teacher = torch.randn(3, VOCABULARY), torch.randn(3, VOCABULARY)
     loss = plain.per_token(logits, teacher, batch, slice(None))
     weighted = capped.per_token(logits, teacher, batch, slice(None))
@@ -231,26 +233,26 @@ def test_the_importance_weight_scales_a_tokens_loss() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probabilities_are_at_the_temperature_that_sampled(temperature: float) -> None:
     objective = Distillation(Divergence(kind="reverse_kl"), temperature)
-    token_weights, _ = weights_of(objective, LESSONS[:1])
-    (batch,) = collate(LESSONS[:1], token_weights, pad_id=0, micro_batch_tokens=100)
+    token_weights, _ = weights_of(objective, SAMPLES[:1])
+    (batch,) = collate(SAMPLES[:1], token_weights, pad_id=0, micro_batch_tokens=100)
     logits, teacher = torch.randn(2, 3, VOCABULARY).double()
-    said = objective.per_token(logits, teacher, batch, slice(None))
-    own = (logits / temperature).log_softmax(-1).gather(-1, batch.ids_N[:, None])[:, 0]
-    torch.testing.assert_close(said["logp"], own)
+    values = objective.per_token(logits, teacher, batch, slice(None))
+    want = (logits / temperature).log_softmax(-1).gather(-1, batch.ids_N[:, None])[:, 0]
+    torch.testing.assert_close(values["logp"], want)
 
 
 def test_batches_hold_the_answers_tokens_on_both_sides() -> None:
-    token_weights, _ = weights_of(distillation(), LESSONS)
-    batches = collate(LESSONS, token_weights, pad_id=0, micro_batch_tokens=30)
+    token_weights, _ = weights_of(distillation(), SAMPLES)
+    batches = collate(SAMPLES, token_weights, pad_id=0, micro_batch_tokens=30)
     assert sum(len(batch.ids_N) for batch in batches) == 3 + 2 + 5
     for batch in batches:
         assert batch.student.ids_BT.numel() + batch.teacher.ids_BT.numel() <= 30
         check_same_tokens(batch)
 
 
-def test_a_teacher_that_scores_other_tokens_is_found_out() -> None:
-    token_weights, _ = weights_of(distillation(), LESSONS)
-    batch = collate(LESSONS, token_weights, pad_id=0, micro_batch_tokens=1000)[0]
+def test_a_teacher_that_scores_other_tokens_is_an_error() -> None:
+    token_weights, _ = weights_of(distillation(), SAMPLES)
+    batch = collate(SAMPLES, token_weights, pad_id=0, micro_batch_tokens=1000)[0]
     ids = batch.teacher.ids_BT.clone()
     ids[0, batch.teacher.columns_N[0] + 1] += 1
     broken = dataclasses.replace(batch, teacher=dataclasses.replace(batch.teacher, ids_BT=ids))
@@ -258,7 +260,7 @@ def test_a_teacher_that_scores_other_tokens_is_found_out() -> None:
         check_same_tokens(broken)
 
 
-def test_the_penalty_towards_the_initial_policy_is_weighed_and_added() -> None:
+def test_the_kl_penalty_is_weighted_and_added() -> None:
     samples = [sample("a", 3, correct=True), sample("a", 2)]
     plain, penalised = Grpo(1.0), Grpo(1.0, kl_coef=0.3)
     token_weights, _ = weights_of(penalised, samples)
@@ -266,9 +268,9 @@ def test_the_penalty_towards_the_initial_policy_is_weighed_and_added() -> None:
     logits, initial = torch.randn(5, VOCABULARY), torch.randn(5, VOCABULARY)
     rows, index = slice(None), batch.ids_N[:, None]
     delta = (initial.log_softmax(-1) - logits.log_softmax(-1)).gather(1, index)[:, 0]
-    said = penalised.per_token(logits, initial, batch, rows)
+    values = penalised.per_token(logits, initial, batch, rows)
     expected = plain.per_token(logits, None, batch, rows)["loss"] + 0.3 * (delta.exp() - delta - 1)
-    assert torch.allclose(said["loss"], expected, atol=1e-6)
+    assert torch.allclose(values["loss"], expected, atol=1e-6)
 
 
 def test_the_first_error_s_token_begins_its_step() -> None:
@@ -283,26 +285,26 @@ def test_the_first_error_s_token_begins_its_step() -> None:
     assert first_error_token(None, spans) is None
 
 
-def test_marked_spans_are_the_earliest_tokens_up_to_their_share() -> None:
-    told = sample("d", 12, error=3, changed=((3, 6), (8, 12)))
+def test_changed_steps_pass_their_earliest_tokens_up_to_the_fraction() -> None:
+    changed = sample("d", 12, error=3, changed=((3, 6), (8, 12)))
 
-    def passing(*gate: object) -> list[int]:
-        return [i for i, weight in enumerate(TokenMask(*gate).mask(told)) if weight]  # type: ignore[arg-type]
+    def passing(*token_mask: object) -> list[int]:
+        return [i for i, weight in enumerate(TokenMask(*token_mask).mask(changed)) if weight]  # type: ignore[arg-type]
 
     assert passing("all", False, 1.0) == [3, 4, 5, 8, 9, 10, 11]
     assert passing("all", False, 0.25) == [3, 4, 5], "a quarter of 12"
     assert passing("all", False, 0.4) == [3, 4, 5, 8], "4.8, rounded down"
     assert passing("all", False, 0.05) == [], "less than one token"
     assert passing("correct", False, 1.0) == []
-    late = dataclasses.replace(told, first_error_token=5)
+    late = dataclasses.replace(changed, first_error_token=5)
     assert TokenMask("all", True, 0.25).mask(late) == [0] * 5 + [1, 0, 0, 1, 1, 0, 0]
-    behind = dataclasses.replace(told, scored_from=4)
+    behind = dataclasses.replace(changed, scored_from=4)
     assert TokenMask(changed_steps_fraction=0.25).mask(behind) == [0] * 4 + [1, 1, 0, 0, 1, 0, 0, 0]
-    nothing_changed = dataclasses.replace(told, changed_spans=())
+    nothing_changed = dataclasses.replace(changed, changed_spans=())
     assert not any(TokenMask(changed_steps_fraction=1.0).mask(nothing_changed))
 
 
-def test_the_hybrid_by_hand() -> None:
+def test_the_hybrid_matches_a_computation_by_hand() -> None:
     """Two answers of one token over two entries, the second one wrong and the only one distilled.
 
     s = (½, ½), t = (⅘, ⅕): KL(s‖t) = ½ ln(1 / 0.64), its gradient in logit i is s_i (ln(s_i/t_i) − KL).
@@ -333,8 +335,8 @@ def test_the_hybrid_by_hand() -> None:
     )
     logits = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[0.8, 0.2]], dtype=torch.float64).log().expand(2, 2)
-    said = objective.per_token(logits, teacher, batch, slice(None))
-    loss = (batch.weight_N * said["loss"]).sum()
+    values = objective.per_token(logits, teacher, batch, slice(None))
+    loss = (batch.weight_N * values["loss"]).sum()
     loss.backward()
     kl, a = 0.5 * math.log(1 / 0.64), 0.5 / (0.5**0.5 + 1e-4)
     assert loss.item() == pytest.approx(0.375 * -a + 0.375 * a + 0.25 * kl, rel=1e-12)
@@ -343,8 +345,8 @@ def test_the_hybrid_by_hand() -> None:
     second = [0.375 * a * -0.5 + 0.25 * pulls[0], 0.375 * a * 0.5 + 0.25 * pulls[1]]
     expected = torch.tensor([first, second], dtype=torch.float64)
     assert torch.allclose(logits.grad, expected, rtol=1e-12, atol=1e-15)  # type: ignore[arg-type]
-    assert said["teacher_logratio"].tolist() == pytest.approx([0, math.log(0.2 / 0.5)]), (
-        "first: not asked"
+    assert values["teacher_logratio"].tolist() == pytest.approx([0, math.log(0.2 / 0.5)]), (
+        "first: not distilled"
     )
 
 
@@ -352,23 +354,23 @@ GROUP = [
     sample("aa", 3, correct=True, changed=()),
     sample("aa", 5, error=2, changed=((2, 5),)),
     sample("b", 2, error=0, changed=((0, 2),)),
-    sample("cc", 4, told=False),
+    sample("cc", 4, has_teacher=False),
     sample("cc", 2, correct=True),
 ]
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize(
-    "gate", [TokenMask(), TokenMask("incorrect"), TokenMask(changed_steps_fraction=0.5)]
+    "token_mask", [TokenMask(), TokenMask("incorrect"), TokenMask(changed_steps_fraction=0.5)]
 )
-def test_a_mixture_has_both_objectives_at_its_ends(aggregation: str, gate: TokenMask) -> None:
+def test_a_mixture_has_both_objectives_at_its_ends(aggregation: str, token_mask: TokenMask) -> None:
     for weight, alone in (
         (0.0, Grpo(1.0)),
-        (1.0, distillation(token_mask=gate, aggregation=aggregation)),
+        (1.0, distillation(token_mask=token_mask, aggregation=aggregation)),
     ):
         loss, gradient = gradient_of(alone, GROUP, 1000)
         mixed, mixed_gradient = gradient_of(
-            hybrid(weight, token_mask=gate, aggregation=aggregation), GROUP, 1000
+            hybrid(weight, token_mask=token_mask, aggregation=aggregation), GROUP, 1000
         )
         assert mixed == pytest.approx(loss, rel=1e-12)
         assert torch.allclose(mixed_gradient, gradient, rtol=1e-12, atol=1e-15)
@@ -380,12 +382,12 @@ def test_a_mixture_is_the_weighted_sum_of_both() -> None:
         (hybrid(0.3, token_mask=TokenMask("incorrect")), (0.3, 0.7)),
         (hybrid(0.3, grpo_weight=2.0, token_mask=TokenMask("incorrect")), (0.3, 2.0)),
     ):
-        told = gradient_of(distillation(token_mask=TokenMask("incorrect")), GROUP, 1000)
+        distilled = gradient_of(distillation(token_mask=TokenMask("incorrect")), GROUP, 1000)
         rewarded = gradient_of(Grpo(1.0), GROUP, 1000)
         loss, gradient = gradient_of(objective, GROUP, 1000)
         # Weights and shares are float32 in a batch.
-        assert loss == pytest.approx(w * told[0] + v * rewarded[0], rel=1e-6)
-        assert torch.allclose(gradient, w * told[1] + v * rewarded[1], rtol=1e-5, atol=1e-8)
+        assert loss == pytest.approx(w * distilled[0] + v * rewarded[0], rel=1e-6)
+        assert torch.allclose(gradient, w * distilled[1] + v * rewarded[1], rtol=1e-5, atol=1e-8)
 
 
 def test_grpo_on_the_other_tokens_shares_none_with_distillation() -> None:
@@ -404,7 +406,7 @@ def test_grpo_on_the_other_tokens_shares_none_with_distillation() -> None:
     assert [batch.teacher is None for batch in batches] == [True, False]
 
 
-def test_a_teacher_that_is_not_asked_spoils_nothing() -> None:
+def test_a_non_finite_teacher_is_harmless_where_nothing_is_distilled() -> None:
     objective = hybrid(0.5, token_mask=TokenMask("incorrect"))
     token_weights, _ = weights_of(objective, GROUP[:2])
     (batch,) = collate(GROUP[:2], token_weights, pad_id=0, micro_batch_tokens=1000)
@@ -431,3 +433,84 @@ def test_an_annealed_weight_has_its_ends_and_a_straight_line_between() -> None:
         annealed, annealed_gradient = gradient_of(objective, GROUP, 1000, update)
         assert annealed == pytest.approx(loss, rel=1e-12)
         assert torch.allclose(annealed_gradient, gradient, rtol=1e-12, atol=1e-15)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Doubled(Distillation):
+    """A subclass whose loss is twice its parent's."""
+
+    def per_token(self, logits_CV, teacher_logits_CV, batch, rows):
+        values = Distillation.per_token(self, logits_CV, teacher_logits_CV, batch, rows)
+        return {**values, "loss": 2 * values["loss"]}
+
+
+def bf16_inputs(width: int) -> tuple[Scores, Scores, Batch]:
+    """Both sides' scores and a batch of eight tokens, in bf16 with a head that trains."""
+    token_weights, _ = weights_of(distillation(), GROUP[:2])
+    (batch,) = collate(GROUP[:2], token_weights, pad_id=0, micro_batch_tokens=1000)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, teacher_hidden, teacher_head = (
+        (torch.randn(rows, width, generator=generator) / width**0.25).bfloat16()
+        for rows in (8, VOCABULARY, 8, VOCABULARY)
+    )
+    student = Scores.single(hidden.requires_grad_(), Head(head.requires_grad_()))
+    return student, Scores.single(teacher_hidden, Head(teacher_head)), batch
+
+
+def test_a_subclass_with_another_per_token_is_never_bypassed_by_a_fused_loss(monkeypatch) -> None:
+    student, teacher, batch = bf16_inputs(16)
+    base, doubled = distillation(), Doubled(Divergence("reverse_kl"), 1.0)
+    want, _ = base.loss(student, teacher, batch, 3)
+    calls = []
+
+    def fused_sum(*args: object) -> None:
+        calls.append(args)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(fused, "supports", lambda *_: True)
+    monkeypatch.setattr(fused, "divergence_sum", fused_sum)
+    with pytest.raises(ZeroDivisionError):
+        base.loss(student, teacher, batch, 3)
+    got, values = doubled.loss(student, teacher, batch, 3)
+    assert len(calls) == 1, "only the class whose per_token the fused loss replaces"
+    torch.testing.assert_close(got.detach(), 2 * want.detach(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close((batch.weight_N * values["loss"]).sum(), got.detach())
+
+
+@pytest.mark.parametrize("part", [distillation, lambda: Doubled(Divergence("reverse_kl"), 1.0)])
+def test_a_hybrid_computes_its_loss_from_per_token(part) -> None:
+    student, teacher, batch = bf16_inputs(16)
+    batch = dataclasses.replace(batch, share_N=torch.linspace(0, 1, 8))
+    objective = Hybrid(part(), Grpo(1.0), Anneal(0.5, 0.5))
+    total, values = objective.loss(student, teacher, batch, 3)
+    with torch.no_grad():
+        logits = student.logits(slice(None)), teacher.logits(slice(None))
+    want = objective.per_token(*logits, batch, slice(None))
+    assert values.keys() == want.keys()
+    torch.testing.assert_close(values["loss"], want["loss"], rtol=1e-4, atol=1e-5)
+    want_total = (batch.weight_N * want["loss"]).sum()
+    torch.testing.assert_close(total.detach(), want_total, rtol=1e-4, atol=1e-5)
+
+
+def test_an_objective_inherits_the_chunked_loss_from_the_protocol() -> None:
+    class Likelihood(Objective):
+        """Implements the four methods that have no default."""
+
+        needs_teacher = False  # type: ignore[assignment]
+
+        def denominators(self, samples):
+            return (1.0,)
+
+        def token_weights(self, samples, counts, update):
+            return [TokenWeights((1.0,) * len(one.rollout.token_ids)) for one in samples]
+
+        def per_token(self, logits_CV, teacher_logits_CV, batch, rows):
+            logp_C = logits_CV.float().log_softmax(-1).gather(1, batch.ids_N[rows, None])[:, 0]
+            return {"loss": -logp_C, "logp": logp_C.detach()}
+
+    student, _, batch = bf16_inputs(16)
+    total, values = Likelihood().loss(student, None, batch, 3)
+    total.backward()
+    ((hidden_NH, head, _),) = student.terms
+    assert hidden_NH.grad is not None and head.weight_VH.grad is not None
+    torch.testing.assert_close(total.detach(), -(batch.weight_N * values["logp"]).sum())

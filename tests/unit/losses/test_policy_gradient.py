@@ -61,10 +61,10 @@ def test_advantages_of_nothing_and_of_unequal_lists() -> None:
     ("ratio", "advantage", "loss", "clipped"),
     [
         (1.0, 2.0, -2.0, 0.0),
-        (1.5, 2.0, -1.3 * 2.0, 1.0),  # too high and asked to rise: held at 1 + 0.3
-        (1.5, -2.0, 3.0, 0.0),  # too high and asked to fall: the worse value counts
-        (0.5, 2.0, -1.0, 0.0),  # too low and asked to rise
-        (0.5, -2.0, 0.8 * 2.0, 1.0),  # too low and asked to fall: held at 1 - 0.2
+        (1.5, 2.0, -1.3 * 2.0, 1.0),  # too high and A > 0: clipped at 1 + 0.3
+        (1.5, -2.0, 3.0, 0.0),  # too high and A < 0: the larger loss counts
+        (0.5, 2.0, -1.0, 0.0),  # too low and A > 0
+        (0.5, -2.0, 0.8 * 2.0, 1.0),  # too low and A < 0: clipped at 1 - 0.2
         (1.25, 1.0, -1.25, 0.0),  # inside the upper side only
         (0.75, -1.0, 0.8, 1.0),  # outside the lower side only
     ],
@@ -167,13 +167,13 @@ def test_token_logp_a_few_rows_at_a_time(shape, temperature, monkeypatch) -> Non
     logits[..., 4] = -math.inf  # also where it is the token: its log-probability is -inf
     ids[:1] = 4
     weights = torch.randn(shape, generator=generator, dtype=torch.float64)
-    told = []
+    results = []
     for fn in (token_logp, plain_token_logp):
-        own = logits.clone().requires_grad_()
-        logp = fn(own, ids, temperature)
+        leaf = logits.clone().requires_grad_()
+        logp = fn(leaf, ids, temperature)
         finite = torch.where(logp.isfinite(), logp, 0.0)
-        told.append((logp, *torch.autograd.grad((weights * finite).sum(), own)))
-    for got, want in zip(*told, strict=True):
+        results.append((logp, *torch.autograd.grad((weights * finite).sum(), leaf)))
+    for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 

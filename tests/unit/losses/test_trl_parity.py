@@ -116,8 +116,8 @@ def test_sdpo_top_k_restated(alpha, k) -> None:
     for b in range(B):
         for t in range(T):
             p, q = softmax(TEACHER_BTV[b, t]), softmax(STUDENT_BTV[b, t])
-            kept = sorted(range(V), key=lambda entry: q[entry], reverse=True)[:k]
-            p, q = ([side[i] for i in kept] + [1 - sum(side[i] for i in kept)] for side in (p, q))
+            top = sorted(range(V), key=lambda entry: q[entry], reverse=True)[:k]
+            p, q = ([side[i] for i in top] + [1 - sum(side[i] for i in top)] for side in (p, q))
             assert loss_BT[b, t].item() == pytest.approx(restated_divergence(p, q, alpha), rel=1e-9)
 
 
@@ -224,11 +224,11 @@ WEIGHTS = {
 
 def our_grpo(logp_BT: Tensor, weight_BT: Tensor) -> Tensor:
     """The masked sum as our trainer forms it: answer tokens in one row, weights beside them."""
-    kept = MASK_BT.bool()
-    logp_N, old_N, reference_N = logp_BT[kept], OLD_BT[kept], REFERENCE_BT[kept]
-    advantage_N = ADVANTAGE_B[:, None].expand(B, T)[kept]
+    scored = MASK_BT.bool()
+    logp_N, old_N, reference_N = logp_BT[scored], OLD_BT[scored], REFERENCE_BT[scored]
+    advantage_N = ADVANTAGE_B[:, None].expand(B, T)[scored]
     loss_N, _ = clipped_surrogate(logp_N, old_N, advantage_N, clip_low=LOW, clip_high=HIGH)
-    return (weight_BT[kept] * (loss_N + KL * k3(logp_N, reference_N))).sum()
+    return (weight_BT[scored] * (loss_N + KL * k3(logp_N, reference_N))).sum()
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

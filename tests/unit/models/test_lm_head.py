@@ -76,13 +76,13 @@ def sources(student: Scores) -> list[Tensor]:
 
 
 def plain(fn: PerTokenFn, student: Scores, weight_N: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-    said = fn(student.logits(slice(None)), slice(None))
-    return (weight_N * said["loss"]).sum(), said
+    values = fn(student.logits(slice(None)), slice(None))
+    return (weight_N * values["loss"]).sum(), values
 
 
 @pytest.mark.parametrize("words", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.kind}-{spec.support}")
-def test_chunked_is_plain(spec, words) -> None:
+def test_chunked_matches_plain(spec, words) -> None:
     student, fn = make_student(make_head(**words)), divergence_fn(spec)
     want, want_stats = plain(fn, student, WEIGHT_N)
     want_grads = torch.autograd.grad(want, sources(student))
@@ -114,7 +114,7 @@ def test_mixture_is_linear_in_logits() -> None:
     assert torch.equal(single.logits(rows), head_a.logits(hidden_a)[rows])
 
 
-def test_a_students_own_share_counts() -> None:
+def test_a_student_s_mixture_weight_scales_its_logits() -> None:
     hidden_NH, head = noise(N, H, seed=3).requires_grad_(), make_head()
     student, fn = Scores(((hidden_NH, head, 0.5),)), divergence_fn(SPECS[0])
     want = torch.autograd.grad(plain(fn, student, WEIGHT_N)[0], sources(student))
@@ -159,7 +159,7 @@ def test_gradient_flows_on_into_the_model() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-13)
 
 
-def test_only_what_asks_for_a_gradient_gets_one() -> None:
+def test_only_tensors_that_require_a_gradient_get_one() -> None:
     frozen = make_student(make_head(**HEADS["frozen"]))
     chunked_sum(divergence_fn(SPECS[0]), frozen, WEIGHT_N, chunk_tokens=2)[0].backward()
     ((hidden_NH, head, _),) = frozen.terms
@@ -169,7 +169,7 @@ def test_only_what_asks_for_a_gradient_gets_one() -> None:
     assert head_only.terms[0][0].grad is None and head_only.terms[0][1].weight_VH.grad is not None
 
 
-def test_the_function_sees_every_row_once_in_order_and_grad_only_when_asked() -> None:
+def test_the_function_gets_every_row_once_in_order_and_grad_only_when_needed() -> None:
     seen: list[tuple[int, int, bool]] = []
 
     def fn(logits_CV: Tensor, rows: slice) -> Mapping[str, Tensor]:
@@ -189,7 +189,7 @@ def test_the_function_sees_every_row_once_in_order_and_grad_only_when_asked() ->
     torch.testing.assert_close(total, (WEIGHT_N * every_NV.sum(-1)).sum())
 
 
-def test_nothing_to_sum() -> None:
+def test_zero_rows_sum_to_zero() -> None:
     head = make_head(bias=True)
     student = Scores.single(torch.zeros(0, H, dtype=torch.float64, requires_grad=True), head)
     total, stats = chunked_sum(divergence_fn(SPECS[0]), student, WEIGHT_N[:0], chunk_tokens=4)
@@ -200,7 +200,7 @@ def test_nothing_to_sum() -> None:
         assert source.grad.abs().sum() == 0
 
 
-def test_split_is_whole() -> None:
+def test_a_split_matches_the_whole() -> None:
     student, fn = make_student(make_head(bias=True)), divergence_fn(SPECS[4])
     ((hidden_NH, head, _),) = student.terms
     whole, _ = chunked_sum(fn, student, WEIGHT_N, chunk_tokens=2)
@@ -251,9 +251,9 @@ def test_statistics_of_rows_of_weight_zero_are_real() -> None:
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("halves", [True, False])
-def test_bfloat16_hidden_states(weight_dtype, halves, monkeypatch) -> None:
-    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: halves)
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_hidden_states(weight_dtype, native, monkeypatch) -> None:
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda _: native)
     hidden_NH = noise(N, H, seed=3).bfloat16().requires_grad_()
     head = Head(noise(V, H, seed=1).to(weight_dtype).requires_grad_(), scale=0.5)
     student, fn = Scores.single(hidden_NH, head), divergence_fn(SPECS[0])
@@ -261,7 +261,7 @@ def test_bfloat16_hidden_states(weight_dtype, halves, monkeypatch) -> None:
     assert student.logits(slice(0, 2)).dtype == torch.float32
     total.backward()
     like = student
-    if not halves:  # nothing is rounded on the way, a float32 head neither
+    if not native:  # nothing is rounded on the way, a float32 head neither
         wide = [x.detach().float().requires_grad_() for x in sources(student)]
         like = Scores.single(wide[0], replace(head, weight_VH=wide[1]))
     want, want_stats = plain(fn, like, WEIGHT_N)
@@ -308,9 +308,9 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
         for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in known:
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in inputs:
                 self.sizes.append(value.numel())
         return out
 
@@ -373,12 +373,12 @@ def test_second_derivatives_are_refused_rather_than_wrong() -> None:
         grad.sum().backward()
 
 
-def test_away_from_a_processor_gradients_are_scaled_where_they_lie_and_once() -> None:
-    """Two [V, H] would be there otherwise; a second time they would be scaled twice."""
+def test_off_the_cpu_gradients_are_scaled_in_place_and_only_once() -> None:
+    """A scaled copy would be a second [V, H]; a second backward would scale twice."""
     total, grad = torch.zeros((), device="meta"), torch.zeros(3, 2, device="meta")
     source = torch.zeros(3, 2, device="meta", requires_grad=True)
-    kept = WithGradients.apply(total, grad, None, None, source, None, None)
-    (got,) = torch.autograd.grad(kept, source, retain_graph=True)
+    total_with_gradient = WithGradients.apply(total, grad, None, None, source, None, None)
+    (got,) = torch.autograd.grad(total_with_gradient, source, retain_graph=True)
     assert got.shape == (3, 2)
     with pytest.raises(RuntimeError, match="differentiated once only"):
-        torch.autograd.grad(kept, source)
+        torch.autograd.grad(total_with_gradient, source)

@@ -47,30 +47,30 @@ def test_weights_come_from_safetensors_only(folder: Path, tmp_path: Path) -> Non
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Acts(ran)}))
     assert load_model(ModelConfig(path=str(folder)), CPU), "a pickle beside them is not looked at"
     (folder / "model.safetensors").unlink()
-    with pytest.raises(EngineError, match=r"cannot load the model: .*safetensors") as told:
+    with pytest.raises(EngineError, match=r"cannot load the model: .*safetensors") as error:
         load_model(ModelConfig(path=str(folder)), CPU)
-    assert "\n" not in str(told.value) and not ran.exists()
+    assert "\n" not in str(error.value) and not ran.exists()
 
 
-def test_a_model_s_own_code_runs_only_if_the_recipe_says_so(folder: Path, tmp_path: Path) -> None:
+def test_custom_model_code_runs_only_if_the_recipe_allows_it(folder: Path, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
-    (folder / "own.py").write_text(
+    (folder / "custom.py").write_text(
         f"import pathlib\npathlib.Path({str(ran)!r}).write_text('ran')\n"
         "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
     )
     config = json.loads((folder / "config.json").read_text())
     config |= {
         "model_type": "of_their_own",
-        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+        "auto_map": {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"},
     }
     (folder / "config.json").write_text(json.dumps(config))
     for load in (lambda c: load_model(c, CPU), load_tokenizer):
         try:
             load(ModelConfig(path=str(folder)))
-        except EngineError as told:
-            assert "\n" not in str(told)
+        except EngineError as error:
+            assert "\n" not in str(error)
         assert not ran.exists()
-    with pytest.raises(EngineError, match=r"code of its own.*trust_remote_code = true"):
+    with pytest.raises(EngineError, match=r"custom code.*trust_remote_code = true"):
         load_model(ModelConfig(path=str(folder)), CPU)
 
 
@@ -78,7 +78,7 @@ def test_on_a_gpu_attention_is_not_planned_shape_by_shape() -> None:
     """A setting of the process; it is put back here."""
     from transformers.integrations import sdpa_attention
 
-    before, asked = torch.backends.cuda.cudnn_sdp_enabled(), sdpa_attention.use_gqa_in_sdpa
+    before, gqa = torch.backends.cuda.cudnn_sdp_enabled(), sdpa_attention.use_gqa_in_sdpa
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
         configure_torch(torch.device("cpu"))
@@ -87,7 +87,7 @@ def test_on_a_gpu_attention_is_not_planned_shape_by_shape() -> None:
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
-        sdpa_attention.use_gqa_in_sdpa = asked
+        sdpa_attention.use_gqa_in_sdpa = gqa
 
 
 FAULTS = """
@@ -105,22 +105,22 @@ print(steps() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
-    """Twenty blocks of 8 MiB, 2,048 pages each, are the same pages; or new ones, if so asked."""
+    """Twenty blocks of 8 MiB, 2,048 pages each, are reused, or not if the environment says so."""
 
     def faults(**environment: str) -> int:
         plain = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))}
-        told = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", FAULTS], env={**plain, **environment},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        return int(told.stdout)
+        return int(completed.stdout)
 
     assert faults() < 2048
     assert faults(MALLOC_MMAP_THRESHOLD_="65536") > 15 * 2048
 
 
 @pytest.mark.parametrize(
-    ("asked", "halves", "got"),
+    ("autocast", "fast_bf16", "got"),
     [
         (None, True, None),
         ("bfloat16", False, torch.bfloat16),
@@ -128,18 +128,18 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
         ("auto", False, None),
     ],
 )
-def test_autocast_asks_the_device_only_where_it_may_choose(
-    monkeypatch: pytest.MonkeyPatch, asked: str | None, halves: bool, got: torch.dtype | None
+def test_autocast_depends_on_the_device_only_for_auto(
+    monkeypatch: pytest.MonkeyPatch, autocast: str | None, fast_bf16: bool, got: torch.dtype | None
 ) -> None:
     kinds = list[str]()
-    monkeypatch.setattr(matmul, "multiplies_halves", lambda kind: (kinds.append(kind), halves)[1])
-    config = ModelConfig(autocast=asked)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda kind: (kinds.append(kind), fast_bf16)[1])
+    config = ModelConfig(autocast=autocast)  # pyright: ignore[reportArgumentType]
     for device, kind in (("cpu", "cpu"), ("cuda:1", "cuda"), ("auto", choose_device("auto").type)):
         assert autocast_of(config, device) == got
-        assert not kinds if asked != "auto" else kinds.pop() == kind
+        assert not kinds if autocast != "auto" else kinds.pop() == kind
 
 
-def test_a_gguf_file_is_read_once_and_nobody_shares_a_tokenizer(
+def test_a_gguf_file_is_read_once_and_tokenizers_are_not_shared(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lab_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     read = list[str]()
@@ -150,7 +150,7 @@ def test_a_gguf_file_is_read_once_and_nobody_shares_a_tokenizer(
 
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", from_pretrained)
     configs = [ModelConfig(path=str(tmp_path), gguf_file=name) for name in ("a", "a", "b")]
-    told = [load_tokenizer(config) for config in configs]
+    tokenizers = [load_tokenizer(config) for config in configs]
     assert read == [f"{tmp_path} a", f"{tmp_path} b"]
-    assert len({id(one) for one in (*told, lab_tokenizer)}) == 4
-    assert all(one.get_vocab() == lab_tokenizer.get_vocab() for one in told)
+    assert len({id(one) for one in (*tokenizers, lab_tokenizer)}) == 4
+    assert all(one.get_vocab() == lab_tokenizer.get_vocab() for one in tokenizers)

@@ -1,4 +1,4 @@
-"""Running a shared prefix once changes neither answers, nor scores, nor gradients."""
+"""Computing a shared prefix once changes neither rollouts, nor scores, nor gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANSWERS = [[7, 8, 2], [9, 2], [6, 5, 4, 3, 2]]
 
 
 class _Fixed(Renderer):
-    """Prompts from above, whatever is asked."""
+    """Renders the prompts above for any problem."""
 
     def __init__(self) -> None:
         pass
@@ -47,7 +47,7 @@ def test_hand_made_lengths() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=40), min_size=2, max_size=4))
-def test_what_is_shared_is_equal_and_leaves_every_prompt_a_token(tails) -> None:
+def test_the_shared_prefix_is_equal_and_leaves_every_prompt_a_token(tails) -> None:
     prompts = [[*COMMON, *tail] for tail in tails]
     shared = shared_length(prompts)
     assert shared >= MIN_SHARED
@@ -71,7 +71,7 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(
     policy = Policy(model, Schedule(1e-3))
     side = sequences(PROMPTS, ANSWERS, pad_id=0)
     assert side.shared == MIN_SHARED
-    found = []
+    results = []
     assert side.branches is not None
     for way in (side, dataclasses.replace(side, branches=None), None):
         scores = policy.score(way or dataclasses.replace(side, shared=0, branches=None))
@@ -81,8 +81,8 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(
         grads = {name: weight.grad for name, weight in weights if weight.grad is not None}
         assert len(grads) == len(policy.trainable)
         policy.optimizer.zero_grad(set_to_none=True)
-        found.append((logits.detach(), grads))
-    *others, (plain, plain_grads) = found
+        results.append((logits.detach(), grads))
+    *others, (plain, plain_grads) = results
     # Llama's norms and rotations are in float32 whatever the weights are.
     for once, once_grads in others:
         torch.testing.assert_close(once, plain, rtol=0, atol=1e-6 * float(plain.abs().max()))
@@ -92,7 +92,7 @@ def test_scores_and_gradients_are_those_of_the_plain_pass(
             torch.testing.assert_close(grad, plain_grads[name], rtol=0, atol=close)
 
 
-def test_with_activations_recomputed_nothing_is_shared(
+def test_gradient_checkpointing_disables_the_shared_prefix(
     tiny_llama: LlamaForCausalLM, monkeypatch
 ) -> None:
     plain = Policy(tiny_llama, Schedule(1e-3))

@@ -1,4 +1,4 @@
-"""The self-teacher's weights: frozen, live, averaged, mixed; and always put back."""
+"""Self-teachers score with frozen, current, averaged or mixed weights, and restore the policy's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def move(policy: Policy, amount: float = 0.02) -> None:
         param.add_(amount * torch.randn(param.shape, generator=generator))
 
 
-def test_initial_stays_where_it_was(policy: Policy) -> None:
+def test_the_initial_teacher_does_not_change(policy: Policy) -> None:
     teacher, before = build_teacher(InitialTeacher(), policy), logits(policy)
     move(policy)
     teacher.update()
@@ -65,7 +65,7 @@ def test_adapters_off_is_the_plain_model() -> None:
     assert torch.equal(teacher.score(SIDE).logits(ALL), logits(plain))
 
 
-def test_live_follows(policy: Policy) -> None:
+def test_the_live_teacher_follows_the_policy(policy: Policy) -> None:
     teacher = build_teacher(LiveTeacher(type="live"), policy)
     move(policy)
     assert torch.equal(teacher.score(SIDE).logits(ALL), logits(policy))
@@ -114,7 +114,7 @@ def test_state_survives_a_round_trip(config: object, policy: Policy) -> None:
         TrustRegionTeacher(type="trust_region", student_mix=0.0),
     ],
 )
-def test_scores_read_later_are_still_the_teachers(config: object) -> None:
+def test_scores_read_after_the_swap_are_still_the_teachers(config: object) -> None:
     policy = policy_of()
     teacher, before = build_teacher(config, policy), logits(policy)  # type: ignore[arg-type]
     move(policy)
@@ -123,7 +123,7 @@ def test_scores_read_later_are_still_the_teachers(config: object) -> None:
     assert torch.equal(scores.logits(ALL), before), "the head too must be the teacher's"
 
 
-def test_weights_are_put_back_also_after_an_error(policy: Policy) -> None:
+def test_weights_are_restored_after_an_error(policy: Policy) -> None:
     before = {name: param.data_ptr() for name, param in policy.trainable.items()}
     other = {name: param.detach() * 0 for name, param in policy.trainable.items()}
     with pytest.raises(ZeroDivisionError), policy.weights_swapped(other):

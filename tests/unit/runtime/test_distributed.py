@@ -102,7 +102,7 @@ def test_sharding_needs_torchrun(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="needs torchrun"):
         run_to_end(sharded, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RecipeError, match=r"param_dtype and reduce_dtype are of shard"):
+    with pytest.raises(RecipeError, match=r"param_dtype and reduce_dtype need shard"):
         validate(Recipe, {"distributed": {"param_dtype": "bfloat16"}})
 
 

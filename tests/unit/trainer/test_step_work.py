@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
-from selfteach.losses import fused_cpu
-from selfteach.losses.divergence import Divergence, form
+from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Distillation, Grpo
 from selfteach.models import matmul
 from selfteach.models.lm_head import Head, Scores, chunked_sum
@@ -46,7 +45,7 @@ class Work:
     def __init__(self, built: Built, patch: pytest.MonkeyPatch) -> None:
         self.passes, self.tokens, self.head_rows = Counter[str](), Counter[str](), 0
         built.components.policy.model.model.register_forward_pre_hook(self._pass, with_kwargs=True)
-        product, one_token = Head.product, LlamaDecoder.__call__
+        product, one_token = Head.project, LlamaDecoder.__call__
 
         def stepped(passes: LlamaDecoder, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
             self.passes["one token"] += 1
@@ -57,7 +56,7 @@ class Work:
             self.head_rows += len(hidden)
             return product(head, hidden)
 
-        patch.setattr(Head, "product", counted)
+        patch.setattr(Head, "project", counted)
         patch.setattr(LlamaDecoder, "__call__", stepped)
 
     def _pass(self, _: object, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -239,37 +238,12 @@ def test_a_loss_of_sampled_tokens_holds_logits_and_their_gradient(kind: Any, chu
 @pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])
 def test_halves_cost_no_more_than_float32(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither where they are multiplied in float32 nor where they are multiplied as they are."""
-    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: native)
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda _: native)
     few, many = (
         peak(n, trainable_head=False, width=4 * H, dtype=torch.bfloat16) for n in (1024, 2048)
     )
     assert few <= 2.6 * LOGITS
     assert many - few <= 1024 * (2 * 4 * H + 4 * 8), "the gradient is in hidden states' dtype"
-
-
-@pytest.mark.parametrize(("native", "chunks"), [(False, 2.3), (True, 1.3)])
-@pytest.mark.parametrize("top_k", [None, 8])
-def test_a_walk_in_slabs_holds_both_sides_of_a_chunk(
-    native: bool, chunks: float, top_k: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In float32, or in halves where they are multiplied as they are; one side becomes the gradient."""
-    monkeypatch.setattr(matmul, "multiplies_halves", lambda _: native)
-    monkeypatch.setattr(
-        fused_cpu, "SLAB_ENTRIES", 64 * CHUNK
-    )  # so that the first walk is the larger
-    monkeypatch.setattr(fused_cpu, "WIDE", H)
-    torch.manual_seed(0)
-    hidden_NH, teacher_NH = (torch.randn(CHUNK, H).bfloat16() for _ in range(2))
-    weight_VH, teacher_VH = (torch.randn(V, H).bfloat16() for _ in range(2))
-    support: Any = {"support": "top_k", "top_k": top_k} if top_k else {}
-    with Alive() as alive:
-        student = Scores.single(hidden_NH.requires_grad_(), Head(weight_VH.requires_grad_()))
-        teacher = Scores.single(teacher_NH, Head(teacher_VH))
-        asked = form(Divergence("jsd", **support))
-        assert fused_cpu.runs(asked, student, teacher)
-        ids_N, weight_N = torch.zeros(CHUNK, dtype=torch.long), torch.ones(CHUNK)
-        fused_cpu.divergence_sum(asked, student, teacher, ids_N, weight_N, chunk_tokens=CHUNK)
-    assert alive.most <= chunks * LOGITS
 
 
 def test_a_trainable_head_costs_its_gradient_and_no_copy_of_it() -> None:

@@ -110,7 +110,7 @@ def slow_bf16(recipe: Recipe) -> bool:
     if "bfloat16" not in (model.weights_dtype, model.autocast):
         return False
     on_cpu = model.device == "cpu" or (model.device == "auto" and not torch.cuda.is_available())
-    return on_cpu and not matmul.multiplies_halves("cpu")
+    return on_cpu and not matmul.has_fast_bf16("cpu")
 
 
 def _measure(recipe: Recipe, offline: bool) -> RunSizes:

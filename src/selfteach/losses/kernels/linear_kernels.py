@@ -1,11 +1,11 @@
 # pyright: reportInvalidTypeForm=false
-"""Triton kernels from hidden states to a divergence: both heads' logits live and die in registers.
+"""Compute divergences from hidden states with Triton: both heads' logits stay in registers.
 
-A program multiplies a block of rows with a block of both heads' entries, into float32, and keeps of
-the tile what it needs of it: running sums per row, or the tile's gradient. So nothing of the logits'
-size is ever in memory but, in half precision and a slab of the vocabulary at a time, the gradient.
-The price is that logits are computed once for the sums and again for the gradient (and once more
-where a term needs both sides' sums first: a JSD, a capped term).
+A program multiplies a block of rows by a block of both heads' entries, into float32, and reduces the
+tile to running sums per row, or to the tile's gradient. So the only tensor of the logits' kind in
+memory is their gradient, in bf16/fp16 and for a block of the vocabulary at a time. The price is that
+logits are computed once for the sums and again for the gradient (and once more where a term needs
+both sides' sums first: a JSD, a capped term).
 """
 
 from __future__ import annotations
@@ -18,37 +18,36 @@ import torch
 from torch import Tensor
 
 from selfteach.losses.kernels.row_kernels import KINDS, _jit, _term_slope_mass, tl, triton
-
-HALVES = (torch.float16, torch.bfloat16)
+from selfteach.models.matmul import HALF_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a kernel cuts up its work."""
+    """Describes how a kernel splits its work into tiles."""
 
     rows: int = 128
     entries: int = 128
     inner: int = 64
-    """Of the hidden states' width at a time."""
+    """Columns of the hidden states per step of a tile's matmul."""
     warps: int = 8
     stages: int = 4
 
 
 SUMS, GRADIENT = Tiling(), Tiling()
-"""The best of sixteen on an H200; `benchmarks/divergences_gpu.py --parts tilings` tries them again."""
+"""The fastest of sixteen on an H200; `benchmarks/divergences_gpu.py --parts tilings` measures them."""
 PROGRAMS = 528
-"""Programs that sums are split among, as far as there is work: four for each of 132 multiprocessors."""
-SLAB_BYTES = 32 * 2**20
-"""Of the gradient in the logits that exists at a time."""
+"""Most programs that sums are split among: four for each of 132 multiprocessors."""
+BLOCK_BYTES = 32 * 2**20
+"""Bytes of the gradient in the logits that are in memory at a time."""
 
 
 def runs(*states: Tensor) -> bool:
-    """True where the kernels can take these hidden states and heads."""
-    return triton is not None and all(x.is_cuda and x.dtype in HALVES for x in states)
+    """Return True where the kernels support these hidden states and heads."""
+    return triton is not None and all(x.is_cuda and x.dtype in HALF_DTYPES for x in states)
 
 
 class Sides(NamedTuple):
-    """Hidden states [N, H] and heads [V, H] of both sides, rows contiguous."""
+    """Holds hidden states [N, H] and heads [V, H] of both sides, rows contiguous."""
 
     student_NH: Tensor
     student_VH: Tensor
@@ -61,11 +60,11 @@ def _tile(
     hidden, head, rows, entries, H, hidden_stride, head_stride,
     EVEN: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """The logits of a block of rows and entries, in float32."""
+    """Compute the logits of a block of rows and entries, in float32."""
     inner = tl.arange(0, INNER)
     a_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + inner[None, :]
     b_at = head + entries.to(tl.int64)[None, :] * head_stride + inner[:, None]
-    made = tl.zeros((ROWS, ENTRIES), tl.float32)
+    tile = tl.zeros((ROWS, ENTRIES), tl.float32)
     for start in range(0, H, INNER):
         if EVEN:
             a = tl.load(a_at)
@@ -73,10 +72,10 @@ def _tile(
         else:
             a = tl.load(a_at, mask=(start + inner)[None, :] < H, other=0.0)
             b = tl.load(b_at, mask=(start + inner)[:, None] < H, other=0.0)
-        made = tl.dot(a, b, made, input_precision="ieee")
+        tile = tl.dot(a, b, tile, input_precision="ieee")
         a_at += INNER
         b_at += INNER
-    return made
+    return tile
 
 
 @_jit
@@ -87,18 +86,18 @@ def _sums(
     KIND: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
-    """Of some rows and a part of the vocabulary: what `sums` puts together, one number per row each.
+    """Compute per row, over a part of the vocabulary, what `sums` combines.
 
     0, 1: the student's largest logit m and Σ exp(x - m); 2, 3: the teacher's; 4: the mass-weighted gap
     of the KL's first side to its second; 5, 6: both sides' logit of the row's id.
     """
-    # Programs that run together read the same part of the heads: it comes from the cache.
+    # Programs that run at the same time read the same part of the heads, which is then cached.
     blocks = tl.cdiv(N, ROWS)
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
     rows = block * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(rows, N - 1)
-    own = tl.load(ids + safe)
+    row_ids = tl.load(ids + safe)
     high = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     teacher_high = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -118,9 +117,9 @@ def _sums(
             teacher, teacher_head, safe, inside, TH, teacher_stride, teacher_head_stride,
             EVEN, ROWS, ENTRIES, INNER,
         )  # fmt: skip
-        is_own = there & (entries[None, :] == own[:, None])
-        at_id += tl.sum(tl.where(is_own, s, 0.0), axis=1)
-        teacher_at_id += tl.sum(tl.where(is_own, t, 0.0), axis=1)
+        is_id = there & (entries[None, :] == row_ids[:, None])
+        at_id += tl.sum(tl.where(is_id, s, 0.0), axis=1)
+        teacher_at_id += tl.sum(tl.where(is_id, t, 0.0), axis=1)
         top = tl.maximum(high, tl.max(tl.where(there, s, -float("inf")), axis=1))
         mass = tl.where(there, tl.exp(s - top[:, None]), 0.0)
         shrink = tl.exp(high - top)
@@ -136,15 +135,15 @@ def _sums(
         if KIND == 0:
             gap = gap * shrink + tl.sum(mass * (t - s), axis=1)
     at = out + split * N + rows
-    known = rows < N
+    valid = rows < N
     step = splits * N
-    tl.store(at, high, mask=known)
-    tl.store(at + step, total, mask=known)
-    tl.store(at + 2 * step, teacher_high, mask=known)
-    tl.store(at + 3 * step, teacher_total, mask=known)
-    tl.store(at + 4 * step, gap, mask=known)
-    tl.store(at + 5 * step, at_id, mask=known)
-    tl.store(at + 6 * step, teacher_at_id, mask=known)
+    tl.store(at, high, mask=valid)
+    tl.store(at + step, total, mask=valid)
+    tl.store(at + 2 * step, teacher_high, mask=valid)
+    tl.store(at + 3 * step, teacher_total, mask=valid)
+    tl.store(at + 4 * step, gap, mask=valid)
+    tl.store(at + 5 * step, at_id, mask=valid)
+    tl.store(at + 6 * step, teacher_at_id, mask=valid)
 
 
 @_jit
@@ -155,7 +154,7 @@ def _losses(
     KIND: tl.constexpr, CLIP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
     ENTRIES: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Of some rows and a part of the vocabulary: Σ f, how many are capped, and Σ g."""
+    """Compute Σ f, how many entries are capped, and Σ g of some rows and a part of the vocabulary."""
     blocks = tl.cdiv(N, ROWS)
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
@@ -186,21 +185,21 @@ def _losses(
         if CLIP:
             capped += tl.sum(tl.where(there & cap, 1.0, 0.0), axis=1)
     at = out + split * N + rows
-    known = rows < N
-    tl.store(at, loss, mask=known)
-    tl.store(at + splits * N, capped, mask=known)
-    tl.store(at + 2 * splits * N, slopes, mask=known)
+    valid = rows < N
+    tl.store(at, loss, mask=valid)
+    tl.store(at + splits * N, capped, mask=valid)
+    tl.store(at + 2 * splits * N, slopes, mask=valid)
 
 
 @_jit
-def _slab(
+def _gradient_block(
     student, student_head, teacher, teacher_head, log_sum, teacher_log_sum, slope_sum, scale, grad,
     N, V, H, TH, student_stride, head_stride, teacher_stride, teacher_head_stride,
     first, width, beta, factor, clip,
     KIND: tl.constexpr, CLIP: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
     ENTRIES: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradient (g - s Σ g) times a row's scale; exactly 0 in a row whose scale is 0."""
+    """Compute a tile of (g - s Σ g) times a row's scale; exactly 0 in a row whose scale is 0."""
     blocks = tl.cdiv(N, ROWS)
     rows = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     columns = (tl.program_id(0) // blocks) * ENTRIES + tl.arange(0, ENTRIES)
@@ -220,25 +219,25 @@ def _slab(
         s - z, t - teacher_z, beta, factor, clip, tl.float32, KIND, CLIP
     )
     weight = tl.load(scale + safe)[:, None]
-    told = tl.where(weight == 0, 0.0, (slope - mass * tl.load(slope_sum + safe)[:, None]) * weight)
+    value = tl.where(weight == 0, 0.0, (slope - mass * tl.load(slope_sum + safe)[:, None]) * weight)
     at = grad + rows.to(tl.int64)[:, None] * width + columns[None, :]
     here = (rows < N)[:, None] & (columns < width)[None, :]
-    tl.store(at, told.to(grad.dtype.element_ty), mask=here)
+    tl.store(at, value.to(grad.dtype.element_ty), mask=here)
 
 
 class Sums(NamedTuple):
-    """What `sums` says of each row, in float32 and nats."""
+    """Holds what `sums` returns for each row, in float32 and nats."""
 
     log_sum_N: Tensor
     teacher_log_sum_N: Tensor
     logp_N: Tensor
     teacher_logp_N: Tensor
     kl_N: Tensor
-    """KL(teacher ‖ student) or KL(student ‖ teacher), as asked; nothing for a JSD."""
+    """KL(teacher ‖ student) or KL(student ‖ teacher) by kind; meaningless for a JSD."""
 
 
 def sums(sides: Sides, ids_N: Tensor, kind: str) -> Sums:
-    """Both sides' log-sum-exps and log-probabilities of ids, and a KL between the two."""
+    """Compute both sides' log-sum-exps and log-probabilities of ids, and a KL between the two."""
     N, V, tiling = len(sides.student_NH), len(sides.student_VH), SUMS
     splits, per_split = _splits(N, V, tiling)
     out = sides.student_NH.new_empty(7, splits, N, dtype=torch.float32)
@@ -247,26 +246,26 @@ def sums(sides: Sides, ids_N: Tensor, kind: str) -> Sums:
         tail=(splits, per_split), KIND=KINDS[kind],
     )  # fmt: skip
     high, total, teacher_high, teacher_total, gap, at_id, teacher_at_id = out
-    log_sum, top, own = _together(high, total)
-    teacher_log_sum, teacher_top, others = _together(teacher_high, teacher_total)
+    log_sum, top, scale = _combine(high, total)
+    teacher_log_sum, teacher_top, teacher_scale = _combine(teacher_high, teacher_total)
     logp, teacher_logp = at_id.sum(0) - log_sum, teacher_at_id.sum(0) - teacher_log_sum
     if kind == "reverse_kl":
-        kl = (own * gap).sum(0) * (top - log_sum).exp() - log_sum + teacher_log_sum
+        kl = (scale * gap).sum(0) * (top - log_sum).exp() - log_sum + teacher_log_sum
     else:
-        kl = (others * gap).sum(0) * (teacher_top - teacher_log_sum).exp()
+        kl = (teacher_scale * gap).sum(0) * (teacher_top - teacher_log_sum).exp()
         kl = kl - teacher_log_sum + log_sum
     return Sums(log_sum, teacher_log_sum, logp, teacher_logp, kl)
 
 
-def _together(high: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp of parts [S, N], the largest logit, and each part's scale against it."""
+def _combine(high: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-sum-exp over splits [S, N], the largest logit, and each split's scale."""
     top = high.amax(0)
     scale = (high - top).exp()
     return top + (scale * total).sum(0).log(), top, scale
 
 
 class Losses(NamedTuple):
-    """What `losses` says of each row."""
+    """Holds what `losses` returns for each row."""
 
     loss_N: Tensor
     clipped_N: Tensor
@@ -274,34 +273,34 @@ class Losses(NamedTuple):
 
 
 def losses(
-    sides: Sides, own: Sums, kind: str, beta: float, factor: float, clip: float | None
+    sides: Sides, sums: Sums, kind: str, beta: float, factor: float, clip: float | None
 ) -> Losses:
-    """The divergence, the share of capped terms and Σ g; an uncapped KL is known from its sums."""
+    """Compute the divergence, the share of capped terms and Σ g; an uncapped KL needs `sums` alone."""
     if clip is None and kind != "jsd":
         # Σ g of KL(t ‖ s) is -Σ t; of KL(s ‖ t), up to a multiple of s, the KL itself.
-        slope_sum = own.kl_N if kind == "reverse_kl" else torch.full_like(own.kl_N, -1.0)
-        return Losses(own.kl_N, torch.zeros_like(own.kl_N), slope_sum)
+        slope_sum = sums.kl_N if kind == "reverse_kl" else torch.full_like(sums.kl_N, -1.0)
+        return Losses(sums.kl_N, torch.zeros_like(sums.kl_N), slope_sum)
     N, V, tiling = len(sides.student_NH), len(sides.student_VH), SUMS
     splits, per_split = _splits(N, V, tiling)
     out = sides.student_NH.new_empty(3, splits, N, dtype=torch.float32)
     _launch(
-        _losses, splits * triton.cdiv(N, tiling.rows), tiling, sides, own.log_sum_N,
-        own.teacher_log_sum_N, out, tail=(splits, per_split, beta, factor, _cap(clip)),
+        _losses, splits * triton.cdiv(N, tiling.rows), tiling, sides, sums.log_sum_N,
+        sums.teacher_log_sum_N, out, tail=(splits, per_split, beta, factor, _cap(clip)),
         KIND=KINDS[kind], CLIP=clip is not None,
     )  # fmt: skip
     loss, capped, slope_sum = out.sum(1)
     return Losses(loss, capped / V, slope_sum)
 
 
-def slab(
-    sides: Sides, own: Sums, slope_sum_N: Tensor, scale_N: Tensor, into_NW: Tensor, first: int,
+def gradient_block(
+    sides: Sides, sums: Sums, slope_sum_N: Tensor, scale_N: Tensor, into_NW: Tensor, first: int,
     kind: str, beta: float, factor: float, clip: float | None,
 ) -> None:  # fmt: skip
-    """The gradient of Σ scale times divergence in the student's logits from entry ``first`` on."""
+    """Write the gradient of Σ scale · divergence in the student's logits, W entries from ``first``."""
     (N, width), tiling = into_NW.shape, GRADIENT
     _launch(
-        _slab, triton.cdiv(N, tiling.rows) * triton.cdiv(width, tiling.entries), tiling, sides,
-        own.log_sum_N, own.teacher_log_sum_N, slope_sum_N, scale_N, into_NW,
+        _gradient_block, triton.cdiv(N, tiling.rows) * triton.cdiv(width, tiling.entries), tiling,
+        sides, sums.log_sum_N, sums.teacher_log_sum_N, slope_sum_N, scale_N, into_NW,
         tail=(first, width, beta, factor, _cap(clip)), KIND=KINDS[kind], CLIP=clip is not None,
     )  # fmt: skip
 
@@ -311,10 +310,10 @@ def _cap(clip: float | None) -> float:
 
 
 def _splits(N: int, V: int, tiling: Tiling) -> tuple[int, int]:
-    """Into how many parts the vocabulary is split, and entries of each."""
+    """Return into how many parts the vocabulary is split, and the entries of each."""
     blocks = triton.cdiv(V, tiling.entries)
-    wanted = min(blocks, max(1, PROGRAMS // triton.cdiv(N, tiling.rows)))
-    per_split = triton.cdiv(blocks, wanted) * tiling.entries
+    splits = min(blocks, max(1, PROGRAMS // triton.cdiv(N, tiling.rows)))
+    per_split = triton.cdiv(blocks, splits) * tiling.entries
     return triton.cdiv(V, per_split), per_split
 
 

@@ -1,12 +1,12 @@
-"""Triton kernels over rows of logits: log-probabilities, divergences and their gradients on a GPU.
+"""Compute log-probabilities, divergences and their gradients from rows of logits with Triton.
 
-Each reads its logits in the dtype they come in and computes in float32, one row to a program.
-Nothing of the logits' size is made but the gradient, which is computed when it is asked for and never
-kept: a call remembers a few numbers per row. `closed_form` has the formulas for any device.
+Each kernel reads logits in their dtype and computes in float32, one row to a program. The only new
+tensor of the logits' size is the gradient, computed in the backward pass: a call saves a few numbers
+per row. `analytic_gradients` has the formulas for any device.
 
-Triton comes with PyTorch's builds for GPUs, and is not looked for with others. On a processor the
-kernels run where it is installed and TRITON_INTERPRET=1 was set before this module was imported:
-slowly, for tests, in float64 too.
+Triton comes with PyTorch's builds for GPUs, and is not imported with others. On a CPU the kernels run
+where it is installed and TRITON_INTERPRET=1 was set before this module was imported: slowly, for tests,
+in float64 too.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -36,22 +36,22 @@ KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
 def runs(*logits: Tensor) -> bool:
-    """True where the kernels can take these logits [N, V]."""
+    """Return True where the kernels support these logits [N, V]."""
     if triton is None:
         return False
     return all(x.is_cuda and x.dtype in DTYPES and x.shape[-1] > 0 for x in logits)
 
 
 def _jit(fn: Any) -> Any:
-    """Triton reads a function's source and globals: those of the function itself, not a wrapper's."""
+    """Compile a kernel, unwrapped: Triton reads the source and globals of the function it is given."""
     return fn if triton is None else triton.jit(inspect.unwrap(fn))
 
 
 @_jit
 def _grown(high, total, x, FLOAT: tl.constexpr):
-    """A running log-sum-exp as (largest, Σ exp(x - largest)), with the entries x added to it.
+    """Add the entries x to a running log-sum-exp (largest, Σ exp(x - largest)).
 
-    Where nothing but -inf has come by, the largest is said to be 0 and the sum stays 0.
+    While all entries are -inf, exponents are relative to 0 and the sum stays 0.
     """
     top = tl.maximum(high, tl.max(x, axis=0))
     finite = tl.where(top == -float("inf"), 0.0, top).to(FLOAT)
@@ -61,10 +61,10 @@ def _grown(high, total, x, FLOAT: tl.constexpr):
 
 @_jit
 def _row_sums(
-    logits, ids, kept, logp, log_sum, log_tail, V, stride, inverse,
+    logits, ids, in_top_k, logp, log_sum, log_tail, V, stride, inverse,
     FLOAT: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one row: log p(id), the log-sum-exp of x / T, and that of the entries that are not kept."""
+    """Compute log p(id), the log-sum-exp of x / T, and that of the tail, of one row."""
     row = tl.program_id(0).to(tl.int64)
     high = tl.full((), -float("inf"), FLOAT)
     total = tl.zeros((), FLOAT)
@@ -78,25 +78,25 @@ def _row_sums(
         )
         high, total = _grown(high, total, x, FLOAT)
         if TAIL:
-            out = tl.load(kept + row * V + at, mask=at < V, other=1) != 0
+            out = tl.load(in_top_k + row * V + at, mask=at < V, other=1) != 0
             high_tail, total_tail = _grown(
                 high_tail, total_tail, tl.where(out, -float("inf"), x), FLOAT
             )
-    all_of_it = high + tl.log(total)
-    own = tl.load(logits + row * stride + tl.load(ids + row)).to(FLOAT) * inverse
-    tl.store(logp + row, own - all_of_it)
-    tl.store(log_sum + row, all_of_it)
+    log_total = high + tl.log(total)
+    id_logit = tl.load(logits + row * stride + tl.load(ids + row)).to(FLOAT) * inverse
+    tl.store(logp + row, id_logit - log_total)
+    tl.store(log_sum + row, log_total)
     if TAIL:
-        nothing = total_tail == 0
-        inside = high_tail + tl.log(tl.where(nothing, 1.0, total_tail).to(FLOAT))
-        tl.store(log_tail + row, tl.where(nothing, -float("inf"), inside))
+        empty = total_tail == 0
+        log_total = high_tail + tl.log(tl.where(empty, 1.0, total_tail).to(FLOAT))
+        tl.store(log_tail + row, tl.where(empty, -float("inf"), log_total))
 
 
 @_jit
 def _term_slope_mass(
     s, t, beta, factor, clip, FLOAT: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr
 ):
-    """Of entries' log s and log t: the term f, g = df / d log s, the mass s, and what is capped.
+    """Compute the term f, g = df / d log s, the mass s and the capped flag from log s and log t.
 
     A mass of zero has the term 0 whatever the other side is.
     """
@@ -128,7 +128,7 @@ def _row_loss(
     V, stride, teacher_stride, inverse, beta, factor, clip,
     FLOAT: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one row: Σ f, the share of its entries that are capped, and Σ g."""
+    """Compute Σ f, the share of capped entries, and Σ g of one row."""
     row = tl.program_id(0).to(tl.int64)
     z = tl.load(log_sum + row)
     teacher_z = tl.load(teacher_log_sum + row)
@@ -159,7 +159,7 @@ def _gradient(
     V, stride, teacher_stride, inverse, beta, factor, clip,
     FLOAT: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one block of one row: (g - s Σ g) / T times what the row's loss counts for."""
+    """Compute (g - s Σ g) / T times the gradient of the row's loss, for one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < V
@@ -169,8 +169,8 @@ def _gradient(
         s - tl.load(log_sum + row), t - tl.load(teacher_log_sum + row),
         tl.full((), beta, FLOAT), factor, clip, FLOAT, KIND, CLIP,
     )  # fmt: skip
-    told = (slope - mass * tl.load(slope_sum + row)) * (tl.load(grad_loss + row) * inverse)
-    tl.store(grad + row * V + at, told.to(grad.dtype.element_ty), mask=there)
+    value = (slope - mass * tl.load(slope_sum + row)) * (tl.load(grad_loss + row) * inverse)
+    tl.store(grad + row * V + at, value.to(grad.dtype.element_ty), mask=there)
 
 
 @_jit
@@ -178,15 +178,15 @@ def _tail_gradient(
     student, log_tail, tail_slope, grad, V, stride, inverse,
     FLOAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one block of one row: the tail's slope shared out by each entry's part of the tail."""
+    """Compute the tail's slope times each entry's share of the tail, for one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < V
     tail = tl.load(log_tail + row)
     tail = tl.where(tail == -float("inf"), 0.0, tail).to(FLOAT)
     x = tl.load(student + row * stride + at, mask=there, other=0.0).to(FLOAT) * inverse
-    told = tl.exp(x - tail) * tl.load(tail_slope + row)
-    tl.store(grad + row * V + at, told.to(grad.dtype.element_ty), mask=there)
+    value = tl.exp(x - tail) * tl.load(tail_slope + row)
+    tl.store(grad + row * V + at, value.to(grad.dtype.element_ty), mask=there)
 
 
 @_jit
@@ -194,44 +194,44 @@ def _token_gradient(
     logits, ids, log_sum, grad_logp, grad, V, stride, inverse,
     FLOAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one block of one row: (1 where the entry is the id, else 0, - p) / T times the row's."""
+    """Compute (1[entry = id] - p) / T times the row's gradient, for one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < V
     x = tl.load(logits + row * stride + at, mask=there, other=0.0).to(FLOAT) * inverse
-    own = tl.where(at == tl.load(ids + row), 1.0, 0.0)
-    told = (own - tl.exp(x - tl.load(log_sum + row))) * (tl.load(grad_logp + row) * inverse)
-    tl.store(grad + row * V + at, told.to(grad.dtype.element_ty), mask=there)
+    is_id = tl.where(at == tl.load(ids + row), 1.0, 0.0)
+    value = (is_id - tl.exp(x - tl.load(log_sum + row))) * (tl.load(grad_logp + row) * inverse)
+    tl.store(grad + row * V + at, value.to(grad.dtype.element_ty), mask=there)
 
 
 class Sums(NamedTuple):
-    """What `row_sums` says of each row, at a temperature, in float32 at least."""
+    """Holds what `row_sums` returns for each row, at a temperature, in float32 at least."""
 
     logp_N: Tensor
     """Log-probability of the id (nats)."""
     log_sum_N: Tensor
     """Log-sum-exp of all entries."""
     log_tail_N: Tensor | None
-    """That of the entries that are not kept, -inf where there are none."""
+    """Log-sum-exp of the tail, -inf where it is empty."""
 
 
 def row_sums(
-    logits_NV: Tensor, ids_N: Tensor, temperature: float, kept_NV: Tensor | None = None
+    logits_NV: Tensor, ids_N: Tensor, temperature: float, top_k_NV: Tensor | None = None
 ) -> Sums:
-    """Log-sum-exps of rows of logits over ``temperature``; ``kept_NV``: bytes, 1 for no tail."""
+    """Compute log-sum-exps of logits over ``temperature``; ``top_k_NV``: bytes, 0 in the tail."""
     logits_NV = _rows(logits_NV)
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     logp_N, log_sum_N = (logits_NV.new_empty(len(logits_NV), dtype=dtype) for _ in range(2))
-    log_tail_N = None if kept_NV is None else torch.empty_like(logp_N)
+    log_tail_N = None if top_k_NV is None else torch.empty_like(logp_N)
     _launch(
-        _row_sums, logits_NV, 1, logits_NV, ids_N.contiguous(), kept_NV, logp_N, log_sum_N,
-        log_tail_N, logits_NV.shape[1], logits_NV.stride(0), 1 / temperature, TAIL=kept_NV is not None,
+        _row_sums, logits_NV, 1, logits_NV, ids_N.contiguous(), top_k_NV, logp_N, log_sum_N,
+        log_tail_N, logits_NV.shape[1], logits_NV.stride(0), 1 / temperature, TAIL=top_k_NV is not None,
     )  # fmt: skip
     return Sums(logp_N, log_sum_N, log_tail_N)
 
 
 class Losses(NamedTuple):
-    """What `losses` says of each row, in float32 at least."""
+    """Holds what `losses` returns for each row, in float32 at least."""
 
     loss_N: Tensor
     clipped_N: Tensor
@@ -240,7 +240,7 @@ class Losses(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """Both sides' logits [N, V] and log-sum-exps [N] at one temperature."""
+    """Holds both sides' logits [N, V] and log-sum-exps [N] at one temperature."""
 
     student_NV: Tensor
     teacher_NV: Tensor
@@ -251,7 +251,7 @@ class Sides(NamedTuple):
 def losses(
     sides: Sides, kind: str, beta: float, factor: float, clip: float | None, temperature: float
 ) -> Losses:
-    """The divergence of each row; ``factor`` multiplies every term of a JSD."""
+    """Compute the divergence of each row; ``factor`` multiplies every term of a JSD."""
     student_NV, teacher_NV = _rows(sides.student_NV), _rows(sides.teacher_NV)
     loss_N, clipped_N, slope_sum_N = (torch.empty_like(sides.log_sum_N) for _ in range(3))
     _launch(
@@ -266,7 +266,7 @@ def loss_gradient(
     sides: Sides, slope_sum_N: Tensor, grad_loss_N: Tensor,
     kind: str, beta: float, factor: float, clip: float | None, temperature: float,
 ) -> Tensor:  # fmt: skip
-    """The gradient [N, V] of Σ grad_loss times loss in the student's logits, in their dtype."""
+    """Compute the gradient [N, V] of Σ grad_loss times loss in the student's logits, in their dtype."""
     student_NV, teacher_NV = _rows(sides.student_NV), _rows(sides.teacher_NV)
     grad_NV = torch.empty(student_NV.shape, dtype=student_NV.dtype, device=student_NV.device)
     _launch(
@@ -281,7 +281,7 @@ def loss_gradient(
 def tail_gradient(
     logits_NV: Tensor, log_tail_N: Tensor, slope_N: Tensor, temperature: float
 ) -> Tensor:
-    """``slope`` shared out among a row's entries as if all were the tail's: write over those kept."""
+    """Distribute ``slope`` as if all entries were the tail's; the caller overwrites the top K."""
     logits_NV = _rows(logits_NV)
     grad_NV = torch.empty(logits_NV.shape, dtype=logits_NV.dtype, device=logits_NV.device)
     _launch(
@@ -294,7 +294,7 @@ def tail_gradient(
 def token_gradient(
     logits_NV: Tensor, ids_N: Tensor, log_sum_N: Tensor, grad_logp_N: Tensor, temperature: float
 ) -> Tensor:
-    """The gradient [N, V] of Σ grad_logp times log p(id) in the logits, in their dtype."""
+    """Compute the gradient [N, V] of Σ grad_logp times log p(id) in the logits, in their dtype."""
     logits_NV = _rows(logits_NV)
     grad_NV = torch.empty(logits_NV.shape, dtype=logits_NV.dtype, device=logits_NV.device)
     _launch(
@@ -309,7 +309,7 @@ def _rows(logits_NV: Tensor) -> Tensor:
 
 
 def _launch(kernel: Any, logits_NV: Tensor, whole_rows: int, *args: Any, **flags: Any) -> None:
-    """One program for each row, or for each block of each row; of no rows nothing."""
+    """Start a program for each row, or for each block of each row; none for no rows."""
     rows, entries = logits_NV.shape
     if not rows:
         return

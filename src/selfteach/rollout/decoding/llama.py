@@ -222,9 +222,9 @@ def _fused_linear(causal: PreTrainedModel, rows: int) -> MakeLinear | None:
     weights = sum(weight.numel() for weight in backbone.layers.parameters())
     if weights <= MAX_FUSED_WEIGHTS:
         return lambda weight, bias: lambda x: F.linear(x, weight, bias)
-    if weights + head.weight.numel() > MAX_PACKED_WEIGHTS or not matmul.packs(head.weight):
+    if weights + head.weight.numel() > MAX_PACKED_WEIGHTS or not matmul.can_pack(head.weight):
         return None
-    return lambda weight, bias: matmul.packed(weight, bias, rows)
+    return lambda weight, bias: matmul.pack(weight, bias, rows)
 
 
 def _norm_linear(norm: Any, modules: list[Any], fused: MakeLinear | None) -> Linear:

@@ -1,21 +1,23 @@
-"""Divergences straight from hidden states beside the walk over tokens, by Triton's interpreter.
+"""Fused divergences from hidden states match the chunked loss, in Triton's interpreter.
 
 With CUDA the same tests run compiled, in bf16.
 """
+
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="builds of PyTorch for processors come without Triton")
+pytest.importorskip("triton", reason="PyTorch's CPU builds come without Triton")
 
 from divergences import INF, name
 
-from selfteach.losses import fused_gpu
-from selfteach.losses.divergence import Divergence, form, per_token
+from selfteach.losses import fused
+from selfteach.losses.divergence import Divergence, per_token
 from selfteach.losses.kernels import linear_kernels
 from selfteach.losses.kernels.linear_kernels import Tiling
-from selfteach.losses.objectives import Distillation, weighted_loss
+from selfteach.losses.objectives import Distillation
 from selfteach.models.lm_head import Head, Scores, chunked_sum
 from selfteach.types import Batch, Sequences
 
@@ -36,12 +38,12 @@ SPECS += [Divergence(spec.kind, beta=spec.beta, clip=0.02) for spec in SPECS[:3]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of rows, splits and slabs, the last of each in part."""
+    """Several blocks of rows, splits and blocks of the vocabulary, the last of each smaller."""
     tiling = Tiling(rows=16, entries=16, inner=16, warps=4, stages=2)
     monkeypatch.setattr(linear_kernels, "SUMS", tiling)
     monkeypatch.setattr(linear_kernels, "GRADIENT", tiling)
     monkeypatch.setattr(linear_kernels, "PROGRAMS", 6)
-    monkeypatch.setattr(linear_kernels, "SLAB_BYTES", N * 32 * FLOAT.itemsize)
+    monkeypatch.setattr(linear_kernels, "BLOCK_BYTES", N * 32 * FLOAT.itemsize)
     monkeypatch.setattr(linear_kernels, "runs", lambda *_: True)
 
 
@@ -66,7 +68,7 @@ def scores(hidden_NH: Tensor, head_VH: Tensor) -> Scores:
 
 
 def plainly(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, weight: Tensor):
-    """The walk over tokens in float64, by the closed form."""
+    """Compute the chunked loss in float64, by the closed form."""
 
     def wide(x: Scores) -> Scores:
         ((hidden, head, _),) = x.terms
@@ -75,11 +77,11 @@ def plainly(spec: Divergence, student: Scores, teacher: Scores, ids: Tensor, wei
     student, teacher = wide(student), wide(teacher)
 
     def fn(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
-        told = per_token(spec, logits_CV, teacher.logits(rows).detach(), ids[rows])
+        result = per_token(spec, logits_CV, teacher.logits(rows).detach(), ids[rows])
         return {
-            "loss": told.loss,
-            "clipped": told.clipped,
-            "teacher_logratio": told.teacher_logratio,
+            "loss": result.loss,
+            "clipped": result.clipped,
+            "teacher_logratio": result.teacher_logratio,
         }
 
     return chunked_sum(fn, student, weight.double(), chunk_tokens=5)
@@ -90,29 +92,29 @@ def close(got: Tensor, want: Tensor, rtol: float = RTOL, atol: float = ATOL) -> 
 
 
 def close_as_a_whole(got: Tensor, want: Tensor) -> None:
-    """Of the wanted norm only a small part is missing: 5e-5 in float32, 1e-2 of halves."""
+    """Assert a small relative error in norm: 5e-5 in float32, 1e-2 in bf16."""
     off = (got.double() - want.double()).norm() / want.double().norm()
     assert off < (1e-2 if CUDA else 5e-5), off
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 @pytest.mark.parametrize("width", [H, 48])
-def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(spec, width) -> None:
+def test_value_statistics_and_gradients_match_the_chunked_loss(spec, width) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs(width)
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
-    told = []
+    results = []
     for fn in (
-        lambda: fused_gpu.divergence_sum(form(spec), student, teacher, ids, weight),
+        lambda: fused.divergence_sum(spec, student, teacher, ids, weight),
         lambda: plainly(spec, student, teacher, ids, weight),
     ):
-        total, said = fn()
+        total, values = fn()
         grads = torch.autograd.grad(2 * total, (hidden, head))
-        told.append((total.detach(), said, grads))
-    (got, said, grads), (want, stats, wanted) = told
+        results.append((total.detach(), values, grads))
+    (got, values, grads), (want, stats, wanted) = results
     close(got, want)
     for one in ("loss", "clipped"):
-        close(said[one], stats[one])
-    close(said["teacher_logp"] - said["logp"], stats["teacher_logratio"])
+        close(values[one], stats[one])
+    close(values["teacher_logp"] - values["logp"], stats["teacher_logratio"])
     for mine, other in zip(grads, wanted, strict=True):
         assert mine.dtype == FLOAT
         close_as_a_whole(mine, other)
@@ -121,15 +123,15 @@ def test_it_is_the_walk_over_tokens_in_value_statistics_and_gradients(spec, widt
 def test_rows_of_weight_zero_are_absent_even_where_nothing_is_finite() -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     spec = SPECS[2]
-    want = fused_gpu.divergence_sum(
-        form(spec), scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
+    want = fused.divergence_sum(
+        spec, scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
     )[0]
     wanted = torch.autograd.grad(want, (hidden, head))
     with torch.no_grad():
         hidden[3] = torch.nan
         teacher_hidden[3] = INF
-    got = fused_gpu.divergence_sum(
-        form(spec), scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
+    got = fused.divergence_sum(
+        spec, scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
     )[0]
     grads = torch.autograd.grad(got, (hidden, head))
     close(got.detach(), want.detach(), 1e-6, 1e-6)
@@ -143,8 +145,8 @@ def test_only_what_trains_has_a_gradient(trains) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     hidden.requires_grad_(trains == "hidden")
     head.requires_grad_(trains == "head")
-    total, _ = fused_gpu.divergence_sum(
-        form(SPECS[1]), scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
+    total, _ = fused.divergence_sum(
+        SPECS[1], scores(hidden, head), scores(teacher_hidden, teacher_head), ids, weight
     )
     assert total.requires_grad == (trains != "nothing")
     if total.requires_grad:
@@ -154,7 +156,7 @@ def test_only_what_trains_has_a_gradient(trains) -> None:
 
 
 @pytest.mark.parametrize("cap", [None, 0.9])
-def test_an_objective_says_the_same_of_its_tokens_either_way(cap, monkeypatch) -> None:
+def test_an_objective_returns_the_same_values_fused_or_chunked(cap, monkeypatch) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     nowhere = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
     side = Sequences(nowhere, nowhere[0], nowhere[0])
@@ -162,51 +164,70 @@ def test_an_objective_says_the_same_of_its_tokens_either_way(cap, monkeypatch) -
     batch = Batch(side, side, ids, weight, torch.zeros_like(weight), sampled)
     objective = Distillation(SPECS[2], 1.0, importance_cap=cap)
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
-    told = []
+    results = []
     for allowed in (True, False):
-        monkeypatch.setattr(fused_gpu, "runs", lambda *_, allowed=allowed: allowed)
-        total, said = weighted_loss(objective, student, teacher, batch, 5)
-        told.append((total.detach(), said, torch.autograd.grad(total, (hidden, head))))
-    (got, said, grads), (want, stats, wanted) = told
+        monkeypatch.setattr(fused, "supports", lambda *_, allowed=allowed: allowed)
+        total, values = objective.loss(student, teacher, batch, 5)
+        results.append((total.detach(), values, torch.autograd.grad(total, (hidden, head))))
+    (got, values, grads), (want, stats, wanted) = results
     close(got, want)
-    assert said.keys() == stats.keys()
-    for one in said:
-        close(said[one], stats[one], atol=2e-2 if CUDA else 1e-5)
+    assert values.keys() == stats.keys()
+    for one in values:
+        close(values[one], stats[one], atol=2e-2 if CUDA else 1e-5)
     for mine, other in zip(grads, wanted, strict=True):
         close_as_a_whole(mine, other)
 
 
-def test_what_the_kernels_do_not_know_is_left_to_the_walk() -> None:
+def test_a_subclass_with_another_per_token_is_not_fused() -> None:
+    @dataclasses.dataclass(frozen=True, slots=True)
+    class Doubled(Distillation):
+        def per_token(self, logits_CV, teacher_logits_CV, batch, rows):
+            values = Distillation.per_token(self, logits_CV, teacher_logits_CV, batch, rows)
+            return {**values, "loss": 2 * values["loss"]}
+
+    hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
+    nowhere = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    side = Sequences(nowhere, nowhere[0], nowhere[0])
+    batch = Batch(side, side, ids, weight, torch.zeros_like(weight), torch.zeros_like(weight))
+    student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
+    assert fused.supports(SPECS[1], student, teacher)
+    want, got = (
+        kind(SPECS[1], 1.0).loss(student, teacher, batch, 5)[0] for kind in (Distillation, Doubled)
+    )
+    close(got.detach(), 2 * want.detach())
+
+
+def test_unsupported_inputs_are_not_fused() -> None:
     plain = scores(noise(2, H), noise(V, H))
-    assert fused_gpu.runs(form(SPECS[0]), plain, plain)
-    topped = form(Divergence("jsd", support="top_k", top_k=3))
-    warm = form(Divergence("jsd", temperature=2.0))
-    assert not fused_gpu.runs(topped, plain, plain) and not fused_gpu.runs(warm, plain, plain)
+    assert fused.supports(SPECS[0], plain, plain)
+    topped = Divergence("jsd", support="top_k", top_k=3)
+    warm = Divergence("jsd", temperature=2.0)
+    assert not fused.supports(topped, plain, plain) and not fused.supports(warm, plain, plain)
     for odd in (
         Head(noise(V, H), bias_V=noise(V)), Head(noise(V, H), scale=2.0),
         Head(noise(V, H), softcap=3.0),
     ):  # fmt: skip
         other = Scores.single(noise(2, H), odd)
-        assert not fused_gpu.runs(form(SPECS[0]), other, plain)
-        assert not fused_gpu.runs(form(SPECS[0]), plain, other)
+        assert not fused.supports(SPECS[0], other, plain)
+        assert not fused.supports(SPECS[0], plain, other)
     mixed = Scores(((noise(2, H), Head(noise(V, H)), 0.5), (noise(2, H), Head(noise(V, H)), 0.5)))
-    assert not fused_gpu.runs(form(SPECS[0]), plain, mixed)
+    assert not fused.supports(SPECS[0], plain, mixed)
     empty = scores(noise(0, H), noise(V, H))
-    assert not fused_gpu.runs(form(SPECS[0]), empty, empty)
+    assert not fused.supports(SPECS[0], empty, empty)
 
 
-def test_a_slab_of_the_gradient_is_as_large_as_it_may_be_and_no_larger(monkeypatch) -> None:
-    """The only thing of the logits' kind in memory: counted, whatever the vocabulary."""
-    made, slab = list[Tensor](), linear_kernels.slab
+def test_gradient_blocks_have_the_allowed_size_and_share_memory(monkeypatch) -> None:
+    """Blocks of the gradient are the only tensors of the logits' kind in memory."""
+    blocks, gradient_block = list[Tensor](), linear_kernels.gradient_block
 
     def counted(*args) -> None:
-        made.append(args[4])
-        slab(*args)
+        blocks.append(args[4])
+        gradient_block(*args)
 
-    monkeypatch.setattr(linear_kernels, "slab", counted)
+    monkeypatch.setattr(linear_kernels, "gradient_block", counted)
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs()
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)
-    fused_gpu.divergence_sum(form(SPECS[0]), student, teacher, ids, weight)[0].backward()
-    assert [x.shape for x in made] == [(N, 32), (N, 32), (N, V - 64)]
-    assert all(x.numel() * x.element_size() <= linear_kernels.SLAB_BYTES for x in made)
-    assert len({x.data_ptr() for x in made}) == 1, "one piece of memory for all"
+    fused.divergence_sum(SPECS[0], student, teacher, ids, weight)[0].backward()
+    assert [x.shape for x in blocks] == [(N, 32), (N, 32), (N, V - 64)]
+    assert all(x.numel() * x.element_size() <= linear_kernels.BLOCK_BYTES for x in blocks)
+    assert len({x.data_ptr() for x in blocks}) == 1, "one piece of memory for all"
