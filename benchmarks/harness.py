@@ -191,7 +191,7 @@ def machine() -> dict[str, Any]:
     """Describe the machine that runs the benchmarks."""
     import torch
 
-    model = platform.cpu_capability() or platform.machine()
+    model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     flags: set[str] = set()
     if info.exists():

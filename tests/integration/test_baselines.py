@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from selfteach.commands.check import sizes
-from selfteach.commands.check.describe_recipe import SLOW_HALVES, describe_study, notes
+from selfteach.commands.check.describe_recipe import SLOW_BF16, describe_study, notes
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study, study_from
 from selfteach.config.schema import merge, validate
@@ -172,7 +172,7 @@ def test_offline_forgives_what_is_absent_and_not_what_is_named_wrongly(tmp_path:
         (["model.path=lab:two_stiles"], EngineError, "no such base model"),
         ([f"model.path={tmp_path}"], EngineError, "no config.json"),
         ([f"data.train={tmp_path}/trian.jsonl", *made], DataError, "no such problem set"),
-        (["train.max_length=50000"], RecipeError, "was built for 40960 tokens"),
+        (["train.max_length=50000"], RecipeError, "supports 40960 tokens"),
     ):
         with pytest.raises(error, match=said):
             list(describe_study(study(*settings), offline=True))
@@ -203,7 +203,7 @@ def test_a_processor_without_products_of_halves_is_told_of(
 
     def said(model: dict[str, object], **where: bool) -> bool:
         study = study_from({"context": {"type": "reference"}, "model": {"device": "cpu", **model}})
-        return SLOW_HALVES in notes([study.recipe("run")], **where)
+        return SLOW_BF16 in notes([study.recipe("run")], **where)
 
     for model in ({"autocast": "bfloat16"}, {"weights_dtype": "bfloat16"}):
         assert said(model) == (not halves)

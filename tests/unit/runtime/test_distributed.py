@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfteach import cli
+from selfteach.commands import console_script
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import RecipeError
@@ -119,7 +120,7 @@ def test_other_commands_are_one_process(monkeypatch: pytest.MonkeyPatch, capsys)
 def test_errors_of_another_rank_name_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cli, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(console_script, "RANK_0_GRACE_S", 0.0)
     monkeypatch.setattr("sys.argv", ["selfteach", "train", "no_such.toml", "--out", "x"])
     with pytest.raises(SystemExit):
         cli.main()
