@@ -33,8 +33,8 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.feedback.critics.chat_model import ChatModel, Reply, Request
 from selfteach.feedback.critics.llm import LlmCritic
-from selfteach.trainer.build import build
 from selfteach.models.loading import LoadedModel
+from selfteach.trainer.build import build
 from selfteach.trainer.build_critic import build_critic
 from selfteach.types import Critique, Sampling
 

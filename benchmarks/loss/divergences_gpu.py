@@ -244,14 +244,14 @@ def curve(table: Table, rounds: int) -> None:
             )  # fmt: skip
 
 
-def sides_of(vocabulary: int, hidden: int) -> tuple[linear_kernels.Sides, Tensor]:
+def sides_of(vocabulary: int, hidden: int) -> tuple[linear_kernels.LinearSides, Tensor]:
     """Return both sides of 2,048 tokens in bf16, and the sampled ids."""
     inputs = Inputs.of(Case("jsd", 2048, vocabulary, hidden, "bfloat16", trained=False))
     states = (inputs.student_NH, inputs.student_VH, inputs.teacher_NH, inputs.teacher_VH)
-    return linear_kernels.Sides(*(x.detach() for x in states)), inputs.ids_N
+    return linear_kernels.LinearSides(*(x.detach() for x in states)), inputs.ids_N
 
 
-def phases(sides: linear_kernels.Sides, ids_N: Tensor, kind: str) -> dict[str, Callable]:
+def phases(sides: linear_kernels.LinearSides, ids_N: Tensor, kind: str) -> dict[str, Callable]:
     """Return the three kernels with their inputs."""
     sums = linear_kernels.sums(sides, ids_N, kind)
     scale_N = torch.full_like(sums.logp_N, 1 / len(ids_N))

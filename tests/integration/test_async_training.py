@@ -137,7 +137,9 @@ def test_sigterm_saves_what_was_learned_and_says_so(whole: Path, tmp_path: Path)
     process = started(folder, "samples/step_000001.jsonl")
     process.terminate()
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 143 and "continue with selfteach resume" in said.splitlines()[-1], said
+    assert (
+        process.returncode == 143 and "continue with selfteach resume" in said.splitlines()[-1]
+    ), said
     (saved,) = (folder / "checkpoints").glob("step_*")
     assert saved.name in ("step_000001", "step_000002")
     run_to_end(recipe(), folder)

@@ -153,21 +153,21 @@ class ContextConfig(Section):
         return self
 
 
-class InitialTeacher(Section):
+class InitialTeacherConfig(Section):
     """Teaches with the frozen initial policy."""
 
     type: Literal["initial"] = "initial"
     """The initial policy."""
 
 
-class LiveTeacher(Section):
+class LiveTeacherConfig(Section):
     """Teaches with the current policy."""
 
     type: Literal["live"]
     """The current policy."""
 
 
-class EmaTeacher(Section):
+class EmaTeacherConfig(Section):
     """Teaches with an exponential moving average of the weights, updated after each optimizer step."""
 
     type: Literal["ema"]
@@ -176,7 +176,7 @@ class EmaTeacher(Section):
     """Share of the new weights in each update."""
 
 
-class TrustRegionTeacher(Section):
+class TrustRegionTeacherConfig(Section):
     """Teaches with a mix of the initial policy's and the current policy's logits."""
 
     type: Literal["trust_region"]
@@ -186,7 +186,7 @@ class TrustRegionTeacher(Section):
 
 
 TeacherConfig = Annotated[
-    Union[InitialTeacher, LiveTeacher, EmaTeacher, TrustRegionTeacher],  # noqa: UP007
+    Union[InitialTeacherConfig, LiveTeacherConfig, EmaTeacherConfig, TrustRegionTeacherConfig],  # noqa: UP007
     Field(discriminator="type"),
 ]
 
@@ -300,7 +300,7 @@ class Recipe(Section):
     """What critiques the rollouts; ``critic = false`` in an arm removes it."""
     context: ContextConfig = ContextConfig(type="none")
     """What the self-teacher is shown."""
-    teacher: TeacherConfig = InitialTeacher()
+    teacher: TeacherConfig = InitialTeacherConfig()
     """Whose weights the self-teacher has."""
     objective: ObjectiveConfig = DistillationConfig()
     """What is minimised."""

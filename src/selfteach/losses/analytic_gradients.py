@@ -291,7 +291,7 @@ def _fused_entries(
     sums, teacher_sums = (
         row_kernels.row_sums(x, ids, spec.temperature) for x in (student, teacher)
     )
-    sides = row_kernels.Sides(student, teacher, sums.log_sum_N, teacher_sums.log_sum_N)
+    sides = row_kernels.RowSides(student, teacher, sums.log_sum_N, teacher_sums.log_sum_N)
     losses = row_kernels.losses(
         sides, spec.kind, spec.beta, spec.jsd_factor, spec.clip, spec.temperature
     )
@@ -303,7 +303,7 @@ def _entries_gradient(
     spec: Divergence, student: Tensor, teacher: Tensor, grad_loss: Tensor,
     log_sum: Tensor, teacher_log_sum: Tensor, slope_sum: Tensor,
 ) -> Tensor:  # fmt: skip
-    sides = row_kernels.Sides(student, teacher, log_sum, teacher_log_sum)
+    sides = row_kernels.RowSides(student, teacher, log_sum, teacher_log_sum)
     return row_kernels.loss_gradient(
         sides, slope_sum, grad_loss, spec.kind, spec.beta, spec.jsd_factor, spec.clip,
         spec.temperature,

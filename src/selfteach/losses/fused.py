@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selfteach.losses.divergence_spec import Divergence
 from selfteach.losses.kernels import linear_kernels
-from selfteach.losses.kernels.linear_kernels import Sides
+from selfteach.losses.kernels.linear_kernels import LinearSides
 from selfteach.models import matmul
 from selfteach.models.lm_head import Scores, WithGradients, is_plain, needs_gradient
 
@@ -54,7 +54,7 @@ def divergence_sum(
         hidden_NH, head.weight_VH.to(hidden_NH.dtype),
         teacher_NH, teacher_head.weight_VH.to(teacher_NH.dtype),
     )  # fmt: skip
-    sides = Sides(*(x.detach().contiguous() for x in states))
+    sides = LinearSides(*(x.detach().contiguous() for x in states))
     sums = linear_kernels.sums(sides, ids_N, spec.kind)
     losses = linear_kernels.losses(sides, sums, spec.kind, spec.beta, spec.jsd_factor, spec.clip)
     scale_N = weight_N.detach().float()
@@ -73,8 +73,8 @@ def divergence_sum(
 
 
 def _gradients(
-    spec: Divergence, sides: Sides, sums: linear_kernels.Sums, slope_sum_N: Tensor, scale_N: Tensor,
-    absent_N: Tensor, sources: tuple[Tensor, Tensor, None],
+    spec: Divergence, sides: LinearSides, sums: linear_kernels.LinearSums, slope_sum_N: Tensor,
+    scale_N: Tensor, absent_N: Tensor, sources: tuple[Tensor, Tensor, None],
 ) -> tuple[Tensor | None, Tensor | None, None]:  # fmt: skip
     """Compute the sum's gradients in hidden states (float32) and head (its dtype), where needed."""
     hidden_NH, head_VH, _ = sources

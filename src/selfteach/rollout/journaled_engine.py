@@ -13,7 +13,7 @@ from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.types import Problem, Rollout, Sampling
 
-Batch = tuple[int, Sequence[Problem]]
+ProblemBatch = tuple[int, Sequence[Problem]]
 """A batch's number among those of all ranks, and its problems."""
 
 ONE_BATCH = sys.maxsize
@@ -41,7 +41,7 @@ class BatchedEngine:
     def __init__(self, engine: Engine, batch_size: int, ranks: Ranks = SINGLE_PROCESS) -> None:
         self.engine, self.batch_size, self.ranks = engine, batch_size, ranks
 
-    def split(self, problems: Sequence[Problem], group_size: int) -> Sequence[Batch]:
+    def split(self, problems: Sequence[Problem], group_size: int) -> Sequence[ProblemBatch]:
         """Return this rank's batches."""
         size = max(1, self.batch_size // group_size)
         starts = range(0, len(problems), size)

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfteach.config.critic_section import LlmCriticConfig, PolicyCriticConfig
 from selfteach.config.objective_section import DistillationConfig, GrpoConfig, HybridConfig
 from selfteach.config.recipe import (
-    EmaTeacher,
-    InitialTeacher,
-    LiveTeacher,
+    EmaTeacherConfig,
+    InitialTeacherConfig,
+    LiveTeacherConfig,
     Recipe,
     TeacherConfig,
     TrackingConfig,
-    TrustRegionTeacher,
+    TrustRegionTeacherConfig,
 )
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.contexts import FallbackContext, PartlyAlignedContext, TemplateContext
@@ -40,10 +40,7 @@ from selfteach.models.loading import (
     resolve,
 )
 from selfteach.models.policy import Policy, Schedule, add_adapters, recompute_activations
-from selfteach.models.teacher import EmaTeacher as Ema
-from selfteach.models.teacher import InitialTeacher as Initial
-from selfteach.models.teacher import LiveTeacher as Live
-from selfteach.models.teacher import TrustRegionTeacher as TrustRegion
+from selfteach.models.teacher import EmaTeacher, InitialTeacher, LiveTeacher, TrustRegionTeacher
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context, Critic, Objective, Teacher
@@ -214,14 +211,14 @@ def _grpo(config: GrpoConfig, sampling_temperature: float) -> Grpo:
 def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
     """Build the teacher of a recipe; must be called while the policy has its initial weights."""
     match config:
-        case InitialTeacher():
-            return Initial(policy)
-        case LiveTeacher():
-            return Live(policy)
-        case EmaTeacher():
-            return Ema(policy, config.rate)
-        case TrustRegionTeacher():
-            return TrustRegion(policy, config.student_mix)
+        case InitialTeacherConfig():
+            return InitialTeacher(policy)
+        case LiveTeacherConfig():
+            return LiveTeacher(policy)
+        case EmaTeacherConfig():
+            return EmaTeacher(policy, config.rate)
+        case TrustRegionTeacherConfig():
+            return TrustRegionTeacher(policy, config.student_mix)
 
 
 def build_sinks(

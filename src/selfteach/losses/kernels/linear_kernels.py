@@ -46,7 +46,7 @@ def runs(*states: Tensor) -> bool:
     return triton is not None and all(x.is_cuda and x.dtype in HALF_DTYPES for x in states)
 
 
-class Sides(NamedTuple):
+class LinearSides(NamedTuple):
     """Holds hidden states [N, H] and heads [V, H] of both sides, rows contiguous."""
 
     student_NH: Tensor
@@ -225,7 +225,7 @@ def _gradient_block(
     tl.store(at, value.to(grad.dtype.element_ty), mask=here)
 
 
-class Sums(NamedTuple):
+class LinearSums(NamedTuple):
     """Holds what `sums` returns for each row, in float32 and nats."""
 
     log_sum_N: Tensor
@@ -236,7 +236,7 @@ class Sums(NamedTuple):
     """KL(teacher ‖ student) or KL(student ‖ teacher) by kind; meaningless for a JSD."""
 
 
-def sums(sides: Sides, ids_N: Tensor, kind: str) -> Sums:
+def sums(sides: LinearSides, ids_N: Tensor, kind: str) -> LinearSums:
     """Compute both sides' log-sum-exps and log-probabilities of ids, and a KL between the two."""
     N, V, tiling = len(sides.student_NH), len(sides.student_VH), SUMS
     splits, per_split = _splits(N, V, tiling)
@@ -254,7 +254,7 @@ def sums(sides: Sides, ids_N: Tensor, kind: str) -> Sums:
     else:
         kl = (teacher_scale * gap).sum(0) * (teacher_top - teacher_log_sum).exp()
         kl = kl - teacher_log_sum + log_sum
-    return Sums(log_sum, teacher_log_sum, logp, teacher_logp, kl)
+    return LinearSums(log_sum, teacher_log_sum, logp, teacher_logp, kl)
 
 
 def _combine(high: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +264,7 @@ def _combine(high: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top + (scale * total).sum(0).log(), top, scale
 
 
-class Losses(NamedTuple):
+class LinearLosses(NamedTuple):
     """Holds what `losses` returns for each row."""
 
     loss_N: Tensor
@@ -273,13 +273,13 @@ class Losses(NamedTuple):
 
 
 def losses(
-    sides: Sides, sums: Sums, kind: str, beta: float, factor: float, clip: float | None
-) -> Losses:
+    sides: LinearSides, sums: LinearSums, kind: str, beta: float, factor: float, clip: float | None
+) -> LinearLosses:
     """Compute the divergence, the share of capped terms and Σ g; an uncapped KL needs `sums` alone."""
     if clip is None and kind != "jsd":
         # Σ g of KL(t ‖ s) is -Σ t; of KL(s ‖ t), up to a multiple of s, the KL itself.
         slope_sum = sums.kl_N if kind == "reverse_kl" else torch.full_like(sums.kl_N, -1.0)
-        return Losses(sums.kl_N, torch.zeros_like(sums.kl_N), slope_sum)
+        return LinearLosses(sums.kl_N, torch.zeros_like(sums.kl_N), slope_sum)
     N, V, tiling = len(sides.student_NH), len(sides.student_VH), SUMS
     splits, per_split = _splits(N, V, tiling)
     out = sides.student_NH.new_empty(3, splits, N, dtype=torch.float32)
@@ -289,12 +289,12 @@ def losses(
         KIND=KINDS[kind], CLIP=clip is not None,
     )  # fmt: skip
     loss, capped, slope_sum = out.sum(1)
-    return Losses(loss, capped / V, slope_sum)
+    return LinearLosses(loss, capped / V, slope_sum)
 
 
 def gradient_block(
-    sides: Sides, sums: Sums, slope_sum_N: Tensor, scale_N: Tensor, into_NW: Tensor, first: int,
-    kind: str, beta: float, factor: float, clip: float | None,
+    sides: LinearSides, sums: LinearSums, slope_sum_N: Tensor, scale_N: Tensor, into_NW: Tensor,
+    first: int, kind: str, beta: float, factor: float, clip: float | None,
 ) -> None:  # fmt: skip
     """Write the gradient of Σ scale · divergence in the student's logits, W entries from ``first``."""
     (N, width), tiling = into_NW.shape, GRADIENT
@@ -318,7 +318,13 @@ def _splits(N: int, V: int, tiling: Tiling) -> tuple[int, int]:
 
 
 def _launch(
-    kernel: Any, programs: int, tiling: Tiling, sides: Sides, *args: Any, tail: tuple, **flags: Any
+    kernel: Any,
+    programs: int,
+    tiling: Tiling,
+    sides: LinearSides,
+    *args: Any,
+    tail: tuple,
+    **flags: Any,
 ) -> None:
     H, TH = sides.student_NH.shape[1], sides.teacher_NH.shape[1]
     with torch.cuda.device_of(sides.student_NH):

@@ -204,7 +204,7 @@ def _token_gradient(
     tl.store(grad + row * V + at, value.to(grad.dtype.element_ty), mask=there)
 
 
-class Sums(NamedTuple):
+class RowSums(NamedTuple):
     """Holds what `row_sums` returns for each row, at a temperature, in float32 at least."""
 
     logp_N: Tensor
@@ -217,7 +217,7 @@ class Sums(NamedTuple):
 
 def row_sums(
     logits_NV: Tensor, ids_N: Tensor, temperature: float, top_k_NV: Tensor | None = None
-) -> Sums:
+) -> RowSums:
     """Compute log-sum-exps of logits over ``temperature``; ``top_k_NV``: bytes, 0 in the tail."""
     logits_NV = _rows(logits_NV)
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
@@ -227,10 +227,10 @@ def row_sums(
         _row_sums, logits_NV, 1, logits_NV, ids_N.contiguous(), top_k_NV, logp_N, log_sum_N,
         log_tail_N, logits_NV.shape[1], logits_NV.stride(0), 1 / temperature, TAIL=top_k_NV is not None,
     )  # fmt: skip
-    return Sums(logp_N, log_sum_N, log_tail_N)
+    return RowSums(logp_N, log_sum_N, log_tail_N)
 
 
-class Losses(NamedTuple):
+class RowLosses(NamedTuple):
     """Holds what `losses` returns for each row, in float32 at least."""
 
     loss_N: Tensor
@@ -239,7 +239,7 @@ class Losses(NamedTuple):
     slope_sum_N: Tensor
 
 
-class Sides(NamedTuple):
+class RowSides(NamedTuple):
     """Holds both sides' logits [N, V] and log-sum-exps [N] at one temperature."""
 
     student_NV: Tensor
@@ -249,8 +249,8 @@ class Sides(NamedTuple):
 
 
 def losses(
-    sides: Sides, kind: str, beta: float, factor: float, clip: float | None, temperature: float
-) -> Losses:
+    sides: RowSides, kind: str, beta: float, factor: float, clip: float | None, temperature: float
+) -> RowLosses:
     """Compute the divergence of each row; ``factor`` multiplies every term of a JSD."""
     student_NV, teacher_NV = _rows(sides.student_NV), _rows(sides.teacher_NV)
     loss_N, clipped_N, slope_sum_N = (torch.empty_like(sides.log_sum_N) for _ in range(3))
@@ -259,11 +259,11 @@ def losses(
         slope_sum_N, student_NV.shape[1], student_NV.stride(0), teacher_NV.stride(0), 1 / temperature,
         beta, factor, math.inf if clip is None else clip, KIND=KINDS[kind], CLIP=clip is not None,
     )  # fmt: skip
-    return Losses(loss_N, clipped_N, slope_sum_N)
+    return RowLosses(loss_N, clipped_N, slope_sum_N)
 
 
 def loss_gradient(
-    sides: Sides, slope_sum_N: Tensor, grad_loss_N: Tensor,
+    sides: RowSides, slope_sum_N: Tensor, grad_loss_N: Tensor,
     kind: str, beta: float, factor: float, clip: float | None, temperature: float,
 ) -> Tensor:  # fmt: skip
     """Compute the gradient [N, V] of Σ grad_loss times loss in the student's logits, in their dtype."""
