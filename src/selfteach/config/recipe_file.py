@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from selfteach.config.data_section import SelectConfig
-from selfteach.config.migrations import migrate_recipe_file
+from selfteach.config.migrations import migrate_config, migrate_recipe_file, migrate_study
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import Section, merge, nearest, parse_setting, validate
 from selfteach.errors import RecipeError
@@ -131,6 +131,30 @@ class Study(Section):
         merged = merge(self.common, self.variants[variant].set if variant else {})
         merged = merge(merged, {"model": self.arms[first].get("model", {})})
         return validate(Recipe, merge(merged, untrained), where="base")
+
+
+def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run folder's config.json with today's keys and defaults.
+
+    It is a recipe, or a selection with its recipe. Raises `RecipeError` if it is not valid.
+    """
+    config, where = migrate_config(config), "config.json"
+    if "recipe" in config and "select" in config:
+        select = validate(SelectConfig, config["select"], where=where)
+        return {"select": select.model_dump(mode="json"), "recipe": _complete(config["recipe"])}
+    return _complete(config)
+
+
+def complete_study(study: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return study.json's study with today's keys and defaults; None if it is not a valid study."""
+    try:
+        return validate(Study, migrate_study(study)).model_dump(mode="json")
+    except RecipeError:
+        return None
+
+
+def _complete(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return validate(Recipe, recipe, where="config.json").model_dump(mode="json")
 
 
 def load_study(path: Path, settings: Sequence[str] = ()) -> Study:

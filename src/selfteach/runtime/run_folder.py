@@ -26,7 +26,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -40,6 +40,7 @@ from selfteach.config.migrations import (
     migrate_usage,
     run_subfolder,
 )
+from selfteach.config.recipe_file import complete_config
 from selfteach.errors import CheckpointError
 from selfteach.runtime.atomic_files import (
     enough_disk,
@@ -83,20 +84,16 @@ class RunFolder:
         """True once the run has finished."""
         return self.result_path.exists()
 
-    def create(
-        self,
-        config: Mapping[str, Any],
-        environment: Mapping[str, Any],
-        migrate: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda config: config,
-    ) -> None:
-        """Start a run in this folder. Raises `CheckpointError` if the folder holds something else.
+    def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Start a run in this folder, or continue the same one.
 
-        ``migrate`` completes the config of a folder that an earlier version has written. Tracking and
-        distributed settings may differ: they do not change what a run computes.
+        The config of a folder that an earlier version has written is completed before the comparison.
+        Tracking and distributed settings may differ: they do not change what a run computes. Raises
+        `CheckpointError` if the folder holds something else.
         """
         ignored = {"tracking": None, "distributed": None}
         if (self.path / "config.json").exists():
-            old, new = dict(migrate(self.config())), json.loads(json.dumps(config))
+            old, new = complete_config(self.config()), json.loads(json.dumps(config))
             if old | ignored != new | ignored:
                 raise CheckpointError(
                     f"{self.path} holds another run; choose another --out, "

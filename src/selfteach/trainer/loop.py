@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.config.recipe import Recipe
-from selfteach.config.schema import validate
 from selfteach.errors import RecipeError, Terminated
 from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
@@ -69,7 +68,7 @@ def train(
     with _ranks(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
         if ranks.is_main:
             environment = {**collect_provenance(), "processor": cpu_capability()}
-            run.create(recipe.model_dump(mode="json"), environment, _migrated)
+            run.create(recipe.model_dump(mode="json"), environment)
             for other in same_start:
                 run.copy_rollouts(rollouts_name("validation", 0), RunFolder(other))
         if ranks.broadcast(run.is_complete):
@@ -84,11 +83,6 @@ def train(
                     yield row
             with termination.interruptible():
                 _finish(run, recipe, built, record)
-
-
-def _migrated(config: dict[str, Any]) -> dict[str, Any]:
-    """Complete the recipe of an earlier version with today's keys and defaults."""
-    return validate(Recipe, config, where="config.json").model_dump(mode="json")
 
 
 def run_to_end(recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()) -> dict[str, Any]:

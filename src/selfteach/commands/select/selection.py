@@ -18,7 +18,6 @@ from typing import Any
 from selfteach.commands.select.data_card import card_text
 from selfteach.config.data_section import FilesData, HubData, SelectConfig
 from selfteach.config.recipe import Recipe
-from selfteach.config.schema import validate
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
@@ -86,7 +85,7 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
     run = RunFolder(folder)
     with run.lock():
         _replace_filters(run, as_config(recipe, config))
-        run.create(as_config(recipe, config), collect_provenance(), _migrated)
+        run.create(as_config(recipe, config), collect_provenance())
         if is_complete(folder):
             return
         preflight([recipe if config.critic else recipe.model_copy(update={"critic": None})])
@@ -119,15 +118,6 @@ def _replace_filters(run: RunFolder, config: dict[str, Any]) -> None:
 def as_config(recipe: Recipe, config: SelectConfig) -> dict[str, Any]:
     """Return what ``config.json`` of a selection's folder holds."""
     return {"select": config.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json")}
-
-
-def _migrated(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json of an earlier version with today's keys and defaults."""
-    where = "config.json"
-    return as_config(
-        validate(Recipe, config["recipe"], where=where),
-        validate(SelectConfig, config["select"], where=where),
-    )
 
 
 def is_complete(folder: Path) -> bool:

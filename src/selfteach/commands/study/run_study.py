@@ -19,7 +19,7 @@ from selfteach.commands.study.results import gather
 from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_study
 from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
-from selfteach.config.recipe_file import BASE, Study
+from selfteach.config.recipe_file import BASE, Study, complete_study
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.runtime.atomic_files import read_json, require_empty, write_json
@@ -45,7 +45,7 @@ def create_study(study: Study, folder: Path, command: str, kind: FolderKind) -> 
     plain = study.model_dump(mode="json")
     if path.exists():
         saved = read_json(path)
-        if (_migrated(saved["study"]), saved.get("kind")) != (plain, kind):
+        if (complete_study(saved["study"]), saved.get("kind")) != (plain, kind):
             raise CheckpointError(
                 f"{folder} holds another study; choose another --out, "
                 f"or continue that one: selfteach resume {folder}"
@@ -53,14 +53,6 @@ def create_study(study: Study, folder: Path, command: str, kind: FolderKind) -> 
         return
     require_empty(folder)
     write_json(path, {"kind": kind, "study": plain, "command": command, **collect_provenance()})
-
-
-def _migrated(plain: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a study of an earlier version in today's format; None if it is not a valid study."""
-    try:
-        return validate(Study, migrate_study(plain)).model_dump(mode="json")
-    except RecipeError:
-        return None
 
 
 def load_existing(folder: Path) -> tuple[Study, str, FolderKind]:
