@@ -101,7 +101,7 @@ def _chat_model(
                 raise RecipeError('critic.type = "policy" needs a policy: name a recipe with one')
             if config.thinking is not None:
                 raise RecipeError(
-                    "critic.thinking: the policy as critic thinks as model.thinking.student says"
+                    "critic.thinking: the policy as critic always uses model.thinking.student"
                 )
             return LocalModel(
                 policy.model,

@@ -57,7 +57,7 @@ def save_nonfinite_batch(run: RunFolder, step: int) -> Iterator[None]:
 
 
 def _fields(batch: Batch) -> dict[str, Tensor]:
-    """A batch's tensors by name, as copies that share no storage."""
+    """Return a batch's tensors by name, as copies that share no storage."""
     tensors: dict[str, Tensor] = {}
     for name in batch.__slots__:
         value = getattr(batch, name)
