@@ -29,7 +29,7 @@ from selfteach.types import (
 
 @runtime_checkable
 class Engine(Protocol):
-    """Samples rollouts. Each is drawn from a random stream keyed by (seed, problem, sample, version)."""
+    """Samples rollouts, each from a random stream keyed by (seed, problem, sample, version)."""
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """Return ``sampling.samples`` rollouts of each problem, problem by problem."""
@@ -51,7 +51,7 @@ class Verifier(Protocol):
 
 @runtime_checkable
 class Critic(Protocol):
-    """Critiques rollouts step by step. A critic is frozen: a model or a program, not a value function."""
+    """Critiques rollouts step by step: a frozen model or a program, not a value function."""
 
     def __call__(
         self, judged: Sequence[tuple[Rollout, Verdict]]
@@ -85,7 +85,7 @@ class Teacher(Protocol):
         ...
 
     def state(self) -> Mapping[str, Tensor]:
-        """Return the tensors that a resume needs, by name; empty if the recipe determines the weights."""
+        """Return the tensors that a resume needs, by name; may be empty."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -28,8 +28,8 @@ CritiqueFailureKind = Literal[
     "empty", "truncated", "malformed", "misaligned", "wrong_answer", "unavailable"
 ]
 """Why a critic's reply is not a usable critique: it is empty; it was truncated at the token limit; it
-does not have the format of a rollout; it does not refer to this rollout; its final answer is wrong; or there was
-no reply at all."""
+does not have the format of a rollout; it is about something else; its final answer is wrong; or there
+was no reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ class TrainingSample:
     changed_spans: tuple[tuple[int, int], ...] = ()
     """The solution steps that the critique changes, as half-open ranges of ``token_ids``."""
     scored_from: int = 0
-    """Index into ``token_ids`` of the first token that can enter the loss: after a thought that is not scored."""
+    """Index into ``token_ids`` of the first scored token; later than 0 if a thought is not scored."""
     steps: tuple[tuple[int, int], ...] = ()
     """The solution steps as half-open ranges of characters of the text, the final answer last."""
 

@@ -171,7 +171,7 @@ class FallbackContext:
     def __init__(
         self, context: Context, fallback: Context, reasons: frozenset[str] | None = None
     ) -> None:
-        """``reasons`` are those for which the second context is used; None for any."""
+        """Store both contexts; ``reasons`` select when the second is used, None for any reason."""
         self._context, self._fallback, self._reasons = context, fallback, reasons
 
     def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 BREAK = "\ufdd0"
-"""Marks a break inside a control token. A Unicode noncharacter: no text has a use for it, and it is
+"""Breaks a control token. A Unicode noncharacter: no text has a use for it, and it is
 no white space, which chat templates strip."""
 
 NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")

@@ -39,7 +39,7 @@ from torch import Tensor
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.protocols import Engine
 from selfteach.rollout.journaled_engine import JournaledEngine
-from selfteach.runtime.futures import Submit, executor, submit_inline, timed
+from selfteach.runtime.futures import Submit, executor, submit_inline, timed_call
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.metrics import Metrics
 from selfteach.trainer.nonfinite import save_nonfinite_batch
@@ -126,8 +126,8 @@ def pipelined(
     """Yield steps and their results in order, with sampling up to ``staleness`` steps ahead.
 
     ``train_on(started, wait_for_started)`` trains on a started step and publishes the new weights;
-    before it publishes them it calls ``wait_for_started()``, which calls ``wait_for_rollouts`` for every
-    step whose sampling has started. With ``staleness = 0`` each step ends before the next begins.
+    before that it calls ``wait_for_started()``, which calls ``wait_for_rollouts`` for every step whose
+    sampling has started. With ``staleness = 0`` each step ends before the next begins.
     """
     ahead: deque[Started] = deque()
     upcoming = iter(steps := list(steps))
@@ -166,7 +166,7 @@ class StartedStep:
         with clock("rollout"), interruptible():
             self._wait = components.ranks.all_or_raise(
                 lambda: submit_rollouts(
-                    timed, engine.generate, self.active.rollout, request.problems,
+                    timed_call, engine.generate, self.active.rollout, request.problems,
                     components.sampling,
                 )
             )  # fmt: skip
@@ -233,7 +233,9 @@ class StartedCritiques:
         """Start to verify and critique one batch of rollouts."""
         spans = self._started.active.critique
         components = self._journaled(f"step_{self._step:06d}.{number:03d}")
-        self._batches.append(self._submit(timed, verify_and_critique, spans, components, rollouts))
+        self._batches.append(
+            self._submit(timed_call, verify_and_critique, spans, components, rollouts)
+        )
 
     def verify(self, problem: Problem, text: str) -> Verdict:
         """Return the verdict of one of the step's rollouts."""

@@ -348,8 +348,8 @@ def build_context(
         return TemplateContext(name, templates, seed=seed)
     if task.replace_steps is None:
         raise RecipeError(
-            'context "partly_aligned": only the lab knows which step of a reference is which of an '
-            "answer; choose step_aligned or reference"
+            'context "partly_aligned": only the lab can match steps of a reference to those of a '
+            "rollout; choose step_aligned or reference"
         )
     trace = TemplateContext(name, templates, seed=seed)
     return PartlyAlignedContext(trace, task.replace_steps, alignment, seed=seed)

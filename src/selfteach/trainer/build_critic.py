@@ -98,7 +98,7 @@ def _chat_model(
             return _local(config, templates)
         case PolicyCriticConfig():
             if loaded is None or policy is None:
-                raise RecipeError('critic.type = "policy" needs a policy: name a recipe with one')
+                raise RecipeError('critic.type = "policy" needs a recipe with a policy')
             if config.thinking is not None:
                 raise RecipeError(
                     "critic.thinking: the policy as critic always uses model.thinking.student"

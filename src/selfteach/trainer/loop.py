@@ -19,10 +19,10 @@ from selfteach.models.fsdp import whole_state
 from selfteach.models.loading import choose_device, resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
-from selfteach.runtime.atomic_files import enough_disk, write_json
+from selfteach.runtime.atomic_files import report_full_disk, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
 from selfteach.runtime.provenance import collect_provenance, cpu_capability
-from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.runtime.signals import Termination, handle_sigterm
 from selfteach.tasks.task import SplitName, training_order
 from selfteach.trainer import checkpoint
@@ -95,7 +95,7 @@ def run_to_end(recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()) ->
     """Run `train` to its end and return the result."""
     for _ in train(recipe, folder, same_start):
         pass
-    return result_of(folder)
+    return load_result(folder)
 
 
 def _ranks(recipe: Recipe) -> AbstractContextManager[Ranks]:
@@ -288,7 +288,7 @@ def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:
         extra["state_dict"] = whole_state(model, keep=ranks.is_main)
     if not ranks.is_main:
         return
-    with enough_disk():
+    with report_full_disk():
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(str(temporary), **extra)
         built.tokenizer.save_pretrained(temporary)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from selfteach.runtime.futures import Span, covered
+from selfteach.runtime.futures import Span, covered_seconds
 from selfteach.trainer.metrics import Metrics
 
 PHASES = ("rollout", "critique", "train")
@@ -60,8 +60,8 @@ class PhaseClock:
         seconds, waiting = self._seconds, self._waiting
         self.__init__()
         active_seconds = {
-            "rollout": covered(active.rollout),
-            "critique": covered(active.critique),
+            "rollout": covered_seconds(active.rollout),
+            "critique": covered_seconds(active.critique),
             "train": seconds["train"],
         }
         return {

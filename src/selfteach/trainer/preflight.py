@@ -47,7 +47,9 @@ def preflight(
 def _require_recording(critic: RecordedConfig, output_folders: Iterable[Path]) -> None:
     """Raise `CriticError` unless a recorded critic's run or study exists or is among these runs."""
     run = Path(critic.run).resolve()
-    among_these = any(run in (folder, *folder.parents) for folder in map(Path.resolve, output_folders))
+    among_these = any(
+        run in (folder, *folder.parents) for folder in map(Path.resolve, output_folders)
+    )
     if not among_these and not run.is_dir():
         raise CriticError(
             f"critic.run = {critic.run!r}: no such folder; name a run folder or a study's"

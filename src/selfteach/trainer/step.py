@@ -48,9 +48,9 @@ class Components:
     split_steps: segmentation.Splitter
     sampling: Sampling
     critic_threads: int
-    """Number of batches critiqued concurrently in the background; 0 for a critic that runs in this process."""
+    """Number of batches critiqued at a time in the background; 0 for a critic in this process."""
     samples_in_background: bool
-    """True for an engine with its own weights, which may sample while the policy trains."""
+    """True for an engine with a copy of the weights, which may sample while the policy trains."""
     num_iterations: int
     """Optimizer updates per step."""
     micro_batch_tokens: int

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfteach.errors import Terminated
-from selfteach.runtime.futures import covered
+from selfteach.runtime.futures import covered_seconds
 from selfteach.runtime.signals import handle_sigterm
 from selfteach.trainer.async_training import pipelined
 from selfteach.trainer.phase_clock import overlap_of
@@ -164,8 +164,8 @@ def test_overlap_by_hand(busy: tuple[float, ...], seconds: float, overlap: float
 
 
 def test_seconds_that_spans_share_count_once() -> None:
-    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
-    assert covered([]) == 0.0
+    assert covered_seconds([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
+    assert covered_seconds([]) == 0.0
 
 
 def test_sigterm_waits_for_a_safe_moment() -> None:

@@ -104,7 +104,9 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     templates = Templates(model.templates or _template_set(recipe))
     if shape is not None and _cached(model) is not None:
         renderer = build_renderer(model, load_tokenizer(model), templates)
-    window = max_sequence_length(recipe, shape.positions) if shape else recipe.train.max_length or 4096
+    window = (
+        max_sequence_length(recipe, shape.positions) if shape else recipe.train.max_length or 4096
+    )
     if renderer is not None and task is not None:
         check_lengths(renderer, task, window, recipe)
     _critic(recipe, task, templates, unchecked)

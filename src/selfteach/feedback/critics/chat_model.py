@@ -39,13 +39,13 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class NoReply:
-    """Says why there is no reply, after all retries."""
+    """Describes why there is no reply, after all retries."""
 
     reason: str
 
 
 OnReply = Callable[[int, Reply], None]
-"""Called with a request's index as soon as its reply arrives."""
+"""Called with a request's index when its reply arrives."""
 
 
 @runtime_checkable

@@ -50,12 +50,12 @@ class VllmServer:
 
     @property
     def name(self) -> str:
-        """The address."""
+        """Return the server's address."""
         return self._config.url
 
     @property
     def patience_s(self) -> float:
-        """How long the server may be unavailable, in seconds: engine.patience_seconds."""
+        """Return how long the server may be unavailable, in seconds: engine.patience_seconds."""
         return self._config.patience_seconds
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
