@@ -40,7 +40,7 @@ CONTROL_TOKEN_PATTERNS = (
 
 
 class ControlTokens:
-    """Knows the control tokens of one tokenizer, escapes them in data and encodes rendered text.
+    """Escapes the control tokens of one tokenizer in data, and encodes rendered text.
 
     Every added token steers a model, also those not flagged as special (``<think>`` with Qwen3,
     ``<start_of_turn>`` with some Gemmas). Added tokens that are ordinary text (words, runs of white

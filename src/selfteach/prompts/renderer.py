@@ -191,7 +191,7 @@ class Renderer:
         return next((i for i in self._control.encode(after) if i in self._control.ids), end)
 
     def _chat(self, messages: list[Message], thinking: bool | None, *, header: bool = True) -> str:
-        # Families call the switch by different names; a template ignores what it does not know.
+        # Families call the switch by different names; a template ignores unknown variables.
         switches: dict[str, Any] = (
             {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
         )

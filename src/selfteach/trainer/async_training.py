@@ -65,7 +65,7 @@ Interruptible = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """Requests the rollouts of one step."""
+    """Describes the rollouts to sample for one step."""
 
     step: int
     problems: Sequence[Problem]

@@ -144,7 +144,7 @@ def _recording(run: RunFolder, recipe: Recipe) -> Iterator[Record]:
 def _steps(
     run: RunFolder, recipe: Recipe, built: Built, done: int, record: Record, end: Termination
 ) -> Iterator[dict[str, Any]]:
-    """Take the steps. A step's row is written before its checkpoint, so that no row is missing."""
+    """Train step by step. A row is written before its step's checkpoint, so that none is missing."""
     components, last = built.components, recipe.train.steps
     publish_weights(components)
     training = train_steps(

@@ -16,7 +16,7 @@ Message = tuple[str, str]
 class Request:
     """Holds one request to a chat model."""
 
-    # Field names and order are part of the reply cache's keys: a change makes all replies unknown.
+    # Field names and order are part of the reply cache's keys: a change invalidates every cached reply.
     messages: tuple[Message, ...]
     temperature: float
     """0 is greedy."""

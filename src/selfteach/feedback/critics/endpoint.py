@@ -118,7 +118,7 @@ class EndpointModel:
             seed=request.attempt,
             extra_body=config.request_extras or None,
         ) as response:
-            # The client's timeout is per chunk: without this one a reply could trickle in for ever.
+            # The client's timeout is per chunk: without this one a slow reply never times out.
             async with asyncio.timeout(config.timeout_seconds):
                 body = await _read(response.iter_bytes())
         if len(body) > MAX_BODY_BYTES:

@@ -61,7 +61,7 @@ class LocalModel:
         self._causal = causal
 
     def complete(self, requests: Sequence[Request], on_reply: OnReply) -> list[Reply | NoReply]:
-        """Reply to all; a prompt that leaves no room for a reply gets `NoReply`, never a truncation."""
+        """Return a reply per request; `NoReply` for a prompt that leaves no room for one."""
         replies: dict[int, Reply | NoReply] = {}
         prompts = [
             self._renderer.encode_messages(as_dicts(request.messages)) for request in requests

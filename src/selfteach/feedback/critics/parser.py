@@ -113,7 +113,7 @@ def _critique(
     case: Case
     if not rollout.finished:
         case = "C"
-        # The step that was cut off is no error; one before it that was changed is.
+        # The truncated step is no error; one before it that was changed is.
         first_error = repeated if changed and repeated < len(attempt.steps) - 1 else None
     elif verdict.correct:
         untouched = repeated == len(attempt.steps) == len(corrected.steps)

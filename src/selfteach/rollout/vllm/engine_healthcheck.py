@@ -102,7 +102,7 @@ def _require_developer_mode(http: HttpClient) -> None:
 
 
 def _require_adapters(http: HttpClient) -> None:
-    """Try to load an adapter that does not exist: the error tells what the server allows."""
+    """Try to load an adapter that does not exist: the error shows what the server allows."""
     try:
         http.post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": NO_SUCH_PATH})
     except NotFound as error:

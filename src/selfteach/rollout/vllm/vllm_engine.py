@@ -172,11 +172,11 @@ class VllmEngine:
             self._ranks.all_or_raise(lambda: self._retry(lambda: self._check_weights(logits_V)))
 
     def _gather(self, named_weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-        """Return the weights under all their names on rank 0; other ranks only help to gather them."""
+        """Return the weights under all their names on rank 0; other ranks help to gather them."""
         many, is_main = self._ranks.size > 1, self._ranks.is_main
         # The full weights of a sharded model may not fit the device.
         weights = {name: w.cpu() if many else w for name, w in named_weights if is_main}
-        # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by its own name.
+        # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by a separate name.
         tied = {
             alias: weights[name].clone()
             for alias, name in self._weights.tied.items()
