@@ -52,7 +52,7 @@ def pass_at_k(correct_PK: np.ndarray, k: int) -> np.ndarray:
     correct_PK = _table(correct_PK, "correct_PK")
     n = correct_PK.shape[1]
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs 1 <= k <= n rollouts per problem; n is {n}")
+        raise ValueError(f"pass@{k} needs 1 <= k <= n rollouts per problem, but n = {n}")
     wrong_P = n - correct_PK.sum(axis=1)
     drawn_K = np.arange(k)
     still_wrong_PK = (wrong_P[:, None] - drawn_K) / (n - drawn_K)

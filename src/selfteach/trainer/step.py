@@ -64,7 +64,7 @@ class Components:
 def train_step(
     components: Components, problems: Sequence[Problem]
 ) -> tuple[list[TrainingSample], Metrics]:
-    """Take one step: sample rollouts, critique them, train on them, and sync the engine's weights."""
+    """Take one step: sample rollouts, critique them, and distill what the teacher makes of it."""
     rollouts = components.engine.generate(problems, components.sampling)
     critiqued = verify_and_critique(components, rollouts)
     samples = build_samples(components, critiqued)
