@@ -76,7 +76,7 @@ def train_step(
 def verify_and_critique(
     components: Components, rollouts: Sequence[Rollout]
 ) -> list[CritiquedRollout]:
-    """Verify each rollout, then let the critic critique it."""
+    """Verify each rollout, then have the critic write a critique of it."""
     verdicts = [components.verify(rollout.problem, rollout.text) for rollout in rollouts]
     critiques: Sequence[Critique | CritiqueFailure | None] = [None] * len(rollouts)
     if components.critic is not None:
