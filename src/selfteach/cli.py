@@ -1,4 +1,4 @@
-"""Define the command line. Wrong input is one line on stderr and exit status 2."""
+"""Define the command line. Invalid input prints one line to stderr and exits with status 2."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def inspect(
 
     if teacher not in ("given", "initial"):
         raise RecipeError(f"--teacher {teacher!r}: must be given or initial")
-    # "all" leaves out the dial partly_aligned, which only the lab has.
+    # "all" excludes partly_aligned, which only the lab task supports.
     all_names = [name for name in CONTEXTS if name not in ("none", "partly_aligned")]
     names = all_names if contexts == "all" else [name.strip() for name in contexts.split(",")]
     request = InspectionRequest(
@@ -329,7 +329,7 @@ def select(recipe: RecipePath, out: Out, arm: Arm = None, settings: Settings = N
     """Select a training set by the recipe's [select]: hard for the policy, well formatted, solved by
     the critic. Writes splits and a data card."""
     loaded = actions.load(recipe, settings, arm)
-    # Arms share policy and problems; one that has a critic has all that is needed.
+    # Arms share policy and problems, so any arm with a critic will do.
     actions.run_selection(actions.run_with_critic(loaded, arm, seed=0), loaded.select, out)
 
 
@@ -352,7 +352,7 @@ def sweep(
 
 
 def main() -> None:
-    """Run the console script: one line for an error of the user, a traceback for a bug of ours."""
+    """Run the console script: one line for a user's error, a traceback for a bug."""
     run_console_script(app)
 
 

@@ -1,4 +1,4 @@
-"""The few errors a user can meet. Each message says what is wrong, where, and what to do.
+"""Defines the errors that a user can cause. Each message states the problem, where, and the fix.
 
 The command line prints the message as one line and exits with status 2; from Python they are
 ordinary exceptions. Anything else that escapes is a bug of ours.
@@ -6,27 +6,27 @@ ordinary exceptions. Anything else that escapes is a bug of ours.
 
 
 class SelfteachError(Exception):
-    """Base of every error that a user can cause and can mend."""
+    """Is the base of every error that a user can cause and fix."""
 
 
 class RecipeError(SelfteachError):
-    """A recipe holds an unknown key, an impossible value, or a combination that makes no sense."""
+    """A recipe has an unknown key, an invalid value, or an invalid combination of values."""
 
 
 class DataError(SelfteachError):
-    """A problem set is missing, empty, malformed, or holds problems that cannot be asked."""
+    """A problem set is missing, empty, malformed, or has problems that do not fit the recipe."""
 
 
 class AlignmentError(SelfteachError):
-    """Student and teacher would not score the same answer tokens."""
+    """Student and teacher would not score the same rollout tokens."""
 
 
 class CriticError(SelfteachError):
-    """A critic cannot be reached, or cannot judge this kind of answer."""
+    """A critic is unreachable, misconfigured, or does not support these problems."""
 
 
 class EngineError(SelfteachError):
-    """A model or tokenizer cannot be loaded, or cannot sample what is asked."""
+    """A model or tokenizer cannot be loaded, or an engine is unreachable or stale."""
 
 
 class CheckpointError(SelfteachError):
@@ -34,8 +34,8 @@ class CheckpointError(SelfteachError):
 
 
 class LossError(SelfteachError):
-    """A loss is not a number: there is nothing to learn from it, and nothing has been changed."""
+    """A loss is NaN or infinite; no update was made."""
 
 
 class Terminated(BaseException):
-    """SIGTERM: the process is to end. No error: what was learned is saved, and a resume goes on."""
+    """Is raised on SIGTERM, which is no error: the run is saved and `selfteach resume` continues it."""

@@ -1,7 +1,6 @@
-"""The seams, on one screen: whatever has these methods can take the part's place.
+"""Define the interfaces of the components; any object with these methods can replace one.
 
-Every part is built in `build.py`, gets values and never its owner, and has a scripted fake in the
-tests.
+`trainer.build` constructs every component from the recipe; the tests have a scripted fake of each.
 """
 
 from __future__ import annotations
@@ -30,74 +29,77 @@ from selfteach.types import (
 
 @runtime_checkable
 class Engine(Protocol):
-    """Samples answers. The draw of an answer depends only on (seed, question, sample, version)."""
+    """Samples rollouts, each from a random stream keyed by (seed, problem, sample, version)."""
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
-        """``sampling.samples`` answers to each problem, problem by problem."""
+        """Return ``sampling.samples`` rollouts of each problem, problem by problem."""
         ...
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Sample with these weights from now on, and sign answers with this version."""
+        """Load the weights to sample with from now on; ``version`` is recorded in each rollout."""
         ...
 
 
 @runtime_checkable
 class Verifier(Protocol):
-    """Says whether an answer is right."""
+    """Verifies the final answer of a completion."""
 
     def __call__(self, problem: Problem, text: str) -> Verdict:
-        """Judge an answer's text."""
+        """Return the verdict on a completion's text."""
         ...
 
 
 @runtime_checkable
 class Critic(Protocol):
-    """Marks answers step by step. Frozen; never sees the trainer; may fail, with a reason."""
+    """Critiques rollouts step by step: a frozen model or a program, not a value function."""
 
     def __call__(
         self, judged: Sequence[tuple[Rollout, Verdict]]
     ) -> list[Critique | CritiqueFailure]:
-        """One critique, or the reason for none, per answer, in order."""
+        """Return a critique, or the reason why there is none, of each rollout, in order."""
         ...
 
 
 @runtime_checkable
 class Context(Protocol):
-    """Decides what the self-teacher is shown. Sees all answers of a step, since some need others."""
+    """Builds the context that the self-teacher is shown besides the question."""
 
     def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
-        """One context, or the reason for none, per answer, in order."""
+        """Return a context, or the reason why there is none, for each rollout, in order.
+
+        ``critiqued`` are all rollouts of a step, since some contexts show a rollout of another sample.
+        """
         ...
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """The self-teacher's weights: scores answers with no gradient, follows the policy or does not."""
+    """Scores rollouts with the self-teacher's weights, which may follow the policy; no gradient."""
 
     def score(self, sequences: Sequences) -> Scores:
-        """Logits of the answers' tokens."""
+        """Return the logits of the rollouts' tokens."""
         ...
 
     def update(self) -> None:
-        """Called after each optimizer step."""
+        """Update the teacher's weights; called after each optimizer step."""
         ...
 
     def state(self) -> Mapping[str, Tensor]:
-        """What a resume needs, by name; empty if it can be had from elsewhere."""
+        """Return the tensors that a resume needs, by name; may be empty."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a saved state."""
+        """Restore the tensors that `state` returned."""
         ...
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """Defines what is minimised, token by token. Subclass it to inherit `loss`."""
+    """Computes the loss, token by token. Subclass it to inherit `loss`."""
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher's scores are needed."""
+        """Return True if the loss needs the teacher's scores."""
         ...
 
     def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:

@@ -28,8 +28,8 @@ CritiqueFailureKind = Literal[
     "empty", "truncated", "malformed", "misaligned", "wrong_answer", "unavailable"
 ]
 """Why a critic's reply is not a usable critique: it is empty; it was truncated at the token limit; it
-is not in the format of an answer; it is about something else; its final answer is wrong; or there was
-no reply at all."""
+does not have the format of a rollout; it is about something else; its final answer is wrong; or there
+was no reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Problem:
     references: Mapping[str, str] = field(default_factory=dict)
     """Worked solutions by name: ``reference`` is the dataset's; a source may offer others."""
     meta: Mapping[str, object] = field(default_factory=dict)
-    """What the source's verifier or critic needs; JSON-serialisable."""
+    """Extra values for the source's verifier or critic; JSON-serialisable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Rollout:
     logps: tuple[float, ...]
     """Log-probability of each sampled token under the sampling distribution (nats)."""
     text: str
-    """The decoded rollout, without special tokens and without a thought before the answer."""
+    """The decoded rollout, without special tokens and without the thinking part."""
     finished: bool
     """False if the rollout was truncated at the token limit."""
     policy_version: int
@@ -129,7 +129,7 @@ class Usage:
     """Counts what a critique cost; every field is zero for a critic that is a program."""
 
     requests: int = 0
-    """Requests that were sent and answered, repeated ones included."""
+    """Requests that got a reply from the critic, repeated ones included."""
     cached: int = 0
     """Requests whose reply was in the reply cache."""
     prompt_tokens: int = 0
@@ -156,12 +156,13 @@ class Critique:
 
 
 ReplaceSteps = Callable[[Critique, str, Sequence[bool]], Critique]
-"""Maps a critique, a reference and which steps are kept to a critique with the others replaced."""
+"""Maps (critique, reference, whether each step is retained) to a critique whose other steps are the
+reference's."""
 
 
 @dataclass(frozen=True, slots=True)
 class CritiqueFailure:
-    """Says why a rollout has no critique."""
+    """Describes why a rollout has no critique."""
 
     reason: str
     """Counted as a metric; a `CritiqueFailureKind` for critics that write text."""
@@ -186,7 +187,7 @@ class CritiquedRollout:
 
 @dataclass(frozen=True, slots=True)
 class FirstChange:
-    """Says where a critique departs from its rollout.
+    """Describes where a critique departs from its rollout.
 
     Example: for a rollout of steps of 5, 5, 5 tokens whose second step is repeated for three tokens
     and then changed, it is ``FirstChange(step=1, token=8, fidelity=8 / 15)``.
@@ -220,13 +221,13 @@ class TrainingSample:
     changed_spans: tuple[tuple[int, int], ...] = ()
     """The solution steps that the critique changes, as half-open ranges of ``token_ids``."""
     scored_from: int = 0
-    """Index into ``token_ids`` of the first token that counts: after a thought that is not scored."""
+    """Index into ``token_ids`` of the first scored token; later than 0 if a thought is not scored."""
     steps: tuple[tuple[int, int], ...] = ()
     """The solution steps as half-open ranges of characters of the text, the final answer last."""
 
     @property
     def rollout(self) -> Rollout:
-        """The rollout itself."""
+        """Return the rollout itself."""
         return self.critiqued.rollout
 
 
@@ -235,7 +236,7 @@ class TokenWeights:
     """Holds the weight of each token of one sample in the loss of the step.
 
     ``weights`` has one entry per rollout token, denominators included: the loss is the sum of weights
-    times losses. A token of weight 0 counts as absent.
+    times losses. A token of weight 0 is treated as absent.
     """
 
     weights: tuple[float, ...]

@@ -28,7 +28,7 @@ from scripted_server import Server, refuses, says, serving
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
 from selfteach.errors import SelfteachError
-from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.trainer.loop import run_to_end
 
 STALE: dict[str, Any] = {
@@ -117,7 +117,7 @@ def test_two_ranks_overlap_like_one_process(
     rows, others = on_ranks(
         2, train_rows, stale_recipe(tmp_path, VARIANTS[variant]), tmp_path / "run"
     )
-    requests = result_of(tmp_path / "run")["budget"]["critic_requests"]
+    requests = load_result(tmp_path / "run")["budget"]["critic_requests"]
     assert len(critic.requests) - requests_before == requests, "one request per rollout"
     assert others == [] and all(row["ranks"] == 2 for row in rows if row["kind"] == "step")
     assert rollouts_of(tmp_path / "run") == rollouts_of(single_run)

@@ -16,7 +16,7 @@ from runs_on_device import ARMS, recipe
 from safetensors.torch import load_file
 
 from selfteach.config.recipe import Recipe
-from selfteach.evaluation.evaluation_record import evaluation_of
+from selfteach.evaluation.evaluation_record import load_evaluation
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.loop import run_to_end, train
 
@@ -61,7 +61,7 @@ def test_deterministic_algorithms_resume_bitwise(
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
     assert metrics_without_times(tmp_path / "whole") == metrics_without_times(tmp_path / "stopped")
-    a, b = (evaluation_of(tmp_path / name, "test", 4) for name in ("whole", "stopped"))
+    a, b = (load_evaluation(tmp_path / name, "test", 4) for name in ("whole", "stopped"))
     assert a == b
 
 

@@ -15,7 +15,7 @@ from runs_on_device import (
     training_samples,
 )
 
-from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.trainer import step
 from selfteach.trainer.build import build
 from selfteach.trainer.loop import run_to_end
@@ -83,7 +83,7 @@ def test_a_run_completes(arm: str, device: str, tmp_path: Path) -> None:
     assert all(row["nonfinite_updates"] == 0 for row in steps)
     assert any(row["grad_norm"] > 0 for row in steps)
     assert {row["kind"] for row in rows} == {"step", "validation", "test"}
-    assert result_of(tmp_path)["budget"]["rollouts_sampled"] == 3 * 16
+    assert load_result(tmp_path)["budget"]["rollouts_sampled"] == 3 * 16
     assert list((tmp_path / "model").glob("*model.safetensors"))
 
 

@@ -17,9 +17,9 @@ import selfteach.trainer.build as building
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
 from selfteach.errors import SelfteachError, Terminated
-from selfteach.evaluation.evaluation_record import evaluation_of
+from selfteach.evaluation.evaluation_record import load_evaluation
 from selfteach.runtime import torchrun
-from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.trainer import step
 from selfteach.trainer.loop import run_to_end, train
 
@@ -99,12 +99,12 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
 def assert_same_run(ours: Path, theirs: Path, *, step: int = 4) -> None:
     """Compare weights, evaluation and metrics, but for times."""
     assert_same_weights(ours, theirs)
-    assert evaluation_of(ours, "test", step) == evaluation_of(theirs, "test", step)
+    assert load_evaluation(ours, "test", step) == load_evaluation(theirs, "test", step)
     for row, other in zip(RunFolder(ours).metrics(), RunFolder(theirs).metrics(), strict=True):
         for name in (row.keys() | other.keys()) - {"ranks", "kind"}:
             if not name.startswith(("time/", "active_", "waiting", "overlap")):
                 assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
-    our_budget, their_budget = result_of(ours)["budget"], result_of(theirs)["budget"]
+    our_budget, their_budget = load_result(ours)["budget"], load_result(theirs)["budget"]
     assert {**our_budget, "seconds": 0} == {**their_budget, "seconds": 0}
 
 

@@ -237,7 +237,7 @@ def test_two_runs_started_on_one_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(CheckpointError, match="another process is at work"):
+        with pytest.raises(CheckpointError, match="another process is using"):
             run_to_end(recipe(), tmp_path / "run")
     finally:
         process.kill()

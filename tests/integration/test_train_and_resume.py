@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError
-from selfteach.evaluation.evaluation_record import evaluation_of
+from selfteach.evaluation.evaluation_record import load_evaluation
 from selfteach.rollout.transformers_engine import TransformersEngine
-from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.trainer import checkpoint
 from selfteach.trainer.loop import run_to_end, train
 
@@ -61,7 +61,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
-    assert evaluation_of(a, "test", 5) == evaluation_of(b, "test", 5)
+    assert load_evaluation(a, "test", 5) == load_evaluation(b, "test", 5)
     for row, other in zip(timeless(a), timeless(b), strict=True):
         assert row == other
 
@@ -80,12 +80,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_learns_and_writes_what_it_promises(whole: Path) -> None:
-    before, after = evaluation_of(whole, "validation", 0), weights(whole)
+    before, after = load_evaluation(whole, "validation", 0), weights(whole)
     assert before.k == 2 and len(before.problem_ids) == 4
     initial = load_file(Path("src/selfteach/tasks/lab/bases/two_styles/model.safetensors"))
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(after[name], initial[name])
-    result = result_of(whole)
+    result = load_result(whole)
     assert result["budget"]["rollouts_sampled"] == 5 * 12
     assert result["budget"]["critiques"] == 5 * 12
     assert result["budget"]["evaluation_rollouts"] == 4 * 8 + 12

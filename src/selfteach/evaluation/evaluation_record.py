@@ -1,4 +1,4 @@
-"""Holds the verdicts of an evaluation and its measures per problem; imports no torch."""
+"""Holds the verdicts of an evaluation and its metrics per problem; imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selfteach.evaluation.statistics import avg_at_k, maj_at_k, pass_at_k
 from selfteach.runtime.atomic_files import read_json
 
 RATES = ("avg", "pass", "maj", "truncated", "format")
-"""Measures given in percent; ``length`` is in tokens."""
+"""Metrics in percent; ``length`` is in tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +43,24 @@ class Evaluation:
         return {name: value * (100 if name in RATES else 1) for name, value in values.items()}
 
     def means(self) -> dict[str, float]:
-        """Return the measures of `per_problem`, averaged over problems."""
+        """Return the metrics of `per_problem`, averaged over problems."""
         return {name: float(value.mean()) for name, value in self.per_problem().items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the evaluation as plain data."""
+        """Return the evaluation as a JSON-serialisable dict."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Evaluation:
-        """Return an evaluation from the data that `to_json` returned."""
+        """Build an evaluation from the dict that `to_json` returned."""
         return cls(**data)
 
 
-def evaluation_of(folder: Path, split: str, step: int) -> Evaluation:
+def load_evaluation(folder: Path, split: str, step: int) -> Evaluation:
     """Read an evaluation that a run has saved."""
     return Evaluation.from_json(read_json(evaluation_path(folder, split, step)))
 
 
 def evaluation_path(folder: Path, split: str, step: int) -> Path:
-    """Return the file of an evaluation in a run folder."""
+    """Return the path of an evaluation in a run folder."""
     return folder / "evaluations" / f"{split}_{step:06d}.json"

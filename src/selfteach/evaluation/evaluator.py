@@ -25,8 +25,9 @@ def evaluate(
 ) -> Evaluation:
     """Sample ``sampling.samples`` rollouts of each problem and verify them.
 
-    ``same`` says whether two final answers are equal, so that a majority vote does not depend on
-    spelling. With several ranks the engine samples this rank's share, and each rank returns the whole.
+    ``same`` returns whether two final answers are equal, so that a majority vote does not depend on
+    spelling. With several ranks the engine samples this rank's share, and every rank returns the full
+    evaluation.
     """
     k = sampling.samples
 
@@ -47,7 +48,7 @@ def evaluate(
         problem_ids=[problem.id for problem in problems],
         correct=by_problem([verdict.correct for verdict in verdicts]),
         formatted=by_problem([verdict.formatted for verdict in verdicts]),
-        parsed=[one_vote(row, same) for row in by_problem([v.parsed for v in verdicts])],
+        parsed=[merge_equal_answers(row, same) for row in by_problem([v.parsed for v in verdicts])],
         finished=by_problem([rollout.finished for rollout in rollouts]),
         lengths=by_problem([len(rollout.token_ids) for rollout in rollouts]),
     )
@@ -58,8 +59,10 @@ def rollouts_name(split: str, step: int) -> str:
     return f"{split}_{step:06d}"
 
 
-def one_vote(parsed: Sequence[str | None], same: Callable[[str, str], bool]) -> list[str | None]:
-    """Replace each answer by the first equal one of the row; None is no vote and stays."""
+def merge_equal_answers(
+    parsed: Sequence[str | None], same: Callable[[str, str], bool]
+) -> list[str | None]:
+    """Replace each final answer by the first equal one in the list; None (no answer) stays None."""
     firsts: list[str] = []
     votes: list[str | None] = []
     for answer in parsed:

@@ -38,21 +38,21 @@ class Interval:
 
 
 def avg_at_k(correct_PK: np.ndarray) -> np.ndarray:
-    """Return Avg@k: the share of right answers of each problem, [P] in 0..1."""
+    """Return Avg@k: the share of correct rollouts of each problem, [P] in 0..1."""
     return _table(correct_PK, "correct_PK").mean(axis=1)
 
 
 def pass_at_k(correct_PK: np.ndarray, k: int) -> np.ndarray:
-    """Return Pass@k: the chance that k of n answers, drawn without replacement, hold a right one.
+    """Return Pass@k: the chance that k of n rollouts, drawn without replacement, hold a correct one.
 
-    1 - C(n-c, k) / C(n, k) with c right answers, [P] in 0..1, as a product of k factors below one,
+    1 - C(n-c, k) / C(n, k) with c correct rollouts, [P] in 0..1, as a product of k factors below one,
     so that no binomial is ever formed. With k = n it is plain any-correct, with k = 1 it is Avg@k.
     Raises ValueError unless 1 <= k <= n.
     """
     correct_PK = _table(correct_PK, "correct_PK")
     n = correct_PK.shape[1]
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs between 1 and n answers per problem, found n = {n}")
+        raise ValueError(f"pass@{k} needs 1 <= k <= n rollouts per problem, but n = {n}")
     wrong_P = n - correct_PK.sum(axis=1)
     drawn_K = np.arange(k)
     still_wrong_PK = (wrong_P[:, None] - drawn_K) / (n - drawn_K)
@@ -60,7 +60,7 @@ def pass_at_k(correct_PK: np.ndarray, k: int) -> np.ndarray:
 
 
 def maj_at_k(parsed: Sequence[Sequence[str | None]], correct_PK: np.ndarray) -> np.ndarray:
-    """Return Maj@k: whether the answer given most often is right, [P] in 0..1.
+    """Return Maj@k: whether the most frequent answer is correct, [P] in 0..1.
 
     ``parsed`` [P][K] is the verifier's canonical form: equal strings are one answer. None is no
     vote. A tie is split evenly: the value is the share of the top-voted answers that are right. A
@@ -91,7 +91,7 @@ def bootstrap_mean(values_SP: np.ndarray, *, resamples: int, seed: int) -> Inter
         count = int((~np.isfinite(values_SP)).sum())
         raise ValueError(f"values_SP holds {count} values that are not finite")
     if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, found {resamples}")
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
     means_R = np.concatenate(
         [
             ((seeds_RS @ values_SP) * problems_RP).sum(axis=1) / values_SP.size
@@ -115,7 +115,7 @@ def bootstrap_difference(
     """
     a_SP, b_SP = _table(a_SP, "a_SP"), _table(b_SP, "b_SP")
     if a_SP.shape != b_SP.shape:
-        raise ValueError(f"a pair needs equal shapes [S, P], found {a_SP.shape} and {b_SP.shape}")
+        raise ValueError(f"a pair needs equal shapes [S, P], got {a_SP.shape} and {b_SP.shape}")
     return bootstrap_mean(a_SP - b_SP, resamples=resamples, seed=seed)
 
 
@@ -187,5 +187,5 @@ def _table(values: np.ndarray, name: str) -> np.ndarray:
     """Return the values as floats. Raises ValueError unless two-dimensional and not empty."""
     table = np.asarray(values, dtype=float)
     if table.ndim != 2 or table.size == 0:
-        raise ValueError(f"{name} must be a table that is not empty, found shape {table.shape}")
+        raise ValueError(f"{name} must be a table that is not empty, got shape {table.shape}")
     return table

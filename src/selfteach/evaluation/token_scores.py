@@ -19,7 +19,7 @@ ScoreFn = Callable[[Sequences], Scores]
 """Scores sequences with a model: logits of the rollouts' tokens."""
 
 TokenScores = dict[str, np.ndarray]
-"""The values of `compare` of one rollout under one context, each [tokens] in float32."""
+"""The values of `compare_logits` of one rollout under one context, each [tokens] in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,13 @@ class ScoreRequest:
 
     @property
     def length(self) -> int:
-        """Return the tokens of the longest prompt with the rollout."""
+        """Return the number of tokens of the rollout with its longest prompt."""
         prompts = [self.prompt_ids, *self.teacher_prompts.values()]
         return max(map(len, prompts)) + len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ScoringLimits:
     """Limits how much is held in memory at a time."""
 
     batch_tokens: int
@@ -47,7 +47,7 @@ class Limits:
     """Tokens whose logits [tokens, vocabulary] exist at a time."""
 
 
-def compare(
+def compare_logits(
     student_CV: Float[Tensor, "C V"], teacher_CV: Float[Tensor, "C V"], ids_C: Int[Tensor, " C"]
 ) -> dict[str, Float[Tensor, " C"]]:
     """Compare student and teacher at each token: logits at temperature 1, full vocabulary, in nats.
@@ -76,9 +76,9 @@ def score_rollouts(
     *,
     pad_id: int,
     device: torch.device,
-    limits: Limits,
+    limits: ScoringLimits,
 ) -> list[dict[str, TokenScores]]:
-    """Return `compare` for each rollout, by context; in the order of ``requests``.
+    """Return `compare_logits` for each rollout, by context; in the order of ``requests``.
 
     Rollouts of similar length share a forward pass. The student's is run once for all contexts.
     """
@@ -106,15 +106,15 @@ def score_rollouts(
 
 
 def _compare_in_chunks(
-    student: Scores, teacher: Scores, side: Sequences, limits: Limits
+    student: Scores, teacher: Scores, side: Sequences, limits: ScoringLimits
 ) -> TokenScores:
-    """Return `compare` over all tokens of a bucket, a chunk of logits at a time."""
+    """Return `compare_logits` over all tokens of a bucket, a chunk of logits at a time."""
     ids_N = side.ids_BT[side.rows_N, side.columns_N + 1]
     chunks: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(ids_N), limits.chunk_tokens):
         rows = slice(start, min(start + limits.chunk_tokens, len(ids_N)))
         student_CV, teacher_CV = student.logits(rows), teacher.logits(rows)
-        values = compare(student_CV, teacher_CV, ids_N[rows].to(student_CV.device))
+        values = compare_logits(student_CV, teacher_CV, ids_N[rows].to(student_CV.device))
         for name, value_C in values.items():
             chunks.setdefault(name, []).append(value_C.to("cpu").numpy())
     return {name: np.concatenate(values) for name, values in chunks.items()}

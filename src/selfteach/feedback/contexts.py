@@ -53,7 +53,7 @@ class TemplateContext:
     def _peer(
         self, critiqued: CritiquedRollout, step: Sequence[CritiquedRollout]
     ) -> str | CritiqueFailure:
-        """Show one of the accepted rollouts of the same question, drawn by (seed, question, sample).
+        """Return a context with an accepted rollout of the question, drawn by (seed, question, sample).
 
         Never the rollout itself, nor one with the same text.
         """
@@ -79,7 +79,7 @@ class TemplateContext:
     def _from_critique(
         self, critiqued: CritiquedRollout, subject: CritiquedRollout | None
     ) -> str | CritiqueFailure:
-        """Show ``critiqued`` the critique and verdict of ``subject``, or a reference."""
+        """Return a context for ``critiqued`` from the critique and verdict of ``subject``."""
         if subject is None:
             return CritiqueFailure("no other question in this step")
         critique = subject.critique
@@ -171,7 +171,7 @@ class FallbackContext:
     def __init__(
         self, context: Context, fallback: Context, reasons: frozenset[str] | None = None
     ) -> None:
-        """``reasons`` are those for which the second context is used; None for any."""
+        """Store both contexts; ``reasons`` select when the second is used, None for any reason."""
         self._context, self._fallback, self._reasons = context, fallback, reasons
 
     def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:

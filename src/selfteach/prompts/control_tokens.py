@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 BREAK = "\ufdd0"
-"""Marks a break inside a control token. A Unicode noncharacter: no text has a use for it, and it is
+"""Breaks a control token. A Unicode noncharacter: no text has a use for it, and it is
 no white space, which chat templates strip."""
 
 NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
@@ -40,7 +40,7 @@ CONTROL_TOKEN_PATTERNS = (
 
 
 class ControlTokens:
-    """Knows the control tokens of one tokenizer, escapes them in data and encodes rendered text.
+    """Escapes the control tokens of one tokenizer in data, and encodes rendered text.
 
     Every added token steers a model, also those not flagged as special (``<think>`` with Qwen3,
     ``<start_of_turn>`` with some Gemmas). Added tokens that are ordinary text (words, runs of white

@@ -35,7 +35,7 @@ class Renderer:
     """Encodes prompts and decodes rollouts, for one tokenizer and one template set.
 
     Raises `EngineError` for a tokenizer without a chat template or without an end token, and for a
-    chat template that refuses a conversation.
+    chat template that fails on a conversation.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Renderer:
         return self._control.encode(self._chat(self._with_system(escaped), self._thinking.student))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Decode a rollout, without special tokens and without a thought before the answer."""
+        """Decode a rollout, without special tokens and without the thinking part."""
         return self._split(self._decode(token_ids))[1]
 
     def token_text(self, token: int) -> str:
@@ -115,7 +115,7 @@ class Renderer:
         return (*self._tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id)
 
     def token_ends(self, token_ids: Sequence[int]) -> list[int]:
-        """Return where each token ends in the answer's text, in characters; 0 within a thought.
+        """Return where each token ends in the decoded text, in characters; 0 within a thought.
 
         Decoding token by token is exact for most tokenizers and is checked; where the pieces do not
         add up to the text (characters split over tokens) every prefix is decoded instead.
@@ -191,7 +191,7 @@ class Renderer:
         return next((i for i in self._control.encode(after) if i in self._control.ids), end)
 
     def _chat(self, messages: list[Message], thinking: bool | None, *, header: bool = True) -> str:
-        # Families call the switch by different names; a template ignores what it does not know.
+        # Families call the switch by different names; a template ignores unknown variables.
         switches: dict[str, Any] = (
             {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
         )

@@ -8,7 +8,7 @@ instead, whose files override those of ``steps`` one by one.
 A template with worked examples (few-shot) writes ``{{ turn }}`` between the turns of a conversation:
 the first turn is the user's, the second the assistant's, and so on; the last one is the user's.
 
-Questions, answers, critiques and references are *data*: they are passed as values and never parsed
+Questions, rollouts, critiques and references are *data*: they are passed as values and never parsed
 as templates, they cannot write ``{{ turn }}``, and a control token in them (``<|im_end|>``) is encoded
 as plain text (`control_tokens`). Two filters keep data inside what a template puts around it: ``fence``
 and ``untagged``.
@@ -85,9 +85,9 @@ class Templates:
         peer: str | None = None,
         feedback: str | None = None,
     ) -> str:
-        """Render a context from an answer's critique, verdict, references, peer and feedback.
+        """Render a context from a rollout's critique, verdict, references, peer and feedback.
 
-        ``attempt`` is the answer itself, for custom templates: no shipped one shows it.
+        ``attempt`` is the rollout's text, for custom templates: no shipped one shows it.
         """
         return self.render(
             name,
@@ -112,10 +112,10 @@ class Templates:
         finished: bool,
         reference: str | None = None,
     ) -> list[Message]:
-        """Render the critic's prompt about an answer as chat messages.
+        """Render the critic's prompt about a rollout as chat messages.
 
-        ``steps`` are the answer's steps one by one, ``final`` its final answer, None without one;
-        ``finished`` is False for an answer that was truncated.
+        ``answer`` is its text, ``steps`` its steps, ``final`` its final answer, None without one;
+        ``finished`` is False for a truncated rollout.
         """
         values = {"answer": answer, "steps": tuple(steps), "final": final, "finished": finished}
         return conversation(self.render("critic", question=question, reference=reference, **values))

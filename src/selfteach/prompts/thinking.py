@@ -11,7 +11,7 @@ class Thinking:
     """Configures prompts of models that can think before they answer, and which tokens are scored.
 
     The student's rollout is scored after the self-teacher's prompt. If thinking is enabled for one of
-    them alone, the teacher expects another first token than the student wrote (``<think>``, or the
+    them alone, the teacher expects another first token than the student sampled (``<think>``, or the
     answer itself), and the first tokens teach nothing else. So the teacher's prompt ends, by default,
     in the student's header: with Qwen3 and ``student=False`` in an empty thought.
     """

@@ -1,1 +1,1 @@
-"""Engines: sample rollouts with transformers or vLLM."""
+"""Samples rollouts with transformers or vLLM."""

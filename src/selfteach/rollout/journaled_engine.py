@@ -65,12 +65,12 @@ class JournaledEngine:
 
     Batches that are in the folder are read instead of sampled. A resumed run forms the same batches,
     so its rollouts are bitwise the same. Of a batch in which the engine failed
-    (`SamplingInterrupted`) the complete groups are kept and are not sampled again.
+    (`SamplingInterrupted`) the complete groups are saved and are not sampled again.
 
     ``name`` begins the names of the batches' files, like ``step_000012``. With ``version`` every
     rollout must be of that policy version. ``weights_lost``: the weights that should sample no longer
     exist (a resumed asynchronous run), so every batch must be in the folder. ``on_batch`` gets each
-    batch's number and rollouts as soon as they are there.
+    batch's number and rollouts when they are complete.
     """
 
     def __init__(

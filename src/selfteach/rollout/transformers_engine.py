@@ -21,7 +21,7 @@ from selfteach.types import Problem, Rollout, Sampling
 class TransformersEngine:
     """Samples from a model in this process, usually the very module that is trained.
 
-    Each rollout has its own random stream, keyed by (seed, problem, sample, version), and uses one
+    Each rollout has a random stream, keyed by (seed, problem, sample, version), and uses one
     number of it per token. So its random numbers do not depend on the other rollouts of the batch, on
     the order of problems, or on what was sampled before a resume. (Its logits do, in the last bits: a
     batch of another shape adds floats in another order. Callers form the same batches again.)
@@ -65,7 +65,7 @@ class TransformersEngine:
             if len(prompt) >= self._max_length:
                 raise EngineError(
                     f"problem {problem.id!r} has a prompt of {len(prompt)} tokens; "
-                    f"the context holds {self._max_length} with the answer"
+                    f"it leaves no room for a completion in the context of {self._max_length}"
                 )
         device = next(self._model.parameters()).device
         keys = [(problem, sample) for problem in problems for sample in range(sampling.samples)]

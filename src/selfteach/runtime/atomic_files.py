@@ -56,18 +56,18 @@ def read_lines(path: Path) -> list[dict[str, Any]] | None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically. Raises `CheckpointError` if the disk is full."""
-    with written_whole(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def written_whole(path: Path, *, flushed: bool = True) -> Iterator[Path]:
+def atomic_path(path: Path, *, flushed: bool = True) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` on leaving and is deleted on an error.
 
     Raises `CheckpointError` if the disk is full.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with enough_disk():
+    with report_full_disk():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -81,7 +81,7 @@ def written_whole(path: Path, *, flushed: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def enough_disk() -> Iterator[None]:
+def report_full_disk() -> Iterator[None]:
     """Turn the error of a full or read-only disk into a `CheckpointError` of one line."""
     try:
         yield

@@ -49,7 +49,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """True for the rank that prints, and writes the files that are written once."""
+        """Return True for the rank that prints and writes the files that are written once."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -74,7 +74,7 @@ class Ranks:
         return values[0]
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if the flag is true on one: for decisions that all must share."""
+        """Return True on every rank if the flag is true on any: for decisions that all must share."""
         return self._all_reduce(torch.tensor(float(flag)), dist.ReduceOp.MAX).item() > 0
 
     def sum(self, value: Number) -> Number:
@@ -134,7 +134,7 @@ class Ranks:
 
     @contextmanager
     def mutex(self) -> Iterator[None]:
-        """Let one rank at a time into a block; uses no collective, so it works in any thread."""
+        """Run a block on one rank at a time; uses no collective, so it works in any thread."""
         if self.store is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""Run calls in background threads, and measure when they were at work."""
+"""Run calls in background threads, and measure when they were running."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def executor(threads: int) -> Iterator[Submit]:
 def submit_inline(
     function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
 ) -> Callable[[], T]:
-    """Run the call now, in this thread; a `Submit`."""
+    """Run the call now, in this thread; implements `Submit`."""
     result = function(*args, **kwargs)
     return lambda: result
 
@@ -66,23 +66,25 @@ Span = tuple[float, float]
 _active_spans: ContextVar[list[Span] | None] = ContextVar("active_spans", default=None)
 
 
-def timed(function: Callable[P, T], spans: list[Span], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Make a call and append its span to ``spans`` (safe from any thread).
+def timed_call(
+    function: Callable[P, T], spans: list[Span], /, *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Call a function and append the span of the call to ``spans`` (safe from any thread).
 
-    If the call opens `active` stretches, their spans are appended instead: the rest was waiting.
+    If the call opens `active_span` blocks, their spans are appended instead: outside it only waited.
     """
-    stretches: list[Span] = []
-    began, outer = time.monotonic(), _active_spans.set(stretches)
+    active_spans: list[Span] = []
+    began, outer = time.monotonic(), _active_spans.set(active_spans)
     try:
         return function(*args, **kwargs)
     finally:
         _active_spans.reset(outer)
-        spans.extend(stretches or [(began, time.monotonic())])
+        spans.extend(active_spans or [(began, time.monotonic())])
 
 
 @contextmanager
-def active() -> Iterator[None]:
-    """Measure a stretch of a `timed` call in which work is done for it, in whatever thread."""
+def active_span() -> Iterator[None]:
+    """Measure a block of a `timed_call` in which work is done for it, in any thread."""
     spans, began = _active_spans.get(), time.monotonic()
     try:
         yield
@@ -91,8 +93,8 @@ def active() -> Iterator[None]:
             spans.append((began, time.monotonic()))
 
 
-def covered(spans: Iterable[Span]) -> float:
-    """Return the seconds in which at least one of the spans was under way."""
+def covered_seconds(spans: Iterable[Span]) -> float:
+    """Return the seconds in which at least one of the spans was in progress."""
     seconds, until = 0.0, float("-inf")
     for began, ended in sorted(spans):
         seconds += max(0.0, ended - max(began, until))

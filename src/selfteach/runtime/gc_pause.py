@@ -1,9 +1,9 @@
-"""Makes Python's cyclic garbage collector run rarely while imports go on, then as usual.
+"""Makes Python's cyclic garbage collector run rarely during imports, then as usual.
 
 torch, transformers and their dependencies make 400,000 objects that stay, and at its default thresholds
 the collector walks them over and over meanwhile: a third of the time of `import`. Only processes that
 this package starts use it (the command line, a study's runs); a program that imports the package keeps
-its own settings.
+its settings.
 """
 
 from __future__ import annotations

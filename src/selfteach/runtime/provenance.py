@@ -1,4 +1,4 @@
-"""Collects what a run, a study or an inspection was made with: commit, versions, machine."""
+"""Collects the provenance of a run, a study or an inspection: commit, versions, machine."""
 
 from __future__ import annotations
 

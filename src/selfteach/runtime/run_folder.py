@@ -43,15 +43,15 @@ from selfteach.config.migrations import (
 from selfteach.config.recipe_file import complete_config
 from selfteach.errors import CheckpointError
 from selfteach.runtime.atomic_files import (
-    enough_disk,
+    atomic_path,
     json_lines,
     read_json,
     read_lines,
+    report_full_disk,
     require_empty,
     write_json,
     write_lines,
     write_text,
-    written_whole,
 )
 from selfteach.types import (
     Critique,
@@ -81,7 +81,7 @@ class RunFolder:
 
     @property
     def is_complete(self) -> bool:
-        """True once the run has finished."""
+        """Return True once the run has finished."""
         return self.result_path.exists()
 
     def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
@@ -118,7 +118,7 @@ class RunFolder:
         """
         if not any((self.path / name).exists() for name in ("config.json", "study.json")):
             require_empty(self.path)  # before the lock file, so that nothing is left in it
-        with enough_disk():
+        with report_full_disk():
             self.path.mkdir(parents=True, exist_ok=True)
             handle = (self.path / ".lock").open("w")
         with handle:
@@ -134,7 +134,7 @@ class RunFolder:
         self._flushing = [flush for flush in self._flushing if flush not in finished]
         for flush in finished:
             flush.result()
-        with written_whole(path, flushed=False) as temporary:
+        with atomic_path(path, flushed=False) as temporary:
             temporary.write_text(json_lines(rows), encoding="utf-8")
         self._flushing.append(_flusher(os.getpid()).submit(_flush, path))
 
@@ -215,7 +215,7 @@ class RunFolder:
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with enough_disk(), self.metrics_path.open("a", encoding="utf-8") as handle:
+        with report_full_disk(), self.metrics_path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -256,7 +256,7 @@ def sample_row(sample: TrainingSample) -> dict[str, Any]:
     }
 
 
-def result_of(folder: Path) -> dict[str, Any]:
+def load_result(folder: Path) -> dict[str, Any]:
     """Return the result of a finished run: steps, seed, budget and learning curve."""
     return read_json(folder / "result.json")
 
@@ -272,7 +272,7 @@ def _flusher(process: int) -> ThreadPoolExecutor:
 
 def _flush(path: Path) -> None:
     """Flush a file. Raises `CheckpointError` if the disk is full."""
-    with enough_disk():
+    with report_full_disk():
         try:
             handle = path.open("rb+")
         except FileNotFoundError:  # deleted in the meantime

@@ -1,8 +1,8 @@
-"""Handles SIGTERM, which a scheduler sends when it wants its machine back.
+"""Handles SIGTERM, which a scheduler sends before it stops a job.
 
 While weights change, or are swapped for a teacher's, an exception would leave a mixture of both. So the
 signal ends the process only in blocks that are declared interruptible: waiting, sampling, evaluating.
-Elsewhere it is remembered until the next of them.
+Elsewhere it is remembered until the next such block.
 
 Many ranks must stop at the same step: there the signal is only remembered (`Termination.requested`),
 and after each step the ranks exchange it.
@@ -31,8 +31,10 @@ class Termination:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Mark a block that may end anywhere: raises `Terminated` in it, or at its beginning if the
-        signal has arrived before. Raises nothing if termination is deferred."""
+        """Let SIGTERM raise `Terminated` anywhere in a block, or at its start if it arrived before.
+
+        Raises nothing if termination is deferred.
+        """
         self._interruptible = not self._deferred
         try:
             if self.requested and self._interruptible:

@@ -33,7 +33,7 @@ def configure_torch(device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep freed blocks of up to 32 MiB, 256 MiB of them, for the next step.
 
-    Mapped anew, each of their pages faults and is zeroed: a tenth of a small model's step. The
+    Memory that is mapped again faults and is zeroed page by page: a tenth of a small model's step. The
     environment's settings (``MALLOC_MMAP_THRESHOLD_``) have precedence; other allocators have no
     `mallopt`.
     """

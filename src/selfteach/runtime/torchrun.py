@@ -1,4 +1,4 @@
-"""Reads what torchrun tells this process, from its environment; imports no torch."""
+"""Reads the environment variables that torchrun sets for this process; imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def is_torchrun() -> bool:
-    """True in a process that torchrun (or a launcher that sets the same variables) has started."""
+    """Return True in a process started by torchrun, or by a launcher that sets the same variables."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -21,5 +21,5 @@ def local_rank() -> int:
 
 
 def is_main() -> bool:
-    """True for the one process that prints."""
+    """Return True for the one process that prints."""
     return rank() == 0

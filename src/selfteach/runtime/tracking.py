@@ -84,7 +84,7 @@ def open_sinks(
                     continue
                 try:
                     opened[name](row["step"], values_of(row))
-                except Exception as error:  # whatever a sink raises, the run goes on without it
+                except Exception as error:  # a failing sink must not end the run
                     log.warning("tracking: %s is left out from now on: %s", name, error)
                     del opened[name]
                     continue

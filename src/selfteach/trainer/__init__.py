@@ -1,1 +1,1 @@
-"""Training: the step, the loop around it, and how a recipe becomes components."""
+"""Trains: the step, the loop around it, and how components are built from a recipe."""

@@ -39,7 +39,7 @@ from torch import Tensor
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.protocols import Engine
 from selfteach.rollout.journaled_engine import JournaledEngine
-from selfteach.runtime.futures import Submit, executor, submit_inline, timed
+from selfteach.runtime.futures import Submit, executor, submit_inline, timed_call
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.metrics import Metrics
 from selfteach.trainer.nonfinite import save_nonfinite_batch
@@ -58,14 +58,14 @@ from selfteach.types import (
 
 Started = TypeVar("Started")
 Result = TypeVar("Result")
-Learned = tuple[list[TrainingSample], Metrics]
+StepResult = tuple[list[TrainingSample], Metrics]
 Interruptible = Callable[[], AbstractContextManager[None]]
-"""Opens a stretch in which SIGTERM may end the process."""
+"""Opens a block in which SIGTERM may end the process."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """Requests the rollouts of one step."""
+    """Describes the rollouts to sample for one step."""
 
     step: int
     problems: Sequence[Problem]
@@ -83,8 +83,8 @@ def train_steps(
     *,
     staleness: int = 0,
     interruptible: Interruptible = nullcontext,
-) -> Iterator[tuple[int, Learned]]:
-    """Yield each step with its samples and metrics, its weights published.
+) -> Iterator[tuple[int, StepResult]]:
+    """Yield each step with its samples and metrics, after its weights have been published.
 
     ``requests`` is called when the sampling of a step starts.
     """
@@ -94,13 +94,13 @@ def train_steps(
         submit_rollouts = stack.enter_context(executor(1)) if in_background else submit_inline
         clock = PhaseClock()
 
-        def begin(step: int) -> StartedStep:
+        def start_sampling(step: int) -> StartedStep:
             return StartedStep(
                 components, requests(step), run, submit_rollouts, submit_critique, clock,
                 interruptible,
             )  # fmt: skip
 
-        def take(started: StartedStep, wait_for_started: Callable[[], None]) -> Learned:
+        def train_on(started: StartedStep, wait_for_started: Callable[[], None]) -> StepResult:
             step = started.request.step
             with save_nonfinite_batch(run, step), clock.training():
                 samples, metrics = train_step(
@@ -110,41 +110,40 @@ def train_steps(
                     run.save_samples(step, samples)
             return samples, {**metrics, **clock.row(started.active)}
 
-        def wait(started: StartedStep) -> None:
+        def wait_for_rollouts(started: StartedStep) -> None:
             started.rollouts()
 
-        yield from overlapped(begin, take, wait, steps, staleness)
+        yield from pipelined(start_sampling, train_on, wait_for_rollouts, steps, staleness)
 
 
-def overlapped(
-    begin: Callable[[int], Started],
-    take: Callable[[Started, Callable[[], None]], Result],
-    wait: Callable[[Started], None],
+def pipelined(
+    start_sampling: Callable[[int], Started],
+    train_on: Callable[[Started, Callable[[], None]], Result],
+    wait_for_rollouts: Callable[[Started], None],
     steps: Iterable[int],
     staleness: int,
 ) -> Iterator[tuple[int, Result]]:
-    """Yield steps and their results in order, ``staleness`` steps started ahead of the one taken.
+    """Yield steps and their results in order, with sampling up to ``staleness`` steps ahead.
 
-    ``begin`` starts the sampling of a step. ``take`` trains on a started step and publishes the new
-    weights; before it publishes it calls the function that it is given, which has ``wait`` wait for
-    the sampling of every step started ahead. With ``staleness = 0`` each step ends before the next
-    begins.
+    ``train_on(started, wait_for_started)`` trains on a started step and publishes the new weights;
+    before that it calls ``wait_for_started()``, which calls ``wait_for_rollouts`` for every step whose
+    sampling has started. With ``staleness = 0`` each step ends before the next begins.
     """
     ahead: deque[Started] = deque()
     upcoming = iter(steps := list(steps))
 
     def wait_for_started() -> None:
         for started in ahead:
-            wait(started)
+            wait_for_rollouts(started)
 
     for step in steps:
         for later_step in islice(upcoming, staleness + 1 - len(ahead)):
-            ahead.append(begin(later_step))
-        yield step, take(ahead.popleft(), wait_for_started)
+            ahead.append(start_sampling(later_step))
+        yield step, train_on(ahead.popleft(), wait_for_started)
 
 
 class StartedStep:
-    """A step whose rollouts are being sampled; batches are critiqued as they arrive."""
+    """Samples one step's rollouts in the background and critiques batches as they arrive."""
 
     def __init__(
         self,
@@ -167,7 +166,7 @@ class StartedStep:
         with clock("rollout"), interruptible():
             self._wait = components.ranks.all_or_raise(
                 lambda: submit_rollouts(
-                    timed, engine.generate, self.active.rollout, request.problems,
+                    timed_call, engine.generate, self.active.rollout, request.problems,
                     components.sampling,
                 )
             )  # fmt: skip
@@ -182,7 +181,7 @@ class StartedStep:
         return self._rollouts
 
     def components(self, wait_for_started: Callable[[], None]) -> Components:
-        """Return the components with which `train_step` takes this step."""
+        """Return components for `train_step` that wait for this step's rollouts and critiques."""
         engine = StartedEngine(self, self._components.engine, wait_for_started)
         return dataclasses.replace(
             self._components,
@@ -193,7 +192,7 @@ class StartedStep:
 
 
 class StartedEngine:
-    """An engine whose rollouts of this step are being sampled already."""
+    """Implements `Engine` for a step whose sampling has started: `generate` waits for the rollouts."""
 
     def __init__(
         self, started: StartedStep, engine: Engine, wait_for_started: Callable[[], None]
@@ -214,9 +213,9 @@ class StartedEngine:
 
 
 class StartedCritiques:
-    """Verdicts and critiques of a step's rollouts, made in the background batch by batch.
+    """Verifies and critiques a step's rollouts in the background, batch by batch.
 
-    It stands for both the step's verifier and its critic. Critiques are journaled in the run folder.
+    Replaces both the step's verifier and its critic. Critiques are journaled in the run folder.
     """
 
     def __init__(
@@ -234,7 +233,9 @@ class StartedCritiques:
         """Start to verify and critique one batch of rollouts."""
         spans = self._started.active.critique
         components = self._journaled(f"step_{self._step:06d}.{number:03d}")
-        self._batches.append(self._submit(timed, verify_and_critique, spans, components, rollouts))
+        self._batches.append(
+            self._submit(timed_call, verify_and_critique, spans, components, rollouts)
+        )
 
     def verify(self, problem: Problem, text: str) -> Verdict:
         """Return the verdict of one of the step's rollouts."""

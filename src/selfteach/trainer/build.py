@@ -73,7 +73,7 @@ class Built:
 
 
 def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
-    """Build everything a run needs on this rank; what can be wrong with a recipe is found here.
+    """Build everything a run needs on this rank; invalid combinations in a recipe are raised here.
 
     Raises `RecipeError`, `EngineError` or `DataError` in one line.
     """
@@ -83,7 +83,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     task = load_task(recipe.data, resolve(recipe.model.path))
     templates = Templates(recipe.model.templates or task.templates)
     loaded = load(recipe.model, templates, device=device, on_cpu=shard is not None)
-    loaded = replace(loaded, max_length=longest(recipe, loaded.max_length))
+    loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
     renderer = loaded.renderer
     check_lengths(renderer, task, loaded.max_length, recipe)
     model = _with_adapters(recipe, loaded.model)
@@ -240,7 +240,7 @@ def _sink(name: str, run: tracking.TrackedRun) -> AbstractContextManager[trackin
             raise AssertionError(name)
 
 
-def longest(recipe: Recipe, supported: int) -> int:
+def max_sequence_length(recipe: Recipe, supported: int) -> int:
     """Return the longest sequence in tokens: the recipe's, or the longest that the model supports."""
     limit = recipe.train.max_length
     if limit is not None and limit > supported:
@@ -278,7 +278,7 @@ def _with_adapters(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | 
 
 
 def _samples_in_background(recipe: Recipe) -> bool:
-    """Return whether the engine has its own weights and sampling may overlap with training."""
+    """Return True if the engine has a copy of the weights, so that sampling can overlap training."""
     served = recipe.engine.type == "vllm_server"
     return recipe.train.staleness > 0 and (served or recipe.sampling.separate_copy)
 
@@ -348,8 +348,8 @@ def build_context(
         return TemplateContext(name, templates, seed=seed)
     if task.replace_steps is None:
         raise RecipeError(
-            'context "partly_aligned": only the lab knows which step of a reference is which of an '
-            "answer; choose step_aligned or reference"
+            'context "partly_aligned": only the lab can match steps of a reference to those of a '
+            "rollout; choose step_aligned or reference"
         )
     trace = TemplateContext(name, templates, seed=seed)
     return PartlyAlignedContext(trace, task.replace_steps, alignment, seed=seed)

@@ -98,10 +98,10 @@ def _chat_model(
             return _local(config, templates)
         case PolicyCriticConfig():
             if loaded is None or policy is None:
-                raise RecipeError('critic.type = "policy" needs a policy: name a recipe with one')
+                raise RecipeError('critic.type = "policy" needs a recipe with a policy')
             if config.thinking is not None:
                 raise RecipeError(
-                    "critic.thinking: the policy as critic thinks as model.thinking.student says"
+                    "critic.thinking: the policy as critic always uses model.thinking.student"
                 )
             return LocalModel(
                 policy.model,

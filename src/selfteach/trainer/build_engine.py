@@ -64,9 +64,9 @@ def build_engine(
         )  # fmt: skip
     if ranks.size > 1 and isinstance(config, VllmProcessConfig):
         raise RecipeError(
-            f'engine.type = "vllm" is for one process, and torchrun has started {ranks.size}, whose '
-            'process groups vLLM would use: serve the model (engine.type = "vllm_server"), so that '
-            "all ranks sample from there"
+            f'engine.type = "vllm" runs in one process, but torchrun has started {ranks.size}; their '
+            'process groups would be used by vLLM: serve the model (engine.type = "vllm_server"), so '
+            "that all ranks sample from there"
         )
     probe = Probe(
         ids := probe_ids(prompts, loaded.max_length - 1),

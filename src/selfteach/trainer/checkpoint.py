@@ -22,7 +22,7 @@ from selfteach.errors import CheckpointError
 from selfteach.models import fsdp
 from selfteach.models.policy import Policy
 from selfteach.protocols import Teacher
-from selfteach.runtime.atomic_files import enough_disk, read_json, write_json
+from selfteach.runtime.atomic_files import read_json, report_full_disk, write_json
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -42,7 +42,7 @@ def save(
     """
     target = path_for_step(folder, step)
     temporary = folder / f".{target.name}.tmp"
-    with enough_disk():
+    with report_full_disk():
         if ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -119,7 +119,7 @@ def load_weights(checkpoint: Path, policy: Policy) -> None:
 
 def _require_same(names: set[str], policy: Policy, checkpoint: Path) -> None:
     if names != policy.trainable.keys():
-        raise CheckpointError(f"{checkpoint} holds the weights of another model")
+        raise CheckpointError(f"{checkpoint} holds weights that do not fit this model")
 
 
 def _moments(policy: Policy) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ def _load_shards(shards: Path, policy: Policy, teacher: Teacher) -> None:
     """Load moments and teacher into tensors that are replicated or sharded as in this run."""
     names = fsdp.names(shards)
     if _names_under("teacher", names) != teacher.state().keys():
-        raise CheckpointError(f"{shards} holds another teacher")
+        raise CheckpointError(f"{shards} does not fit this teacher")
     for name, param in policy.trainable.items():
         policy.optimizer.state.pop(param, None)
         if f"optimizer.{name}::step" in names:

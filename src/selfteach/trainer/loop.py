@@ -18,10 +18,10 @@ from selfteach.models.fsdp import whole_state
 from selfteach.models.loading import choose_device, resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
-from selfteach.runtime.atomic_files import enough_disk, write_json
+from selfteach.runtime.atomic_files import report_full_disk, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
 from selfteach.runtime.provenance import collect_provenance, cpu_capability
-from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.runtime.signals import Termination, handle_sigterm
 from selfteach.tasks.task import SplitName, training_order
 from selfteach.trainer import checkpoint
@@ -89,7 +89,7 @@ def run_to_end(recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()) ->
     """Run `train` to its end and return the result."""
     for _ in train(recipe, folder, same_start):
         pass
-    return result_of(folder)
+    return load_result(folder)
 
 
 def _ranks(recipe: Recipe) -> AbstractContextManager[Ranks]:
@@ -138,7 +138,7 @@ def _recording(run: RunFolder, recipe: Recipe) -> Iterator[Record]:
 def _steps(
     run: RunFolder, recipe: Recipe, built: Built, done: int, record: Record, end: Termination
 ) -> Iterator[dict[str, Any]]:
-    """Take the steps. A step's row is written before its checkpoint, so that no row is missing."""
+    """Train step by step. A row is written before its step's checkpoint, so that none is missing."""
     components, last = built.components, recipe.train.steps
     publish_weights(components)
     training = train_steps(
@@ -282,7 +282,7 @@ def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:
         extra["state_dict"] = whole_state(model, keep=ranks.is_main)
     if not ranks.is_main:
         return
-    with enough_disk():
+    with report_full_disk():
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(str(temporary), **extra)
         built.tokenizer.save_pretrained(temporary)

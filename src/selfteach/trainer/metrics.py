@@ -1,4 +1,4 @@
-"""Metrics of one step: what its rollouts are like, and what the loss did."""
+"""Compute the metrics of one step from its rollouts and from the statistics of its loss."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from selfteach.types import CritiqueFailure, TokenWeights, TrainingSample, Usage
 Metrics = dict[str, float]
 
 
-def in_loss(samples: Sequence[TrainingSample], weights: Sequence[TokenWeights]) -> Metrics:
-    """Compute which rollouts, and of these which end tokens, count in the loss."""
+def loss_coverage(samples: Sequence[TrainingSample], weights: Sequence[TokenWeights]) -> Metrics:
+    """Compute the shares of rollouts, and of their end tokens, that are in the loss."""
     eos = rollout_statistics.eos_in_loss(samples, weights)
     return {
         "frac_in_loss": rollout_statistics.frac_in_loss(weights),
@@ -26,7 +26,7 @@ def in_loss(samples: Sequence[TrainingSample], weights: Sequence[TokenWeights]) 
 
 
 def summarize_samples(samples: Sequence[TrainingSample]) -> Metrics:
-    """Compute rates and means over the step's rollouts, and what the critic was used for."""
+    """Compute rates and means over the step's rollouts, and the critic's usage and failures."""
     rollouts = [sample.rollout for sample in samples]
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     count = max(1, len(rollouts))
@@ -57,7 +57,7 @@ def summarize_samples(samples: Sequence[TrainingSample]) -> Metrics:
     }
 
 
-def summarize(stats: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metrics:
+def summarize_tokens(stats: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metrics:
     """Compute means over the tokens of all micro-batches and ranks; each value of ``stats`` is [N]."""
     if not stats:
         return {"loss": 0.0}

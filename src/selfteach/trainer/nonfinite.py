@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfteach.errors import LossError
-from selfteach.runtime.atomic_files import written_whole
+from selfteach.runtime.atomic_files import atomic_path
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.types import Batch, Sequences
 
 
-class NotFinite(LossError):
+class NonFiniteLoss(LossError):
     """Raised when the loss of a micro-batch is NaN or infinite."""
 
     def __init__(self, loss: float, batch: Batch, stats: Mapping[str, Tensor]) -> None:
@@ -32,20 +32,20 @@ class NotFinite(LossError):
 
 
 def require_finite(stats: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch]) -> None:
-    """Raise `NotFinite` for the first micro-batch whose loss (``total``) is not finite."""
+    """Raise `NonFiniteLoss` for the first micro-batch whose loss (``total``) is not finite."""
     for batch_stats, batch in zip(stats, batches, strict=True):
         if not torch.isfinite(batch_stats["total"]).all():
-            raise NotFinite(batch_stats["total"].sum().item(), batch, batch_stats)
+            raise NonFiniteLoss(batch_stats["total"].sum().item(), batch, batch_stats)
 
 
 @contextmanager
 def save_nonfinite_batch(run: RunFolder, step: int) -> Iterator[None]:
-    """Save the micro-batch of a `NotFinite` that is raised in the block, and raise a `LossError`."""
+    """Save the micro-batch of a `NonFiniteLoss` raised in the block, and raise a `LossError`."""
     try:
         yield
-    except NotFinite as error:
+    except NonFiniteLoss as error:
         path = run.path / "nonfinite" / f"step_{step:06d}.safetensors"
-        with written_whole(path) as temporary:
+        with atomic_path(path) as temporary:
             tensors = {n: t.detach().cpu().contiguous() for n, t in error.tensors.items()}
             save_file(tensors, temporary)
         raise LossError(
@@ -57,7 +57,7 @@ def save_nonfinite_batch(run: RunFolder, step: int) -> Iterator[None]:
 
 
 def _fields(batch: Batch) -> dict[str, Tensor]:
-    """A batch's tensors by name, as copies that share no storage."""
+    """Return a batch's tensors by name, as copies that share no storage."""
     tensors: dict[str, Tensor] = {}
     for name in batch.__slots__:
         value = getattr(batch, name)

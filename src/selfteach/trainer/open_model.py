@@ -52,6 +52,6 @@ def named_problems(built: Built, name: str) -> tuple[tuple[Problem, ...], str]:
     path = Path(name)
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise DataError(
-            f"--problems {name!r}: write train, validation, test, or name a .jsonl or .parquet file"
+            f"--problems {name!r}: expected train, validation, test, or a .jsonl or .parquet file"
         )
     return read_file(path), path.stem

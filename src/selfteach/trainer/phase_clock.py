@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from selfteach.runtime.futures import Span, covered
+from selfteach.runtime.futures import Span, covered_seconds
 from selfteach.trainer.metrics import Metrics
 
 PHASES = ("rollout", "critique", "train")
@@ -30,7 +30,7 @@ class PhaseClock:
 
     @contextmanager
     def __call__(self, phase: str, *, waits: bool = False) -> Iterator[None]:
-        """Measure a stretch spent on a phase, or on waiting for it while others work."""
+        """Measure a block spent on a phase; with ``waits``, on waiting for background threads."""
         began = time.monotonic()
         try:
             yield
@@ -41,7 +41,7 @@ class PhaseClock:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Measure a step; what is not spent on its other phases is training."""
+        """Measure a step; time outside its other phases counts as training."""
         others = self._seconds["rollout"] + self._seconds["critique"]
         began = time.monotonic()
         try:
@@ -60,8 +60,8 @@ class PhaseClock:
         seconds, waiting = self._seconds, self._waiting
         self.__init__()
         active_seconds = {
-            "rollout": covered(active.rollout),
-            "critique": covered(active.critique),
+            "rollout": covered_seconds(active.rollout),
+            "critique": covered_seconds(active.critique),
             "train": seconds["train"],
         }
         return {
@@ -73,7 +73,7 @@ class PhaseClock:
 
 
 def overlap_of(active: Sequence[float], seconds: float) -> float:
-    """Compute how much of what could overlap did: 0 is one after another, 1 as long as the longest.
+    """Compute the overlap of phases: 0 is sequential, 1 takes only as long as the longest phase.
 
     ``active`` are the seconds of each phase, ``seconds`` what they took together. Example: phases of
     3, 2 and 1 s that took 4 s have an overlap of (6 - 4) / (6 - 3) = 2/3.

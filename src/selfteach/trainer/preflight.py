@@ -22,14 +22,14 @@ ENGINE_IDENTITY = {"engine", "model"}
 
 
 def preflight(
-    recipes: Iterable[Recipe], *, critic_only: bool = False, made: Iterable[Path] = ()
+    recipes: Iterable[Recipe], *, critic_only: bool = False, output_folders: Iterable[Path] = ()
 ) -> None:
-    """Check everything that runs need from elsewhere, each server once however many runs use it.
+    """Check servers, folders and packages that runs need, each server once for all runs.
 
     In this order: the packages of tracking sinks, the folders of recorded critics, critic servers
     (unless ``critic.healthcheck = false``), vLLM servers that sample. With ``critic_only`` just what
-    the critics need. ``made`` are folders that these runs write: a recorded critic may replay one of
-    them before it exists. Raises `RecipeError`, `CriticError` or `EngineError` in one line.
+    the critics need. ``output_folders`` are those that these runs write: a recorded critic may
+    replay one before it exists. Raises `RecipeError`, `CriticError` or `EngineError` in one line.
     """
     checked = list(recipes)
     if not critic_only:
@@ -38,16 +38,18 @@ def preflight(
     critics = [recipe.critic for recipe in checked if recipe.critic is not None]
     for critic in critics:
         if isinstance(critic, RecordedConfig):
-            _require_recording(critic, list(made))
+            _require_recording(critic, list(output_folders))
     _require_critics(critics)
     if not critic_only:
         _require_engines(checked)
 
 
-def _require_recording(critic: RecordedConfig, made: Iterable[Path]) -> None:
+def _require_recording(critic: RecordedConfig, output_folders: Iterable[Path]) -> None:
     """Raise `CriticError` unless a recorded critic's run or study exists or is among these runs."""
     run = Path(critic.run).resolve()
-    among_these = any(run in (folder, *folder.parents) for folder in map(Path.resolve, made))
+    among_these = any(
+        run in (folder, *folder.parents) for folder in map(Path.resolve, output_folders)
+    )
     if not among_these and not run.is_dir():
         raise CriticError(
             f"critic.run = {critic.run!r}: no such folder; name a run folder or a study's"
@@ -55,7 +57,7 @@ def _require_recording(critic: RecordedConfig, made: Iterable[Path]) -> None:
 
 
 def _require_critics(critics: Iterable[CriticConfig]) -> None:
-    """Ask each distinct critic server once."""
+    """Check each distinct critic server once."""
     servers = {
         critic.model_dump_json(include=CRITIC_IDENTITY): critic
         for critic in critics
@@ -69,7 +71,7 @@ def _require_critics(critics: Iterable[CriticConfig]) -> None:
 
 
 def _require_engines(recipes: Iterable[Recipe]) -> None:
-    """Ask each distinct vLLM server once, for the longest completions that any recipe samples."""
+    """Check each distinct vLLM server once, for the longest completions that any recipe samples."""
     servers: dict[str, Recipe] = {}
     for recipe in recipes:
         if isinstance(recipe.engine, VllmServerConfig):

@@ -23,7 +23,7 @@ HESITATION = re.compile(
 
 
 def repetition(ids: Sequence[int], n: int = NGRAM) -> float:
-    """Share of an answer's n-grams that stood in it before, from 0 to 1; 0 for fewer than two.
+    """Return the share of a rollout's n-grams that repeat an earlier one, 0 to 1; 0 for fewer than two.
 
     Example: ``repetition([1, 2, 1, 2, 1], n=2)`` is 0.5: of (1 2) (2 1) (1 2) (2 1) two are new.
     """
@@ -32,22 +32,22 @@ def repetition(ids: Sequence[int], n: int = NGRAM) -> float:
 
 
 def hesitations(text: str) -> int:
-    """How often an answer stops to doubt itself, in words of `HESITATION`."""
+    """Count the phrases of `HESITATION` in a rollout's text."""
     return len(HESITATION.findall(text))
 
 
 def frac_in_loss(token_weights: Sequence[TokenWeights]) -> float:
-    """Share of the answers of which some token counts in the loss; 0 for no answers."""
+    """Return the share of rollouts with a token in the loss; 0 without rollouts."""
     return sum(any(s.weights) for s in token_weights) / max(1, len(token_weights))
 
 
 def eos_in_loss(
     samples: Sequence[TrainingSample], token_weights: Sequence[TokenWeights]
 ) -> float | None:
-    """Of the answers that count in the loss, the share whose end token counts too.
+    """Return the share of the rollouts in the loss whose end token is in the loss, too.
 
-    An answer that was cut at the token limit has no end token. None if no answer counts: a model
-    whose end token is never supervised forgets to stop.
+    A rollout that was truncated at the token limit has no end token. None if no rollout is in the
+    loss. A model whose end token is never supervised forgets to stop.
     """
     counted = [(x, s) for x, s in zip(samples, token_weights, strict=True) if any(s.weights)]
     ended = sum(x.rollout.finished and s.weights[-1] != 0 for x, s in counted)

@@ -1,6 +1,6 @@
-"""One training step, in the paper's order: sample, critique, build samples, learn, publish.
+"""Take one training step, in the paper's order: sample, critique, build samples, learn, publish.
 
-This is what runs: `trainer.loop` calls `train_step` for every step, also when sampling is ahead of
+`trainer.loop` calls `train_step` for every step, also when sampling is ahead of
 training (`trainer.async_training`).
 """
 
@@ -19,7 +19,7 @@ from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Ver
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.tasks import segmentation
 from selfteach.trainer.batching import collate
-from selfteach.trainer.metrics import Metrics, in_loss, summarize, summarize_samples
+from selfteach.trainer.metrics import Metrics, loss_coverage, summarize_samples, summarize_tokens
 from selfteach.trainer.nonfinite import require_finite
 from selfteach.types import (
     Batch,
@@ -48,9 +48,9 @@ class Components:
     split_steps: segmentation.Splitter
     sampling: Sampling
     critic_threads: int
-    """Batches that are critiqued in the background; 0 for a critic that runs in this process."""
+    """Number of batches critiqued at a time in the background; 0 for a critic in this process."""
     samples_in_background: bool
-    """True for an engine with its own weights, which may sample while the policy trains."""
+    """True for an engine with a copy of the weights, which may sample while the policy trains."""
     num_iterations: int
     """Optimizer updates per step."""
     micro_batch_tokens: int
@@ -87,10 +87,9 @@ def verify_and_critique(
 def build_samples(
     components: Components, critiqued: Sequence[CritiquedRollout]
 ) -> list[TrainingSample]:
-    """Give each rollout its teacher prompt. A prompt that does not fit is dropped, never truncated."""
-    critiqued = components.ranks.gather(
-        list(critiqued)
-    )  # every rank knows all of the step's samples
+    """Build each rollout's teacher prompt. One that does not fit is dropped, never truncated."""
+    # Contexts and denominators depend on all of the step's rollouts, so each rank has them all.
+    critiqued = components.ranks.gather(list(critiqued))
     if components.context is None:
         return [_without_context(components, rollout) for rollout in critiqued]
     contexts = components.context(critiqued)
@@ -101,7 +100,7 @@ def build_samples(
 
 
 def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
-    """Move the policy, which sees only the question, towards its teacher."""
+    """Train the policy on the step's samples, ``num_iterations`` optimizer updates; return metrics."""
     # One denominator for all micro-batches and ranks: how a step is split changes nothing.
     denominators = components.objective.denominators(samples)
     weights = components.objective.token_weights(samples, denominators, components.policy.version)
@@ -110,14 +109,14 @@ def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
         micro_batch_tokens=components.micro_batch_tokens, ranks=components.ranks,
     )  # fmt: skip
     batches = [batch.to(components.policy.device) for batch in batches]
-    metrics = {**summarize_samples(samples), **in_loss(samples, weights)}
+    metrics = {**summarize_samples(samples), **loss_coverage(samples, weights)}
     for iteration in range(components.num_iterations):
         stats = [_backward(components, batch) for batch in batches]
         require_finite(stats, batches)
         optimizer_metrics = components.policy.optimizer_step()
         components.teacher.update()
         if iteration == 0:
-            metrics |= summarize(stats, components.ranks)
+            metrics |= summarize_tokens(stats, components.ranks)
             batches = [  # ratios of later iterations are relative to the policy of the first
                 dataclasses.replace(batch, old_logp_N=batch_stats["logp"])
                 for batch, batch_stats in zip(batches, stats, strict=True)
@@ -134,7 +133,7 @@ def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
 
 
 def publish_weights(components: Components) -> None:
-    """Hand the updated weights to the engine, which samples the next step with them."""
+    """Send the updated weights to the engine, which samples the next step with them."""
     policy = components.policy
     components.engine.load_weights(policy.trainable.items(), policy.version)
 
@@ -153,7 +152,7 @@ def _backward(components: Components, batch: Batch) -> dict[str, Tensor]:
 
 
 def _without_context(components: Components, critiqued: CritiquedRollout) -> TrainingSample:
-    """A sample of an arm without contexts; a KL penalty scores the teacher on the student's prompt."""
+    """Return the sample of an arm without contexts: a teacher, if any, gets the student's prompt."""
     rollout = critiqued.rollout
     needs_teacher = components.objective.needs_teacher
     return TrainingSample(
@@ -167,7 +166,7 @@ def _without_context(components: Components, critiqued: CritiquedRollout) -> Tra
 def _with_context(
     components: Components, critiqued: CritiquedRollout, context: str | CritiqueFailure
 ) -> TrainingSample:
-    """A sample with its teacher prompt, or with the reason why it has none."""
+    """Return a sample with its teacher prompt, or with the reason why it has none."""
     rollout = critiqued.rollout
     spans = tuple(components.split_steps(rollout.text))
     scored_from = components.renderer.scored_from(rollout.token_ids)

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from selfteach.evaluation.token_scores import Limits, ScoreRequest, compare, score_rollouts
+from selfteach.evaluation.token_scores import (
+    ScoreRequest,
+    ScoringLimits,
+    compare_logits,
+    score_rollouts,
+)
 from selfteach.models.lm_head import Scores
 from selfteach.models.policy import Policy, Schedule
 
@@ -23,7 +28,7 @@ REQUESTS = [
 def test_two_entries_by_hand() -> None:
     # student (3/4, 1/4), teacher (1/2, 1/2), the second entry was sampled
     student, teacher = torch.tensor([[3.0, 1.0]]).log().double(), torch.zeros(1, 2).double()
-    scores = {k: v.item() for k, v in compare(student, teacher, torch.tensor([1])).items()}
+    scores = {k: v.item() for k, v in compare_logits(student, teacher, torch.tensor([1])).items()}
     expected = {
         "student_logp": math.log(1 / 4),
         "teacher_logp": math.log(1 / 2),
@@ -38,7 +43,7 @@ def test_two_entries_by_hand() -> None:
 
 def test_a_probability_of_zero_gives_finite_scores() -> None:
     certain = torch.tensor([[0.0, -math.inf]])
-    scores = compare(certain, certain, torch.tensor([0]))
+    scores = compare_logits(certain, certain, torch.tensor([0]))
     assert all(value.item() == 0 for value in scores.values())
 
 
@@ -52,8 +57,10 @@ def slow(model, prompt: tuple[int, ...], answer: tuple[int, ...]) -> torch.Tenso
     return torch.stack(rows).log_softmax(-1)
 
 
-@pytest.mark.parametrize("limits", [Limits(10_000, 10_000), Limits(1, 1), Limits(24, 3)])
-def test_scores_equal_the_slow_reference(tiny_llama, limits: Limits) -> None:
+@pytest.mark.parametrize(
+    "limits", [ScoringLimits(10_000, 10_000), ScoringLimits(1, 1), ScoringLimits(24, 3)]
+)
+def test_scores_equal_the_slow_reference(tiny_llama, limits: ScoringLimits) -> None:
     model = tiny_llama.double()
     policy = Policy(model, Schedule(1e-3))
     scores = score_rollouts(
@@ -88,7 +95,12 @@ def test_the_same_prompt_gives_the_same_scores(tiny_llama) -> None:
     policy = Policy(tiny_llama, Schedule(1e-3))
     requests = [ScoreRequest(r.prompt_ids, r.token_ids, {"same": r.prompt_ids}) for r in REQUESTS]
     scores = score_rollouts(
-        policy.score, policy.score, requests, pad_id=0, device=policy.device, limits=Limits(64, 7)
+        policy.score,
+        policy.score,
+        requests,
+        pad_id=0,
+        device=policy.device,
+        limits=ScoringLimits(64, 7),
     )
     for contexts in scores:
         assert np.abs(contexts["same"]["advantage"]).max() < 1e-5
@@ -111,7 +123,7 @@ def test_the_student_is_run_once_and_logits_exist_for_one_chunk(
 
     monkeypatch.setattr(Scores, "logits", logits)
     score_rollouts(
-        student, policy.score, REQUESTS, pad_id=0, device=policy.device, limits=Limits(20, 2)
+        student, policy.score, REQUESTS, pad_id=0, device=policy.device, limits=ScoringLimits(20, 2)
     )
     assert sum(rows) == len(REQUESTS) and max(rows) > 1
     assert max(chunks) == 2

@@ -23,7 +23,7 @@ from selfteach.feedback.critics.llm import LlmCritic
 from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache
 from selfteach.prompts.template_set import Templates
-from selfteach.runtime.futures import Span, executor, timed
+from selfteach.runtime.futures import Span, executor, timed_call
 from selfteach.tasks import segmentation, verifiers
 from selfteach.types import Critique, CritiqueFailure, Problem, Rollout, Usage
 
@@ -407,7 +407,7 @@ def test_waiting_for_a_free_slot_is_not_timed_as_work(tmp_path: Path) -> None:
         model = EndpointModel(endpoint(server.url, concurrency=1))
         requests = [[request(f"{batch} {i}") for i in range(2)] for batch in "ab"]
         results = [
-            submit(timed, model.complete, batch_spans, batch, lambda index, reply: None)
+            submit(timed_call, model.complete, batch_spans, batch, lambda index, reply: None)
             for batch_spans, batch in zip(spans, requests, strict=True)
         ]
         for result in results:

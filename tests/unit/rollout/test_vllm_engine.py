@@ -289,7 +289,7 @@ def test_a_server_that_restarts_in_time_is_waited_for(server: ScriptedVllm) -> N
 def test_an_unavailable_engine_cannot_load_weights(server: ScriptedVllm) -> None:
     built = build(recipe(server))
     server.stop()
-    with pytest.raises(EngineError, match=r"is unavailable .* start it again"):
+    with pytest.raises(EngineError, match=r"is unavailable .* restart it"):
         publish(built, 0)
 
 

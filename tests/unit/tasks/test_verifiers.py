@@ -10,7 +10,7 @@ import pytest
 
 from selfteach.config.data_section import FilesData, GymData
 from selfteach.errors import DataError
-from selfteach.evaluation.evaluator import one_vote
+from selfteach.evaluation.evaluator import merge_equal_answers
 from selfteach.tasks import verifiers
 from selfteach.tasks.task import load_task
 from selfteach.tasks.verify_client import VerifierProcess
@@ -133,7 +133,7 @@ def test_a_killed_process_is_replaced_and_ends_with_its_owner() -> None:
 
 def test_equal_answers_share_one_vote_in_any_spelling(math: verifiers.MathVerifier) -> None:
     row = ["3", r"\frac{1}{2}", None, "0.5", "3.0", r"\frac{2}{4}"]
-    assert one_vote(row, math.equivalent) == [
+    assert merge_equal_answers(row, math.equivalent) == [
         "3",
         r"\frac{1}{2}",
         None,

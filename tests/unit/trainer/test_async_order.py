@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfteach.errors import Terminated
-from selfteach.runtime.futures import covered
+from selfteach.runtime.futures import covered_seconds
 from selfteach.runtime.signals import handle_sigterm
-from selfteach.trainer.async_training import overlapped
+from selfteach.trainer.async_training import pipelined
 from selfteach.trainer.phase_clock import overlap_of
 
 
@@ -92,7 +92,7 @@ class World:
             started()
 
         steps = range(done + 1, self.steps + 1)
-        for step, _ in overlapped(begin, take, wait, steps, self.staleness):
+        for step, _ in pipelined(begin, take, wait, steps, self.staleness):
             moment()
             if step % self.every == 0 or step == self.steps:
                 for ahead in range(step + 1, min(step + self.staleness, self.steps) + 1):
@@ -148,7 +148,7 @@ def test_without_staleness_each_step_is_over_before_the_next_begins() -> None:
     def wait(started: Callable[[], int]) -> None:
         raise AssertionError("nothing is started ahead")
 
-    for step, _ in overlapped(begin, take, wait, [1, 2], 0):
+    for step, _ in pipelined(begin, take, wait, [1, 2], 0):
         seen.append(("yielded", step))
     one = [("begin", 1), ("take", 1), ("publish", 0), ("yielded", 1)]
     assert seen == [*one, *((name, 2 if at else 0) for name, at in one)]
@@ -164,8 +164,8 @@ def test_overlap_by_hand(busy: tuple[float, ...], seconds: float, overlap: float
 
 
 def test_seconds_that_spans_share_count_once() -> None:
-    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
-    assert covered([]) == 0.0
+    assert covered_seconds([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
+    assert covered_seconds([]) == 0.0
 
 
 def test_sigterm_waits_for_a_safe_moment() -> None:

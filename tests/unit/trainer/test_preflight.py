@@ -78,9 +78,9 @@ def test_the_folder_of_a_recorded_critic_must_exist(tmp_path: Path) -> None:
     preflight([validate(Recipe, {**recorded, "critic": {**run, "run": str(tmp_path)}})])
     # A study may replay one of its own runs, which another job makes first.
     replayed = validate(Recipe, {**recorded, "critic": run})
-    preflight([replayed], made=[tmp_path / "nowhere" / "seed_0"])
+    preflight([replayed], output_folders=[tmp_path / "nowhere" / "seed_0"])
     with pytest.raises(CriticError, match="no such folder"):
-        preflight([replayed], made=[tmp_path / "elsewhere"])
+        preflight([replayed], output_folders=[tmp_path / "elsewhere"])
 
 
 def test_preflight_imports_no_torch_without_a_server() -> None:

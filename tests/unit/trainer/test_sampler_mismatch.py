@@ -13,7 +13,7 @@ from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.models.sequences import sequences
 from selfteach.protocols import Objective
 from selfteach.runtime.distributed import SINGLE_PROCESS
-from selfteach.trainer.metrics import summarize
+from selfteach.trainer.metrics import summarize_tokens
 from selfteach.types import Batch
 
 LN2 = math.log(2)
@@ -88,7 +88,7 @@ def test_what_a_step_says_of_the_mismatch() -> None:
         "mismatch": torch.tensor([LN2, -LN2]),
         "importance_capped": torch.tensor([1.0, 0.0]),
     }
-    metrics = summarize([said], SINGLE_PROCESS)
+    metrics = summarize_tokens([said], SINGLE_PROCESS)
     assert metrics["mismatch_mean"] == pytest.approx(LN2)
     assert metrics["mismatch_max"] == pytest.approx(LN2)
     # k3: (2 − 1 − ln 2) and (1/2 − 1 + ln 2), whose mean is 1/4.

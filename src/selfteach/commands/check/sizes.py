@@ -41,7 +41,7 @@ from selfteach.trainer.build import (
     build_objective,
     check_lengths,
     chunk_tokens,
-    longest,
+    max_sequence_length,
 )
 from selfteach.trainer.build_critic import build_critic
 
@@ -104,7 +104,9 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     templates = Templates(model.templates or _template_set(recipe))
     if shape is not None and _cached(model) is not None:
         renderer = build_renderer(model, load_tokenizer(model), templates)
-    window = longest(recipe, shape.positions) if shape else recipe.train.max_length or 4096
+    window = (
+        max_sequence_length(recipe, shape.positions) if shape else recipe.train.max_length or 4096
+    )
     if renderer is not None and task is not None:
         check_lengths(renderer, task, window, recipe)
     _critic(recipe, task, templates, unchecked)

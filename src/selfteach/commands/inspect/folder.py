@@ -16,8 +16,8 @@ from selfteach.commands.inspect.token_table import SCHEMA, rows
 from selfteach.config.recipe import CONTEXTS, PARTLY_ALIGNED, ContextName
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
-from selfteach.evaluation.token_scores import Limits, ScoreFn, score_rollouts
-from selfteach.runtime.atomic_files import require_empty, write_json, write_lines, written_whole
+from selfteach.evaluation.token_scores import ScoreFn, ScoringLimits, score_rollouts
+from selfteach.runtime.atomic_files import atomic_path, require_empty, write_json, write_lines
 from selfteach.trainer.build import Built
 from selfteach.trainer.step import verify_and_critique
 from selfteach.types import CritiquedRollout, Problem, Sampling
@@ -126,9 +126,9 @@ def _write_tokens(
 ) -> int:
     """Write tokens.parquet, a row group per window of rollouts; return its number of rows."""
     components, written = built.components, 0
-    limits = Limits(components.micro_batch_tokens, components.chunk_tokens)
+    limits = ScoringLimits(components.micro_batch_tokens, components.chunk_tokens)
     with (
-        written_whole(path) as temporary,
+        atomic_path(path) as temporary,
         pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer,
     ):
         for start in range(0, len(rollouts), WINDOW):

@@ -70,7 +70,7 @@ def run_jobs(
     checks servers and packages for the incomplete jobs.
     """
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
-    preflight((job.recipe for job in waiting), made=[job.folder for job in waiting])
+    preflight((job.recipe for job in waiting), output_folders=[job.folder for job in waiting])
     workers = min(workers or default_workers(waiting), len(waiting) + 1)
     with (
         _environment_variable(*HUGE_PAGES),

@@ -9,8 +9,8 @@ from typing import Any
 from selfteach.analysis.results_table import ArmMeasurements, results_table
 from selfteach.commands.study.jobs import Job
 from selfteach.config.recipe_file import BASE, Study, pairs
-from selfteach.evaluation.evaluation_record import evaluation_of
-from selfteach.runtime.run_folder import result_of
+from selfteach.evaluation.evaluation_record import load_evaluation
+from selfteach.runtime.run_folder import load_result
 
 COLLAPSED_BELOW = 0.5
 """A run counts as collapsed when it ends below this share of the base's Avg@k."""
@@ -56,13 +56,13 @@ def _setting(jobs: Sequence[Job], resamples: int) -> dict[str, Any]:
 
 def _measurements(jobs: Sequence[Job]) -> ArmMeasurements:
     """Read an arm's test evaluations, budgets and curves; the base has no curve and no settings."""
-    results = {job.seed: result_of(job.folder) for job in jobs}
+    results = {job.seed: load_result(job.folder) for job in jobs}
     first = jobs[0]
     is_trained = first.arm != BASE
     avg = {str(seed): result["curve"]["avg"] for seed, result in results.items() if is_trained}
     return ArmMeasurements(
         per_problem={
-            job.seed: evaluation_of(job.folder, "test", job.recipe.train.steps).per_problem()
+            job.seed: load_evaluation(job.folder, "test", job.recipe.train.steps).per_problem()
             for job in jobs
         },
         budgets=[result["budget"] for result in results.values()],

@@ -24,7 +24,7 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.runtime.atomic_files import read_json, require_empty, write_json
 from selfteach.runtime.provenance import collect_provenance
-from selfteach.runtime.run_folder import RunFolder, result_of
+from selfteach.runtime.run_folder import RunFolder, load_result
 
 if TYPE_CHECKING:
     from selfteach.commands.inspect.inspection import InspectionRequest
@@ -198,7 +198,7 @@ def run_sweep(
     chosen: dict[str, Any] = {}
     for job in jobs:
         table = chosen.setdefault(job.variant or "main", {}).setdefault(job.arm, {"avg": {}})
-        final = result_of(job.folder)["curve"]["avg"][-1]
+        final = load_result(job.folder)["curve"]["avg"][-1]
         table["avg"].setdefault(f"{job.recipe.optimizer.lr:g}", {})[str(job.seed)] = final
     for arms in chosen.values():
         for table in arms.values():

@@ -16,7 +16,7 @@ Message = tuple[str, str]
 class Request:
     """Holds one request to a chat model."""
 
-    # Field names and order are part of the reply cache's keys: a change makes all replies unknown.
+    # Field names and order are part of the reply cache's keys: a change invalidates every cached reply.
     messages: tuple[Message, ...]
     temperature: float
     """0 is greedy."""
@@ -39,13 +39,13 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class NoReply:
-    """Says why there is no reply, after all retries."""
+    """Describes why there is no reply, after all retries."""
 
     reason: str
 
 
 OnReply = Callable[[int, Reply], None]
-"""Called with a request's index as soon as its reply arrives."""
+"""Called with a request's index when its reply arrives."""
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from aiolimiter import AsyncLimiter
 from selfteach.config.critic_section import EndpointConfig
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import NoReply, OnReply, Reply, Request, as_dicts
-from selfteach.runtime.futures import active
+from selfteach.runtime.futures import active_span
 
 MAX_BODY_BYTES = 2_000_000
 """A longer response is no critique: the connection is closed, and the reply counts as truncated, of
@@ -35,7 +35,7 @@ class _CutOff(Exception):
 
 
 class EndpointModel:
-    """Requests replies of a served chat model through OpenAI's client.
+    """Requests replies from a served chat model through OpenAI's client.
 
     Raises `CriticError` if the API key is missing, or if the URL is malformed or holds credentials.
     """
@@ -75,7 +75,7 @@ class EndpointModel:
     ) -> list[Reply | NoReply]:
         async def one(index: int, request: Request) -> Reply | NoReply:
             async with self._slots, self._rate_limit or contextlib.nullcontext():
-                with active():  # not while it waits for a free slot
+                with active_span():  # not while it waits for a free slot
                     reply = await self._request(request)
                 if isinstance(reply, Reply):  # on disk before the next request is sent
                     await asyncio.to_thread(on_reply, index, reply)
@@ -118,7 +118,7 @@ class EndpointModel:
             seed=request.attempt,
             extra_body=config.request_extras or None,
         ) as response:
-            # The client's timeout is per chunk: without this one a reply could trickle in for ever.
+            # The client's timeout is per chunk: without this one a slow reply never times out.
             async with asyncio.timeout(config.timeout_seconds):
                 body = await _read(response.iter_bytes())
         if len(body) > MAX_BODY_BYTES:
@@ -164,7 +164,7 @@ async def _read(chunks: AsyncIterator[bytes]) -> bytes:
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """Run a thread's event loop until it is stopped, and once more for callbacks of closing."""
+    """Run a thread's event loop until it is stopped, then once more to run the callbacks of closing."""
     loop.run_forever()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()

@@ -1,7 +1,7 @@
 """Requests replies from a transformers model in this process, also the policy's initial weights.
 
 A reply depends on its request alone (except for rounding, which varies with the batch): each request
-has a random stream of its own. A prefix shared by the prompts of a batch is computed once.
+has a separate random stream. A prefix shared by the prompts of a batch is computed once.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class LocalModel:
         autocast: torch.dtype | None = None,
         prompt_lookup: int | None = None,
     ) -> None:
-        """``weights`` is a context manager entered around all use of the model: it swaps in the
-        critic's weights.
+        """Store the model; ``weights`` is a context manager that swaps in the critic's weights.
 
         ``prompt_lookup`` tokens at a time are guessed from the prompt and verified in one forward pass;
         that works on one row, so a batch is then one request.
@@ -62,7 +61,7 @@ class LocalModel:
         self._causal = causal
 
     def complete(self, requests: Sequence[Request], on_reply: OnReply) -> list[Reply | NoReply]:
-        """Reply to all; a prompt that leaves no room for a reply gets none, and nothing is cut."""
+        """Return a reply per request; `NoReply` for a prompt that leaves no room for one."""
         replies: dict[int, Reply | NoReply] = {}
         prompts = [
             self._renderer.encode_messages(as_dicts(request.messages)) for request in requests

@@ -10,7 +10,7 @@ from selfteach.types import Critique, CritiqueFailure, Rollout, Verdict
 
 
 class OracleCritic:
-    """Critiques with a program, and puts an error into a chosen share of its critiques."""
+    """Critiques with a program; ``error_rate`` is the share of critiques that get a wrong step."""
 
     def __init__(self, oracle: OracleFn, *, error_rate: float, seed: int) -> None:
         self._oracle, self._error_rate, self._seed = oracle, error_rate, seed

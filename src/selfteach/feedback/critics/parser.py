@@ -55,7 +55,7 @@ class CritiqueParser:
     def __call__(
         self, text: str, rollout: Rollout, verdict: Verdict, *, finished: bool = True
     ) -> Critique | CritiqueFailure:
-        """Parse a critic's whole reply about a rollout; ``finished`` is False if the reply was cut.
+        """Parse a critic's whole reply about a rollout; ``finished`` is False if it was truncated.
 
         A thought before the trace is stripped. The four cases are the paper's: A all right, B right
         but a justification is missing, C cut at the token limit, D wrong.
@@ -64,11 +64,11 @@ class CritiqueParser:
         if (
             not finished
         ):  # checked first: a server may strip an unfinished thought and leave nothing
-            return _failure("truncated", "the critic's reply was cut off before its end")
+            return _failure("truncated", "the critic's reply was truncated")
         if not text.strip():
-            return _failure("empty", "the critic wrote nothing")
+            return _failure("empty", "the critic returned no text")
         if not critique.strip():
-            return _failure("empty", "the critic wrote a thought and nothing after it")
+            return _failure("empty", "the critic returned a thought and no text after it")
         problem = rollout.problem
         attempt = self.trace(problem, rollout.text)
         corrected = self.trace(problem, critique)
@@ -113,7 +113,7 @@ def _critique(
     case: Case
     if not rollout.finished:
         case = "C"
-        # The step that was cut off is no error; one before it that was changed is.
+        # The truncated step is no error; one before it that was changed is.
         first_error = repeated if changed and repeated < len(attempt.steps) - 1 else None
     elif verdict.correct:
         untouched = repeated == len(attempt.steps) == len(corrected.steps)

@@ -35,7 +35,7 @@ class RecordedCritic:
         self, judged: Sequence[tuple[Rollout, Verdict]]
     ) -> list[Critique | CritiqueFailure]:
         """Return the recorded critique of each rollout's question and text, or that there is none."""
-        missing = CritiqueFailure("unrecorded", "the recorded run had no such answer")
+        missing = CritiqueFailure("unrecorded", "the recorded run has no rollout with this text")
         return [
             self._critiques.get((rollout.problem.question, rollout.text), missing)
             for rollout, _ in judged

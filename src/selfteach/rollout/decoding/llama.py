@@ -2,7 +2,7 @@
 
 transformers' modules are made for passes of many tokens: on a small model most of a one-token pass is
 spent around the matrix products, and a cache that grows by copying costs as much again. Tests compare
-the logits with the model's own.
+the logits with those of the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MakeLinear = Callable[[Tensor, Tensor | None], Linear]
 
 
 class LlamaDecoder:
-    """Decodes with Llama-like models, with the model's own weights.
+    """Decodes with Llama-like models, with the model's weights.
 
     Keys and values stay where they are: a row that goes on is not moved, and a row is copied only if
     it branches off another or fills the place of a row that has ended. In float32 the prefix that all
@@ -79,7 +79,7 @@ class LlamaDecoder:
 
     @staticmethod
     def supports(causal: PreTrainedModel) -> bool:
-        """True for models with Llama's layers and full causal attention in all of them."""
+        """Return True for models with Llama's layers and full causal attention in all of them."""
         config = causal.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
@@ -103,7 +103,7 @@ class LlamaDecoder:
         return self._head(x_RH)
 
     def _rearrange(self, parent_R: np.ndarray) -> None:
-        """Put rows in their places, and make room for one more token."""
+        """Reorder the rows, and make room for one more token."""
         rows, before = len(parent_R), len(self._position_R)
         moved = (parent_R != np.arange(rows)).nonzero()[0]
         if len(moved):

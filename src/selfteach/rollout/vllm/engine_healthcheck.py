@@ -34,7 +34,7 @@ class EngineRequirements:
 
 
 def require_engine_server(config: VllmServerConfig, requirements: EngineRequirements) -> None:
-    """Check the server's model, its tokenizer, and how it takes new weights.
+    """Check the server's model, its tokenizer, and that it accepts new weights.
 
     Raises `EngineError` in one line: what is wrong, and how to start the server.
     """
@@ -96,20 +96,20 @@ def _require_developer_mode(http: HttpClient) -> None:
         http.get("/weight_info")
     except NotFound:
         raise EngineError(
-            f"engine: {http.url} takes no full weights: start it with VLLM_SERVER_DEV_MODE=1 (vLLM "
-            "0.32 or newer), or train adapters ([model.lora])"
+            f"engine: {http.url} does not accept full weights: start it with VLLM_SERVER_DEV_MODE=1 "
+            "(vLLM 0.32 or newer), or train adapters ([model.lora])"
         ) from None
 
 
 def _require_adapters(http: HttpClient) -> None:
-    """Try to load an adapter that does not exist: the error tells what the server allows."""
+    """Try to load an adapter that does not exist: the error shows what the server allows."""
     try:
         http.post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": NO_SUCH_PATH})
     except NotFound as error:
         if NO_SUCH_PATH in str(error):
             return  # it looked for the folder: adapters can be loaded
         raise EngineError(
-            f"engine: {http.url} takes no adapters: start it with {LORA_FLAGS}"
+            f"engine: {http.url} does not accept adapters: start it with {LORA_FLAGS}"
         ) from None
     except EngineError as error:
         if "not enabled" in str(error):

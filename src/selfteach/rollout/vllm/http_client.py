@@ -54,19 +54,23 @@ class HttpClient:
         except openai.APIStatusError as error:
             message = _one_line(_message(error))
             if error.status_code in (401, 403):
-                fix = f"the key in {self._key_env} is wrong" if self._key_env else "name your key"
+                fix = (
+                    f"the key in {self._key_env} is wrong"
+                    if self._key_env
+                    else "an API key is needed"
+                )
                 raise EngineError(f"engine: {self.url}: {fix} (engine.api_key_env)") from None
             if error.status_code == 404:
                 raise NotFound(f"engine: {self.url}{path}: {message}") from None
             if error.status_code in BUSY or (transient_5xx and error.status_code >= 500):
                 raise EngineUnavailable(message) from None
-            raise EngineError(f"engine: {self.url}{path} refuses: {message}") from None
+            raise EngineError(f"engine: {self.url}{path} rejected the request: {message}") from None
         except (openai.OpenAIError, ValueError) as error:
-            raise EngineUnavailable(_one_line(f"a reply that cannot be read: {error}")) from None
+            raise EngineUnavailable(_one_line(f"the reply cannot be parsed: {error}")) from None
 
 
 class NotFound(EngineError):
-    """The server does not have this address, model or adapter."""
+    """Is raised when the server does not have this address, model or adapter."""
 
 
 def _key(config: VllmServerConfig) -> str:

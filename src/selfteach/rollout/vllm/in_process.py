@@ -1,7 +1,7 @@
 """Drives vLLM in the trainer's process, on its device: awake while it samples, asleep while we train.
 
-Importing this needs no vLLM; building a `VllmProcess` does. vLLM wants an environment of its own, with
-this package in it: docs/vllm.md.
+Importing this needs no vLLM; building a `VllmProcess` does. vLLM needs a separate environment that
+also has this package: docs/vllm.md.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class VllmProcess:
 
     @cached_property
     def _llm(self) -> Any:
-        """vLLM's `LLM`, started when weights are first loaded: not for ``selfteach check``."""
+        """Return vLLM's `LLM`, started when weights are first loaded: not for ``selfteach check``."""
         import vllm  # pyright: ignore[reportMissingImports]
 
         try:

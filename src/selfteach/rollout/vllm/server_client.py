@@ -1,8 +1,8 @@
-"""Drives a vLLM server: token ids in, token ids out, and new weights through vLLM's own endpoints.
+"""Drives a vLLM server: token ids in, token ids out, and new weights through vLLM's endpoints.
 
 Adapters are loaded by name (``/v1/load_lora_adapter``), and the name is the label: each request names
 it, each reply repeats it. Full weights are reloaded from a folder (developer mode:
-``/collective_rpc`` with ``reload_weights``), and the label is vLLM's own ``weight_version``.
+``/collective_rpc`` with ``reload_weights``), and the label is vLLM's ``weight_version``.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class VllmServer:
 
     @property
     def name(self) -> str:
-        """The address."""
+        """Return the server's address."""
         return self._config.url
 
     @property
     def patience_s(self) -> float:
-        """How long the server may be unavailable, in seconds: engine.patience_seconds."""
+        """Return how long the server may be unavailable, in seconds: engine.patience_seconds."""
         return self._config.patience_seconds
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:

@@ -68,7 +68,7 @@ class TrainableWeights:
 
 
 class EngineUnavailable(Exception):
-    """The engine is unreachable or returned a server error."""
+    """Is raised when the engine is unreachable or returned a server error."""
 
 
 @runtime_checkable
@@ -80,12 +80,12 @@ class VllmBackend(Protocol):
 
     @property
     def name(self) -> str:
-        """The engine's name in messages."""
+        """Return the engine's name in messages."""
         ...
 
     @property
     def patience_s(self) -> float:
-        """How long the engine may be unavailable, in seconds."""
+        """Return how long the engine may be unavailable, in seconds."""
         ...
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
@@ -172,11 +172,11 @@ class VllmEngine:
             self._ranks.all_or_raise(lambda: self._retry(lambda: self._check_weights(logits_V)))
 
     def _gather(self, named_weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-        """Return the weights under all their names on rank 0; other ranks only help to gather them."""
+        """Return the weights under all their names on rank 0; other ranks help to gather them."""
         many, is_main = self._ranks.size > 1, self._ranks.is_main
         # The full weights of a sharded model may not fit the device.
         weights = {name: w.cpu() if many else w for name, w in named_weights if is_main}
-        # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by its own name.
+        # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by a separate name.
         tied = {
             alias: weights[name].clone()
             for alias, name in self._weights.tied.items()
@@ -217,7 +217,7 @@ class VllmEngine:
         if len(prompt) >= self._max_length:
             raise EngineError(
                 f"problem {problem.id!r} has a prompt of {len(prompt)} tokens; "
-                f"the context holds {self._max_length} with the answer"
+                f"it leaves no room for a completion in the context of {self._max_length}"
             )
         return prompt
 
@@ -278,7 +278,7 @@ class VllmEngine:
         # Another suffix: another rank reloaded our weights in between, before which the engine had
         # others.
         if self._read_label() != self._label_before or self._label_before is None:
-            raise EngineUnavailable("it was started again")
+            raise EngineUnavailable("it was restarted")
 
     def _read_label(self) -> str | None:
         label = self._backend.current_label(self._label)
@@ -310,7 +310,7 @@ class VllmEngine:
     def _unavailable(self, error: EngineUnavailable, received: str | None = None) -> str:
         saved = f"; {received} rollouts of this batch are saved" if received else ""
         return (
-            f"engine: {self._backend.name} is unavailable ({error}){saved}: start it again, "
+            f"engine: {self._backend.name} is unavailable ({error}){saved}: restart it, "
             "then call selfteach resume"
         )
 

@@ -54,8 +54,8 @@ class WeightCheck:
             if moved > MOVED_NATS:
                 raise EngineError(
                     f"engine: {name} is stale: it still has the weights before the update (the "
-                    f"trainer has moved by {moved:.2g} nats, the engine by none); nothing was "
-                    "trained on its rollouts: restart it, then call selfteach resume"
+                    f"trainer's logprobs changed by {moved:.2g} nats, the engine's did not); nothing "
+                    "was trained on its rollouts: restart it, then call selfteach resume"
                 )
         difference = _max_difference(trainer_V, engine_logps)
         if not difference <= self._tolerance:
@@ -75,7 +75,7 @@ class WeightCheck:
         ]
         if not differences or not max(differences) <= self._tolerance:
             raise EngineError(
-                f"engine: {name} was started again with another model: restart it with model.path"
+                f"engine: {name} was restarted with another model: restart it with model.path"
             )
 
     def _reason(

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfteach.runtime.atomic_files import enough_disk
+from selfteach.runtime.atomic_files import report_full_disk
 
 
 class WeightFolder:
@@ -28,7 +28,7 @@ class WeightFolder:
         Raises `CheckpointError` if the disk is full.
         """
         target = self._parent / label
-        with enough_disk():
+        with report_full_disk():
             target.mkdir(parents=True, exist_ok=True)
             self._write(target, named_weights)
             for old in self._parent.iterdir():
@@ -38,7 +38,7 @@ class WeightFolder:
 
     @property
     def holds_adapters(self) -> bool:
-        """True if the weights are those of a LoRA adapter, False if they are full weights."""
+        """Return True if the weights are those of a LoRA adapter, False if they are full weights."""
         return self._adapter is not None
 
     def path(self, label: str) -> Path:
