@@ -176,23 +176,23 @@ def test_offline_forgives_what_is_absent_and_not_what_is_named_wrongly(tmp_path:
     ):
         with pytest.raises(error, match=said):
             list(describe_study(study(*settings), offline=True))
-    told = "\n".join(describe_study(study("model.path=acme/unheard-of"), offline=True))
-    assert "model acme/unheard-of: not in the local cache; its size is unknown" in told
-    assert "memory" not in told and "sampled: 65,536" in told
+    described = "\n".join(describe_study(study("model.path=acme/unheard-of"), offline=True))
+    assert "model acme/unheard-of: not in the local cache; its size is unknown" in described
+    assert "memory" not in described and "sampled: 65,536" in told
     with pytest.raises((EngineError, DataError)):
         list(describe_study(study()))
 
 
-def test_check_says_what_the_lab_cannot_read() -> None:
+def test_check_warns_of_feedback_that_the_lab_cannot_read() -> None:
     few = {"train": 2, "validation": 1, "test": 1}
-    told = [
+    descriptions = [
         "\n".join(
             describe_study(study_from({"context": {"type": name}, "data": few}), offline=True)
         )
         for name in ("environment", "peer")
     ]
-    assert "do not read environment feedback" in told[0]
-    assert "do not read" not in told[1], "a peer is like an aligned reference"
+    assert "do not read environment feedback" in descriptions[0]
+    assert "do not read" not in descriptions[1], "a peer is like an aligned reference"
 
 
 @pytest.mark.parametrize("halves", [True, False])

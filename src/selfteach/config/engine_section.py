@@ -51,7 +51,7 @@ class VllmServerConfig(VllmEngineConfig):
         if not url.startswith(("http://", "https://")):
             raise ValueError("write it like http://127.0.0.1:8000")
         if url.rstrip("/").endswith("/v1"):
-            raise ValueError("leave out /v1: weights go to addresses beside it")
+            raise ValueError("leave out /v1: the weight sync uses other paths of the server")
         return url.rstrip("/")
 
 

@@ -106,7 +106,7 @@ class HybridConfig(Section):
     @model_validator(mode="after")
     def _check_weights(self) -> HybridConfig:
         if self.grpo_weight is None and max(self.weight.start, self.weight.end) > 1:
-            raise ValueError("weight is above 1: a mixture goes from 0 to 1; or name a grpo_weight")
+            raise ValueError("weight is above 1: a mixture needs 0 to 1; or set grpo_weight")
         if self.grpo.kl_coef > 0:
             raise ValueError(
                 "grpo.kl_coef must be 0 in a hybrid: its one teacher is the one with a context"

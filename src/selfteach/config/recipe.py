@@ -149,7 +149,7 @@ class ContextConfig(Section):
     @model_validator(mode="after")
     def _check_fallback(self) -> ContextConfig:
         if self.fallback is not None and self.fallback in (self.type, "none"):
-            raise ValueError('fallback is another context than type, and not "none"')
+            raise ValueError('fallback must differ from type and from "none"')
         return self
 
 
@@ -341,7 +341,7 @@ class Recipe(Section):
             if name in CRITIC_CONTEXTS and self.critic is None:
                 raise ValueError(f'context "{name}" needs a critic: add [critic] type = "oracle"')
         if distillation is None and self.context.type != "none":
-            raise ValueError(f'grpo takes no context, found context "{self.context.type}"')
+            raise ValueError(f'grpo uses no context: remove context.type = "{self.context.type}"')
         if distillation is not None and self.train.steps > 0:
             _check_distillation(distillation, self)
         comparing = "grpo" if grpo else 'context "peer"' if "peer" in self.context.names else None
@@ -373,7 +373,7 @@ def _check_distillation(distillation: DistillationConfig, recipe: Recipe) -> Non
         )
     if distillation.needs_critique and recipe.critic is None:
         key = "from_first_error" if distillation.from_first_error else "changed_steps_fraction"
-        raise ValueError(f"{key} needs a critic to say where the first error is")
+        raise ValueError(f"{key} needs a critic that locates the first error")
 
 
 CRITIC_CONTEXTS = frozenset(

@@ -107,7 +107,7 @@ class TrainingCost:
     trainers: int
     rate: float
     """Operations per second that one trainer reaches."""
-    per_micro: float
+    per_micro_batch: float
     gather: float
     """Per micro-batch: to all-gather weights and reduce-scatter gradients."""
     optimizer: float
@@ -120,8 +120,8 @@ class TrainingCost:
         work, ranks_R = self.work, np.arange(len(lengths_R)) % self.trainers
         tokens_T = np.bincount(ranks_R, micro_batch_tokens(work, lengths_R), self.trainers)
         flops_T = np.bincount(ranks_R, train_flops(work, lengths_R), self.trainers)
-        micro_T = np.ceil(tokens_T / work.load.learn_tokens)
-        computing = float((flops_T / self.rate + micro_T * self.per_micro).max())
+        micro_T = np.ceil(tokens_T / work.load.micro_batch_tokens)
+        computing = float((flops_T / self.rate + micro_T * self.per_micro_batch).max())
         communicating = float(micro_T.max()) * self.gather
         return work.updates * (max(computing, communicating) + self.optimizer)
 
@@ -159,7 +159,7 @@ def training_cost(
         work=work,
         trainers=trainers,
         rate=device.flops * efficiency.train_mfu,
-        per_micro=efficiency.layer_micro_s * shape.layers,
+        per_micro_batch=efficiency.layer_micro_s * shape.layers,
         gather=gather_seconds(work, device, efficiency, trainers),
         optimizer=optimizer_seconds(work, device, trainers),
     )
@@ -184,15 +184,17 @@ def gather_seconds(work: StepWork, device: Device, efficiency: Efficiency, train
     return others * sent / bandwidth + calls * efficiency.hop_s * hops
 
 
-def publish_bytes(work: StepWork) -> float:
+def weight_sync_bytes(work: StepWork) -> float:
     """Return the bytes of one weight sync: adapters, or all weights."""
     load = work.load
     return SERVED_BYTES * float(load.trained if load.adapters else load.parameters)
 
 
-def publish_seconds(work: StepWork, device: Device, efficiency: Efficiency, devices: int) -> float:
+def weight_sync_seconds(
+    work: StepWork, device: Device, efficiency: Efficiency, devices: int
+) -> float:
     """Return the time of a weight sync to samplers on other devices, passed on in a chain."""
-    return publish_bytes(work) / (device.bandwidth_between(devices) * efficiency.link_share)
+    return weight_sync_bytes(work) / (device.bandwidth_between(devices) * efficiency.link_share)
 
 
 def wake_seconds(shape: Shape, device: Device, efficiency: Efficiency, group: int) -> float:

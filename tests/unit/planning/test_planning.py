@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfteach.commands.check.memory import Load, memory
+from selfteach.commands.check.memory import DeviceLoad, memory
 from selfteach.commands.check.sizes import measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
@@ -50,9 +50,9 @@ def constant(tokens: int) -> LengthDistribution:
 
 
 def work(**changes: object) -> StepWork:
-    load = Load(
+    load = DeviceLoad(
         shape=TINY, parameters=TINY.parameters, trained=TINY.parameters, adapters=None,
-        weight_bytes=4, compute_bytes=4, recompute=False, copies=0, learn_tokens=1000,
+        weight_bytes=4, compute_bytes=4, recompute=False, copies=0, micro_batch_tokens=1000,
         chunk_entries=64, sample_rows=4, sample_length=20,
     )  # fmt: skip
     default = StepWork(
@@ -150,7 +150,7 @@ def pipeline(**changes: object) -> Pipeline:
         ({"critic_kind": "none"}, 1 + 2),
         ({"batches": [2, 2, 2, 2], "queue": 2, "critic_kind": "program", "latency": 0.0}, 4 + 2),
         ({"sampler": dataclasses.replace(FLAT, slots=4)}, 2 + 3 + 2),  # two rounds of rollouts
-        ({"publish": 0.5, "wake": 0.25}, 6.75),
+        ({"weight_sync": 0.5, "sleep_and_wake": 0.25}, 6.75),
     ],
 )
 def test_the_simulated_period_matches_the_one_by_hand(

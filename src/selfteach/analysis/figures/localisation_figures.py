@@ -55,7 +55,7 @@ def mass_by_region(localisation: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def judges(localisation: Mapping[str, Any]) -> Figure:
+def step_detection(localisation: Mapping[str, Any]) -> Figure:
     """Draw how well each context judges steps, beside baselines (hatched) that need no context.
 
     A dagger marks contexts that reveal where the first error is, or whether there is one.

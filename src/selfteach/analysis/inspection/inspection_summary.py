@@ -13,8 +13,8 @@ from rich.text import Text
 from selfteach.analysis.figures import style
 from selfteach.analysis.figures.localisation_figures import (
     aligned_advantage,
-    judges,
     mass_by_region,
+    step_detection,
 )
 from selfteach.analysis.figures.results_figures import token_advantages
 from selfteach.analysis.inspection.inspection_data import example, read_inspection
@@ -54,7 +54,7 @@ def save_figures(folder: Path, localisation: Mapping[str, Any]) -> list[Path]:
         figures["aligned_advantage"] = aligned_advantage(localisation)
         figures["mass_by_region"] = mass_by_region(localisation)
     if localisation["step_scores"]["contexts"]:
-        figures["judges"] = judges(localisation)
+        figures["judges"] = step_detection(localisation)
     if (answer := example(folder)) is not None:
         figures["token_advantages"] = token_advantages(answer)
     return [path for name, figure in figures.items()

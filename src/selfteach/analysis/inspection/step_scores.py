@@ -205,7 +205,7 @@ def _solved_between(
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class StepScoreResult:
     """Holds a score's results on the held-out problems, with their resampled values."""
 
     report: dict[str, Any]
@@ -222,21 +222,21 @@ def score_steps(inspection: Inspection, *, resamples: int = RESAMPLES) -> dict[s
     }  # fmt: skip
     if report["choosing"] == 0 or report["judged"] == 0:
         return report
-    judges: dict[str, Judged] = {}
+    results: dict[str, StepScoreResult] = {}
     widest = int(np.argmax(np.bincount(inspection.context_N, minlength=len(inspection.contexts))))
     for index, name in enumerate(inspection.contexts):
         steps, scores = steps_of(inspection, index)
         pooled = {k: v for k, v in scores.items() if k.startswith("advantage.")}
-        if judge := _judge(steps, pooled, chosen_P, resamples):
-            judges[name] = judge
-            report["contexts"][name] = {"tells": REVEALS.get(name, "unknown"), **judge.report}
+        if result := _evaluate(steps, pooled, chosen_P, resamples):
+            results[name] = result
+            report["contexts"][name] = {"tells": REVEALS.get(name, "unknown"), **result.report}
     steps, scores = steps_of(inspection, widest)
     for name in BASELINES:
         pooled = {k: v for k, v in scores.items() if k.startswith(f"{name}.")}
-        if judge := _judge(steps, pooled, chosen_P, resamples):
-            judges[name] = judge
-            report["baselines"][name] = judge.report
-    report["paired"] = _paired(judges, report)
+        if result := _evaluate(steps, pooled, chosen_P, resamples):
+            results[name] = result
+            report["baselines"][name] = result.report
+    report["paired"] = _paired(results, report)
     return report
 
 
@@ -246,10 +246,10 @@ def choosing(inspection: Inspection) -> np.ndarray:
     return np.array([hashlib.blake2b(i.encode(), digest_size=1).digest()[0] % 2 == 0 for i in ids])
 
 
-def _judge(
+def _evaluate(
     steps: Steps, scores: Mapping[str, np.ndarray], chosen_P: np.ndarray, resamples: int
-) -> Judged | None:
-    """Choose among poolings on one part of the problems, judge on the other; None if neither can."""
+) -> StepScoreResult | None:
+    """Choose among poolings on one part of the problems, result on the other; None if neither can."""
     counted = steps.counted_S
     problem_S = steps.problem_A[steps.answer_S]
     splits = [counted & split_P[problem_S] for split_P in (chosen_P, ~chosen_P)]
@@ -285,7 +285,7 @@ def _judge(
         "sound": int(total_J[2]),
         "poolings": {name: {"choosing": a, "judged": b} for name, (a, b) in usable.items()},
     }
-    return Judged(report, auroc_R, f1_R)
+    return StepScoreResult(report, auroc_R, f1_R)
 
 
 def solved(steps: Steps, score_S: np.ndarray, threshold: float) -> np.ndarray:
@@ -340,13 +340,13 @@ def _resampled(
     return np.concatenate(areas), np.concatenate(totals)
 
 
-def _paired(judges: Mapping[str, Judged], report: Mapping[str, Any]) -> dict[str, Any]:
+def _paired(results: Mapping[str, StepScoreResult], report: Mapping[str, Any]) -> dict[str, Any]:
     """Return each context minus each baseline, and minus the contexts before it."""
     names = [*report["baselines"], *report["contexts"]]
     return {
         f"{b}-{a}": {
-            "auroc": _minus(judges, b, a, "auroc"),
-            "f1": _minus(judges, b, a, "f1"),
+            "auroc": _minus(results, b, a, "auroc"),
+            "f1": _minus(results, b, a, "f1"),
         }
         for i, a in enumerate(names)
         for b in names[i + 1 :]
@@ -354,10 +354,10 @@ def _paired(judges: Mapping[str, Judged], report: Mapping[str, Any]) -> dict[str
     }
 
 
-def _minus(judges: Mapping[str, Judged], b: str, a: str, measure: str) -> Any:
-    pair = judges[b], judges[a]
-    values = [getattr(judge, f"{measure}_R") for judge in pair]
-    means = [judge.report[measure] for judge in pair]
+def _minus(results: Mapping[str, StepScoreResult], b: str, a: str, measure: str) -> Any:
+    pair = results[b], results[a]
+    values = [getattr(result, f"{measure}_R") for result in pair]
+    means = [result.report[measure] for result in pair]
     if None in means:
         return None
     interval: Interval | None = percentile_interval(

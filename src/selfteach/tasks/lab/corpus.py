@@ -178,7 +178,7 @@ def context_for(
     if kind == "other_answer":
         about = tuple(SYMBOLS[i] for i in rng.integers(len(SYMBOLS), size=len(question)))
     draft = write(world, about, believer, rng)
-    critique = lab_oracle.criticise(world, about, draft)
+    critique = lab_oracle.critique_rollout(world, about, draft)
     if kind == "shuffled_lines":
         shuffled = tuple(critique.steps[i] for i in rng.permutation(len(critique.steps)))
         critique = Critique(critique.case, shuffled, critique.answer, critique.first_error)
