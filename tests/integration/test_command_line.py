@@ -129,7 +129,7 @@ def test_a_study_from_recipe_to_report(
     assert easy["title"] == "an easy world"
     assert list(easy["arms"]) == list(results["arms"]) == ["base", "grpo", "step_aligned"]
     report = (out / "report.html").read_text(encoding="utf-8")
-    assert len(report) > 10_000 and "Outcomes: answers, critiques by case" in report
+    assert len(report) > 10_000 and "Outcomes: rollouts, critiques by case" in report
     inspected = json.loads((out / "inspection" / "inspection.json").read_text())
     assert inspected["answers"] == 8 and "step_aligned" in inspected["contexts"]
     assert (out / "inspection" / "localisation.json").exists()

@@ -43,7 +43,7 @@ class VllmServerConfig(VllmEngineConfig):
     timeout_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for one rollout, or for a weight sync."""
     patience_seconds: float = Field(default=120.0, ge=0)
-    """How long the server may be unreachable in the middle of a batch before the run ends."""
+    """Longest time that the server may be unreachable during a batch before the run ends."""
 
     @field_validator("url")
     @classmethod

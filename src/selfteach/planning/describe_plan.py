@@ -205,9 +205,9 @@ def _training(plan: Forecast) -> Iterator[str]:
     tokens = float(costs.micro_batch_tokens(work, mean_R)[0]) * most
     micro_batches = int(np.ceil(tokens / work.load.micro_batch_tokens))
     yield (
-        f"train: {micro_batches} micro-batches × {training.per_micro_batch:.3g} s to launch; overlapped "
-        f"with {micro_batches} × {training.gather:.3g} s to gather weights and reduce gradients; AdamW "
-        f"{training.optimizer:.3g} s"
+        f"train: {micro_batches} micro-batches × {training.per_micro_batch:.3g} s to launch, "
+        f"overlapped with {micro_batches} × {training.gather:.3g} s to gather weights and reduce "
+        f"gradients; AdamW {training.optimizer:.3g} s"
     )
 
 
