@@ -127,7 +127,7 @@ def count_critiques(rows: Iterable[Row]) -> CriticSummary:
     usages = [migrate_usage(row["critique"].get("usage", {})) for row in sent]
     return CriticSummary(
         rollouts=len(sent),
-        right=sum(bool(row["correct"]) for row in sent),
+        correct=sum(bool(row["correct"]) for row in sent),
         cases={case: sum(row["critique"]["case"] == case for row in critiqued) for case in CASES},
         failures=_count_reasons(row["critique"]["reason"] for row in failed),
         dropped=_count_reasons(row["dropped"] for row in sent if row["dropped"]),

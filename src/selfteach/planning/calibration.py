@@ -159,8 +159,8 @@ def _fit_training(
         optimizer = work.updates * costs.optimizer_seconds(work, device, 1)
         rows.append((micro_batches, flops / device.flops, max(seconds / 2, seconds - optimizer)))
     layers = runs[0].work.load.shape.layers
-    fixed, slope = _fit_two_costs(rows, assumed.layer_micro_s * layers)
-    return {"train_mfu": 1 / slope, "layer_micro_s": fixed / layers}
+    fixed, slope = _fit_two_costs(rows, assumed.micro_batch_layer_s * layers)
+    return {"train_mfu": 1 / slope, "micro_batch_layer_s": fixed / layers}
 
 
 def _fit_sampling(

@@ -21,8 +21,8 @@ MEANING = {
     "link_share": "of the bandwidth of links, network and host memory",
     "pass_s": "s per pass of a vLLM engine besides the roofline",
     "layer_pass_s": "s per layer of a pass of transformers besides the roofline",
-    "layer_micro_s": "s per layer of a micro-batch besides its operations",
-    "hop_s": "s of a collective per doubling of the devices",
+    "micro_batch_layer_s": "s per layer of a micro-batch besides its operations",
+    "collective_hop_s": "s of a collective per doubling of the devices",
     "critique_s": "s per rollout of a program's verdict and critique",
 }
 
@@ -134,7 +134,7 @@ def _matters(name: str, layout: Layout, engine: str, critic: CriticWork) -> bool
             return not layout.samplers and engine != "vllm"
         case "critique_s":
             return critic.kind == "program"
-        case "link_share" | "hop_s":
+        case "link_share" | "collective_hop_s":
             return layout.devices > 1
         case _:
             return True

@@ -190,7 +190,7 @@ RAMP = np.linspace(0, 1, STEPS)
         ("eos_in_loss", 1 - RAMP, "only 18% of the trained rollouts train their end token"),
         ("clip_fraction", 0.5 * RAMP, "41% of the tokens are clipped"),
         ("dropped", 0.5 * RAMP, "41% of the rollouts are dropped for lack of feedback"),
-        ("fidelity", 0.5 * (1 - RAMP) ** 2, "only 2% of an answer is repeated"),
+        ("fidelity", 0.5 * (1 - RAMP) ** 2, "only 2% of a rollout is repeated"),
         ("mismatch_mean", 0.1 * RAMP, "0.082 nats per token between trainer and sampler"),
         ("correct", 0.6 * (1 - RAMP), "fell from 49% at their best to 11%"),
         ("loss", np.where(RAMP > 0.5, np.nan, 0.1), "not a finite number"),

@@ -172,7 +172,7 @@ def test_rollouts_in_one_engine_share_its_time() -> None:
 
 
 def test_a_calibration_recovers_the_costs_behind_the_measurements() -> None:
-    true = dataclasses.replace(EXACT, train_mfu=0.3, layer_micro_s=0.05, critique_s=0.02)
+    true = dataclasses.replace(EXACT, train_mfu=0.3, micro_batch_layer_s=0.05, critique_s=0.02)
     sizes = [work(problems=n, batch_size=100) for n in (2, 8)]
     runs = []
     for size in sizes:
@@ -182,7 +182,9 @@ def test_a_calibration_recovers_the_costs_behind_the_measurements() -> None:
         seconds["critique"] = 0.02 * size.rollouts
         runs.append(MeasuredRun(size, (lengths,), (seconds,), None))
     fitted = calibrate(runs, DEVICE)
-    assert fitted.train_mfu == pytest.approx(0.3) and fitted.layer_micro_s == pytest.approx(0.05)
+    assert fitted.train_mfu == pytest.approx(0.3) and fitted.micro_batch_layer_s == pytest.approx(
+        0.05
+    )
     assert fitted.critique_s == pytest.approx(0.02)
     assert fitted.sampling_fit == pytest.approx((0.4, 0.03))
     larger = work(problems=30, batch_size=30)

@@ -88,7 +88,8 @@ def _localisation(data: ReportData) -> dict[str, Drawing]:
         )
     if localisation is not None and localisation["step_scores"]["contexts"]:
         drawings["judges"] = Drawing(
-            localisation_figures.step_detection(localisation), "How well each context judges steps"
+            localisation_figures.step_detection(localisation),
+            "How well each context detects wrong steps",
         )
     return drawings
 

@@ -62,7 +62,7 @@ def save_figures(folder: Path, localisation: Mapping[str, Any]) -> list[Path]:
 
 
 def print_localisation(localisation: Mapping[str, Any], console: Console) -> None:
-    """Print two tables: where each context acts, and how well it judges steps."""
+    """Print two tables: where each context acts, and how well it detects wrong steps."""
     console.print(
         f"{localisation['answers']:,} rollouts of {localisation['problems']:,} problems, "
         f"{localisation['with_first_error']:,} with a first error, "

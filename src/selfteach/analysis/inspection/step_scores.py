@@ -1,12 +1,12 @@
 """Score steps with the self-teacher, as an untrained process reward model: which is wrong first?
 
 A step's score is a pooled signal of its tokens, *low where the step is likely wrong*. The signal is the
-advantage under a context, or a baseline that needs no context. Scores are judged as in ProcessBench
+advantage under a context, or a baseline that needs no context. Scores are evaluated as in ProcessBench
 (arXiv:2412.06559): an answer with a first error counts as solved if exactly that step is the first to
 be flagged, an answer without one if none is; F1 is the harmonic mean of both accuracies. A step is
 flagged if its score lies below a threshold.
 
-Pooling and threshold are chosen on about half of the problems and judged on the others. Axis letters:
+Pooling and threshold are chosen on about half of the problems and evaluated on the others. Axes:
 
     N  tokens    S  steps    A  answers    P  problems    R  resamples
 """
@@ -214,7 +214,7 @@ class StepScoreResult:
 
 
 def score_steps(inspection: Inspection, *, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Judge every context and every baseline as a step score, as ``localisation.json`` holds it."""
+    """Evaluate every context and every baseline as a step score, as ``localisation.json`` holds it."""
     chosen_P = choosing(inspection)
     report: dict[str, Any] = {
         "choosing": int(chosen_P.sum()), "judged": int((~chosen_P).sum()),
@@ -249,7 +249,7 @@ def choosing(inspection: Inspection) -> np.ndarray:
 def _evaluate(
     steps: Steps, scores: Mapping[str, np.ndarray], chosen_P: np.ndarray, resamples: int
 ) -> StepScoreResult | None:
-    """Choose among poolings on one part of the problems, result on the other; None if neither can."""
+    """Choose among poolings on one part of the problems, evaluate on the other; None if neither can."""
     counted = steps.counted_S
     problem_S = steps.problem_A[steps.answer_S]
     splits = [counted & split_P[problem_S] for split_P in (chosen_P, ~chosen_P)]
@@ -318,7 +318,7 @@ def _resampled(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return AUROC [R] and totals of `solved` [R, J] over problems drawn with replacement.
 
-    The draws are the same for all scores judged on the same problems.
+    The draws are the same for all scores evaluated on the same problems.
     """
     judged_P = np.flatnonzero(~chosen_P)
     place_P = np.full(len(chosen_P), -1)

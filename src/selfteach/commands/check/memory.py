@@ -73,7 +73,7 @@ class Item:
 
     name: str
     bytes: int
-    how: str
+    arithmetic: str
 
 
 @dataclass(frozen=True, slots=True)
