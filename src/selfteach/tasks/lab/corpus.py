@@ -101,7 +101,7 @@ class Believer:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ContextView:
     """Holds what a writer reads in a context: its lines in order, its look-ups, and a bare answer."""
 
     order: tuple[tuple[int, Style], ...]
@@ -109,7 +109,7 @@ class View:
     bare_answer: str | None
 
 
-def view_of(context: str) -> View:
+def view_of(context: str) -> ContextView:
     """Parse a context as a writer reads it; a correction replaces the quoted wrong line before it."""
     order: list[tuple[int, Style]] = []
     facts: dict[tuple[str, str], str] = {}
@@ -121,7 +121,7 @@ def view_of(context: str) -> View:
             facts[line.a, line.b] = line.c
         elif text.startswith("#"):
             answer = text.split()[-1]
-    return View(tuple(order), facts, None if order else answer)
+    return ContextView(tuple(order), facts, None if order else answer)
 
 
 def write(
@@ -213,7 +213,11 @@ def references(world: World, question: Sequence[str]) -> dict[str, str]:
 
 
 def _next_step(
-    world: World, habit: Style, view: View | None, done: dict[int, str], rng: np.random.Generator
+    world: World,
+    habit: Style,
+    view: ContextView | None,
+    done: dict[int, str],
+    rng: np.random.Generator,
 ) -> tuple[int, Style]:
     """Draw the node and style of a writer's next line."""
     if view is not None and rng.random() < world.config.pull:
