@@ -87,7 +87,7 @@ def test_quantiles_by_hand() -> None:
     )
     nothing = critic_statistics.count_critiques([])
     assert math.isnan(nothing.quantile(0.5)) and math.isnan(nothing.mean_fidelity)
-    assert nothing.answers == 0 and not nothing.is_model
+    assert nothing.rollouts == 0 and not nothing.is_model
 
 
 @pytest.fixture
