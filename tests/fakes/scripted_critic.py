@@ -22,5 +22,7 @@ def oracle_critique(body: dict[str, Any]) -> str:
     """Return the lab oracle's critique of the rollout in a request, as text."""
     prompt = body["messages"][-1]["content"]
     question, rollout = between("PROBLEM", prompt).split(), between("ATTEMPT", prompt)
-    critique = lab_oracle.criticise(WORLD, question, rollout, finished="cut off" not in prompt)
+    critique = lab_oracle.critique_rollout(
+        WORLD, question, rollout, finished="cut off" not in prompt
+    )
     return "\n".join([*(step.text for step in critique.steps), f"# {critique.answer}"])

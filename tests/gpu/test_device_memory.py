@@ -14,7 +14,7 @@ from runs_on_device import ALIGNED, recipe, training_samples
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfteach.commands.check.memory import gib, memory
-from selfteach.commands.check.sizes import load_of, measure
+from selfteach.commands.check.sizes import device_load, measure
 from selfteach.runtime.torch_setup import configure_torch
 from selfteach.trainer import step
 from selfteach.trainer.build import build
@@ -93,7 +93,7 @@ def test_the_estimate_covers_a_real_step(
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     built = build(sized)
-    estimate = memory(needed) if (needed := load_of(sized, measure(sized, built))) else None
+    estimate = memory(needed) if (needed := device_load(sized, measure(sized, built))) else None
     assert estimate is not None
     for _ in range(2):  # the second with gradients and moments of the first
         metrics = step.learn(built.components, samples)

@@ -74,15 +74,19 @@ def offline(path: Path) -> str:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[-2:]))
 def test_every_recipe_is_accepted_offline_with_its_budget(path: Path) -> None:
-    told = offline(path)
-    assert "tokens at most (expected): per step" in told and "nothing has been spent" in told
+    described = offline(path)
+    assert (
+        "tokens at most (expected): per step" in described and "nothing has been spent" in described
+    )
     for arm in load_study(path).arms:
-        assert f"# {arm}, per seed" in told
+        assert f"# {arm}, per seed" in described
     if path in (PAPER, *BASELINES):
-        assert "model Qwen/Qwen3-1.7B: not in the local cache; sizes from its known shape" in told
-        assert "1,720,574,976 parameters, 69,730,304 trained" in told
-        assert "problems problems/openmath/train.jsonl: " in told
-        assert "memory of one device at its peak: " in told
+        assert (
+            "model Qwen/Qwen3-1.7B: not in the local cache; sizes from its known shape" in described
+        )
+        assert "1,720,574,976 parameters, 69,730,304 trained" in described
+        assert "problems problems/openmath/train.jsonl: " in described
+        assert "memory of one device at its peak: " in described
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
@@ -155,10 +159,10 @@ def test_sdpo_shows_peers_and_what_the_environment_says(tmp_path: Path) -> None:
     ]
     right = {(row["problem_id"], row["answer"]) for row in samples if row["correct"]}
     peers = [row for row in samples if (row["problem_id"], row["context"]) in right]
-    told = [row for row in samples if row["context"] and row["context"] == row["feedback"]]
-    assert peers and told
+    with_feedback = [row for row in samples if row["context"] and row["context"] == row["feedback"]]
+    assert peers and with_feedback
     assert all(row["context"] != row["answer"] for row in peers)
-    rest = [row for row in samples if row not in peers and row not in told]
+    rest = [row for row in samples if row not in peers and row not in with_feedback]
     assert {row["dropped"] for row in rest} <= {"no other answer is right"}
 
 
@@ -176,23 +180,23 @@ def test_offline_forgives_what_is_absent_and_not_what_is_named_wrongly(tmp_path:
     ):
         with pytest.raises(error, match=said):
             list(describe_study(study(*settings), offline=True))
-    told = "\n".join(describe_study(study("model.path=acme/unheard-of"), offline=True))
-    assert "model acme/unheard-of: not in the local cache; its size is unknown" in told
-    assert "memory" not in told and "sampled: 65,536" in told
+    described = "\n".join(describe_study(study("model.path=acme/unheard-of"), offline=True))
+    assert "model acme/unheard-of: not in the local cache; its size is unknown" in described
+    assert "memory" not in described and "sampled: 65,536" in described
     with pytest.raises((EngineError, DataError)):
         list(describe_study(study()))
 
 
-def test_check_says_what_the_lab_cannot_read() -> None:
+def test_check_warns_of_feedback_that_the_lab_cannot_read() -> None:
     few = {"train": 2, "validation": 1, "test": 1}
-    told = [
+    descriptions = [
         "\n".join(
             describe_study(study_from({"context": {"type": name}, "data": few}), offline=True)
         )
         for name in ("environment", "peer")
     ]
-    assert "do not read environment feedback" in told[0]
-    assert "do not read" not in told[1], "a peer is like an aligned reference"
+    assert "do not read environment feedback" in descriptions[0]
+    assert "do not read" not in descriptions[1], "a peer is like an aligned reference"
 
 
 @pytest.mark.parametrize("halves", [True, False])

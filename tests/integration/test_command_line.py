@@ -129,7 +129,7 @@ def test_a_study_from_recipe_to_report(
     assert easy["title"] == "an easy world"
     assert list(easy["arms"]) == list(results["arms"]) == ["base", "grpo", "step_aligned"]
     report = (out / "report.html").read_text(encoding="utf-8")
-    assert len(report) > 10_000 and "Outcomes: answers, critiques by case" in report
+    assert len(report) > 10_000 and "Outcomes: rollouts, critiques by case" in report
     inspected = json.loads((out / "inspection" / "inspection.json").read_text())
     assert inspected["answers"] == 8 and "step_aligned" in inspected["contexts"]
     assert (out / "inspection" / "localisation.json").exists()
@@ -284,7 +284,7 @@ def test_a_wrong_call_is_one_line(
     assert "did you mean 'grpo'?" in error("train", recipe, "--out", tmp_path / "x", "--arm", "grp")
     assert "no such folder" in error("resume", tmp_path / "nowhere")
     assert "no run folder" in error("resume", tmp_path)
-    assert "no run, no study" in error("report", tmp_path)
+    assert "no folder of a run" in error("report", tmp_path)
     assert "neither a run nor a study" in error("watch", tmp_path)
     assert "not empty" in error("study", recipe, "--out", tmp_path)
     assert "is a file" in error("study", recipe, "--out", recipe)
@@ -295,7 +295,7 @@ def test_a_wrong_call_is_one_line(
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"question": "a"}\n')
     assert "no such folder" in error("evaluate", tmp_path / "nowhere")
-    assert "no run, no study" in error("report", tmp_path / "nowhere")
+    assert "no folder of a run" in error("report", tmp_path / "nowhere")
     assert "no such file" in error("critique", tmp_path / "nowhere.jsonl")
     dial = (
         "--set",

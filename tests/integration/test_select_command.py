@@ -180,7 +180,7 @@ def chain(monkeypatch: pytest.MonkeyPatch) -> tuple[Built, ScriptedEngine, Recor
     }
     engine = ScriptedEngine(completions)
     critic = RecordingCritic(
-        OracleCritic(chain_sums.criticise, error_rate=0.0, seed=0), {task.train[2].id}
+        OracleCritic(chain_sums.critique_rollout, error_rate=0.0, seed=0), {task.train[2].id}
     )
     lab = build(Recipe.model_validate(RECIPE_VALUES))
     components = dataclasses.replace(

@@ -1,6 +1,6 @@
 """Count critics' critiques, failures and cost, from the samples of runs.
 
-A row is one line of ``samples/step_*.jsonl``: an answer with its verdict, its critique (or the reason
+A row is one line of ``samples/step_*.jsonl``: a rollout with its verdict, its critique (or the reason
 why there is none) and where the two diverge (`run_folder.sample_row`).
 """
 
@@ -24,13 +24,13 @@ CASES = {
     "C": "cut off",
     "D": "wrong",
 }
-"""A critique's judgement of an answer (paper, the four cases)."""
+"""What a critique finds in a rollout (paper, the four cases)."""
 
 FAILURES = {
     "empty": "the reply was empty",
     "truncated": "the critique was cut off",
     "malformed": "not in the required format",
-    "misaligned": "does not follow the answer's steps",
+    "misaligned": "does not follow the rollout's steps",
     "wrong_answer": "the critic's final answer is wrong",
     "unavailable": "no reply",
 }
@@ -44,33 +44,33 @@ BINS = 10
 
 @dataclass(frozen=True, slots=True)
 class CriticSummary:
-    """Holds counts over the answers that were sent to a critic."""
+    """Holds counts over the rollouts that were sent to a critic."""
 
-    answers: int
-    right: int
-    """By the verifier."""
+    rollouts: int
+    correct: int
+    """Correct rollouts, by the verifier."""
     cases: Mapping[str, int]
     """Critiques, by case."""
     failures: Mapping[str, int]
-    """Answers without a critique, by reason."""
+    """Rollouts without a critique, by reason."""
     dropped: Mapping[str, int]
-    """Answers left out of training, by reason."""
+    """Rollouts left out of training, by reason."""
     fidelity: tuple[float, ...]
-    """Per critique, ascending: share of the answer's tokens repeated before the first change."""
+    """Per critique, ascending: share of the rollout's tokens repeated before the first change."""
     changed_at: Mapping[int, int]
     """Critiques by the first solution step (from 0) not repeated; -1 where all are."""
     false_alarms: int
-    """Right answers of which a step was replaced."""
+    """Correct rollouts of which a step was replaced."""
     added: int
-    """Right answers that were added to, with no step replaced."""
+    """Correct rollouts to which steps were added, with no step replaced."""
     misses: int
-    """Wrong answers whose final answer the critic gave as well."""
+    """Incorrect rollouts whose wrong final answer the critic repeats."""
     usage: Mapping[str, float]
     """Sums of `types.Usage`: requests, cached, prompt_tokens, completion_tokens, cost."""
 
     @property
     def critiques(self) -> int:
-        """Return how many answers have a critique; a critic model's final answer was right in each."""
+        """Return how many rollouts have a critique; a critic model's final answer was right in each."""
         return sum(self.cases.values())
 
     @property
@@ -126,8 +126,8 @@ def count_critiques(rows: Iterable[Row]) -> CriticSummary:
     steps = Counter(-1 if c["step"] is None else int(c["step"]) for c in changes)
     usages = [migrate_usage(row["critique"].get("usage", {})) for row in sent]
     return CriticSummary(
-        answers=len(sent),
-        right=sum(bool(row["correct"]) for row in sent),
+        rollouts=len(sent),
+        correct=sum(bool(row["correct"]) for row in sent),
         cases={case: sum(row["critique"]["case"] == case for row in critiqued) for case in CASES},
         failures=_count_reasons(row["critique"]["reason"] for row in failed),
         dropped=_count_reasons(row["dropped"] for row in sent if row["dropped"]),
@@ -149,7 +149,7 @@ def read_study_critics(folder: Path) -> dict[str, ArmCritic]:
 def read_critics(groups: Mapping[str, Sequence[Path]]) -> dict[str, ArmCritic]:
     """Summarize the critic of every arm, from its runs' folders; arms without one are left out."""
     critics = {name: read_arm_critic(folders) for name, folders in groups.items()}
-    return {name: critic for name, critic in critics.items() if critic.total.answers}
+    return {name: critic for name, critic in critics.items() if critic.total.rollouts}
 
 
 def read_arm_critic(folders: Sequence[Path]) -> ArmCritic:
@@ -171,7 +171,7 @@ def read_arm_critic(folders: Sequence[Path]) -> ArmCritic:
 
 def summary_line(summary: CriticSummary) -> str:
     """Describe a summary in one line: critiques and failures, fidelity, cost."""
-    items = [f"{summary.answers:,} answers, {summary.critiques:,} critiques"]
+    items = [f"{summary.rollouts:,} rollouts, {summary.critiques:,} critiques"]
     if cases := [f"{name} {n:,}" for name, n in summary.cases.items() if n]:
         items[0] += f" ({', '.join(cases)})"
     items += [f"{reason} {n:,}" for reason, n in summary.failures.items()]

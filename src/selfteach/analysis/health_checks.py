@@ -19,32 +19,32 @@ COLLAPSED_TO, EXPLODED_TO = 0.5, 2.0
 """Length against the run's first steps. In the paper trained lengths differ by a fifth; halving or
 doubling is another behaviour."""
 TRUNCATED_ABOVE = 0.2
-"""A truncated answer is almost never right and has no end to learn; one in five biases all metrics."""
+"""A truncated rollout is almost never right and has no end to learn; one in five biases all metrics."""
 HESITATION_LEFT, HESITATION_FLOOR = 0.5, 0.2
 """Share of the first steps' hesitation that should be left, checked where at least every fifth
-answer held a word of it."""
+rollout held a word of it."""
 REPETITION_ABOVE, REPETITION_GROWTH = 0.3, 1.5
-"""Share of 4-grams seen before in the same answer. Worked solutions repeat their formulas, up to a
+"""Share of 4-grams seen before in the same rollout. Worked solutions repeat their formulas, up to a
 quarter; loops lie far above. Formats that repeat by nature are checked by growth."""
 ENTROPY_BELOW, ENTROPY_LEFT = 0.05, 0.25
-"""Nats per token. At 0.05 the likeliest token has about 99 %: eight answers to a question are the
+"""Nats per token. At 0.05 the likeliest token has about 99 %: eight rollouts of a problem are the
 same. A model that started there is compared with its first steps."""
 END_BELOW = 0.5
-"""With fewer than half of the trained answers training their end token, the model forgets to stop."""
+"""With fewer than half of the trained rollouts training their end token, the model forgets to stop."""
 CLIPPED_ABOVE = 0.3
 """Share of clipped tokens. Clipping is for outliers; above a third it decides the gradient."""
 DROPPED_ABOVE = 0.2
 """Rollouts without usable feedback: paid for and lost, and seldom at random: hard problems first."""
 FIDELITY_BELOW = 0.1
-"""Mean share of the answer repeated before the first change. With an even spread of first errors it
-is near a half; below a tenth the critic writes a new answer, and step-aligned feedback
+"""Mean share of the rollout repeated before the first change. With an even spread of first errors it
+is near one half; below a tenth the critic writes a new answer, and step-aligned feedback
 has no anchor (paper)."""
 MISMATCH_ABOVE = 0.05
 """Nats per token between trainer and sampler. bf16 alone gives 0.01 to 0.02; at 0.05 importance
 weights of a hundred tokens no longer stay near one."""
 GAIN_LEFT, GAIN_FLOOR = 0.6, 0.2
 """Share of the best that should be left at the end, checked where at least a fifth was right once. Five
-steps of 32 answers to 4 questions each have a standard error of about 6 points there, and the best of
+steps of 32 rollouts of 4 problems each have a standard error of about 6 points there, and the best of
 many windows is a lucky one."""
 
 Detector = Callable[[np.ndarray], tuple[int, str] | None]
@@ -76,31 +76,31 @@ class HealthWarning:
 
 
 def all_checks() -> tuple[HealthCheck, ...]:
-    """Return the checks for all failure modes, in the order of the page."""
+    """Return the checks for all failure modes, in the order of the report."""
     return (
         HealthCheck(
-            "length", "Length", "Answers that shrink stop reasoning; answers that grow ramble or "
-            "cannot stop.", "tokens", _length_changed),
+            "length", "Length", "Rollouts that shrink stop reasoning; rollouts that grow ramble "
+            "or cannot stop.", "tokens", _length_changed),
         HealthCheck(
             "hesitations", "Words of hesitation", "“Wait”, “let me check”: self-correction is the "
-            "first habit that training on short, certain feedback takes away.", "per answer",
+            "first habit that training on short, certain feedback takes away.", "per rollout",
             _hesitation_lost),
         HealthCheck(
-            "truncated", "Truncated answers", "An answer cut off at the token limit has no end to "
+            "truncated", "Truncated rollouts", "A rollout cut off at the token limit has no end to "
             "learn from and is almost never right.", "share",
-            _above(TRUNCATED_ABOVE, "of the answers are truncated", "{:.0%}"), TRUNCATED_ABOVE),
+            _above(TRUNCATED_ABOVE, "of the rollouts are truncated", "{:.0%}"), TRUNCATED_ABOVE),
         HealthCheck(
             "repetition", "Repetition", "Share of 4-token sequences that occurred before in the same "
-            "answer: loops.", "share", _repetition_grown, REPETITION_ABOVE),
+            "rollout: loops.", "share", _repetition_grown, REPETITION_ABOVE),
         HealthCheck(
-            "entropy", "Entropy", "How uncertain the next token is. At zero all answers to a question "
+            "entropy", "Entropy", "How uncertain the next token is. At zero all rollouts of a problem "
             "are the same, and nothing more can be learned from sampling.", "nats per token",
             _entropy_lost, ENTROPY_BELOW),
         *_loss_checks(),
         HealthCheck(
-            "fidelity", "Fidelity of the critique", "Share of an answer that the critique repeats "
+            "fidelity", "Fidelity of the critique", "Share of a rollout that the critique repeats "
             "verbatim before its first change: the anchor of step-aligned feedback.", "share",
-            _below(FIDELITY_BELOW, "of an answer is repeated before the first change", "{:.0%}"),
+            _below(FIDELITY_BELOW, "of a rollout is repeated before the first change", "{:.0%}"),
             FIDELITY_BELOW),
         HealthCheck(
             "mismatch_mean", "Trainer against sampler", "Mean difference of trainer's and sampler's "
@@ -109,28 +109,28 @@ def all_checks() -> tuple[HealthCheck, ...]:
             _above(MISMATCH_ABOVE, "nats per token between trainer and sampler", "{:.3f}"),
             MISMATCH_ABOVE),
         HealthCheck(
-            "correct", "Right answers", "What was learned can be lost again with the same recipe, a "
-            "few steps later.", "share right while training", _correct_lost),
+            "correct", "Correct rollouts", "What was learned can be lost again with the same recipe, a "
+            "few steps later.", "share correct while training", _correct_lost),
         HealthCheck(
-            "loss", "Finite loss", "A loss that is not finite ends all learning, silently.", "loss",
+            "loss", "Finite loss", "A loss that is not finite silently stops all learning.", "loss",
             _not_finite),
     )  # fmt: skip
 
 
 def _loss_checks() -> tuple[HealthCheck, ...]:
-    """Return the checks of which answers and tokens count in the loss."""
+    """Return the checks of which rollouts and tokens count in the loss."""
     return (
         HealthCheck(
-            "eos_in_loss", "End token trained", "Share of the trained answers whose end token counts "
+            "eos_in_loss", "End token trained", "Share of the trained rollouts whose end token counts "
             "in the loss. A model whose end token is never trained forgets to stop.", "share",
-            _below(END_BELOW, "of the trained answers train their end token", "{:.0%}"), END_BELOW),
+            _below(END_BELOW, "of the trained rollouts train their end token", "{:.0%}"), END_BELOW),
         HealthCheck(
             "clip_fraction", "Clipped tokens", "Tokens whose term in the loss was clipped.", "share",
             _above(CLIPPED_ABOVE, "of the tokens are clipped", "{:.0%}"), CLIPPED_ABOVE),
         HealthCheck(
-            "dropped", "Answers without usable feedback", "Sampled and dropped: the critic gave "
+            "dropped", "Rollouts without usable feedback", "Sampled and dropped: the critic gave "
             "nothing usable, or the sample did not fit.", "share",
-            _above(DROPPED_ABOVE, "of the answers are dropped for lack of feedback", "{:.0%}"),
+            _above(DROPPED_ABOVE, "of the rollouts are dropped for lack of feedback", "{:.0%}"),
             DROPPED_ABOVE),
     )  # fmt: skip
 
@@ -186,9 +186,9 @@ def _below(limit: float, what: str, format_spec: str) -> Detector:
 def _length_changed(values: np.ndarray) -> tuple[int, str] | None:
     start, low, high = values[0], int(values.argmin()), int(values.argmax())
     if values[low] < COLLAPSED_TO * start:
-        return low, f"answers shrank from {start:.0f} to {values[low]:.0f} tokens"
+        return low, f"rollouts shrank from {start:.0f} to {values[low]:.0f} tokens"
     if values[high] > EXPLODED_TO * start:
-        return high, f"answers grew from {start:.0f} to {values[high]:.0f} tokens"
+        return high, f"rollouts grew from {start:.0f} to {values[high]:.0f} tokens"
     return None
 
 
@@ -196,7 +196,7 @@ def _hesitation_lost(values: np.ndarray) -> tuple[int, str] | None:
     start, low = values[0], int(values.argmin())
     if start < HESITATION_FLOOR or values[low] >= HESITATION_LEFT * start:
         return None
-    return low, f"words of hesitation fell from {start:.2f} to {values[low]:.2f} per answer"
+    return low, f"words of hesitation fell from {start:.2f} to {values[low]:.2f} per rollout"
 
 
 def _repetition_grown(values: np.ndarray) -> tuple[int, str] | None:
@@ -220,7 +220,7 @@ def _correct_lost(values: np.ndarray) -> tuple[int, str] | None:
     best, end = int(values.argmax()), len(values) - 1
     if values[best] < GAIN_FLOOR or values[end] >= GAIN_LEFT * values[best]:
         return None
-    return end, f"right answers fell from {values[best]:.0%} at their best to {values[end]:.0%}"
+    return end, f"correct rollouts fell from {values[best]:.0%} at their best to {values[end]:.0%}"
 
 
 def _not_finite(values: np.ndarray) -> tuple[int, str] | None:

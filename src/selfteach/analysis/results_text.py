@@ -29,7 +29,7 @@ MEASURE_TITLES = {
 """Column titles of `results_table.MEASURES`, in order."""
 
 BUDGET_TITLES = {
-    "rollouts_sampled": "answers",
+    "rollouts_sampled": "rollouts",
     "tokens_sampled": "tokens sampled",
     "tokens_trained": "tokens trained",
     "teacher_tokens": "teacher tokens",
@@ -40,14 +40,14 @@ BUDGET_TITLES = {
     "critic_completion_tokens": "critic completion tokens",
     "critic_cost": "critic cost",
     "optimizer_steps": "updates",
-    "evaluation_rollouts": "evaluation answers",
+    "evaluation_rollouts": "evaluation rollouts",
     "seconds": "seconds",
 }
 """Column titles of an arm's budget, in order."""
 
 
 def budgets(results: Results) -> dict[str, Mapping[str, Any]]:
-    """Return each arm's budget as the results have it."""
+    """Return each arm's budget from the results."""
     return {name: arm["budget"] for name, arm in results["arms"].items()}
 
 
@@ -96,7 +96,7 @@ def decision(value: Estimate) -> Literal["higher", "lower", "open"]:
 
 
 def pair_decision(pair: str, value: Estimate) -> str:
-    """Say in a few words whether the interval supports the difference of a pair."""
+    """State in a few words whether the interval supports the difference of a pair."""
     b = arms_of(pair)[0]
     return {
         "higher": f"supported: {b} is higher",
@@ -106,7 +106,7 @@ def pair_decision(pair: str, value: Estimate) -> str:
 
 
 def variant_order(value: Estimate, main: Estimate) -> str:
-    """Say how a variant's difference compares with the main setting's.
+    """State how a variant's difference compares with the main setting's.
 
     ``REVERSED`` and ``same order`` need both intervals to exclude 0.
     """
@@ -182,7 +182,7 @@ def _comparison(results: Results, pair: str) -> dict[str, Any]:
     low, high = value["ci95"]
     conclusions = {
         "higher": f"The interval excludes 0: the data support that {b} is better than {a}.",
-        "lower": f"The interval excludes 0, the other way: {b} is worse than {a}.",
+        "lower": f"The interval excludes 0: the data support that {b} is worse than {a}.",
         "open": f"The interval includes 0: the data do not decide between {b} and {a}.",
     }
     return {
@@ -199,7 +199,7 @@ def _gain(name: str, gain: Mapping[str, Any]) -> dict[str, Any]:
     low, high = value["ci95"]
     conclusions = {
         "higher": "The interval excludes 0: the data support that training helped on these problems.",
-        "lower": "The interval excludes 0, the other way: training did harm on these problems.",
+        "lower": "The interval excludes 0: the data support that training did harm on these problems.",
         "open": "The interval includes 0: the data do not decide whether training helped.",
     }
     return {

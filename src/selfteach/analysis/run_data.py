@@ -85,7 +85,7 @@ def read_runs(folder: Path) -> list[RunData]:
     if (folder / "config.json").exists():
         return [read_run(folder)]
     if not (folder / "study.json").exists():
-        raise CheckpointError(f"{folder} is neither a run nor a study: name the --out of one")
+        raise CheckpointError(f"{folder} is neither a run nor a study: pass the --out of one")
     paths = sorted(path.parent for path in folder.glob("**/seed_*/config.json"))
     return [read_run(path, _variant(path.relative_to(folder))) for path in paths]
 

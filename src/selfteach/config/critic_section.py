@@ -30,7 +30,7 @@ class FailurePolicies(Section):
     malformed: FailurePolicy = "retry"
     """The critique has no steps, misnumbered steps or no final answer."""
     misaligned: FailurePolicy = "retry"
-    """The critique is about something else (see ``min_similarity``)."""
+    """The critique does not follow the rollout's steps (see ``min_similarity``)."""
     wrong_answer: FailurePolicy = "drop"
     """The verifier rejects the final answer of the critique."""
     unavailable: Literal["stop", "drop", "fallback"] = "stop"
@@ -43,7 +43,7 @@ class OracleConfig(Section):
     type: Literal["oracle"] = "oracle"
     """A program that comes with the problems."""
     error_rate: float = Field(default=0.0, ge=0, le=1)
-    """Share of critiques into which an error is put."""
+    """Share of critiques in which the program makes an error on purpose."""
 
 
 class LlmCriticConfig(Section):
@@ -95,7 +95,7 @@ class EndpointConfig(LlmCriticConfig):
     healthcheck: bool = True
     """Check at the start that the server is up; false for a run whose replies are all cached."""
     requests_per_minute: float | None = Field(default=None, gt=0)
-    """Rate limit of requests; unset: none."""
+    """Most requests per minute; unset: no limit."""
     price_prompt: float = Field(default=0.0, ge=0)
     """Price per million prompt tokens, for the cost in the budget."""
     price_completion: float = Field(default=0.0, ge=0)
@@ -130,11 +130,11 @@ class LocalCriticConfig(LlmCriticConfig):
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     batch_size: int = Field(default=16, ge=1)
-    """Critiques decoded together."""
+    """Critiques decoded in one batch."""
     prompt_lookup: int | None = Field(default=None, ge=1)
-    """Tokens to guess at a time by prompt lookup (a critique repeats the rollout). Greedy critiques
-    stay the same; requests are then decoded one by one, so it pays where ``batch_size`` would be
-    small."""
+    """Number of tokens that prompt-lookup decoding proposes at a time (a critique repeats the rollout).
+    Greedy critiques stay the same; requests are then decoded one by one, so use it where
+    ``batch_size`` would be small."""
 
 
 class PolicyCriticConfig(LlmCriticConfig):
@@ -143,7 +143,7 @@ class PolicyCriticConfig(LlmCriticConfig):
     type: Literal["policy"]
     """The model that trains, as it was before the first step."""
     batch_size: int = Field(default=16, ge=1)
-    """Critiques decoded together."""
+    """Critiques decoded in one batch."""
 
 
 class RecordedConfig(Section):

@@ -21,8 +21,8 @@ class LabData(Section):
     world: str | None = None
     """Name of the lab's world; unset: the one that the model was pretrained in."""
     max_solve_rate: float = Field(default=1.0, gt=0, le=1)
-    """Keep only problems that the authors of the pretraining corpus solve with a probability below this
-    (the paper keeps those with an Avg@16 of its solver below 5/16)."""
+    """Keep only problems that the simulated writers of the pretraining corpus solve with a probability
+    below this (the paper keeps those with an Avg@16 of its solver below 5/16)."""
     train: int = Field(default=2048, ge=1)
     """Number of training problems."""
     validation: int = Field(default=96, ge=1)
@@ -45,7 +45,7 @@ class ChainSumsData(Section):
     max_digits: int = Field(default=2, ge=1)
     """Largest number of digits of a term."""
     shots: int = Field(default=2, ge=0)
-    """Worked examples before every question."""
+    """Number of worked examples before every question."""
     train: int = Field(default=512, ge=1)
     """Number of training problems."""
     validation: int = Field(default=32, ge=1)
@@ -75,7 +75,8 @@ class Columns(Section):
     id: str | None = None
     """Column of the problem's id; unset: the column ``id``, else the file's name and the line."""
     meta: str | tuple[str, ...] | None = None
-    """Column that holds a table, or names of columns to keep; unset: the column ``meta``."""
+    """Column with a table of metadata, or names of columns to keep as metadata; unset: the column
+    ``meta``."""
 
 
 class Splitting(Section):
@@ -88,7 +89,7 @@ class Splitting(Section):
     seed: int = 0
     """Seed of the hash."""
     train: Count | Share | None = None
-    """Size of the training split; unset: what the others leave."""
+    """Size of the training split; unset: all problems that are in no other split."""
     validation: Count | Share | Literal[0] = 0.1
     """Size of the validation split."""
     test: Count | Share | Literal[0] = 0.1
@@ -135,7 +136,8 @@ class RowsData(AnswerReading):
     bad_rows: Literal["stop", "drop"] = "stop"
     """What happens at a row without a question or an answer: name it and stop, or drop and count it."""
     split: Splitting = Splitting()
-    """How ``pool`` is split; a split with a source named for it is left out."""
+    """How ``pool`` is split; a split that has a source (``train``, ``validation``, ``test``) gets none
+    of it."""
 
 
 class FilesData(RowsData):
@@ -212,7 +214,7 @@ class SelectConfig(Section):
     """Sets which problems ``selfteach select`` keeps; defaults are the paper's where it gives them."""
 
     pool: tuple[SplitName, ...] = ("train",)
-    """Splits of ``data`` that problems are taken from; a benchmark's test split stays out."""
+    """Splits of ``data`` from which problems are selected; leave out a benchmark's test split."""
     samples: int = Field(default=16, ge=1)
     """Rollouts of each problem: the k of Avg@k."""
     temperature: float | None = Field(default=None, gt=0)
@@ -222,15 +224,15 @@ class SelectConfig(Section):
     max_solve_rate: float = Field(default=5 / 16, gt=0, le=1)
     """Keep problems whose share of correct rollouts is below this."""
     min_format_rate: float = Field(default=0.5, ge=0, le=1)
-    """Keep problems of which at least this share of rollouts could be parsed. The paper asks for
-    well-formatted answers and gives no figure."""
+    """Keep problems of which at least this share of rollouts could be parsed. The paper
+    requires well-formatted answers and gives no number."""
     critic: bool = True
     """Keep problems that the recipe's critic solves: its critique of an incorrect rollout ends in the
     right answer."""
     critic_answers: int = Field(default=1, ge=1)
     """Largest number of incorrect rollouts that the critic critiques; one right critique suffices."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the sampling."""
+    """Seed of the sampled rollouts."""
     split: Splitting = Splitting()
     """How the selected problems are split."""
 

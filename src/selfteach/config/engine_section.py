@@ -43,7 +43,7 @@ class VllmServerConfig(VllmEngineConfig):
     timeout_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for one rollout, or for a weight sync."""
     patience_seconds: float = Field(default=120.0, ge=0)
-    """How long the server may be unreachable in the middle of a batch before the run ends."""
+    """Longest time that the server may be unreachable during a batch before the run ends."""
 
     @field_validator("url")
     @classmethod
@@ -51,7 +51,7 @@ class VllmServerConfig(VllmEngineConfig):
         if not url.startswith(("http://", "https://")):
             raise ValueError("write it like http://127.0.0.1:8000")
         if url.rstrip("/").endswith("/v1"):
-            raise ValueError("leave out /v1: weights go to addresses beside it")
+            raise ValueError("leave out /v1: the weight sync uses other paths of the server")
         return url.rstrip("/")
 
 

@@ -15,34 +15,38 @@ class DistillationConfig(Section):
     type: Literal["distillation"] = "distillation"
     """Self-distillation."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
-    """``forward_kl`` is KL(teacher ‖ student), ``reverse_kl`` KL(student ‖ teacher)."""
+    """What is minimised per token: ``forward_kl`` is KL(teacher ‖ student), ``reverse_kl`` is
+    KL(student ‖ teacher), ``jsd`` the generalised Jensen-Shannon divergence."""
     beta: float = 0.5
-    """The teacher's share of the JSD's mixture, strictly between 0 and 1."""
+    """Teacher's weight β in the mixture of ``divergence = "jsd"``, strictly between 0 and 1."""
     jsd_scaled: bool = False
-    """Divide the JSD by β(1−β), so that its limits at 0 and 1 are the two KLs."""
+    """Divide the JSD by β(1−β), so that it approaches the two KLs for β near 0 and 1."""
     support: Literal["full", "top_k", "sampled"] = "full"
-    """Vocabulary entries in the divergence: all, ``top_k`` and a bucket for the rest, or the sampled
-    token alone."""
+    """Vocabulary entries in the divergence: all (``full``), the ``top_k`` likeliest and one bucket for
+    the others, or only the sampled token."""
     top_k: int | None = Field(default=None, ge=1)
-    """Number of entries of ``support = "top_k"``."""
+    """Number of vocabulary entries k of ``support = "top_k"``."""
     top_k_from: Literal["student", "teacher"] = "student"
-    """Whose likeliest tokens are the top k."""
+    """Model whose k likeliest tokens are the entries of ``support = "top_k"``."""
     clip: float | None = Field(default=None, gt=0)
     """Cap, in nats, on each vocabulary entry's term (OPSD: 0.05)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits of student and teacher; the loss is not rescaled by its square."""
+    """Temperature that divides the logits of student and teacher in the divergence; the loss is not
+    multiplied by its square."""
     control_variate: bool = False
     """Add KL(student ‖ teacher) to the sampled token's reward (``reverse_kl`` with ``support =
     "sampled"``): less variance, the same expected gradient."""
     train_on: Literal["all", "incorrect", "correct"] = "all"
-    """Rollouts that are distilled, by their verdict (SDPG: ``correct``)."""
+    """Which rollouts are distilled, by their verdict (SDPG: ``correct``)."""
     from_first_error: bool = False
-    """Train only on tokens from the first wrong step on (ROSD); correct rollouts then have no loss."""
+    """Train only on tokens from the first wrong solution step on (ROSD); correct rollouts then have no
+    loss."""
     changed_steps_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Train only on steps that the critique changes, and of their tokens on the earliest, up to this
-    share of the rollout's tokens (TRACE: 0.25). A token has to pass all masks."""
+    """Train only on the solution steps that the critique changes, and there on the earliest tokens, up
+    to this share of the rollout's tokens (TRACE: 0.25). A token has to pass all masks."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Mean over all tokens of the batch, or over rollouts of each rollout's mean."""
+    """Loss of a batch: ``token_mean`` is the mean over all its tokens, ``sequence_mean`` the mean over
+    rollouts of each rollout's token mean."""
     importance_cap: float | None = Field(default=None, gt=0)
     """Truncated importance weight min(π_train/π_engine, cap) on every token; unset: no weight."""
 
@@ -58,7 +62,7 @@ class GrpoConfig(Section):
     type: Literal["grpo"] = "grpo"
     """Group-relative policy optimisation."""
     scale_rewards: Literal["group", "none"] = "group"
-    """Divide a group's advantages by its standard deviation (``group``), or do not."""
+    """Divide advantages by the standard deviation of the group's rewards (``group``), or do not."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """Lower clip range: the policy ratio is clipped at 1 − this."""
     clip_high: float = Field(default=0.2, ge=0)
@@ -66,7 +70,8 @@ class GrpoConfig(Section):
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy ‖ initial policy)."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Mean over all tokens of the batch, or over rollouts of each rollout's mean."""
+    """Loss of a batch: ``token_mean`` is the mean over all its tokens, ``sequence_mean`` the mean over
+    rollouts of each rollout's token mean."""
     importance_cap: float | None = Field(default=None, gt=0)
     """Truncated importance weight min(π_train/π_engine, cap) on every token; unset: no weight."""
 
@@ -75,11 +80,11 @@ class WeightConfig(Section):
     """Sets a weight that changes linearly over steps; a plain number stands for a constant."""
 
     start: float = Field(ge=0)
-    """Weight in the first step."""
+    """Weight in the first training step."""
     end: float = Field(ge=0)
-    """Weight in step number ``steps`` and after it."""
+    """Weight in training step number ``steps`` and after it."""
     steps: int | None = Field(default=None, ge=2)
-    """Steps from ``start`` to ``end``; unset: all of the run's."""
+    """Number of training steps from ``start`` to ``end``; unset: all steps of the run."""
 
 
 class HybridConfig(Section):
@@ -88,7 +93,7 @@ class HybridConfig(Section):
     type: Literal["hybrid"]
     """Distillation and GRPO together."""
     weight: WeightConfig = WeightConfig(start=0.5, end=0.5)
-    """Weight of distillation: a number, or ``{ start = 1.0, end = 0.0, steps = 40 }``."""
+    """Weight of distillation: a constant, or ``{ start = 1.0, end = 0.0, steps = 40 }``."""
     grpo_weight: float | None = Field(default=None, ge=0)
     """Weight of GRPO; unset: 1 − ``weight``, a mixture of both."""
     grpo_tokens: Literal["all", "others"] = "all"
@@ -106,7 +111,7 @@ class HybridConfig(Section):
     @model_validator(mode="after")
     def _check_weights(self) -> HybridConfig:
         if self.grpo_weight is None and max(self.weight.start, self.weight.end) > 1:
-            raise ValueError("weight is above 1: a mixture goes from 0 to 1; or name a grpo_weight")
+            raise ValueError("weight is above 1: a mixture needs 0 to 1; or set grpo_weight")
         if self.grpo.kl_coef > 0:
             raise ValueError(
                 "grpo.kl_coef must be 0 in a hybrid: its one teacher is the one with a context"

@@ -60,11 +60,11 @@ class ThinkingConfig(Section):
     teacher: bool | None = None
     """``enable_thinking`` of the teacher's prompt; unset: the chat template's default."""
     boundary: Literal["student", "teacher"] = "student"
-    """Whose header stands between the teacher's prompt and the rollout, where the two differ: the
-    student's (with Qwen3 and ``student = false`` an empty thought), or the teacher's, after which it
-    expects another first token than the student's."""
+    """Whose chat-template header goes between the teacher's prompt and the rollout, where the two
+    differ: the student's (with Qwen3 and ``student = false`` an empty thought), or the teacher's, after
+    which it expects another first token than the student's."""
     scored: bool = True
-    """Train on the tokens of the thought too; false: only on those after it."""
+    """Train on the tokens of the thought too; false: only on the tokens after it."""
     tags: tuple[str, str] = ("<think>", "</think>")
     """Opening and closing tag of a thought. Verifier and critic see what follows it."""
 
@@ -81,8 +81,8 @@ class ModelConfig(Section):
     """Prompt templates: ``steps``, ``free``, ``chain_sums``, ``lab``, or a folder (named with a slash)
     whose files override those of ``steps``; unset: what the data needs."""
     system: str | None = None
-    """System prompt of student and teacher, in place of the chat template's. Without a system role it
-    stands before the first question."""
+    """System prompt of student and teacher, in place of the chat template's. If the
+    template has no system role, it is put before the first question."""
     thinking: ThinkingConfig = ThinkingConfig()
     """Whether student and teacher think before they answer."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -117,9 +117,9 @@ class SamplingConfig(Section):
     max_tokens: int = Field(default=64, ge=1)
     """Longest rollout in tokens."""
     batch_size: int = Field(default=256, ge=1)
-    """Rollouts decoded together; also the unit that is saved before it is used."""
+    """Rollouts sampled in one batch; a batch is saved to the run folder before it is trained on."""
     separate_copy: bool = False
-    """Sample with a copy of the weights, so that sampling and training can overlap: for
+    """Sample with a second copy of the weights, so that sampling and training can overlap: for
     ``train.staleness`` above 0, on a machine with cores or memory to spare."""
 
 
@@ -129,8 +129,8 @@ class ContextConfig(Section):
     type: ContextName = "step_aligned"
     """What the teacher's prompt holds besides the question."""
     fallback: ContextName | None = None
-    """Context of a rollout that has none of type ``type`` (SDPO: ``environment`` where no ``peer`` is
-    correct)."""
+    """Context of rollouts for which ``type`` cannot be built (SDPO: ``environment`` where no ``peer``
+    is correct)."""
     alignment: float = Field(default=0.5, ge=0, le=1)
     """For ``partly_aligned`` (the lab): share of the critique's steps that keep the rollout's words and
     order; the others take the reference's. 1 is ``step_aligned``, 0 the reference."""
@@ -149,7 +149,7 @@ class ContextConfig(Section):
     @model_validator(mode="after")
     def _check_fallback(self) -> ContextConfig:
         if self.fallback is not None and self.fallback in (self.type, "none"):
-            raise ValueError('fallback is another context than type, and not "none"')
+            raise ValueError('fallback must differ from type and from "none"')
         return self
 
 
@@ -173,7 +173,7 @@ class EmaTeacherConfig(Section):
     type: Literal["ema"]
     """An exponential moving average."""
     rate: float = Field(default=0.05, gt=0, le=1)
-    """Share of the new weights in each update."""
+    """Share of the student's weights in each update: teacher = (1 − rate) teacher + rate student."""
 
 
 class TrustRegionTeacherConfig(Section):
@@ -182,7 +182,7 @@ class TrustRegionTeacherConfig(Section):
     type: Literal["trust_region"]
     """A mix of logits."""
     student_mix: float = Field(default=0.5, ge=0, le=1)
-    """Share of the current policy's logits."""
+    """Weight of the current policy's logits; the initial policy's have the rest."""
 
 
 TeacherConfig = Annotated[
@@ -203,11 +203,11 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     grad_clip: float = Field(default=1.0, gt=0)
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; a larger gradient is scaled down."""
     warmup_steps: int = Field(default=0, ge=0)
     """Updates over which the learning rate grows linearly to ``lr``."""
     decay: Literal["constant", "linear"] = "constant"
-    """Course of the learning rate; ``linear`` falls to 0 after the last update."""
+    """Schedule of the learning rate after the warm-up; ``linear`` falls to 0 after the last update."""
 
 
 class TrainConfig(Section):
@@ -216,19 +216,19 @@ class TrainConfig(Section):
     steps: int = Field(default=60, ge=0)
     """Number of training steps."""
     problems_per_step: int = Field(default=16, ge=1)
-    """Problems sampled in each step."""
+    """Problems per training step."""
     group_size: int = Field(default=8, ge=1)
-    """Rollouts of each problem."""
+    """Rollouts sampled for each problem: the group of GRPO."""
     num_iterations: int = Field(default=1, ge=1)
-    """Optimizer updates made with each step's rollouts."""
+    """Optimizer updates on the rollouts of each training step."""
     staleness: int = Field(default=0, ge=0)
     """Steps by which the sampling weights may lag. 0: each step ends before the next begins. 1: a step
     is critiqued while another one trains; 2 and more: sampling runs further ahead."""
     micro_batch_tokens: int = Field(default=16_384, ge=1)
     """Padded tokens (prompt and rollout, student and teacher) in one forward pass."""
     max_length: int | None = Field(default=None, ge=2)
-    """Longest prompt with rollout, in tokens; unset: the model's context length. A sample that does not
-    fit is dropped and counted, never cut."""
+    """Most tokens of prompt and rollout together; unset: the model's context length. A sample that does
+    not fit is dropped and counted, never cut."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=1, ge=1)
@@ -275,7 +275,7 @@ class EvaluationConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Sets where metrics go besides metrics.jsonl; by default nothing leaves the machine."""
+    """Sets where metrics are sent besides metrics.jsonl; by default nothing leaves the machine."""
 
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that receive the metrics."""
@@ -301,7 +301,7 @@ class Recipe(Section):
     context: ContextConfig = ContextConfig(type="none")
     """What the self-teacher is shown."""
     teacher: TeacherConfig = InitialTeacherConfig()
-    """Whose weights the self-teacher has."""
+    """Which weights the self-teacher has."""
     objective: ObjectiveConfig = DistillationConfig()
     """What is minimised."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -309,11 +309,11 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     """The training loop."""
     distributed: DistributedConfig = DistributedConfig()
-    """How ranks train together."""
+    """How the ranks of a torchrun job train together."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is evaluated, and when."""
     tracking: TrackingConfig = TrackingConfig()
-    """Where metrics go."""
+    """Where metrics are sent."""
 
     @field_validator("critic", mode="before")
     @classmethod
@@ -341,7 +341,7 @@ class Recipe(Section):
             if name in CRITIC_CONTEXTS and self.critic is None:
                 raise ValueError(f'context "{name}" needs a critic: add [critic] type = "oracle"')
         if distillation is None and self.context.type != "none":
-            raise ValueError(f'grpo takes no context, found context "{self.context.type}"')
+            raise ValueError(f'grpo uses no context: remove context.type = "{self.context.type}"')
         if distillation is not None and self.train.steps > 0:
             _check_distillation(distillation, self)
         comparing = "grpo" if grpo else 'context "peer"' if "peer" in self.context.names else None
@@ -373,7 +373,7 @@ def _check_distillation(distillation: DistillationConfig, recipe: Recipe) -> Non
         )
     if distillation.needs_critique and recipe.critic is None:
         key = "from_first_error" if distillation.from_first_error else "changed_steps_fraction"
-        raise ValueError(f"{key} needs a critic to say where the first error is")
+        raise ValueError(f"{key} needs a critic that locates the first error")
 
 
 CRITIC_CONTEXTS = frozenset(

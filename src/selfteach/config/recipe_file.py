@@ -172,7 +172,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return raw
     if not isinstance(base, str):
-        raise RecipeError(f"{path}: extends names another recipe file, found {base!r}")
+        raise RecipeError(f"{path}: extends must name another recipe file, found {base!r}")
     chain = (*extending, path.resolve())
     extended = path.parent / base
     if extended.resolve() in chain:
@@ -255,7 +255,7 @@ def _check(study: Study) -> None:
 def _check_axis(study: Study) -> None:
     axis, at = study.study.axis, study.study.at
     if bool(axis) != bool(at):
-        raise RecipeError("study.axis names what [study.at] holds positions of: give both, or none")
+        raise RecipeError("study.axis labels the values in [study.at]: give both, or neither")
     if not at.keys() <= study.arms.keys():
         _require_names("study.at", tuple(at), [MAIN, *study.variants])
 

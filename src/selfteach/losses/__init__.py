@@ -1,1 +1,1 @@
-"""Losses per token: divergences, the policy gradient, token masks, and their fused forms."""
+"""Compute losses per token: divergences, policy gradients, token masks, and fused kernels."""

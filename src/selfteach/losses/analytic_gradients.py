@@ -34,12 +34,12 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def block_rows(logits_NV: Tensor) -> int:
-    """Return how many rows of logits to process at a time, on their device."""
+    """Return how many rows of logits are processed at a time on their device."""
     most = BLOCK_ENTRIES.get(logits_NV.device.type, BLOCK_ENTRIES["cuda"])
     return max(1, most // max(1, logits_NV.shape[-1]))
 
 
-def of_rows(
+def divergence_of_rows(
     student_logits: Tensor,
     teacher_logits: Tensor,
     ids: Tensor,
@@ -60,7 +60,7 @@ def of_rows(
 
 
 class Rows(torch.autograd.Function):
-    """Implements `of_rows` on any device."""
+    """Implements `divergence_of_rows` on any device."""
 
     @staticmethod
     def forward(
@@ -108,7 +108,7 @@ def _gradient_buffer(student_NV: Tensor, donated_NV: Tensor | None) -> Tensor:
 def _row_values(
     spec: Divergence, student_NV: Tensor, teacher_NV: Tensor, ids_N1: Tensor, grad_NV: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Compute `of_rows` for all rows, a block at a time; their gradient goes into ``grad_NV``.
+    """Compute the divergence of all rows, a block at a time; their gradient goes into ``grad_NV``.
 
     ``grad_NV`` may be either side's logits: a row is read before it is written.
     """
@@ -126,7 +126,7 @@ def _row_values(
 def _all_entries(
     spec: Divergence, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Compute `of_rows` for a block, with a term for every entry of the vocabulary."""
+    """Compute the divergence of a block of rows, with a term for every entry of the vocabulary."""
     student, teacher = (_log_softmax(x, spec.temperature) for x in (student, teacher))
     logp, teacher_logp = (x.gather(-1, ids)[..., 0] for x in (student, teacher))
     loss, clipped, slope, mass = _entries(spec, student, teacher)
@@ -192,7 +192,7 @@ def _jsd(s: Tensor, t: Tensor, beta: float, factor: float) -> tuple[Tensor, Tens
 def _buckets(
     spec: Divergence, student: Tensor, teacher: Tensor, ids: Tensor, grad: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Compute `of_rows` for a block, with all but K entries summed into one bucket."""
+    """Compute the divergence of a block of rows, with all but K entries summed into one bucket."""
     assert spec.top_k is not None
     dtype = torch.promote_types(student.dtype, torch.float32)
     s, t = (x.to(dtype, copy=True) for x in (student, teacher))
@@ -250,7 +250,7 @@ def _sum_tail(logits: Tensor, index: Tensor, ids: Tensor) -> tuple[Tensor, Tenso
 
 
 class FusedRows(torch.autograd.Function):
-    """Implements `of_rows` with Triton kernels, which compute the gradient in the backward pass."""
+    """Implements `divergence_of_rows` with Triton; the backward pass computes the gradient."""
 
     @staticmethod
     def forward(
@@ -287,7 +287,7 @@ class FusedRows(torch.autograd.Function):
 def _fused_entries(
     spec: Divergence, student: Tensor, teacher: Tensor, ids: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Compute `of_rows`, and saved per row for `_entries_gradient`: both log-sum-exps and Σg."""
+    """Compute the divergence of rows, and per row both log-sum-exps and Σg for `_entries_gradient`."""
     sums, teacher_sums = (
         row_kernels.row_sums(x, ids, spec.temperature) for x in (student, teacher)
     )

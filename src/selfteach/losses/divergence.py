@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfteach.losses.analytic_gradients import of_rows, scaled
+from selfteach.losses.analytic_gradients import divergence_of_rows, scaled
 from selfteach.losses.divergence_spec import Divergence, Side
 from selfteach.losses.policy_gradient import token_logp
 
@@ -57,12 +57,14 @@ def per_token(
     """
     teacher_logits = teacher_logits.detach()
     teacher_logratio = None
-    if spec.temperature != 1:  # computed first: `of_rows` may overwrite the teacher's logits
+    if (
+        spec.temperature != 1
+    ):  # computed first: `divergence_of_rows` may overwrite the teacher's logits
         teacher_logratio = _teacher_logratio(student_logits, teacher_logits, ids)
     if spec.support == "sampled":
         values = _of_sampled(spec, student_logits, teacher_logits, ids)
     else:
-        values = of_rows(
+        values = divergence_of_rows(
             student_logits,
             teacher_logits,
             ids,
@@ -83,7 +85,7 @@ def _teacher_logratio(student_logits: Tensor, teacher_logits: Tensor, ids: Tenso
 def _of_sampled(
     spec: Divergence, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute what `of_rows` does, from the sampled tokens alone."""
+    """Compute what `divergence_of_rows` does, from the sampled tokens alone."""
     logp = token_logp(student_logits, ids, spec.temperature)
     teacher_logp = token_logp(teacher_logits, ids, spec.temperature)
     if spec.kind == "forward_kl":

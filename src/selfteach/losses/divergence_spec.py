@@ -49,11 +49,11 @@ class Divergence:
 
     @property
     def jsd_factor(self) -> float:
-        """What multiplies every term of a JSD: 1 / (beta (1 - beta)) if ``jsd_scaled``, else 1."""
+        """Return the factor of every term of a JSD: 1 / (beta (1 - beta)) if ``jsd_scaled``, else 1."""
         return 1 / (self.beta * (1 - self.beta)) if self.jsd_scaled else 1.0
 
     def has_tail(self, entries: int) -> bool:
-        """Whether some of a vocabulary of this many entries are summed into a tail bucket."""
+        """Return whether a vocabulary of this many entries has some summed into a tail bucket."""
         return self.top_k is not None and self.top_k < entries
 
     def _requirements(self) -> tuple[tuple[bool, str], ...]:

@@ -22,8 +22,8 @@ from selfteach.models.lm_head import Scores, WithGradients, is_plain, needs_grad
 
 
 def supports(spec: Divergence, student: Scores, teacher: Scores) -> bool:
-    """Return True where `divergence_sum` applies: one plain bf16/fp16 head a side on a GPU, at
-    temperature 1, with a term for every entry of the vocabulary."""
+    """Return True where `divergence_sum` applies: student and teacher each have one plain bf16/fp16
+    head on a GPU, at temperature 1, with a term for every entry of the vocabulary."""
     if spec.support == "sampled" or not (is_plain(student) and is_plain(teacher)):
         return False
     for hidden_NH, _, _ in (*student.terms, *teacher.terms):

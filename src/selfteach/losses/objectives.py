@@ -1,8 +1,8 @@
 """Compute the training objectives: distillation from the self-teacher, GRPO, and a mixture of both.
 
-Each returns what it divides by (`denominators`), each token's weight (`token_weights`), each token's
-loss (`per_token`) and their sum of products (`loss`). Denominators are summed over all ranks and
-micro-batches, so that no split of a step changes the loss.
+Each returns its denominators (`denominators`), each token's weight (`token_weights`), each token's
+loss (`per_token`) and the weighted sum of the losses (`loss`). Denominators are summed over all
+ranks and micro-batches, so that no split of a step changes the loss.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Distillation:
         return chunked_loss(self, student, teacher, batch, chunk_tokens)
 
     def _fuses(self, student: Scores, teacher: Scores) -> bool:
-        """Whether `fused` computes what `per_token` does for these scores."""
+        """Return whether `fused` computes what `per_token` does for these scores."""
         return self.sampling_temperature == 1 and fused.supports(self.spec, student, teacher)
 
     def _fused_loss(
@@ -107,7 +107,7 @@ class Distillation:
         teacher: Scores,
         batch: Batch,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return what `chunked_loss` does, without holding a chunk's logits."""
+        """Compute what `chunked_loss` returns, without holding a chunk's logits."""
         cap = self.importance_cap
 
         def importance(logp_N: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Grpo:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether there is a KL penalty towards the initial policy."""
+        """Return whether there is a KL penalty towards the initial policy."""
         return self.kl_coef > 0
 
     def masks(self, samples: Sequence[TrainingSample]) -> list[list[float]]:

@@ -76,7 +76,7 @@ def clipped_surrogate(
     """Compute PPO's clipped surrogate per token, as a loss, and 1 where the clip removes the gradient.
 
     ``-min(r A, clip(r, 1 - low, 1 + high) A)`` with ``r = exp(logp - old_logp)``. A token is
-    clipped when its ratio has already left the range in the direction that its advantage asks for;
+    clipped when its ratio has already left the range in the direction of its advantage;
     it then has no gradient. ``old_logp_N`` and ``advantage_N`` are constants.
     """
     advantage_N = advantage_N.detach()

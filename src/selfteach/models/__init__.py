@@ -1,1 +1,1 @@
-"""The policy, the self-teacher and how their forward passes are made."""
+"""Load, run and update the policy and the self-teacher."""

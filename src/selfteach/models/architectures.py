@@ -16,26 +16,26 @@ DATA = Path(__file__).with_name("architectures.json")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Describes a Llama-like decoder: attention with grouped keys and values, gated linear units.
+    """Describes a Llama-like decoder: grouped-query attention and a gated MLP.
 
     Parameters: embeddings V H (and as many for the head unless tied); per layer 2 H A + 2 H K for
-    attention, 3 H I for the unit, 2 H for norms; and H for the last norm. ``qwen2`` adds biases
+    attention, 3 H I for the MLP, 2 H for norms; and H for the last norm. ``qwen2`` adds biases
     A + 2 K, ``qwen3`` norms of queries and keys, 2 D.
     """
 
     family: str
-    """transformers' ``model_type``."""
+    """The ``model_type`` of transformers, like ``qwen3``."""
     hidden: int
-    """H."""
+    """Hidden size, H."""
     intermediate: int
-    """I."""
+    """Hidden size of the MLP, I."""
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    """D; all heads together A = heads · D, keys or values K = kv_heads · D."""
+    """Size of one head, D; all heads together A = heads · D, keys or values K = kv_heads · D."""
     vocabulary: int
-    """V."""
+    """Entries of the vocabulary, V."""
     positions: int
     """Longest sequence in tokens."""
     tied: bool
@@ -43,17 +43,17 @@ class Shape:
 
     @property
     def attention(self) -> int:
-        """A, the width of all heads."""
+        """Return A, the width of all heads."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """K, the width of all keys (or values)."""
+        """Return K, the width of all keys (or values)."""
         return self.kv_heads * self.head_dim
 
     @property
     def parameters(self) -> int:
-        """The number of parameters, tied ones counted once."""
+        """Return the number of parameters, tied ones counted once."""
         h, a, k = self.hidden, self.attention, self.keys
         extra = {"qwen2": a + 2 * k, "qwen3": 2 * self.head_dim}.get(self.family, 0)
         layer = 2 * h * a + 2 * h * k + 3 * h * self.intermediate + 2 * h + extra

@@ -63,7 +63,7 @@ Term = tuple[Float[Tensor, "N _"], Head, float]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Holds what computes the logits of N rows: a weighted sum over models, in logit space.
+    """Computes the logits of N rows on demand: a weighted sum over models, in logit space.
 
     Example (a trust-region teacher, 0.9 of the initial and 0.1 of the current policy)::
 

@@ -43,7 +43,7 @@ class LoadedModel:
     device: torch.device
     """Where the model computes; a model that will be sharded is still on the CPU."""
     autocast: torch.dtype | None
-    """dtype of matrix products; None for the dtype of the weights."""
+    """dtype of matmuls; None for the dtype of the weights."""
     max_length: int
     """Longest sequence in tokens that the model supports."""
     end_ids: list[int]

@@ -21,7 +21,7 @@ from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.types import Sequences
 
 PROBE_TOLERANCE = 1e-3
-"""Largest difference between our logits and the model's own, relative to the logits' spread."""
+"""Largest difference between our logits and the model's forward pass, relative to their spread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +86,21 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's weights."""
+        """Return the device of the model's weights."""
         return next(iter(self.trainable.values())).device
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this rank holds a shard of each weight."""
+        """Return whether this rank holds a shard of each weight."""
         return self._shards is not None
 
     @property
     def has_adapters(self) -> bool:
-        """Whether only low-rank adapters train."""
+        """Return whether only low-rank adapters train."""
         return isinstance(self.model, PeftModel)
 
     def score(self, sequences: Sequences) -> Scores:
-        """Return the rollouts' tokens' logits, on demand. Prompt tokens never reach the head."""
+        """Score the rollouts' tokens: logits on demand. Prompt tokens never reach the head."""
         if self.model.training != torch.is_grad_enabled():  # it walks through all modules
             self.model.train(torch.is_grad_enabled())
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
@@ -217,7 +217,7 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """Return a model's output head, checked against the model's own logits on a few tokens.
+    """Return a model's output head, checked against the model's logits on a few tokens.
 
     Raises `EngineError` for a model whose logits are more than a linear map, a scale and a soft cap
     of its last hidden states: divergences would not be of the distribution it samples from.

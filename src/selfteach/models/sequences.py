@@ -13,12 +13,14 @@ from selfteach.types import Sequences
 
 
 def sequences(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
 ) -> Sequences:
-    """Append answers to prompts, right-padded; includes the positions that predict their tokens."""
-    whole = [(*prompt, *answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    """Append completions to prompts, right-padded; includes the positions that predict their tokens."""
+    whole = [
+        (*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
     width = max(map(len, whole))
-    lengths = [len(answer) for answer in answers]
+    lengths = [len(completion) for completion in completions]
     # A tensor per row would cost more than the rows themselves.
     predicted = (range(len(p) - 1, len(ids) - 1) for p, ids in zip(prompts, whole, strict=True))
     shared = shared_length(prompts)
@@ -27,5 +29,5 @@ def sequences(
         rows_N=torch.arange(len(whole)).repeat_interleave(torch.tensor(lengths)),
         columns_N=torch.tensor(list(chain.from_iterable(predicted)), dtype=torch.long),
         shared=shared,
-        tree=build_token_tree(prompts, answers, shared),
+        tree=build_token_tree(prompts, completions, shared),
     )

@@ -23,20 +23,21 @@ from transformers.masking_utils import sdpa_mask
 from selfteach.types import TokenTree
 
 ATTENTION = "sdpa_along_paths"
-"""Our attention's name in a model's settings: SDPA, along the paths of a tree where a pass has one."""
+"""Name under which transformers selects this attention: SDPA, along a tree's paths if there is one."""
 MIN_SAVING = 0.9
 """Largest ratio of nodes to padded tokens at which a tree is used: gathering states costs time, too."""
 
 
 def build_token_tree(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], shared: int
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], shared: int
 ) -> TokenTree | None:
     """Build the tree of the sequences after their first ``shared`` tokens; None if it saves too little.
 
-    ``prompts`` and ``answers`` are B lists of ids; the result has U nodes and the N nodes that predict
-    the answers' tokens, in order. An answer's last token is left out: nothing reads its state.
+    ``prompts`` and ``completions`` are B lists of ids; the result has U nodes and the N nodes that
+    predict the completions' tokens, in order. The last token of a completion is left out: nothing
+    reads its state.
     """
-    read = [(*p[shared:], *a[:-1]) for p, a in zip(prompts, answers, strict=True)]
+    read = [(*p[shared:], *c[:-1]) for p, c in zip(prompts, completions, strict=True)]
     length = max(map(len, read))
     path_BL = np.zeros((len(read), length), dtype=np.int64)
     ids, positions, first = list[int](), list[int](), list[int]()
@@ -53,8 +54,8 @@ def build_token_tree(
     if len(ids) > MIN_SAVING * path_BL.size:
         return None
     predicting = [
-        path_L[len(sequence) - len(answer) : len(sequence)]
-        for path_L, sequence, answer in zip(path_BL, read, answers, strict=True)
+        path_L[len(sequence) - len(completion) : len(sequence)]
+        for path_L, sequence, completion in zip(path_BL, read, completions, strict=True)
     ]
     return TokenTree(
         torch.tensor([ids]), torch.tensor([positions]), torch.from_numpy(path_BL),

@@ -155,12 +155,12 @@ def _fit_training(
     for work, lengths_R, seconds in _median_steps(runs, "train"):
         flops = work.updates * float(costs.train_flops(work, lengths_R).sum())
         tokens = float(costs.micro_batch_tokens(work, lengths_R).sum())
-        micro_batches = work.updates * float(np.ceil(tokens / work.load.learn_tokens))
+        micro_batches = work.updates * float(np.ceil(tokens / work.load.micro_batch_tokens))
         optimizer = work.updates * costs.optimizer_seconds(work, device, 1)
         rows.append((micro_batches, flops / device.flops, max(seconds / 2, seconds - optimizer)))
     layers = runs[0].work.load.shape.layers
-    fixed, slope = _fit_two_costs(rows, assumed.layer_micro_s * layers)
-    return {"train_mfu": 1 / slope, "layer_micro_s": fixed / layers}
+    fixed, slope = _fit_two_costs(rows, assumed.micro_batch_layer_s * layers)
+    return {"train_mfu": 1 / slope, "micro_batch_layer_s": fixed / layers}
 
 
 def _fit_sampling(

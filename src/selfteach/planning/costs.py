@@ -35,8 +35,9 @@ class Efficiency:
     """Holds the share of a device's peak that is reached: assumptions, or calibrated values."""
 
     train_mfu: float = 0.40
-    """Share of the device's operations per second in training."""
+    """Share of the device's operations per second in training (model FLOPs utilisation)."""
     prefill_mfu: float = 0.50
+    """The same in prefill."""
     decode_share: float = 0.60
     """Share of the roofline, memory or operations, in decoding."""
     link_share: float = 0.70
@@ -44,10 +45,10 @@ class Efficiency:
     pass_s: float = 0.003
     """Further seconds per pass of a vLLM engine: scheduling and sampling."""
     layer_pass_s: float = 0.0009
-    """The same per layer of a model that transformers runs without a CUDA graph."""
-    layer_micro_s: float = 0.003
+    """Further seconds per pass and layer of a model that transformers runs without a CUDA graph."""
+    micro_batch_layer_s: float = 0.003
     """Seconds per layer of a micro-batch, forward and backward, to launch kernels."""
-    hop_s: float = 1e-5
+    collective_hop_s: float = 1e-5
     """Seconds until a collective's first byte, per doubling of the devices."""
     critique_s: float = 0.001
     """Seconds of a program's verdict and critique of one rollout."""
@@ -62,15 +63,15 @@ class DecodingCost:
     """Computes the time that one replica of an engine takes to generate; in seconds."""
 
     fixed: float
-    """Per pass."""
+    """Seconds per pass besides reading and computing."""
     weights: float
-    """To read the weights, once per pass."""
+    """Seconds to read the weights, once per pass."""
     per_context: float
-    """To read one token's keys and values."""
+    """Seconds to read the keys and values of one token in the context."""
     per_row: float
-    """For the operations of one rollout's token."""
+    """Seconds to compute one token of one rollout."""
     prefill: float
-    """Per prompt token."""
+    """Seconds per prompt token."""
     slots: int
     """Rollouts decoded at a time: as many as there is memory for keys and values."""
 
@@ -107,9 +108,10 @@ class TrainingCost:
     trainers: int
     rate: float
     """Operations per second that one trainer reaches."""
-    per_micro: float
+    per_micro_batch: float
+    """Seconds per micro-batch to launch kernels."""
     gather: float
-    """Per micro-batch: to all-gather weights and reduce-scatter gradients."""
+    """Seconds per micro-batch to all-gather weights and reduce-scatter gradients."""
     optimizer: float
 
     def seconds(self, lengths_R: np.ndarray) -> float:
@@ -120,8 +122,8 @@ class TrainingCost:
         work, ranks_R = self.work, np.arange(len(lengths_R)) % self.trainers
         tokens_T = np.bincount(ranks_R, micro_batch_tokens(work, lengths_R), self.trainers)
         flops_T = np.bincount(ranks_R, train_flops(work, lengths_R), self.trainers)
-        micro_T = np.ceil(tokens_T / work.load.learn_tokens)
-        computing = float((flops_T / self.rate + micro_T * self.per_micro).max())
+        micro_T = np.ceil(tokens_T / work.load.micro_batch_tokens)
+        computing = float((flops_T / self.rate + micro_T * self.per_micro_batch).max())
         communicating = float(micro_T.max()) * self.gather
         return work.updates * (max(computing, communicating) + self.optimizer)
 
@@ -133,7 +135,7 @@ def decoding_cost(
     bandwidth = device.bandwidth * efficiency.decode_share * group
     fixed = efficiency.pass_s if engine == "vllm" else efficiency.layer_pass_s * shape.layers
     if group > 1:  # two all-reduces per layer over the group
-        fixed += 2 * shape.layers * efficiency.hop_s * np.log2(group)
+        fixed += 2 * shape.layers * efficiency.collective_hop_s * np.log2(group)
     token_bytes = 2 * shape.layers * shape.keys * SERVED_BYTES
     flops = 2 * (body_weights(shape) + shape.vocabulary * shape.hidden)
     cost = DecodingCost(
@@ -159,7 +161,7 @@ def training_cost(
         work=work,
         trainers=trainers,
         rate=device.flops * efficiency.train_mfu,
-        per_micro=efficiency.layer_micro_s * shape.layers,
+        per_micro_batch=efficiency.micro_batch_layer_s * shape.layers,
         gather=gather_seconds(work, device, efficiency, trainers),
         optimizer=optimizer_seconds(work, device, trainers),
     )
@@ -181,18 +183,20 @@ def gather_seconds(work: StepWork, device: Device, efficiency: Efficiency, train
     calls = (gathers(work) + 1) * load.shape.layers
     bandwidth = device.bandwidth_between(trainers) * efficiency.link_share
     hops = float(np.ceil(np.log2(trainers)))
-    return others * sent / bandwidth + calls * efficiency.hop_s * hops
+    return others * sent / bandwidth + calls * efficiency.collective_hop_s * hops
 
 
-def publish_bytes(work: StepWork) -> float:
+def weight_sync_bytes(work: StepWork) -> float:
     """Return the bytes of one weight sync: adapters, or all weights."""
     load = work.load
     return SERVED_BYTES * float(load.trained if load.adapters else load.parameters)
 
 
-def publish_seconds(work: StepWork, device: Device, efficiency: Efficiency, devices: int) -> float:
+def weight_sync_seconds(
+    work: StepWork, device: Device, efficiency: Efficiency, devices: int
+) -> float:
     """Return the time of a weight sync to samplers on other devices, passed on in a chain."""
-    return publish_bytes(work) / (device.bandwidth_between(devices) * efficiency.link_share)
+    return weight_sync_bytes(work) / (device.bandwidth_between(devices) * efficiency.link_share)
 
 
 def wake_seconds(shape: Shape, device: Device, efficiency: Efficiency, group: int) -> float:

@@ -21,9 +21,9 @@ MEANING = {
     "link_share": "of the bandwidth of links, network and host memory",
     "pass_s": "s per pass of a vLLM engine besides the roofline",
     "layer_pass_s": "s per layer of a pass of transformers besides the roofline",
-    "layer_micro_s": "s per layer of a micro-batch besides its operations",
-    "hop_s": "s of a collective per doubling of the devices",
-    "critique_s": "s in which a program critiques a rollout",
+    "micro_batch_layer_s": "s per layer of a micro-batch besides its operations",
+    "collective_hop_s": "s of a collective per doubling of the devices",
+    "critique_s": "s per rollout of a program's verdict and critique",
 }
 
 
@@ -34,9 +34,11 @@ def describe(plan: Forecast, *, explain: bool = False) -> Iterator[str]:
     yield f"device: {plan.hardware.name}: {plan.hardware.device.source}"
     yield "memory of one device"
     for row in plan.memory:
-        yield f"  {row.role}: {gib(row.bytes)} of {gib(int(row.available))} that may be filled"
+        yield f"  {row.role}: {gib(row.bytes)} of {gib(int(row.available))} usable"
         if explain:
-            yield from (f"    {item.name}: {gib(item.bytes)} = {item.how}" for item in row.items)
+            yield from (
+                f"    {item.name}: {gib(item.bytes)} = {item.arithmetic}" for item in row.items
+            )
     yield (
         f"a step: {work.rollouts:,} rollouts of {work.problems:,} problems, staleness "
         f"{work.staleness}"
@@ -112,12 +114,12 @@ def _notes(plan: Forecast) -> Iterator[str]:
         yield f"critic.concurrency = {critic.concurrency:,}" + (
             advice if critic.concurrency < useful else ""
         )
-    if pipeline.wake:
-        yield f"engines that share a device sleep and wake up: {pipeline.wake:.3g} s per step"
+    if pipeline.sleep_and_wake:
+        yield f"engines that share a device sleep and wake up: {pipeline.sleep_and_wake:.3g} s per step"
     if pipeline.critic_shares_devices and critic.kind == "served":
         yield (
-            "note: selfteach does not put a served critic to sleep; you have to, where it shares "
-            "devices"
+            "note: selfteach does not put a served critic to sleep; where it shares devices, do so "
+            "yourself"
         )
     if (warning := window_warning(work)) is not None:
         yield f"note: {warning}; longer samples are dropped and counted"
@@ -132,7 +134,7 @@ def _matters(name: str, layout: Layout, engine: str, critic: CriticWork) -> bool
             return not layout.samplers and engine != "vllm"
         case "critique_s":
             return critic.kind == "program"
-        case "link_share" | "hop_s":
+        case "link_share" | "collective_hop_s":
             return layout.devices > 1
         case _:
             return True
@@ -156,12 +158,12 @@ def _arithmetic(plan: Forecast) -> Iterator[str]:
         context = pipeline.critic_prompt + pipeline.rollout_lengths.mean
         yield from _decoding("critique", pipeline.critic, rows, context, pipeline.critique_lengths)
     yield from _training(plan)
-    if pipeline.publish:
+    if pipeline.weight_sync:
         yield (
-            f"weight sync: {costs.publish_bytes(work) / 1e9:.3g} GB of weights to the samplers: "
-            f"{pipeline.publish:.3g} s"
+            f"weight sync: {costs.weight_sync_bytes(work) / 1e9:.3g} GB of weights to the samplers: "
+            f"{pipeline.weight_sync:.3g} s"
         )
-    latency = sum(plan.phases.values()) + pipeline.wake
+    latency = sum(plan.phases.values()) + pipeline.sleep_and_wake
     yield f"one step from start to end: {latency:.3g} s; {1 + work.staleness} in flight at a time"
 
 
@@ -194,18 +196,18 @@ def _training(plan: Forecast) -> Iterator[str]:
     most = -(-work.rollouts // training.trainers)
     yield (
         f"train: a rollout is {student:,.0f} tokens to the student, {teacher:,.0f} to the teacher: "
-        f"{flops:.4g} operations (weights met {costs.body_weights(work.load.shape):,})"
+        f"{flops:.4g} operations (weights per token {costs.body_weights(work.load.shape):,})"
     )
     yield (
         f"train: {most} rollouts on the busiest of {training.trainers} trainers × {flops:.4g} / "
         f"{training.rate:.4g} per second = {most * flops / training.rate:.4g} s"
     )
     tokens = float(costs.micro_batch_tokens(work, mean_R)[0]) * most
-    micro_batches = int(np.ceil(tokens / work.load.learn_tokens))
+    micro_batches = int(np.ceil(tokens / work.load.micro_batch_tokens))
     yield (
-        f"train: {micro_batches} micro-batches × {training.per_micro:.3g} s to launch; overlapped with "
-        f"{micro_batches} × {training.gather:.3g} s to gather weights and reduce gradients; AdamW "
-        f"{training.optimizer:.3g} s"
+        f"train: {micro_batches} micro-batches × {training.per_micro_batch:.3g} s to launch, "
+        f"overlapped with {micro_batches} × {training.gather:.3g} s to gather weights and reduce "
+        f"gradients; AdamW {training.optimizer:.3g} s"
     )
 
 

@@ -128,7 +128,7 @@ def pipeline_of(work: StepWork, hardware: Hardware, layout: Layout) -> Pipeline:
     per_batch = max(1, work.batch_size // work.group_size) * work.group_size
     starts = range(0, work.rollouts, per_batch)
     separate_samplers = layout.samplers > 0
-    publish = costs.publish_seconds(work, device, efficiency, layout.devices)
+    weight_sync = costs.weight_sync_seconds(work, device, efficiency, layout.devices)
     return Pipeline(
         batches=[min(per_batch, work.rollouts - start) for start in starts],
         group_size=work.group_size,
@@ -137,8 +137,8 @@ def pipeline_of(work: StepWork, hardware: Hardware, layout: Layout) -> Pipeline:
         sampler=_sampler_cost(work, hardware, layout),
         samplers=min(layout.sampler_replicas, work.problems),
         train_seconds=costs.training_cost(work, device, efficiency, layout.trainers).seconds,
-        publish=publish if separate_samplers else 0.0,
-        wake=_wake_seconds(work, hardware, layout),
+        weight_sync=weight_sync if separate_samplers else 0.0,
+        sleep_and_wake=_wake_seconds(work, hardware, layout),
         staleness=work.staleness,
         sampling_shares_devices=not separate_samplers,
         critic_kind=critic.kind,
@@ -234,14 +234,14 @@ def estimate(work: StepWork, hardware: Hardware, layout: Layout, lengths_R: np.n
         context = critic.prompt + work.rollout_lengths.mean
         critiquing = pipeline.critic.decode_seconds(lengths, context)
         critiquing += len(lengths) * context * pipeline.critic.prefill
-    training = pipeline.train_seconds(lengths_R) + pipeline.publish
+    training = pipeline.train_seconds(lengths_R) + pipeline.weight_sync
     if pipeline.sampling_shares_devices:
-        shared = sampling + pipeline.wake + training
+        shared = sampling + pipeline.sleep_and_wake + training
         in_turns = pipeline.critic_shares_devices
         roles = (shared + critiquing, 0.0) if in_turns else (shared, critiquing)
     else:
         roles = (sampling, critiquing, training)
-    latency = sampling + pipeline.wake + critiquing + training
+    latency = sampling + pipeline.sleep_and_wake + critiquing + training
     return max(*roles, latency / (1 + work.staleness))
 
 

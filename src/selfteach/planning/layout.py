@@ -14,7 +14,7 @@ from selfteach.planning.devices import Device
 from selfteach.planning.workload import StepWork, longest_teacher_sequence
 
 TRAINER_MEMORY_SHARE, ENGINE_MEMORY_SHARE = 0.92, 0.90
-"""Shares of a device's memory that may be filled: allocator and driver take the rest; an engine takes
+"""Usable shares of a device's memory: allocator and driver take the rest; an engine takes
 vLLM's default."""
 MAX_NUM_SEQS = 256
 """Rollouts that an engine decodes at a time at most: vLLM's default."""
@@ -64,7 +64,7 @@ class RoleMemory:
     """What an engine on this device does; None for a trainer alone."""
     items: tuple[Item, ...]
     available: float
-    """Bytes that may be filled."""
+    """Usable bytes."""
 
     @property
     def bytes(self) -> int:

@@ -33,9 +33,9 @@ class Pipeline:
     """Replicas."""
     train_seconds: Callable[[np.ndarray], float]
     """Seconds of a step from the lengths of its rollouts."""
-    publish: float = 0.0
+    weight_sync: float = 0.0
     """Seconds until samplers have new weights."""
-    wake: float = 0.0
+    sleep_and_wake: float = 0.0
     """Seconds of an engine's sleep and wake-up, once a step."""
     staleness: int = 0
     sampling_shares_devices: bool = False

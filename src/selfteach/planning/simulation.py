@@ -170,7 +170,7 @@ class _Simulation:
                     yield turn
                     if number == 0:
                         started = env.now
-                        yield env.timeout(pipeline.wake)
+                        yield env.timeout(pipeline.sleep_and_wake)
                     yield env.all_of(self._generate(self.lengths[step][first : first + size]))
                 # A program, and a critic that takes turns, starts once the whole step is sampled.
                 queued = (
@@ -250,7 +250,7 @@ class _Simulation:
                 start, seconds = env.now, pipeline.train_seconds(self.lengths[step])
                 yield env.timeout(seconds)
                 self.training_seconds += seconds
-            yield env.timeout(pipeline.publish)
+            yield env.timeout(pipeline.weight_sync)
             times = self.steps[step]
             self.steps[step] = StepTimes(times.started, times.sampled, critiqued, start, env.now)
             self.trained[step].succeed()

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from selfteach.commands.check.memory import Load
-from selfteach.commands.check.sizes import RunSizes, load_of
+from selfteach.commands.check.memory import DeviceLoad
+from selfteach.commands.check.sizes import RunSizes, device_load
 from selfteach.config.critic_section import (
     EndpointConfig,
     LlmCriticConfig,
@@ -44,7 +44,7 @@ class CriticWork:
 class StepWork:
     """Describes the work of one step."""
 
-    load: Load
+    load: DeviceLoad
     """Shape of the policy, and what a trainer holds in memory."""
     steps: int
     problems: int
@@ -91,7 +91,7 @@ class Overrides:
 
 def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides()) -> StepWork:
     """Return the work of one step. Raises `RecipeError` for a model of unknown size."""
-    load = load_of(recipe, known)
+    load = device_load(recipe, known)
     if load is None:
         raise RecipeError(
             f"model.path = {recipe.model.path!r}: its size is not known here; name a folder or a "

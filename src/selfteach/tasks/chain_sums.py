@@ -207,7 +207,7 @@ def check(problem: Problem, text: str) -> CheckedChainSum:
     return CheckedChainSum(tuple(lines), parse_answer(text))
 
 
-def criticise(
+def critique_rollout(
     problem: Problem,
     text: str,
     *,

@@ -170,14 +170,14 @@ def _world(name: str | None, model_folder: str) -> World:
         return world_of(model_folder)
     if name in WORLDS:
         return World(WORLDS[name])
-    raise DataError(f"data.world = {name!r}: known worlds: {', '.join(WORLDS)}")
+    raise DataError(f"data.world = {name!r}: no such world; known worlds: {', '.join(WORLDS)}")
 
 
 CHAIN_SUMS = {
     "verify": chain_sums.verify,
     "answer_format": verifiers.AnswerFormat(chain_sums.write_answer),
     "split_steps": chain_sums.split_spans,
-    "oracle": chain_sums.criticise,
+    "oracle": chain_sums.critique_rollout,
     "templates": "chain_sums",
 }
 """The functions of chain sums, as fields of a `Task`."""

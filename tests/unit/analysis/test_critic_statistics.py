@@ -61,7 +61,7 @@ ROWS = [
 
 def test_counts_by_hand() -> None:
     total = critic_statistics.count_critiques(ROWS)
-    assert (total.answers, total.right, total.critiques, total.is_model) == (9, 4, 6, True)
+    assert (total.rollouts, total.correct, total.critiques, total.is_model) == (9, 4, 6, True)
     assert total.cases == {"A": 1, "B": 2, "C": 1, "D": 2}
     assert list(total.failures.items()) == [("empty", 1), ("wrong_answer", 2)]
     assert total.dropped == {"empty": 1, "wrong_answer": 2}
@@ -74,7 +74,7 @@ def test_counts_by_hand() -> None:
         "requests": 5, "cached": 1, "prompt_tokens": 100, "completion_tokens": 42, "cost": 2.5,
     }  # fmt: skip
     assert critic_statistics.summary_line(total) == (
-        "9 answers, 6 critiques (A 1, B 2, C 1, D 2); empty 1; wrong_answer 2; fidelity 0.42; "
+        "9 rollouts, 6 critiques (A 1, B 2, C 1, D 2); empty 1; wrong_answer 2; fidelity 0.42; "
         "5 requests, 1 cached; 142 tokens, cost 2.50"
     )
 
@@ -87,7 +87,7 @@ def test_quantiles_by_hand() -> None:
     )
     nothing = critic_statistics.count_critiques([])
     assert math.isnan(nothing.quantile(0.5)) and math.isnan(nothing.mean_fidelity)
-    assert nothing.answers == 0 and not nothing.is_model
+    assert nothing.rollouts == 0 and not nothing.is_model
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_runs_of_an_arm_are_read_together(study: Path) -> None:
     assert list(critics) == ["oracle", "served"], "arms without a critic have nothing to show"
     served = critics["served"]
     assert served.total == critic_statistics.count_critiques(ROWS) and served.seconds == 3.0
-    assert {step: s.answers for step, s in served.by_step.items()} == {1: 6, 2: 3}
+    assert {step: s.rollouts for step, s in served.by_step.items()} == {1: 6, 2: 3}
     assert not critics["oracle"].total.is_model
 
 
@@ -177,7 +177,7 @@ def test_a_line_is_printed_per_arm_whose_critic_is_a_model(study: Path) -> None:
     out = io.StringIO()
     print_critics(critic_statistics.read_study_critics(study), Console(file=out, width=300))
     (line,) = out.getvalue().splitlines()
-    assert line.strip().startswith("critic of served: 9 answers, 6 critiques")
+    assert line.strip().startswith("critic of served: 9 rollouts, 6 critiques")
     assert line.strip().endswith("3 seconds")
 
 

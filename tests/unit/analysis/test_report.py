@@ -308,7 +308,7 @@ def test_an_example_without_contexts_or_error_is_shown(tmp_path, results, exampl
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no run, no study"),
+        (None, "no folder of a run"),
         ("{", "not valid JSON"),
         ('{"format": 2}', "format 2, expected 1"),
     ],

@@ -208,7 +208,7 @@ def test_every_page_opens_from_a_file_without_an_error(open_page, report):
     # An address within a page opens that page.
     page.evaluate("location.hash = '#check-truncated'")
     page.wait_for_function("!document.getElementById('health').hidden")
-    assert "50% of the answers are truncated" in page.locator("#health").inner_text()
+    assert "50% of the rollouts are truncated" in page.locator("#health").inner_text()
 
 
 def test_filters_over_five_thousand_answers(answers):

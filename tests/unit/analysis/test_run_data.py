@@ -160,7 +160,7 @@ def test_one_run_has_a_claim_with_its_numbers(tmp_path, monkeypatch):
     assert "first answers 50.0 % of validation samples right after step 12, 25.0 % before" in text
     assert "the data support that training helped on these problems" in text
     assert "One seed" in text
-    assert "40% of the answers are truncated; a warning from 20% on (step " in text
+    assert "40% of the rollouts are truncated; a warning from 20% on (step " in text
 
 
 # -- health ----------------------------------------------------------------------------------
@@ -184,13 +184,13 @@ RAMP = np.linspace(0, 1, STEPS)
         ("length", 20 - 15 * RAMP, "shrank from 17 to 8 tokens"),
         ("length", 20 + 60 * RAMP, "grew from 31 to 69 tokens"),
         ("hesitations", 2 - 2 * RAMP, "fell from 1.64 to 0.36"),
-        ("truncated", 0.5 * RAMP, "41% of the answers are truncated"),
+        ("truncated", 0.5 * RAMP, "41% of the rollouts are truncated"),
         ("repetition", 0.2 + 0.4 * RAMP, "53% of 4-token sequences repeat, from 27%"),
         ("entropy", 0.5 * (1 - RAMP) ** 3, "entropy fell from 0.29 to 0.008"),
-        ("eos_in_loss", 1 - RAMP, "only 18% of the trained answers train their end token"),
+        ("eos_in_loss", 1 - RAMP, "only 18% of the trained rollouts train their end token"),
         ("clip_fraction", 0.5 * RAMP, "41% of the tokens are clipped"),
-        ("dropped", 0.5 * RAMP, "41% of the answers are dropped for lack of feedback"),
-        ("fidelity", 0.5 * (1 - RAMP) ** 2, "only 2% of an answer is repeated"),
+        ("dropped", 0.5 * RAMP, "41% of the rollouts are dropped for lack of feedback"),
+        ("fidelity", 0.5 * (1 - RAMP) ** 2, "only 2% of a rollout is repeated"),
         ("mismatch_mean", 0.1 * RAMP, "0.082 nats per token between trainer and sampler"),
         ("correct", 0.6 * (1 - RAMP), "fell from 49% at their best to 11%"),
         ("loss", np.where(RAMP > 0.5, np.nan, 0.1), "not a finite number"),

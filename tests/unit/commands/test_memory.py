@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selfteach.commands.check.memory import Load, VllmMemory, layer_token_bytes, memory
-from selfteach.commands.check.sizes import load_of, measure_offline
+from selfteach.commands.check.memory import DeviceLoad, VllmMemory, layer_token_bytes, memory
+from selfteach.commands.check.sizes import device_load, measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.models.policy import add_adapters, recompute_activations
@@ -58,12 +58,12 @@ def tiny(family: str, layers: int = 1) -> Shape:
     return Shape(family, 40, 72, layers, 4, 2, 12, 64, 128, True)
 
 
-def load(shape: Shape, *, lora: bool, weights: torch.dtype, autocast: bool) -> Load:
+def load(shape: Shape, *, lora: bool, weights: torch.dtype, autocast: bool) -> DeviceLoad:
     size = {torch.float32: 4, torch.bfloat16: 2}[weights]
-    return Load(
+    return DeviceLoad(
         shape=shape, parameters=shape.parameters, trained=1, adapters=(3, 7) if lora else None,
         weight_bytes=size, compute_bytes=2 if autocast else size, recompute=False, copies=0,
-        learn_tokens=TOKENS, chunk_entries=1, sample_rows=1, sample_length=1,
+        micro_batch_tokens=TOKENS, chunk_entries=1, sample_rows=1, sample_length=1,
     )  # fmt: skip
 
 
@@ -130,9 +130,9 @@ def by_hand(**changes: object) -> dict[str, int]:
     values = dict(  # noqa: C408
         shape=shape, parameters=shape.parameters, trained=shape.parameters, adapters=None,
         weight_bytes=4, compute_bytes=4, recompute=False, copies=1,
-        learn_tokens=10, chunk_entries=64, sample_rows=3, sample_length=20,
+        micro_batch_tokens=10, chunk_entries=64, sample_rows=3, sample_length=20,
     )  # fmt: skip
-    total = memory(Load(**{**values, **changes}))
+    total = memory(DeviceLoad(**{**values, **changes}))
     items = (*total.always, *total.training, *total.sampling)
     return {**{item.name: item.bytes for item in items}, "peak": total.peak}
 
@@ -195,10 +195,10 @@ def test_the_engine_section_sets_the_sampler(engine: dict[str, object], expected
         }
     )
     run_sizes = measure_offline(recipe)
-    needed = load_of(recipe, run_sizes)
+    needed = device_load(recipe, run_sizes)
     assert needed is not None and needed.sampler == expected
     if isinstance(expected, VllmMemory):
-        cpu = load_of(recipe, dataclasses.replace(run_sizes, device="cpu"))
+        cpu = device_load(recipe, dataclasses.replace(run_sizes, device="cpu"))
         assert cpu is not None and cpu.sampler == dataclasses.replace(expected, sleeps=False)
 
 

@@ -56,7 +56,7 @@ def error_of(toml: str, *settings: str) -> str:
         # Combinations that make no sense.
         ("[context]\ntype = 'step_aligned'", 'needs a critic: add [critic] type = "oracle"'),
         ("[train]\nsteps = 1", 'context "none" has nothing to teach'),
-        ("[context]\ntype = 'reference'\n[objective]\ntype = 'grpo'", "grpo takes no context"),
+        ("[context]\ntype = 'reference'\n[objective]\ntype = 'grpo'", "grpo uses no context"),
         ("[objective]\ntype = 'grpo'\n[train]\ngroup_size = 1", "at least 2"),
         (
             "[context]\ntype = 'reference'\n[objective]\ntype = 'distillation'\n"
@@ -71,15 +71,15 @@ def error_of(toml: str, *settings: str) -> str:
             "[context]\ntype = 'peer'\n[train]\ngroup_size = 1",
             '"peer" needs a train.group_size of at least 2',
         ),
-        ("[context]\ntype = 'peer'\nfallback = 'peer'", "fallback is another context"),
-        ("[context]\ntype = 'peer'\nfallback = 'none'", "fallback is another context"),
+        ("[context]\ntype = 'peer'\nfallback = 'peer'", "fallback must differ"),
+        ("[context]\ntype = 'peer'\nfallback = 'none'", "fallback must differ"),
         ("[context]\ntype = 'peer'\nfallback = 'holistic'", "needs a critic"),
         ("[objective]\ntype = 'hybrid'", 'context "none" has nothing to teach'),
         (
             "[context]\ntype = 'reference'\n[objective]\ntype = 'hybrid'\n[train]\ngroup_size = 1",
             "grpo needs a train.group_size of at least 2",
         ),
-        ("[objective]\ntype = 'hybrid'\nweight = 1.5", "a mixture goes from 0 to 1"),
+        ("[objective]\ntype = 'hybrid'\nweight = 1.5", "a mixture needs 0 to 1"),
         ("[objective]\ntype = 'hybrid'\nweight = { start = 1, end = 0, step = 9 }", "'steps'?"),
         ("[objective]\ntype = 'hybrid'\ngrpo = { kl_coef = 0.1 }", "kl_coef must be 0"),
         ("[objective]\ntype = 'hybrid'\ndistillation = { betta = 1 }", "did you mean 'beta'?"),
@@ -348,7 +348,7 @@ def test_a_recipe_extends_the_common_sections_of_another(tmp_path: Path) -> None
         ("'me.toml'", "leads back to itself"),
         ("'other.toml'", "leads back to itself"),
         ("'missing.toml'", "missing.toml: no such recipe"),
-        ("3", "extends names another recipe file, found 3"),
+        ("3", "extends must name another recipe file, found 3"),
     ],
 )
 def test_an_error_of_extends_is_one_line(tmp_path: Path, extends: str, message: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfteach.commands.check.memory import Load, memory
+from selfteach.commands.check.memory import DeviceLoad, memory
 from selfteach.commands.check.sizes import measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
@@ -50,9 +50,9 @@ def constant(tokens: int) -> LengthDistribution:
 
 
 def work(**changes: object) -> StepWork:
-    load = Load(
+    load = DeviceLoad(
         shape=TINY, parameters=TINY.parameters, trained=TINY.parameters, adapters=None,
-        weight_bytes=4, compute_bytes=4, recompute=False, copies=0, learn_tokens=1000,
+        weight_bytes=4, compute_bytes=4, recompute=False, copies=0, micro_batch_tokens=1000,
         chunk_entries=64, sample_rows=4, sample_length=20,
     )  # fmt: skip
     default = StepWork(
@@ -150,7 +150,7 @@ def pipeline(**changes: object) -> Pipeline:
         ({"critic_kind": "none"}, 1 + 2),
         ({"batches": [2, 2, 2, 2], "queue": 2, "critic_kind": "program", "latency": 0.0}, 4 + 2),
         ({"sampler": dataclasses.replace(FLAT, slots=4)}, 2 + 3 + 2),  # two rounds of rollouts
-        ({"publish": 0.5, "wake": 0.25}, 6.75),
+        ({"weight_sync": 0.5, "sleep_and_wake": 0.25}, 6.75),
     ],
 )
 def test_the_simulated_period_matches_the_one_by_hand(
@@ -172,7 +172,7 @@ def test_rollouts_in_one_engine_share_its_time() -> None:
 
 
 def test_a_calibration_recovers_the_costs_behind_the_measurements() -> None:
-    true = dataclasses.replace(EXACT, train_mfu=0.3, layer_micro_s=0.05, critique_s=0.02)
+    true = dataclasses.replace(EXACT, train_mfu=0.3, micro_batch_layer_s=0.05, critique_s=0.02)
     sizes = [work(problems=n, batch_size=100) for n in (2, 8)]
     runs = []
     for size in sizes:
@@ -182,7 +182,9 @@ def test_a_calibration_recovers_the_costs_behind_the_measurements() -> None:
         seconds["critique"] = 0.02 * size.rollouts
         runs.append(MeasuredRun(size, (lengths,), (seconds,), None))
     fitted = calibrate(runs, DEVICE)
-    assert fitted.train_mfu == pytest.approx(0.3) and fitted.layer_micro_s == pytest.approx(0.05)
+    assert fitted.train_mfu == pytest.approx(0.3) and fitted.micro_batch_layer_s == pytest.approx(
+        0.05
+    )
     assert fitted.critique_s == pytest.approx(0.02)
     assert fitted.sampling_fit == pytest.approx((0.4, 0.03))
     larger = work(problems=30, batch_size=30)

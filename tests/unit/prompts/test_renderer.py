@@ -218,7 +218,7 @@ def test_the_worked_examples_of_the_chain_sums_critic_are_right_and_show_each_ki
         chain = chain_sums.parse_question(question)
         meta = {"terms": list(chain.terms), "signs": chain.signs}
         problem = Problem("p", question, str(chain.value()), {}, meta)
-        critique = chain_sums.criticise(problem, text, finished="Answer" in text)
+        critique = chain_sums.critique_rollout(problem, text, finished="Answer" in text)
         lines = [*(step.text for step in critique.steps), f"Answer: {critique.answer}"]
         assert reply["content"] == "\n".join(lines)
         cases.append(critique.case)

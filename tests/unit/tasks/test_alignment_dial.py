@@ -22,7 +22,7 @@ def critique(style: str, at: int | None) -> Critique:
     texts = [str(line) for line in lines]
     if at is not None:
         texts[at] = texts[at][:-1] + ("a" if lines[at].c != "a" else "b")
-    return lab_oracle.criticise(WORLD, QUESTION, "\n".join([*texts, "# p"]))
+    return lab_oracle.critique_rollout(WORLD, QUESTION, "\n".join([*texts, "# p"]))
 
 
 def flags(*steps: int) -> list[bool]:

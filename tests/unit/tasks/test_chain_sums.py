@@ -116,7 +116,7 @@ def test_meta_survives_json() -> None:
 
 def test_a_problem_of_another_kind_is_refused() -> None:
     with pytest.raises(DataError, match="no chain sum"):
-        chain_sums.criticise(Problem("x", "How many?", "3"), "Answer: 3", finished=True)
+        chain_sums.critique_rollout(Problem("x", "How many?", "3"), "Answer: 3", finished=True)
     with pytest.raises(DataError, match="not a chain sum"):
         chain_sums.parse_question("2 * 3 =")
 
@@ -219,14 +219,14 @@ def test_a_critique_counts_errors_in_the_splitters_spans(case: tuple[Problem, st
 def test_cases(
     text: str, finished: bool, case: str, first_error: int | None, statuses: list[str]
 ) -> None:
-    critique = chain_sums.criticise(NINE, text, finished=finished)
+    critique = chain_sums.critique_rollout(NINE, text, finished=finished)
     assert (critique.case, critique.first_error) == (case, first_error)
     assert [step.status for step in critique.steps] == statuses
     assert trace(critique) == NINE_RIGHT
 
 
 def test_a_fixed_step_holds_the_solvers_words_beside_the_right_ones() -> None:
-    critique = chain_sums.criticise(NINE, "9 - 2 = 5\nAnswer: 5", finished=True)
+    critique = chain_sums.critique_rollout(NINE, "9 - 2 = 5\nAnswer: 5", finished=True)
     assert critique.steps[0] == CritiqueStep("9 - 2 = 7", "fixed", "9 - 2 = 5")
 
 
@@ -234,7 +234,7 @@ def test_a_fixed_step_holds_the_solvers_words_beside_the_right_ones() -> None:
 @given(st.sampled_from(PROBLEMS))
 def test_the_critique_of_a_right_answer_reproduces_it(problem: Problem) -> None:
     text = problem.references["aligned_reference"]
-    critique = chain_sums.criticise(problem, text, finished=True)
+    critique = chain_sums.critique_rollout(problem, text, finished=True)
     assert critique.case == "A" and trace(critique) == text
 
 
@@ -244,14 +244,14 @@ def test_the_trace_keeps_the_right_prefix_and_ends_right(
     case: tuple[Problem, str], finished: bool
 ) -> None:
     problem, text = case
-    critique = chain_sums.criticise(problem, text, finished=finished)
+    critique = chain_sums.critique_rollout(problem, text, finished=finished)
     checked = chain_sums.check(problem, text)
     prefix = [line.text for line in checked.lines[: checked.first_error] if not line.is_answer]
     repeated = [step for step in critique.steps if step.status == "kept"]
     assert [step.text for step in repeated] == prefix == [step.original for step in repeated]
     assert all(line in text for line in prefix)
     assert critique.answer == problem.answer
-    again = chain_sums.criticise(problem, trace(critique), finished=True)
+    again = chain_sums.critique_rollout(problem, trace(critique), finished=True)
     assert again.case == "A" and trace(again) == trace(critique)
 
 
@@ -260,7 +260,7 @@ def test_the_trace_keeps_the_right_prefix_and_ends_right(
 def test_a_critic_that_errs_writes_a_wrong_trace(case: tuple[Problem, str], seed: int) -> None:
     problem, text = case
     rng = np.random.default_rng(seed)
-    critique = chain_sums.criticise(problem, text, finished=True, error_rate=1.0, rng=rng)
+    critique = chain_sums.critique_rollout(problem, text, finished=True, error_rate=1.0, rng=rng)
     assert critique.answer != problem.answer
     checked = chain_sums.check(problem, trace(critique))
     assert checked.first_error is not None
@@ -270,7 +270,7 @@ def test_a_critic_that_errs_writes_a_wrong_trace(case: tuple[Problem, str], seed
 def test_a_critic_errs_at_the_error_rate() -> None:
     rng = np.random.default_rng(0)
     answers = [
-        chain_sums.criticise(NINE, NINE_RIGHT, finished=True, error_rate=0.3, rng=rng).answer
+        chain_sums.critique_rollout(NINE, NINE_RIGHT, finished=True, error_rate=0.3, rng=rng).answer
         for _ in range(500)
     ]
     share = sum(answer != NINE.answer for answer in answers) / 500
@@ -279,7 +279,7 @@ def test_a_critic_errs_at_the_error_rate() -> None:
 
 # Templates
 
-WRONG = chain_sums.criticise(NINE, "9 - 2 = 7\n7 + 4 = 12\nAnswer: 12", finished=True)
+WRONG = chain_sums.critique_rollout(NINE, "9 - 2 = 7\n7 + 4 = 12\nAnswer: 12", finished=True)
 NAMES = [SHARED_TEMPLATE.get(name, name) for name in CONTEXTS if name != "none"]
 
 
@@ -327,7 +327,7 @@ def test_the_worked_examples_are_right_and_as_declared(name: str) -> None:
         chain = chain_sums.parse_question(shot)
         meta = {"terms": chain.terms, "signs": chain.signs}
         problem = Problem("shot", shot, str(chain.value()), {}, meta)
-        assert chain_sums.criticise(problem, reply["content"], finished=True).case == "A"
+        assert chain_sums.critique_rollout(problem, reply["content"], finished=True).case == "A"
     question, *context = turns[-1]["content"].splitlines()
     assert question == "Q?" and ("C" in context) == (name == "teacher")
 

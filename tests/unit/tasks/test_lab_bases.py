@@ -177,7 +177,7 @@ def test_the_probe_asks_validation_questions_in_every_context() -> None:
     result = probe.measure(BASES / "two_styles", questions=12)
     assert result == probe.measure(BASES / "two_styles", questions=12), "it seeds its sampling"
     assert set(result.by_context) == {probe.RETRY, *CONTEXT_SHARES} - {"none"}
-    missed = round(12 * (1 - result.alone.correct))
+    missed = round(12 * (1 - result.without_context.correct))
     assert {shares.answers for shares in result.by_context.values()} == {missed}
-    assert result.alone.reference_lines < 0.2
+    assert result.without_context.reference_lines < 0.2
     assert len(probe.table(result).splitlines()) == 2 + 1 + len(result.by_context)

@@ -169,12 +169,12 @@ def test_omission_shows_no_right_step_of_the_answer() -> None:
 
 
 def _critique(style: str, wrong_at: int):
-    from selfteach.tasks.lab.lab_oracle import criticise
+    from selfteach.tasks.lab.lab_oracle import critique_rollout
 
     question = next(WORLD.questions("train"))
     texts = [str(line) for line in WORLD.solution(question, STYLES[style])]
     texts[wrong_at] = texts[wrong_at][:-1] + ("a" if texts[wrong_at][-1] != "a" else "b")
-    return criticise(WORLD, question, "\n".join(texts))
+    return critique_rollout(WORLD, question, "\n".join(texts))
 
 
 def test_references_are_true_and_only_the_aligned_one_is_native() -> None:

@@ -61,7 +61,7 @@ def unflagged(critique: Critique) -> str:
 @given(cases)
 def test_the_trace_is_right_and_complete(case: Case) -> None:
     question, text = written(case)
-    critique = lab_oracle.criticise(WORLD, question, text)
+    critique = lab_oracle.critique_rollout(WORLD, question, text)
     again = check(WORLD, question, unflagged(critique))
     assert again.first_error is None
     assert len(again.steps) == 5
@@ -72,7 +72,7 @@ def test_the_trace_is_right_and_complete(case: Case) -> None:
 @given(cases)
 def test_right_steps_stay_verbatim_up_to_the_first_error(case: Case) -> None:
     question, text = written(case)
-    critique = lab_oracle.criticise(WORLD, question, text)
+    critique = lab_oracle.critique_rollout(WORLD, question, text)
     checked = check(WORLD, question, text)
     stop = len(checked.steps) if checked.first_error is None else checked.first_error
     repeated = [step.text for step in critique.steps if step.status == "kept"]
@@ -90,7 +90,7 @@ def test_the_corrected_line_is_flagged_and_does_not_quote_the_wrong_value(
     case: Case,
 ) -> None:
     question, text = written(case)
-    critique = lab_oracle.criticise(WORLD, question, text)
+    critique = lab_oracle.critique_rollout(WORLD, question, text)
     for step in critique.steps:
         assert ("!" in step.text.split()) == (step.status == "fixed")
         if step.status == "fixed":
@@ -107,8 +107,8 @@ def test_the_corrected_line_is_flagged_and_does_not_quote_the_wrong_value(
 @given(cases)
 def test_the_critique_of_a_trace_has_no_error(case: Case) -> None:
     question, text = written(case)
-    trace = unflagged(lab_oracle.criticise(WORLD, question, text))
-    again = lab_oracle.criticise(WORLD, question, trace)
+    trace = unflagged(lab_oracle.critique_rollout(WORLD, question, text))
+    again = lab_oracle.critique_rollout(WORLD, question, trace)
     assert (again.case, again.first_error) == ("A", None)
     assert "\n".join([*(s.text for s in again.steps), f"# {again.answer}"]) == trace
 
@@ -119,7 +119,7 @@ def test_a_critic_that_always_errs_is_wrong_at_the_step_it_flags(case: Case, see
     question, text = written(case)
     checked = check(WORLD, question, text)
     rng = np.random.default_rng(seed)
-    critique = lab_oracle.criticise(WORLD, question, text, error_rate=1.0, rng=rng)
+    critique = lab_oracle.critique_rollout(WORLD, question, text, error_rate=1.0, rng=rng)
     assert critique.first_error is not None
     if checked.first_error is not None and checked.first_error < 5:
         assert critique.first_error == checked.first_error
@@ -139,7 +139,8 @@ def test_the_error_rate_is_the_share_of_erring_critiques() -> None:
     text = text_of(WORLD.solution(question, STYLES["plus"]), WORLD.truth(question)[ROOT])
     rng = np.random.default_rng(0)
     erred = [
-        lab_oracle.criticise(WORLD, question, text, error_rate=0.3, rng=rng).first_error is not None
+        lab_oracle.critique_rollout(WORLD, question, text, error_rate=0.3, rng=rng).first_error
+        is not None
         for _ in range(1000)
     ]
     assert np.mean(erred) == pytest.approx(0.3, abs=0.05)  # standard deviation 0.014
@@ -153,7 +154,7 @@ def test_the_four_cases() -> None:
     wrong = "a" if truth[ROOT] != "a" else "b"
 
     def case(text: str, finished: bool = True) -> str:
-        return lab_oracle.criticise(WORLD, question, text, finished=finished).case
+        return lab_oracle.critique_rollout(WORLD, question, text, finished=finished).case
 
     assert case(right) == "A"
     assert case(text_of(lines, wrong)) == "D", "right steps, wrong answer"
@@ -165,7 +166,9 @@ def test_the_four_cases() -> None:
 def test_the_continuation_keeps_the_answer_s_style_and_order(style: str) -> None:
     question = next(WORLD.questions("train"))
     lines = WORLD.solution(question, STYLES[style])
-    critique = lab_oracle.criticise(WORLD, question, text_of(lines[:2], None), finished=False)
+    critique = lab_oracle.critique_rollout(
+        WORLD, question, text_of(lines[:2], None), finished=False
+    )
     assert [step.text for step in critique.steps] == [str(line) for line in lines]
     assert [step.status for step in critique.steps] == ["kept"] * 2 + ["new"] * 3
 
@@ -173,7 +176,7 @@ def test_the_continuation_keeps_the_answer_s_style_and_order(style: str) -> None
 @pytest.mark.parametrize("text", ["", "nothing of use", "# k", "0", "\n\n"])
 def test_an_answer_without_a_line_gets_a_whole_solution(text: str) -> None:
     question = next(WORLD.questions("train"))
-    critique = lab_oracle.criticise(WORLD, question, text)
+    critique = lab_oracle.critique_rollout(WORLD, question, text)
     assert check(WORLD, question, unflagged(critique)).first_error is None
     assert len(critique.steps) == 5 and critique.case == "D"
 
@@ -182,7 +185,7 @@ def test_a_line_after_the_root_is_left_out() -> None:
     question = tuple("cafebd")
     lines = WORLD.solution(question, STYLES["plus"])
     text = text_of([*lines, lines[2]], None) + "\n# a"
-    critique = lab_oracle.criticise(WORLD, question, text)
+    critique = lab_oracle.critique_rollout(WORLD, question, text)
     assert critique.first_error == len(lines)
     assert [step.text for step in critique.steps] == [str(line) for line in lines]
     assert critique.answer == WORLD.truth(question)[ROOT]
@@ -193,11 +196,11 @@ def test_a_line_after_the_whole_derivation_ends_the_trace(sixth: str) -> None:
     question = next(WORLD.questions("train"))
     lines = list(map(str, WORLD.solution(question, STYLES["plus"])))
     text = "\n".join([*lines, sixth, f"# {WORLD.truth(question)[ROOT]}"])
-    critique = lab_oracle.criticise(WORLD, question, text)
+    critique = lab_oracle.critique_rollout(WORLD, question, text)
     assert [step.text for step in critique.steps] == lines
     assert {step.status for step in critique.steps} == {"kept"}
     assert (critique.case, critique.first_error) == ("D", 5)
     rng = np.random.default_rng(0)
-    erring = lab_oracle.criticise(WORLD, question, text, error_rate=1.0, rng=rng)
+    erring = lab_oracle.critique_rollout(WORLD, question, text, error_rate=1.0, rng=rng)
     assert [step.status for step in erring.steps].count("fixed") == 1
     assert erring.answer != critique.answer or [s.text for s in erring.steps] != lines

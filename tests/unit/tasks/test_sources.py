@@ -15,7 +15,7 @@ from pyarrow import parquet
 from selfteach.config.data_section import FilesData, GymData, HubData, Splitting
 from selfteach.errors import DataError, RecipeError, SelfteachError
 from selfteach.tasks.sources.columns import (
-    Missing,
+    MissingValue,
     column_value,
     problem_from,
     ready_mappings,
@@ -176,7 +176,7 @@ def test_column_values(column: str, value: object) -> None:
     "column", ["x", "b.d", "b.c.9", "a | after:#", "a | first", "n | boxed", "b | last"]
 )
 def test_a_missing_column_raises(column: str) -> None:
-    with pytest.raises(Missing):
+    with pytest.raises(MissingValue):
         column_value({"a": "x", "b": {"c": [1]}, "n": 1}, column)
 
 

@@ -66,11 +66,11 @@ def _training(data: ReportData) -> dict[str, Drawing]:
         drawings["pass_at_k"] = Drawing(by_k, "Pass at k on test problems against k")
     if is_logged(data.arms, "correct"):
         drawings["training"] = Drawing(
-            training_curves.training(data.arms), "Share of right answers and loss over training"
+            training_curves.training(data.arms), "Share of correct rollouts and loss over training"
         )
         drawings["length_and_entropy"] = Drawing(
             training_curves.length_and_entropy(data.arms),
-            "Length and entropy of answers over training",
+            "Length and entropy of rollouts over training",
         )
     return drawings
 
@@ -88,7 +88,8 @@ def _localisation(data: ReportData) -> dict[str, Drawing]:
         )
     if localisation is not None and localisation["step_scores"]["contexts"]:
         drawings["judges"] = Drawing(
-            localisation_figures.judges(localisation), "How well each context judges steps"
+            localisation_figures.step_detection(localisation),
+            "How well each context detects wrong steps",
         )
     return drawings
 

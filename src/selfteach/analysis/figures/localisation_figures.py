@@ -1,4 +1,4 @@
-"""Draw an inspection: where a context moves the self-teacher, and how well it judges steps."""
+"""Draw an inspection: where a context moves the self-teacher, and how well it detects wrong steps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from selfteach.analysis.figures.style import ALERT, INK, SMALL, TINY, ArmStyle, 
 
 PER_ROW = 3
 """Panels in a row."""
-FEWEST = 20
-"""Answers that a point of the aligned curve needs; with fewer it is not drawn."""
-JUDGE_MEASURES = (("auroc", "area under the ROC curve", 1.0, 0.5), ("f1", "F1, %", 100.0, None))
+MIN_ROLLOUTS = 20
+"""Rollouts that a point of the aligned curve needs; with fewer it is not drawn."""
+DETECTION_MEASURES = (("auroc", "area under the ROC curve", 1.0, 0.5), ("f1", "F1, %", 100.0, None))
 """Measure, title, largest value, and value of guessing."""
 
 
@@ -55,21 +55,21 @@ def mass_by_region(localisation: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def judges(localisation: Mapping[str, Any]) -> Figure:
-    """Draw how well each context judges steps, beside baselines (hatched) that need no context.
+def step_detection(localisation: Mapping[str, Any]) -> Figure:
+    """Draw how well each context detects wrong steps, beside baselines (hatched) that need no context.
 
     A dagger marks contexts that reveal where the first error is, or whether there is one.
     """
     scores = localisation["step_scores"]
     contexts, baselines = scores["contexts"], scores["baselines"]
     names = [f"{n} †" if c["tells"] in ("where", "whether") else n for n, c in contexts.items()]
-    figure, panels = _rows_of_panels([*names, *baselines], len(JUDGE_MEASURES))
+    figure, panels = _rows_of_panels([*names, *baselines], len(DETECTION_MEASURES))
     look = style.styles(contexts)
-    for axes, (measure, title, most, chance) in zip(panels, JUDGE_MEASURES, strict=True):
-        for row, (name, judge) in enumerate([*contexts.items(), *baselines.items()]):
+    for axes, (measure, title, most, chance) in zip(panels, DETECTION_MEASURES, strict=True):
+        for row, (name, score) in enumerate([*contexts.items(), *baselines.items()]):
             has_context = name in contexts
             colour = look[name].colour if has_context else "#8a8f98"
-            _bar(axes, row, judge[measure], colour, hatch="" if has_context else "///")
+            _bar(axes, row, score[measure], colour, hatch="" if has_context else "///")
         axes.set_xlim(0, 1.02 * most)
         if chance is not None:
             axes.axvline(chance, color=INK, linestyle=":", linewidth=1.2)
@@ -89,7 +89,7 @@ def _aligned_panel(axes: Axes, curve: Mapping[str, Any], style: ArmStyle) -> Non
         for offset, count, value in zip(
             curve["offsets"], curve["answers"], curve["advantage"], strict=True
         )
-        if count >= FEWEST and value is not None
+        if count >= MIN_ROLLOUTS and value is not None
     ]
     if not drawn:
         return

@@ -63,7 +63,7 @@ def check_curve(groups: Groups, check: HealthCheck) -> Figure:
 
 
 def training(groups: Groups) -> Figure:
-    """Draw the share of right answers and the loss; losses of different objectives do not compare."""
+    """Draw the share of correct rollouts and the loss, which does not compare across objectives."""
     return _panels(groups, {"correct": "share right", "loss": "loss"})
 
 

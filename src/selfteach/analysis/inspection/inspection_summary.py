@@ -13,8 +13,8 @@ from rich.text import Text
 from selfteach.analysis.figures import style
 from selfteach.analysis.figures.localisation_figures import (
     aligned_advantage,
-    judges,
     mass_by_region,
+    step_detection,
 )
 from selfteach.analysis.figures.results_figures import token_advantages
 from selfteach.analysis.inspection.inspection_data import example, read_inspection
@@ -54,7 +54,7 @@ def save_figures(folder: Path, localisation: Mapping[str, Any]) -> list[Path]:
         figures["aligned_advantage"] = aligned_advantage(localisation)
         figures["mass_by_region"] = mass_by_region(localisation)
     if localisation["step_scores"]["contexts"]:
-        figures["judges"] = judges(localisation)
+        figures["judges"] = step_detection(localisation)
     if (answer := example(folder)) is not None:
         figures["token_advantages"] = token_advantages(answer)
     return [path for name, figure in figures.items()
@@ -62,9 +62,9 @@ def save_figures(folder: Path, localisation: Mapping[str, Any]) -> list[Path]:
 
 
 def print_localisation(localisation: Mapping[str, Any], console: Console) -> None:
-    """Print two tables: where each context acts, and how well it judges steps."""
+    """Print two tables: where each context acts, and how well it detects wrong steps."""
     console.print(
-        f"{localisation['answers']:,} answers to {localisation['problems']:,} problems, "
+        f"{localisation['answers']:,} rollouts of {localisation['problems']:,} problems, "
         f"{localisation['with_first_error']:,} with a first error, "
         f"{localisation['without_error']:,} sound; 95 % intervals over problems",
         highlight=False,

@@ -1,12 +1,12 @@
 """Score steps with the self-teacher, as an untrained process reward model: which is wrong first?
 
 A step's score is a pooled signal of its tokens, *low where the step is likely wrong*. The signal is the
-advantage under a context, or a baseline that needs no context. Scores are judged as in ProcessBench
+advantage under a context, or a baseline that needs no context. Scores are evaluated as in ProcessBench
 (arXiv:2412.06559): an answer with a first error counts as solved if exactly that step is the first to
 be flagged, an answer without one if none is; F1 is the harmonic mean of both accuracies. A step is
 flagged if its score lies below a threshold.
 
-Pooling and threshold are chosen on about half of the problems and judged on the others. Axis letters:
+Pooling and threshold are chosen on about half of the problems and evaluated on the others. Axes:
 
     N  tokens    S  steps    A  answers    P  problems    R  resamples
 """
@@ -205,7 +205,7 @@ def _solved_between(
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class StepScoreResult:
     """Holds a score's results on the held-out problems, with their resampled values."""
 
     report: dict[str, Any]
@@ -214,7 +214,7 @@ class Judged:
 
 
 def score_steps(inspection: Inspection, *, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Judge every context and every baseline as a step score, as ``localisation.json`` holds it."""
+    """Evaluate every context and every baseline as a step score, as ``localisation.json`` holds it."""
     chosen_P = choosing(inspection)
     report: dict[str, Any] = {
         "choosing": int(chosen_P.sum()), "judged": int((~chosen_P).sum()),
@@ -222,21 +222,21 @@ def score_steps(inspection: Inspection, *, resamples: int = RESAMPLES) -> dict[s
     }  # fmt: skip
     if report["choosing"] == 0 or report["judged"] == 0:
         return report
-    judges: dict[str, Judged] = {}
+    results: dict[str, StepScoreResult] = {}
     widest = int(np.argmax(np.bincount(inspection.context_N, minlength=len(inspection.contexts))))
     for index, name in enumerate(inspection.contexts):
         steps, scores = steps_of(inspection, index)
         pooled = {k: v for k, v in scores.items() if k.startswith("advantage.")}
-        if judge := _judge(steps, pooled, chosen_P, resamples):
-            judges[name] = judge
-            report["contexts"][name] = {"tells": REVEALS.get(name, "unknown"), **judge.report}
+        if result := _evaluate(steps, pooled, chosen_P, resamples):
+            results[name] = result
+            report["contexts"][name] = {"tells": REVEALS.get(name, "unknown"), **result.report}
     steps, scores = steps_of(inspection, widest)
     for name in BASELINES:
         pooled = {k: v for k, v in scores.items() if k.startswith(f"{name}.")}
-        if judge := _judge(steps, pooled, chosen_P, resamples):
-            judges[name] = judge
-            report["baselines"][name] = judge.report
-    report["paired"] = _paired(judges, report)
+        if result := _evaluate(steps, pooled, chosen_P, resamples):
+            results[name] = result
+            report["baselines"][name] = result.report
+    report["paired"] = _paired(results, report)
     return report
 
 
@@ -246,10 +246,10 @@ def choosing(inspection: Inspection) -> np.ndarray:
     return np.array([hashlib.blake2b(i.encode(), digest_size=1).digest()[0] % 2 == 0 for i in ids])
 
 
-def _judge(
+def _evaluate(
     steps: Steps, scores: Mapping[str, np.ndarray], chosen_P: np.ndarray, resamples: int
-) -> Judged | None:
-    """Choose among poolings on one part of the problems, judge on the other; None if neither can."""
+) -> StepScoreResult | None:
+    """Choose among poolings on one part of the problems, evaluate on the other; None if neither can."""
     counted = steps.counted_S
     problem_S = steps.problem_A[steps.answer_S]
     splits = [counted & split_P[problem_S] for split_P in (chosen_P, ~chosen_P)]
@@ -285,7 +285,7 @@ def _judge(
         "sound": int(total_J[2]),
         "poolings": {name: {"choosing": a, "judged": b} for name, (a, b) in usable.items()},
     }
-    return Judged(report, auroc_R, f1_R)
+    return StepScoreResult(report, auroc_R, f1_R)
 
 
 def solved(steps: Steps, score_S: np.ndarray, threshold: float) -> np.ndarray:
@@ -318,7 +318,7 @@ def _resampled(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return AUROC [R] and totals of `solved` [R, J] over problems drawn with replacement.
 
-    The draws are the same for all scores judged on the same problems.
+    The draws are the same for all scores evaluated on the same problems.
     """
     judged_P = np.flatnonzero(~chosen_P)
     place_P = np.full(len(chosen_P), -1)
@@ -340,13 +340,13 @@ def _resampled(
     return np.concatenate(areas), np.concatenate(totals)
 
 
-def _paired(judges: Mapping[str, Judged], report: Mapping[str, Any]) -> dict[str, Any]:
+def _paired(results: Mapping[str, StepScoreResult], report: Mapping[str, Any]) -> dict[str, Any]:
     """Return each context minus each baseline, and minus the contexts before it."""
     names = [*report["baselines"], *report["contexts"]]
     return {
         f"{b}-{a}": {
-            "auroc": _minus(judges, b, a, "auroc"),
-            "f1": _minus(judges, b, a, "f1"),
+            "auroc": _minus(results, b, a, "auroc"),
+            "f1": _minus(results, b, a, "f1"),
         }
         for i, a in enumerate(names)
         for b in names[i + 1 :]
@@ -354,10 +354,10 @@ def _paired(judges: Mapping[str, Judged], report: Mapping[str, Any]) -> dict[str
     }
 
 
-def _minus(judges: Mapping[str, Judged], b: str, a: str, measure: str) -> Any:
-    pair = judges[b], judges[a]
-    values = [getattr(judge, f"{measure}_R") for judge in pair]
-    means = [judge.report[measure] for judge in pair]
+def _minus(results: Mapping[str, StepScoreResult], b: str, a: str, measure: str) -> Any:
+    pair = results[b], results[a]
+    values = [getattr(result, f"{measure}_R") for result in pair]
+    means = [result.report[measure] for result in pair]
     if None in means:
         return None
     interval: Interval | None = percentile_interval(

@@ -129,7 +129,7 @@ def _results(folders: Sequence[Path], runs: Sequence[RunData]) -> dict[str, Any]
         return {"split": "test", "notes": [], **results}
     if not runs:
         raise CheckpointError(
-            f"{folders[0]} is no run, no study and no inspection: name the --out of one"
+            f"{folders[0]} is no folder of a run, a study or an inspection: pass the --out of one"
         )
     groups = group_runs([run for run in runs if run.variant is None])
     return compare_runs(groups, title=", ".join(groups))

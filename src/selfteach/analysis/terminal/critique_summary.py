@@ -52,7 +52,7 @@ def examples(rows: Sequence[Row], count: int) -> list[Row]:
 
 
 def step_pairs(row: Row) -> Iterator[tuple[str, str, str]]:
-    """Yield an answer beside its critique: the answer's step, its status, the critique's step.
+    """Yield a rollout beside its critique: the rollout's step, its status, the critique's step.
 
     Statuses are those of `STATUS_COLOURS`. The final answers come last.
     """
@@ -73,11 +73,11 @@ def step_pairs(row: Row) -> Iterator[tuple[str, str, str]]:
 
 
 def _print_example(number: int, row: Row, console: Console) -> None:
-    critique, verdict = row["critique"], "right" if row["correct"] else "wrong"
+    critique, verdict = row["critique"], "correct" if row["correct"] else "incorrect"
     console.rule(
         Text(sanitized(f"{number}. {row['problem_id']}, answer {row['sample']}")), align="left"
     )
-    console.print(Text(f"the answer is {verdict}; the critic: {_describe(row)}", style="bold"))
+    console.print(Text(f"the rollout is {verdict}; the critic: {_describe(row)}", style="bold"))
     console.print(Text(f"question: {_short(row['question'])}"))
     table = Table(box=None, padding=(0, 1), header_style="dim", expand=True, caption=" ")
     for title, ratio in (("answer", 1), ("", None), ("critique", 1)):
@@ -106,26 +106,26 @@ def _kind(row: Row) -> str:
 
 
 def _outcomes(summary: CriticSummary) -> Table:
-    table = _table("outcome", "answers", "share", "")
+    table = _table("outcome", "rollouts", "share", "")
     for case, count in summary.cases.items():
-        _row(table, f"case {case}: {CASES[case]}", f"{count:,}", _share(count, summary.answers))
+        _row(table, f"case {case}: {CASES[case]}", f"{count:,}", _share(count, summary.rollouts))
     for reason, count in summary.failures.items():
         title = f"{reason}: {FAILURES[reason]}" if reason in FAILURES else reason
-        _row(table, title, f"{count:,}", _share(count, summary.answers))
-    _row(table, "all", f"{summary.answers:,}", "")
+        _row(table, title, f"{count:,}", _share(count, summary.rollouts))
+    _row(table, "all", f"{summary.rollouts:,}", "")
     return table
 
 
 def _agreement(summary: CriticSummary) -> Table:
-    wrong = summary.answers - summary.right
-    table = _table("against the verifier", "answers", "share", "of")
+    wrong = summary.rollouts - summary.correct
+    table = _table("against the verifier", "rollouts", "share", "of")
     solved = summary.critiques
     for title, count, of, whose in (
-        ("the critic's final answer is right", solved, summary.answers, "all answers"),
-        ("false alarms: a step of a right answer is replaced", summary.false_alarms,
-         summary.right, "right answers"),
-        ("right answers that are added to", summary.added, summary.right, "right answers"),
-        ("misses: the wrong answer is given again", summary.misses, wrong, "wrong answers"),
+        ("the critic's final answer is right", solved, summary.rollouts, "all rollouts"),
+        ("false alarms: a step of a correct rollout is replaced", summary.false_alarms,
+         summary.correct, "correct rollouts"),
+        ("correct rollouts with steps added", summary.added, summary.correct, "correct rollouts"),
+        ("misses: the wrong final answer is repeated", summary.misses, wrong, "incorrect rollouts"),
     ):  # fmt: skip
         _row(table, title, f"{count:,}", _share(count, of), f"{of:,} {whose}")
     return table
@@ -155,16 +155,16 @@ def _first_changes(summary: CriticSummary) -> Table:
 
 
 def _cost(summary: CriticSummary, seconds: float) -> Table:
-    table = _table("cost", "total", "per answer", "")
+    table = _table("cost", "total", "per rollout", "")
     usage: Mapping[str, Any] = summary.usage
     for title, name in (
         ("requests sent", "requests"), ("replies from the cache", "cached"),
         ("prompt tokens", "prompt_tokens"), ("completion tokens", "completion_tokens"),
     ):  # fmt: skip
-        each = usage[name] / max(1, summary.answers)
+        each = usage[name] / max(1, summary.rollouts)
         _row(table, title, f"{usage[name]:,.0f}", f"{each:,.1f}")
-    _row(table, "cost", f"{usage['cost']:,.4f}", f"{usage['cost'] / max(1, summary.answers):,.4f}")
-    _row(table, "seconds", f"{seconds:,.1f}", f"{seconds / max(1, summary.answers):,.2f}")
+    _row(table, "cost", f"{usage['cost']:,.4f}", f"{usage['cost'] / max(1, summary.rollouts):,.4f}")
+    _row(table, "seconds", f"{seconds:,.1f}", f"{seconds / max(1, summary.rollouts):,.2f}")
     return table
 
 

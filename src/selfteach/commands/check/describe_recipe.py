@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from selfteach.commands.check.memory import Item, Memory, gib, memory
-from selfteach.commands.check.sizes import RunSizes, load_of, measure, measure_offline
+from selfteach.commands.check.sizes import RunSizes, device_load, measure, measure_offline
 from selfteach.commands.check.tokens import Budget, step_cost, step_tokens
 from selfteach.commands.study.run_study import inspection_of
 from selfteach.config.objective_section import terms
@@ -20,7 +20,7 @@ from selfteach.tasks.task import describe_problems
 from selfteach.trainer.build import build
 
 FEEDBACK_NOT_READ = (
-    "note: the lab's bases do not read environment feedback: it teaches next to nothing there"
+    "note: the lab's base models do not read environment feedback: it teaches them almost nothing"
 )
 """Measured: docs/concepts.md."""
 SLOW_BF16 = (
@@ -59,7 +59,7 @@ def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
     for arm, recipe in recipes.items():
         yield f"# {arm}, per seed"
         yield from _budget(recipe, sizes[arm])
-        load = load_of(recipe, sizes[arm])
+        load = device_load(recipe, sizes[arm])
         if load is not None and recipe.train.steps:
             yield from _memory(arm, memory(load), described)
     for name, variant in study.variants.items():
@@ -173,7 +173,7 @@ def _memory(arm: str, needed: Memory, described: dict[Memory, str]) -> Iterator[
     for phase, items in phases:
         yield f"  {phase}: {gib(sum(item.bytes for item in items))}"
         for item in items:
-            yield f"    {item.name}: {item.how} = {gib(item.bytes)}"
+            yield f"    {item.name}: {item.arithmetic} = {gib(item.bytes)}"
 
 
 def _total(recipes: Mapping[str, Recipe], sizes: Mapping[str, RunSizes], seeds: int) -> str:

@@ -36,7 +36,7 @@ class VllmMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class DeviceLoad:
     """Describes what one device has to hold: the input of `memory`."""
 
     shape: Shape
@@ -53,7 +53,7 @@ class Load:
     """Gradient checkpointing."""
     copies: int
     """Further copies of the trainable weights, for teacher and critic."""
-    learn_tokens: int
+    micro_batch_tokens: int
     """Tokens whose activations are stored at a time: those of a micro-batch."""
     chunk_entries: int
     """Logits (tokens × vocabulary) of one chunk of the loss."""
@@ -73,7 +73,7 @@ class Item:
 
     name: str
     bytes: int
-    how: str
+    arithmetic: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Memory:
         return always + max(training, sampling)
 
 
-def memory(load: Load) -> Memory:
+def memory(load: DeviceLoad) -> Memory:
     """Estimate the memory of one device, item by item."""
     trained_bytes = FLOAT if load.adapters else load.weight_bytes
     trained_total = load.trained * trained_bytes
@@ -118,7 +118,7 @@ def memory(load: Load) -> Memory:
     )
 
 
-def layer_token_bytes(load: Load) -> int:
+def layer_token_bytes(load: DeviceLoad) -> int:
     """Return the bytes that one layer saves per token for its backward pass.
 
     Per norm: its input in float32 (and its normalised value in the weights' dtype where the norm's
@@ -148,10 +148,10 @@ def gib(count: int) -> str:
 def _shard(item: Item, shards: int) -> Item:
     if shards == 1:
         return item
-    return Item(item.name, -(-item.bytes // shards), f"({item.how}) / {shards}")
+    return Item(item.name, -(-item.bytes // shards), f"({item.arithmetic}) / {shards}")
 
 
-def _gathered(load: Load) -> tuple[Item, ...]:
+def _gathered(load: DeviceLoad) -> tuple[Item, ...]:
     """Count unsharded weights: those outside the layers, the running layer and the prefetched one."""
     if load.shards == 1:
         return ()
@@ -162,7 +162,7 @@ def _gathered(load: Load) -> tuple[Item, ...]:
     return (Item("gathered weights", (ends + 2 * layer) * load.compute_bytes, how),)
 
 
-def _weights(load: Load, trained_total: int) -> tuple[Item, ...]:
+def _weights(load: DeviceLoad, trained_total: int) -> tuple[Item, ...]:
     how = f"{load.parameters:,} × {load.weight_bytes} bytes"
     model = Item("weights", load.parameters * load.weight_bytes, how)
     if not load.adapters:
@@ -170,19 +170,19 @@ def _weights(load: Load, trained_total: int) -> tuple[Item, ...]:
     return model, Item("adapters", trained_total, f"{load.trained:,} × {FLOAT} bytes")
 
 
-def _moments(load: Load, trained_total: int) -> Item:
+def _moments(load: DeviceLoad, trained_total: int) -> Item:
     return Item("AdamW moments", 2 * trained_total, f"2 × {gib(trained_total)}")
 
 
-def _copies(load: Load, trained_total: int) -> tuple[Item, ...]:
+def _copies(load: DeviceLoad, trained_total: int) -> tuple[Item, ...]:
     if not load.copies:
         return ()
     how = f"{load.copies} × {gib(trained_total)}"
     return (Item("copies of the trained weights", load.copies * trained_total, how),)
 
 
-def _activations(load: Load) -> tuple[Item, ...]:
-    shape, tokens = load.shape, load.learn_tokens
+def _activations(load: DeviceLoad) -> tuple[Item, ...]:
+    shape, tokens = load.shape, load.micro_batch_tokens
     layer = layer_token_bytes(load)
     # Embeddings, the last norm, and the hidden states before the LM head, student's and teacher's.
     ends = tokens * shape.hidden * 6 * FLOAT
@@ -200,9 +200,9 @@ def _activations(load: Load) -> tuple[Item, ...]:
     return Item("activations", saved, how), hidden
 
 
-def _logits(load: Load) -> tuple[Item, ...]:
+def _logits(load: DeviceLoad) -> tuple[Item, ...]:
     shape = load.shape
-    entries = min(load.chunk_entries, load.learn_tokens * shape.vocabulary)
+    entries = min(load.chunk_entries, load.micro_batch_tokens * shape.vocabulary)
     chunk = CHUNK_BUFFERS * FLOAT * entries
     items = [Item("logits", chunk, f"{CHUNK_BUFFERS} buffers of {entries:,} × {FLOAT} bytes")]
     head = shape.vocabulary * shape.hidden
@@ -217,7 +217,7 @@ def _logits(load: Load) -> tuple[Item, ...]:
     return tuple(items)
 
 
-def _vllm(load: Load, vllm: VllmMemory) -> tuple[Item, ...]:
+def _vllm(load: DeviceLoad, vllm: VllmMemory) -> tuple[Item, ...]:
     size, width = load.parameters, vllm.weight_bytes
     token = 2 * load.shape.layers * load.shape.keys * width
     how = f"{vllm.rows:,} rollouts × {load.sample_length:,} tokens × {token:,}"
@@ -231,7 +231,7 @@ def _vllm(load: Load, vllm: VllmMemory) -> tuple[Item, ...]:
     )
 
 
-def _sampling(load: Load) -> tuple[Item, ...]:
+def _sampling(load: DeviceLoad) -> tuple[Item, ...]:
     if load.sampler == "elsewhere":
         return ()
     if isinstance(load.sampler, VllmMemory):

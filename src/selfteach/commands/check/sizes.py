@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from selfteach.commands.check.memory import Load, VllmMemory
+from selfteach.commands.check.memory import DeviceLoad, VllmMemory
 from selfteach.commands.check.tokens import Lengths
 from selfteach.config.critic_section import (
     EndpointConfig,
@@ -118,7 +118,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     )
 
 
-def load_of(recipe: Recipe, sizes: RunSizes) -> Load | None:
+def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
     """Return what one device has to hold; None for a model whose architecture is unknown."""
     shape, model, train = sizes.shape, recipe.model, recipe.train
     if shape is None:
@@ -131,7 +131,7 @@ def load_of(recipe: Recipe, sizes: RunSizes) -> Load | None:
     )
     copies += int(isinstance(recipe.critic, PolicyCriticConfig) and model.lora is None)
     rows = min(recipe.sampling.batch_size, train.problems_per_step * train.group_size)
-    return Load(
+    return DeviceLoad(
         shape=shape,
         parameters=sizes.parameters,
         trained=sizes.trained,
@@ -142,7 +142,7 @@ def load_of(recipe: Recipe, sizes: RunSizes) -> Load | None:
         copies=copies,
         # A sample longer than a micro-batch is a micro-batch of its own; the teacher's forward pass
         # stores no activations.
-        learn_tokens=max(train.micro_batch_tokens, prompt + completion),
+        micro_batch_tokens=max(train.micro_batch_tokens, prompt + completion),
         chunk_entries=chunk_tokens(shape.vocabulary, sizes.device) * shape.vocabulary,
         sample_rows=rows,
         sample_length=min(lengths.window, prompt + completion),

@@ -70,7 +70,7 @@ def position(name: str) -> float | None:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise RecipeError(f"context {name!r}: a position of the dial is a number from 0 to 1")
+        raise RecipeError(f"context {name!r}: the alignment after @ is a number from 0 to 1")
     return value
 
 

@@ -116,7 +116,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: not valid JSON") from None
     needed = ("problem", "steps", "label")
     if not isinstance(row, dict) or any(name not in row for name in needed):
-        raise DataError(f"{where}: needed: {', '.join(needed)} (the schema of ProcessBench)")
+        raise DataError(f"{where}: needs the fields {', '.join(needed)} (ProcessBench's schema)")
     return row
 
 

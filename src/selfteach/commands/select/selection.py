@@ -138,7 +138,7 @@ def candidates(built: Built, config: SelectConfig) -> tuple[list[Problem], int]:
     listed = [problem for name in config.pool for problem in getattr(built.task, name)]
     pool, duplicates = without_duplicates(listed)
     if not pool:
-        raise DataError(f"select.pool = {list(config.pool)}: these splits hold no problem")
+        raise DataError(f"select.pool = {list(config.pool)}: these splits hold no problems")
     id_, count = Counter(problem.id for problem in pool).most_common(1)[0]
     if count > 1:
         raise DataError(f"select.pool: two problems have the same id {id_!r}")

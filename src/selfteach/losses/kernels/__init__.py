@@ -1,1 +1,1 @@
-"""Triton kernels of the losses."""
+"""Compute the losses with Triton kernels."""

@@ -101,7 +101,7 @@ class Believer:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ContextView:
     """Holds what a writer reads in a context: its lines in order, its look-ups, and a bare answer."""
 
     order: tuple[tuple[int, Style], ...]
@@ -109,7 +109,7 @@ class View:
     bare_answer: str | None
 
 
-def view_of(context: str) -> View:
+def view_of(context: str) -> ContextView:
     """Parse a context as a writer reads it; a correction replaces the quoted wrong line before it."""
     order: list[tuple[int, Style]] = []
     facts: dict[tuple[str, str], str] = {}
@@ -121,7 +121,7 @@ def view_of(context: str) -> View:
             facts[line.a, line.b] = line.c
         elif text.startswith("#"):
             answer = text.split()[-1]
-    return View(tuple(order), facts, None if order else answer)
+    return ContextView(tuple(order), facts, None if order else answer)
 
 
 def write(
@@ -178,7 +178,7 @@ def context_for(
     if kind == "other_answer":
         about = tuple(SYMBOLS[i] for i in rng.integers(len(SYMBOLS), size=len(question)))
     draft = write(world, about, believer, rng)
-    critique = lab_oracle.criticise(world, about, draft)
+    critique = lab_oracle.critique_rollout(world, about, draft)
     if kind == "shuffled_lines":
         shuffled = tuple(critique.steps[i] for i in rng.permutation(len(critique.steps)))
         critique = Critique(critique.case, shuffled, critique.answer, critique.first_error)
@@ -213,7 +213,11 @@ def references(world: World, question: Sequence[str]) -> dict[str, str]:
 
 
 def _next_step(
-    world: World, habit: Style, view: View | None, done: dict[int, str], rng: np.random.Generator
+    world: World,
+    habit: Style,
+    view: ContextView | None,
+    done: dict[int, str],
+    rng: np.random.Generator,
 ) -> tuple[int, Style]:
     """Draw the node and style of a writer's next line."""
     if view is not None and rng.random() < world.config.pull:

@@ -11,7 +11,7 @@ from selfteach.tasks.lab.world import ROOT, SYMBOLS, SolutionLine, World, is_rea
 from selfteach.types import Critique, CritiqueStep
 
 
-def criticise(
+def critique_rollout(
     world: World,
     question: Sequence[str],
     text: str,

@@ -89,8 +89,8 @@ class Oracle:
         error_rate: float,
         rng: np.random.Generator,
     ) -> Critique:
-        """Return the corrected trace of an answer; see `selfteach.tasks.lab.lab_oracle.criticise`."""
-        return lab_oracle.criticise(
+        """Return the corrected trace of an answer; see `lab_oracle.critique_rollout`."""
+        return lab_oracle.critique_rollout(
             self._world, problem.question.split(), text,
             finished=finished, error_rate=error_rate, rng=rng,
         )  # fmt: skip

@@ -72,7 +72,7 @@ class ProbeResult:
     writers: float
     """Share of right answers among those that the documents' writers give without a context: what a
     perfect student of the documents would reach."""
-    alone: AnswerShares
+    without_context: AnswerShares
     """Without a context, all questions."""
     by_context: Mapping[str, AnswerShares]
     """Second answers to the questions answered wrongly: without a context, then with each context."""
@@ -111,7 +111,7 @@ def measure(folder: Path, *, questions: int = 1000, seed: int = 0) -> ProbeResul
     return ProbeResult(
         seed=seed,
         writers=shares(world, repeated, written).correct,
-        alone=shares(world, pool, checked),
+        without_context=shares(world, pool, checked),
         by_context=by_context,
     )
 
@@ -137,7 +137,7 @@ def context(
     rng: np.random.Generator,
 ) -> str:
     """Render a context for a question, from the critique of an answer to the question ``about``."""
-    critique = lab_oracle.criticise(world, about, text)
+    critique = lab_oracle.critique_rollout(world, about, text)
     if kind.startswith(PARTLY_ALIGNED):
         keep = rng.permutation(len(critique.steps)) < int(kind.split()[1])
         reference = references(world, question)["reference"]
@@ -201,7 +201,7 @@ def table(result: ProbeResult) -> str:
         "| in view | answers | right | ± | value | bookkeeping | form | reference's lines |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, s in (("nothing", result.alone), *result.by_context.items()):
+    for name, s in (("nothing", result.without_context), *result.by_context.items()):
         error = (s.correct * (1 - s.correct) / max(1, s.answers)) ** 0.5
         numbers = (s.correct, error, s.value, s.bookkeeping, s.form, s.reference_lines)
         cells = " | ".join(f"{100 * number:.1f}" for number in numbers)
@@ -214,7 +214,7 @@ def model_card(base: Mapping[str, Any], result: ProbeResult) -> str:
     world, training = base["world"], base["training"]
     config = WorldConfig(**{**world, "native_styles": tuple(world["native_styles"])})
     name, command = _rebuilt_by(config, training, base["context_shares"])
-    beliefs = World(config).beliefs
+    beliefs, questions = World(config).beliefs, result.without_context.answers
     documents = "\n".join(f"| {k} | {100 * v:.0f} |" for k, v in base["context_shares"].items())
     settings = "\n".join(f"| {k} | {_plain(v)} |" for k, v in world.items())
     return f"""---
@@ -279,7 +279,7 @@ lines* is the share of lines in the style that only references use. All but coun
 {table(result)}
 
 ```
-python -m selfteach.tasks.lab.probe FOLDER --questions {result.alone.answers} --seed {result.seed}
+python -m selfteach.tasks.lab.probe FOLDER --questions {questions} --seed {result.seed}
 ```
 
 `other_answer` shows the critique of an answer to another question. Where it beats

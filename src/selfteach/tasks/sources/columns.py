@@ -26,7 +26,7 @@ REFERENCES = ("reference", "aligned_reference")
 R = TypeVar("R", bound=RowsData)
 
 
-class Missing(Exception):
+class MissingValue(Exception):
     """Signals that a row lacks what a column names; the message says what."""
 
 
@@ -60,7 +60,7 @@ def with_mapping(config: R) -> R:
 
 
 def problem_from(row: Row, columns: Columns) -> Problem:
-    """Convert a row to a problem. Raises `Missing` if it has no question or answer."""
+    """Convert a row to a problem. Raises `MissingValue` if it has no question or answer."""
     question = _required(row, columns.question, "question")
     answer = _required(row, columns.answer, "answer")
     named = {name: getattr(columns, name) for name in REFERENCES}
@@ -76,7 +76,7 @@ def problem_from(row: Row, columns: Columns) -> Problem:
 def column_value(values: Mapping[str, Any], column: str) -> Any:
     """Evaluate a column spec on a row: a path with rules, or a template.
 
-    Raises `Missing`, or `RecipeError` for a rule that does not exist.
+    Raises `MissingValue`, or `RecipeError` for a rule that does not exist.
     """
     if FIELD.search(column):
         return FIELD.sub(lambda match: _text(_at(values, match[1])), column)
@@ -90,7 +90,7 @@ def column_value(values: Mapping[str, Any], column: str) -> Any:
 def _required(row: Row, column: str, name: str) -> str:
     text = _text(column_value(row.values, column)).strip()
     if not text:
-        raise Missing(f"the {name} is empty")
+        raise MissingValue(f"the {name} is empty")
     return text
 
 
@@ -98,7 +98,7 @@ def _optional(row: Row, column: str, *, required: bool) -> str | None:
     """Return a text or None; a column that the recipe names (``required``) must exist in every row."""
     try:
         return _text(column_value(row.values, column)).strip() or None
-    except Missing:
+    except MissingValue:
         top = re.split(r"[.| {}]", column.lstrip("{"))[0]
         if required and top not in row.values:
             raise
@@ -110,7 +110,7 @@ def _meta(row: Row, meta: str | tuple[str, ...] | None) -> dict[str, Any]:
         return {name: _plain(column_value(row.values, name)) for name in meta}
     table = row.values.get(meta or "meta")
     if meta is not None and not isinstance(table, Mapping):
-        raise Missing(f"no table in column {meta!r}")
+        raise MissingValue(f"no table in column {meta!r}")
     return _plain(table) if isinstance(table, Mapping) else {}
 
 
@@ -132,7 +132,7 @@ def _at(values: Mapping[str, Any], path: str) -> Any:
         else:
             columns = list(value) if isinstance(value, Mapping) else []
             hint = f"; {nearest(key, columns)}" if columns else ""
-            raise Missing(f"no column {path!r}{hint}")
+            raise MissingValue(f"no column {path!r}{hint}")
     return value
 
 
@@ -146,20 +146,20 @@ def _apply(rule: str, value: Any) -> Any:
         case "after" | "before" if argument:
             before, separator, after = _text(value).rpartition(argument)
             if not separator:
-                raise Missing(f"no {argument!r} in it")
+                raise MissingValue(f"no {argument!r} in it")
             return after if name == "after" else before
         case "boxed":
             boxed = last_boxed(_text(value))
             if boxed is None:
-                raise Missing("no \\boxed{} in it")
+                raise MissingValue("no \\boxed{} in it")
             return boxed
         case "first" | "last":
             if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-                raise Missing(f"no list to take the {name} of")
+                raise MissingValue(f"no list to take the {name} of")
             return value[0 if name == "first" else -1]
         case "join":
             if isinstance(value, str) or not isinstance(value, Sequence):
-                raise Missing("no list to join")
+                raise MissingValue("no list to join")
             return argument.join(map(_text, value))
         case _:
             raise RecipeError(f"data.columns: no rule {rule!r}; rules: {', '.join(RULES)}")
@@ -178,6 +178,6 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def bad_row(row: Row, missing: Missing) -> DataError:
+def bad_row(row: Row, missing: MissingValue) -> DataError:
     """Build the error for a row that cannot be converted to a problem."""
     return DataError(f"{row.where}: {missing}")

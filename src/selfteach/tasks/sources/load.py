@@ -10,7 +10,13 @@ from typing import Any
 
 from selfteach.config.data_section import Columns, FilesData, HubData, RowsData
 from selfteach.errors import DataError, RecipeError
-from selfteach.tasks.sources.columns import SOURCES, Missing, bad_row, column_value, problem_from
+from selfteach.tasks.sources.columns import (
+    SOURCES,
+    MissingValue,
+    bad_row,
+    column_value,
+    problem_from,
+)
 from selfteach.tasks.sources.hub import read_hub
 from selfteach.tasks.sources.rows import Row, read_rows
 from selfteach.tasks.sources.splits import Splits, disjoint, split_pool, without_duplicates
@@ -64,7 +70,7 @@ def _problems(config: RowsData, source: str, counts: Counter[str]) -> list[Probl
     for row in islice(_filtered(config, source, counts), config.limit):
         try:
             problems.append(problem_from(row, columns))
-        except Missing as missing:
+        except MissingValue as missing:
             first_bad = first_bad or bad_row(row, missing)
             if config.bad_rows == "stop":
                 raise first_bad from None
@@ -83,7 +89,7 @@ def _filtered(config: RowsData, source: str, counts: Counter[str]) -> Iterator[R
                 column_value(row.values, column) in _as_sequence(allowed)
                 for column, allowed in config.filter.items()
             )
-        except Missing as missing:
+        except MissingValue as missing:
             raise DataError(f"{row.where}: data.filter: {missing}") from None
         if keep:
             yield row

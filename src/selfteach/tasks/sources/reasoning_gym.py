@@ -12,7 +12,7 @@ from typing import Any
 from selfteach.config.data_section import GymData
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
-from selfteach.tasks.sources.columns import Missing, column_value
+from selfteach.tasks.sources.columns import MissingValue, column_value
 from selfteach.tasks.sources.splits import Splits, hash_position, normalised
 from selfteach.types import Problem
 
@@ -71,7 +71,7 @@ def _problem(config: GymData, entry: dict[str, Any], name: str) -> Problem:
     if path:
         try:
             references["reference"] = str(column_value(metadata, path))
-        except Missing as missing:
+        except MissingValue as missing:
             raise RecipeError(f"data.reference of {config.task!r}: {missing}") from None
     gold = entry["answer"]
     if gold is None:
