@@ -56,11 +56,13 @@ def assert_same(a: Path, b: Path) -> None:
 
 def answers(folder: Path) -> list[list[dict[str, Any]]]:
     """Of each step."""
-    found = []
+    batches = []
     for step in range(1, 6):
         files = sorted(folder.glob(f"rollouts/step_{step:06d}.*.jsonl"))
-        found.append([json.loads(line) for path in files for line in path.read_text().splitlines()])
-    return found
+        batches.append(
+            [json.loads(line) for path in files for line in path.read_text().splitlines()]
+        )
+    return batches
 
 
 def versions(folder: Path) -> list[set[int]]:
@@ -88,16 +90,16 @@ def test_which_weights_answer_a_step_depends_on_the_step_alone(whole: Path, tmp_
 def test_sampling_beside_learning_gives_the_same_answers_and_resumes(
     whole: Path, tmp_path: Path
 ) -> None:
-    own = recipe(sampling={"separate_copy": True})
-    run_to_end(own, tmp_path / "beside")
+    separate = recipe(sampling={"separate_copy": True})
+    run_to_end(separate, tmp_path / "beside")
     assert versions(tmp_path / "beside") == versions(whole)
     # A copy lies elsewhere in memory, which moves the last bits of a logit, and no token here.
     assert tokens(tmp_path / "beside") == tokens(whole)
-    stopping = train(own, tmp_path / "stopped")
+    stopping = train(separate, tmp_path / "stopped")
     for _ in range(4):
         next(stopping)
     stopping.close()
-    run_to_end(own, tmp_path / "stopped")
+    run_to_end(separate, tmp_path / "stopped")
     assert_same(tmp_path / "beside", tmp_path / "stopped")
 
 
@@ -136,10 +138,10 @@ def test_sigterm_saves_what_was_learned_and_says_so(whole: Path, tmp_path: Path)
     folder = tmp_path / "run"
     process = started(folder, "samples/step_000001.jsonl")
     process.terminate()
-    _, said = process.communicate(timeout=120)
+    _, output = process.communicate(timeout=120)
     assert (
-        process.returncode == 143 and "continue with selfteach resume" in said.splitlines()[-1]
-    ), said
+        process.returncode == 143 and "continue with selfteach resume" in output.splitlines()[-1]
+    ), output
     (saved,) = (folder / "checkpoints").glob("step_*")
     assert saved.name in ("step_000001", "step_000002")
     run_to_end(recipe(), folder)
@@ -166,18 +168,18 @@ def test_a_loss_that_is_none_ends_the_run_with_its_batch(
     real = policy.Policy.optimizer_step
 
     def spoils(self: policy.Policy) -> dict[str, float]:
-        said = real(self)
+        output = real(self)
         if self.version == 1:
             with torch.no_grad():
                 next(iter(self.trainable.values())).fill_(float("nan"))
-        return said
+        return output
 
     monkeypatch.setattr(policy.Policy, "optimizer_step", spoils)
     folder = tmp_path / "run"
     with pytest.raises(LossError, match=r"step 2: the loss is nan; no update was made"):
         run_to_end(recipe(train={"staleness": 1}), folder)
-    kept = load_file(folder / "nonfinite" / "step_000002.safetensors")
-    assert kept["stats.total"].isnan().all() and len(kept["ids_N"]) == len(kept["weight_N"]) > 0
+    saved = load_file(folder / "nonfinite" / "step_000002.safetensors")
+    assert saved["stats.total"].isnan().all() and len(saved["ids_N"]) == len(saved["weight_N"]) > 0
     assert [row["step"] for row in RunFolder(folder).metrics() if row["kind"] == "step"] == [1]
 
 
@@ -211,7 +213,7 @@ def test_a_critic_that_is_gone_for_a_while_is_waited_for(
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.5 / 30)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 8.0 / 30)
     with serving(says(oracle_critique)) as first:
-        port, asked = first.port, first.requests
+        port, requests = first.port, first.requests
         critic = {
             "type": "endpoint", "base_url": first.url, "model": "oracle", "max_tokens": 64,
             "reply_cache": str(tmp_path / "replies.sqlite"), "min_similarity": 0.0, "concurrency": 2,
@@ -219,14 +221,14 @@ def test_a_critic_that_is_gone_for_a_while_is_waited_for(
         rows = train(recipe(critic=critic), tmp_path / "run")
         assert next(rows)["kind"] == "validation"
         assert next(rows)["step"] == 1
-        before = len(asked)
+        before = len(requests)
         first.behaviours = [refuses(503)]
         back = threading.Timer(2.0, lambda: first.behaviours.__setitem__(0, says(oracle_critique)))
         back.start()
         for row in rows:
             assert row.get("critique_failure/unavailable", 0) == 0
         back.join()
-    assert port and len(asked) > before
+    assert port and len(requests) > before
     assert_same(whole, tmp_path / "run")
 
 

@@ -91,9 +91,9 @@ def test_every_recipe_is_accepted_offline_with_its_budget(path: Path) -> None:
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
 def test_a_baseline_differs_from_the_paper_only_in_its_method(path: Path) -> None:
-    own = tomllib.loads(path.read_text())
-    assert set(own) <= VARIED
-    assert set(own.get("train", {})) <= {"problems_per_step", "group_size"}
+    recipe = tomllib.loads(path.read_text())
+    assert set(recipe) <= VARIED
+    assert set(recipe.get("train", {})) <= {"problems_per_step", "group_size"}
     baseline, paper = load_study(path).recipe(path.stem), load_study(PAPER).recipe("step_aligned")
     for section in ("model", "data", "sampling", "optimizer", "evaluation"):
         assert getattr(baseline, section) == getattr(paper, section)
@@ -171,14 +171,14 @@ def test_offline_forgives_what_is_absent_and_not_what_is_named_wrongly(tmp_path:
         return load_study(PAPER, settings)
 
     made = [f"data.{split}={tmp_path}/{split}.jsonl" for split in ("validation", "test")]
-    for settings, error, said in (
+    for settings, error, message in (
         (["model.path=./modls/qwen"], EngineError, "no such folder"),
         (["model.path=lab:two_stiles"], EngineError, "no such base model"),
         ([f"model.path={tmp_path}"], EngineError, "no config.json"),
         ([f"data.train={tmp_path}/trian.jsonl", *made], DataError, "no such problem set"),
         (["train.max_length=50000"], RecipeError, "supports 40960 tokens"),
     ):
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             list(describe_study(study(*settings), offline=True))
     described = "\n".join(describe_study(study("model.path=acme/unheard-of"), offline=True))
     assert "model acme/unheard-of: not in the local cache; its size is unknown" in described
@@ -205,12 +205,12 @@ def test_a_processor_without_products_of_halves_is_told_of(
 ) -> None:
     monkeypatch.setattr(matmul, "has_fast_bf16", lambda _: halves)
 
-    def said(model: dict[str, object], **where: bool) -> bool:
+    def warned(model: dict[str, object], **where: bool) -> bool:
         study = study_from({"context": {"type": "reference"}, "model": {"device": "cpu", **model}})
         return SLOW_BF16 in notes([study.recipe("run")], **where)
 
     for model in ({"autocast": "bfloat16"}, {"weights_dtype": "bfloat16"}):
-        assert said(model) == (not halves)
-        assert not said(model, here=False), "it may run elsewhere"
-        assert not said({**model, "device": "cuda"})
-    assert not said({"autocast": "auto"}) and not said({})
+        assert warned(model) == (not halves)
+        assert not warned(model, here=False), "it may run elsewhere"
+        assert not warned({**model, "device": "cuda"})
+    assert not warned({"autocast": "auto"}) and not warned({})

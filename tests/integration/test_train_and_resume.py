@@ -196,10 +196,10 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     last = folder / "samples" / name
     write, flush = Path.write_text, os.fsync
 
-    def writing(path: Path, *told: object, **more: object) -> int:
+    def writing(path: Path, *args: object, **kwargs: object) -> int:
         if path == last:
             raise OSError(28, "No space left on device")
-        return write(path, *told, **more)  # type: ignore[arg-type]
+        return write(path, *args, **kwargs)  # type: ignore[arg-type]
 
     def flushing(handle: int) -> None:
         if last.exists():
@@ -246,17 +246,17 @@ def test_what_another_run_has_answered_before_its_first_step_is_not_answered_aga
 ) -> None:
     """The other one is of another arm; both are as without each other."""
     run_to_end(recipe("grpo"), tmp_path / "grpo")
-    asked, generate = list[str](), TransformersEngine.generate
+    sampled, generate = list[str](), TransformersEngine.generate
 
     def counted(engine, problems, sampling):
-        asked.extend(problem.id for problem in problems)
+        sampled.extend(problem.id for problem in problems)
         return generate(engine, problems, sampling)
 
     monkeypatch.setattr(TransformersEngine, "generate", counted)
     run_to_end(recipe(), tmp_path / "run", alike=[tmp_path / "none", tmp_path / "grpo"])
     assert_same_run(whole, tmp_path / "run")
     once = 4  # validation problems, at steps 2, 4 and 5, not at 0
-    assert sum(name.startswith("validation") for name in asked) == 3 * once
+    assert sum(name.startswith("validation") for name in sampled) == 3 * once
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="asks for a fork")
@@ -292,9 +292,9 @@ def test_a_checkpoint_waits_for_the_answers_it_counts_on(
             flushed.append(path.name)
         flush(handle)
 
-    def saving(folder: Path, step: int, *told: object, **more: object) -> None:
+    def saving(folder: Path, step: int, *args: object, **kwargs: object) -> None:
         assert f"step_{step:06d}.001.jsonl" in flushed and f"step_{step:06d}.jsonl" in flushed
-        save(folder, step, *told, **more)  # type: ignore[arg-type]
+        save(folder, step, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "fsync", slowly)
     monkeypatch.setattr(checkpoint, "save", saving)

@@ -42,11 +42,11 @@ def server() -> Iterator[ScriptedVllm]:
 
 
 def recipe(server: ScriptedVllm) -> Recipe:
-    own = {
+    engine = {
         "type": "vllm_server", "url": server.url, "model": "tiny", "tolerance": 1e-3,
         "concurrency": 1, "patience_seconds": 0.0,
     }  # fmt: skip
-    return validate(Recipe, merge(RUN, {"engine": own}), where="test")
+    return validate(Recipe, merge(RUN, {"engine": engine}), where="test")
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -77,8 +77,8 @@ def test_a_run_samples_and_evaluates_with_the_weights_of_each_step(
     server: ScriptedVllm, tmp_path: Path
 ) -> None:
     run_to_end(recipe(server), tmp_path / "run")
-    kept = answers(tmp_path / "run")
-    versions = {name: {row["policy_version"] for row in rows} for name, rows in kept.items()}
+    rollouts = answers(tmp_path / "run")
+    versions = {name: {row["policy_version"] for row in rows} for name, rows in rollouts.items()}
     assert versions == {
         "step_000001.000": {0}, "step_000002.000": {1},
         "validation_000000.000": {0}, "validation_000002.000": {2},
@@ -102,10 +102,12 @@ def test_a_served_engine_samples_while_the_trainer_trains(
     for name in ("run", "again"):
         run_to_end(stale, tmp_path / name)
         server.restart()
-    kept = answers(tmp_path / "run")
-    versions = [{row["policy_version"] for row in kept[f"step_{t:06d}.000"]} for t in (1, 2, 3, 4)]
+    rollouts = answers(tmp_path / "run")
+    versions = [
+        {row["policy_version"] for row in rollouts[f"step_{t:06d}.000"]} for t in (1, 2, 3, 4)
+    ]
     assert versions == [{0}, {0}, {1}, {2}]
-    assert kept == answers(tmp_path / "again")
+    assert rollouts == answers(tmp_path / "again")
     assert same_weights(tmp_path / "run", tmp_path / "again")
 
 
@@ -142,8 +144,8 @@ def test_an_engine_that_dies_is_said_in_one_line_and_resume_goes_on(
     assert [row["step"] for row in steps(run)] == [1]
     capsys.readouterr()
     assert command(monkeypatch, "resume", run) == 2
-    said = capsys.readouterr().err.strip()
-    assert "no server replies at http://127.0.0.1" in said and "\n" not in said
+    error = capsys.readouterr().err.strip()
+    assert "no server replies at http://127.0.0.1" in error and "\n" not in error
     server.dies_after = None
     server.restart()
     assert command(monkeypatch, "resume", run) == 0

@@ -63,8 +63,8 @@ def name_of(page: Path) -> str:
 
 def blocks(page: Path, *languages: str) -> list[str]:
     pattern = r"^```([^\n]*)\n(.*?)^```"
-    found = re.findall(pattern, page.read_text(), re.DOTALL | re.MULTILINE)
-    return [body for info, body in found if (info.split() or [""])[0] in languages]
+    matches = re.findall(pattern, page.read_text(), re.DOTALL | re.MULTILINE)
+    return [body for info, body in matches if (info.split() or [""])[0] in languages]
 
 
 def marker_in(comment: str) -> str | None:
@@ -111,8 +111,8 @@ def test_a_command_parses_and_its_recipe_and_settings_exist(command: Command) ->
     if command.words[0].startswith("--"):
         return
     group = typer.main.get_command(cli.app)
-    found = group.commands[command.words[0]]  # type: ignore[attr-defined]
-    given = found.make_context(command.words[0], command.words[1:]).params
+    click_command = group.commands[command.words[0]]  # type: ignore[attr-defined]
+    given = click_command.make_context(command.words[0], command.words[1:]).params
     recipe, settings = given.get("recipe"), given.get("settings") or []
     if EXPECTED_TO_FAIL in command.text:
         with pytest.raises(RecipeError, match="unknown key"):
@@ -130,8 +130,8 @@ def test_a_command_parses_and_its_recipe_and_settings_exist(command: Command) ->
 @pytest.mark.parametrize("command", USAGE, ids=ids)
 def test_a_line_of_a_synopsis_names_a_command_and_its_options(command: Command) -> None:
     group = typer.main.get_command(cli.app)
-    found = group.commands[command.words[0]]  # type: ignore[attr-defined]
-    options = {option for param in found.params for option in param.opts}
+    click_command = group.commands[command.words[0]]  # type: ignore[attr-defined]
+    options = {option for param in click_command.params for option in param.opts}
     given = [word for word in command.words if re.fullmatch(r"-\w|--[\w-]+", word)]
     assert set(given) <= options
 

@@ -13,6 +13,7 @@ import selfteach
 
 PACKAGE = Path(selfteach.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted(Path(__file__).parents[2].rglob("*.py"))
 VAGUE = {"told", "said", "own", "asked", "kept", "found", "soon"}
 """Words that name no variable: they do not say what a thing is."""
 
@@ -50,3 +51,8 @@ def test_names_say_what_they_name_and_files_are_short(path: Path) -> None:
     assert not VAGUE & set(stored_names(tree))
     assert text.count("\n") <= 400
     assert ast.get_docstring(tree) or path.name == "__init__.py"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_names_in_tests_say_what_they_name(path: Path) -> None:
+    assert not VAGUE & set(stored_names(ast.parse(path.read_text(encoding="utf-8"))))

@@ -14,8 +14,8 @@ SOURCE = Path("src")
 
 def test_every_module_that_states_shapes_is_hooked() -> None:
     options = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    (told,) = (w for w in options["addopts"].split() if w.startswith("--jaxtyping-packages="))
-    *hooked, checker = told.partition("=")[2].split(",")
+    (option,) = (w for w in options["addopts"].split() if w.startswith("--jaxtyping-packages="))
+    *hooked, checker = option.partition("=")[2].split(",")
     stating = [
         ".".join(path.relative_to(SOURCE).with_suffix("").parts)
         for path in SOURCE.rglob("*.py")

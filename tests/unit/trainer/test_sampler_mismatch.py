@@ -34,8 +34,8 @@ def distillation(cap: float | None) -> Distillation:
     return Distillation(Divergence("forward_kl"), 1.0, importance_cap=cap)
 
 
-def hybrid(told: float | None, rewarded: float | None) -> Hybrid:
-    return Hybrid(distillation(told), Grpo(1.0, importance_cap=rewarded), Anneal(0.5, 0.5))
+def hybrid(distilled: float | None, rewarded: float | None) -> Hybrid:
+    return Hybrid(distillation(distilled), Grpo(1.0, importance_cap=rewarded), Anneal(0.5, 0.5))
 
 
 @pytest.mark.parametrize("objective", [distillation, lambda cap: Grpo(1.0, importance_cap=cap)])
@@ -53,8 +53,8 @@ def test_weights_are_capped_ratios_and_cut_ones_are_counted(objective) -> None:
 def test_with_several_updates_grpo_is_weighed_by_where_it_began() -> None:
     # The ratio of policies is the surrogate's own; the engine's is that of the first update.
     old = torch.full((3,), -2 * LN2)
-    said = Grpo(1.0, importance_cap=CAP).per_token(LOGITS, None, batch(old=old), slice(None))
-    assert said["importance_capped"].tolist() == [0.0, 0.0, 0.0]
+    stats = Grpo(1.0, importance_cap=CAP).per_token(LOGITS, None, batch(old=old), slice(None))
+    assert stats["importance_capped"].tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_a_mixture_counts_in_the_proportion_of_its_shares(
 ) -> None:
     mixed = batch(share=torch.full((3,), 0.25))
     teacher = torch.zeros(3, 2)
-    said = objective.per_token(LOGITS, teacher, mixed, slice(None))
-    assert said["importance_capped"].tolist() == wanted
+    stats = objective.per_token(LOGITS, teacher, mixed, slice(None))
+    assert stats["importance_capped"].tolist() == wanted
     # Micro-batches with and without a teacher say the same things, or they could not be joined.
-    assert objective.per_token(LOGITS, None, mixed, slice(None)).keys() == said.keys()
+    assert objective.per_token(LOGITS, None, mixed, slice(None)).keys() == stats.keys()
 
 
 def test_a_mixture_without_a_cap_says_nothing_of_one() -> None:
@@ -82,13 +82,13 @@ def test_a_mixture_without_a_cap_says_nothing_of_one() -> None:
 
 
 def test_what_a_step_says_of_the_mismatch() -> None:
-    said = {
+    stats = {
         "total": torch.zeros(1),
         "clipped": torch.zeros(2),
         "mismatch": torch.tensor([LN2, -LN2]),
         "importance_capped": torch.tensor([1.0, 0.0]),
     }
-    metrics = summarize_tokens([said], SINGLE_PROCESS)
+    metrics = summarize_tokens([stats], SINGLE_PROCESS)
     assert metrics["mismatch_mean"] == pytest.approx(LN2)
     assert metrics["mismatch_max"] == pytest.approx(LN2)
     # k3: (2 − 1 − ln 2) and (1/2 − 1 + ln 2), whose mean is 1/4.

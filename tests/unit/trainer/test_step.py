@@ -52,10 +52,10 @@ class Scripted:
         self.encode, self.versions = encode, list[int]()
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
-        told = dict(zip((p.id for p in PROBLEMS), ANSWERS, strict=True))
+        answers = dict(zip((p.id for p in PROBLEMS), ANSWERS, strict=True))
         return [
             dataclasses.replace(
-                self.encode(p, told[p.id]), sample=i, policy_version=(self.versions or [0])[-1]
+                self.encode(p, answers[p.id]), sample=i, policy_version=(self.versions or [0])[-1]
             )
             for p in problems
             for i in range(sampling.samples)
@@ -170,17 +170,17 @@ def test_learning_is_the_slow_loss_and_its_gradient(
         n: p.grad.clone() for n, p in components.policy.trainable.items() if p.grad is not None
     }
     components.policy.optimizer.zero_grad()
-    found: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
 
     def look(*_: object) -> None:
-        found.update({n: p.grad.clone() for n, p in components.policy.trainable.items()})  # type: ignore[union-attr]
+        gradients.update({n: p.grad.clone() for n, p in components.policy.trainable.items()})  # type: ignore[union-attr]
 
     components.policy.optimizer.register_step_pre_hook(look)
     metrics = learn(components, samples)
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
     scale = min(1.0, 1.0 / metrics["grad_norm"])  # the clip at norm 1
     for name, value in gradient.items():
-        assert torch.allclose(found[name], scale * value, atol=1e-5), name
+        assert torch.allclose(gradients[name], scale * value, atol=1e-5), name
     assert metrics["tokens_trained"] == 2 * (9 + 15)
 
 
@@ -286,13 +286,13 @@ def test_later_updates_are_measured_from_the_first(components: Components) -> No
 
     class Watched(Grpo):
         def per_token(self, logits_CV, teacher_logits_CV, batch, rows):  # type: ignore[no-untyped-def]
-            said = super().per_token(logits_CV, teacher_logits_CV, batch, rows)
+            stats = super().per_token(logits_CV, teacher_logits_CV, batch, rows)
             if batch.old_logp_N is None:  # the first update: what it says is what it starts from
-                first.append(said["logp"])
+                first.append(stats["logp"])
             else:
                 assert torch.equal(batch.old_logp_N[rows], first[len(moved)])
-                moved.append((said["logp"] - batch.old_logp_N[rows]).abs().max().item())
-            return said
+                moved.append((stats["logp"] - batch.old_logp_N[rows]).abs().max().item())
+            return stats
 
     mixed = dataclasses.replace(PROBLEMS[0], id="q1")  # one right and one wrong answer to "q1"
     rollouts = [*components.engine.generate(PROBLEMS[1:2], components.sampling)[:1]]

@@ -131,9 +131,9 @@ def test_grpo_asks_no_teacher_and_passes_over_groups_that_score_alike(counted: A
     alike = {p: set[bool]() for p in (sample.rollout.problem.id for sample in samples)}
     for sample in samples:
         alike[sample.rollout.problem.id].add(sample.critiqued.verdict.correct)
-    told = [sample for sample in samples if len(alike[sample.rollout.problem.id]) > 1]
+    shared = [sample for sample in samples if len(alike[sample.rollout.problem.id]) > 1]
     assert work.passes["teacher"] == 0
-    assert work.head_rows == sum(len(sample.rollout.token_ids) for sample in told)
+    assert work.head_rows == sum(len(sample.rollout.token_ids) for sample in shared)
 
 
 class Alive(TorchDispatchMode):
@@ -190,8 +190,8 @@ def peak(
     teacher = Scores.single(teacher_NH, Head(teacher_VH))
     ids_N, weight_N = torch.randint(V, (tokens,)), torch.full((tokens,), 1 / tokens)
 
-    asked = Sequences(ids_N[:, None], ids_N, ids_N)  # which a loss does not look at
-    batch = Batch(asked, asked, ids_N, weight_N, weight_N, weight_N)
+    sequences = Sequences(ids_N[:, None], ids_N, ids_N)  # which a loss does not look at
+    batch = Batch(sequences, sequences, ids_N, weight_N, weight_N, weight_N)
     match kind:
         case "grpo":
             objective = Grpo(1.0)
