@@ -35,7 +35,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from datasets import Dataset
 from transformers import TrainerCallback
 
-import selfteach.trainer.build as building
+import selfteach.models.loading as loading
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.trainer import step
@@ -158,9 +158,7 @@ def built_of(model: str, values: dict[str, Any]) -> Built:
     if model not in MODEL_SIZES:
         return build(recipe)
     dtype = getattr(torch, recipe.model.weights_dtype)
-    with mock.patch.object(
-        building, "load_model", lambda _, device: model_of(model, device, dtype)
-    ):
+    with mock.patch.object(loading, "load_model", lambda _, device: model_of(model, device, dtype)):
         return build(recipe)
 
 

@@ -94,17 +94,17 @@ def step(
     ranks: Ranks, variant: str, shard: str, samples: list[TrainingSample], micro_batch_tokens: int
 ) -> dict[str, Any]:
     """Return metrics, gradients of the last update before clipping, and weights after a step."""
-    import selfteach.trainer.build as building
+    import selfteach.models.loading as loading
 
     # A sharded pass uses no tree attention, and Llama's norms round to float32: states that differ in
     # their last bit may differ in the eighth digit after it.
     tree_attention.enable_tree_attention = lambda _: False
-    loaded = building.load_model
-    building.load_model = lambda *args: loaded(*args).double()  # type: ignore[assignment]
+    loaded = loading.load_model
+    loading.load_model = lambda *args: loaded(*args).double()  # type: ignore[assignment]
     try:
         components = build(recipe(variant, shard), ranks).components
     finally:
-        building.load_model = loaded
+        loading.load_model = loaded
     components = dataclasses.replace(
         components, micro_batch_tokens=micro_batch_tokens, chunk_tokens=7
     )

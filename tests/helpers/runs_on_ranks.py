@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import selfteach.trainer.build as building
+import selfteach.models.loading as loading
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
 from selfteach.errors import SelfteachError, Terminated
@@ -110,9 +110,9 @@ def assert_same_run(ours: Path, theirs: Path, *, step: int = 4) -> None:
 
 def in_double() -> Any:
     """Load all models in float64: the body of a fixture."""
-    loaded = building.load_model
+    loaded = loading.load_model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "load_model", lambda *args: loaded(*args).double())
+        patch.setattr(loading, "load_model", lambda *args: loaded(*args).double())
         torch.set_default_dtype(torch.float64)
         yield
         torch.set_default_dtype(torch.float32)

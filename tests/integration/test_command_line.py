@@ -248,7 +248,7 @@ def test_the_sweep_never_scores_test_and_records_its_choice(
         ("model.templates=nowhere", "no such template set"),
         ("model.device=mps", "not supported"),
         ("train.max_length=20", "exceeds the context"),
-        ("train.max_length=4096", "built for 256"),
+        ("train.max_length=4096", "supports 256"),
         ("data.world=mars", "known worlds"),
         ("study.headline=['grpo-nothing']", "study.headline"),
         ("nonsense", "key=value"),
