@@ -136,7 +136,7 @@ def test_statistics_and_critiques_of_completions_from_a_file(
         assert re.search(r"12 less 2 is 9\. +fixed +12 less 2 is 10\.", printed)
         assert re.search(r"Three bags of four are 12\. +kept +Three bags of four are 12\.", printed)
         assert re.search(r"\n +9 +fixed +10 *\n", printed)
-        assert printed.count("the answer is ") == 5
+        assert printed.count("the rollout is ") == 5
         rows = [json.loads(row) for row in out.read_text().splitlines()]
         assert [row["problem_id"] for row in rows] == ["p0", "p1", "p2", "p3", "p4"]
         assert [row["critique"].get("case") for row in rows[:3]] == ["A", "B", "D"]
@@ -145,7 +145,7 @@ def test_statistics_and_critiques_of_completions_from_a_file(
         assert len(server.requests) == 5, "cached replies are not requested again"
         assert "the cache 5 1.0" in line(again, "replies from")
         assert "sent 0 0.0" in line(again, "requests")
-        assert again.count("the answer is ") == 4
+        assert again.count("the rollout is ") == 4
 
 
 def test_control_characters_of_models_are_not_printed(

@@ -253,7 +253,7 @@ def test_what_another_run_has_answered_before_its_first_step_is_not_answered_aga
         return generate(engine, problems, sampling)
 
     monkeypatch.setattr(TransformersEngine, "generate", counted)
-    run_to_end(recipe(), tmp_path / "run", alike=[tmp_path / "none", tmp_path / "grpo"])
+    run_to_end(recipe(), tmp_path / "run", same_start=[tmp_path / "none", tmp_path / "grpo"])
     assert_same_run(whole, tmp_path / "run")
     once = 4  # validation problems, at steps 2, 4 and 5, not at 0
     assert sum(name.startswith("validation") for name in sampled) == 3 * once

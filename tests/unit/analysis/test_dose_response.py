@@ -120,8 +120,8 @@ def test_an_inspection_shows_every_position_of_the_arms() -> None:
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ({"axis": ""}, "give both, or none"),
-        ({"at": {}}, "give both, or none"),
+        ({"axis": ""}, "give both, or neither"),
+        ({"at": {}}, "give both, or neither"),
         ({"at": {"dial_0": 0.0, "dail_1": 1.0}}, "study.at: 'dial_0'"),
     ],
 )

@@ -160,7 +160,7 @@ def test_labelled_steps_get_the_scores_of_the_same_rollouts(
     ("line", "message"),
     [
         ("{", r"labelled\.jsonl:1: not valid JSON"),
-        ('{"problem": "p", "steps": ["a"]}', "needed: problem, steps, label"),
+        ('{"problem": "p", "steps": ["a"]}', "needs the fields problem, steps, label"),
         ('{"problem": "p", "steps": [], "label": 0}', "label 0 is neither an index of its 0 steps"),
         ('{"problem": "p", "steps": ["a", " "], "label": 0}', "list of non-empty strings"),
         (

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from selfteach.config.recipe import (
-    EmaTeacher,
-    InitialTeacher,
-    LiveTeacher,
+    EmaTeacherConfig,
+    InitialTeacherConfig,
+    LiveTeacherConfig,
     Recipe,
-    TrustRegionTeacher,
+    TrustRegionTeacherConfig,
 )
 from selfteach.models.policy import Policy
 from selfteach.models.sequences import sequences
@@ -50,7 +50,7 @@ def move(policy: Policy, amount: float = 0.02) -> None:
 
 
 def test_the_initial_teacher_does_not_change(policy: Policy) -> None:
-    teacher, before = build_teacher(InitialTeacher(), policy), logits(policy)
+    teacher, before = build_teacher(InitialTeacherConfig(), policy), logits(policy)
     move(policy)
     teacher.update()
     assert not torch.allclose(logits(policy), before)
@@ -59,20 +59,20 @@ def test_the_initial_teacher_does_not_change(policy: Policy) -> None:
 
 def test_adapters_off_is_the_plain_model() -> None:
     plain, adapted = policy_of(), policy_of(lora={"rank": 4, "alpha": 8})
-    teacher = build_teacher(InitialTeacher(), adapted)
+    teacher = build_teacher(InitialTeacherConfig(), adapted)
     move(adapted)
     assert teacher.state() == {}
     assert torch.equal(teacher.score(SIDE).logits(ALL), logits(plain))
 
 
 def test_the_live_teacher_follows_the_policy(policy: Policy) -> None:
-    teacher = build_teacher(LiveTeacher(type="live"), policy)
+    teacher = build_teacher(LiveTeacherConfig(type="live"), policy)
     move(policy)
     assert torch.equal(teacher.score(SIDE).logits(ALL), logits(policy))
 
 
 def test_ema_moves_by_its_rate(policy: Policy) -> None:
-    teacher = build_teacher(EmaTeacher(type="ema", rate=0.25), policy)
+    teacher = build_teacher(EmaTeacherConfig(type="ema", rate=0.25), policy)
     name, param = next(iter(policy.trainable.items()))
     start = param.detach().clone()
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_ema_moves_by_its_rate(policy: Policy) -> None:
 
 def test_trust_region_mixes_logits(policy: Policy) -> None:
     before = logits(policy)
-    teacher = build_teacher(TrustRegionTeacher(type="trust_region", student_mix=0.3), policy)
+    teacher = build_teacher(TrustRegionTeacherConfig(type="trust_region", student_mix=0.3), policy)
     move(policy)
     mixed = 0.7 * before + 0.3 * logits(policy)
     assert torch.allclose(teacher.score(SIDE).logits(ALL), mixed, atol=1e-5)
@@ -93,7 +93,11 @@ def test_trust_region_mixes_logits(policy: Policy) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [InitialTeacher(), EmaTeacher(type="ema"), TrustRegionTeacher(type="trust_region")],
+    [
+        InitialTeacherConfig(),
+        EmaTeacherConfig(type="ema"),
+        TrustRegionTeacherConfig(type="trust_region"),
+    ],
 )
 def test_state_survives_a_round_trip(config: object, policy: Policy) -> None:
     teacher = build_teacher(config, policy)  # type: ignore[arg-type]
@@ -109,9 +113,9 @@ def test_state_survives_a_round_trip(config: object, policy: Policy) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        InitialTeacher(),
-        EmaTeacher(type="ema", rate=0.1),
-        TrustRegionTeacher(type="trust_region", student_mix=0.0),
+        InitialTeacherConfig(),
+        EmaTeacherConfig(type="ema", rate=0.1),
+        TrustRegionTeacherConfig(type="trust_region", student_mix=0.0),
     ],
 )
 def test_scores_read_after_the_swap_are_still_the_teachers(config: object) -> None:
@@ -132,5 +136,5 @@ def test_weights_are_restored_after_an_error(policy: Policy) -> None:
 
 
 def test_a_teacher_gives_no_gradient(policy: Policy) -> None:
-    scores = build_teacher(InitialTeacher(), policy).score(SIDE)
+    scores = build_teacher(InitialTeacherConfig(), policy).score(SIDE)
     assert not scores.logits(ALL).requires_grad

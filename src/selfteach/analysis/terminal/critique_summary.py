@@ -83,7 +83,12 @@ def _print_example(number: int, row: Row, console: Console) -> None:
     for title, ratio in (("answer", 1), ("", None), ("critique", 1)):
         table.add_column(title, ratio=ratio, no_wrap=not title, overflow="fold")
     if "reason" in critique:
-        _row(table, _short(row["answer"]), "", _short(critique.get("said") or "(nothing)"))
+        _row(
+            table,
+            _short(row["answer"]),
+            "",
+            _short(critique.get("reply", critique.get("said")) or "(nothing)"),
+        )
     else:
         for original, status, text in step_pairs(row):
             colour = STATUS_COLOURS[status]
