@@ -64,10 +64,13 @@ class Critic(Protocol):
 class Context(Protocol):
     """Builds the context that the self-teacher is shown besides the question."""
 
-    def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
+    def __call__(
+        self, critiqued: Sequence[CritiquedRollout]
+    ) -> Sequence[str | CritiqueFailure | None]:
         """Return a context, or the reason why there is none, for each rollout, in order.
 
-        ``critiqued`` are all rollouts of a step, since some contexts show a rollout of another sample.
+        None means that the teacher is shown the question alone. ``critiqued`` are all rollouts of a
+        step, since some contexts show a rollout of another sample.
         """
         ...
 

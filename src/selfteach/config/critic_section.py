@@ -123,8 +123,8 @@ class LocalCriticConfig(LlmCriticConfig):
     """Model id or folder, as in ``model.path``."""
     gguf_file: str | None = None
     """Name of a GGUF file inside ``path``; its weights are dequantised."""
-    weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the critic's weights."""
+    weights_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Data type of the critic's weights; ``auto`` as in ``model.weights_dtype``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the critic; ``auto``: CUDA where there is one, else the CPU."""
     trust_remote_code: bool = False

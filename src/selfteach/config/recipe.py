@@ -25,6 +25,7 @@ ContextName = Literal[
     "answer_only",
     "shuffled_lines",
     "other_answer",
+    "other_reference",
     "peer",
     "environment",
 ]
@@ -83,10 +84,14 @@ class ModelConfig(Section):
     system: str | None = None
     """System prompt of student and teacher, in place of the chat template's. If the
     template has no system role, it is put before the first question."""
+    teacher_system: str | None = None
+    """System prompt of the teacher, where it is another one than the student's; unset: that of
+    ``system``."""
     thinking: ThinkingConfig = ThinkingConfig()
     """Whether student and teacher think before they answer."""
-    weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the weights."""
+    weights_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Data type of the weights; ``auto``: bfloat16 where the device has bfloat16 matmul, else float32.
+    Adapters are float32 in any case."""
     autocast: Literal["auto", "bfloat16"] | None = None
     """Multiply matrices in bfloat16 while weights keep their dtype; ``auto``: where the device has
     bfloat16 matmul, which most CPUs lack; ``false``: never. On such a CPU logits are rounded to
@@ -127,7 +132,7 @@ class ContextConfig(Section):
     """Sets what the self-teacher is shown."""
 
     type: ContextName = "step_aligned"
-    """What the teacher's prompt holds besides the question."""
+    """What the teacher's prompt holds besides the question; ``none``: nothing, a control."""
     fallback: ContextName | None = None
     """Context of rollouts for which ``type`` cannot be built (SDPO: ``environment`` where no ``peer``
     is correct)."""
@@ -366,10 +371,10 @@ DEFAULT_TYPES = {
 
 
 def _check_distillation(distillation: DistillationConfig, recipe: Recipe) -> None:
-    if recipe.context.type == "none":
+    if "context" not in recipe.model_fields_set:
         raise ValueError(
-            'distillation with context "none" has nothing to teach: choose a context, '
-            'for example [context] type = "step_aligned"'
+            "distillation without a context has nothing to teach: choose one, for example "
+            '[context] type = "step_aligned" ("none" is a null control)'
         )
     if distillation.needs_critique and recipe.critic is None:
         key = "from_first_error" if distillation.from_first_error else "changed_steps_fraction"
@@ -379,6 +384,7 @@ def _check_distillation(distillation: DistillationConfig, recipe: Recipe) -> Non
 CRITIC_CONTEXTS = frozenset(
     name
     for name in CONTEXTS
-    if name not in ("none", "reference", "aligned_reference", "peer", "environment")
+    if name
+    not in ("none", "reference", "aligned_reference", "other_reference", "peer", "environment")
 )
 """Contexts that are made from a critique."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,9 +16,22 @@ from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, Replace
 SHARED_TEMPLATE = {
     "shuffled_lines": "step_aligned",
     "other_answer": "step_aligned",
+    "other_reference": "reference",
     "partly_aligned": "step_aligned",
 }
 """Contexts that render another context's template from a modified critique."""
+
+
+class NoContext:
+    """Shows the teacher the question alone: a control for what distillation teaches without feedback.
+
+    What such a teacher knows beyond the student comes from its weights (EMA), its thinking or its
+    system prompt; without any of these the loss and its gradient are 0 at the first step.
+    """
+
+    def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[None]:
+        """Return no context for each rollout."""
+        return [None] * len(critiqued)
 
 
 class TemplateContext:
@@ -28,10 +41,11 @@ class TemplateContext:
     ``step_aligned``: the critic's corrected trace of this rollout. ``full_repetition`` also quotes the
     wrong step, ``omission`` says that steps are right without repeating them, ``holistic`` gives the
     verdict and the right answer, ``answer_only`` the answer alone. ``shuffled_lines`` is the trace in
-    random order; ``other_answer`` the trace of a rollout of another question of the same step (the
-    null control). ``peer`` is another rollout of the same question that the verifier accepts,
-    ``environment`` the verifier's feedback on this rollout (SDPO, arXiv:2601.20802; the rollout itself
-    is not shown with either, since the paper reports that this hurts).
+    random order. Null controls: ``other_answer``, the trace of a rollout of another question of the
+    same step, and ``other_reference``, the reference of another problem of the same step. ``peer`` is
+    another rollout of the same question that the verifier accepts, ``environment`` the verifier's
+    feedback on this rollout (SDPO, arXiv:2601.20802; the rollout itself is not shown with either, since
+    the paper reports that this hurts).
     """
 
     def __init__(self, name: str, templates: Templates, *, seed: int) -> None:
@@ -44,6 +58,8 @@ class TemplateContext:
             return [self._peer(one, critiqued) for one in critiqued]
         if self._name == "environment":
             return [self._environment(one) for one in critiqued]
+        if self._name == "other_reference":
+            return [self._other_reference(one, critiqued) for one in critiqued]
         subjects = self._others(critiqued) if self._name == "other_answer" else critiqued
         return [
             self._from_critique(one, subject)
@@ -76,6 +92,23 @@ class TemplateContext:
             return CritiqueFailure("the environment says nothing")
         return self._render(critiqued, feedback=feedback)
 
+    def _other_reference(
+        self, critiqued: CritiquedRollout, step: Sequence[CritiquedRollout]
+    ) -> str | CritiqueFailure:
+        """Return a context with the reference of another problem of the step, drawn by (seed, question,
+        sample) among those that differ from this problem's."""
+        problem = critiqued.rollout.problem
+        others = {one.rollout.problem.id: one.rollout.problem.references for one in step}
+        texts = {
+            id_: others[id_]["reference"] for id_ in sorted(others) if "reference" in others[id_]
+        }
+        this = problem.references.get("reference")
+        candidates = [text for id_, text in texts.items() if id_ != problem.id and text != this]
+        if not candidates:
+            return CritiqueFailure("no other problem of the step has a reference")
+        drawn = candidates[_rng(self._seed, critiqued).integers(len(candidates))]
+        return self._render(critiqued, references={"reference": drawn})
+
     def _from_critique(
         self, critiqued: CritiquedRollout, subject: CritiquedRollout | None
     ) -> str | CritiqueFailure:
@@ -100,12 +133,13 @@ class TemplateContext:
         *,
         critique: Critique | None = None,
         correct: bool = False,
+        references: Mapping[str, str] | None = None,
         **variables: str,
     ) -> str:
         return self._templates.context(
             self._template,
             critique=critique,
-            references=critiqued.rollout.problem.references,
+            references=references or critiqued.rollout.problem.references,
             correct=correct,
             attempt=critiqued.rollout.text,
             **variables,
@@ -144,7 +178,9 @@ class PartlyAlignedContext:
             seed,
         )
 
-    def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
+    def __call__(
+        self, critiqued: Sequence[CritiquedRollout]
+    ) -> Sequence[str | CritiqueFailure | None]:
         """Return the context of each rollout with its blended critique, or why it has none."""
         return self._context([self._blended(one) for one in critiqued])
 
@@ -174,7 +210,9 @@ class FallbackContext:
         """Store both contexts; ``reasons`` select when the second is used, None for any reason."""
         self._context, self._fallback, self._reasons = context, fallback, reasons
 
-    def __call__(self, critiqued: Sequence[CritiquedRollout]) -> list[str | CritiqueFailure]:
+    def __call__(
+        self, critiqued: Sequence[CritiquedRollout]
+    ) -> Sequence[str | CritiqueFailure | None]:
         """Return the first context of each rollout, or the second where that is missing."""
         firsts, seconds = self._context(critiqued), self._fallback(critiqued)
         return [
@@ -182,7 +220,7 @@ class FallbackContext:
             for first, second in zip(firsts, seconds, strict=True)
         ]
 
-    def _falls_back(self, context: str | CritiqueFailure) -> bool:
+    def _falls_back(self, context: str | CritiqueFailure | None) -> bool:
         return isinstance(context, CritiqueFailure) and (
             self._reasons is None or context.reason in self._reasons
         )

@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -78,7 +78,13 @@ def build_renderer(
 ) -> Renderer:
     """Build the renderer of the policy's and the teacher's prompts."""
     thinking = Thinking(**config.thinking.model_dump())
-    return Renderer(tokenizer, templates, system=config.system, thinking=thinking)
+    return Renderer(
+        tokenizer,
+        templates,
+        system=config.system,
+        teacher_system=config.teacher_system,
+        thinking=thinking,
+    )
 
 
 def resolve(path: str) -> str:
@@ -113,6 +119,14 @@ def autocast_of(config: ModelConfig, device: str) -> torch.dtype | None:
         kind = choose_device(device).type if device == "auto" else torch.device(device).type
         return torch.bfloat16 if matmul.has_fast_bf16(kind) else None
     return DTYPES[config.autocast] if config.autocast else None
+
+
+def weights_dtype_of(config: ModelConfig, device: str) -> Literal["float32", "bfloat16"]:
+    """Return the dtype of a model's weights on a device, which is named as in `autocast_of`."""
+    if config.weights_dtype != "auto":
+        return config.weights_dtype
+    kind = choose_device(device).type if device == "auto" else torch.device(device).type
+    return "bfloat16" if matmul.has_fast_bf16(kind) else "float32"
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -151,7 +165,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 resolve(config.path),
-                dtype=DTYPES[config.weights_dtype],
+                dtype=DTYPES[weights_dtype_of(config, device.type)],
                 trust_remote_code=config.trust_remote_code,
                 **extra,
             )

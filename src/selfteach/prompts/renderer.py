@@ -44,8 +44,10 @@ class Renderer:
         templates: Templates,
         *,
         system: str | None = None,
+        teacher_system: str | None = None,
         thinking: Thinking | None = None,
     ) -> None:
+        """Store tokenizer and templates; ``teacher_system`` is ``system`` where it is None."""
         if tokenizer.chat_template is None:
             raise EngineError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
@@ -64,7 +66,9 @@ class Renderer:
         self._control = ControlTokens(tokenizer)
         self._escape = lru_cache(PROMPT_CACHE_SIZE)(self._control.escape)
         self._system = system
-        self._system_has_role = system is not None and self._supports_system_role()
+        self._teacher_system = system if teacher_system is None else teacher_system
+        has_system = self._system is not None or self._teacher_system is not None
+        self._system_has_role = has_system and self._supports_system_role()
         self._headers = self._headers_to_swap()
         prompt = self._chat([_user(_PROBE)], self._thinking.student)
         self._opens_thought = prompt.rstrip().endswith(self._thinking.tags[0])
@@ -76,15 +80,19 @@ class Renderer:
         return self._solver_ids(problem.question)
 
     def _encode_question(self, question: str) -> tuple[int, ...]:
-        messages = self._messages("solver", question=question)
+        messages = self._messages("solver", self._system, question=question)
         return self._control.encode(self._chat(messages, self._thinking.student))
 
-    def teacher_prompt(self, problem: Problem, context: str) -> tuple[int, ...]:
-        """Return the self-teacher's prompt: question, context and the student's header (`Thinking`)."""
+    def teacher_prompt(self, problem: Problem, context: str | None) -> tuple[int, ...]:
+        """Return the self-teacher's prompt: question, context and the student's header (`Thinking`).
+
+        Without a context it is the student's prompt with the teacher's system prompt and thinking.
+        """
         return self._teacher_ids(problem.question, context)
 
-    def _encode_context(self, question: str, context: str) -> tuple[int, ...]:
-        messages = self._messages("teacher", question=question, context=context)
+    def _encode_context(self, question: str, context: str | None) -> tuple[int, ...]:
+        template, data = ("solver", {}) if context is None else ("teacher", {"context": context})
+        messages = self._messages(template, self._teacher_system, question=question, **data)
         text = self._chat(messages, self._thinking.teacher)
         if self._headers is not None:
             teacher_header, student_header = self._headers
@@ -97,7 +105,8 @@ class Renderer:
         escaped = [
             {**message, "content": self._control.escape(message["content"])} for message in messages
         ]
-        return self._control.encode(self._chat(self._with_system(escaped), self._thinking.student))
+        messages = self._with_system(escaped, self._system)
+        return self._control.encode(self._chat(messages, self._thinking.student))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode a rollout, without special tokens and without the thinking part."""
@@ -144,18 +153,18 @@ class Renderer:
     def _split(self, text: str) -> tuple[str, str]:
         return split_thinking(text, self._thinking.tags, opened=self._opens_thought)
 
-    def _messages(self, template: str, **data: str) -> list[Message]:
+    def _messages(self, template: str, system: str | None, **data: str) -> list[Message]:
         escaped = {name: self._escape(text) for name, text in data.items()}
-        return self._with_system(conversation(self._templates.render(template, **escaped)))
+        return self._with_system(conversation(self._templates.render(template, **escaped)), system)
 
-    def _with_system(self, messages: list[Message]) -> list[Message]:
-        """Prepend the recipe's system prompt; in the first user turn if there is no system role."""
-        if self._system is None:
+    def _with_system(self, messages: list[Message], system: str | None) -> list[Message]:
+        """Prepend a system prompt; in the first user turn if there is no system role."""
+        if system is None:
             return messages
         if self._system_has_role:
-            return [{"role": "system", "content": self._system}, *messages]
+            return [{"role": "system", "content": system}, *messages]
         first, *rest = messages
-        return [_user(f"{self._system}\n\n{first['content']}"), *rest]
+        return [_user(f"{system}\n\n{first['content']}"), *rest]
 
     def _supports_system_role(self) -> bool:
         """Return True if the chat template writes system messages; some raise, some drop the text."""

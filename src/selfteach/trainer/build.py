@@ -14,7 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfteach.config.critic_section import LlmCriticConfig, PolicyCriticConfig
-from selfteach.config.objective_section import DistillationConfig, GrpoConfig, HybridConfig
+from selfteach.config.objective_section import (
+    DistillationConfig,
+    GrpoConfig,
+    HybridConfig,
+    terms,
+)
 from selfteach.config.recipe import (
     EmaTeacherConfig,
     InitialTeacherConfig,
@@ -25,7 +30,12 @@ from selfteach.config.recipe import (
     TrustRegionTeacherConfig,
 )
 from selfteach.errors import DataError, RecipeError
-from selfteach.feedback.contexts import FallbackContext, PartlyAlignedContext, TemplateContext
+from selfteach.feedback.contexts import (
+    FallbackContext,
+    NoContext,
+    PartlyAlignedContext,
+    TemplateContext,
+)
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.losses.token_masks import TokenMask
@@ -344,6 +354,8 @@ def build_context(
     name: str, task: Task, templates: Templates, *, seed: int, alignment: float
 ) -> Context:
     """Build one context by name. Raises `RecipeError` if these problems do not support it."""
+    if name == "none":
+        return NoContext()
     if name != "partly_aligned":
         return TemplateContext(name, templates, seed=seed)
     if task.replace_steps is None:
@@ -357,7 +369,7 @@ def build_context(
 
 def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:
     name, fallback, critic = recipe.context.type, recipe.context.fallback, recipe.critic
-    if name == "none":
+    if terms(recipe.objective)[0] is None:
         return None
 
     def named(name: str) -> Context:

@@ -152,7 +152,7 @@ def _backward(components: Components, batch: Batch) -> dict[str, Tensor]:
 
 
 def _without_context(components: Components, critiqued: CritiquedRollout) -> TrainingSample:
-    """Return the sample of an arm without contexts: a teacher, if any, gets the student's prompt."""
+    """Return the sample of an arm without distillation: GRPO's KL penalty uses the student's prompt."""
     rollout = critiqued.rollout
     needs_teacher = components.objective.needs_teacher
     return TrainingSample(
@@ -164,7 +164,7 @@ def _without_context(components: Components, critiqued: CritiquedRollout) -> Tra
 
 
 def _with_context(
-    components: Components, critiqued: CritiquedRollout, context: str | CritiqueFailure
+    components: Components, critiqued: CritiquedRollout, context: str | CritiqueFailure | None
 ) -> TrainingSample:
     """Return a sample with its teacher prompt, or with the reason why it has none."""
     rollout = critiqued.rollout

@@ -55,7 +55,7 @@ def error_of(toml: str, *settings: str) -> str:
         ("[sampling]\ntemperature = 0", "sampling.temperature: "),
         # Combinations that make no sense.
         ("[context]\ntype = 'step_aligned'", 'needs a critic: add [critic] type = "oracle"'),
-        ("[train]\nsteps = 1", 'context "none" has nothing to teach'),
+        ("[train]\nsteps = 1", "distillation without a context has nothing to teach"),
         ("[context]\ntype = 'reference'\n[objective]\ntype = 'grpo'", "grpo uses no context"),
         ("[objective]\ntype = 'grpo'\n[train]\ngroup_size = 1", "at least 2"),
         (
@@ -74,7 +74,7 @@ def error_of(toml: str, *settings: str) -> str:
         ("[context]\ntype = 'peer'\nfallback = 'peer'", "fallback must differ"),
         ("[context]\ntype = 'peer'\nfallback = 'none'", "fallback must differ"),
         ("[context]\ntype = 'peer'\nfallback = 'holistic'", "needs a critic"),
-        ("[objective]\ntype = 'hybrid'", 'context "none" has nothing to teach'),
+        ("[objective]\ntype = 'hybrid'", "distillation without a context has nothing to teach"),
         (
             "[context]\ntype = 'reference'\n[objective]\ntype = 'hybrid'\n[train]\ngroup_size = 1",
             "grpo needs a train.group_size of at least 2",
@@ -219,7 +219,9 @@ def test_pairs_are_later_minus_earlier_and_each_minus_base() -> None:
 
 
 def test_critic_contexts_and_no_others_need_a_critic() -> None:
-    without = {"none", "reference", "aligned_reference", "peer", "environment"}
+    without = {
+        *("none", "reference", "aligned_reference", "other_reference", "peer", "environment")
+    }
     assert set(CONTEXTS) - CRITIC_CONTEXTS == without
     for name in CONTEXTS:
         values = {"context": {"type": name}, "train": {"steps": 0}}

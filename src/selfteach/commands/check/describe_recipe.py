@@ -16,6 +16,7 @@ from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import Study
 from selfteach.models import matmul
+from selfteach.models.loading import choose_device
 from selfteach.tasks.task import describe_problems
 from selfteach.trainer.build import build
 
@@ -26,6 +27,16 @@ FEEDBACK_NOT_READ = (
 SLOW_BF16 = (
     "note: this CPU has no instructions for bfloat16 matmul, which takes many times as long as float32 "
     'here: use model.autocast = "auto" (or false) and weights_dtype = "float32"'
+)
+FLOAT32_UNDER_ADAPTERS = (
+    "note: the weights under the adapters do not train and are float32; with "
+    'model.weights_dtype = "auto" they are bfloat16 here: half the memory, and a fraction of the time '
+    "(autocast casts all of them at every pass); adapters stay float32"
+)
+NOTHING_TO_TEACH = (
+    "note: the teacher is shown no context and has the student's weights and prompt, so the loss is 0 "
+    "at the first step: a null control; model.teacher_system, thinking or a context gives it something "
+    "to teach"
 )
 STALE_WITHOUT_CAP = (
     "note: train.staleness is above 0 without objective.importance_cap: rollouts of older weights are "
@@ -89,6 +100,10 @@ def notes(recipes: Iterable[Recipe], *, here: bool = True) -> Iterator[str]:
         yield FEEDBACK_NOT_READ
     if any(stale_without_cap(recipe) for recipe in checked):
         yield STALE_WITHOUT_CAP
+    if any(nothing_to_teach(recipe) for recipe in checked):
+        yield NOTHING_TO_TEACH
+    if here and any(float32_under_adapters(recipe) for recipe in checked):
+        yield FLOAT32_UNDER_ADAPTERS
     if here and any(slow_bf16(recipe) for recipe in checked):
         yield SLOW_BF16
 
@@ -102,6 +117,22 @@ def stale_without_cap(recipe: Recipe) -> bool:
     """Return True where rollouts of older weights are trained on as if they were on-policy."""
     caps = [term.importance_cap for term in terms(recipe.objective) if term is not None]
     return recipe.train.staleness > 0 and recipe.train.steps > 0 and None in caps
+
+
+def nothing_to_teach(recipe: Recipe) -> bool:
+    """Return True where the teacher has the student's prompt and, at first, its weights."""
+    model = recipe.model
+    distils = terms(recipe.objective)[0] is not None and recipe.train.steps > 0
+    same_prompt = model.teacher_system in (None, model.system)
+    same_thinking = model.thinking.student == model.thinking.teacher
+    return distils and recipe.context.type == "none" and same_prompt and same_thinking
+
+
+def float32_under_adapters(recipe: Recipe) -> bool:
+    """Return True where frozen weights are float32 on a device with bfloat16 matmul."""
+    model = recipe.model
+    has_bf16 = matmul.has_fast_bf16(choose_device(model.device).type)
+    return model.lora is not None and model.weights_dtype == "float32" and has_bf16
 
 
 def slow_bf16(recipe: Recipe) -> bool:

@@ -32,7 +32,13 @@ from selfteach.config.engine_section import VllmProcessConfig, VllmServerConfig
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
-from selfteach.models.loading import autocast_of, build_renderer, load_tokenizer, resolve
+from selfteach.models.loading import (
+    autocast_of,
+    build_renderer,
+    load_tokenizer,
+    resolve,
+    weights_dtype_of,
+)
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task, load_task
@@ -123,7 +129,7 @@ def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
     shape, model, train = sizes.shape, recipe.model, recipe.train
     if shape is None:
         return None
-    weights = SIZES[model.weights_dtype]
+    weights = SIZES[weights_dtype_of(model, sizes.device)]
     completion, lengths = recipe.sampling.max_tokens, sizes.lengths
     prompt = lengths.longest_prompt
     copies = int(
@@ -157,7 +163,8 @@ def _sampler(
         case VllmServerConfig():
             return "elsewhere"
         case VllmProcessConfig() as engine:
-            dtype = recipe.model.weights_dtype if engine.dtype == "auto" else engine.dtype
+            weights = weights_dtype_of(recipe.model, device)
+            dtype = weights if engine.dtype == "auto" else engine.dtype
             sleeps = engine.sleep and not device.startswith("cpu")
             rows = min(rows, engine.max_num_seqs)
             return VllmMemory(SIZES[dtype], rows, engine.gpu_memory_utilization, sleeps)

@@ -143,7 +143,7 @@ def prepare(
 def _prepare(
     built: Built,
     located: LocatedRollout,
-    shown: Mapping[str, str | CritiqueFailure],
+    shown: Mapping[str, str | CritiqueFailure | None],
     language: Language,
 ) -> PreparedRollout:
     rollout, renderer = located.critiqued.rollout, built.components.renderer
