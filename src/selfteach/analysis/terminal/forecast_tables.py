@@ -25,7 +25,7 @@ COLUMNS = (
     ("KL,\nnats", "divergence", 2),
     ("con-\ntrast", "contrast", 1),
     ("failing\nstep, %", "failing_mass", 0),
-    ("final\nans., %", "answer_mass", 0),
+    ("last\nstep, %", "end_mass", 0),
     ("style\nleak", "style_leak", 1),
 )
 """Columns of the table: title, measure, decimals."""
@@ -40,8 +40,8 @@ ESTIMATED = (
     "the optimizer's update. –: not measured."
 )
 BY_RATE = (
-    "Mixed groups: a group is larger than the rollouts sampled of a problem, so that the problem's rate "
-    "stands for it, which errs low."
+    "Mixed groups: a group has more rollouts than were sampled of a problem, so that the problem's "
+    "rate stands for it, which errs low."
 )
 
 Forecast = Mapping[str, Any]

@@ -24,6 +24,8 @@ from selfteach.evaluation.statistics import Interval, percentile_interval, resam
 
 RESAMPLES = 2000
 SEED = 0
+MIN_STEPS = 3
+"""Steps before the final answer without which a rollout has no end that differs from the whole."""
 TAIL = 0.025
 """Probability outside a 95 % interval, on each side."""
 
@@ -41,7 +43,7 @@ UNITS = {
     "divergence": "nats per token",
     "contrast": "ratio",
     "failing_mass": "percent of |A|",
-    "answer_mass": "percent of |A|",
+    "end_mass": "percent of |A|",
     "style_leak": "ratio",
 }
 """The unit of each measure; `docs/forecast.md` defines them."""
@@ -100,32 +102,34 @@ def edge(
 def token_measures(inspection: Inspection, reverse_kl_N: np.ndarray, context: str) -> Estimates:
     """Return what a context changes, token by token, in the rollouts that have it.
 
-    ``divergence`` is the mean KL(student ‖ teacher); ``answer_mass`` the share of all |A| on the
-    final answer, of rollouts that give one; the others are those of `analysis.inspection`.
+    ``divergence`` is the mean KL(student ‖ teacher); ``end_mass`` the share of all |A| on the final
+    answer and the step before it, of rollouts that end in an answer after at least `MIN_STEPS`
+    steps; the others are those of `analysis.inspection`.
     """
     index = inspection.contexts.index(context)
     table = sum_tokens(inspection)
     sums_PJ = table.by_problem(index, table.scored_CA[index])
-    divergence_PJ, answer_PJ = _divergence_and_answer(inspection, reverse_kl_N, index)
+    divergence_PJ, end_PJ = _divergence_and_end(inspection, reverse_kl_N, index)
     return {
         "divergence": _of_sums(divergence_PJ, _first_over_second),
         "contrast": _of_sums(sums_PJ, concentration),
         "failing_mass": _of_sums(sums_PJ, lambda sums: mass(sums, "failing")),
-        "answer_mass": _of_sums(answer_PJ, lambda sums: 100 * _first_over_second(sums)),
+        "end_mass": _of_sums(end_PJ, lambda sums: 100 * _first_over_second(sums)),
         "style_leak": _of_sums(sums_PJ, style_leak),
     }
 
 
-def _divergence_and_answer(
+def _divergence_and_end(
     inspection: Inspection, reverse_kl_N: np.ndarray, context: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return sums by problem: (KL, tokens), and |A| of (final answers, all tokens)."""
+    """Return sums by problem: (KL, tokens), and |A| of (the rollouts' ends, all their tokens)."""
     chosen_N = inspection.context_N == context
     answer_N = inspection.answer_N[chosen_N]
     last_A = np.array([len(row["step_spans"]["tokens"]) - 1 for row in inspection.answers])
-    gives_answer_A = np.array([row["parsed"] is not None for row in inspection.answers])
-    abs_N = np.abs(inspection.advantage_N[chosen_N].astype(float)) * gives_answer_A[answer_N]
-    is_last_N = inspection.step_N[chosen_N] == last_A[answer_N]
+    is_parsed_A = np.array([row["parsed"] is not None for row in inspection.answers])
+    counted_A = is_parsed_A & (last_A >= MIN_STEPS)
+    abs_N = np.abs(inspection.advantage_N[chosen_N].astype(float)) * counted_A[answer_N]
+    is_end_N = inspection.step_N[chosen_N] >= last_A[answer_N] - 1
 
     def by_problem(values_N: np.ndarray) -> np.ndarray:
         problem_N = inspection.problem_A[answer_N]
@@ -134,7 +138,7 @@ def _divergence_and_answer(
     kl_N = reverse_kl_N[chosen_N].astype(float)
     return (
         np.stack([by_problem(kl_N), by_problem(np.ones_like(kl_N))], axis=1),
-        np.stack([by_problem(abs_N * is_last_N), by_problem(abs_N)], axis=1),
+        np.stack([by_problem(abs_N * is_end_N), by_problem(abs_N)], axis=1),
     )
 
 

@@ -29,15 +29,15 @@ FEW_MIXED = 5.0
 """Percent of groups: GRPO with fewer mixed groups has too few to learn from."""
 ENOUGH_MIXED = 20.0
 """Percent of groups: GRPO with more mixed groups has a signal."""
-ANSWER_ALONE = 50.0
-"""Percent of |A|: a context with more of it on the final answer shows the student no way there."""
+END_ALONE = 50.0
+"""Percent of |A|: a context with more of it on the answer and the last step shows no way there."""
 NO_DIVERGENCE = 1e-4
 """Nats per token: below this the teacher is the student, up to rounding."""
 
 PREDICTIVE: tuple[str, ...] = (
     "divergence",
     "shown",
-    "answer_mass",
+    "end_mass",
     "edge_on_wrong",
     "mixed_groups",
 )
@@ -103,16 +103,16 @@ def shown(measures: Estimates, obstacle: str) -> Finding | None:
     return Finding(outcome, f"{_of_all(value)} rollouts have a context for the teacher{why}")
 
 
-def answer_mass(measures: Estimates, _obstacle: str) -> Finding | None:
-    """Object if the context changes little besides the final answer."""
-    value = measures.get("answer_mass")
-    if value is None or value.high <= ANSWER_ALONE:
+def end_mass(measures: Estimates, _obstacle: str) -> Finding | None:
+    """Object if the context changes little before the last step and the final answer."""
+    value = measures.get("end_mass")
+    if value is None or value.high <= END_ALONE:
         return None
-    outcome: Outcome = "cannot" if value.low > ANSWER_ALONE else "undecided"
+    outcome: Outcome = "cannot" if value.low > END_ALONE else "undecided"
     return Finding(
         outcome,
-        f"{value.mean:.0f} % of what the context changes is the final answer, which the student "
-        "cannot reach without the steps to it",
+        f"{value.mean:.0f} % of what the context changes is the last step and the final answer, which "
+        "the student cannot reach without the steps before",
     )
 
 
@@ -168,7 +168,7 @@ Check = Callable[[Estimates, str], Finding | None]
 DISTILLATION: dict[str, Check] = {
     "divergence": divergence,
     "shown": shown,
-    "answer_mass": answer_mass,
+    "end_mass": end_mass,
     "edge_on_wrong": edge_on_wrong,
 }
 """Checks of an arm that distills, by measure."""
