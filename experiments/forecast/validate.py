@@ -166,8 +166,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--problems", type=int, default=96)
     parser.add_argument("-k", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    request = ForecastRequest(args.problems, args.k)
+    request = ForecastRequest(args.problems, args.k, args.seed)
     rows: list[Row] = []
     for table, result in forecast_tables(args.gains, args.out, request):
         if result is None:

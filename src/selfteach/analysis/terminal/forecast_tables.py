@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -30,6 +30,9 @@ COLUMNS = (
 )
 """Columns of the table: title, measure, decimals."""
 
+MOST_COLUMNS = 6
+"""Columns of measures in a table on a narrow terminal."""
+Column = tuple[str, str, int]
 COST_TITLES = (
     "rollouts", "tokens\nsampled", "tokens\nstudent", "tokens\nteacher", "s to\nsample",
     "s to\ncritique", "s to\nlearn", "s in all", "hours for\nall steps",
@@ -57,7 +60,8 @@ def print_forecast(forecast: Forecast, console: Console) -> None:
             "95 % intervals over problems"
         )
     )
-    console.print(_measures(arms))
+    for table in _measures(arms, console):
+        console.print(table)
     console.print(_costs(arms))
     for line in _remarks(forecast):
         console.print(Text(line, style="dim"))
@@ -69,16 +73,26 @@ def print_forecast(forecast: Forecast, console: Console) -> None:
         console.print(line)
 
 
-def _measures(arms: Mapping[str, Forecast]) -> Table:
-    shown = [
+def _measures(arms: Mapping[str, Forecast], console: Console) -> list[Table]:
+    """Return one table, or two where the terminal is too narrow for one."""
+    columns = [
         column
         for column in COLUMNS
         if any(arm["measures"].get(column[1]) is not None for arm in arms.values())
     ]
-    table = _table(["arm", *(title for title, _, _ in shown)])
+    table = _measures_table(arms, columns)
+    if console.measure(table).maximum <= console.width or len(columns) < MOST_COLUMNS:
+        return [table]
+    return [
+        _measures_table(arms, part) for part in (columns[:MOST_COLUMNS], columns[MOST_COLUMNS:])
+    ]
+
+
+def _measures_table(arms: Mapping[str, Forecast], columns: Sequence[Column]) -> Table:
+    table = _table(["arm", *(title for title, _, _ in columns)])
     for name, arm in arms.items():
         # The interval is below its mean, so that the measures fit a terminal.
-        cells = [_cell(arm["measures"].get(key), digits) for _, key, digits in shown]
+        cells = [_cell(arm["measures"].get(key), digits) for _, key, digits in columns]
         table.add_row(*map(Text, (name, *cells)))
     return table
 
