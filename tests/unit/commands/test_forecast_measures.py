@@ -67,10 +67,10 @@ def test_the_edge_compares_the_teacher_with_the_other_rollouts_of_the_problem() 
 def test_a_teacher_that_answers_like_the_policy_has_no_edge_on_wrong_rollouts() -> None:
     """Choosing wrong rollouts does not lower the policy's side."""
     rng = np.random.default_rng(0)
-    correct = rng.random((4000, 4)) < 0.3
-    teacher = (rng.random((4000, 4)) < 0.3).astype(float)
+    correct = rng.random((600, 4)) < 0.3
+    teacher = (rng.random((600, 4)) < 0.3).astype(float)
     edge = measures.edge(teacher, correct, wrong_only=True)
-    assert edge is not None and edge.low < 0 < edge.high and abs(edge.mean) < 1
+    assert edge is not None and edge.low < 0 < edge.high and abs(edge.mean) < 5
 
 
 def test_equal_problems_leave_an_interval_as_wide_as_their_number() -> None:
