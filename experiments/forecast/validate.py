@@ -84,7 +84,7 @@ def rows_of(table: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[Row
         )  # fmt: skip
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
     """Return the rank correlation; NaN where one side has a single value, or below 3 points."""
     a, b = ranks(np.array(x)), ranks(np.array(y))
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:

@@ -147,8 +147,8 @@ def notes(recipes: Mapping[str, Recipe]) -> Iterator[str]:
 
 def _cost(data: ModelData, arm: ArmData, shown: Interval | None) -> dict[str, float | None]:
     rollouts, name, view = data.rollouts, data.rates_name, arm.view
-    by_view = (one.teacher_prompts for one in data.prepared)
-    prompts = [len(prompts[view]) for prompts in by_view if view in prompts]
+    by_view = [one.teacher_prompts for one in data.prepared] if view is not None else []
+    prompts = [len(prompts[view or ""]) for prompts in by_view if view in prompts]
     lengths = Lengths(
         fmean(len(rollout.prompt_ids) for rollout in rollouts),
         fmean(len(rollout.token_ids) for rollout in rollouts),
