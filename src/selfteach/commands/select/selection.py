@@ -17,7 +17,7 @@ from typing import Any
 
 from selfteach.commands.select.data_card import card_text
 from selfteach.config.data_section import FilesData, HubData, SelectConfig
-from selfteach.config.recipe import Recipe
+from selfteach.config.recipe import ContextConfig, Recipe
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
@@ -96,8 +96,13 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
         run.create(as_config(recipe, config), collect_provenance())
         if is_complete(folder):
             return
-        preflight([recipe if config.critic else recipe.model_copy(update={"critic": None})])
-        built = build(recipe)
+        # A critic that is not used is not loaded: a local one may be larger than the policy.
+        unused = {"context": ContextConfig(type="none")} | (
+            {} if config.critic else {"critic": None}
+        )
+        sampled = recipe.model_copy(update=unused)
+        preflight([sampled])
+        built = build(sampled)
         pool, duplicates = candidates(built, config)
         split_pool(pool, config.split)  # raises for too few problems before anything is sampled
         tallies: list[Tally] = []
