@@ -67,7 +67,11 @@ def train(
     run = RunFolder(folder)
     with _ranks(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
         if ranks.is_main:
-            environment = {**collect_provenance(), "processor": cpu_capability()}
+            environment = {
+                **collect_provenance(),
+                "processor": cpu_capability(),
+                "weights_dtype": weights_dtype_of(recipe.model, recipe.model.device),
+            }
             run.create(recipe.model_dump(mode="json"), environment)
             for other in same_start:
                 run.copy_rollouts(rollouts_name("validation", 0), RunFolder(other))
