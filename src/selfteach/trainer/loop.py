@@ -15,7 +15,7 @@ from selfteach.errors import RecipeError, Terminated
 from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
-from selfteach.models.loading import choose_device, resolve
+from selfteach.models.loading import choose_device, resolve, weights_dtype_of
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.atomic_files import report_full_disk, write_json
