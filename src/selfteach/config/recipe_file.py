@@ -230,7 +230,7 @@ def _override(values: dict[str, Any], settings: Sequence[Mapping[str, Any]]) -> 
 
 
 def _override_arm(arm: Any, setting: Mapping[str, Any]) -> Any:
-    """Merge a setting into an arm; a section that the arm removes (``critic = false``) stays removed."""
+    """Merge a setting into an arm; a section that it removes (``critic = false``) stays removed."""
     removed = {name for name, value in setting.items() if isinstance(value, Mapping)}
     removed &= {name for name in arm if arm[name] is False} if isinstance(arm, Mapping) else set()
     return merge(arm, {name: value for name, value in setting.items() if name not in removed})
