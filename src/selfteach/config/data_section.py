@@ -230,7 +230,8 @@ class SelectConfig(Section):
     """Keep problems that the recipe's critic solves: its critique of an incorrect rollout ends in the
     right answer."""
     critic_answers: int = Field(default=1, ge=1)
-    """Largest number of incorrect rollouts that the critic critiques; one right critique suffices."""
+    """Largest number of incorrect rollouts that the critic critiques, one after another until one
+    critique ends in the right answer."""
     seed: int = Field(default=0, ge=0)
     """Seed of the sampled rollouts."""
     split: Splitting = Splitting()

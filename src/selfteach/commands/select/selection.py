@@ -17,7 +17,7 @@ from typing import Any
 
 from selfteach.commands.select.data_card import card_text
 from selfteach.config.data_section import FilesData, HubData, SelectConfig
-from selfteach.config.recipe import Recipe
+from selfteach.config.recipe import ContextConfig, Recipe
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
@@ -30,7 +30,15 @@ from selfteach.tasks.sources.splits import split_pool, without_duplicates
 from selfteach.trainer.build import Built, build, set_threads
 from selfteach.trainer.preflight import preflight
 from selfteach.trainer.step import verify_and_critique
-from selfteach.types import Critique, Problem, Rollout, Sampling, TrainingSample, Usage
+from selfteach.types import (
+    Critique,
+    CritiquedRollout,
+    Problem,
+    Rollout,
+    Sampling,
+    TrainingSample,
+    Usage,
+)
 
 FILTERS = ("max_solve_rate", "min_format_rate", "critic", "critic_answers", "split")
 """Settings of ``[select]`` that may change without sampling again."""
@@ -88,8 +96,13 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
         run.create(as_config(recipe, config), collect_provenance())
         if is_complete(folder):
             return
-        preflight([recipe if config.critic else recipe.model_copy(update={"critic": None})])
-        built = build(recipe)
+        # A critic that is not used is not loaded: a local one may be larger than the policy.
+        unused = {"context": ContextConfig(type="none")} | (
+            {} if config.critic else {"critic": None}
+        )
+        sampled = recipe.model_copy(update=unused)
+        preflight([sampled])
+        built = build(sampled)
         pool, duplicates = candidates(built, config)
         split_pool(pool, config.split)  # raises for too few problems before anything is sampled
         tallies: list[Tally] = []
@@ -197,30 +210,38 @@ def _tally(
             wrong.setdefault(id_, []).append(rollout)
     if not config.critic:
         return list(tallies.values())
-    undecided = [t for t in tallies.values() if reason_against(t, config) == "critic fails"]
-    to_critique = [
-        r for t in undecided for r in wrong.get(t.problem.id, [])[: config.critic_answers]
-    ]
-    return list(_with_critiques(run, built, number, tallies, to_critique).values())
+    critiqued = _stored(run, built, number, batch)
+    # One rollout of each problem at a time: a problem that is solved needs no further critique.
+    for turn in range(config.critic_answers):
+        undecided = [t for t in tallies.values() if reason_against(t, config) == "critic fails"]
+        rollouts = [r for t in undecided for r in wrong.get(t.problem.id, [])[turn : turn + 1]]
+        new = [rollout for rollout in rollouts if rollout.key not in critiqued]
+        if new:
+            critiqued |= _by_key(verify_and_critique(built.components, new))
+            run.save_samples(number, [TrainingSample(result) for result in critiqued.values()])
+        tallies = _with_critiques(built, tallies, [critiqued[r.key] for r in rollouts])
+    return list(tallies.values())
+
+
+def _stored(
+    run: RunFolder, built: Built, number: int, batch: Sequence[Rollout]
+) -> dict[tuple[str, int], CritiquedRollout]:
+    """Return the rollouts of a batch whose critiques are on disk."""
+    critic, critiques = built.components.critic, run.load_critiques(number)
+    assert critic is not None
+    stored = dataclasses.replace(built.components, critic=JournaledCritic(critic, critiques))
+    return _by_key(verify_and_critique(stored, [r for r in batch if r.key in critiques]))
+
+
+def _by_key(critiqued: Sequence[CritiquedRollout]) -> dict[tuple[str, int], CritiquedRollout]:
+    return {result.rollout.key: result for result in critiqued}
 
 
 def _with_critiques(
-    run: RunFolder,
-    built: Built,
-    number: int,
-    tallies: dict[str, Tally],
-    rollouts: Sequence[Rollout],
+    built: Built, tallies: Mapping[str, Tally], critiqued: Sequence[CritiquedRollout]
 ) -> dict[str, Tally]:
-    """Critique the rollouts, write the critiques to disk, and add them to the tallies."""
-    stored = run.load_critiques(number)
-    old, new = ([r for r in rollouts if (r.key in stored) is there] for there in (True, False))
-    critic = built.components.critic
-    assert critic is not None
-    replaying = dataclasses.replace(built.components, critic=JournaledCritic(critic, stored))
-    critiqued = [
-        *verify_and_critique(replaying, old), *verify_and_critique(built.components, new)
-    ]  # fmt: skip
-    run.save_samples(number, [TrainingSample(result) for result in critiqued])
+    """Add critiques to the tallies of their problems."""
+    tallies = dict(tallies)
     for result in critiqued:
         problem, critique = result.rollout.problem, result.critique
         assert critique is not None, "there is a critic"
