@@ -10,7 +10,7 @@ from inspections import answer, write
 
 from selfteach.analysis.inspection.inspection_data import read_inspection
 from selfteach.commands.forecast import measures, verdict
-from selfteach.commands.forecast.step_cost import Lengths, step_cost
+from selfteach.commands.forecast.step_cost import MeanLengths, step_cost
 from selfteach.commands.forecast.verdict import decide
 from selfteach.config.recipe import Recipe
 from selfteach.evaluation.statistics import Interval
@@ -189,7 +189,7 @@ def test_the_cost_of_a_step_scales_rates_to_its_rollouts_and_tokens() -> None:
         }
     )
     rates = {"sampling": 0.5, "critique": 2.0, "training": 0.1, "scoring": 0.01}
-    cost = step_cost(recipe, Lengths(10, 20, 30), rates, share_shown=0.5)
+    cost = step_cost(recipe, MeanLengths(10, 20, 30), rates, share_shown=0.5)
     assert cost == pytest.approx(
         {
             "rollouts": 6,
@@ -203,5 +203,7 @@ def test_the_cost_of_a_step_scales_rates_to_its_rollouts_and_tokens() -> None:
             "steps": 5,
         }
     )
-    unknown = step_cost(recipe, Lengths(10, 20, 30), {**rates, "critique": None}, share_shown=0.5)
+    unknown = step_cost(
+        recipe, MeanLengths(10, 20, 30), {**rates, "critique": None}, share_shown=0.5
+    )
     assert unknown["seconds_critique"] is None and unknown["seconds"] is None

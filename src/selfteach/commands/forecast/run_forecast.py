@@ -25,7 +25,7 @@ from selfteach.commands.forecast.collection import (
     dropped,
     failures,
 )
-from selfteach.commands.forecast.step_cost import Lengths, RateFile, step_cost
+from selfteach.commands.forecast.step_cost import MeanLengths, RateFile, step_cost
 from selfteach.commands.forecast.verdict import PREDICTIVE, decide
 from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
@@ -149,7 +149,7 @@ def _cost(data: ModelData, arm: ArmData, shown: Interval | None) -> dict[str, fl
     rollouts, name, view = data.rollouts, data.rates_name, arm.view
     by_view = [one.teacher_prompts for one in data.prepared] if view is not None else []
     prompts = [len(prompts[view or ""]) for prompts in by_view if view in prompts]
-    lengths = Lengths(
+    lengths = MeanLengths(
         fmean(len(rollout.prompt_ids) for rollout in rollouts),
         fmean(len(rollout.token_ids) for rollout in rollouts),
         fmean(prompts) if prompts else None,

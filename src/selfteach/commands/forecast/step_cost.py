@@ -145,7 +145,7 @@ def _pass_over(components: Components, critiqued: Sequence[CritiquedRollout]) ->
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class MeanLengths:
     """Holds mean lengths of the rollouts that were sampled, in tokens."""
 
     prompt: float
@@ -156,7 +156,7 @@ class Lengths:
 
 def step_cost(
     recipe: Recipe,
-    lengths: Lengths,
+    lengths: MeanLengths,
     rates: Mapping[str, float | None],
     share_shown: float,
 ) -> dict[str, float | None]:
