@@ -102,6 +102,10 @@ def resume(
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
         config = RunFolder(folder).config()
+        if "forecast" in config:
+            raise CheckpointError(
+                f"{folder} holds a forecast: repeat its selfteach forecast command to continue it"
+            )
         if "select" in config:
             select_config = validate(SelectConfig, config["select"], where=str(folder))
             actions.run_selection(

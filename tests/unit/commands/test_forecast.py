@@ -19,7 +19,6 @@ from selfteach.commands.forecast.teacher_samples import TEACHER_STREAM, sample_t
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import study_from
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.feedback.critics.oracle import OracleCritic
 from selfteach.rollout.transformers_engine import PromptRequest, TransformersEngine
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.types import Problem, Rollout, Sampling
@@ -120,7 +119,7 @@ def test_a_second_call_samples_and_critiques_nothing(
     folder: Path, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TransformersEngine, "complete", refuse)
-    monkeypatch.setattr(OracleCritic, "__call__", refuse)
+    monkeypatch.setattr(collection, "build_critic", refuse)
     monkeypatch.setattr(collection, "measure_training", refuse)
     monkeypatch.setattr(collection, "write_inspection", refuse)
     again = forecast(recipes(), REQUEST, folder)
@@ -150,6 +149,11 @@ def test_a_forecast_that_was_interrupted_samples_only_what_is_missing(
 def test_a_folder_of_another_forecast_is_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="holds another forecast"):
         forecast(recipes(), ForecastRequest(problems=13, k=2), folder)
+
+
+def test_resume_names_the_command_that_continues_a_forecast(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="repeat its selfteach forecast command"):
+        cli.app(["resume", str(folder)], standalone_mode=False)
 
 
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:

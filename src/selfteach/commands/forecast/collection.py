@@ -155,9 +155,9 @@ class Collector:
 
     def _critic(self, recipe: Recipe, name: str) -> Critic:
         """Return a critic that keeps its critiques in the folder, and its rate."""
-        assert recipe.critic is not None
-        meter = Meter()
-        critic = MeteredCritic(self._bare_critic(recipe, recipe.critic), meter)
+        config, meter = recipe.critic, Meter()
+        assert config is not None
+        critic = MeteredCritic(lambda: self._bare_critic(recipe, config), meter)
 
         def save(rollouts: Sequence[Rollout], critiques: Sequence[object]) -> None:
             self._run.save_critiques(f"{name}.000", rollouts, critiques)  # type: ignore[arg-type]

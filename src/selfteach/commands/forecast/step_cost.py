@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,19 +91,20 @@ class MeteredEngine:
 class MeteredCritic:
     """Critiques through another critic and counts seconds and rollouts.
 
-    Nothing is counted if a reply was cached: those seconds are not what new critiques take.
+    The critic is built when it is first called, so that saved critiques load no model. Nothing is
+    counted if a reply was cached: those seconds are not what new critiques take.
     """
 
-    def __init__(self, critic: Critic, meter: Meter) -> None:
-        self._critic, self._meter = critic, meter
+    def __init__(self, build_critic: Callable[[], Critic], meter: Meter) -> None:
+        self._build_critic, self._meter = build_critic, meter
 
     def __call__(
         self, judged: Sequence[tuple[Rollout, Verdict]]
     ) -> list[Critique | CritiqueFailure]:
         """Return the critiques."""
-        meter = Meter()
+        critic, meter = self._build_critic(), Meter()
         with meter.measuring():
-            critiques = self._critic(judged)
+            critiques = critic(judged)
         if not any(critique.usage.cached for critique in critiques):
             self._meter.seconds += meter.seconds
             self._meter.units += len(judged)
