@@ -21,7 +21,7 @@ from selfteach.config.recipe_file import study_from
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.rollout.transformers_engine import PromptRequest, TransformersEngine
 from selfteach.runtime.run_folder import RunFolder
-from selfteach.types import Problem, Rollout, Sampling
+from selfteach.types import Critique, CritiqueFailure, CritiqueStep, Problem, Rollout, Sampling
 
 TABLES: dict[str, Any] = {
     "model": {"path": "lab:two_styles"},
@@ -149,6 +149,35 @@ def test_a_forecast_that_was_interrupted_samples_only_what_is_missing(
 def test_a_folder_of_another_forecast_is_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="holds another forecast"):
         forecast(recipes(), ForecastRequest(problems=13, k=2), folder)
+
+
+class MostlyFailing:
+    """Critiques one rollout in 24."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, judged: Sequence[tuple[Rollout, Any]]) -> list[Critique | CritiqueFailure]:
+        self.calls += 1
+        rollout = judged[0][0]
+        first = Critique("D", (CritiqueStep(rollout.text, "fixed"),), rollout.problem.answer, 0)
+        return [first, *[CritiqueFailure("malformed", "no steps")] * (len(judged) - 1)]
+
+
+def test_arms_with_one_critic_share_its_critiques_and_its_failures_decide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    critic = MostlyFailing()
+    monkeypatch.setattr(collection, "build_critic", lambda *args, **options: critic)
+    arms = {name: TABLES["arms"][name] for name in ("answer_only", "step_aligned")}
+    result = forecast(recipes({**TABLES, "arms": arms}), REQUEST)["arms"]
+    assert critic.calls == 1
+    for arm in result.values():
+        assert arm["critic_failures"] == arm["without_context"] == {"malformed": 23}
+        assert mean(arm, "usable_critiques") == pytest.approx(100 / 24)
+    assert "1 in 24 rollouts (mostly: the critic's reply is malformed)" in "; ".join(
+        result["step_aligned"]["reasons"]
+    )
 
 
 def test_resume_names_the_command_that_continues_a_forecast(folder: Path) -> None:

@@ -128,8 +128,8 @@ GOOD = {
         ({"edge_on_wrong": None, "edge": Interval(9, 1, 20)}, "can", "right more often than the"),
         ({"edge_on_wrong": None}, "undecided", "no rollout has a context"),
         ({"divergence": Interval(0, 0, 9e-5)}, "cannot", "predicts what the student predicts"),
-        ({"shown": Interval(10, 5, 9.9)}, "cannot", "1 in 10 rollouts have a context"),
-        ({"shown": Interval(10, 5, 15)}, "undecided", "1 in 10 rollouts have a context"),
+        ({"shown": Interval(10, 5, 9.9)}, "cannot", "a context for 1 in 10 rollouts"),
+        ({"shown": Interval(10, 5, 15)}, "undecided", "a context for 1 in 10 rollouts"),
         ({"shown": Interval(0, 0, 9)}, "cannot", "none of the rollouts"),
         ({"shown": Interval(12, 10, 15)}, "can", "right more often"),
         ({"end_mass": Interval(90, 51, 99)}, "cannot", "90 % of what the context changes"),
@@ -171,7 +171,7 @@ def test_a_hybrid_objective_teaches_if_one_of_its_terms_does() -> None:
 def test_the_reason_for_few_contexts_names_what_stands_in_the_way() -> None:
     measured = {**GOOD, "shown": Interval(5, 2, 8)}
     _, reasons = decide(measured, distills=True, rewards=False, obstacle="malformed")
-    assert reasons == ["1 in 20 rollouts have a context for the teacher (malformed)"]
+    assert reasons == ["the teacher has a context for 1 in 20 rollouts (mostly: malformed)"]
 
 
 def test_only_predictive_measures_decide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,8 @@ def forecast_arm(data: ModelData, arm: ArmData) -> dict[str, Any]:
     measured = measure_arm(data, arm)
     absent = dropped(data.prepared, arm.view) if arm.view else {}
     obstacle = next(iter(absent), "")
+    if obstacle in failures(arm.critiqued):
+        obstacle = f"the critic's reply is {obstacle}"
     outcome, reasons = decide(
         measured, distills=distillation is not None, rewards=grpo is not None, obstacle=obstacle
     )

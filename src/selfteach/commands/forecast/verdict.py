@@ -99,8 +99,8 @@ def shown(measures: Estimates, obstacle: str) -> Finding | None:
     if value is None or value.low >= FEW_SHOWN:
         return None
     outcome: Outcome = "cannot" if value.high < FEW_SHOWN else "undecided"
-    why = f" ({obstacle})" if obstacle else ""
-    return Finding(outcome, f"{_of_all(value)} rollouts have a context for the teacher{why}")
+    why = f" (mostly: {obstacle})" if obstacle else ""
+    return Finding(outcome, f"the teacher has a context for {_of_all(value)} rollouts{why}")
 
 
 def end_mass(measures: Estimates, _obstacle: str) -> Finding | None:
