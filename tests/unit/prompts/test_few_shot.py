@@ -28,7 +28,10 @@ PIECE = re.compile(r"\d|[^\W\d_]+|[^\w\s]+|_|\n")
 """About a token of a byte-level tokenizer: a digit, a word, a run of punctuation, a line break."""
 
 FIXED = Critique(
-    "D", (CritiqueStep("1 + 1 = 2", "kept"), CritiqueStep("2 + 2 = 4", "fixed", "2 + 2 = 5")), "4", 1
+    "D",
+    (CritiqueStep("1 + 1 = 2", "kept"), CritiqueStep("2 + 2 = 4", "fixed", "2 + 2 = 5")),
+    "4",
+    1,
 )
 
 
@@ -46,7 +49,9 @@ def teacher(templates: str) -> list[tuple[str, str]]:
     return turns(Templates(templates).render("teacher", question="q", context="c"))
 
 
-def critic(templates: str, reference: str | None = None, question: str = "q") -> list[dict[str, str]]:
+def critic(
+    templates: str, reference: str | None = None, question: str = "q"
+) -> list[dict[str, str]]:
     return Templates(templates).critic(
         question, "a", steps=["a"], finished=True, reference=reference
     )
@@ -149,7 +154,9 @@ def test_prompts_keep_within_their_budgets(templates: str, budgets: tuple[int, .
 
 
 @pytest.mark.parametrize("templates", SETS)
-@pytest.mark.parametrize("name", sorted({SHARED_TEMPLATE.get(n, n) for n in CONTEXTS if n != "none"}))
+@pytest.mark.parametrize(
+    "name", sorted({SHARED_TEMPLATE.get(n, n) for n in CONTEXTS if n != "none"})
+)
 @pytest.mark.parametrize("finished", [True, False])
 def test_every_prompt_renders_and_its_context_is_the_zero_shot_set_s(
     templates: str, name: str, finished: bool
@@ -198,7 +205,9 @@ def test_the_free_set_numbers_the_steps_of_an_attempt_for_the_critic() -> None:
 
 def test_a_set_falls_back_to_its_parents_in_order() -> None:
     free = Templates("free_few_shot")
-    assert not (SHIPPED / "free_few_shot" / "solver.jinja").exists(), "steps_few_shot's, in free's form"
+    assert not (SHIPPED / "free_few_shot" / "solver.jinja").exists(), (
+        "steps_few_shot's, in free's form"
+    )
     assert "<step_" not in free.render("solver", question="q")
     assert free.has("critic") and free.has("peer")
 
