@@ -4,7 +4,8 @@ A *template set* is a folder of Jinja files: ``solver.jinja`` (the question as t
 ``teacher.jinja`` (question and context as the self-teacher sees them), ``critic.jinja`` (the
 critic's prompt) and one file per context. Sets ship with the package; a recipe may name a folder
 instead, whose files override those of ``steps`` one by one. A file ``parents.txt`` in a set names other
-shipped sets, one a line; what the set has no file for comes from them, in this order, and then from ``steps``.
+shipped sets, one a line: a file that the set lacks comes from the first of them that has it, else from
+``steps``.
 
 A template with worked examples (few-shot) writes ``{{ turn }}`` between the turns of a conversation:
 the first turn is the user's, the second the assistant's, and so on; the last one is the user's.
@@ -64,7 +65,7 @@ class Templates:
         self._environment.filters |= {"fence": fence, "untagged": untagged}
 
     def has(self, name: str) -> bool:
-        """Return True if the set, a parent, or the shipped set ``steps`` has a template of this name."""
+        """Return True if the set, a parent of it, or the set ``steps`` has a template of this name."""
         return f"{name}.jinja" in self._environment.list_templates()
 
     def render(self, name: str, **values: Any) -> str:
