@@ -20,6 +20,12 @@ from selfteach.types import Critique, CritiqueStep, Problem, Rollout
 SETS = {"steps_few_shot": "tags", "free_few_shot": "paragraphs"}
 """Template sets with worked examples, with the kind of steps that they ask for."""
 
+ASKS = {
+    "steps_few_shot": "Solve it in tagged steps, one equation each.",
+    "free_few_shot": "Solve it in short equations, then <answer>.",
+}
+"""What stands behind every question: a small model forgets the instruction above the examples."""
+
 ANSWERS = {"pump": "600", "jacket": "60", "eggs": "8", "Tom": "18"}
 EQUATION = re.compile(r"((?:[\d.]+ [-+*/] )+[\d.]+) = (\d+(?:\.\d+)?)")
 PROMPTS = Path(__file__).parents[2] / "fixtures" / "prompts"
@@ -73,6 +79,7 @@ def equations(text: str) -> list[tuple[str, str]]:
 def test_the_worked_solutions_are_right_and_have_one_equation_per_step(templates: str) -> None:
     examples = solver(templates)
     assert len(examples) == len(ANSWERS)
+    assert all(prompt.endswith(ASKS[templates]) for prompt, _ in [*examples, *teacher(templates)])
     for prompt, solution in examples:
         assert exact(problem_of(prompt), solution).correct
         spans = SPLITTERS[SETS[templates]](solution)
@@ -140,7 +147,7 @@ def test_all_examples_come_before_the_question_and_the_context(templates: str) -
 
 @pytest.mark.parametrize(
     ("templates", "budgets"),
-    [("steps_few_shot", (480, 650, 1000)), ("free_few_shot", (380, 520, 1000))],
+    [("steps_few_shot", (530, 680, 1000)), ("free_few_shot", (420, 550, 1000))],
 )
 def test_prompts_keep_within_their_budgets(templates: str, budgets: tuple[int, ...]) -> None:
     shown = Templates(templates)
@@ -169,7 +176,7 @@ def test_every_prompt_renders_and_its_context_is_the_zero_shot_set_s(
     context = shown.context(name, **values)
     assert context == zero_shot.context(name, **values)
     last = conversation(shown.render("teacher", question="q", context=context))[-1]["content"]
-    assert last == f"q\nFeedback:\n```\n{context}\n```\nSolve the problem."
+    assert last == f"q\nFeedback:\n```\n{context}\n```\n{ASKS[templates]}"
     for reference in (None, "r"):
         for final in (None, "4"):
             (*_, request) = shown.critic(
@@ -217,7 +224,7 @@ def test_a_folder_with_parents_brings_worked_examples_of_its_own(tmp_path: Path)
     example = '{"question": "2 + 2", "steps": ["2 + 2 = 4"], "answer": "4"}'
     (tmp_path / "examples.jinja").write_text(f"{{%- set examples = [{example}] -%}}")
     (*_, last) = turns(Templates(str(tmp_path)).render("solver", question="q"))
-    assert last[0].endswith("\n\n2 + 2") and last[1] == "2 + 2 = 4\n\n<answer>4</answer>"
+    assert last[0].endswith(f"\n\n2 + 2\n{ASKS['free_few_shot']}") and last[1] == "2 + 2 = 4\n\n<answer>4</answer>"
 
 
 def test_a_parent_that_does_not_exist_is_named(tmp_path: Path) -> None:
