@@ -15,6 +15,7 @@ from scripted_server import refuses, says, serving
 from selfteach import cli
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
+from selfteach.tasks import chain_sums
 from selfteach.trainer.loop import run_to_end
 
 Call = Callable[..., tuple[int, str, str]]
@@ -101,6 +102,37 @@ def recipe(tmp_path: Path, url: str) -> Path:
 def line(printed: str, begin: str) -> str:
     (match,) = [row for row in printed.splitlines() if row.strip().startswith(begin)]
     return " ".join(match.split())
+
+
+def test_a_critic_is_compared_with_the_program_that_checks_every_step(
+    tmp_path: Path, call: Call
+) -> None:
+    problems = chain_sums.problem_sets(
+        seed=0, min_terms=3, max_terms=3, max_digits=1, train=4, validation=1, test=1
+    )[0]
+    right = [problem.references["aligned_reference"] for problem in problems]
+    wrong = [re.sub(r"(\d+)\nAnswer", r"\g<1>0\nAnswer", text) for text in right[1:]]  # second line
+    texts = [right[0], *wrong]
+    path, model = tmp_path / "completions.jsonl", tmp_path / "only a tokenizer"
+    path.write_text("".join(
+        json.dumps({"question": p.question, "text": text, "answer": p.answer}) + "\n"
+        for p, text in zip(problems, texts, strict=True)
+    ))  # fmt: skip
+    byte_level().save_pretrained(model)
+    recipe_path = tmp_path / "recipe.toml"
+    recipe_path.write_text(
+        f'model = {{ path = "{model}" }}\n'
+        'data = { type = "chain_sums", seed = 0, min_terms = 3, max_terms = 3, max_digits = 1, '
+        "train = 4, validation = 1, test = 1 }\n"
+        'critic = { type = "oracle" }\ncontext = { type = "step_aligned" }\n'
+    )
+    out = tmp_path / "critiques.jsonl"
+    status, printed, errors = call(path, "--recipe", recipe_path, "--out", out)
+    assert (status, errors) == (0, "")
+    assert "3 100% [44%, 100%]" in line(printed, "the first wrong step is changed first")
+    assert "0 0% [0%, 79%] 1 of these" in line(printed, "a step is changed all the same")
+    rows = [json.loads(row) for row in out.read_text().splitlines()]
+    assert [row["true_first_error"] for row in rows] == [None, 1, 1, 1]
 
 
 def test_statistics_and_critiques_of_completions_from_a_file(

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from selfteach.config.critic_section import LlmCriticConfig
 from selfteach.config.migrations import migrate_recipe, migrate_rollout
 from selfteach.config.recipe import Recipe
@@ -20,6 +22,7 @@ from selfteach.prompts.thinking import split_thinking
 from selfteach.rollout.journaled_engine import problems_by_id
 from selfteach.runtime.run_folder import RunFolder, sample_row
 from selfteach.tasks import segmentation
+from selfteach.tasks.task import OracleFn
 from selfteach.trainer.build import CritiqueSetup, build_critique_setup
 from selfteach.types import CritiquedRollout, Problem, Rollout, TrainingSample
 
@@ -48,7 +51,8 @@ def critique_file(
 ) -> tuple[list[dict[str, Any]], float]:
     """Critique the rollouts of a JSONL file with a recipe's critic; return rows and seconds taken.
 
-    A row is that of ``samples/`` (`run_folder.sample_row`) with the solution steps of the rollout. A
+    A row is that of ``samples/`` (`run_folder.sample_row`) with the solution steps of the rollout and,
+    where a program can check them, the index of the first wrong one (``true_first_error``). A
     critic that gives no reply is recorded in the row, even if the recipe would stop a run. Raises
     `DataError` for a file that cannot be read, and what `build_critique_setup` raises.
     """
@@ -130,7 +134,17 @@ def _row(setup: CritiqueSetup, critiqued: CritiquedRollout) -> dict[str, Any]:
     change = first_change(critiqued, spans, setup.renderer.token_ends(ids))
     step_spans = spans[:-1] if critiqued.verdict.parsed is not None else spans
     steps = [segmentation.content(text, span) for span in step_spans]
-    return {**sample_row(TrainingSample(critiqued, change=change)), "answer_steps": steps}
+    row = {**sample_row(TrainingSample(critiqued, change=change)), "answer_steps": steps}
+    if setup.task.oracle is None:
+        return row
+    return {**row, "true_first_error": _true_first_error(setup.task.oracle, critiqued.rollout)}
+
+
+def _true_first_error(oracle: OracleFn, rollout: Rollout) -> int | None:
+    """Return the index of the first wrong step, by the program that checks every step."""
+    rng = np.random.default_rng(0)  # not used by a program that does not err
+    finished, text = rollout.finished, rollout.text
+    return oracle(rollout.problem, text, finished=finished, error_rate=0.0, rng=rng).first_error
 
 
 def _rollout(

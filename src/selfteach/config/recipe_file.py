@@ -225,8 +225,15 @@ def _override(values: dict[str, Any], settings: Sequence[Mapping[str, Any]]) -> 
     for setting in settings:
         values = merge(values, setting)
         if setting.keys().isdisjoint(TABLES) and isinstance(arms := values.get("arms"), Mapping):
-            values["arms"] = {name: merge(arm, setting) for name, arm in arms.items()}
+            values["arms"] = {name: _override_arm(arm, setting) for name, arm in arms.items()}
     return values
+
+
+def _override_arm(arm: Any, setting: Mapping[str, Any]) -> Any:
+    """Merge a setting into an arm; a section that it removes (``critic = false``) stays removed."""
+    removed = {name for name, value in setting.items() if isinstance(value, Mapping)}
+    removed &= {name for name in arm if arm[name] is False} if isinstance(arm, Mapping) else set()
+    return merge(arm, {name: value for name, value in setting.items() if name not in removed})
 
 
 def _check(study: Study) -> None:

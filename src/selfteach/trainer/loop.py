@@ -15,7 +15,7 @@ from selfteach.errors import RecipeError, Terminated
 from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
-from selfteach.models.loading import choose_device, resolve
+from selfteach.models.loading import choose_device, resolve, weights_dtype_of
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.atomic_files import report_full_disk, write_json
@@ -67,7 +67,11 @@ def train(
     run = RunFolder(folder)
     with _ranks(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
         if ranks.is_main:
-            environment = {**collect_provenance(), "processor": cpu_capability()}
+            environment = {
+                **collect_provenance(),
+                "processor": cpu_capability(),
+                "weights_dtype": weights_dtype_of(recipe.model, recipe.model.device),
+            }
             run.create(recipe.model_dump(mode="json"), environment)
             for other in same_start:
                 run.copy_rollouts(rollouts_name("validation", 0), RunFolder(other))

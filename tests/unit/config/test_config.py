@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from selfteach.config.critic_section import LocalCriticConfig
 from selfteach.config.recipe import CONTEXTS, CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import load_study, pairs, study_from
 from selfteach.config.schema import merge, parse_setting, validate
@@ -198,6 +199,21 @@ def test_settings_are_toml_or_plain_text(setting: str, value: object) -> None:
 def test_a_setting_without_key_or_value(setting: str) -> None:
     with pytest.raises(RecipeError, match="write key=value"):
         parse_setting(setting)
+
+
+def test_a_setting_does_not_bring_back_a_section_that_an_arm_removes() -> None:
+    toml = """
+    critic = { type = "local", path = "a/model" }
+    [arms.grpo]
+    critic = false
+    objective = { type = "grpo" }
+    [arms.step_aligned]
+    context = { type = "step_aligned" }
+    """
+    study = study_from(tomllib.loads(toml), ["critic.path=another/model"])
+    assert study.recipe("grpo").critic is None
+    critic = study.recipe("step_aligned").critic
+    assert isinstance(critic, LocalCriticConfig) and critic.path == "another/model"
 
 
 def test_a_setting_overrides_every_arm() -> None:

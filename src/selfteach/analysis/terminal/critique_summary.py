@@ -18,6 +18,7 @@ from selfteach.analysis.critic_statistics import (
     Row,
     count_critiques,
 )
+from selfteach.analysis.critic_truth import CriticTruth, count_truth, share
 from selfteach.analysis.terminal.sanitize import sanitized
 
 BAR = 20
@@ -32,11 +33,13 @@ absent from the critique."""
 def print_critiques(rows: Sequence[Row], seconds: float, console: Console, *, show: int) -> None:
     """Print a summary of critiques (rows of `commands.critique`), and up to ``show`` examples."""
     summary = count_critiques(rows)
+    truth = count_truth(rows)
     for table in (
-        _outcomes(summary), _agreement(summary), _fidelity(summary), _first_changes(summary),
-        _cost(summary, seconds),
+        _outcomes(summary), _agreement(summary), _against_program(truth) if truth else None,
+        _fidelity(summary), _first_changes(summary), _cost(summary, seconds),
     ):  # fmt: skip
-        console.print(table)
+        if table is not None:
+            console.print(table)
     for number, row in enumerate(examples(rows, show), start=1):
         _print_example(number, row, console)
 
@@ -136,14 +139,31 @@ def _agreement(summary: CriticSummary) -> Table:
     return table
 
 
+def _against_program(truth: CriticTruth) -> Table:
+    table = _table("against a program that checks every step", "rollouts", "share", "of")
+    for title, count, of, whose in (
+        ("usable critiques of rollouts with a wrong step", truth.faulty_usable, truth.faulty,
+         "rollouts with a wrong step"),
+        ("the first wrong step is changed first", truth.located, truth.faulty_usable,
+         "of these"),
+        ("a right step before it is changed", truth.early, truth.faulty_usable, "of these"),
+        ("the first wrong step is repeated", truth.late, truth.faulty_usable, "of these"),
+        ("usable critiques of rollouts without a wrong step", truth.sound_usable, truth.sound,
+         "rollouts without a wrong step"),
+        ("a step is changed all the same", truth.alarms, truth.sound_usable, "of these"),
+    ):  # fmt: skip
+        _row(table, title, f"{count:,}", _share_with_interval(count, of), f"{of:,} {whose}")
+    return table
+
+
 def _fidelity(summary: CriticSummary) -> Table:
     table = _table("fidelity: tokens before the first change", "critiques", "", "")
     if not summary.fidelity:
         _row(table, "no critique to measure", "0")
         return table
     _row(table, f"mean {summary.mean_fidelity:.2f}", f"{len(summary.fidelity):,}")
-    for share in QUANTILES:
-        _row(table, f"{share:.0%} have at most {summary.quantile(share):.2f}", "")
+    for part in QUANTILES:
+        _row(table, f"{part:.0%} have at most {summary.quantile(part):.2f}", "")
     for index, count in enumerate(summary.histogram()):
         name = f"{index / 10:.1f} to {(index + 1) / 10:.1f}"
         _row(table, f"  {name}", f"{count:,}", _bar(count, max(summary.histogram())))
@@ -193,6 +213,13 @@ def _bar(count: int, most: int) -> str:
 
 def _share(count: int, of: int) -> str:
     return f"{count / of:.0%}" if of else "–"
+
+
+def _share_with_interval(count: int, of: int) -> str:
+    interval = share(count, of)
+    if interval is None:
+        return "–"
+    return f"{interval.mean:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
 def _short(text: str) -> str:

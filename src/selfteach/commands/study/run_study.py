@@ -99,7 +99,7 @@ def run_study(
         run_jobs(jobs, study.study.workers, progress, also=inspection)
         made = {name: value for name, value in start.items() if name not in ("study", "kind")}
         machine = read_json(jobs[0].folder / "environment.json")  # written by a process with torch
-        made |= {"processor": machine["processor"]} if "processor" in machine else {}
+        made |= {name: machine[name] for name in ("processor", "weights_dtype") if name in machine}
         previous = folder / "results.json"
         spent = read_json(previous)["made"]["seconds"] if previous.exists() else 0.0
         results = gather(study, jobs, {**made, "seconds": spent + time.monotonic() - started})
