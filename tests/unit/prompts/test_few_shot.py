@@ -224,7 +224,10 @@ def test_a_folder_with_parents_brings_worked_examples_of_its_own(tmp_path: Path)
     example = '{"question": "2 + 2", "steps": ["2 + 2 = 4"], "answer": "4"}'
     (tmp_path / "examples.jinja").write_text(f"{{%- set examples = [{example}] -%}}")
     (*_, last) = turns(Templates(str(tmp_path)).render("solver", question="q"))
-    assert last[0].endswith(f"\n\n2 + 2\n{ASKS['free_few_shot']}") and last[1] == "2 + 2 = 4\n\n<answer>4</answer>"
+    assert (
+        last[0].endswith(f"\n\n2 + 2\n{ASKS['free_few_shot']}")
+        and last[1] == "2 + 2 = 4\n\n<answer>4</answer>"
+    )
 
 
 def test_a_parent_that_does_not_exist_is_named(tmp_path: Path) -> None:
