@@ -12,6 +12,7 @@ import typer
 from selfteach import __version__
 from selfteach.commands import actions
 from selfteach.commands.console_script import run_console_script
+from selfteach.commands.forecast.forecast_cli import forecast
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
@@ -101,6 +102,10 @@ def resume(
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
         config = RunFolder(folder).config()
+        if "forecast" in config:
+            raise CheckpointError(
+                f"{folder} holds a forecast: repeat its selfteach forecast command to continue it"
+            )
         if "select" in config:
             select_config = validate(SelectConfig, config["select"], where=str(folder))
             actions.run_selection(
@@ -243,6 +248,7 @@ def check(
 
 
 app.command()(plan)
+app.command()(forecast)
 
 
 @app.command()

@@ -34,6 +34,7 @@ def answer(
         "question": "?",
         "text": "…",
         "correct": correct,
+        "parsed": "x",
         "step_spans": {"tokens": spans, "characters": spans},
         "first_error": first_error,
         "first_error_from": "oracle" if located else None,

@@ -129,6 +129,18 @@ def inspection_progress() -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
+@contextmanager
+def forecast_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar of what a forecast is doing; yields a function that takes (what, done, total)."""
+    with _bars(Console(stderr=True)) as bars:
+        task = bars.add_task("building the model", total=None, note="")
+
+        def show(what: str, done: int, total: int) -> None:
+            bars.update(task, description=what, completed=done, total=total)
+
+        yield show
+
+
 def note(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Format the main metrics from the last row of each kind; leaves out what is not logged."""
     step, validation = rows.get("step", {}), rows.get("validation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +17,16 @@ from selfteach.rollout.decoding.generate import sample_completions
 from selfteach.rollout.decoding.token_sampling import uniforms
 from selfteach.runtime.seeds import stream_key
 from selfteach.types import Problem, Rollout, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """Requests completions of a given prompt, such as the self-teacher's."""
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    samples: tuple[int, ...]
+    """Index of each completion among those of the problem; with the seed it keys the random stream."""
 
 
 class TransformersEngine:
@@ -53,41 +64,49 @@ class TransformersEngine:
                 parameters[name].data.copy_(value)
         self._version = version
 
-    @torch.inference_mode()
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """Prefill each problem's prompt once, then decode all its rollouts side by side.
 
         Raises `EngineError` if a prompt leaves no room for a completion.
         """
+        samples = tuple(range(sampling.samples))
+        return self.complete(
+            [PromptRequest(p, self._renderer.solver_prompt(p), samples) for p in problems], sampling
+        )
+
+    @torch.inference_mode()
+    def complete(self, requests: Sequence[PromptRequest], sampling: Sampling) -> list[Rollout]:
+        """Sample completions of given prompts, equally many of each; ``sampling.samples`` is not used.
+
+        Raises `EngineError` if a prompt leaves no room for a completion.
+        """
         self._model.eval()
-        prompts = [self._renderer.solver_prompt(problem) for problem in problems]
-        for problem, prompt in zip(problems, prompts, strict=True):
-            if len(prompt) >= self._max_length:
+        for request in requests:
+            if len(request.prompt_ids) >= self._max_length:
                 raise EngineError(
-                    f"problem {problem.id!r} has a prompt of {len(prompt)} tokens; "
+                    f"problem {request.problem.id!r} has a prompt of {len(request.prompt_ids)} tokens; "
                     f"it leaves no room for a completion in the context of {self._max_length}"
                 )
         device = next(self._model.parameters()).device
-        keys = [(problem, sample) for problem in problems for sample in range(sampling.samples)]
-        streams = (stream_key(*key, sampling, self._version) for key in keys)
+        keys = [(request, sample) for request in requests for sample in request.samples]
+        streams = (stream_key(r.problem, sample, sampling, self._version) for r, sample in keys)
         uniforms_BT = np.stack([uniforms(stream, sampling.max_tokens) for stream in streams])
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
             ids, logps = sample_completions(
-                self._causal, prompts, uniforms_BT, temperature=sampling.temperature,
-                end_ids=self._end_ids, pad_id=self._pad_id, max_length=self._max_length,
+                self._causal, [request.prompt_ids for request in requests], uniforms_BT,
+                temperature=sampling.temperature, end_ids=self._end_ids, pad_id=self._pad_id,
+                max_length=self._max_length,
             )  # fmt: skip
-        rollouts = []
-        for row, (problem, sample) in enumerate(keys):
-            rollouts.append(
-                Rollout(
-                    problem=problem,
-                    sample=sample,
-                    prompt_ids=prompts[row // sampling.samples],
-                    token_ids=tuple(ids[row]),
-                    logps=tuple(logps[row]),
-                    text=self._renderer.decode(ids[row]),
-                    finished=ids[row][-1] in self._end_ids,
-                    policy_version=self._version,
-                )
+        return [
+            Rollout(
+                problem=request.problem,
+                sample=sample,
+                prompt_ids=request.prompt_ids,
+                token_ids=tuple(token_ids),
+                logps=tuple(token_logps),
+                text=self._renderer.decode(token_ids),
+                finished=token_ids[-1] in self._end_ids,
+                policy_version=self._version,
             )
-        return rollouts
+            for (request, sample), token_ids, token_logps in zip(keys, ids, logps, strict=True)
+        ]

@@ -204,12 +204,18 @@ class RunFolder:
 
         They are in ``critiques/``; in a folder that an earlier version has begun, in ``samples/``.
         """
-        batches = sorted((self.path / "critiques").glob(f"step_{step:06d}.*.jsonl"))
-        rows = [row for path in batches for row in read_lines(path) or []]
-        if not rows:
-            samples = run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl"
-            rows = read_lines(samples) or []
-        return {(row["problem_id"], row["sample"]): critique_from(row["critique"]) for row in rows}
+        critiques = self.load_named_critiques(f"step_{step:06d}")
+        if critiques:
+            return critiques
+        samples = run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl"
+        return _critiques_by_key(read_lines(samples) or [])
+
+    def load_named_critiques(
+        self, name: str
+    ) -> dict[tuple[str, int], Critique | CritiqueFailure | None]:
+        """Return the critiques of all batches saved under a name; empty if there are none."""
+        batches = sorted((self.path / "critiques").glob(f"{name}.*.jsonl"))
+        return _critiques_by_key(row for path in batches for row in read_lines(path) or [])
 
     # -- metrics -----------------------------------------------------------------------------
 
@@ -291,6 +297,12 @@ def _acquire(handle: TextIO, path: Path) -> None:
             if time.monotonic() > deadline:
                 raise CheckpointError(f"{path}: another process is using this folder") from None
             time.sleep(0.1)
+
+
+def _critiques_by_key(
+    rows: Iterable[Mapping[str, Any]],
+) -> dict[tuple[str, int], Critique | CritiqueFailure | None]:
+    return {(row["problem_id"], row["sample"]): critique_from(row["critique"]) for row in rows}
 
 
 def critique_from(row: dict[str, Any] | None) -> Critique | CritiqueFailure | None:

@@ -115,7 +115,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         critic=build_critic(recipe.critic, task, templates, loaded, policy, seed=recipe.seed)
         if recipe.critic
         else None,
-        context=_context(recipe, task, templates),
+        context=build_arm_context(recipe, task, templates),
         teacher=build_teacher(recipe.teacher, policy),
         objective=objective,
         policy=policy,
@@ -367,7 +367,8 @@ def build_context(
     return PartlyAlignedContext(trace, task.replace_steps, alignment, seed=seed)
 
 
-def _context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:
+def build_arm_context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:
+    """Build what the recipe's teacher is shown, with its fallbacks; None without distillation."""
     name, fallback, critic = recipe.context.type, recipe.context.fallback, recipe.critic
     if terms(recipe.objective)[0] is None:
         return None

@@ -1,0 +1,76 @@
+"""Sample the teacher's answers: completions of the teacher prompts of rollouts, kept in the folder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from selfteach.rollout.journaled_engine import problems_by_id
+from selfteach.rollout.transformers_engine import PromptRequest, TransformersEngine
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.types import Rollout, Sampling
+
+TEACHER_STREAM = 7_919
+"""Added to the seed: the teacher's random numbers are not those of the rollouts it is compared with."""
+
+Prompts = Mapping[tuple[str, int], tuple[int, ...]]
+"""The teacher prompt of each rollout that has one, by `Rollout.key`."""
+
+
+def sample_teacher(
+    engine: TransformersEngine,
+    run: RunFolder,
+    name: str,
+    rollouts: Sequence[Rollout],
+    prompts: Prompts,
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> dict[tuple[str, int], list[Rollout]]:
+    """Return ``sampling.samples`` completions of each teacher prompt, by the key of its rollout.
+
+    Rollouts of a problem with the same prompt share its prefill. Batches that are in the folder are
+    read instead.
+    """
+    teacher = Sampling(
+        sampling.samples, sampling.temperature, sampling.max_tokens, sampling.seed + TEACHER_STREAM
+    )
+    completions: dict[tuple[str, int], list[Rollout]] = defaultdict(list)
+    batches = list(_batches(_requests(rollouts, prompts, teacher.samples), batch_size))
+    for number, batch in enumerate(batches):
+        file = f"{name}.{number:03d}"
+        problems = problems_by_id([request.problem for request in batch])
+        saved = run.load_rollouts(file, problems)
+        if saved is None or len(saved) != sum(len(request.samples) for request in batch):
+            saved = engine.complete(batch, teacher)
+            run.save_rollouts(file, saved)
+        for rollout in saved:
+            completions[rollout.problem.id, rollout.sample // teacher.samples].append(rollout)
+        progress(number + 1, len(batches))
+    return completions
+
+
+def _requests(rollouts: Sequence[Rollout], prompts: Prompts, samples: int) -> list[PromptRequest]:
+    """Return one request per distinct prompt of a problem, with an index for each completion."""
+    indices: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
+    problems = problems_by_id([rollout.problem for rollout in rollouts])
+    for rollout in rollouts:
+        if rollout.key in prompts:
+            first = rollout.sample * samples
+            indices[rollout.problem.id, prompts[rollout.key]] += range(first, first + samples)
+    return [
+        PromptRequest(problems[id_], prompt, tuple(numbers))
+        for (id_, prompt), numbers in indices.items()
+    ]
+
+
+def _batches(requests: Sequence[PromptRequest], size: int) -> Iterator[list[PromptRequest]]:
+    """Yield batches of at most ``size`` completions, equally many per prompt, prompts by length."""
+    by_count: dict[int, list[PromptRequest]] = defaultdict(list)
+    for request in requests:
+        by_count[len(request.samples)].append(request)
+    for count in sorted(by_count):
+        alike = sorted(by_count[count], key=lambda request: len(request.prompt_ids))
+        step = max(1, size // count)
+        yield from (alike[at : at + step] for at in range(0, len(alike), step))
