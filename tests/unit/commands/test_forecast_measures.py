@@ -91,6 +91,9 @@ def test_token_measures_of_a_context(tmp_path: Path) -> None:
     measured = measures.token_measures(
         read_inspection(folder), np.array([0.1, 0.2, 0.3, 0.4, 0.5]), "c"
     )
+    end = measured["end_mass"]
+    # One problem shows next to nothing: missed with probability 0.025 in one draw.
+    assert end is not None and (end.low, end.high) == (0, 100)
     means = {name: value.mean for name, value in measured.items() if value is not None}
     assert means == pytest.approx(
         {
@@ -132,9 +135,9 @@ GOOD = {
         ({"shown": Interval(10, 5, 15)}, "undecided", "a context for 1 in 10 rollouts"),
         ({"shown": Interval(0, 0, 9)}, "cannot", "none of the rollouts"),
         ({"shown": Interval(12, 10, 15)}, "can", "right more often"),
-        ({"end_mass": Interval(90, 51, 99)}, "cannot", "90 % of what the context changes"),
-        ({"end_mass": Interval(55, 45, 60)}, "undecided", "the last step"),
-        ({"end_mass": Interval(50, 45, 50)}, "can", "right more often"),
+        ({"end_mass": Interval(90, 76, 99)}, "cannot", "90 % of what the context changes"),
+        ({"end_mass": Interval(78, 70, 85)}, "undecided", "the last step"),
+        ({"end_mass": Interval(60, 45, 75)}, "can", "right more often"),
         ({"end_mass": None}, "can", "right more often"),
     ],
 )

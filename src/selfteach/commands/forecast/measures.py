@@ -114,7 +114,7 @@ def token_measures(inspection: Inspection, reverse_kl_N: np.ndarray, context: st
         "divergence": _of_sums(divergence_PJ, _first_over_second),
         "contrast": _of_sums(sums_PJ, concentration),
         "failing_mass": _of_sums(sums_PJ, lambda sums: mass(sums, "failing")),
-        "end_mass": _of_sums(end_PJ, lambda sums: 100 * _first_over_second(sums)),
+        "end_mass": _percent(_pooled(end_PJ[:, 0], end_PJ[:, 1], 0.0, 1.0)),
         "style_leak": _of_sums(sums_PJ, style_leak),
     }
 

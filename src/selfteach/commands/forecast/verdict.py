@@ -29,7 +29,7 @@ FEW_MIXED = 5.0
 """Percent of groups: GRPO with fewer mixed groups has too few to learn from."""
 ENOUGH_MIXED = 20.0
 """Percent of groups: GRPO with more mixed groups has a signal."""
-END_ALONE = 50.0
+END_ALONE = 75.0
 """Percent of |A|: a context with more of it on the answer and the last step shows no way there."""
 NO_DIVERGENCE = 1e-4
 """Nats per token: below this the teacher is the student, up to rounding."""
