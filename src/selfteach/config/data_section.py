@@ -194,6 +194,9 @@ class GymData(AnswerReading):
     """Seed of the generator."""
     reference: str | None = None
     """Dotted path of a worked solution in the generator's metadata; unset: built in for some tasks."""
+    split_by: str | None = None
+    """Dotted path in the generator's metadata: no two splits share a value of it, as ``template`` of
+    ``gsm_symbolic`` (85 templates of questions); unset: no two splits share a question."""
     verifier: Literal["reasoning_gym", "exact", "math"] = "reasoning_gym"
     """How final answers are compared; ``reasoning_gym`` is the task's scorer."""
     train: int = Field(default=512, ge=1)

@@ -3,7 +3,9 @@
 A *template set* is a folder of Jinja files: ``solver.jinja`` (the question as the student sees it),
 ``teacher.jinja`` (question and context as the self-teacher sees them), ``critic.jinja`` (the
 critic's prompt) and one file per context. Sets ship with the package; a recipe may name a folder
-instead, whose files override those of ``steps`` one by one.
+instead, whose files override those of ``steps`` one by one. A file ``parents.txt`` in a set names other
+shipped sets, one a line: a file that the set lacks comes from the first of them that has it, else from
+``steps``.
 
 A template with worked examples (few-shot) writes ``{{ turn }}`` between the turns of a conversation:
 the first turn is the user's, the second the assistant's, and so on; the last one is the user's.
@@ -53,7 +55,7 @@ class Templates:
                 f"shipped: {shipped}; to use a folder, write a path with a slash"
             )
         self._environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader([folder, SHIPPED / "steps"]),
+            loader=jinja2.FileSystemLoader([*_with_parents(folder), SHIPPED / "steps"]),
             undefined=jinja2.StrictUndefined,
             autoescape=False,
             keep_trailing_newline=False,
@@ -63,7 +65,7 @@ class Templates:
         self._environment.filters |= {"fence": fence, "untagged": untagged}
 
     def has(self, name: str) -> bool:
-        """Return True if the set, or the shipped set ``steps``, has a template of this name."""
+        """Return True if the set, a parent of it, or the set ``steps`` has a template of this name."""
         return f"{name}.jinja" in self._environment.list_templates()
 
     def render(self, name: str, **values: Any) -> str:
@@ -119,6 +121,18 @@ class Templates:
         """
         values = {"answer": answer, "steps": tuple(steps), "final": final, "finished": finished}
         return conversation(self.render("critic", question=question, reference=reference, **values))
+
+
+def _with_parents(folder: Path) -> list[Path]:
+    """Return a set's folder and the folders of its parents, in the order they are searched."""
+    try:
+        parents = (folder / "parents.txt").read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        return [folder]
+    for parent in parents:
+        if "/" in parent or not (SHIPPED / parent).is_dir():
+            raise RecipeError(f"{folder / 'parents.txt'}: no shipped template set {parent!r}")
+    return [folder, *(path for name in parents for path in _with_parents(SHIPPED / name))]
 
 
 def conversation(content: str) -> list[Message]:

@@ -169,7 +169,7 @@ def test_the_environment_context_names_the_error_and_not_the_answer() -> None:
         assert show("environment", critiqued(problem, text=text)) == [feedback]
 
 
-@pytest.mark.parametrize("templates", ["steps", "free", "chain_sums"])
+@pytest.mark.parametrize("templates", ["steps", "free", "chain_sums", "free_few_shot"])
 def test_a_peer_is_shown_with_its_tags_and_the_attempt_is_not(templates: str) -> None:
     problem = Problem("q", "1 + 1", "2")
     texts = ["<step_1>1 + 1 = 3</step_1><answer>3</answer>", "<step_1>2</step_1><answer>2</answer>"]

@@ -69,7 +69,7 @@ def test_a_prompt_has_the_chat_template_s_bos_and_no_second_one(family: Family) 
         assert family.bos is None or ids[0] == bos
 
 
-@pytest.mark.parametrize("templates", ["lab", "steps", "free", "chain_sums"])
+@pytest.mark.parametrize("templates", ["lab", "steps", "free", "chain_sums", "free_few_shot"])
 def test_both_prompts_end_in_the_same_header(family: Family, templates: str) -> None:
     renderer, tokenizer = renderer_of(family.name, templates), tokenizer_of(family.name)
     header = tokenizer(family.header, add_special_tokens=False)["input_ids"]

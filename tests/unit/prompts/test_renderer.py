@@ -135,7 +135,7 @@ def shown(templates: str, context: str) -> str:
     )
 
 
-@pytest.mark.parametrize("templates", ["steps", "free", "lab", "chain_sums"])
+@pytest.mark.parametrize("templates", ["steps", "free", "lab", "chain_sums", "free_few_shot"])
 def test_what_each_context_shows(templates: str) -> None:
     for context in set(CONTEXTS) - {"none", *SHARED_TEMPLATE}:
         assert Templates(templates).has(context)
@@ -181,7 +181,7 @@ def test_prompts_equal_the_golden_files(templates: str) -> None:
     assert "\n%%%%\n".join(prompts).replace(TURN, "{{ turn }}") + "\n" == golden
 
 
-@pytest.mark.parametrize("templates", ["steps", "free", "chain_sums"])
+@pytest.mark.parametrize("templates", ["steps", "free", "chain_sums", "free_few_shot"])
 def test_a_critic_sees_question_answer_and_reference(templates: str) -> None:
     messages = Templates(templates).critic(
         "QUESTION", "STEP ONE\n\nSTEP TWO", steps=["STEP ONE", "STEP TWO"], finished=True,
@@ -259,7 +259,8 @@ def test_a_failing_template_is_named_in_one_line(
 
 def test_an_unknown_template_or_set_is_a_one_line_error() -> None:
     with pytest.raises(
-        RecipeError, match="no such template set; shipped: chain_sums, free, lab, steps"
+        RecipeError,
+        match="no such template set; shipped: chain_sums, free, free_few_shot, lab, steps",
     ):
         Templates("stepz")
     with pytest.raises(RecipeError, match="no such template set"):

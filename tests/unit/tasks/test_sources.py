@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import permutations
 from pathlib import Path
 
 import pyarrow as pa
@@ -429,6 +430,55 @@ def test_two_seeds_of_a_generator_share_no_question_between_train_and_test() -> 
     assert not first["train"] & second["test"] and not first["test"] & second["train"]
 
 
+def templates_of(task: Task) -> dict[str, set[int]]:
+    return {
+        name: {p.meta["reasoning_gym"]["metadata"]["template"] for p in getattr(task, name)}
+        for name in ("train", "validation", "test")
+    }
+
+
+def test_no_template_of_a_generator_is_in_two_splits_whatever_the_seed() -> None:
+    first, second = (
+        templates_of(
+            gym(
+                task="gsm_symbolic",
+                split_by="template",
+                train=300,
+                validation=40,
+                test=80,
+                seed=seed,
+            )
+        )
+        for seed in (0, 5)
+    )
+    assert [len(first[name]) for name in ("train", "validation", "test")] == [65, 6, 14]
+    for name, other in permutations(first, 2):
+        assert not first[name] & first[other] and not first[name] & second[other]
+    by_question = templates_of(gym(task="gsm_symbolic", train=300, test=80))
+    assert by_question["train"] & by_question["test"], (
+        "the questions differ, their templates do not"
+    )
+
+
+def test_the_template_of_an_entry_decides_its_words() -> None:
+    """Problems of one template have the same variables, and of two templates other ones."""
+    variables: dict[int, set[tuple[str, ...]]] = {}
+    for problem in gym(task="gsm_symbolic", train=300).train:
+        metadata = problem.meta["reasoning_gym"]["metadata"]
+        variables.setdefault(metadata["template"], set()).add(tuple(sorted(metadata["variables"])))
+    assert all(len(names) == 1 for names in variables.values())
+    assert len(set().union(*variables.values())) == len(variables) > 80
+
+
+def test_a_split_by_any_value_of_the_metadata() -> None:
+    task = gym(task="leg_counting", split_by="num_animals", config={"max_animals": 30}, train=60)
+    numbers = {
+        name: {p.meta["reasoning_gym"]["metadata"]["num_animals"] for p in getattr(task, name)}
+        for name in ("train", "validation", "test")
+    }
+    assert all(not numbers[name] & numbers[other] for name, other in permutations(numbers, 2))
+
+
 def test_reference_path_and_one_of_many_right_answers() -> None:
     task = gym(task="propositional_logic", reference="example_answer")
     assert all(p.answer == p.references["reference"] for p in task.train)
@@ -443,6 +493,8 @@ def test_reference_path_and_one_of_many_right_answers() -> None:
         ({"task": "chain_sum", "config": {"min_terms": 0}}, "data.config of 'chain_sum': "),
         ({"task": "chain_sum", "config": {"seed": 1}}, "set data.seed"),
         ({"task": "gsm_symbolic", "reference": "cot"}, "data.reference of 'gsm_symbolic'"),
+        ({"task": "gsm_symbolic", "split_by": "kind"}, "data.split_by of 'gsm_symbolic'"),
+        ({"task": "aiw", "split_by": "task_type"}, "another data.split_by than 'task_type'"),
         ({"task": "chain_sum", "train": 500,
           "config": {"max_terms": 2, "min_terms": 2, "max_digits": 1}}, "too few distinct questions"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,18 @@ from selfteach.types import Problem
 REFERENCES = {"gsm_symbolic": "answer_cot"}
 """Path of the worked solution in an entry's metadata, for generators that write one."""
 
+TEMPLATES: dict[str, Callable[[Any, int], object]] = {
+    "gsm_symbolic": lambda source, index: source.task_indices[index]
+}
+"""Returns the template of a generator's entry, of generators that fill templates and do not name them;
+``metadata["template"]`` holds it."""
+
 EXAMPLES = ("example_correct_answer", "example_answer", "possible_answer")
 """Metadata keys that hold one right answer, of generators of questions with many."""
 
 TENTHS = {"test": (0.0, 0.1), "validation": (0.1, 0.2), "train": (0.2, 1.0)}
-"""Ranges of `splits.hash_position` by split: no two splits share a question, whatever the seed."""
+"""Ranges of `splits.hash_position` by split: no two splits share a question, or a value of
+``data.split_by``, whatever the seed."""
 
 DRAWS_PER_PROBLEM = 20
 """Entries drawn per requested problem before a generator counts as exhausted."""
@@ -48,8 +55,10 @@ def generate(config: GymData) -> Splits:
     with _global_seed(config.seed):
         for index in range(draws):
             entry = source[index]
+            if config.task in TEMPLATES:
+                entry["metadata"]["template"] = TEMPLATES[config.task](source, index)
             words = normalised(entry["question"])
-            position = hash_position(entry["question"], 0)
+            position = hash_position(_split_key(config, entry), 0)
             split = next(name for name, (low, high) in TENTHS.items() if low <= position < high)
             if words in seen or len(splits[split]) == sizes[split]:
                 continue
@@ -57,11 +66,27 @@ def generate(config: GymData) -> Splits:
             splits[split].append(_problem(config, entry, f"{split}-{len(splits[split])}"))
             if all(len(splits[name]) == size for name, size in sizes.items()):
                 return splits
+    what = "" if config.split_by is None else f", or another data.split_by than {config.split_by!r}"
     short = ", ".join(f"{len(splits[name])} of {size} {name}" for name, size in sizes.items())
     raise DataError(
         f"data.task = {config.task!r}: too few distinct questions ({short}); request fewer problems, "
-        "or change data.config"
+        f"or change data.config{what}"
     )
+
+
+def _split_key(config: GymData, entry: dict[str, Any]) -> str:
+    """Return the text whose hash decides an entry's split: its question, or where it belongs."""
+    if config.split_by is None:
+        return str(entry["question"])
+    group = _from_metadata(config, "split_by", config.split_by, entry["metadata"])
+    return f"{config.task} {config.split_by} {group}"
+
+
+def _from_metadata(config: GymData, key: str, path: str, metadata: dict[str, Any]) -> str:
+    try:
+        return str(column_value(metadata, path))
+    except MissingValue as missing:
+        raise RecipeError(f"data.{key} of {config.task!r}: {missing}") from None
 
 
 def _problem(config: GymData, entry: dict[str, Any], name: str) -> Problem:
@@ -69,10 +94,7 @@ def _problem(config: GymData, entry: dict[str, Any], name: str) -> Problem:
     path = config.reference or REFERENCES.get(config.task)
     references = {}
     if path:
-        try:
-            references["reference"] = str(column_value(metadata, path))
-        except MissingValue as missing:
-            raise RecipeError(f"data.reference of {config.task!r}: {missing}") from None
+        references["reference"] = _from_metadata(config, "reference", path, metadata)
     gold = entry["answer"]
     if gold is None:
         gold = next((metadata[key] for key in EXAMPLES if metadata.get(key)), "")
