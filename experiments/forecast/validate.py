@@ -2,8 +2,8 @@
 
     python experiments/forecast/validate.py --out runs/forecast_validation
 
-What is sampled is kept in the folder by table of ``gains.toml``; a second call samples only what is
-missing, so that bases which are pretrained later are added then.
+What is sampled is kept in the folder by table of ``known/gains.toml``; a second call samples only what
+is missing, so that bases which are pretrained later are added then.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def arm_lines(rows: Sequence[Row], measures: Sequence[str]) -> list[str]:
 def main() -> None:
     """Run the validation and print its tables."""
     parser = argparse.ArgumentParser(description="Which measures of a forecast predict the gain?")
-    parser.add_argument("--gains", type=Path, default=HERE / "gains.toml")
+    parser.add_argument("--gains", type=Path, default=HERE / "known" / "gains.toml")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--problems", type=int, default=96)
     parser.add_argument("-k", type=int, default=8)

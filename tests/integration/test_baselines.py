@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from selfteach.commands.check import sizes
-from selfteach.commands.check.describe_recipe import SLOW_BF16, describe_study, notes
+from selfteach.commands.check.describe_recipe import (
+    FLOAT32_UNDER_ADAPTERS,
+    NOTHING_TO_TEACH,
+    SLOW_BF16,
+    describe_study,
+    notes,
+)
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study, study_from
 from selfteach.config.schema import merge, validate
@@ -185,6 +191,33 @@ def test_offline_forgives_what_is_absent_and_not_what_is_named_wrongly(tmp_path:
     assert "memory" not in described and "sampled: 65,536" in described
     with pytest.raises((EngineError, DataError)):
         list(describe_study(study()))
+
+
+def test_check_says_where_float32_weights_under_adapters_waste_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def noted(**model: object) -> bool:
+        raw = {"context": {"type": "reference"}, "model": {"lora": {"rank": 4}, **model}}
+        return FLOAT32_UNDER_ADAPTERS in notes([study_from(raw).recipe("run")])
+
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda _: True)
+    assert noted() and noted(device="cuda")
+    assert not noted(weights_dtype="auto") and not noted(weights_dtype="bfloat16")
+    assert not noted(lora=False)
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda _: False)
+    assert not noted()
+
+
+def test_check_says_when_a_teacher_has_nothing_to_teach() -> None:
+    def noted(**changes: object) -> bool:
+        raw = {"context": {"type": "none"}, **changes}
+        return NOTHING_TO_TEACH in notes([study_from(raw).recipe("run")])
+
+    assert noted() and noted(teacher={"type": "ema"})
+    assert not noted(context={"type": "reference"})
+    assert not noted(model={"teacher_system": "Check every sum."})
+    assert not noted(model={"thinking": {"student": False, "teacher": True}})
+    assert not noted(objective={"type": "grpo"}) and not noted(train={"steps": 0})
 
 
 def test_check_warns_of_feedback_that_the_lab_cannot_read() -> None:

@@ -131,8 +131,10 @@ def nothing_to_teach(recipe: Recipe) -> bool:
 def float32_under_adapters(recipe: Recipe) -> bool:
     """Return True where frozen weights are float32 on a device with bfloat16 matmul."""
     model = recipe.model
-    has_bf16 = matmul.has_fast_bf16(choose_device(model.device).type)
-    return model.lora is not None and model.weights_dtype == "float32" and has_bf16
+    if model.lora is None or model.weights_dtype != "float32" or recipe.train.steps == 0:
+        return False
+    kind = choose_device("auto").type if model.device == "auto" else model.device
+    return matmul.has_fast_bf16(kind)
 
 
 def slow_bf16(recipe: Recipe) -> bool:
