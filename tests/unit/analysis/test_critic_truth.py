@@ -35,7 +35,7 @@ def test_every_usable_critique_of_a_faulty_rollout_is_counted_once() -> None:
     truth = count_truth(rows)
     assert truth is not None
     assert truth.located + truth.early + truth.late == truth.faulty_usable == 15
-    assert (truth.rollouts, truth.usable) == (18, 15)
+    assert (truth.faulty, truth.sound) == (18, 0)
 
 
 def test_without_a_checking_program_there_is_nothing_to_count() -> None:

