@@ -234,6 +234,17 @@ def test_a_problem_is_critiqued_until_it_is_solved(chain: tuple, tmp_path: Path)
     assert selection.card_of(tmp_path / "none")["filters"]["critic fails"] == 0
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_a_critic_that_is_not_used_is_not_built(
+    chain: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: bool
+) -> None:
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(selection, "build", lambda recipe: (recipes.append(recipe), chain[0])[1])
+    run(tmp_path / "out", with_settings(critic=used))
+    (recipe,) = recipes
+    assert (recipe.critic is not None) == used
+
+
 def test_other_filters_reuse_rollouts_and_critiques(chain: tuple, tmp_path: Path) -> None:
     _, engine, critic = chain
     run(tmp_path / "out")
