@@ -97,12 +97,10 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
         if is_complete(folder):
             return
         # A critic that is not used is not loaded: a local one may be larger than the policy.
-        unused = {"context": ContextConfig(type="none")} | (
-            {} if config.critic else {"critic": None}
-        )
-        sampled = recipe.model_copy(update=unused)
-        preflight([sampled])
-        built = build(sampled)
+        without = {"critic": None, "context": ContextConfig(type="none")}
+        needed = recipe if config.critic else recipe.model_copy(update=without)
+        preflight([needed])
+        built = build(needed)
         pool, duplicates = candidates(built, config)
         split_pool(pool, config.split)  # raises for too few problems before anything is sampled
         tallies: list[Tally] = []
