@@ -14,6 +14,7 @@ from torch import Tensor
 from selfteach.models.lm_head import Scores, chunked_sum
 from selfteach.types import (
     Batch,
+    CriticSolution,
     Critique,
     CritiquedRollout,
     CritiqueFailure,
@@ -57,6 +58,15 @@ class Critic(Protocol):
         self, judged: Sequence[tuple[Rollout, Verdict]]
     ) -> list[Critique | CritiqueFailure]:
         """Return a critique, or the reason why there is none, of each rollout, in order."""
+        ...
+
+
+@runtime_checkable
+class SolvingCritic(Critic, Protocol):
+    """Is a critic that can also solve a question by itself."""
+
+    def solve(self, problems: Sequence[Problem]) -> list[CriticSolution]:
+        """Return the critic's solution of each problem, in order."""
         ...
 
 

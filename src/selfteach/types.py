@@ -143,6 +143,15 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class CriticSolution:
+    """Holds a critic's own solution of a question, written without sight of a rollout."""
+
+    text: str | None
+    """None if there is no reply, or an empty or truncated one."""
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True)
 class Critique:
     """Holds a critic's corrected trace of one rollout (paper, step-aligned feedback)."""
 

@@ -22,7 +22,16 @@ from selfteach.rollout.journaled_engine import BatchedEngine
 from selfteach.tasks import chain_sums
 from selfteach.tasks.task import load_task
 from selfteach.trainer.build import Built, build
-from selfteach.types import Critique, CritiqueFailure, Problem, Rollout, Sampling, Verdict
+from selfteach.types import (
+    CriticSolution,
+    Critique,
+    CritiqueFailure,
+    Problem,
+    Rollout,
+    Sampling,
+    Usage,
+    Verdict,
+)
 
 RECIPE = """
 [model]
@@ -232,6 +241,45 @@ def test_a_problem_is_critiqued_until_it_is_solved(chain: tuple, tmp_path: Path)
     run(tmp_path / "none", with_settings(critic=False))
     assert len(critic.keys) == count
     assert selection.card_of(tmp_path / "none")["filters"]["critic fails"] == 0
+
+
+class SolvingCritic(RecordingCritic):
+    """Solves every question but those that fail, and counts them."""
+
+    def solve(self, problems: Sequence[Problem]) -> list[CriticSolution]:
+        self.solved = [*getattr(self, "solved", []), *(problem.id for problem in problems)]
+        return [
+            CriticSolution(
+                None if p.id in self.fails else p.references["aligned_reference"], Usage(1)
+            )
+            for p in problems
+        ]
+
+
+def test_the_critics_own_solution_can_decide(
+    chain: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, _, critic = chain
+    ids = [p.id for p in built.task.train]
+    solver = SolvingCritic(critic.inner, {ids[3]})
+    solving = dataclasses.replace(
+        built, components=dataclasses.replace(built.components, critic=solver)
+    )
+    monkeypatch.setattr(selection, "build", lambda recipe: solving)
+    run(tmp_path / "out", with_settings(critic_test="solution", min_format_rate=0.75))
+    card = selection.card_of(tmp_path / "out")
+    assert card["filters"] == {"too easy": 1, "badly formatted": 1, "critic fails": 1}
+    assert solver.solved == ids[2:], "hard and well formatted ones alone"
+    assert solver.keys == [], "no rollout is critiqued"
+    assert card["usage"]["requests"] == 4
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "asked to solve each question" in text and "own solution is not correct" in text
+
+
+def test_a_program_cannot_solve_a_question(chain: tuple, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"critic_test = \"solution\" needs a language model"):
+        run(tmp_path / "out", with_settings(critic_test="solution"))
+    assert chain[1].problem_count == 0, "raised before anything is sampled"
 
 
 @pytest.mark.parametrize("used", [True, False])

@@ -5,9 +5,9 @@ A critic is a frozen program or language model that writes critiques; it is no v
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from selfteach.config.schema import Section
 
@@ -51,6 +51,10 @@ class LlmCriticConfig(Section):
 
     sees_reference: bool = False
     """Show the critic the problem's reference solution."""
+    solves_first: bool = False
+    """Ask the critic for a solution of the question first, and show it beside the rollout in the place
+    of a reference: a small critic copies the errors of a rollout whose question it can solve. One
+    request per problem, cached like every reply."""
     thinking: bool | None = None
     """``enable_thinking`` of the critic's chat template; unset: the template's default. Thoughts are
     stripped from replies."""
@@ -72,6 +76,15 @@ class LlmCriticConfig(Section):
     """Context of rollouts whose failure policy is ``fallback``."""
     reply_cache: str | None = None
     """SQLite file of all replies; unset: ``selfteach/critiques.sqlite`` in the user's cache folder."""
+
+    @model_validator(mode="after")
+    def _one_solution(self) -> Self:
+        if self.sees_reference and self.solves_first:
+            raise ValueError(
+                "critic.sees_reference and critic.solves_first are both true, and the critic is shown "
+                "one solution: set one of them"
+            )
+        return self
 
 
 class EndpointConfig(LlmCriticConfig):

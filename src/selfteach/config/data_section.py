@@ -230,8 +230,10 @@ class SelectConfig(Section):
     """Keep problems of which at least this share of rollouts could be parsed. The paper
     requires well-formatted answers and gives no number."""
     critic: bool = True
-    """Keep problems that the recipe's critic solves: its critique of an incorrect rollout ends in the
-    right answer."""
+    """Keep problems that the recipe's critic solves."""
+    critic_test: Literal["critique", "solution"] = "critique"
+    """How the critic shows that it solves a problem: by a critique of an incorrect rollout that ends in
+    the right answer, or by its own solution of the question (see ``critic.solves_first``)."""
     critic_answers: int = Field(default=1, ge=1)
     """Largest number of incorrect rollouts that the critic critiques, one after another until one
     critique ends in the right answer."""

@@ -146,6 +146,8 @@ def critic_work_of(recipe: Recipe, known: RunSizes, overrides: Overrides) -> Cri
     if critic.sees_reference:
         prompt += known.lengths.mean_reference or 0.0
     mean_critique = overrides.critique_tokens or ASSUMED_MEAN_SHARE * critic.max_tokens
+    if critic.solves_first:  # its solutions are requested once per problem and are left out
+        prompt += mean_critique
     lengths = LengthDistribution.with_mean(mean_critique, critic.max_tokens)
     return CriticWork("served" if served else "in_process", shape, prompt, lengths, concurrency)
 

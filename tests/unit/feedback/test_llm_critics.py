@@ -312,6 +312,51 @@ def test_the_reference_is_shown_only_with_sees_reference(cache: Path) -> None:
             assert shown == sees
 
 
+def test_a_critic_that_solves_first_is_shown_its_solution_of_the_question(cache: Path) -> None:
+    solution = "<step_1>Two and two are four.</step_1><answer>4</answer>"
+
+    def reply(handler: Any, body: dict) -> None:
+        asks_for_critique = WRONG in body["messages"][-1]["content"]
+        says(RIGHT if asks_for_critique else f"<think>Hm.</think>{solution}")(handler, body)
+
+    rollouts = [*judged("a", "b"), *judged("a")]
+    with serving(reply) as server:
+        critiques = critic(model(server), cache, solves_first=True)(rollouts)
+        sent = [request["messages"][-1]["content"] for request in server.requests]
+    solving = [text for text in sent if WRONG not in text]
+    assert len(solving) == 2, "one solution per question"
+    assert sorted(solving) == sorted(
+        Templates("steps").render("solver", question=rollout.problem.question)
+        for rollout, _ in judged("a", "b")
+    )
+    assert all(solution in text and "<think>" not in text for text in sent if WRONG in text)
+    assert all(isinstance(critique, Critique) for critique in critiques)
+    assert [critique.usage.requests for critique in critiques] == [2, 2, 0]
+    assert [critique.usage.cached for critique in critiques] == [0, 0, 2]
+
+
+def test_a_truncated_or_missing_solution_is_not_shown(cache: Path) -> None:
+    def reply(handler: Any, body: dict) -> None:
+        content = body["messages"][-1]["content"]
+        if WRONG in content:
+            says(RIGHT)(handler, body)
+        elif "b:" in content:
+            refuses(400)(handler, body)
+        else:
+            says("A half", finish="length")(handler, body)
+
+    with serving(reply) as server:
+        critiques = critic(model(server), cache, solves_first=True)(judged("a", "b"))
+        shown = [r["messages"][-1]["content"] for r in server.requests]
+    assert all(isinstance(critique, Critique) for critique in critiques)
+    assert not any("A half" in text for text in shown)
+
+
+def test_one_solution_is_shown_to_the_critic(cache: Path) -> None:
+    with pytest.raises(ValueError, match="one solution"):
+        endpoint("http://unused/v1", sees_reference=True, solves_first=True)
+
+
 def test_a_key_comes_from_the_environment_and_is_saved_nowhere(cache: Path, monkeypatch) -> None:
     monkeypatch.setenv("MY_KEY", "secret-123")
     with serving(says(RIGHT)) as server:

@@ -135,9 +135,16 @@ def _critic_tokens(
     """Count the critic's tokens as if it had the policy's tokenizer."""
     completion, template = recipe.sampling.max_tokens, lengths.critic_template
     prompt = lengths.longest_prompt
-    reference = lengths.mean_reference if critic.sees_reference else 0.0
-    expected = plus(lengths.mean_prompt, reference, completion, template)
-    most = template + prompt + completion + (lengths.window if critic.sees_reference else 0)
+    solution, longest_solution = 0.0, 0
+    if critic.sees_reference:
+        solution, longest_solution = lengths.mean_reference, lengths.window
+    elif critic.solves_first:  # requested after the student's prompt: at most once per rollout
+        solution, longest_solution = (
+            plus(lengths.mean_prompt, completion),
+            prompt + critic.max_tokens,
+        )
+    expected = plus(lengths.mean_prompt, solution, completion, template)
+    most = template + prompt + completion + longest_solution
     times = rollouts * critic.max_attempts
     return [
         Tokens(
@@ -145,5 +152,7 @@ def _critic_tokens(
             times * most,
             None if expected is None else round(rollouts * expected),
         ),
-        Tokens("written by the critic", times * critic.max_tokens),
+        Tokens(
+            "written by the critic", (times + rollouts * critic.solves_first) * critic.max_tokens
+        ),
     ]

@@ -29,7 +29,7 @@ def card_text(card: Mapping[str, Any]) -> str:
             f"badly formatted (under {chosen['min_format_rate']:.0%} of the rollouts could be parsed)",
             card["filters"]["badly formatted"],
         ),
-        ("no critique ends in the correct answer", card["filters"]["critic fails"]),
+        (_critic_filter(chosen["critic_test"]), card["filters"]["critic fails"]),
         ("selected", card["kept"]),
         *((f"of these in {name}", count) for name, count in card["out"].items()),
         ("selected and in no split", card["kept"] - sum(card["out"].values())),
@@ -72,12 +72,20 @@ its source, and `meta`, with the policy's rates under `meta.selection`.
 """
 
 
+def _critic_filter(test: str) -> str:
+    if test == "solution":
+        return "the critic's own solution is not correct"
+    return "no critique ends in the correct answer"
+
+
 def _critic(card: Mapping[str, Any]) -> str:
     critic = card["critic"]
     if critic is None:
         return "not used"
     name = critic.get("model") or critic.get("path")
     label = f"{critic['type']} `{name}`" if name else f"{critic['type']}"
+    if card["select"]["critic_test"] == "solution":
+        return f"{label}, asked to solve each question that passed the other filters"
     return (
         f"{label}, given {card['critiques']:,} incorrect rollouts, at most "
         f"{card['select']['critic_answers']} per problem"

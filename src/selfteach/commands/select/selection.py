@@ -20,6 +20,7 @@ from selfteach.config.data_section import FilesData, HubData, SelectConfig
 from selfteach.config.recipe import ContextConfig, Recipe
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
+from selfteach.protocols import SolvingCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime.atomic_files import read_json, write_json, write_lines, write_text
 from selfteach.runtime.futures import executor
@@ -40,7 +41,9 @@ from selfteach.types import (
     Usage,
 )
 
-FILTERS = ("max_solve_rate", "min_format_rate", "critic", "critic_answers", "split")
+FILTERS = (
+    "max_solve_rate", "min_format_rate", "critic", "critic_test", "critic_answers", "split",
+)  # fmt: skip
 """Settings of ``[select]`` that may change without sampling again."""
 
 
@@ -55,7 +58,7 @@ class Tally:
     critiques: int = 0
     """Incorrect rollouts that were given to the critic."""
     solved: bool = False
-    """True if one of its critiques ended in the correct answer."""
+    """True if the critic solved it (``select.critic_test``)."""
     usage: Usage = field(default_factory=Usage)
 
     @property
@@ -101,6 +104,8 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
         needed = recipe if config.critic else recipe.model_copy(update=without)
         preflight([needed])
         built = build(needed)
+        if config.critic and config.critic_test == "solution":
+            _require_solving_critic(built)
         pool, duplicates = candidates(built, config)
         split_pool(pool, config.split)  # raises for too few problems before anything is sampled
         tallies: list[Tally] = []
@@ -109,6 +114,14 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
             selected = sum(reason_against(tally, config) is None for tally in tallies)
             yield SelectionProgress(len(tallies), len(pool), selected)
         _write(folder, recipe, config, built, tallies, duplicates)
+
+
+def _require_solving_critic(built: Built) -> None:
+    if not isinstance(built.components.critic, SolvingCritic):
+        raise RecipeError(
+            'select.critic_test = "solution" needs a language model as the critic, and the recipe\'s '
+            'cannot solve a question: name another critic.type, or set critic_test = "critique"'
+        )
 
 
 def _replace_filters(run: RunFolder, config: dict[str, Any]) -> None:
@@ -208,6 +221,8 @@ def _tally(
             wrong.setdefault(id_, []).append(rollout)
     if not config.critic:
         return list(tallies.values())
+    if config.critic_test == "solution":
+        return _with_solutions(built, config, list(tallies.values()))
     critiqued = _stored(run, built, number, batch)
     # One rollout of each problem at a time: a problem that is solved needs no further critique.
     for turn in range(config.critic_answers):
@@ -219,6 +234,26 @@ def _tally(
             run.save_samples(number, [TrainingSample(result) for result in critiqued.values()])
         tallies = _with_critiques(built, tallies, [critiqued[r.key] for r in rollouts])
     return list(tallies.values())
+
+
+def _with_solutions(built: Built, config: SelectConfig, tallies: list[Tally]) -> list[Tally]:
+    """Ask the critic for its own solution of the problems that pass the other filters.
+
+    The solutions are in its reply cache, so a resumed selection does not pay for them twice.
+    """
+    critic = built.components.critic
+    assert isinstance(critic, SolvingCritic), "checked at the start"
+    undecided = [tally for tally in tallies if reason_against(tally, config) == "critic fails"]
+    solutions = critic.solve([tally.problem for tally in undecided])
+    by_id = {tally.problem.id: tally for tally in tallies}
+    for tally, solution in zip(undecided, solutions, strict=True):
+        text = solution.text
+        by_id[tally.problem.id] = dataclasses.replace(
+            tally,
+            solved=text is not None and built.components.verify(tally.problem, text).correct,
+            usage=tally.usage + solution.usage,
+        )
+    return list(by_id.values())
 
 
 def _stored(

@@ -11,9 +11,18 @@ from selfteach.feedback.critics.chat_model import NoReply, Reply, Request
 from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.reply_cache import CachedModel
 from selfteach.prompts.control_tokens import ControlTokenEscaper
-from selfteach.prompts.template_set import Templates
+from selfteach.prompts.template_set import Message, Templates, conversation
+from selfteach.prompts.thinking import split_thinking
 from selfteach.tasks.segmentation import content
-from selfteach.types import Critique, CritiqueFailure, Rollout, Usage, Verdict
+from selfteach.types import (
+    CriticSolution,
+    Critique,
+    CritiqueFailure,
+    Problem,
+    Rollout,
+    Usage,
+    Verdict,
+)
 
 JudgedRollout = tuple[Rollout, Verdict]
 EXCERPT = 2_000
@@ -42,13 +51,16 @@ class LlmCritic:
         Raises `CriticError` for a failure whose policy is ``stop``; replies up to then stay in the
         reply cache.
         """
+        solutions = self._solutions_shown([rollout.problem for rollout, _ in judged])
         critiques: dict[int, Critique | CritiqueFailure] = {}
         pending = list(range(len(judged)))
         for attempt in range(self._config.max_attempts):
-            requests = [self._request(*judged[index], attempt) for index in pending]
+            requests = [
+                self._request(*judged[index], attempt, solutions[index].text) for index in pending
+            ]
             replies = self._model.complete(requests)
             for index, (reply, cached) in zip(pending, replies, strict=True):
-                before = critiques[index].usage if index in critiques else Usage()
+                before = (critiques if index in critiques else solutions)[index].usage
                 critique = self._parse(reply, *judged[index])
                 critiques[index] = replace(critique, usage=before + self._usage(reply, cached))
             pending = [i for i in pending if self._policy(critiques[i]) == "retry"]
@@ -63,12 +75,44 @@ class LlmCritic:
                 )
         return [critiques[index] for index in range(len(judged))]
 
+    def solve(self, problems: Sequence[Problem]) -> list[CriticSolution]:
+        """Return the critic's own solution of each question, requested with the policy's prompt."""
+        config = self._config
+        requests = []
+        for problem in problems:
+            rendered = conversation(self._templates.render("solver", question=problem.question))
+            requests.append(
+                Request(self._messages(rendered), config.temperature, config.max_tokens)
+            )
+        solutions = []
+        for reply, cached in self._model.complete(requests):
+            text = None
+            if isinstance(reply, Reply) and reply.finished:
+                unescaped = self._escaper.unescape(reply.text) if self._escaper else reply.text
+                text = split_thinking(unescaped)[1].strip() or None
+            solutions.append(CriticSolution(text, self._usage(reply, cached)))
+        return solutions
+
+    def _solutions_shown(self, problems: Sequence[Problem]) -> list[CriticSolution]:
+        """Return the solution that the critic sees beside the rollout of each problem."""
+        if self._config.solves_first:
+            return self.solve(problems)
+        if self._config.sees_reference:
+            return [CriticSolution(problem.references.get("reference")) for problem in problems]
+        return [CriticSolution(None)] * len(problems)
+
+    def _messages(self, rendered: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+        escape = self._escaper.escape if self._escaper else str
+        return tuple((m["role"], escape(m["content"])) for m in rendered)
+
     def _policy(self, critique: Critique | CritiqueFailure) -> str | None:
         if isinstance(critique, Critique):
             return None
         return getattr(self._config.on_failure, critique.reason)
 
-    def _request(self, rollout: Rollout, verdict: Verdict, attempt: int) -> Request:
+    def _request(
+        self, rollout: Rollout, verdict: Verdict, attempt: int, solution: str | None
+    ) -> Request:
         config, problem = self._config, rollout.problem
         steps = [content(rollout.text, span) for span in self._parser.split_steps(rollout.text)]
         final = steps.pop() if steps and verdict.parsed is not None else None
@@ -78,12 +122,10 @@ class LlmCritic:
             steps=steps,
             final=final,
             finished=rollout.finished,
-            reference=problem.references.get("reference") if config.sees_reference else None,
+            reference=solution,
         )
-        escape = self._escaper.escape if self._escaper else str
-        messages = tuple((m["role"], escape(m["content"])) for m in rendered)
         temperature = config.retry_temperature if attempt else config.temperature
-        return Request(messages, temperature, config.max_tokens, attempt)
+        return Request(self._messages(rendered), temperature, config.max_tokens, attempt)
 
     def _parse(
         self, reply: Reply | NoReply, rollout: Rollout, verdict: Verdict
