@@ -7,7 +7,8 @@ The shapes (all rates in percent, lengths in tokens):
     Results    a Setting with "title", "k", "headline", "variants": {name: Setting}, "made"
 
 ``seeds`` of an estimate is how many training runs (of each arm) it is over. With one, no difference
-between arms is decided, whatever its interval: two runs of the same arm differ too. A pair ``b-a`` is b minus a, problem by problem and seed by seed.
+between arms is decided, whatever its interval: two runs of the same arm differ too. A pair ``b-a`` is
+b minus a, problem by problem and seed by seed.
 """
 
 from __future__ import annotations

@@ -211,10 +211,11 @@ def migrate_results(results: Mapping[str, Any]) -> dict[str, Any]:
     new = {"intervals": "bootstrap", **results}
     new["arms"] = {arm: _budgeted(v) for arm, v in results.get("arms", {}).items()}
     seeds = {"seeds": len(results.get("seeds", ()))}
-    new["paired"] = {
-        pair: {name: {**seeds, **value} for name, value in values.items()}
-        for pair, values in results.get("paired", {}).items()
-    }
+    if isinstance(results.get("paired"), Mapping):
+        new["paired"] = {
+            pair: {name: {**seeds, **value} for name, value in values.items()}
+            for pair, values in results["paired"].items()
+        }
     if isinstance(results.get("variants"), Mapping):
         new["variants"] = {name: migrate_results(v) for name, v in results["variants"].items()}
     return new
