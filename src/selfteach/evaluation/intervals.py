@@ -32,10 +32,12 @@ problems, seeds that do not differ or with a standard deviation of 3 points; 4,0
     difference of Avg@12, no effect     95.1 to 97.6    95.2 to 96.9    95.0 to 95.8
     mean Pass@12, true value 99 %       95.1 to 99.4    97.5 to 98.8    97.2 to 99.0
 
-Two seeds are conservative (up to 98.4) where problems vary more than seeds: one degree of freedom
-cannot tell a small spread from a large one. Near 100 % an interval has only few possible ends. Where
-seeds spread by more than their distance from 100 % (6 points at 99 %), the coverage of two and three
-seeds falls to 76 and 88; a rare kind of problem that is not in the sample is not seen by any interval.
+The last of the three widths is half, not all, of what the problems alone give: with all of it 98 to
+99 % of differences are covered where seeds do not differ. Two seeds are conservative (up to 98.4) where
+problems vary more than seeds: one degree of freedom cannot tell a small spread from a large one. Near
+100 % an interval has only few possible ends. Where seeds spread by more than their distance from 100 %
+(6 points at 99 %), the coverage of two and three seeds falls to 76 and 88; a rare kind of problem that
+is not in the sample is not seen by any interval.
 
 Sources: Satterthwaite (Biometrics Bulletin, 1946); Searle, Casella and McCulloch ("Variance
 Components", 1992); Wilson (JASA 22, 1927), with an effective sample size as Franco, Little, Louis and
