@@ -213,13 +213,14 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Term added to AdamW's denominator."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices, embeddings and adapters included, not of norms and biases."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is scaled down."""
     warmup_steps: int = Field(default=0, ge=0)
     """Updates over which the learning rate grows linearly to ``lr``."""
     decay: Literal["constant", "linear"] = "constant"
-    """Schedule of the learning rate after the warm-up; ``linear`` falls to 0 after the last update."""
+    """Schedule of the learning rate after the warm-up: ``linear`` falls from ``lr`` to 0 after the last
+    update."""
 
 
 class TrainConfig(Section):
