@@ -10,7 +10,12 @@ from pydantic import Field, field_validator, model_validator
 from selfteach.config.critic_section import CriticConfig
 from selfteach.config.data_section import DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
-from selfteach.config.objective_section import DistillationConfig, ObjectiveConfig, terms
+from selfteach.config.objective_section import (
+    DistillationConfig,
+    GrpoConfig,
+    ObjectiveConfig,
+    terms,
+)
 from selfteach.config.schema import Section
 
 ContextName = Literal[
@@ -208,13 +213,14 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Term added to AdamW's denominator."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices, embeddings and adapters included, not of norms and biases."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is scaled down."""
     warmup_steps: int = Field(default=0, ge=0)
     """Updates over which the learning rate grows linearly to ``lr``."""
     decay: Literal["constant", "linear"] = "constant"
-    """Schedule of the learning rate after the warm-up; ``linear`` falls to 0 after the last update."""
+    """Schedule of the learning rate after the warm-up: ``linear`` falls from ``lr`` to 0 after the last
+    update."""
 
 
 class TrainConfig(Section):
@@ -360,6 +366,13 @@ class Recipe(Section):
                 f'engine.type = "{self.engine.type}" needs none'
             )
         return self
+
+    @property
+    def scoring_teacher(self) -> TeacherConfig:
+        """Return the teacher that scores in training: the initial policy for GRPO's KL penalty."""
+        if isinstance(self.objective, GrpoConfig) and self.objective.kl_coef > 0:
+            return InitialTeacherConfig()
+        return self.teacher
 
 
 DEFAULT_TYPES = {
