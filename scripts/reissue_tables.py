@@ -37,7 +37,7 @@ WORDS = {"higher": "higher", "lower": "lower", "open": "includes 0", "one seed":
 
 def main() -> None:
     """Print the tables of what is named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, help="a study's folder, an archive, or a .toml")
     source = parser.parse_args().source
     logging.getLogger("selfteach").setLevel(logging.ERROR)  # recipes of early studies have old keys
