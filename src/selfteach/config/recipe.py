@@ -98,7 +98,8 @@ class ModelConfig(Section):
     """Whether student and teacher think before they answer."""
     weights_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Data type of the weights; ``auto``: bfloat16 where the device has bfloat16 matmul, else float32.
-    Adapters are float32 in any case."""
+    What trains is float32 in any case, adapters or all weights, and so are its moments; matmuls of
+    weights that are bfloat16 here are in bfloat16."""
     autocast: Literal["auto", "bfloat16"] | None = None
     """Multiply matrices in bfloat16 while weights keep their dtype; ``auto``: where the device has
     bfloat16 matmul, which most CPUs lack; ``false``: never. On such a CPU logits are rounded to
@@ -366,6 +367,11 @@ class Recipe(Section):
                 f'engine.type = "{self.engine.type}" needs none'
             )
         return self
+
+    @property
+    def all_weights_train(self) -> bool:
+        """Return True if the model's weights train, and not adapters."""
+        return self.model.lora is None and self.train.steps > 0
 
     @property
     def scoring_teacher(self) -> TeacherConfig:
