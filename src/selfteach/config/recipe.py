@@ -68,7 +68,9 @@ class ThinkingConfig(Section):
     boundary: Literal["student", "teacher"] = "student"
     """Whose chat-template header goes between the teacher's prompt and the rollout, where the two
     differ: the student's (with Qwen3 and ``student = false`` an empty thought), or the teacher's, after
-    which it expects another first token than the student's."""
+    which it expects another first token than the student's. Where the template writes the switch in
+    the header alone, as Qwen3's does, ``teacher`` has an effect with the teacher's only, and is refused
+    with the student's."""
     scored: bool = True
     """Train on the tokens of the thought too; false: only on the tokens after it."""
     tags: tuple[str, str] = ("<think>", "</think>")
