@@ -68,7 +68,9 @@ class ThinkingConfig(Section):
     boundary: Literal["student", "teacher"] = "student"
     """Whose chat-template header goes between the teacher's prompt and the rollout, where the two
     differ: the student's (with Qwen3 and ``student = false`` an empty thought), or the teacher's, after
-    which it expects another first token than the student's."""
+    which it expects another first token than the student's. Where the template writes the switch in
+    the header alone, as Qwen3's does, ``teacher`` has an effect with the teacher's only, and is refused
+    with the student's."""
     scored: bool = True
     """Train on the tokens of the thought too; false: only on the tokens after it."""
     tags: tuple[str, str] = ("<think>", "</think>")
@@ -98,7 +100,8 @@ class ModelConfig(Section):
     """Whether student and teacher think before they answer."""
     weights_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Data type of the weights; ``auto``: bfloat16 where the device has bfloat16 matmul, else float32.
-    Adapters are float32 in any case."""
+    What trains is float32 in any case, adapters or all weights, and so are its moments; matmuls of
+    weights that are bfloat16 here are in bfloat16."""
     autocast: Literal["auto", "bfloat16"] | None = None
     """Multiply matrices in bfloat16 while weights keep their dtype; ``auto``: where the device has
     bfloat16 matmul, which most CPUs lack; ``false``: never. On such a CPU logits are rounded to
@@ -366,6 +369,11 @@ class Recipe(Section):
                 f'engine.type = "{self.engine.type}" needs none'
             )
         return self
+
+    @property
+    def all_weights_train(self) -> bool:
+        """Return True if the model's weights train, and not adapters."""
+        return self.model.lora is None and self.train.steps > 0
 
     @property
     def scoring_teacher(self) -> TeacherConfig:

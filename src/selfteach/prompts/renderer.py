@@ -222,7 +222,22 @@ class Renderer:
                     'separate assistant header: set model.thinking.boundary = "teacher"'
                 )
             headers.append(whole.removeprefix(body))
+        self._require_effect(headers)
         return headers[0], headers[1]
+
+    def _require_effect(self, headers: Sequence[str]) -> None:
+        """Raise for a teacher that is told to think, or not to, by a header that is then replaced."""
+        thinking = self._thinking
+        switches = (thinking.student, thinking.teacher)
+        bodies = {self._chat([_user(_PROBE)], switch, header=False) for switch in switches}
+        if thinking.teacher is not None and len(bodies) == 1 and headers[0] != headers[1]:
+            value = str(thinking.teacher).lower()
+            raise EngineError(
+                f"model.thinking.teacher = {value} changes nothing: the chat template of "
+                f"{self._tokenizer.name_or_path!r} writes it in the assistant header alone, which "
+                'boundary = "student" replaces: set model.thinking.boundary = "teacher", or remove '
+                "model.thinking.teacher"
+            )
 
     def _end_of_turn(self) -> int:
         """Return the token the chat template writes after an answer, by default the tokenizer's eos."""

@@ -17,6 +17,7 @@ from selfteach.models.policy import Policy
 from selfteach.prompts.renderer import Renderer
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
+from selfteach.runtime.torch_setup import seed_update
 from selfteach.tasks import segmentation
 from selfteach.trainer.batching import collate
 from selfteach.trainer.metrics import Metrics, loss_coverage, summarize_samples, summarize_tokens
@@ -100,7 +101,11 @@ def build_samples(
 
 
 def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
-    """Train the policy on the step's samples, ``num_iterations`` optimizer updates; return metrics."""
+    """Train the policy on the step's samples, ``num_iterations`` optimizer updates; return metrics.
+
+    A step without a token in the loss (GRPO: every group scores alike) takes no update: weights,
+    AdamW's moments and an EMA teacher stay as they are, and the schedule goes on.
+    """
     # One denominator for all micro-batches and ranks: how a step is split changes nothing.
     denominators = components.objective.denominators(samples)
     weights = components.objective.token_weights(samples, denominators, components.policy.version)
@@ -111,10 +116,12 @@ def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
     batches = [batch.to(components.policy.device) for batch in batches]
     metrics = {**summarize_samples(samples), **loss_coverage(samples, weights)}
     for iteration in range(components.num_iterations):
+        seed_update(components.sampling.seed, components.policy.version, components.ranks.rank)
         stats = [_backward(components, batch) for batch in batches]
         require_finite(stats, batches)
         optimizer_metrics = components.policy.optimizer_step()
-        components.teacher.update()
+        if batches:  # on every rank, or on none
+            components.teacher.update()
         if iteration == 0:
             metrics |= summarize_tokens(stats, components.ranks)
             batches = [  # ratios of later iterations are relative to the policy of the first
@@ -128,7 +135,7 @@ def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
         **metrics,
         "tokens_trained": components.ranks.sum(sum(tokens)),
         "teacher_tokens": components.ranks.sum(sum(teacher_tokens)),
-        "optimizer_steps": components.num_iterations,
+        "optimizer_steps": components.num_iterations if batches else 0,
     }
 
 
