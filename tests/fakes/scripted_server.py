@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -114,6 +115,74 @@ def refuses(status: int, **headers: str) -> Behaviour:
 def raw(body: bytes) -> Behaviour:
     """Respond with these bytes and status 200."""
     return lambda handler, _: send(handler, 200, body)
+
+
+def errs(status: int, message: str, **headers: str) -> Behaviour:
+    """Respond with an error status and these words."""
+    body = json.dumps({"error": {"message": message, "type": "invalid_request_error"}}).encode()
+    return lambda handler, _: send(handler, status, body, **headers)
+
+
+def says_with(**changes: Any) -> Behaviour:
+    """Respond with a completion of which parts are replaced: ``content``, ``finish_reason``, ``usage``."""
+    whole = completion("")
+    choice = whole["choices"][0]
+    if "content" in changes:
+        choice["message"]["content"] = changes.pop("content")
+    if "refusal" in changes:
+        choice["message"]["refusal"] = changes.pop("refusal")
+    if "finish_reason" in changes:
+        choice["finish_reason"] = changes.pop("finish_reason")
+    return raw(json.dumps({**whole, **changes}).encode())
+
+
+def _for_ever(handler: BaseHTTPRequestHandler, data: bytes, pause_s: float) -> None:
+    while True:  # until the client hangs up
+        handler.wfile.write(data)
+        handler.wfile.flush()
+        if pause_s:
+            time.sleep(pause_s)
+
+
+def drips_headers(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Send the status and then a header, letter by letter, without end."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    _for_ever(handler, b"a", 0.05)
+
+
+def continues(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Send one interim response after the other."""
+    _for_ever(handler, b"HTTP/1.1 100 Continue\r\n\r\n", 0.01)
+
+
+def drips_body(status: int) -> Behaviour:
+    """Respond with a status and a body that comes byte by byte, without end."""
+
+    def behave(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.end_headers()
+        _for_ever(handler, b" ", 0.05)
+
+    return behave
+
+
+def floods(status: int, sent: list[int], encoding: str | None = None) -> Behaviour:
+    """Respond with a status and a gigabyte, compressed if an encoding is named; count megabytes sent."""
+    chunk = b" " * 1_000_000
+    zipped = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS | 16) if encoding else None
+
+    def behave(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        if encoding:
+            handler.send_header("Content-Encoding", encoding)
+        handler.end_headers()
+        for _ in range(1000):
+            handler.wfile.write(zipped.compress(chunk) if zipped else chunk)
+            sent.append(1)
+
+    return behave
 
 
 def lists(*models: str) -> Behaviour:

@@ -26,6 +26,7 @@ import functools
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -83,6 +84,15 @@ class RunFolder:
     def is_complete(self) -> bool:
         """Return True once the run has finished."""
         return self.result_path.exists()
+
+    @property
+    def identity(self) -> str:
+        """Return an id of this run that no other has and that stays when the folder is moved."""
+        path = self.path / ".identity"
+        if not path.exists():
+            with report_full_disk(), atomic_path(path) as temporary:
+                temporary.write_text(uuid.uuid4().hex, encoding="ascii")
+        return path.read_text(encoding="ascii")
 
     def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Start a run in this folder, or continue the same one.

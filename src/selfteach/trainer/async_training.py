@@ -272,5 +272,5 @@ class StartedCritiques:
         ) -> None:
             run.save_critiques(name, rollouts, critiques)
 
-        journaled = JournaledCritic(critic, self._saved, save)
+        journaled = JournaledCritic(critic, self._saved, save, f"{run.identity}/{name}")
         return dataclasses.replace(self._components, critic=journaled)
