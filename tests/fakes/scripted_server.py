@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from selfteach.feedback.critics.critic_healthcheck import PROMPT
+
 Behaviour = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 """Responds to one request, given its parsed body."""
 
@@ -23,6 +25,10 @@ class Server:
         self.requests: list[dict[str, Any]] = []
         self.listing: Behaviour = lists("m", "oracle")
         """Responds to the request for its list of models, which is not recorded."""
+        self.answers_checks = True
+        """Whether the healthcheck's request gets a plain reply; else it is a request like any other."""
+        self.checks: list[dict[str, Any]] = []
+        """The healthcheck's requests that got one."""
         self.in_flight = self.max_in_flight = 0
         self._lock = threading.Lock()
         script = self
@@ -53,6 +59,10 @@ class Server:
 
     def begin(self, body: dict[str, Any]) -> Behaviour:
         with self._lock:
+            if self.answers_checks and body.get("messages", [{}])[-1].get("content") == PROMPT:
+                self.checks.append(body)
+                self.in_flight += 1
+                return says("1")
             self.requests.append(body)
             self.in_flight += 1
             self.max_in_flight = max(self.max_in_flight, self.in_flight)
@@ -170,7 +180,6 @@ def drips_body(status: int) -> Behaviour:
 def floods(status: int, sent: list[int], encoding: str | None = None) -> Behaviour:
     """Respond with a status and a gigabyte, compressed if an encoding is named; count megabytes sent."""
     chunk = b" " * 1_000_000
-    zipped = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS | 16) if encoding else None
 
     def behave(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         handler.send_response(status)
@@ -178,6 +187,7 @@ def floods(status: int, sent: list[int], encoding: str | None = None) -> Behavio
         if encoding:
             handler.send_header("Content-Encoding", encoding)
         handler.end_headers()
+        zipped = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS | 16) if encoding else None
         for _ in range(1000):
             handler.wfile.write(zipped.compress(chunk) if zipped else chunk)
             sent.append(1)

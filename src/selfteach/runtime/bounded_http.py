@@ -37,13 +37,16 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):  # type: ignore[misc, valid
     A response that is longer than the limit is cut one byte behind it, and its connection closed.
     """
 
-    def __init__(self, *, timeout_s: float, max_bytes: int, **settings: Any) -> None:
-        super().__init__(timeout=timeout_s, follow_redirects=False, **settings)
-        self._timeout_s, self._max_bytes = timeout_s, max_bytes
+    def __init__(self, *, timeout_s: float, max_bytes: int, key_header: str) -> None:
+        super().__init__(timeout=timeout_s, follow_redirects=False)
+        self._timeout_s, self._max_bytes, self._key_header = timeout_s, max_bytes, key_header
         self.headers["Accept-Encoding"] = "identity"  # a compressed body can be of any size
 
     async def send(self, request: Any, *, stream: bool = False, **settings: Any) -> Any:
         """Return the whole response. Raises the client's time-out at the deadline."""
+        if self._key_header.lower() != "authorization":
+            bearer = request.headers.pop("Authorization", "")
+            request.headers[self._key_header] = bearer.removeprefix("Bearer ")
         try:
             async with asyncio.timeout(self._timeout_s):
                 response = await super().send(request, stream=True, **settings)
@@ -89,12 +92,12 @@ class ServedApi:
         self.key, self.timeout_s = key, timeout_s
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=(self._loop,), name="endpoint", daemon=True).start()
-        other = key_header.lower() != "authorization"
-        headers: dict[str, Any] = {key_header: key, "Authorization": openai.Omit()} if other else {}
         self.client = openai.AsyncOpenAI(
             base_url=url, api_key=key, timeout=timeout_s, max_retries=retries,
-            default_headers=headers, default_query=dict(query or {}),
-            http_client=BoundedClient(timeout_s=timeout_s, max_bytes=max_bytes),
+            default_query=dict(query or {}),
+            http_client=BoundedClient(
+                timeout_s=timeout_s, max_bytes=max_bytes, key_header=key_header
+            ),
         )  # fmt: skip
         weakref.finalize(self, _shut_down, self._loop, self.client).atexit = False
 

@@ -34,6 +34,7 @@ RIGHT = "<step_1>2 and 2 make 4 apples.</step_1><answer>4</answer>"
 
 
 def config(server: Server, **settings: Any) -> EndpointConfig:
+    server.answers_checks = False
     values = {
         "type": "endpoint", "base_url": server.url, "model": "m", "timeout_seconds": 5.0,
         "http_retries": 0, "max_tokens": 64, "max_attempts": 1,
@@ -109,13 +110,16 @@ def test_the_check_sends_the_request_of_runs_and_shows_the_servers_words(names: 
 
 
 def test_the_check_sends_the_temperature_of_retries_too() -> None:
-    def only_greedy(handler: Any, body: dict[str, Any]) -> None:
-        (says("1") if body["temperature"] == 0 else errs(400, "only temperature 0"))(handler, body)
+    def only_one(handler: Any, body: dict[str, Any]) -> None:
+        (says("1") if body["temperature"] == 1 else errs(400, "only 1"))(handler, body)
 
-    with serving(only_greedy) as server:
-        require_server(config(server, max_attempts=1))
-        with pytest.raises(CriticError, match="only temperature 0"):
-            require_server(config(server, max_attempts=2))
+    with serving(only_one) as server:
+        require_server(config(server, max_attempts=1, temperature=1.0))
+        require_server(config(server, max_attempts=2, temperature=1.0, retry_temperature=1.0))
+        with pytest.raises(CriticError, match="only 1"):
+            require_server(config(server, max_attempts=2, temperature=1.0))
+        with pytest.raises(CriticError, match="only 1"):
+            require_server(config(server))
 
 
 def test_parameters_that_are_left_out_change_the_identity_and_new_names_do_not() -> None:

@@ -24,8 +24,8 @@ def test_the_verifiers_child_inherits_no_secret(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("SOME_SECRET", "hush")
     verifier = verify_client.VerifierProcess()
     try:
-        process = verifier._running()
-        environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+        assert verifier.request("math", gold="1", answer="1") is not None
+        environment = Path(f"/proc/{verifier._running().pid}/environ").read_bytes()
     finally:
         verifier.close()
     assert b"hush" not in environment and os.environ["PATH"].encode() in environment

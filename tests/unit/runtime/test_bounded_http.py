@@ -38,6 +38,11 @@ SLOW: dict[str, Behaviour] = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _no_plain_replies_to_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripted_server.PROMPT", "")
+
+
 def endpoint(url: str, **settings: Any) -> EndpointConfig:
     values = {
         "type": "endpoint", "base_url": url, "model": "m", "http_retries": 0, "max_tokens": 64,

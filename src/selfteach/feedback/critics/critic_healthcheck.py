@@ -50,13 +50,14 @@ class _Busy(Exception):
 
 def _temperatures(config: EndpointConfig) -> Sequence[tuple[int, float]]:
     """Return the attempts of which a run sends requests, with their temperatures."""
+    attempts = [(0, config.temperature)]
     retries = config.max_attempts > 1 and "retry" in config.on_failure.model_dump().values()
-    first = [(0, config.temperature)]
-    if not retries or config.parameters.temperature is False:
-        return first
-    return first if config.retry_temperature == config.temperature else [
-        *first, (1, config.retry_temperature)
-    ]  # fmt: skip
+    # Models with a fixed temperature refuse 0, so a server that takes 0 takes any.
+    if retries and config.parameters.temperature and config.temperature not in (
+        0, config.retry_temperature
+    ):  # fmt: skip
+        attempts.append((1, config.retry_temperature))
+    return attempts
 
 
 def _listed(api: ServedApi, config: EndpointConfig) -> list[str] | None:
@@ -95,7 +96,7 @@ def _request(
         if status in (404, 405) or (status == 400 and unknown and listed):
             raise CriticError(
                 f"critic.model = {config.model!r}: {config.base_url} does not serve it "
-                f"(HTTP {status}: {words}){_hint(config.model, listed)}"
+                f"(HTTP {status}){_hint(config.model, listed)} ({words})"
             ) from None
         if is_refusal(status, words) or status < 400 or (status < 500 and not _is_busy(error)):
             raise CriticError(
@@ -113,8 +114,8 @@ def _refuse_a_wrong_key(
         variable = config.api_key_env
         fix = f"the key in {variable} is wrong" if variable else "name a key in critic.api_key_env"
         raise CriticError(
-            f"critic: {config.base_url} denied access (HTTP {error.status_code}: {api.words(error)}): "
-            f"{fix}"
+            f"critic: {config.base_url} denied access (HTTP {error.status_code}): {fix} "
+            f"({api.words(error)})"
         ) from None
 
 
