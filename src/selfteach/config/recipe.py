@@ -10,7 +10,12 @@ from pydantic import Field, field_validator, model_validator
 from selfteach.config.critic_section import CriticConfig
 from selfteach.config.data_section import DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
-from selfteach.config.objective_section import DistillationConfig, ObjectiveConfig, terms
+from selfteach.config.objective_section import (
+    DistillationConfig,
+    GrpoConfig,
+    ObjectiveConfig,
+    terms,
+)
 from selfteach.config.schema import Section
 
 ContextName = Literal[
@@ -360,6 +365,13 @@ class Recipe(Section):
                 f'engine.type = "{self.engine.type}" needs none'
             )
         return self
+
+    @property
+    def scoring_teacher(self) -> TeacherConfig:
+        """Return the teacher that scores in training: the initial policy for GRPO's KL penalty."""
+        if isinstance(self.objective, GrpoConfig) and self.objective.kl_coef > 0:
+            return InitialTeacherConfig()
+        return self.teacher
 
 
 DEFAULT_TYPES = {

@@ -145,16 +145,25 @@ def test_golden_sampled() -> None:
         assert got.clipped == 0
 
 
+@pytest.mark.parametrize("sampling_temperature", [None, 1.0, 1.1, 0.6])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("spec", SAMPLED, ids=name)
-def test_sampled_surrogate_has_the_gradient_of_the_kl(spec, temperature) -> None:
+def test_sampled_surrogate_has_the_gradient_of_the_kl(
+    spec, temperature, sampling_temperature
+) -> None:
     # The expectation over y ~ student is taken exactly, by summing over the vocabulary.
     spec = replace(spec, temperature=temperature)
     student, teacher = noise(2, 6)
     student.requires_grad_()
     every = torch.arange(6)
-    losses = per_token(spec, student.expand(6, 6), teacher.expand(6, 6), every).loss
-    chances = log_probs(student, temperature).exp().detach()
+    losses = per_token(
+        spec,
+        student.expand(6, 6),
+        teacher.expand(6, 6),
+        every,
+        sampling_temperature=sampling_temperature,
+    ).loss
+    chances = log_probs(student, sampling_temperature or temperature).exp().detach()
     (got,) = torch.autograd.grad((chances * losses).sum(), student)
     whole = Divergence(spec.kind, temperature=temperature)
     kl = per_token(whole, student, teacher, torch.tensor(0)).loss

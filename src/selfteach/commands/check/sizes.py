@@ -132,9 +132,8 @@ def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
     weights = SIZES[weights_dtype_of(model, sizes.device)]
     completion, lengths = recipe.sampling.max_tokens, sizes.lengths
     prompt = lengths.longest_prompt
-    copies = int(
-        recipe.teacher.type != "live" and (recipe.teacher.type == "ema" or model.lora is None)
-    )
+    teacher = recipe.scoring_teacher.type
+    copies = int(teacher != "live" and (teacher == "ema" or model.lora is None))
     copies += int(isinstance(recipe.critic, PolicyCriticConfig) and model.lora is None)
     rows = min(recipe.sampling.batch_size, train.problems_per_step * train.group_size)
     return DeviceLoad(
