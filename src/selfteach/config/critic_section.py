@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, Union
 from pydantic import Field, field_validator, model_validator
 
 from selfteach.config.schema import Section
-from selfteach.config.server_address import require_address
+from selfteach.config.server_address import is_http, refuse_credentials
 from selfteach.errors import CriticError
 
 FailurePolicy = Literal["retry", "drop", "fallback"]
@@ -155,7 +155,9 @@ class EndpointConfig(LlmCriticConfig):
     @field_validator("base_url")
     @classmethod
     def _no_credentials(cls, url: str) -> str:
-        require_address(url, "critic.base_url", CriticError, "http://localhost:8000/v1")
+        refuse_credentials(url, "critic.base_url", CriticError)
+        if not is_http(url):
+            raise CriticError(f"critic.base_url = {url!r}: write it like http://localhost:8000/v1")
         return url
 
     @property

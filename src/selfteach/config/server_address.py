@@ -13,26 +13,29 @@ MAX_PUBLIC_VALUE = 40
 """Characters of such a parameter's value; longer ones may be keys."""
 
 
-def require_address(url: str, setting: str, error: type[SelfteachError], example: str) -> None:
-    """Raise ``error`` unless a URL is one of HTTP, whole, and without credentials.
+def refuse_credentials(url: str, setting: str, error: type[SelfteachError]) -> None:
+    """Raise ``error`` if a URL may hold a key; the message does not repeat it.
 
-    The message names the setting and does not repeat the parts of the URL that may be secret.
+    To be called before anything else that might print the URL. Raised is no ValueError, which pydantic
+    would report with the value that it found.
     """
     try:
-        parts = urlsplit(url)
-        port = parts.port
+        holds_a_key = _holds_a_key(url)
     except ValueError:
-        raise error(f"{setting} is no address: write it like {example}") from None
-    # Checked first: a message about another fault would print the address.
-    if _holds_credentials(url):
+        raise error(f"{setting} is no address: write it like http://127.0.0.1:8000") from None
+    if holds_a_key:
         raise error(
-            f"{setting} holds credentials, which would be written into the run (a user, a fragment, or a "
-            "parameter that is not known to be public): put the key into an environment variable and "
-            f"name it in {setting.partition('.')[0]}.api_key_env"
+            f"{setting} holds a key, which would be written into the run (a user name, a fragment, or a "
+            "parameter that is not known to be public): put it into an environment variable and name "
+            f"that in {setting.partition('.')[0]}.api_key_env"
         )
-    odd = any(character.isspace() or not character.isprintable() for character in url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or odd:
-        raise error(f"{setting} = {url!r}: write it like {example}")
+
+
+def is_http(url: str) -> bool:
+    """Return True for a whole URL of HTTP, without white space and control characters."""
+    parts = urlsplit(url)
+    printable = all(letter.isprintable() and not letter.isspace() for letter in url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and printable
 
 
 def split_address(url: str) -> tuple[str, dict[str, str]]:
@@ -41,8 +44,10 @@ def split_address(url: str) -> tuple[str, dict[str, str]]:
     return parts._replace(query="").geturl(), dict(parse_qsl(parts.query, keep_blank_values=True))
 
 
-def _holds_credentials(url: str) -> bool:
+def _holds_a_key(url: str) -> bool:
+    """Return True if a URL may hold a key. Raises ValueError if it cannot be read."""
     parts = urlsplit(url)
+    _ = parts.port  # raises for a port that is no number
     parameters = parse_qsl(parts.query, keep_blank_values=True)
     public = all(
         PUBLIC_PARAMETERS.fullmatch(name) and len(value) <= MAX_PUBLIC_VALUE

@@ -25,6 +25,8 @@ MAX_ERROR_BYTES = 200_000
 """Bytes of a response with an error status that are read: its words, for a person."""
 MAX_WORDS = 300
 """Characters of a server's words in a message."""
+HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "location")
+"""Headers of a response that are read."""
 
 _BASE: Any = next(c for c in openai.DefaultAsyncHttpxClient.__mro__ if c.__name__ == "AsyncClient")
 _HTTP: Any = sys.modules[_BASE.__module__.partition(".")[0]]
@@ -56,8 +58,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):  # type: ignore[misc, valid
                     await response.aclose()
         except TimeoutError as error:
             raise _HTTP.ReadTimeout(f"no whole reply within {self._timeout_s:g} s") from error
-        kept = ("retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "location")
-        headers = {name: response.headers[name] for name in kept if name in response.headers}
+        headers = {name: response.headers[name] for name in HEADERS if name in response.headers}
         # Whatever type and encoding the server claims: readers expect JSON in UTF-8.
         headers["content-type"] = "application/json; charset=utf-8"
         return _HTTP.Response(response.status_code, headers=headers, content=body, request=request)

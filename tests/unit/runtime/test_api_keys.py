@@ -12,12 +12,12 @@ from selfteach.tasks import verify_client
 
 
 def test_only_variables_that_start_python_are_passed_on() -> None:
-    kept = {"PATH": "/bin", "LANG": "C", "LC_ALL": "C", "PYTHONPATH": "x", "TMPDIR": "/tmp"}
+    public = {"PATH": "/bin", "LANG": "C", "LC_ALL": "C", "PYTHONPATH": "x", "TMPDIR": "/tmp"}
     secret = {
         "OPENAI_API_KEY": "s", "HF_TOKEN": "s", "AWS_SECRET_ACCESS_KEY": "s", "WANDB_API_KEY": "s",
         "MY_KEY": "s", "DATABASE_URL": "s", "PATH_SECRET": "s", "PGPASSWORD": "s", "HTTPS_PROXY": "s",
     }  # fmt: skip
-    assert without_secrets({**kept, **secret}) == kept
+    assert without_secrets({**public, **secret}) == public
 
 
 def test_the_verifiers_child_inherits_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
