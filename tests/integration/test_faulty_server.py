@@ -75,6 +75,8 @@ def assert_counts(folder: Path, kind: str, policy: str, server: Server, cache: P
     assert row["critic_requests"] + row["critic_cached"] == expected
     failed = round(row[f"critique_failure/{kind}"] * ROLLOUTS)
     assert row["critiques"] + failed == ROLLOUTS == len(samples) and failed > 0
+    shares = [value for key, value in row.items() if key.startswith("critique_failure/")]
+    assert row["critiqued"] + sum(shares) == pytest.approx(1)
     assert failed == sum(sample["critique"].get("reason") == kind for sample in samples)
     if policy == "fallback":
         assert row["dropped"] == 0 and all(sample["context"] for sample in samples)

@@ -297,7 +297,9 @@ def test_backslashes_in_parts_stay_single(cache: Path) -> None:
 
 
 def with_usage(tokens: str) -> Behaviour:
-    whole = json.dumps(completion(RIGHT)).replace('"prompt_tokens": 20', f'"prompt_tokens": {tokens}')
+    whole = json.dumps(completion(RIGHT)).replace(
+        '"prompt_tokens": 20', f'"prompt_tokens": {tokens}'
+    )
     return raw(whole.encode())
 
 

@@ -174,7 +174,9 @@ def test_space_around_a_key_is_stripped(written: str, monkeypatch: pytest.Monkey
     assert sent == {f"Bearer {KEY}"}
 
 
-@pytest.mark.parametrize("written", [f"{KEY}\nX-Other: 1", f"a {KEY}", f"{KEY}é", "", " \n", "\x7f1"])
+@pytest.mark.parametrize(
+    "written", [f"{KEY}\nX-Other: 1", f"a {KEY}", f"{KEY}é", "", " \n", "\x7f1"]
+)
 def test_what_cannot_be_a_key_is_refused_and_not_printed(
     written: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +219,9 @@ def test_a_key_in_a_reply_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(reply, Reply) and KEY not in reply.text
 
 
-@pytest.mark.parametrize("url", [f"http://{KEY}@h:1", f"http://h:1?key={KEY}", f"http://u:{KEY}@h:1"])
+@pytest.mark.parametrize(
+    "url", [f"http://{KEY}@h:1", f"http://h:1?key={KEY}", f"http://u:{KEY}@h:1"]
+)
 def test_credentials_in_an_engines_address_are_refused(url: str) -> None:
     with pytest.raises(EngineError, match=r"engine\.url") as caught:
         VllmServerConfig(type="vllm_server", url=url, model="m")

@@ -182,7 +182,9 @@ class ReplyCache:
         # One connection per use: they must not cross threads or forks, and replies are rare.
         try:
             with (
-                closing(sqlite3.connect(self._path, timeout=60.0, isolation_level=None)) as database,
+                closing(
+                    sqlite3.connect(self._path, timeout=60.0, isolation_level=None)
+                ) as database,
                 database,
             ):
                 database.execute("PRAGMA synchronous = FULL")

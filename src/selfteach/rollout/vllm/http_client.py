@@ -87,4 +87,3 @@ class HttpClient:
 
 class NotFound(EngineError):
     """Is raised when the server does not have this address, model or adapter."""
-
