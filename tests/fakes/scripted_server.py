@@ -134,7 +134,7 @@ def errs(status: int, message: str, **headers: str) -> Behaviour:
 
 
 def says_with(**changes: Any) -> Behaviour:
-    """Respond with a completion of which parts are replaced: ``content``, ``finish_reason``, ``usage``."""
+    """Respond with a completion in which ``content``, ``finish_reason`` or ``usage`` is replaced."""
     whole = completion("")
     choice = whole["choices"][0]
     if "content" in changes:
@@ -178,7 +178,7 @@ def drips_body(status: int) -> Behaviour:
 
 
 def floods(status: int, sent: list[int], encoding: str | None = None) -> Behaviour:
-    """Respond with a status and a gigabyte, compressed if an encoding is named; count megabytes sent."""
+    """Respond with a status and a gigabyte, compressed if an encoding is named; count its parts."""
     chunk = b" " * 1_000_000
 
     def behave(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:

@@ -131,7 +131,8 @@ class EndpointConfig(LlmCriticConfig):
     """Longest time for one exchange: connection, headers and body of one reply, whatever its status."""
     http_retries: int = Field(default=16, ge=0)
     """Retries of an HTTP request that found no server, timed out, was cut off, or got 408, 409, 429 or
-    5xx; pauses grow from half a second to eight (76 to 104 s in all by default) or follow Retry-After."""
+    5xx; pauses grow from half a second to eight (76 to 104 s in all by default) or follow
+    Retry-After."""
     healthcheck: bool = True
     """Check at the start that the server is up and takes the request that runs send, with a prompt of a
     few tokens; false for a run whose replies are all cached."""

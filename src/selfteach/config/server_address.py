@@ -1,4 +1,4 @@
-"""Checks addresses of servers in recipes: recipes are written into every run, so they hold no secret."""
+"""Checks addresses of servers in recipes, which are written into every run and so hold no secret."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def refuse_credentials(url: str, setting: str, error: type[SelfteachError]) -> N
         raise error(f"{setting} is no address: write it like http://127.0.0.1:8000") from None
     if holds_a_key:
         raise error(
-            f"{setting} holds a key, which would be written into the run (a user name, a fragment, or a "
-            "parameter that is not known to be public): put it into an environment variable and name "
+            f"{setting} holds a key, which would be written into the run (a user name, a fragment, or "
+            "a parameter that is not known to be public): put it into an environment variable and name "
             f"that in {setting.partition('.')[0]}.api_key_env"
         )
 

@@ -185,6 +185,7 @@ def refuses_b(status: int, words: str) -> Behaviour:
         (422, "unprocessable"),
         (403, "Your input was flagged by moderation"),
         (500, "the prompt exceeds the context window"),
+        (429, "Request too large for model m on tokens per minute (TPM): Limit 100"),
     ],
 )
 def test_a_permanent_refusal_of_one_request_has_a_policy(

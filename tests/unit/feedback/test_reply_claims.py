@@ -67,7 +67,7 @@ def test_a_claim_ends_with_its_process_at_once(cache: Path, number: int) -> None
 
 
 def test_a_claim_of_a_process_of_another_pid_namespace_holds(cache: Path) -> None:
-    """Two containers with one host name: the process id of the other is nobody's, or another's, here."""
+    """Two containers with one host name: a process id of one is another's, or none, in the other."""
     command = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
     with holder(cache, *command):
         assert not ReplyCache(cache).claim("k")

@@ -148,9 +148,9 @@ def test_redirects_are_not_followed() -> None:
 
     with serving(redirect) as server:
         model = EndpointModel(endpoint(server.url, timeout_seconds=5.0))
-        with pytest.raises(CriticError, match="redirects to http://elsewhere.test"):
+        with pytest.raises(CriticError, match=r"redirects to http://elsewhere\.test"):
             model.complete([request()], lambda *_: None)
-        with pytest.raises(CriticError, match="redirects to http://elsewhere.test"):
+        with pytest.raises(CriticError, match=r"redirects to http://elsewhere\.test"):
             require_server(endpoint(server.url, timeout_seconds=5.0))
 
 

@@ -1,7 +1,7 @@
 """Reads the body of a chat completion: whatever a server sends is data and ends as a typed result.
 
-Servers differ in what they put where. Text is a string or a list of parts; a provider that fails says so
-in the body of a reply with status 200, or in its ``finish_reason``; counts of tokens may be anything.
+Servers differ in what they put where. Text is a string or a list of parts; a provider that fails says
+so in the body of a reply with status 200, or in its ``finish_reason``; token counts may be anything.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ WITHHELD = {
 }  # fmt: skip
 """Reasons of a provider that will not give this reply, now or later."""
 REFUSAL_WORDS = re.compile(
-    r"context.{0,3}(?:length|window|size)|maximum.{0,9}(?:context|length)|too (?:long|large|many tokens)"
-    r"|content.{0,3}(?:policy|filter|management)|moderat|flagged|safety|prohibited.{0,3}content",
+    r"context.{0,3}(?:length|window|size)|maximum.{0,9}(?:context|length)"
+    r"|too (?:long|large|many tokens)|content.{0,3}(?:policy|filter|management)|moderat|flagged"
+    r"|safety.{0,3}(?:system|filter|setting|polic)|prohibited.{0,3}content",
     re.IGNORECASE,
 )
 """Words about one request, whatever the status; errors of the server as a whole have others."""
@@ -75,7 +76,9 @@ def is_refusal(status: int, words: str) -> bool:
     A status of 401, 404, or of a server that is busy or down, is not, unless its words speak of the
     request: some servers return 403 for a content policy, and 500 for a prompt that is too long.
     """
-    if status in (401, 402, 404, 405, 407, 408, 409, 410, 421, 423, 425, 426, 429):
+    if status == 429:  # a request larger than a limit per minute is refused for ever
+        return "request too large" in words.lower()
+    if status in (401, 402, 404, 405, 407, 408, 409, 410, 421, 423, 425, 426):
         return False
     if status == 403 or status >= 500:
         return REFUSAL_WORDS.search(words) is not None
@@ -118,11 +121,10 @@ def _text_of_part(part: str | Mapping[str, Any]) -> str:
 
 def _refusal_or_failure(error: object) -> NoReply:
     """Return the refusal that a body with status 200 holds; raises `UnusableBody` for other errors."""
-    code: object = None
-    if isinstance(error, Mapping):
-        code, error = error.get("code", error.get("status")), error.get("message") or error
-    words = clean(str(error))
-    status = int(code) if isinstance(code, int) or (str(code).isdecimal()) else 0
+    details: Mapping[str, Any] = error if isinstance(error, Mapping) else {}
+    code = str(details.get("code", details.get("status", "")))
+    words = clean(str(details.get("message") or error))
+    status = int(code) if re.fullmatch("[1-5][0-9][0-9]", code) else 0
     if is_refusal(status, words) or REFUSAL_WORDS.search(f"{code} {words}"):
         return NoReply(f"the server refused the request: {words}", permanent=True)
     raise UnusableBody(f"the provider failed: {words}")

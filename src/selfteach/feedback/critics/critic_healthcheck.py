@@ -100,8 +100,9 @@ def _request(
             ) from None
         if is_refusal(status, words) or status < 400 or (status < 500 and not _is_busy(error)):
             raise CriticError(
-                f"critic: {config.base_url} refuses the request that runs send (HTTP {status}: {words}): "
-                "change that setting, or rename or leave out the parameter in [critic.parameters]"
+                f"critic: {config.base_url} refuses the request that runs send (HTTP {status}: "
+                f"{words}): change that setting, or rename the parameter, or leave it out, in "
+                "[critic.parameters]"
             ) from None
         if _is_busy(error):
             raise _Busy from None
