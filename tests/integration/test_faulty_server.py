@@ -152,7 +152,7 @@ def test_no_reply(name: str, policy: str, tmp_path: Path, oracle: Path) -> None:
             server.url,
             cache,
             healthcheck=False,
-            timeout_seconds=0.3,
+            timeout_seconds=0.7,
             on_failure={"unavailable": policy},
         )
         if policy != "stop":
