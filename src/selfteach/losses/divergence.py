@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfteach.losses.analytic_gradients import divergence_of_rows, scaled
-from selfteach.losses.divergence_spec import Divergence, Side
+from selfteach.losses.divergence_spec import LARGEST_DIFFERENCE, Divergence, Side
 from selfteach.losses.policy_gradient import token_logp
 
 
@@ -158,13 +158,34 @@ def jsd_terms(
     ``scaled`` divides by beta (1 - beta): the limits are then KL(t ‖ s) at 0 and KL(s ‖ t) at 1.
     """
     teacher = teacher.detach()
-    absent = (student == -math.inf) & (teacher == -math.inf)  # logaddexp has no gradient there
-    mixture = torch.logaddexp(
-        teacher.masked_fill(absent, 0.0) + math.log(beta),
-        student.masked_fill(absent, 0.0) + math.log1p(-beta),
+    absent = (student == -math.inf) & (teacher == -math.inf)
+    difference = teacher.masked_fill(absent, 0.0) - student.masked_fill(absent, 0.0)
+    teacher_ratio, student_ratio = log_ratios_to_mixture(difference, beta)
+    terms = beta * _weighted(teacher, teacher_ratio) + (1 - beta) * _weighted(
+        student, student_ratio
     )
-    terms = beta * kl_terms(teacher, mixture) + (1 - beta) * kl_terms(student, mixture)
     return terms / (beta * (1 - beta)) if scaled else terms
+
+
+def log_ratios_to_mixture(difference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Compute log(t/m) and log(s/m) from log t - log s, for the mixture m = beta t + (1 - beta) s.
+
+    They keep their digits where beta or 1 - beta is small and the mixture nearly one of the two: a
+    scaled JSD divides them by it.
+    """
+    # Beyond this difference one of the masses is below 2e-35 of the other, and so is its term.
+    d = difference.clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
+    if beta <= 0.5:
+        over_student = torch.log1p(beta * torch.expm1(d))
+        return d - over_student, -over_student
+    over_teacher = torch.log1p((1 - beta) * torch.expm1(-d))
+    return -over_teacher, -d - over_teacher
+
+
+def _weighted(logp: Tensor, log_ratio: Tensor) -> Tensor:
+    """Compute p log(p/m); zero mass is removed from value and gradient, as in `kl_terms`."""
+    massless = logp.exp() == 0
+    return logp.masked_fill(massless, 0.0).exp() * log_ratio.masked_fill(massless, 0.0)
 
 
 def forward_kl(

@@ -93,7 +93,10 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     configure_torch(device)
     task = load_task(recipe.data, resolve(recipe.model.path))
     templates = Templates(recipe.model.templates or task.templates)
-    loaded = load(recipe.model, templates, device=device, on_cpu=shard is not None)
+    loaded = load(
+        recipe.model, templates, device=device, on_cpu=shard is not None,
+        all_weights_train=recipe.all_weights_train,
+    )  # fmt: skip
     loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
     renderer = loaded.renderer
     check_lengths(renderer, task, loaded.max_length, recipe)
