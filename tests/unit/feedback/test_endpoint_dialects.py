@@ -407,16 +407,16 @@ def test_tokens_per_minute_are_a_limit() -> None:
     with serving(says(RIGHT)) as server:
         requests = [Request((("user", str(i)),), 0.0, 27) for i in range(6)]
         limited = EndpointModel(config(server, tokens_per_minute=5400, concurrency=6))
-        free = EndpointModel(config(server, concurrency=6))
-        assert seconds_of(lambda: free.complete(requests, lambda *_: None)) < 1.0
-        assert 1.4 < seconds_of(lambda: limited.complete(requests, lambda *_: None)) < 4.0
+        assert seconds_of(lambda: limited.complete(requests, lambda *_: None)) > 1.4
 
 
 def test_tokens_that_were_reserved_and_not_used_are_returned() -> None:
     with serving(says(RIGHT)) as server:
         requests = [Request((("user", str(i)),), 0.0, 100_000) for i in range(4)]
         limited = EndpointModel(config(server, tokens_per_minute=60_000, concurrency=1))
-        assert seconds_of(lambda: limited.complete(requests, lambda *_: None)) < 3.0
+        assert (
+            seconds_of(lambda: limited.complete(requests, lambda *_: None)) < 60
+        )  # without: 300 s
 
 
 def test_a_request_larger_than_the_limit_is_sent() -> None:
