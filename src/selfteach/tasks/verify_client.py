@@ -15,6 +15,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from selfteach.runtime.api_keys import child_environment
+
 WORKER = Path(__file__).with_name("verify_worker.py")
 TIMEOUT_S = 5.0
 """Time limit of one comparison, in seconds; math-verify's default."""
@@ -69,7 +71,7 @@ class VerifierProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(WORKER)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env=child_environment(OMP_NUM_THREADS="1"),
                 start_new_session=True,  # Ctrl-C goes to the parent; the worker ends with its pipe
             )  # fmt: skip
             weakref.finalize(self, _end, self._process)

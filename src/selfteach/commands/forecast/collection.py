@@ -163,7 +163,8 @@ class Collector:
             self._run.save_critiques(f"{name}.000", rollouts, critiques)  # type: ignore[arg-type]
             self._rates.save(f"{self._name}/critique/{critic_key(recipe)}", meter)
 
-        return JournaledCritic(critic, self._run.load_named_critiques(name), save)
+        saved, journal = self._run.load_named_critiques(name), f"{self._run.identity}/{name}"
+        return JournaledCritic(critic, saved, save, journal)
 
     def _bare_critic(self, recipe: Recipe, config: CriticConfig) -> Critic:
         if self._base.critic == config and self._built.components.critic is not None:
