@@ -30,7 +30,8 @@ from selfteach.commands.inspect.folder import Scorers, write_inspection
 from selfteach.config.critic_section import CriticConfig, PolicyCriticConfig
 from selfteach.config.engine_section import TransformersEngineConfig
 from selfteach.config.objective_section import DistillationConfig
-from selfteach.config.recipe import ContextConfig, DistributedConfig, LiveTeacherConfig, Recipe
+from selfteach.config.recipe import ContextConfig, DistributedConfig, Recipe
+from selfteach.config.teacher_section import LiveTeacherConfig
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context, Critic
