@@ -41,7 +41,7 @@ from selfteach.config.migrations import (
     run_subfolder,
 )
 from selfteach.config.recipe_file import complete_config
-from selfteach.errors import CheckpointError
+from selfteach.errors import CheckpointError, Terminated
 from selfteach.runtime.atomic_files import (
     atomic_path,
     json_lines,
@@ -123,8 +123,28 @@ class RunFolder:
             handle = (self.path / ".lock").open("w")
         with handle:
             _acquire(handle, self.path)
-            yield
+            try:
+                yield
+            except Terminated as end:
+                self.flushed()
+                end.kept = end.kept or self.kept()
+                raise
             self.flushed()
+
+    def kept(self) -> str:
+        """Return what of this folder's work is on disk, and how to continue, for a person."""
+        if (self.path / "study.json").exists():
+            what = "what each run has sampled, critiqued and saved"
+        elif not (self.path / "config.json").exists():
+            return f"nothing was begun in {self.path}: repeat the command"
+        elif "forecast" in self.config():
+            return "kept: what was measured, if --out names its folder: repeat the command"
+        elif saved := sorted(self.checkpoints.glob("step_*")):
+            step = int(saved[-1].name.removeprefix("step_"))
+            what = f"the checkpoint after step {step}, and what was sampled and critiqued since"
+        else:
+            what = "what was sampled and critiqued"
+        return f"kept: {what}; continue with selfteach resume {self.path}"
 
     # -- rollouts, critiques, samples --------------------------------------------------------
 

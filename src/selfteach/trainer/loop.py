@@ -22,7 +22,7 @@ from selfteach.runtime.atomic_files import report_full_disk, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
 from selfteach.runtime.provenance import collect_provenance, cpu_capability
 from selfteach.runtime.run_folder import RunFolder, load_result
-from selfteach.runtime.signals import Termination, handle_sigterm
+from selfteach.runtime.signals import Termination, handle_termination
 from selfteach.tasks.task import SplitName, training_order
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
@@ -56,8 +56,8 @@ def train(
     """Run a recipe in a folder, or resume the run that the folder holds; yield each row of metrics.
 
     A run resumes from its last checkpoint and uses the rollouts and critiques that are in the folder.
-    On CPU the result is bitwise that of an uninterrupted run. On SIGTERM a checkpoint is saved and
-    `Terminated` is raised. Under torchrun all ranks call this; only rank 0 writes shared files and
+    On CPU the result is bitwise that of an uninterrupted run. On SIGTERM (and on Ctrl-C of the command
+    line) a checkpoint is saved and `Terminated` is raised. Under torchrun all ranks call this; only rank 0 writes shared files and
     yields rows.
 
     ``same_start`` are the folders of other runs that start with the same model, problems and seed:
@@ -81,7 +81,7 @@ def train(
         built = build(recipe, ranks)
         step = _restore(run, built)
         recording = _recording(run, recipe) if ranks.is_main else nullcontext(_not_recorded)
-        with recording as record, handle_sigterm(deferred=ranks.size > 1) as termination:
+        with recording as record, handle_termination(deferred=ranks.size > 1) as termination:
             for row in _steps(run, recipe, built, step, record, termination):
                 if ranks.is_main:
                     yield row
@@ -180,7 +180,7 @@ def _steps(
             if step % recipe.train.checkpoint_every == 0 or step == last:
                 save(step)
             if step < last and components.ranks.size > 1 and components.ranks.any(end.requested):
-                raise Terminated  # on every rank, at the same step
+                raise Terminated(end.status)  # on every rank, at the same step
     except Terminated:
         if done > 0 and not checkpoint.path_for_step(run.checkpoints, done).exists():
             save(done)
