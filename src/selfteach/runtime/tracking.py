@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from selfteach.errors import RecipeError
-from selfteach.runtime.atomic_files import read_json, write_json
+from selfteach.runtime.atomic_files import write_json
+from selfteach.runtime.stored_files import read_json
 
 log = logging.getLogger(__name__)
 

@@ -175,7 +175,11 @@ def test_sigterm_waits_for_a_safe_moment() -> None:
         reached.append("still here")
         with pytest.raises(Terminated), termination.interruptible():
             reached.append("never")
-    with handle_termination() as termination, pytest.raises(Terminated), termination.interruptible():
+    with (
+        handle_termination() as termination,
+        pytest.raises(Terminated),
+        termination.interruptible(),
+    ):
         signal.raise_signal(signal.SIGTERM)
         reached.append("never")
     assert reached == ["still here"]

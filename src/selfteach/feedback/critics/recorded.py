@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from selfteach.errors import CriticError
-from selfteach.runtime.run_folder import critique_from
+from selfteach.runtime.stored_records import critique_from
 from selfteach.types import Critique, CritiqueFailure, Rollout, Usage, Verdict
 
 
