@@ -57,6 +57,8 @@ def _run_command(app: typer.Typer) -> None:
     except Exception as error:
         # Usage errors come from Typer's click, whose module moved between releases.
         format_message = getattr(error, "format_message", None)
+        if isinstance(error, OSError) and error.errno is not None:  # a disk, a permission, a limit
+            _fail(f"{error.filename or 'the system'}: {error.strerror}")
         if format_message is None:
             raise
         _fail(format_message())

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.models import matmul
+from selfteach.models.weight_files import no_pickle, require_whole
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
@@ -137,7 +138,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             tokenizer = copy.deepcopy(_gguf_tokenizer(path, config.gguf_file, trust))
         else:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # damaged files raise anything
         raise EngineError(_cannot_load("tokenizer", config, error)) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if tokenizer.pad_token_id is None:
@@ -154,7 +155,8 @@ def _gguf_tokenizer(path: str, gguf_file: str, trust: bool) -> PreTrainedTokeniz
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """Load the causal language model of a recipe, in evaluation mode on its device.
 
-    Weights come from safetensors or GGUF files only. Raises `EngineError` in one line.
+    Weights come from safetensors or GGUF files only, all of the model's are there, and all are finite.
+    Raises `EngineError` in one line.
     """
     extra: dict[str, Any] = {"use_safetensors": True}
     if config.gguf_file:
@@ -162,16 +164,20 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
 
         extra = {"gguf_file": config.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        with _no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
+        with _no_progress_bars(), no_pickle(config, resolve(config.path)):
+            model, info = AutoModelForCausalLM.from_pretrained(
                 resolve(config.path),
                 dtype=DTYPES[weights_dtype_of(config, device.type)],
                 trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
                 **extra,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except EngineError:
+        raise
+    except Exception as error:  # damaged files raise anything
         raise EngineError(_cannot_load("model", config, error)) from error
     assert isinstance(model, PreTrainedModel)
+    require_whole(model, info, config)
     if config.gguf_file:
         # The weights are plain tensors by now; the flag would forbid training and saving them.
         vars(model.config).pop("quantization_config", None)
@@ -232,7 +238,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in reason and not config.trust_remote_code:
         reason = "the model has custom code, which runs only with model.trust_remote_code = true"
     if len(reason) > 200:

@@ -21,6 +21,7 @@ from torch import Tensor
 from selfteach.errors import CheckpointError
 from selfteach.models import fsdp
 from selfteach.models.policy import Policy
+from selfteach.models.weight_files import first_nonfinite
 from selfteach.protocols import Teacher
 from selfteach.runtime.atomic_files import (
     make_folder,
@@ -193,6 +194,13 @@ def load_weights(checkpoint: Path, policy: Policy) -> None:
         return
     weights = _load_tensors(checkpoint / "weights.safetensors")
     _require_same(set(weights), policy, checkpoint)
+    for name, param in policy.trainable.items():
+        if weights[name].shape != param.shape:
+            raise CheckpointError(f"{checkpoint} holds weights that do not fit this model")
+    if (bad := first_nonfinite(weights)) is not None:
+        raise CheckpointError(
+            f"{checkpoint}: the weight {bad} holds NaN or infinite values; {REMEDY}"
+        )
     for name, param in policy.trainable.items():
         fsdp.assign(param, weights[name])
 

@@ -135,9 +135,9 @@ def _restore(run: RunFolder, recipe: Recipe, built: Built) -> int:
 def _verified_checkpoint(run: RunFolder, recipe: Recipe) -> list[Path]:
     """Return the newest checkpoint, its files and the metrics before it verified; empty without one."""
     saved = checkpoint.checkpoints(run.checkpoints)[-1:]
+    done = max((row["step"] for row in run.metrics() if row["kind"] == "step"), default=0)
     for path in saved:
         checkpoint.verify(path, run.metrics_path)
-    done = max((row["step"] for row in run.metrics() if row["kind"] == "step"), default=0)
     if not saved and done > recipe.train.checkpoint_every:
         raise CheckpointError(
             f"{run.metrics_path} reaches step {done}, but {run.checkpoints} holds no checkpoint: "
