@@ -159,10 +159,13 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     alone = not torch.distributed.is_initialized()
     targets = {name: tensor.detach() for name, tensor in tensors.items()}
+    if missing := sorted(targets.keys() - names(folder)):
+        raise CheckpointError(f"{folder} is damaged or of another model: it has no {missing[0]}")
     try:
         state_dict_loader.load(targets, storage_reader=ShardReader(folder), no_dist=alone)
     except (CheckpointException, RuntimeError, OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is damaged or of another model: {error}") from None
+        reason = " ".join(str(error).split())[-300:]
+        raise CheckpointError(f"{folder} is damaged or of another model: {reason}") from None
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:

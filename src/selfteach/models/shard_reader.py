@@ -28,8 +28,8 @@ CLASSES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): lambda name: {"torch.strided": torch.strided}[name],
     ("collections", "OrderedDict"): dict,
-    ("pathlib", "PosixPath"): str,
-    ("pathlib", "WindowsPath"): str,
+    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
+    ("pathlib", "WindowsPath"): lambda *parts: "/".join(parts),
 }  # fmt: skip
 """What a ``.metadata`` may name, and what is built for it; dtypes besides."""
 
