@@ -44,5 +44,5 @@ class Terminated(BaseException):
         super().__init__(status)
         self.status = status
         """Exit status of the process: 143 after SIGTERM, 130 after Ctrl-C."""
-        self.kept = ""
+        self.progress = ""
         """What is on disk and how to continue; empty if no run folder was in use."""

@@ -118,12 +118,12 @@ def group_runs(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
 def evaluations(run: RunData, split: str) -> dict[int, Evaluation]:
     """Read a run's saved evaluations on a split, by training step."""
     paths = sorted((run.folder / "evaluations").glob(f"{split}_*.json"))
-    found = {}
+    by_step = {}
     for path in paths:
         values = read_json(path)
         with reading(path):
-            found[int(path.stem.rpartition("_")[2])] = Evaluation.from_json(values)
-    return found
+            by_step[int(path.stem.rpartition("_")[2])] = Evaluation.from_json(values)
+    return by_step
 
 
 def read_json(path: Path) -> dict[str, Any]:

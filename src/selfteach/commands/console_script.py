@@ -83,8 +83,10 @@ def _fail(message: str) -> None:
 def _exit_at_once(end: Terminated) -> NoReturn:
     """Exit without waiting for other threads: everything needed to resume is on disk."""
     how = "interrupted" if end.status == INTERRUPTED_STATUS else "terminated"
-    kept = end.kept or "no run folder was in use; replies of a critic are in its reply cache"
-    sys.stderr.write(f"selfteach: {how}; {sanitized(kept)}\n")
+    progress = (
+        end.progress or "no run folder was in use; replies of a critic are in its reply cache"
+    )
+    sys.stderr.write(f"selfteach: {how}; {sanitized(progress)}\n")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(end.status)

@@ -200,13 +200,14 @@ def load_model(
         extra = {"gguf_file": config.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
         with _no_progress_bars(), no_pickle(config, resolve(config.path)):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 resolve(config.path),
                 dtype=dtype or DTYPES[weights_dtype_of(config, device.type)],
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
                 **extra,
             )
+            model, info = loaded
     except EngineError:
         raise
     except Exception as error:  # damaged files raise anything

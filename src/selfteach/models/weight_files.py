@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
@@ -73,11 +73,11 @@ def _indices(config: ModelConfig, path: str) -> list[Path]:
         return sorted(folder.glob("*.safetensors.index.json"))
     if config.gguf_file:
         return []
-    found = cached_file(
+    index = cached_file(
         path, INDEX, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
-    return [] if found is None else [Path(str(found))]
+    return [] if index is None else [Path(str(index))]
 
 
 def _require_safetensors(index: Path, config: ModelConfig) -> None:

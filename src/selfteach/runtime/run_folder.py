@@ -176,11 +176,11 @@ class RunFolder:
                 yield
             except Terminated as end:
                 self.flushed()
-                end.kept = end.kept or self.kept()
+                end.progress = end.progress or self.describe_progress()
                 raise
             self.flushed()
 
-    def kept(self) -> str:
+    def describe_progress(self) -> str:
         """Return what of this folder's work is on disk, and how to continue, for a person."""
         if (self.path / "study.json").exists():
             what = "what each run has sampled, critiqued and saved"
