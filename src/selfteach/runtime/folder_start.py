@@ -11,8 +11,8 @@ from selfteach.errors import CheckpointError
 from selfteach.runtime.stored_files import read_json
 
 START_FILES = {
-    ".lock", "config.json", "environment.json", "study.json", "problems.json", "tracking.json",
-    "checksums.jsonl",
+    ".lock", ".identity", "config.json", "environment.json", "study.json", "problems.json",
+    "tracking.json", "checksums.jsonl",
 }  # fmt: skip
 """Files that are written before anything is sampled."""
 BEFORE_CONFIG = {".lock", "environment.json"}
@@ -67,6 +67,6 @@ def _left_by_a_start(path: Path) -> bool:
     name = path.name.removesuffix(".tmp")
     if path.is_dir() or name not in START_FILES:
         return False
-    if path.name.endswith(".tmp") or name == ".lock":
+    if path.name.endswith(".tmp") or name in (".lock", ".identity"):
         return True
     return name in BEFORE_CONFIG and "versions" in read_json(path)

@@ -15,17 +15,13 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from selfteach.runtime.api_keys import child_environment
+
 WORKER = Path(__file__).with_name("verify_worker.py")
 TIMEOUT_S = 5.0
 """Time limit of one comparison, in seconds; math-verify's default."""
 START_S = 120.0
 """Time limit for importing sympy or reasoning-gym before the first comparison, in seconds."""
-
-
-STARTING_PYTHON = (
-    "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG",
-)  # fmt: skip
-"""Environment variables that the worker inherits; no key of an API among them."""
 
 
 class VerifierProcess:
@@ -75,7 +71,7 @@ class VerifierProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(WORKER)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                env=_environment(),
+                env=child_environment(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1"),
                 start_new_session=True,  # Ctrl-C goes to the parent; the worker ends with its pipe
             )  # fmt: skip
             weakref.finalize(self, _end, self._process)
@@ -86,12 +82,6 @@ class VerifierProcess:
         if self._process is not None:
             _end(self._process)
             self._process = None
-
-
-def _environment() -> dict[str, str]:
-    """Return what Python needs to start, and nothing else: libraries evaluate answers in the worker."""
-    needed = {name: os.environ[name] for name in STARTING_PYTHON if name in os.environ}
-    return {**needed, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def _exchange(process: subprocess.Popen[bytes], line: str, limit_s: float) -> dict[str, Any] | None:

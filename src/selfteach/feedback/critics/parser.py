@@ -157,10 +157,12 @@ def _shortened(text: str) -> str:
 
 def _misnumbered(text: str) -> str | None:
     """Return what is wrong with the numbers of tagged steps; None without tags or errors."""
-    numbers = [int(number) for number in NUMBERED.findall(text)]
+    written = NUMBERED.findall(text)
+    # Python converts no number of more than 4,300 digits, and no trace has a billion steps.
+    numbers = [int(number) if len(number) < 10 else -1 for number in written]
     if numbers == list(range(1, len(numbers) + 1)):
         return None
-    return f"steps are numbered {', '.join(map(str, numbers[:12]))}"
+    return f"steps are numbered {', '.join(map(_shortened, written[:12]))}"
 
 
 def _failure(kind: CritiqueFailureKind, detail: str, answer: str | None = None) -> CritiqueFailure:
