@@ -38,4 +38,11 @@ class LossError(SelfteachError):
 
 
 class Terminated(BaseException):
-    """Is raised on SIGTERM, which is no error: the run is saved and `selfteach resume` continues it."""
+    """Is raised on SIGTERM and Ctrl-C, which are no errors: `selfteach resume` continues a run."""
+
+    def __init__(self, status: int = 143) -> None:
+        super().__init__(status)
+        self.status = status
+        """Exit status of the process: 143 after SIGTERM, 130 after Ctrl-C."""
+        self.progress = ""
+        """What is on disk and how to continue; empty if no run folder was in use."""

@@ -49,6 +49,14 @@ class Problem:
     """Worked solutions by name: ``reference`` is the dataset's; a source may offer others."""
     meta: Mapping[str, object] = field(default_factory=dict)
     """Extra values for the source's verifier or critic; JSON-serialisable."""
+    place: str = field(default="", compare=False, repr=False)
+    """File and row, like ``problems-17``, of a problem whose row has no id: what its id was in earlier
+    versions. Empty for a problem with an id."""
+
+    @property
+    def label(self) -> str:
+        """Return what a person finds the problem by: its place, or its id."""
+        return self.place or self.id
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ why there is none) and where the two diverge (`run_folder.sample_row`).
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from selfteach.config.migrations import migrate_metrics, migrate_usage, run_subfolder
+from selfteach.runtime.stored_files import read_bytes, read_lines
 
 Row = Mapping[str, Any]
 
@@ -203,12 +203,7 @@ def _count_reasons(reasons: Iterable[str]) -> dict[str, int]:
 
 def _lines(path: Path, without: str | None = None) -> list[dict[str, Any]]:
     """Read the whole lines of a JSONL file that do not hold some text; none if it is missing."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        if without is not None and without in line:
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the line that a kill cut off
-    return rows
+    *lines, _ = (read_bytes(path) or b"").split(b"\n")  # a kill may have cut off the last one
+    if without is not None:
+        lines = [line for line in lines if without.encode() not in line]
+    return read_lines(b"".join(line + b"\n" for line in lines), path)[0]

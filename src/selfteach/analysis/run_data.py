@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import numpy as np
 from selfteach.config.migrations import migrate_config, migrate_metrics
 from selfteach.errors import CheckpointError
 from selfteach.evaluation.evaluation_record import Evaluation
+from selfteach.runtime import stored_files
+from selfteach.runtime.stored_files import read_metrics, reading
 
 Row = Mapping[str, Any]
 Groups = Mapping[str, Sequence["RunData"]]
@@ -72,8 +74,12 @@ def read_run(folder: Path, variant: str | None = None) -> RunData:
     inner = path.parent if SEED_FOLDER.fullmatch(path.name) else path
     arm = f"{inner.parent.name} {inner.name}" if RATE_FOLDER.fullmatch(inner.name) else inner.name
     path = folder / "config.json"
-    config = migrate_config(read_json(path), str(path))
-    rows = [migrate_metrics(row) for row in read_rows(folder / "metrics.jsonl")]
+    values = read_json(path)
+    with reading(path):
+        config = migrate_config(values, str(path))
+        if not isinstance(config["seed"], int) or not isinstance(config["train"]["steps"], int):
+            raise TypeError("seed or train.steps is no number")
+    rows = [migrate_metrics(row) for _, row in read_metrics(folder / "metrics.jsonl")]
     return RunData(folder, arm, variant, config, rows)
 
 
@@ -112,32 +118,28 @@ def group_runs(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
 def evaluations(run: RunData, split: str) -> dict[int, Evaluation]:
     """Read a run's saved evaluations on a split, by training step."""
     paths = sorted((run.folder / "evaluations").glob(f"{split}_*.json"))
-    return {
-        int(path.stem.rpartition("_")[2]): Evaluation.from_json(read_json(path)) for path in paths
-    }
+    by_step = {}
+    for path in paths:
+        values = read_json(path)
+        with reading(path):
+            by_step[int(path.stem.rpartition("_")[2])] = Evaluation.from_json(values)
+    return by_step
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file. Raises `CheckpointError` if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; run selfteach study, or resume it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; run selfteach study, or resume it")
+    return stored_files.read_json(path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read all whole lines of a JSONL file; none if it is missing. A run may be writing the last."""
-    return list(_whole_lines(path)) if path.exists() else []
+    """Read all whole lines of a JSONL file; none if it is missing. A run may be writing the last.
 
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+    Raises `CheckpointError` if a line is damaged.
+    """
+    content = stored_files.read_bytes(path)
+    return [] if content is None else stored_files.read_lines(content, path)[0]
 
 
 def _variant(relative: Path) -> str | None:

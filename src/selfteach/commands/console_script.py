@@ -14,7 +14,7 @@ from selfteach.analysis.terminal.sanitize import sanitized
 from selfteach.commands.notes import notes_on_stderr
 from selfteach.errors import RecipeError, SelfteachError, Terminated
 from selfteach.runtime import gc_pause, torchrun
-from selfteach.runtime.signals import EXIT_STATUS
+from selfteach.runtime.signals import INTERRUPTED_STATUS, handle_interrupts
 
 MULTI_RANK_COMMANDS = ("train", "resume")
 """Commands that torchrun may start on several ranks."""
@@ -28,6 +28,7 @@ def run_console_script(app: typer.Typer) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_libraries()
     gc_pause.pause()
+    handle_interrupts()
     with notes_on_stderr():
         _run_command(app)
 
@@ -35,13 +36,18 @@ def run_console_script(app: typer.Typer) -> None:
 def _run_command(app: typer.Typer) -> None:
     try:
         _require_one_process()
-        app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        # Typer turns KeyboardInterrupt and Exit into a return value, the exit status.
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if status == INTERRUPTED_STATUS:
+            _exit_at_once(Terminated(INTERRUPTED_STATUS))
+        if isinstance(status, int) and status:
+            sys.exit(status)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; continue with selfteach resume OUT", status=130)
-    except Terminated:
-        _exit_at_once("terminated; progress is saved, continue with selfteach resume OUT")
+        _exit_at_once(Terminated(INTERRUPTED_STATUS))
+    except Terminated as end:
+        _exit_at_once(end)
     except SelfteachError as error:
         if not torchrun.is_main():
             # Rank 0 reports errors common to all ranks; its exit ends this rank while it waits.
@@ -51,6 +57,8 @@ def _run_command(app: typer.Typer) -> None:
     except Exception as error:
         # Usage errors come from Typer's click, whose module moved between releases.
         format_message = getattr(error, "format_message", None)
+        if isinstance(error, OSError) and error.errno is not None:  # a disk, a permission, a limit
+            _fail(f"{error.filename or 'the system'}: {error.strerror}")
         if format_message is None:
             raise
         _fail(format_message())
@@ -66,18 +74,22 @@ def _require_one_process() -> None:
         )
 
 
-def _fail(message: str, *, status: int = 2) -> None:
+def _fail(message: str) -> None:
     # Escape control characters: a message may quote a server.
     sys.stderr.write("selfteach: " + " ".join(sanitized(message).split()) + "\n")
-    sys.exit(status)
+    sys.exit(2)
 
 
-def _exit_at_once(message: str) -> NoReturn:
+def _exit_at_once(end: Terminated) -> NoReturn:
     """Exit without waiting for other threads: everything needed to resume is on disk."""
-    sys.stderr.write(f"selfteach: {message}\n")
+    how = "interrupted" if end.status == INTERRUPTED_STATUS else "terminated"
+    progress = (
+        end.progress or "no run folder was in use; replies of a critic are in its reply cache"
+    )
+    sys.stderr.write(f"selfteach: {how}; {sanitized(progress)}\n")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_STATUS)
+    os._exit(end.status)
 
 
 def _quiet_libraries() -> None:

@@ -20,7 +20,8 @@ from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.alignment import first_change
 from selfteach.prompts.thinking import split_thinking
 from selfteach.rollout.journaled_engine import problems_by_id
-from selfteach.runtime.run_folder import RunFolder, sample_row
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.runtime.stored_records import sample_row
 from selfteach.tasks import segmentation
 from selfteach.tasks.task import OracleFn
 from selfteach.trainer.build import CritiqueSetup, build_critique_setup

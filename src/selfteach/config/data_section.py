@@ -73,7 +73,7 @@ class Columns(Section):
     """Column of a worked solution in the policy's style; unset: the column of this name, where there is
     one."""
     id: str | None = None
-    """Column of the problem's id; unset: the column ``id``, else the file's name and the line."""
+    """Column of the problem's id; unset: the column ``id``, else a hash of question and answer."""
     meta: str | tuple[str, ...] | None = None
     """Column with a table of metadata, or names of columns to keep as metadata; unset: the column
     ``meta``."""

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from selfteach.errors import CheckpointError
 from selfteach.evaluation.intervals import PERCENT, Bounds
 from selfteach.evaluation.statistics import avg_at_k, maj_at_k, pass_at_k
-from selfteach.runtime.atomic_files import read_json
+from selfteach.runtime.checksums import Checksums
+from selfteach.runtime.stored_files import read_json, reading
 
 RATES = ("avg", "pass", "maj", "truncated", "format")
 """Metrics in percent; ``length`` is in tokens."""
@@ -58,13 +60,20 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Evaluation:
-        """Build an evaluation from the dict that `to_json` returned."""
-        return cls(**data)
+        """Build an evaluation from the dict that `to_json` returned; raises if it is no such dict."""
+        evaluation = cls(**data)
+        evaluation.means()  # raises for values of the wrong type or shape
+        return evaluation
 
 
 def load_evaluation(folder: Path, split: str, step: int) -> Evaluation:
-    """Read an evaluation that a run has saved."""
-    return Evaluation.from_json(read_json(evaluation_path(folder, split, step)))
+    """Read an evaluation that a run has saved. Raises `CheckpointError` if it is damaged."""
+    path = evaluation_path(folder, split, step)
+    data = read_json(path)
+    if not Checksums(folder).verify(path, path.read_bytes()):
+        raise CheckpointError(f"{path} is damaged: its end is missing")
+    with reading(path):
+        return Evaluation.from_json(data)
 
 
 def evaluation_path(folder: Path, split: str, step: int) -> Path:

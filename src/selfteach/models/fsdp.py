@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 
 from selfteach.errors import CheckpointError, EngineError
 from selfteach.models.lm_head import Head
+from selfteach.models.shard_reader import ShardReader
 
 
 class Shards:
@@ -150,8 +150,10 @@ def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def names(folder: Path) -> set[str]:
     """Return the names of a checkpoint's tensors. Raises `CheckpointError` if it is damaged."""
     try:
-        return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
-    except Exception as error:  # unpickling may raise anything
+        return set(ShardReader(folder).read_metadata().state_dict_metadata)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(f"{folder} is damaged: {error}") from None
 
 
@@ -162,10 +164,13 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     alone = not torch.distributed.is_initialized()
     targets = {name: tensor.detach() for name, tensor in tensors.items()}
+    if missing := sorted(targets.keys() - names(folder)):
+        raise CheckpointError(f"{folder} is damaged or of another model: it has no {missing[0]}")
     try:
-        state_dict_loader.load(targets, checkpoint_id=folder, no_dist=alone)
+        state_dict_loader.load(targets, storage_reader=ShardReader(folder), no_dist=alone)
     except (CheckpointException, RuntimeError, OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is damaged or of another model: {error}") from None
+        reason = " ".join(str(error).split())[-300:]
+        raise CheckpointError(f"{folder} is damaged or of another model: {reason}") from None
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.models import matmul
+from selfteach.models.weight_files import no_pickle, require_whole
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
@@ -168,7 +169,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             tokenizer = copy.deepcopy(_gguf_tokenizer(path, config.gguf_file, trust))
         else:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # damaged files raise anything
         raise EngineError(_cannot_load("tokenizer", config, error)) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if tokenizer.pad_token_id is None:
@@ -189,7 +190,8 @@ def load_model(
 
     ``dtype`` of the weights; None: the recipe's.
 
-    Weights come from safetensors or GGUF files only. Raises `EngineError` in one line.
+    Weights come from safetensors or GGUF files only, all of the model's are there, and all are finite.
+    Raises `EngineError` in one line.
     """
     extra: dict[str, Any] = {"use_safetensors": True}
     if config.gguf_file:
@@ -197,16 +199,21 @@ def load_model(
 
         extra = {"gguf_file": config.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        with _no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
+        with _no_progress_bars(), no_pickle(config, resolve(config.path)):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 resolve(config.path),
                 dtype=dtype or DTYPES[weights_dtype_of(config, device.type)],
                 trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
                 **extra,
             )
-    except (OSError, ValueError, ImportError) as error:
+            model, info = loaded
+    except EngineError:
+        raise
+    except Exception as error:  # damaged files raise anything
         raise EngineError(_cannot_load("model", config, error)) from error
     assert isinstance(model, PreTrainedModel)
+    require_whole(model, info, config)
     if config.gguf_file:
         # The weights are plain tensors by now; the flag would forbid training and saving them.
         vars(model.config).pop("quantization_config", None)
@@ -267,7 +274,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in reason and not config.trust_remote_code:
         reason = "the model has custom code, which runs only with model.trust_remote_code = true"
     if len(reason) > 200:

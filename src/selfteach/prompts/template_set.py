@@ -26,6 +26,7 @@ from typing import Any
 import jinja2
 
 from selfteach.errors import RecipeError
+from selfteach.prompts.bounded_jinja import BoundedEnvironment
 from selfteach.prompts.control_tokens import BREAK, NONCHARACTERS
 from selfteach.types import Critique
 
@@ -54,7 +55,7 @@ class Templates:
                 f"templates = {name_or_folder!r}: no such template set; "
                 f"shipped: {shipped}; to use a folder, write a path with a slash"
             )
-        self._environment = jinja2.Environment(
+        self._environment = BoundedEnvironment(
             loader=jinja2.FileSystemLoader([*_with_parents(folder), SHIPPED / "steps"]),
             undefined=jinja2.StrictUndefined,
             autoescape=False,
@@ -73,8 +74,8 @@ class Templates:
         data = {key: _without_turns(value) for key, value in values.items()}
         try:
             return self._environment.get_template(f"{name}.jinja").render(**data).strip()
-        except jinja2.TemplateError as error:
-            raise RecipeError(f"template {name}.jinja: {error}") from error
+        except Exception as error:  # a template may divide by zero, or worse
+            raise RecipeError(f"template {name}.jinja: {' '.join(str(error).split())}") from error
 
     def context(
         self,

@@ -109,8 +109,14 @@ class JournaledEngine:
         self, name: str, problems: Sequence[Problem], sampling: Sampling
     ) -> list[Rollout]:
         saved = self._run.load_rollouts(name, problems_by_id(problems))
-        if saved is not None and len(saved) == len(problems) * sampling.samples:
-            return saved  # fewer: a power cut has left a part of the file
+        expected = [(problem.id, n) for problem in problems for n in range(sampling.samples)]
+        if saved is not None and [rollout.key for rollout in saved] == expected:
+            return saved
+        if saved is not None and len(saved) >= len(expected):
+            raise CheckpointError(
+                f"rollouts/{name}.jsonl holds other rollouts than those of this batch: the data or the "
+                "batches have changed since; restore the data, or start a new run in another folder"
+            )  # with fewer rollouts a power cut has left a part of the file
         if self._weights_lost:
             raise CheckpointError(
                 f"rollouts/{name}.jsonl is missing, and the weights that could sample it again no "
@@ -146,5 +152,6 @@ class JournaledEngine:
 
 
 def problems_by_id(problems: Sequence[Problem]) -> dict[str, Problem]:
-    """Map each problem's id to the problem."""
-    return {problem.id: problem for problem in problems}
+    """Map each problem's id to the problem; also the id that earlier versions gave it."""
+    by_place = {problem.place: problem for problem in problems if problem.place}
+    return by_place | {problem.id: problem for problem in problems}

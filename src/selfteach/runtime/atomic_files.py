@@ -1,4 +1,8 @@
-"""Write files atomically, and turn a full disk into one clear error."""
+"""Write files atomically and durably, and turn a full disk into one clear error.
+
+A file is on disk when it has been flushed and its folder too: a rename that was not flushed is lost
+with the power. What `write_text` and `atomic_path` have written is on disk when they return.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +18,13 @@ from safetensors import SafetensorError
 
 from selfteach.errors import CheckpointError
 
-UNWRITABLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-    errno.ENOENT,
-}  # fmt: skip
-"""Errors of a full disk, a read-only file system or an impossible path."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Errors of a full disk."""
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file. Raises `CheckpointError` if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is no run folder: it has no {path.name}") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 def write_lines(path: Path, rows: Any) -> None:
@@ -46,18 +37,21 @@ def json_lines(rows: Iterable[Any]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]] | None:
-    """Read a JSON lines file; None if there is no such file, or it is truncated."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically. Raises `CheckpointError` if the disk is full."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, in one write, and flush it. Raises `CheckpointError` on a full disk."""
+    with report_full_disk():
+        is_new = not path.exists()
+        with path.open("ab", buffering=0) as handle:
+            handle.write(line.encode() + b"\n")
+            os.fsync(handle.fileno())
+        if is_new:
+            sync_folder(path.parent)
 
 
 @contextmanager
@@ -68,16 +62,58 @@ def atomic_path(path: Path, *, flushed: bool = True) -> Iterator[Path]:
     """
     temporary = path.with_name(path.name + ".tmp")
     with report_full_disk():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             yield temporary
             if flushed:
-                with temporary.open("rb+") as handle:
-                    os.fsync(handle.fileno())
+                sync_file(temporary)
             temporary.replace(path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
+        if flushed:
+            sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, on disk when this returns."""
+    new = []
+    for folder in (path, *path.parents):
+        if folder.exists():
+            break
+        new.append(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        sync_folder(folder.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to disk."""
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's list of files to disk, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """Flush a folder with all that is in it."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            sync_file(Path(folder, name))
+        sync_folder(Path(folder))
 
 
 @contextmanager
@@ -86,22 +122,13 @@ def report_full_disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in UNWRITABLE:
-            raise CheckpointError(
-                f"cannot write {error.filename or 'the run folder'}: {error.strerror}; "
-                "nothing is lost: make room and call selfteach resume"
-            ) from error
-        raise
+        remedy = "make room" if error.errno in FULL else "remove the cause"
+        raise CheckpointError(
+            f"cannot write {error.filename or 'the run folder'}: {error.strerror or error}; "
+            f"nothing is lost: {remedy} and call selfteach resume"
+        ) from error
     except SafetensorError as error:  # safetensors wraps the system's error
         raise CheckpointError(
             f"cannot write tensors into the run folder: {error}; "
             "nothing is lost: make room and call selfteach resume"
         ) from error
-
-
-def require_empty(path: Path) -> None:
-    """Raise `CheckpointError` if a new run's folder is a file or is not empty."""
-    if path.is_file():
-        raise CheckpointError(f"--out {path} is a file; name a new or an empty folder")
-    if path.is_dir() and any(child.name != ".lock" for child in path.iterdir()):
-        raise CheckpointError(f"--out {path} is not empty; name a new or an empty folder")

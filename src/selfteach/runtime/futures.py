@@ -32,7 +32,7 @@ def executor(threads: int) -> Iterator[Submit]:
     """Yield a `Submit` with so many threads; with none, a call runs when its result is requested.
 
     Leaving the block waits for calls that have started and cancels the others; when the process is to
-    end (`Terminated`) it does not wait.
+    end (`Terminated`, KeyboardInterrupt) it does not wait.
     """
     if threads == 0:
         yield partial
@@ -45,7 +45,7 @@ def executor(threads: int) -> Iterator[Submit]:
     wait = True
     try:
         yield submit
-    except Terminated:
+    except (Terminated, KeyboardInterrupt):
         wait = False
         raise
     finally:

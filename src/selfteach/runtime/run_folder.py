@@ -2,7 +2,9 @@
 
     config.json            the resolved recipe
     environment.json       commit, versions, machine
+    problems.json          fingerprints of the problem sets
     metrics.jsonl          one line per step, and per evaluation
+    checksums.jsonl        checksums of the files of rollouts, critiques, samples and evaluations
     tracking.json          rows of metrics.jsonl that each sink has received; only with sinks
     rollouts/              a file per batch, written before the rollouts are used; unfinished/ holds
                            the complete groups of a batch in which the engine failed
@@ -15,8 +17,10 @@
 
 Files are written atomically (to a temporary file, flushed, renamed): a kill at any moment leaves no
 partial file, and what is in the folder is never sampled or requested again. Rollouts, critiques and
-samples are renamed first and flushed in the background, a few milliseconds each, before a checkpoint is
-written that depends on them: a file that a power cut has truncated is recognised and made again.
+samples are renamed first and flushed in the background, a few milliseconds each, before a row of
+metrics or a checkpoint is written that depends on them: a file that a power cut has truncated before
+that is recognised and made again. A file that was flushed has a checksum: if it differs, it is
+damaged, and the run is refused.
 """
 
 from __future__ import annotations
@@ -24,47 +28,52 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+import logging
 import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from selfteach.config.migrations import (
-    migrate_config,
-    migrate_metrics,
-    migrate_rollout,
-    migrate_usage,
-    run_subfolder,
-)
+from selfteach.config.migrations import migrate_config, migrate_metrics, run_subfolder
 from selfteach.config.recipe_file import complete_config
-from selfteach.errors import CheckpointError
+from selfteach.errors import CheckpointError, Terminated
 from selfteach.runtime.atomic_files import (
+    append_line,
     atomic_path,
     json_lines,
-    read_json,
-    read_lines,
+    make_folder,
     report_full_disk,
-    require_empty,
+    sync_file,
+    sync_folder,
     write_json,
-    write_lines,
     write_text,
 )
-from selfteach.types import (
-    Critique,
-    CritiqueFailure,
-    CritiqueStep,
-    Problem,
-    Rollout,
-    TrainingSample,
-    Usage,
+from selfteach.runtime.checksums import Checksums
+from selfteach.runtime.folder_start import clear_start, holds_work, is_our_config, require_empty
+from selfteach.runtime.stored_files import (
+    Row,
+    read_bytes,
+    read_json,
+    read_lines,
+    read_metrics,
+    reading,
 )
+from selfteach.runtime.stored_records import (
+    SavedCritiques,
+    critiques_by_key,
+    problems_fingerprint,
+    rollout_row,
+    rollouts_from,
+    sample_row,
+)
+from selfteach.types import Critique, CritiqueFailure, Problem, Rollout, TrainingSample
 
-ROLLOUT_FIELDS = [field.name for field in fields(Rollout) if field.name != "problem"]
+log = logging.getLogger(__name__)
 
 LOCK_PATIENCE_S = 5.0
 """Seconds to wait for the lock of a folder whose process may just have been killed."""
@@ -77,7 +86,9 @@ class RunFolder:
         self.path = path
         self.metrics_path = path / "metrics.jsonl"
         self.result_path = path / "result.json"
+        self.problems_path = path / "problems.json"
         self.checkpoints = path / "checkpoints"
+        self._checksums = Checksums(path)
         self._flushing: list[Future[None]] = []
 
     @property
@@ -99,27 +110,65 @@ class RunFolder:
         """Start a run in this folder, or continue the same one.
 
         The config of a folder that an earlier version has written is completed before the comparison.
-        Tracking and distributed settings may differ: they do not change what a run computes. Raises
-        `CheckpointError` if the folder holds something else.
+        Tracking and distributed settings may differ: they do not change what a run computes. A run that
+        has spent nothing yet is replaced. Raises `CheckpointError` if the folder holds something else.
         """
         ignored = {"tracking": None, "distributed": None}
         if (self.path / "config.json").exists():
             old, new = complete_config(self.config()), json.loads(json.dumps(config))
-            if old | ignored != new | ignored:
+            if old | ignored == new | ignored:
+                return
+            if holds_work(self.path) or not is_our_config(old):
                 raise CheckpointError(
                     f"{self.path} holds another run; choose another --out, "
                     f"or continue that run: selfteach resume {self.path}"
                 )
-            return
+            clear_start(self.path)
         require_empty(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        with report_full_disk():
+            make_folder(self.path)
         write_json(self.path / "environment.json", environment)
         write_json(self.path / "config.json", config)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Row:
         """Return the resolved recipe. Raises `CheckpointError` if there is none."""
         path = self.path / "config.json"
-        return migrate_config(read_json(path), str(path))
+        if not path.exists() and (self.path / "environment.json").exists():
+            raise CheckpointError(
+                f"{self.path}: its run was stopped before it began; repeat the command that started it"
+            )
+        values = read_json(path)
+        with reading(path):
+            return migrate_config(values, str(path))
+
+    def require_problems(self, splits: Mapping[str, Sequence[Problem]]) -> None:
+        """Record the problem sets of a run that begins; later, require the same ones.
+
+        Raises `CheckpointError` if problems were added, removed, changed or put in another order: what
+        is stored belongs to the earlier ones.
+        """
+        now = {name: problems_fingerprint(problems) for name, problems in splits.items()}
+        if not self.problems_path.exists():
+            write_json(self.problems_path, now)
+            return
+        saved = read_json(self.problems_path)
+        for name, fingerprint in now.items():
+            with reading(self.problems_path):
+                same, count = saved[name] == fingerprint, saved[name]["problems"]
+            if not same:
+                raise CheckpointError(
+                    f"{self.path}: the {name} problems are not those with which this run began "
+                    f"({count} then, {fingerprint['problems']} now; the same number means another "
+                    "order or text): restore the data, or start a new run in another folder"
+                )
+
+    def has_problems_of(self, other: RunFolder, split: str) -> bool:
+        """Return True if both runs have recorded the same problems of a split."""
+        paths = (self.problems_path, other.problems_path)
+        if not all(path.exists() for path in paths):
+            return False
+        ours, theirs = (read_json(path).get(split) for path in paths)
+        return ours is not None and ours == theirs
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -130,12 +179,32 @@ class RunFolder:
         if not any((self.path / name).exists() for name in ("config.json", "study.json")):
             require_empty(self.path)  # before the lock file, so that nothing is left in it
         with report_full_disk():
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             handle = (self.path / ".lock").open("w")
         with handle:
             _acquire(handle, self.path)
-            yield
+            try:
+                yield
+            except Terminated as end:
+                self.flushed()
+                end.progress = end.progress or self.describe_progress()
+                raise
             self.flushed()
+
+    def describe_progress(self) -> str:
+        """Return what of this folder's work is on disk, and how to continue, for a person."""
+        if (self.path / "study.json").exists():
+            what = "what each run has sampled, critiqued and saved"
+        elif not (self.path / "config.json").exists():
+            return f"nothing was begun in {self.path}: repeat the command"
+        elif "forecast" in self.config():
+            return "kept: what was measured, if --out names its folder: repeat the command"
+        elif saved := sorted(self.checkpoints.glob("step_*")):
+            step = int(saved[-1].name.removeprefix("step_"))
+            what = f"the checkpoint after step {step}, and what was sampled and critiqued since"
+        else:
+            what = "what was sampled and critiqued"
+        return f"kept: {what}; continue with selfteach resume {self.path}"
 
     # -- rollouts, critiques, samples --------------------------------------------------------
 
@@ -145,9 +214,16 @@ class RunFolder:
         self._flushing = [flush for flush in self._flushing if flush not in finished]
         for flush in finished:
             flush.result()
+        text = json_lines(rows)
+        if self._checksums.holds(path):
+            if (read_bytes(path) or b"") == text.encode():
+                return
+            self._checksums.record(path, None)
         with atomic_path(path, flushed=False) as temporary:
-            temporary.write_text(json_lines(rows), encoding="utf-8")
-        self._flushing.append(_flusher(os.getpid()).submit(_flush, path))
+            temporary.write_text(text, encoding="utf-8")
+        self._flushing.append(
+            _flusher(os.getpid()).submit(_flush, path, self._checksums, text.encode())
+        )
 
     def flushed(self) -> None:
         """Wait until all files are flushed to disk. Raises `CheckpointError` if the disk is full."""
@@ -155,37 +231,54 @@ class RunFolder:
         for flush in waiting:
             flush.result()
 
+    def _read(self, path: Path) -> list[Row] | None:
+        """Read JSON lines; None if there is no such file, or a power cut has truncated it.
+
+        Raises `CheckpointError` if it is damaged.
+        """
+        content = read_bytes(path)
+        if content is None:
+            return None
+        whole = self._checksums.verify(path, content)
+        rows, cut_off = read_lines(content, path)
+        if not whole:  # its disk has lost the end of a file that was flushed
+            aside = path.with_name(f"{path.name}.cut_off")
+            log.warning("%s was cut off: it is made again, what is left of it is %s", path, aside)
+            path.replace(aside)
+            return None
+        return None if cut_off else rows
+
     def save_rollouts(self, name: str, rollouts: Sequence[Rollout]) -> None:
         """Save the rollouts of one batch, under a name like ``step_000012.000``."""
-        rows = (
-            {"problem_id": r.problem.id, **{name: getattr(r, name) for name in ROLLOUT_FIELDS}}
-            for r in rollouts
-        )
-        self._write(run_subfolder(self.path, "rollouts") / f"{name}.jsonl", rows)
+        self._write(self._rollouts_path(name), map(rollout_row, rollouts))
 
     def load_rollouts(self, name: str, problems: Mapping[str, Problem]) -> list[Rollout] | None:
-        """Return the rollouts saved under a name; None if there are none, or the file is truncated."""
-        rows = read_lines(run_subfolder(self.path, "rollouts") / f"{name}.jsonl")
-        if rows is None:
-            return None
-        rollouts = []
-        for row in map(migrate_rollout, rows):
-            problem = problems[row.pop("problem_id")]
-            for field in ("prompt_ids", "token_ids", "logps"):
-                row[field] = tuple(row[field])
-            rollouts.append(Rollout(problem=problem, **row))
-        return rollouts
+        """Return the rollouts saved under a name; None if there are none, or the file is truncated.
+
+        Raises `CheckpointError` if the file is damaged, or if its rollouts are of other problems.
+        """
+        path = self._rollouts_path(name)
+        rows = self._read(path)
+        return None if rows is None else rollouts_from(rows, problems, path)
 
     def copy_rollouts(self, name: str, other: RunFolder) -> None:
         """Copy another run's batches of a name, except those that this folder has."""
         for path in sorted(run_subfolder(other.path, "rollouts").glob(f"{name}.*.jsonl")):
             copy = run_subfolder(self.path, "rollouts") / path.name
-            if not copy.exists():
-                write_text(copy, path.read_text(encoding="utf-8"))
+            rows = None if copy.exists() else other._read(path)
+            if rows is not None:
+                self._write(copy, rows)
 
     def delete_rollouts(self, name: str) -> None:
-        """Delete the rollouts saved under a name, if there are any."""
-        (run_subfolder(self.path, "rollouts") / f"{name}.jsonl").unlink(missing_ok=True)
+        """Delete the rollouts saved under a name, if there are any, once those that replace them are
+        on disk."""
+        path = self._rollouts_path(name)
+        if path.exists():
+            self.flushed()
+            path.unlink(missing_ok=True)
+
+    def _rollouts_path(self, name: str) -> Path:
+        return run_subfolder(self.path, "rollouts") / f"{name}.jsonl"
 
     def save_critiques(
         self,
@@ -210,7 +303,7 @@ class RunFolder:
             run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl", map(sample_row, samples)
         )
 
-    def load_critiques(self, step: int) -> dict[tuple[str, int], Critique | CritiqueFailure | None]:
+    def load_critiques(self, step: int) -> SavedCritiques:
         """Return the critiques of a step's rollouts by `Rollout.key`; empty if none are saved.
 
         They are in ``critiques/``; in a folder that an earlier version has begun, in ``samples/``.
@@ -219,58 +312,48 @@ class RunFolder:
         if critiques:
             return critiques
         samples = run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl"
-        return _critiques_by_key(read_lines(samples) or [])
+        return critiques_by_key(self._read(samples) or [], samples)
 
-    def load_named_critiques(
-        self, name: str
-    ) -> dict[tuple[str, int], Critique | CritiqueFailure | None]:
+    def load_named_critiques(self, name: str) -> SavedCritiques:
         """Return the critiques of all batches saved under a name; empty if there are none."""
-        batches = sorted((self.path / "critiques").glob(f"{name}.*.jsonl"))
-        return _critiques_by_key(row for path in batches for row in read_lines(path) or [])
+        critiques: SavedCritiques = {}
+        for path in sorted((self.path / "critiques").glob(f"{name}.*.jsonl")):
+            critiques |= critiques_by_key(self._read(path) or [], path)
+        return critiques
+
+    def save_evaluation(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Save the record of an evaluation, with its checksum."""
+        if self._checksums.holds(path):
+            self._checksums.record(path, None)
+        write_json(path, values)
+        self._checksums.record(path, path.read_bytes())
 
     # -- metrics -----------------------------------------------------------------------------
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        with report_full_disk(), self.metrics_path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(values) + "\n")
+        """Append a line to metrics.jsonl; the line and all that it stands for are then on disk."""
+        self.flushed()
+        append_line(self.metrics_path, json.dumps(values))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all complete lines of metrics.jsonl."""
-        if not self.metrics_path.exists():
-            return []
-        rows = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(migrate_metrics(json.loads(line)))
-            except json.JSONDecodeError:
-                break  # a kill has truncated the last line
-        return rows
+        """Return all complete lines of metrics.jsonl. Raises `CheckpointError` if one is damaged."""
+        return [migrate_metrics(row) for _, row in read_metrics(self.metrics_path)]
 
     def truncate_metrics(self, step: int) -> None:
-        """Remove the rows after a checkpoint and those of the test split, which are written again."""
-        rows = [r for r in self.metrics() if r["step"] <= step and r["kind"] != "test"]
-        write_lines(self.metrics_path, rows)
+        """Remove the rows after a checkpoint and those of the test split, which are written again.
 
-
-def sample_row(sample: TrainingSample) -> dict[str, Any]:
-    """Return a sample as one JSON object; joins the rollouts by problem_id and sample."""
-    rollout, critique = sample.rollout, sample.critiqued.critique
-    return {
-        "problem_id": rollout.problem.id,
-        "sample": rollout.sample,
-        "question": rollout.problem.question,
-        "answer": rollout.text,
-        "finished": rollout.finished,
-        **asdict(sample.critiqued.verdict),
-        "critique": None if critique is None else asdict(critique),
-        "context": sample.context,
-        "dropped": sample.dropped,
-        "steps": sample.steps,
-        "gold": rollout.problem.answer,
-        "first_error_token": sample.first_error_token,
-        "first_change": None if sample.change is None else asdict(sample.change),
-    }
+        The others stay as they are. Raises `CheckpointError` if a step's row is missing.
+        """
+        rows = read_metrics(self.metrics_path)
+        steps = {row["step"] for _, row in rows if row["kind"] == "step"}
+        if missing := sorted(set(range(1, step + 1)) - steps):
+            raise CheckpointError(
+                f"{self.metrics_path} lacks the rows of {len(missing)} steps before the checkpoint of "
+                f"step {step} (the first is {missing[0]}): restore the file, or move it and "
+                f"{self.checkpoints} away to train again from the stored rollouts"
+            )
+        retained = [line for line, row in rows if row["step"] <= step and row["kind"] != "test"]
+        write_text(self.metrics_path, "".join(line.decode() + "\n" for line in retained))
 
 
 def load_result(folder: Path) -> dict[str, Any]:
@@ -287,15 +370,15 @@ def _flusher(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "flush")
 
 
-def _flush(path: Path) -> None:
-    """Flush a file. Raises `CheckpointError` if the disk is full."""
+def _flush(path: Path, checksums: Checksums, content: bytes) -> None:
+    """Flush a file, then record its checksum. Raises `CheckpointError` if the disk is full."""
     with report_full_disk():
         try:
-            handle = path.open("rb+")
+            sync_file(path)
         except FileNotFoundError:  # deleted in the meantime
             return
-        with handle:
-            os.fsync(handle.fileno())
+        sync_folder(path.parent)
+    checksums.record(path, content)
 
 
 def _acquire(handle: TextIO, path: Path) -> None:
@@ -308,28 +391,3 @@ def _acquire(handle: TextIO, path: Path) -> None:
             if time.monotonic() > deadline:
                 raise CheckpointError(f"{path}: another process is using this folder") from None
             time.sleep(0.1)
-
-
-def _critiques_by_key(
-    rows: Iterable[Mapping[str, Any]],
-) -> dict[tuple[str, int], Critique | CritiqueFailure | None]:
-    return {(row["problem_id"], row["sample"]): critique_from(row["critique"]) for row in rows}
-
-
-def critique_from(row: dict[str, Any] | None) -> Critique | CritiqueFailure | None:
-    """Return a critique, or the reason for none, from a row of ``critiques/`` or ``samples/``."""
-    if row is None:
-        return None
-    usage = Usage(**migrate_usage(row.get("usage", {})))
-    if "reason" in row:
-        reply = row.get("reply", row.get("said", ""))  # "said" in folders of earlier versions
-        return CritiqueFailure(
-            row["reason"], row.get("detail", ""), usage, reply, row.get("answer")
-        )
-    return Critique(
-        case=row["case"],
-        steps=tuple(CritiqueStep(**step) for step in row["steps"]),
-        answer=row["answer"],
-        first_error=row["first_error"],
-        usage=usage,
-    )

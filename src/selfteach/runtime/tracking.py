@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from selfteach.errors import RecipeError
-from selfteach.runtime.atomic_files import read_json, write_json
+from selfteach.errors import CheckpointError, RecipeError
+from selfteach.runtime.atomic_files import write_json
+from selfteach.runtime.stored_files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -180,4 +181,7 @@ def _state(folder: Path) -> dict[str, Any]:
     path = folder / "tracking.json"
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex[:8], "sent": {}})
-    return read_json(path)
+    state = read_json(path)
+    if not isinstance(state.get("id"), str) or not isinstance(state.get("sent"), dict):
+        raise CheckpointError(f"{path} is damaged: it has no id, or no rows that were sent")
+    return state

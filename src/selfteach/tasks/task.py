@@ -222,7 +222,7 @@ def _check_meta(verifier: str, problems: Sequence[Problem]) -> None:
         for key in needed.get(verifier, ()):
             if key not in problem.meta:
                 raise DataError(
-                    f'data.verifier = "{verifier}": problem {problem.id!r} is not from that source; '
+                    f'data.verifier = "{verifier}": problem {problem.label!r} is not from that source; '
                     f"its meta has no {key!r}"
                 )
 

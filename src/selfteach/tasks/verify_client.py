@@ -71,7 +71,7 @@ class VerifierProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(WORKER)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                env=child_environment(OMP_NUM_THREADS="1"),
+                env=child_environment(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1"),
                 start_new_session=True,  # Ctrl-C goes to the parent; the worker ends with its pipe
             )  # fmt: skip
             weakref.finalize(self, _end, self._process)

@@ -29,6 +29,8 @@ def main() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # writes no file
+            resource.setrlimit(limit, (0, 0))
     for line in sys.stdin:
         try:
             request = json.loads(line)

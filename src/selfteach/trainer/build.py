@@ -216,7 +216,7 @@ def check_lengths(renderer: Renderer, task: Task, max_length: int, recipe: Recip
         length = len(renderer.solver_prompt(problem))
         if length + needed > max_length:
             raise DataError(
-                f"problem {problem.id!r} has a prompt of {length} tokens; with a rollout of up to "
+                f"problem {problem.label!r} has a prompt of {length} tokens; with a rollout of up to "
                 f"{needed} (sampling.max_tokens) it exceeds the context of {max_length}"
             )
 

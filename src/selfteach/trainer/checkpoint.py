@@ -8,10 +8,10 @@ version).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,12 +21,23 @@ from torch import Tensor
 from selfteach.errors import CheckpointError
 from selfteach.models import fsdp
 from selfteach.models.policy import Policy
+from selfteach.models.weight_files import first_nonfinite
 from selfteach.protocols import Teacher
-from selfteach.runtime.atomic_files import read_json, report_full_disk, write_json
+from selfteach.runtime.atomic_files import (
+    make_folder,
+    report_full_disk,
+    sync_folder,
+    sync_tree,
+    write_json,
+)
+from selfteach.runtime.checksums import file_checksums, sha256
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
+from selfteach.runtime.stored_files import read_bytes, read_json, reading
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """Of AdamW, per weight."""
+
+REMEDY = "restore it from a copy, or move the checkpoint away to continue from an earlier one"
 
 SHARDS = "shards"
 """Folder of a sharded policy's tensors: a distributed checkpoint, for any number of ranks."""
@@ -34,9 +45,11 @@ SHARDS = "shards"
 
 def save(
     folder: Path, step: int, policy: Policy, teacher: Teacher, *, keep: int = 1,
-    ranks: Ranks = SINGLE_PROCESS,
+    ranks: Ranks = SINGLE_PROCESS, metrics: Path | None = None,
 ) -> Path:  # fmt: skip
     """Write ``folder/step_NNNNNN`` atomically, then delete all but the newest ``keep`` checkpoints.
+
+    ``state.json`` holds the checksums of its files, and of the file ``metrics`` as it is now.
 
     All ranks call this together: each writes its shards of a sharded policy, rank 0 everything else.
     """
@@ -45,12 +58,14 @@ def save(
     with report_full_disk():
         if ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            make_folder(temporary)
         ranks.barrier()
         try:
             _fill(temporary, step, policy, teacher, ranks)
             ranks.barrier()
             if ranks.is_main:
+                _write_state(temporary, step, policy.version, metrics)
+                sync_tree(temporary)
                 if target.exists():
                     shutil.rmtree(target)
                 temporary.replace(target)
@@ -58,7 +73,7 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
             raise
         if ranks.is_main:
-            _sync(folder)
+            sync_folder(folder)
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
         ranks.barrier()
@@ -74,7 +89,60 @@ def _fill(temporary: Path, step: int, policy: Policy, teacher: Teacher, ranks: R
         _save_tensors(temporary / "weights.safetensors", dict(policy.trainable))
         _save_tensors(temporary / "optimizer.safetensors", _moments(policy))
         _save_tensors(temporary / "teacher.safetensors", dict(teacher.state()))
-    write_json(temporary / "state.json", {"step": step, "version": policy.version})
+
+
+def _write_state(folder: Path, step: int, version: int, metrics: Path | None) -> None:
+    """Write state.json, with the checksums of the checkpoint's files and of the metrics so far."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    checksums = file_checksums(files)
+    state: dict[str, Any] = {
+        "step": step,
+        "version": version,
+        "files": {path.relative_to(folder).as_posix(): checksums[path] for path in files},
+    }
+    content = None if metrics is None else read_bytes(metrics)
+    if content is not None:
+        state["metrics"] = {"bytes": len(content), "sha256": sha256(content)}
+    write_json(folder / "state.json", {**state, "sha256": _state_checksum(state)})
+
+
+def _state_checksum(state: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(state, sort_keys=True).encode())
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint's state.json. Raises `CheckpointError` if it is damaged."""
+    path = checkpoint / "state.json"
+    state = read_json(path)
+    checksum = state.pop("sha256", None)  # checkpoints of earlier versions have none
+    if checksum is not None and checksum != _state_checksum(state):
+        raise CheckpointError(f"{path} is damaged: its checksum differs; {REMEDY}")
+    with reading(path):
+        if int(state["step"]) < 0 or int(state["version"]) < 0:
+            raise ValueError("negative step or version")
+    return state
+
+
+def verify(checkpoint: Path, metrics: Path | None = None) -> None:
+    """Compare a checkpoint's files, and the beginning of the metrics, with their checksums.
+
+    Raises `CheckpointError` for the first that differs. A checkpoint of an earlier version has no
+    checksums.
+    """
+    path, state = checkpoint / "state.json", _read_state(checkpoint)
+    with reading(path):
+        expected = {checkpoint / name: str(value) for name, value in state.get("files", {}).items()}
+        before = state.get("metrics", {"bytes": 0, "sha256": sha256(b"")})
+        length, checksum = int(before["bytes"]), before["sha256"]
+    for file, value in file_checksums(expected).items():
+        if value != expected[file]:
+            raise CheckpointError(f"{file} is damaged: its checksum differs; {REMEDY}")
+    if metrics is not None and sha256((read_bytes(metrics) or b"")[:length]) != checksum:
+        raise CheckpointError(
+            f"{metrics} is damaged: its rows up to {checkpoint.name} are not those that were written; "
+            f"restore it from a copy, or move it and {checkpoint.parent} away to train again from the "
+            "stored rollouts"
+        )
 
 
 def path_for_step(folder: Path, step: int) -> Path:
@@ -83,8 +151,21 @@ def path_for_step(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / "state.json").exists())
+    """Return the checkpoints, oldest first.
+
+    Raises `CheckpointError` if the folder cannot be read, or if one of them has no state.json, which
+    is written before a checkpoint gets its name.
+    """
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.name.startswith("step_"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from None
+    for name in names:
+        if read_bytes(folder / name / "state.json") is None:
+            raise CheckpointError(f"{folder / name} is damaged: it has no state.json; {REMEDY}")
+    return [folder / name for name in names]
 
 
 def load(checkpoint: Path, policy: Policy, teacher: Teacher) -> int:
@@ -92,7 +173,7 @@ def load(checkpoint: Path, policy: Policy, teacher: Teacher) -> int:
 
     Raises `CheckpointError` if it is damaged or of another model.
     """
-    state = read_json(checkpoint / "state.json")
+    state = _read_state(checkpoint)
     load_weights(checkpoint, policy)
     if (checkpoint / SHARDS).exists():
         _load_shards(checkpoint / SHARDS, policy, teacher)
@@ -113,6 +194,13 @@ def load_weights(checkpoint: Path, policy: Policy) -> None:
         return
     weights = _load_tensors(checkpoint / "weights.safetensors")
     _require_same(set(weights), policy, checkpoint)
+    for name, param in policy.trainable.items():
+        if weights[name].shape != param.shape:
+            raise CheckpointError(f"{checkpoint} holds weights that do not fit this model")
+    if (bad := first_nonfinite(weights)) is not None:
+        raise CheckpointError(
+            f"{checkpoint}: the weight {bad} holds NaN or infinite values; {REMEDY}"
+        )
     for name, param in policy.trainable.items():
         fsdp.assign(param, weights[name])
 
@@ -179,8 +267,6 @@ def _names_under(part: str, names: set[str]) -> set[str]:
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -188,11 +274,3 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

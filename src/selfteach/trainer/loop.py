@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.config.recipe import Recipe
-from selfteach.errors import RecipeError, Terminated
+from selfteach.errors import CheckpointError, RecipeError, Terminated
 from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
 from selfteach.models.loading import choose_device, dtypes_of, resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
-from selfteach.runtime.atomic_files import report_full_disk, write_json
+from selfteach.runtime.atomic_files import report_full_disk, sync_folder, sync_tree, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
 from selfteach.runtime.provenance import collect_provenance, cpu_capability
 from selfteach.runtime.run_folder import RunFolder, load_result
-from selfteach.runtime.signals import Termination, handle_sigterm
+from selfteach.runtime.signals import Termination, handle_termination
 from selfteach.tasks.task import SplitName, training_order
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
 from selfteach.trainer.preflight import preflight
+from selfteach.trainer.problem_identity import same_problems
 from selfteach.trainer.step import publish_weights
 from selfteach.types import Sampling
 
@@ -56,9 +57,9 @@ def train(
     """Run a recipe in a folder, or resume the run that the folder holds; yield each row of metrics.
 
     A run resumes from its last checkpoint and uses the rollouts and critiques that are in the folder.
-    On CPU the result is bitwise that of an uninterrupted run. On SIGTERM a checkpoint is saved and
-    `Terminated` is raised. Under torchrun all ranks call this; only rank 0 writes shared files and
-    yields rows.
+    On CPU the result is bitwise that of an uninterrupted run. On SIGTERM (and on Ctrl-C of the command
+    line) a checkpoint is saved and `Terminated` is raised. Under torchrun all ranks call this; only
+    rank 0 writes shared files and yields rows.
 
     ``same_start`` are the folders of other runs that start with the same model, problems and seed:
     rollouts of the untrained model are copied from them instead of sampled again.
@@ -77,15 +78,17 @@ def train(
                 "matmul_dtype": str(dtypes.compute).removeprefix("torch."),
             }
             run.create(recipe.model_dump(mode="json"), environment)
-            for other in same_start:
-                run.copy_rollouts(rollouts_name("validation", 0), RunFolder(other))
         if ranks.broadcast(run.is_complete):
             return
         ranks.all_or_raise(lambda: preflight([recipe]) if ranks.is_main else None)
-        built = build(recipe, ranks)
-        step = _restore(run, built)
+        built = same_problems(run, build(recipe, ranks))
+        if ranks.is_main:
+            for other in map(RunFolder, same_start):
+                if run.has_problems_of(other, "validation"):
+                    run.copy_rollouts(rollouts_name("validation", 0), other)
+        step = _restore(run, recipe, built)
         recording = _recording(run, recipe) if ranks.is_main else nullcontext(_not_recorded)
-        with recording as record, handle_sigterm(deferred=ranks.size > 1) as termination:
+        with recording as record, handle_termination(deferred=ranks.size > 1) as termination:
             for row in _steps(run, recipe, built, step, record, termination):
                 if ranks.is_main:
                     yield row
@@ -115,16 +118,36 @@ def _not_recorded(row: Mapping[str, Any]) -> None:
     """Discard a row: only rank 0 records metrics."""
 
 
-def _restore(run: RunFolder, built: Built) -> int:
-    """Load the newest checkpoint if there is one; return the number of finished steps."""
+def _restore(run: RunFolder, recipe: Recipe, built: Built) -> int:
+    """Load the newest checkpoint if there is one; return the number of finished steps.
+
+    Raises `CheckpointError` if the checkpoint or the metrics before it are damaged, or if there must
+    have been a checkpoint and there is none.
+    """
     ranks = built.components.ranks
-    saved = ranks.broadcast(checkpoint.checkpoints(run.checkpoints)[-1:])
-    step = (
-        checkpoint.load(saved[0], built.components.policy, built.components.teacher) if saved else 0
+    saved = ranks.broadcast(
+        ranks.all_or_raise(lambda: _verified_checkpoint(run, recipe) if ranks.is_main else [])
     )
+    step = 0
+    if saved:
+        step = checkpoint.load(saved[0], built.components.policy, built.components.teacher)
     if ranks.is_main:
         run.truncate_metrics(step if saved else -1)
     return step
+
+
+def _verified_checkpoint(run: RunFolder, recipe: Recipe) -> list[Path]:
+    """Return the newest checkpoint, its files and the metrics before it verified; empty without one."""
+    saved = checkpoint.checkpoints(run.checkpoints)[-1:]
+    done = max((row["step"] for row in run.metrics() if row["kind"] == "step"), default=0)
+    for path in saved:
+        checkpoint.verify(path, run.metrics_path)
+    if not saved and done > recipe.train.checkpoint_every:
+        raise CheckpointError(
+            f"{run.metrics_path} reaches step {done}, but {run.checkpoints} holds no checkpoint: "
+            f"restore it, or move {run.metrics_path} away to train again from the stored rollouts"
+        )
+    return saved
 
 
 @contextmanager
@@ -156,7 +179,8 @@ def _steps(
 
     def save(step: int) -> None:
         keep = recipe.train.keep_checkpoints
-        run.flushed()  # a resume needs the rollouts that led to this checkpoint
+        # A resume needs the rollouts that led to this checkpoint, and what the metrics stand for.
+        components.ranks.all_or_raise(run.flushed)
         checkpoint.save(
             run.checkpoints,
             step,
@@ -164,6 +188,7 @@ def _steps(
             components.teacher,
             keep=keep,
             ranks=components.ranks,
+            metrics=run.metrics_path,
         )
 
     try:
@@ -174,6 +199,7 @@ def _steps(
         for step, (_, metrics) in training:
             ranks = {"ranks": components.ranks.size} if components.ranks.size > 1 else {}
             row = {"step": step, "kind": "step", **ranks, **metrics}
+            components.ranks.all_or_raise(run.flushed)  # a row stands for the files of all ranks
             record(row)
             done = step
             yield row
@@ -184,7 +210,7 @@ def _steps(
             if step % recipe.train.checkpoint_every == 0 or step == last:
                 save(step)
             if step < last and components.ranks.size > 1 and components.ranks.any(end.requested):
-                raise Terminated  # on every rank, at the same step
+                raise Terminated(end.status)  # on every rank, at the same step
     except Terminated:
         if done > 0 and not checkpoint.path_for_step(run.checkpoints, done).exists():
             save(done)
@@ -239,8 +265,9 @@ def _measure(
         engine, built.components.verify, built.task.problems(split), sampling,
         split=split, step=step, same=built.task.answer_format.equivalent, ranks=built.components.ranks,
     )  # fmt: skip
+    built.components.ranks.all_or_raise(run.flushed)
     if built.components.ranks.is_main:
-        write_json(evaluation_path(run.path, split, step), evaluation.to_json())
+        run.save_evaluation(evaluation_path(run.path, split, step), evaluation.to_json())
     row = {
         "step": step,
         "kind": split,
@@ -297,5 +324,7 @@ def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:
         world = Path(resolve(recipe.model.path)) / "world.json"
         if world.exists():  # so that the export is a lab model as well
             shutil.copy(world, temporary)
+        sync_tree(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
+        sync_folder(run.path)

@@ -41,6 +41,7 @@ def _from_checkpoint(
     trained = validate(Recipe, RunFolder(run).config(), where=str(run))
     resolved = adapt(recipe.model_copy(update={"model": trained.model}) if recipe else trained)
     built = build(resolved)
+    checkpoint.verify(saved)
     checkpoint.load_weights(saved, built.components.policy)
     return built, resolved
 

@@ -22,6 +22,7 @@ from selfteach.tasks.sources.columns import (
     ready_mappings,
     with_mapping,
 )
+from selfteach.tasks.sources.load import read_file
 from selfteach.tasks.sources.rows import Row
 from selfteach.tasks.sources.splits import disjoint, normalised, split_pool, without_duplicates
 from selfteach.tasks.task import Task, check_answers, load_task
@@ -69,11 +70,24 @@ def test_every_file_format_gives_the_same_problems(tmp_path: Path) -> None:
     ]
     assert tasks[0].train == tasks[1].train == tasks[2].train
     first = tasks[0].train[0]
-    assert (first.id, first.answer, first.references) == (
+    assert (first.place, first.answer, first.references) == (
         "a-1",
         "1",
         {"reference": "0 and 1 make 1."},
     )
+
+
+def test_an_id_follows_the_content_and_not_the_row(tmp_path: Path) -> None:
+    here = files(train=str(write_jsonl(tmp_path / "a.jsonl", ROWS)), mapping="gsm8k").train
+    there = files(train=str(write_jsonl(tmp_path / "b.jsonl", ROWS[::-1])), mapping="gsm8k").train
+    assert {p.question: p.id for p in here} == {p.question: p.id for p in there}
+    assert len({p.id for p in here}) == len(here)
+
+
+def test_a_file_of_problems_may_repeat_one(tmp_path: Path) -> None:
+    row = {"question": "1 + 1", "answer": "2"}
+    first, second = read_file(write_jsonl(tmp_path / "a.jsonl", [row, row]))
+    assert first.id != second.id and first.question == second.question
 
 
 def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
@@ -279,7 +293,7 @@ def test_a_dataset_is_read_by_its_mapping(dataset: Path, streaming: bool) -> Non
     task = hub(path=str(dataset), mapping="gsm8k", streaming=streaming)
     assert len(task.test) == 15 and len(task.train) + len(task.validation) == 15
     assert task.counts == {"rows": 35, "in two sources": 5}
-    assert task.test[0].id == "test-1" and task.test[0].answer == "16"
+    assert task.test[0].place == "test-1" and task.test[0].answer == "16"
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -165,3 +167,19 @@ def test_a_missing_package_is_a_one_line_error(
     with pytest.raises(DataError) as caught:
         verifiers.build_verifier(name, "tag")
     assert pip in str(caught.value)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="asks /proc for the environment"
+)
+def test_the_worker_inherits_no_secrets_and_writes_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scorers evaluate answers: whatever an answer reaches there, it finds no key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    process = VerifierProcess()
+    assert "error" in process.request("math", gold=1)
+    worker = process._process
+    assert worker is not None
+    assert b"sk-secret" not in Path(f"/proc/{worker.pid}/environ").read_bytes()
+    limits = Path(f"/proc/{worker.pid}/limits").read_text()
+    assert re.search(r"Max file size +0 +0", limits)
+    process.close()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from selfteach.errors import Terminated
 from selfteach.runtime.futures import covered_seconds
-from selfteach.runtime.signals import handle_sigterm
+from selfteach.runtime.signals import handle_termination
 from selfteach.trainer.async_training import pipelined
 from selfteach.trainer.phase_clock import overlap_of
 
@@ -170,12 +170,16 @@ def test_seconds_that_spans_share_count_once() -> None:
 
 def test_sigterm_waits_for_a_safe_moment() -> None:
     reached = []
-    with handle_sigterm() as termination:
+    with handle_termination() as termination:
         signal.raise_signal(signal.SIGTERM)
         reached.append("still here")
         with pytest.raises(Terminated), termination.interruptible():
             reached.append("never")
-    with handle_sigterm() as termination, pytest.raises(Terminated), termination.interruptible():
+    with (
+        handle_termination() as termination,
+        pytest.raises(Terminated),
+        termination.interruptible(),
+    ):
         signal.raise_signal(signal.SIGTERM)
         reached.append("never")
     assert reached == ["still here"]

@@ -26,7 +26,8 @@ from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
 from selfteach.rollout.journaled_engine import BatchedEngine
-from selfteach.runtime.run_folder import RunFolder, sample_row
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.runtime.stored_records import sample_row
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import build
 from selfteach.trainer.metrics import summarize_samples

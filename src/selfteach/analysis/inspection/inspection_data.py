@@ -5,7 +5,6 @@ Axis letters: N rows of tokens.parquet, A answers, C contexts, P problems.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from selfteach.errors import CheckpointError
+from selfteach.runtime.stored_files import read_bytes, read_json, read_lines, reading
 
 REGIONS = ("before", "failing", "after", "right")
 KINDS = ("style", "task", "other")
@@ -80,9 +80,13 @@ class Inspection:
 
 def read_inspection(folder: Path) -> Inspection:
     """Read an inspection's folder. Raises `CheckpointError` if it is missing, unfinished or unknown."""
+    with reading(folder):
+        return _read_inspection(folder)
+
+
+def _read_inspection(folder: Path) -> Inspection:
     about = _about(folder)
-    with (folder / "answers.jsonl").open(encoding="utf-8") as lines:
-        answers = [json.loads(line) for line in lines]
+    answers = _answers(folder)
     table = pq.read_table(
         folder / "tokens.parquet", columns=[*_NUMBERS, "context", "region", "kind"]
     )
@@ -109,8 +113,7 @@ def example(
     is none.
     """
     about = _about(folder)
-    with (folder / "answers.jsonl").open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = _answers(folder)
     if answer is None:
         answer = next((i for i, row in enumerate(rows) if _is_instructive(row)), None)
     if answer is None:
@@ -138,6 +141,11 @@ def example(
     }
 
 
+def _answers(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "answers.jsonl"
+    return read_lines(read_bytes(path) or b"", path)[0]
+
+
 def _is_instructive(row: Mapping[str, Any]) -> bool:
     error, last = row["first_error"], len(row["step_spans"]["tokens"]) - 1
     return not row["correct"] and error is not None and 0 < error < last - 1 and not row["dropped"]
@@ -145,12 +153,9 @@ def _is_instructive(row: Mapping[str, Any]) -> bool:
 
 def _about(folder: Path) -> dict[str, Any]:
     path = folder / "inspection.json"
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no finished inspection: no {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds no finished inspection: no {path.name}")
+    about = read_json(path)
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {about.get('format')!r}, expected {FORMAT}")
     return about

@@ -38,6 +38,7 @@ from selfteach.analysis.run_comparison import (
 from selfteach.analysis.run_data import Groups, RunData, group_runs, read_json, read_runs
 from selfteach.config.migrations import migrate_results
 from selfteach.errors import CheckpointError
+from selfteach.runtime.stored_files import reading
 
 FORMAT = 1
 """The format of results.json that can be read."""
@@ -66,8 +67,9 @@ def write_report(*folders: Path, out: Path | None = None) -> Path:
 
 def render(folders: Sequence[Path]) -> tuple[str, dict[str, Drawing]]:
     """Return the report as HTML text, and its figures."""
-    data = read_report_data(folders)
-    drawings = draw_figures(data)
+    with reading(", ".join(map(str, folders))):
+        data = read_report_data(folders)
+        drawings = draw_figures(data)
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     page = _environment().get_template("report.html.jinja").render(
         data=data,

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfteach.analysis.run_data import RunData, read_json, read_runs
+from selfteach.runtime.stored_files import reading
 
 RECENT = 10
 """Rows that the time left is computed from: the current pace, not that of the start."""
@@ -115,10 +116,15 @@ def _planned(folder: Path) -> Iterator[Path]:
     """Yield the folders of all runs of a study, in the order in which they start; none for a run."""
     if not (folder / "study.json").exists():
         return
-    saved = read_json(folder / "study.json")
+    path = folder / "study.json"
+    saved = read_json(path)
     if saved.get("kind") != "study":  # a sweep has rates besides: only started runs are shown
         return
-    study = saved["study"]
+    with reading(path):
+        yield from _planned_in(saved["study"], folder)
+
+
+def _planned_in(study: Mapping[str, Any], folder: Path) -> Iterator[Path]:
     settings = [("runs", study["study"]["seeds"], list(study["arms"]))]
     for name, variant in study["variants"].items():
         arms = variant["arms"] or list(study["arms"])

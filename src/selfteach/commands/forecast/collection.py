@@ -37,8 +37,8 @@ from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context, Critic
 from selfteach.rollout.journaled_engine import BatchedEngine, JournaledEngine
 from selfteach.rollout.transformers_engine import TransformersEngine
-from selfteach.runtime.atomic_files import read_json
 from selfteach.runtime.run_folder import RunFolder
+from selfteach.runtime.stored_files import read_json
 from selfteach.trainer.build import build, build_arm_context
 from selfteach.trainer.build_critic import build_critic
 from selfteach.trainer.step import verify_and_critique

@@ -31,9 +31,11 @@ from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.evaluation.statistics import Interval
-from selfteach.runtime.atomic_files import read_json, require_empty, write_json
+from selfteach.runtime.atomic_files import write_json
+from selfteach.runtime.folder_start import require_empty
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
+from selfteach.runtime.stored_files import read_json
 from selfteach.trainer.build import set_threads
 from selfteach.trainer.preflight import preflight
 from selfteach.types import Critique

@@ -13,7 +13,8 @@ from torch import Tensor
 from selfteach.config.recipe import Recipe
 from selfteach.losses.objectives import Grpo
 from selfteach.protocols import Critic, Engine
-from selfteach.runtime.atomic_files import read_json, write_json
+from selfteach.runtime.atomic_files import write_json
+from selfteach.runtime.stored_files import read_json
 from selfteach.trainer.batching import collate
 from selfteach.trainer.step import Components
 from selfteach.types import (

@@ -17,7 +17,8 @@ from selfteach.config.recipe import CONTEXTS, PARTLY_ALIGNED, ContextName
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
 from selfteach.evaluation.token_scores import ScoreFn, ScoringLimits, score_rollouts
-from selfteach.runtime.atomic_files import atomic_path, require_empty, write_json, write_lines
+from selfteach.runtime.atomic_files import atomic_path, write_json, write_lines
+from selfteach.runtime.folder_start import require_empty
 from selfteach.trainer.build import Built
 from selfteach.trainer.step import verify_and_critique
 from selfteach.types import CritiquedRollout, Problem, Sampling

@@ -21,12 +21,12 @@ from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_recipe, run_subfolder
 from selfteach.config.recipe import PARTLY_ALIGNED, Recipe
 from selfteach.config.schema import merge, parse_setting, validate
-from selfteach.errors import CheckpointError, DataError
+from selfteach.errors import CheckpointError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context
 from selfteach.rollout.journaled_engine import problems_by_id
-from selfteach.runtime.atomic_files import require_empty
+from selfteach.runtime.folder_start import require_empty
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build_context
@@ -113,18 +113,15 @@ def recorded_rollouts(
 ) -> list[LocatedRollout]:
     """Read a run's recorded rollouts and critiques, and locate the errors.
 
-    Raises `CheckpointError` if there are no rollouts of this name, `DataError` if the recipe does not
-    have their problems.
+    Raises `CheckpointError` if there are no rollouts of this name, or if the recipe does not have their
+    problems.
     """
     name, task = str(request.recorded), built.task
     problems = problems_by_id([*task.train, *task.validation, *task.test])
     critiques = run.load_critiques(int(name[5:])) if name.removeprefix("step_").isdigit() else {}
     critiqued: list[CritiquedRollout] = []
     for path in sorted(run_subfolder(run.path, "rollouts").glob(f"{name}.*.jsonl")):
-        try:
-            rollouts = run.load_rollouts(path.stem, problems) or []
-        except KeyError as missing:
-            raise DataError(f"{path}: the recipe's data has no problem {missing}") from None
+        rollouts = run.load_rollouts(path.stem, problems) or []
         critiqued += _critiqued(built, rollouts, critiques)
     if not critiqued:
         files = run_subfolder(run.path, "rollouts").glob("*.jsonl")

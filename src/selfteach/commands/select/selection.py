@@ -23,14 +23,16 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.feedback.critics.reply_cache import buying_for
 from selfteach.protocols import SolvingCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
-from selfteach.runtime.atomic_files import read_json, write_json, write_lines, write_text
+from selfteach.runtime.atomic_files import write_json, write_lines, write_text
 from selfteach.runtime.futures import executor
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
+from selfteach.runtime.stored_files import read_json
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.splits import split_pool, without_duplicates
 from selfteach.trainer.build import Built, build, set_threads
 from selfteach.trainer.preflight import preflight
+from selfteach.trainer.problem_identity import same_problems
 from selfteach.trainer.step import verify_and_critique
 from selfteach.types import (
     Critique,
@@ -107,6 +109,7 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
         built = build(needed)
         if config.critic and config.critic_test == "solution":
             _require_solving_critic(built)
+        built = same_problems(run, built)
         pool, duplicates = candidates(built, config)
         split_pool(pool, config.split)  # raises for too few problems before anything is sampled
         tallies: list[Tally] = []

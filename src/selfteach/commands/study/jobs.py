@@ -22,7 +22,7 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, Terminated
 from selfteach.runtime import gc_pause
 from selfteach.runtime.run_folder import RunFolder
-from selfteach.runtime.signals import EXIT_STATUS, handle_sigterm
+from selfteach.runtime.signals import blocked_interrupts, handle_termination
 from selfteach.trainer.preflight import preflight
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -78,14 +78,10 @@ def run_jobs(
             workers, multiprocessing.get_context("spawn"), _exit_with_parent, (os.getpid(),)
         ) as pool,
     ):
-        extra = [pool.submit(also)] if also is not None else []
-        donors = _same_initial_rollouts(jobs)
-        futures = [
-            pool.submit(_run, one_thread(job.recipe), job.folder, donors[job.folder])
-            for job in waiting
-        ]
         try:
-            with handle_sigterm() as termination, termination.interruptible():
+            with handle_termination() as termination, termination.interruptible():
+                with blocked_interrupts():  # this process ends its workers
+                    extra, futures = _submitted(pool, jobs, waiting, also)
                 pending = {*extra, *futures}
                 while pending:
                     done, pending = concurrent.futures.wait(pending, timeout=POLL_INTERVAL_S)
@@ -104,6 +100,21 @@ def run_jobs(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _submitted(
+    pool: concurrent.futures.Executor,
+    jobs: Sequence[Job],
+    waiting: Sequence[Job],
+    also: Callable[[], None] | None,
+) -> tuple[list[concurrent.futures.Future[None]], list[concurrent.futures.Future[None]]]:
+    """Submit ``also`` and the waiting jobs, which starts the pool's processes; return their futures."""
+    extra = [pool.submit(also)] if also is not None else []
+    donors = _same_initial_rollouts(jobs)
+    runs = [
+        pool.submit(_run, one_thread(job.recipe), job.folder, donors[job.folder]) for job in waiting
+    ]
+    return extra, runs
 
 
 @contextmanager
@@ -140,13 +151,13 @@ def _same_initial_rollouts(jobs: Sequence[Job]) -> dict[Path, list[Path]]:
 
 
 def _run(recipe: Recipe, folder: Path, same_start: Sequence[Path]) -> None:
-    """Run a recipe to its end in a worker process; exit with `EXIT_STATUS` on SIGTERM."""
+    """Run a recipe to its end in a worker process; exit at once on SIGTERM, all being saved."""
     from selfteach.trainer.loop import run_to_end
 
     try:
         run_to_end(recipe, folder, same_start)
-    except Terminated:
-        os._exit(EXIT_STATUS)
+    except Terminated as end:
+        os._exit(end.status)
 
 
 def one_thread(recipe: Recipe) -> Recipe:

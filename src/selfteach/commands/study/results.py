@@ -9,8 +9,10 @@ from typing import Any
 from selfteach.analysis.results_table import ArmMeasurements, results_table
 from selfteach.commands.study.jobs import Job
 from selfteach.config.recipe_file import BASE, Study, pairs
+from selfteach.errors import CheckpointError
 from selfteach.evaluation.evaluation_record import load_evaluation
-from selfteach.runtime.run_folder import load_result
+from selfteach.runtime.run_folder import RunFolder, load_result
+from selfteach.runtime.stored_files import reading
 
 COLLAPSED_BELOW = 0.5
 """A run counts as collapsed when it ends below this share of the base's Avg@k."""
@@ -42,6 +44,7 @@ def gather(study: Study, jobs: Sequence[Job], made: Mapping[str, Any]) -> dict[s
 
 def _setting(jobs: Sequence[Job]) -> dict[str, Any]:
     """Return arms and paired differences of one setting, the untrained model first."""
+    _require_same_problems(jobs)
     by_arm: dict[str, list[Job]] = {}
     for job in sorted(jobs, key=lambda job: job.arm != BASE):
         by_arm.setdefault(job.arm, []).append(job)
@@ -56,7 +59,7 @@ def _setting(jobs: Sequence[Job]) -> dict[str, Any]:
 
 def _measurements(jobs: Sequence[Job]) -> ArmMeasurements:
     """Read an arm's test evaluations, budgets and curves; the base has no curve and no settings."""
-    results = {job.seed: load_result(job.folder) for job in jobs}
+    results = {job.seed: _checked_result(job) for job in jobs}
     first = jobs[0]
     is_trained = first.arm != BASE
     avg = {str(seed): result["curve"]["avg"] for seed, result in results.items() if is_trained}
@@ -74,6 +77,28 @@ def _measurements(jobs: Sequence[Job]) -> ArmMeasurements:
         if is_trained
         else None,
     )
+
+
+def _checked_result(job: Job) -> dict[str, Any]:
+    """Return a run's result. Raises `CheckpointError` if it is damaged."""
+    result = load_result(job.folder)
+    with reading(job.folder / "result.json"):
+        [float(value) for value in result["budget"].values()]
+        [float(value) for value in (*result["curve"]["steps"], *result["curve"]["avg"])]
+    return result
+
+
+def _require_same_problems(jobs: Sequence[Job]) -> None:
+    """Raise `CheckpointError` if two runs of a setting were tested on other problems."""
+    first = RunFolder(jobs[0].folder)
+    for job in jobs[1:]:
+        other = RunFolder(job.folder)
+        both = first.problems_path.exists() and other.problems_path.exists()
+        if both and not first.has_problems_of(other, "test"):
+            raise CheckpointError(
+                f"{job.folder} and {first.path} were tested on different problems: the data has "
+                "changed between them; restore it and repeat one of them in an empty folder"
+            )
 
 
 def _collapsed(arm: Mapping[str, Any], base_avg: float) -> list[int]:

@@ -22,9 +22,11 @@ from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import BASE, Study, complete_study
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.runtime.atomic_files import read_json, require_empty, write_json
+from selfteach.runtime.atomic_files import write_json
+from selfteach.runtime.folder_start import clear_start, holds_work, require_empty
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder, load_result
+from selfteach.runtime.stored_files import read_json, reading
 
 if TYPE_CHECKING:
     from selfteach.commands.inspect.inspection import InspectionRequest
@@ -45,12 +47,16 @@ def create_study(study: Study, folder: Path, command: str, kind: FolderKind) -> 
     plain = study.model_dump(mode="json")
     if path.exists():
         saved = read_json(path)
-        if (complete_study(saved["study"]), saved.get("kind")) != (plain, kind):
+        with reading(path):
+            same = (complete_study(saved["study"]), saved.get("kind")) == (plain, kind)
+        if same:
+            return
+        if holds_work(folder):
             raise CheckpointError(
                 f"{folder} holds another study; choose another --out, "
                 f"or continue that one: selfteach resume {folder}"
             )
-        return
+        clear_start(folder)  # the other one has spent nothing
     require_empty(folder)
     write_json(path, {"kind": kind, "study": plain, "command": command, **collect_provenance()})
 
@@ -58,8 +64,13 @@ def create_study(study: Study, folder: Path, command: str, kind: FolderKind) -> 
 def load_existing(folder: Path) -> tuple[Study, str, FolderKind]:
     """Return the study in a folder, the command that started it, and whether it is a study or sweep."""
     saved = read_json(folder / "study.json")
-    study = migrate_study(saved["study"], str(folder / "study.json"))
-    return validate(Study, study, where=str(folder)), saved["command"], saved["kind"]
+    path = folder / "study.json"
+    with reading(path):
+        study = migrate_study(saved["study"], str(path))
+        command, kind = str(saved["command"]), saved["kind"]
+        if kind not in ("study", "sweep"):
+            raise ValueError(f"kind = {kind!r}")
+    return validate(Study, study, where=str(folder)), command, kind
 
 
 def jobs_of(study: Study, folder: Path) -> list[Job]:

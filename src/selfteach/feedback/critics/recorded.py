@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from selfteach.errors import CriticError
-from selfteach.runtime.run_folder import critique_from
+from selfteach.runtime.stored_files import read_bytes, read_lines, reading
+from selfteach.runtime.stored_records import critique_from
 from selfteach.types import Critique, CritiqueFailure, Rollout, Usage, Verdict
 
 
@@ -23,11 +23,13 @@ class RecordedCritic:
         for path in sorted(
             [*folder.rglob("samples/step_*.jsonl"), *folder.rglob("lessons/step_*.jsonl")]
         ):
-            for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-                critique = critique_from(row["critique"])
-                if critique is not None:
-                    key = row["question"], row["answer"]
-                    self._critiques[key] = replace(critique, usage=Usage())
+            rows, _ = read_lines(read_bytes(path) or b"", path)
+            with reading(path):
+                for row in rows:
+                    critique = critique_from(row["critique"])
+                    if critique is not None:
+                        key = row["question"], row["answer"]
+                        self._critiques[key] = replace(critique, usage=Usage())
         if not self._critiques:
             raise CriticError(f"critic.run = {str(folder)!r}: no critiques are recorded there")
 

@@ -27,7 +27,7 @@ class MisjudgedAnswer:
     def __str__(self) -> str:
         shown = self.answer if len(self.answer) <= 60 else self.answer[:60] + "…"
         what = "gold answer" if self.kind == "rejected" else "corrupted answer"
-        return f"problem {self.problem.id!r}: the verifier {self.kind} the {what} {shown!r}"
+        return f"problem {self.problem.label!r}: the verifier {self.kind} the {what} {shown!r}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tomllib
@@ -70,7 +71,15 @@ def problem_from(row: Row, columns: Columns) -> Problem:
         if (text := _optional(row, column or name, required=column is not None))
     }
     id_ = _optional(row, columns.id or "id", required=columns.id is not None)
-    return Problem(id_ or row.name, question, answer, references, _meta(row, columns.meta))
+    place = "" if id_ else row.name
+    meta = _meta(row, columns.meta)
+    return Problem(id_ or content_id(question, answer), question, answer, references, meta, place)
+
+
+def content_id(question: str, answer: str) -> str:
+    """Return the id of a problem whose row has none: a hash, the same wherever the row stands."""
+    content = json.dumps([question, answer]).encode()
+    return "q_" + hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def column_value(values: Mapping[str, Any], column: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,21 @@ def read_problem_sets(
 
 def read_file(path: Path) -> tuple[Problem, ...]:
     """Read the problems of one file with the default columns. Raises `DataError`."""
-    problems = _problems(FilesData(type="files"), str(path), Counter())
+    problems = _numbered(_problems(FilesData(type="files"), str(path), Counter()))
     _check_ids(problems, str(path))
     return tuple(problems)
+
+
+def _numbered(problems: Sequence[Problem]) -> list[Problem]:
+    """Number the repetitions of a problem without an id, so that a file may hold it several times."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for problem in problems:
+        seen[problem.id] += 1
+        if problem.place and seen[problem.id] > 1:
+            problem = replace(problem, id=f"{problem.id}_{seen[problem.id]}")
+        numbered.append(problem)
+    return numbered
 
 
 def _problems(config: RowsData, source: str, counts: Counter[str]) -> list[Problem]:

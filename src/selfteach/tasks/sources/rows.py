@@ -19,7 +19,7 @@ class Row:
     where: str
     """Location of the row for error messages: ``problems.jsonl:17``."""
     name: str
-    """Id of the row unless a column holds one: ``problems-17``."""
+    """Place of the row: ``problems-17``."""
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -1,0 +1,123 @@
+"""Convert between the records of a run and the rows of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from selfteach.config.migrations import migrate_rollout, migrate_usage
+from selfteach.errors import CheckpointError
+from selfteach.runtime.stored_files import reading
+from selfteach.types import (
+    Critique,
+    CritiqueFailure,
+    CritiqueStep,
+    Problem,
+    Rollout,
+    TrainingSample,
+    Usage,
+)
+
+ROLLOUT_FIELDS = [field.name for field in fields(Rollout) if field.name != "problem"]
+
+SavedCritiques = dict[tuple[str, int], Critique | CritiqueFailure | None]
+"""Critiques by `Rollout.key`."""
+
+
+def problem_digest(problem: Problem) -> str:
+    """Return a hash of a problem's question and answer: which problem a rollout is a completion of."""
+    content = json.dumps([problem.question, problem.answer])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def problems_fingerprint(problems: Sequence[Problem]) -> dict[str, Any]:
+    """Return the number of problems, and a hash of their order and of all that they hold."""
+    digest = hashlib.sha256()
+    for p in problems:
+        row = [p.id, p.question, p.answer, dict(p.references), dict(p.meta)]
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return {"problems": len(problems), "sha256": digest.hexdigest()}
+
+
+def rollout_row(rollout: Rollout) -> dict[str, Any]:
+    """Return a rollout as one JSON object; ``problem_sha256`` says which problem its id stood for."""
+    values = {name: getattr(rollout, name) for name in ROLLOUT_FIELDS}
+    problem = rollout.problem
+    return {"problem_id": problem.id, "problem_sha256": problem_digest(problem), **values}
+
+
+def rollouts_from(
+    rows: Iterable[Mapping[str, Any]], problems: Mapping[str, Problem], path: Path
+) -> list[Rollout]:
+    """Return the rollouts of rows; problems by id.
+
+    Raises `CheckpointError` if a row is damaged, or of a problem that is not among these, or that has
+    another question or answer now.
+    """
+    rollouts = []
+    for row in map(migrate_rollout, rows):
+        with reading(path):
+            id_, digest = row.pop("problem_id"), row.pop("problem_sha256", None)
+            for field in ("prompt_ids", "token_ids", "logps"):
+                row[field] = tuple(row[field])
+            if not (isinstance(row["text"], str) and isinstance(row["sample"], int)):
+                raise TypeError("text is no string, or sample no number")
+        problem = problems.get(id_)
+        if problem is None or digest not in (None, problem_digest(problem)):
+            what = "not among the problems" if problem is None else "another problem now"
+            raise CheckpointError(
+                f"{path}: problem {id_!r} is {what}: the data has changed since these rollouts were "
+                "sampled; restore it, or start a new run in another folder"
+            )
+        with reading(path):
+            rollouts.append(Rollout(problem=problem, **row))
+    return rollouts
+
+
+def sample_row(sample: TrainingSample) -> dict[str, Any]:
+    """Return a sample as one JSON object; joins the rollouts by problem_id and sample."""
+    rollout, critique = sample.rollout, sample.critiqued.critique
+    return {
+        "problem_id": rollout.problem.id,
+        "sample": rollout.sample,
+        "question": rollout.problem.question,
+        "answer": rollout.text,
+        "finished": rollout.finished,
+        **asdict(sample.critiqued.verdict),
+        "critique": None if critique is None else asdict(critique),
+        "context": sample.context,
+        "dropped": sample.dropped,
+        "steps": sample.steps,
+        "gold": rollout.problem.answer,
+        "first_error_token": sample.first_error_token,
+        "first_change": None if sample.change is None else asdict(sample.change),
+    }
+
+
+def critiques_by_key(rows: Iterable[Mapping[str, Any]], path: Path) -> SavedCritiques:
+    """Return the critiques of rows. Raises `CheckpointError` if a row is damaged."""
+    with reading(path):
+        return {(row["problem_id"], row["sample"]): critique_from(row["critique"]) for row in rows}
+
+
+def critique_from(row: dict[str, Any] | None) -> Critique | CritiqueFailure | None:
+    """Return a critique, or the reason for none, from a row of ``critiques/`` or ``samples/``."""
+    if row is None:
+        return None
+    usage = Usage(**migrate_usage(row.get("usage", {})))
+    if "reason" in row:
+        reply = row.get("reply", row.get("said", ""))  # "said" in folders of earlier versions
+        return CritiqueFailure(
+            row["reason"], row.get("detail", ""), usage, reply, row.get("answer")
+        )
+    return Critique(
+        case=row["case"],
+        steps=tuple(CritiqueStep(**step) for step in row["steps"]),
+        answer=row["answer"],
+        first_error=row["first_error"],
+        usage=usage,
+    )
