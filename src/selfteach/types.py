@@ -102,6 +102,8 @@ class Verdict:
     feedback: str | None = None
     """The environment's message about a wrong answer, without the right one; None for a right answer or
     an environment without messages."""
+    timed_out: bool = False
+    """True if the verifier gave up on the comparison, which then counts as wrong."""
 
     @classmethod
     def of_final(cls, correct: bool, parsed: str | None) -> Verdict:

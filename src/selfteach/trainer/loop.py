@@ -24,6 +24,7 @@ from selfteach.runtime.provenance import collect_provenance, cpu_capability
 from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.runtime.signals import Termination, handle_sigterm
 from selfteach.tasks.task import SplitName, training_order
+from selfteach.tasks.verifiers import keep_timeouts
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
@@ -79,6 +80,7 @@ def train(
             return
         ranks.all_or_raise(lambda: preflight([recipe]) if ranks.is_main else None)
         built = build(recipe, ranks)
+        keep_timeouts(built.components.verify, folder / "verifier_timeouts.jsonl")
         step = _restore(run, built)
         recording = _recording(run, recipe) if ranks.is_main else nullcontext(_not_recorded)
         with recording as record, handle_sigterm(deferred=ranks.size > 1) as termination:
