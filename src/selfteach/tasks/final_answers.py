@@ -21,9 +21,9 @@ def tagged_span(text: str) -> Span | None:
 
     A tag that is never closed states no answer: what follows it may be anything.
     """
-    end = text.rfind(CLOSE)
-    begin = text.rfind(OPEN, 0, end) if end >= 0 else -1
-    return (begin, end + len(CLOSE)) if begin >= 0 else None
+    last = text.rfind(CLOSE)
+    begin = text.rfind(OPEN, 0, last) if last >= 0 else -1
+    return (begin, text.index(CLOSE, begin) + len(CLOSE)) if begin >= 0 else None
 
 
 def final_answer(text: str) -> str | None:

@@ -103,7 +103,18 @@ def _same_value(gold: str, answer: str, equal: Callable[[str, str], bool]) -> bo
         return False  # 2025-01-01 is no difference
     if CLOCK.fullmatch(gold) and CLOCK.fullmatch(answer):
         return False  # 12:30 and 2:05 are no ratios
-    return equal(gold, answer)
+    if "%" not in gold + answer:
+        return equal(gold, answer)
+    shares = [formula.rstrip(" \\%") for formula in (gold, answer)]
+    if "%" in "".join(shares):
+        return False
+    if equal(*shares):  # 50 and 50% are often the same statement
+        return True
+    a, b = (
+        rf"\frac{{{share}}}{{100}}" if "%" in formula else share
+        for share, formula in zip(shares, (gold, answer), strict=True)
+    )
+    return (a, b) != tuple(shares) and equal(a, b)
 
 
 def _parts(text: str) -> tuple[Part, ...]:

@@ -123,7 +123,7 @@ def _parsed(formula: str) -> list[Any]:
     each must make another value; the last is enough where it says that it has read the same
     numbers and letters.
     """
-    parsed = _parse(formula)
+    parsed = _parse(formula) if formula.isascii() else []
     if len(parsed) < 2 or isinstance(parsed[0], str):
         return []
     tokens = _tokens(formula)

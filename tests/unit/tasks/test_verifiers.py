@@ -50,6 +50,7 @@ def says(math: verifiers.MathVerifier, gold: str, text: str) -> bool:
         ("<answer>let me see, 2 + 3 is 5", None, None, None),
         ("write <answer> tags: <answer>5</answer>", "5", None, "5"),
         ("<answer>4</answer> <answer>5</answer>", "5", None, "5"),
+        ("<answer>5</answer> so </answer>", "5", None, "5"),
         (r"\boxed{}", None, None, None),
         ("five", None, None, None),
     ],

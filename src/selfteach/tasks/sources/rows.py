@@ -74,11 +74,27 @@ def _parquet(path: Path) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=1024):
+                narrow = _narrow_floats(batch.schema)
                 for values in batch.to_pylist():
                     number += 1
+                    values |= {name: _shortest(values[name], kind) for name, kind in narrow.items()}
                     yield Row(values, f"{path}: row {number}", f"{path.stem}-{number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from None
+
+
+def _narrow_floats(schema: Any) -> dict[str, type]:
+    """Return the columns of 16 and 32 bit floats, by name, with their type in NumPy."""
+    import numpy as np
+    import pyarrow
+
+    kinds = {pyarrow.float16(): np.float16, pyarrow.float32(): np.float32}
+    return {field.name: kinds[field.type] for field in schema if field.type in kinds}
+
+
+def _shortest(value: Any, kind: type) -> Any:
+    """Return the shortest number that is this narrow float: 0.1, not 0.10000000149011612."""
+    return value if value is None else float(str(kind(value)))
 
 
 def _text(path: Path) -> str:
