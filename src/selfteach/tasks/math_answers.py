@@ -85,6 +85,8 @@ def equivalent(gold: str, answer: str, equal: Callable[[str, str], bool]) -> boo
     a, b = read_answer(gold), read_answer(answer)
     if a.text == b.text and a.text:
         return True
+    if len(a.text.strip("()")) == 1 and a.tokens == b.tokens:  # a choice: (A), a
+        return True
     if not a.parts or not b.parts:
         return a.tokens == b.tokens and bool(a.tokens)
     if len(a.parts) != len(b.parts):

@@ -93,7 +93,7 @@ def equal(gold: str, answer: str) -> dict[str, Any]:
     """Compare two formulas; ``understood`` is False if ``gold`` does not parse as a whole."""
     from math_verify import verify
 
-    expected, stated = _parsed(gold), _parsed(answer)
+    expected, stated = map(_parsed, _cased(gold, answer))
     same = bool(expected and stated) and verify(expected, stated, timeout_seconds=None)
     return {"understood": bool(expected), "equal": bool(same)}
 
@@ -161,6 +161,17 @@ def _latex() -> Any:
 
     default = LatexExtractionConfig()
     return replace(default, normalization_config=replace(default.normalization_config, units=False))
+
+
+def _cased(*formulas: str) -> list[str]:
+    """Write ``A`` as ``a_{99}`` in formulas that have both A and a: math-verify drops the case."""
+    letters = {token[0] for formula in formulas for token in _tokens(formula)}
+    both = {letter for letter in letters if letter.isupper() and letter.lower() in letters}
+
+    def renamed(match: re.Match[str]) -> str:
+        return f"{match[0].lower()}_{{99}}" if match[0] in both else match[0]
+
+    return [TOKEN.sub(renamed, formula) for formula in formulas]
 
 
 def _tokens(formula: str) -> list[re.Match[str]]:

@@ -149,7 +149,8 @@ EQUAL = [
     (r"2\text{ and }3", ['2,3']),
     ('1 2 3', ['1 2 3']),
     ('10 000', ['10000']),
-
+    ("3R^2", ["3 R^2"]),
+    ("a", ["A", "(A)"]),
 ]
 DIFFERENT = [
     (r"7 \text{ hours } 30 \text{ minutes}", ['7', '7 hours 31 minutes', '8 hours 30 minutes', '30 minutes', '7 minutes 30 hours']),
@@ -202,7 +203,9 @@ DIFFERENT = [
     ('12', ['a dozen']),
     (r"\text{7 hours 30 minutes}", ['7']),
     ('1 2 3', ['1']),
-
+    ("A+a", ["2a", "2A"]),
+    ("3R^2", ["3r^2"]),
+    ("AB", ["ab"]),
 ]
 
 

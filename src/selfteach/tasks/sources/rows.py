@@ -74,27 +74,26 @@ def _parquet(path: Path) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=1024):
-                narrow = _narrow_floats(batch.schema)
+                kinds = {field.name: field.type for field in batch.schema}
                 for values in batch.to_pylist():
                     number += 1
-                    values |= {name: _shortest(values[name], kind) for name, kind in narrow.items()}
+                    values = {name: shortest(values[name], kinds[name]) for name in values}
                     yield Row(values, f"{path}: row {number}", f"{path.stem}-{number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from None
 
 
-def _narrow_floats(schema: Any) -> dict[str, type]:
-    """Return the columns of 16 and 32 bit floats, by name, with their type in NumPy."""
+def shortest(value: Any, kind: object) -> Any:
+    """Return a value of a column of narrow floats as the shortest number: 0.1, not 0.10000000149011612.
+
+    ``kind`` is the column's type as Arrow or NumPy names it; other types change nothing.
+    """
     import numpy as np
-    import pyarrow
 
-    kinds = {pyarrow.float16(): np.float16, pyarrow.float32(): np.float32}
-    return {field.name: kinds[field.type] for field in schema if field.type in kinds}
-
-
-def _shortest(value: Any, kind: type) -> Any:
-    """Return the shortest number that is this narrow float: 0.1, not 0.10000000149011612."""
-    return value if value is None else float(str(kind(value)))
+    narrow = {"halffloat": np.float16, "float16": np.float16, "float": np.float32, "float32": np.float32}
+    if not isinstance(value, float) or str(kind) not in narrow:
+        return value
+    return float(str(narrow[str(kind)](value)))
 
 
 def _text(path: Path) -> str:
