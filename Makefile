@@ -99,12 +99,10 @@ define start-or-resume
 	fi
 endef
 
-# The critic's filter is left out: its critiques solve about a third of these problems, so that few of so small
-# a pool would be left (LOG.md, 2026-11-29).
 paper-laptop: paper-laptop-models ## select problems, train a 0.5B model with three kinds of feedback; a 1.5B critic; table and report
 	$(BIN)/selfteach select $(LAPTOP)/select_chain_sums.toml --out $(LAPTOP_RUNS)/small/problems \
 		--set model.path=$(POLICY) --set critic.path=$(CRITIC) --set data.seed=20 --set data.train=72 \
-		--set select.samples=8 --set select.critic=false --set select.split.validation=6 --set select.split.test=20
+		--set select.samples=8 --set select.split.validation=6 --set select.split.test=20
 	$(call start-or-resume,recipes/paper_on_a_laptop.toml,$(LAPTOP_RUNS)/small/study,--set arms.step_aligned.critic.path=$(CRITIC))
 
 paper-laptop-study: paper-laptop-models ## the whole evidence: every arm and seed, in resumable parts (hours)

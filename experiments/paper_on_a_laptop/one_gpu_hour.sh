@@ -15,7 +15,7 @@ nvidia-smi --query-gpu=name,memory.total --format=csv
 # Terms and digits at which the larger policy fails as often as the small one does on the laptop.
 timeout --signal=TERM "$SECONDS_LEFT" sh -eux -c "
 selfteach select $HERE/select_chain_sums.toml --out $OUT/chain_sums \
-	--set model.path=$POLICY --set critic.path=$CRITIC --set data.train=1200 --set data.seed=31 \
+	--set model.path=$POLICY --set critic.path=$CRITIC --set critic.max_tokens=192 --set data.train=1200 --set data.seed=31 \
 	--set data.min_terms=7 --set data.max_terms=7 --set data.max_digits=3 --set sampling.max_tokens=160 \
 	--set sampling.batch_size=2048
 test -f $OUT/study/study.json && selfteach resume $OUT/study || selfteach study $HERE/chain_sums.toml --out $OUT/study \

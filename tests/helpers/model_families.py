@@ -7,7 +7,16 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 CHAT_TEMPLATES = Path(__file__).parents[1] / "fixtures" / "chat_templates"
@@ -106,6 +115,32 @@ def byte_level(
 
 
 @functools.cache
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """Build a tokenizer as Llama 2, Mistral and Gemma have: words with a space before them, other
+    characters as bytes, each of which decodes to a replacement character by itself."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["▁", "a", "b", "c", "▁a", "▁b", "ab", "▁ab", "▁abc", "<", ">", "\n"]
+    merges = [("▁", "a"), ("▁", "b"), ("a", "b"), ("▁a", "b"), ("▁ab", "c")]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(
+        models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     """Return the small tokenizer of one family."""
     family = FAMILIES[name]

@@ -45,6 +45,9 @@ ARMS = {
         "objective": {"type": "grpo", "kl_coef": 0.1}, "train": {"num_iterations": 2},
     },
     "lora": {"model": {"lora": {"rank": 4, "alpha": 8}}},
+    "dropout": {
+        "model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.3}}, "train": {"num_iterations": 2},
+    },
 }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ class GrpoConfig(Section):
     clip_high: float = Field(default=0.2, ge=0)
     """Upper clip range: the policy ratio is clipped at 1 + this."""
     kl_coef: float = Field(default=0.0, ge=0)
-    """Weight of the k3 estimate of KL(policy ‖ initial policy)."""
+    """Weight of the k3 estimate of KL(policy ‖ initial policy), whatever ``[teacher]`` names."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Loss of a batch: ``token_mean`` is the mean over all its tokens, ``sequence_mean`` the mean over
     rollouts of each rollout's token mean."""

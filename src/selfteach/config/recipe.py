@@ -10,7 +10,12 @@ from pydantic import Field, field_validator, model_validator
 from selfteach.config.critic_section import CriticConfig
 from selfteach.config.data_section import DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
-from selfteach.config.objective_section import DistillationConfig, ObjectiveConfig, terms
+from selfteach.config.objective_section import (
+    DistillationConfig,
+    GrpoConfig,
+    ObjectiveConfig,
+    terms,
+)
 from selfteach.config.schema import Section
 
 ContextName = Literal[
@@ -63,7 +68,9 @@ class ThinkingConfig(Section):
     boundary: Literal["student", "teacher"] = "student"
     """Whose chat-template header goes between the teacher's prompt and the rollout, where the two
     differ: the student's (with Qwen3 and ``student = false`` an empty thought), or the teacher's, after
-    which it expects another first token than the student's."""
+    which it expects another first token than the student's. Where the template writes the switch in
+    the header alone, as Qwen3's does, ``teacher`` has an effect with the teacher's only, and is refused
+    with the student's."""
     scored: bool = True
     """Train on the tokens of the thought too; false: only on the tokens after it."""
     tags: tuple[str, str] = ("<think>", "</think>")
@@ -93,7 +100,8 @@ class ModelConfig(Section):
     """Whether student and teacher think before they answer."""
     weights_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Data type of the weights; ``auto``: bfloat16 where the device has bfloat16 matmul, else float32.
-    Adapters are float32 in any case."""
+    What trains is float32 in any case, adapters or all weights, and so are its moments; matmuls of
+    weights that are bfloat16 here are in bfloat16."""
     autocast: Literal["auto", "bfloat16"] | None = None
     """Multiply matrices in bfloat16 while weights keep their dtype; ``auto``: where the device has
     bfloat16 matmul, which most CPUs lack; ``false``: never. On such a CPU logits are rounded to
@@ -208,13 +216,14 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Term added to AdamW's denominator."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices, embeddings and adapters included, not of norms and biases."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is scaled down."""
     warmup_steps: int = Field(default=0, ge=0)
     """Updates over which the learning rate grows linearly to ``lr``."""
     decay: Literal["constant", "linear"] = "constant"
-    """Schedule of the learning rate after the warm-up; ``linear`` falls to 0 after the last update."""
+    """Schedule of the learning rate after the warm-up: ``linear`` falls from ``lr`` to 0 after the last
+    update."""
 
 
 class TrainConfig(Section):
@@ -360,6 +369,18 @@ class Recipe(Section):
                 f'engine.type = "{self.engine.type}" needs none'
             )
         return self
+
+    @property
+    def all_weights_train(self) -> bool:
+        """Return True if the model's weights train, and not adapters."""
+        return self.model.lora is None and self.train.steps > 0
+
+    @property
+    def scoring_teacher(self) -> TeacherConfig:
+        """Return the teacher that scores in training: the initial policy for GRPO's KL penalty."""
+        if isinstance(self.objective, GrpoConfig) and self.objective.kl_coef > 0:
+            return InitialTeacherConfig()
+        return self.teacher
 
 
 DEFAULT_TYPES = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selfteach.losses.divergence_spec import Divergence
+from selfteach.losses.divergence_spec import LARGEST_DIFFERENCE, Divergence
 from selfteach.losses.kernels import row_kernels
 
 BLOCK_ENTRIES = {"cpu": 2**17, "cuda": 2**24}
@@ -179,14 +179,24 @@ def _terms(p: Tensor, q: Tensor, *, into: Tensor) -> Tensor:
 
 def _jsd(s: Tensor, t: Tensor, beta: float, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Compute terms, g = (1 - beta) s log(s/m), and mass s. The slope of the mixture m cancels."""
-    mixture = s + (math.log1p(-beta) - math.log(beta))
-    torch.logaddexp(t, mixture, out=mixture).add_(math.log(beta))
-    slope = _terms(s, mixture, into=torch.empty_like(s)).mul_(1 - beta)
-    terms = _terms(t, mixture, into=mixture).mul_(beta).add_(slope)
+    over_t, over_s = _log_ratios_to_mixture(torch.sub(t, s), beta)
+    slope = over_s.masked_fill_(s.exp_() == 0, 0.0).mul_(s).mul_(1 - beta)
+    terms = over_t.masked_fill_(t.exp_() == 0, 0.0).mul_(t).mul_(beta).add_(slope)
     if factor != 1:
         terms.mul_(factor)
         slope.mul_(factor)
     return terms, slope, s
+
+
+def _log_ratios_to_mixture(difference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Do what `divergence.log_ratios_to_mixture` does, in two buffers, one of them the argument's."""
+    difference.clamp_(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
+    if beta <= 0.5:
+        from_s = difference.expm1().mul_(beta).log1p_()
+        return difference.sub_(from_s), from_s.neg_()
+    from_t = difference.neg_().expm1().mul_(1 - beta).log1p_()
+    over_s = difference.sub_(from_t)
+    return from_t.neg_(), over_s
 
 
 def _buckets(

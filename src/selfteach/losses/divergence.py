@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfteach.losses.analytic_gradients import divergence_of_rows, scaled
-from selfteach.losses.divergence_spec import Divergence, Side
+from selfteach.losses.divergence_spec import LARGEST_DIFFERENCE, Divergence, Side
 from selfteach.losses.policy_gradient import token_logp
 
 
@@ -46,11 +46,15 @@ def per_token(
     teacher_logits: Float[Tensor, "*rows V"],
     ids: Int[Tensor, "*rows"],
     *,
+    sampling_temperature: float | None = None,
     donate_teacher_logits: bool = False,
 ) -> PerToken:
     """Compute the divergence that ``spec`` describes for every row of logits; ``loss`` has a gradient.
 
     ``ids`` are the sampled tokens, which the sampled-token losses and ``teacher_logratio`` refer to.
+    They were sampled from the student at ``sampling_temperature`` (None: at ``spec.temperature``).
+    Where the two differ, a sampled-token loss is weighted by the ratio of the probabilities, so that
+    its expected gradient is still that of the divergence at ``spec.temperature``.
     ``spec.temperature`` applies to ``loss`` and ``logp``; ``teacher_logratio`` is at temperature 1.
     With ``donate_teacher_logits`` the teacher's logits may be overwritten, which saves a buffer of
     their size: the caller must not read them again, and ``loss`` can be differentiated only once.
@@ -62,7 +66,7 @@ def per_token(
     ):  # computed first: `divergence_of_rows` may overwrite the teacher's logits
         teacher_logratio = _teacher_logratio(student_logits, teacher_logits, ids)
     if spec.support == "sampled":
-        values = _of_sampled(spec, student_logits, teacher_logits, ids)
+        values = _of_sampled(spec, student_logits, teacher_logits, ids, sampling_temperature)
     else:
         values = divergence_of_rows(
             student_logits,
@@ -83,7 +87,11 @@ def _teacher_logratio(student_logits: Tensor, teacher_logits: Tensor, ids: Tenso
 
 
 def _of_sampled(
-    spec: Divergence, student_logits: Tensor, teacher_logits: Tensor, ids: Tensor
+    spec: Divergence,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    ids: Tensor,
+    sampling_temperature: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute what `divergence_of_rows` does, from the sampled tokens alone."""
     logp = token_logp(student_logits, ids, spec.temperature)
@@ -97,6 +105,9 @@ def _of_sampled(
             student = log_probs(student_logits, spec.temperature)
             kl = reverse_kl(student, log_probs(teacher_logits, spec.temperature))
         loss = sampled_reverse_kl(logp, teacher_logp, kl=kl)
+    if sampling_temperature not in (None, spec.temperature):
+        sampled_logp = token_logp(student_logits.detach(), ids, sampling_temperature)
+        loss = loss * (logp.detach() - sampled_logp).exp()
     return loss, torch.zeros_like(teacher_logp), logp.detach(), teacher_logp
 
 
@@ -147,13 +158,34 @@ def jsd_terms(
     ``scaled`` divides by beta (1 - beta): the limits are then KL(t ‖ s) at 0 and KL(s ‖ t) at 1.
     """
     teacher = teacher.detach()
-    absent = (student == -math.inf) & (teacher == -math.inf)  # logaddexp has no gradient there
-    mixture = torch.logaddexp(
-        teacher.masked_fill(absent, 0.0) + math.log(beta),
-        student.masked_fill(absent, 0.0) + math.log1p(-beta),
+    absent = (student == -math.inf) & (teacher == -math.inf)
+    difference = teacher.masked_fill(absent, 0.0) - student.masked_fill(absent, 0.0)
+    teacher_ratio, student_ratio = log_ratios_to_mixture(difference, beta)
+    terms = beta * _weighted(teacher, teacher_ratio) + (1 - beta) * _weighted(
+        student, student_ratio
     )
-    terms = beta * kl_terms(teacher, mixture) + (1 - beta) * kl_terms(student, mixture)
     return terms / (beta * (1 - beta)) if scaled else terms
+
+
+def log_ratios_to_mixture(difference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Compute log(t/m) and log(s/m) from log t - log s, for the mixture m = beta t + (1 - beta) s.
+
+    They keep their digits where beta or 1 - beta is small and the mixture nearly one of the two: a
+    scaled JSD divides them by it.
+    """
+    # Beyond this difference one of the masses is below 2e-35 of the other, and so is its term.
+    d = difference.clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
+    if beta <= 0.5:
+        over_student = torch.log1p(beta * torch.expm1(d))
+        return d - over_student, -over_student
+    over_teacher = torch.log1p((1 - beta) * torch.expm1(-d))
+    return -over_teacher, -d - over_teacher
+
+
+def _weighted(logp: Tensor, log_ratio: Tensor) -> Tensor:
+    """Compute p log(p/m); zero mass is removed from value and gradient, as in `kl_terms`."""
+    massless = logp.exp() == 0
+    return logp.masked_fill(massless, 0.0).exp() * log_ratio.masked_fill(massless, 0.0)
 
 
 def forward_kl(
@@ -216,7 +248,8 @@ def sampled_reverse_kl(
     """Compute a policy-gradient surrogate of KL(student ‖ teacher) on a token y the student sampled.
 
     ``-A log s(y)`` with the constant reward ``A = log t(y) - log s(y)``. The value means nothing;
-    its gradient, in expectation over y ~ student, is the gradient of the KL. ``kl`` is the full
+    its gradient, in expectation over y ~ student, is the gradient of the KL; for tokens of another
+    distribution (another temperature) weight it by the ratio of probabilities. ``kl`` is the full
     KL(student ‖ teacher) as control variate (vOPD): A's mean is -KL, so A + KL is centred. That
     keeps the expected gradient and lowers its variance as a rule, though not for every pair.
     """

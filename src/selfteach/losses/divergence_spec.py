@@ -10,6 +10,10 @@ from selfteach.errors import RecipeError
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 Support = Literal["full", "top_k", "sampled"]
+LARGEST_DIFFERENCE = 80.0
+"""Log-probabilities further apart (nats) count as this far apart in a JSD's mixture: the exp of it is
+finite in float32."""
+
 Side = Literal["student", "teacher"]
 
 

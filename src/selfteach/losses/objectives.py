@@ -69,7 +69,12 @@ class Distillation:
         assert teacher_logits_CV is not None, "distillation needs a teacher"
         ids_C = batch.ids_N[rows]
         result = divergence.per_token(
-            self.spec, logits_CV, teacher_logits_CV, ids_C, donate_teacher_logits=True
+            self.spec,
+            logits_CV,
+            teacher_logits_CV,
+            ids_C,
+            sampling_temperature=self.sampling_temperature,
+            donate_teacher_logits=True,
         )
         logp_C = result.logp
         if self.spec.temperature != self.sampling_temperature:

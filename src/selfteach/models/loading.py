@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import (
@@ -52,21 +52,28 @@ class LoadedModel:
 
 
 def load(
-    config: ModelConfig, templates: Templates, *, device: torch.device, on_cpu: bool = False
+    config: ModelConfig,
+    templates: Templates,
+    *,
+    device: torch.device,
+    on_cpu: bool = False,
+    all_weights_train: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer; with ``on_cpu`` the weights stay in the host's memory.
 
-    Raises `EngineError` in one line.
+    Bfloat16 weights that all train are kept in float32 and cast for every matmul: an update of a
+    thousandth of a weight is lost in bfloat16, which has eight bits. Raises `EngineError` in one line.
     """
     tokenizer = load_tokenizer(config)
     renderer = build_renderer(config, tokenizer, templates)
-    model = load_model(config, torch.device("cpu") if on_cpu else device)
+    dtypes = dtypes_of(config, device.type, all_weights_train=all_weights_train)
+    model = load_model(config, torch.device("cpu") if on_cpu else device, dtypes.weights)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         renderer=renderer,
         device=device,
-        autocast=autocast_of(config, device.type),
+        autocast=dtypes.autocast,
         max_length=context_length(model),
         end_ids=end_ids(model, tokenizer, renderer),
         pad_id=pad_id(tokenizer),
@@ -121,8 +128,32 @@ def autocast_of(config: ModelConfig, device: str) -> torch.dtype | None:
     return DTYPES[config.autocast] if config.autocast else None
 
 
+class Dtypes(NamedTuple):
+    """Holds the dtype of a model's weights and of its matmuls."""
+
+    weights: torch.dtype
+    autocast: torch.dtype | None
+    """None for the dtype of the weights."""
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Return the dtype of matmuls."""
+        return self.autocast or self.weights
+
+
+def dtypes_of(config: ModelConfig, device: str, *, all_weights_train: bool) -> Dtypes:
+    """Return a model's dtypes on a device, which is named as in `autocast_of`.
+
+    Weights that all train are float32 even where the recipe says bfloat16: matmuls then cast them.
+    """
+    weights, autocast = DTYPES[weights_dtype_of(config, device)], autocast_of(config, device)
+    if all_weights_train and weights == torch.bfloat16:
+        return Dtypes(torch.float32, autocast or torch.bfloat16)
+    return Dtypes(weights, autocast)
+
+
 def weights_dtype_of(config: ModelConfig, device: str) -> Literal["float32", "bfloat16"]:
-    """Return the dtype of a model's weights on a device, which is named as in `autocast_of`."""
+    """Return the dtype that the recipe gives the weights on a device, named as in `autocast_of`."""
     if config.weights_dtype != "auto":
         return config.weights_dtype
     kind = choose_device(device).type if device == "auto" else torch.device(device).type
@@ -151,8 +182,12 @@ def _gguf_tokenizer(path: str, gguf_file: str, trust: bool) -> PreTrainedTokeniz
     return AutoTokenizer.from_pretrained(path, gguf_file=gguf_file, trust_remote_code=trust)
 
 
-def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Load the causal language model of a recipe, in evaluation mode on its device.
+
+    ``dtype`` of the weights; None: the recipe's.
 
     Weights come from safetensors or GGUF files only. Raises `EngineError` in one line.
     """
@@ -165,7 +200,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 resolve(config.path),
-                dtype=DTYPES[weights_dtype_of(config, device.type)],
+                dtype=dtype or DTYPES[weights_dtype_of(config, device.type)],
                 trust_remote_code=config.trust_remote_code,
                 **extra,
             )

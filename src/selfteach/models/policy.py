@@ -34,13 +34,13 @@ class Schedule:
     total_steps: int = 1
 
     def __call__(self, update: int) -> float:
-        """Return the learning rate of an update."""
-        rate = self.lr
-        if self.warmup_steps:
-            rate *= min(1.0, (update + 1) / self.warmup_steps)
-        if self.decay == "linear":
-            rate *= max(0.0, 1 - update / max(1, self.total_steps))
-        return rate
+        """Return the learning rate of an update: ``lr`` at the end of the warm-up, then the decay."""
+        if update < self.warmup_steps:
+            return self.lr * (update + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return self.lr
+        left, decaying = self.total_steps - update, self.total_steps - self.warmup_steps
+        return self.lr * max(0.0, left / max(1, decaying))
 
 
 class Policy:
@@ -79,8 +79,12 @@ class Policy:
         # The head is probed on the full model; the optimizer must get the shards.
         self._ranks, self._shards = ranks, shard(causal) if shard is not None else None
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # As the field does, matrices decay (embeddings and adapters too), norms and biases do not.
+        matrices = [param for param in self.trainable.values() if param.ndim >= 2]
+        vectors = [param for param in self.trainable.values() if param.ndim < 2]
         self.optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=schedule(0), betas=betas, eps=eps, weight_decay=weight_decay,
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=schedule(0), betas=betas, eps=eps, weight_decay=weight_decay,
             fused=True,  # one pass over weights and moments: a quarter to a seventh of the time
         )  # fmt: skip
 

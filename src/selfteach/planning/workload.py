@@ -114,7 +114,9 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
         rollout_lengths=LengthDistribution.with_mean(mean_rollout, cap),
         teacher_prompt=prompt + (reference or 0.0) if has_teacher else 0.0,
         context_has_trace=distilled is not None and reference is None,
-        teacher_passes=(2 if recipe.teacher.type == "trust_region" else 1) if has_teacher else 0,
+        teacher_passes=(2 if recipe.scoring_teacher.type == "trust_region" else 1)
+        if has_teacher
+        else 0,
         updates=train.num_iterations,
         micro_batch_tokens=train.micro_batch_tokens,
         critic=critic_work_of(recipe, known, overrides),

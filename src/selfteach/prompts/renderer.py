@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import jinja2
@@ -17,6 +18,11 @@ from selfteach.prompts.control_tokens import ControlTokens
 from selfteach.prompts.template_set import Message, Templates, conversation
 from selfteach.prompts.thinking import Thinking, split_thinking
 from selfteach.types import Problem
+
+INCOMPLETE = "\ufffd"
+"""What tokens that are a part of a character decode to."""
+LONGEST_RUN = 32
+"""Most tokens that are decoded together: INCOMPLETE may also be what the text says."""
 
 TODAY = datetime(2024, 7, 26)
 """The date that chat templates write, fixed so that a resumed run has the same prompts."""
@@ -126,8 +132,9 @@ class Renderer:
     def token_ends(self, token_ids: Sequence[int]) -> list[int]:
         """Return where each token ends in the decoded text, in characters; 0 within a thought.
 
+        They never decrease; a token that is a part of a character ends where the character does.
         Decoding token by token is exact for most tokenizers and is checked; where the pieces do not
-        add up to the text (characters split over tokens) every prefix is decoded instead.
+        add up to the text, tokens are decoded behind the one before them, or else every prefix.
         """
         text = self._decode(token_ids)
         thought = len(text) - len(self._split(text)[1])
@@ -148,7 +155,33 @@ class Renderer:
             ends = _ends(pieces, gap)
             if ends and ends[-1] == len(text) and gap.join(filter(None, pieces)) == text:
                 return ends
-        return [len(self._decode(token_ids[: i + 1])) for i in range(len(token_ids))]
+        ends, joined = self._ends_by_runs(token_ids)
+        if joined != text:
+            ends = [len(self._decode(token_ids[: i + 1])) for i in range(len(token_ids))]
+        # A prefix that ends inside a character may be longer than the one that completes it.
+        return list(accumulate(reversed(ends), min))[::-1]
+
+    def _ends_by_runs(self, token_ids: Sequence[int]) -> tuple[list[int], str]:
+        """Decode runs of tokens that make up whole characters; return ends, and the runs' joined text.
+
+        A run is decoded behind the token before it, since some tokenizers strip the first space.
+        """
+        ends: list[int] = []
+        texts: list[str] = []
+        anchor: tuple[int, ...] = ()
+        run: list[int] = []
+        at, before, text = 0, "", ""
+        for token in token_ids:
+            run.append(token)
+            text = self._decode([*anchor, *run]).removeprefix(before)
+            ends.append(at + len(text))
+            if text.endswith(INCOMPLETE) and len(run) < LONGEST_RUN:
+                continue
+            texts.append(text)
+            at, run = at + len(text), []
+            if piece := self._decode([token]):
+                anchor, before = (token,), piece
+        return ends, "".join(texts) + (text if run else "")
 
     def _split(self, text: str) -> tuple[str, str]:
         return split_thinking(text, self._thinking.tags, opened=self._opens_thought)
@@ -189,7 +222,22 @@ class Renderer:
                     'separate assistant header: set model.thinking.boundary = "teacher"'
                 )
             headers.append(whole.removeprefix(body))
+        self._require_effect(headers)
         return headers[0], headers[1]
+
+    def _require_effect(self, headers: Sequence[str]) -> None:
+        """Raise for a teacher that is told to think, or not to, by a header that is then replaced."""
+        thinking = self._thinking
+        switches = (thinking.student, thinking.teacher)
+        bodies = {self._chat([_user(_PROBE)], switch, header=False) for switch in switches}
+        if thinking.teacher is not None and len(bodies) == 1 and headers[0] != headers[1]:
+            value = str(thinking.teacher).lower()
+            raise EngineError(
+                f"model.thinking.teacher = {value} changes nothing: the chat template of "
+                f"{self._tokenizer.name_or_path!r} writes it in the assistant header alone, which "
+                'boundary = "student" replaces: set model.thinking.boundary = "teacher", or remove '
+                "model.thinking.teacher"
+            )
 
     def _end_of_turn(self) -> int:
         """Return the token the chat template writes after an answer, by default the tokenizer's eos."""

@@ -13,7 +13,8 @@ class Thinking:
     The student's rollout is scored after the self-teacher's prompt. If thinking is enabled for one of
     them alone, the teacher expects another first token than the student sampled (``<think>``, or the
     answer itself), and the first tokens teach nothing else. So the teacher's prompt ends, by default,
-    in the student's header: with Qwen3 and ``student=False`` in an empty thought.
+    in the student's header: with Qwen3 and ``student=False`` in an empty thought. Qwen3's template
+    writes the switch nowhere else, so a ``teacher`` that differs needs ``boundary="teacher"`` there.
     """
 
     student: bool | None = None

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 
+import numpy as np
 import torch
 
 from selfteach.runtime import gc_pause
@@ -28,6 +29,15 @@ def configure_torch(device: torch.device) -> None:
         repeat_kv_heads_in_float32()
     elif device.type == "cpu":
         keep_freed_memory()
+
+
+def seed_update(seed: int, update: int, rank: int) -> None:
+    """Seed PyTorch's generators for one optimizer update: dropout is all that draws from them.
+
+    The masks of an update depend on the arguments alone, so a resumed run draws the same ones.
+    """
+    (state,) = np.random.SeedSequence([seed, update, rank, 11]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state))
 
 
 def keep_freed_memory() -> None:

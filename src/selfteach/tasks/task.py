@@ -130,16 +130,21 @@ def describe_problems(task: Task, *, max_warnings: int = 5) -> Iterator[str]:
 def training_order(count: int, seed: int, problems_per_step: int) -> Iterator[list[int]]:
     """Yield the problem indices of each training step: shuffled epochs, the same for every arm.
 
-    No step holds a problem twice. The order depends on the arguments alone, so a resumed run
-    iterates from the start and skips the finished steps.
+    Every epoch holds each problem once, so that the numbers of uses never differ by more than one. No
+    step holds a problem twice: in a step across two epochs, the later epoch's problems are moved back
+    where the earlier one's are in the step already. The order depends on the arguments alone, so a
+    resumed run iterates from the start and skips the finished steps.
     """
     rng = np.random.default_rng([seed, 7])
     queue: list[int] = []
     per_step = min(problems_per_step, count)
     while True:
         while len(queue) < per_step:
+            epoch, missing = rng.permutation(count).tolist(), per_step - len(queue)
             queued = set(queue)
-            queue += [int(i) for i in rng.permutation(count) if int(i) not in queued]
+            first = [i for i in epoch if i not in queued][:missing]
+            moved_back = set(epoch).difference(first)
+            queue += [*first, *(i for i in epoch if i in moved_back)]
         yield queue[:per_step]
         queue = queue[per_step:]
 

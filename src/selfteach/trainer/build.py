@@ -27,6 +27,7 @@ from selfteach.config.recipe import (
     Recipe,
     TeacherConfig,
     TrackingConfig,
+    TrainConfig,
     TrustRegionTeacherConfig,
 )
 from selfteach.errors import DataError, RecipeError
@@ -92,7 +93,10 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     configure_torch(device)
     task = load_task(recipe.data, resolve(recipe.model.path))
     templates = Templates(recipe.model.templates or task.templates)
-    loaded = load(recipe.model, templates, device=device, on_cpu=shard is not None)
+    loaded = load(
+        recipe.model, templates, device=device, on_cpu=shard is not None,
+        all_weights_train=recipe.all_weights_train,
+    )  # fmt: skip
     loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
     renderer = loaded.renderer
     check_lengths(renderer, task, loaded.max_length, recipe)
@@ -116,7 +120,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         if recipe.critic
         else None,
         context=build_arm_context(recipe, task, templates),
-        teacher=build_teacher(recipe.teacher, policy),
+        teacher=build_teacher(recipe.scoring_teacher, policy),
         objective=objective,
         policy=policy,
         renderer=renderer,
@@ -176,10 +180,12 @@ def build_objective(recipe: Recipe) -> Objective:
     temperature = recipe.sampling.temperature
     match recipe.objective:
         case DistillationConfig() as config:
+            _require_importance_weights(config, recipe.train)
             return _distillation(config, temperature)
         case GrpoConfig() as config:
             return _grpo(config, temperature)
         case HybridConfig() as config:
+            _require_importance_weights(config.distillation, recipe.train)
             weight, train = config.weight, recipe.train
             steps = weight.steps or train.steps
             return Hybrid(
@@ -188,6 +194,20 @@ def build_objective(recipe: Recipe) -> Objective:
                 Anneal(weight.start, weight.end, max(0, steps - 1) * train.num_iterations),
                 config.grpo_weight,
                 config.grpo_tokens,
+            )
+
+
+def _require_importance_weights(config: DistillationConfig, train: TrainConfig) -> None:
+    """Raise `RecipeError` for a sampled-token loss on tokens of an older policy without weights."""
+    if config.support != "sampled" or config.importance_cap is not None:
+        return
+    for name in ("num_iterations", "staleness"):
+        value = getattr(train, name)
+        if value > TrainConfig.model_fields[name].default:
+            raise RecipeError(
+                f'objective.support = "sampled" with train.{name} = {value}: the tokens are an older '
+                "policy's, and the gradient is biased without importance weights: set "
+                "objective.importance_cap, like 2.0"
             )
 
 

@@ -15,7 +15,7 @@ from selfteach.errors import RecipeError, Terminated
 from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
-from selfteach.models.loading import choose_device, resolve, weights_dtype_of
+from selfteach.models.loading import choose_device, dtypes_of, resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.atomic_files import report_full_disk, write_json
@@ -68,10 +68,14 @@ def train(
     run = RunFolder(folder)
     with _ranks(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
         if ranks.is_main:
+            dtypes = dtypes_of(
+                recipe.model, recipe.model.device, all_weights_train=recipe.all_weights_train
+            )
             environment = {
                 **collect_provenance(),
                 "processor": cpu_capability(),
-                "weights_dtype": weights_dtype_of(recipe.model, recipe.model.device),
+                "weights_dtype": str(dtypes.weights).removeprefix("torch."),
+                "matmul_dtype": str(dtypes.compute).removeprefix("torch."),
             }
             run.create(recipe.model_dump(mode="json"), environment)
             for other in same_start:

@@ -17,6 +17,7 @@ from selfteach.models.policy import Policy
 from selfteach.prompts.renderer import Renderer
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
+from selfteach.runtime.torch_setup import seed_update
 from selfteach.tasks import segmentation
 from selfteach.trainer.batching import collate
 from selfteach.trainer.metrics import Metrics, loss_coverage, summarize_samples, summarize_tokens
@@ -111,6 +112,7 @@ def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
     batches = [batch.to(components.policy.device) for batch in batches]
     metrics = {**summarize_samples(samples), **loss_coverage(samples, weights)}
     for iteration in range(components.num_iterations):
+        seed_update(components.sampling.seed, components.policy.version, components.ranks.rank)
         stats = [_backward(components, batch) for batch in batches]
         require_finite(stats, batches)
         optimizer_metrics = components.policy.optimizer_step()

@@ -145,21 +145,62 @@ def test_golden_sampled() -> None:
         assert got.clipped == 0
 
 
+@pytest.mark.parametrize("sampling_temperature", [None, 1.0, 1.1, 0.6])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("spec", SAMPLED, ids=name)
-def test_sampled_surrogate_has_the_gradient_of_the_kl(spec, temperature) -> None:
+def test_sampled_surrogate_has_the_gradient_of_the_kl(
+    spec, temperature, sampling_temperature
+) -> None:
     # The expectation over y ~ student is taken exactly, by summing over the vocabulary.
     spec = replace(spec, temperature=temperature)
     student, teacher = noise(2, 6)
     student.requires_grad_()
     every = torch.arange(6)
-    losses = per_token(spec, student.expand(6, 6), teacher.expand(6, 6), every).loss
-    chances = log_probs(student, temperature).exp().detach()
+    losses = per_token(
+        spec,
+        student.expand(6, 6),
+        teacher.expand(6, 6),
+        every,
+        sampling_temperature=sampling_temperature,
+    ).loss
+    chances = log_probs(student, sampling_temperature or temperature).exp().detach()
     (got,) = torch.autograd.grad((chances * losses).sum(), student)
     whole = Divergence(spec.kind, temperature=temperature)
     kl = per_token(whole, student, teacher, torch.tensor(0)).loss
     (want,) = torch.autograd.grad(kl, student)
     close(got, want, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1e-4, 0.3, 0.7, 1 - 1e-4, 1 - 1e-6])
+def test_a_scaled_jsd_keeps_its_digits_in_float32(beta: float) -> None:
+    student, teacher = (3 * noise(2, 4, 50)).float()
+    spec = Divergence("jsd", beta=beta, jsd_scaled=True)
+    ids = torch.zeros(4, dtype=torch.long)
+
+    def both(s: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
+        s = s.clone().requires_grad_()
+        loss = per_token(spec, s, t, ids).loss
+        plain = jsd(log_probs(s), log_probs(t), beta, scaled=True)
+        grads = [torch.autograd.grad(x.sum(), s, retain_graph=True)[0] for x in (loss, plain)]
+        return [loss.detach(), plain.detach(), *grads]
+
+    for got, want in zip(
+        both(student, teacher), both(student.double(), teacher.double()), strict=True
+    ):
+        close(got.double(), want, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("beta", [1e-4, 0.5, 0.9999])
+def test_a_jsd_of_distributions_without_common_support_is_finite(beta: float) -> None:
+    student = torch.tensor([[0.0, -math.inf, 200.0, -math.inf]], dtype=torch.float64)
+    teacher = torch.tensor([[0.0, 200.0, -math.inf, -math.inf]], dtype=torch.float64)
+    student.requires_grad_()
+    result = per_token(Divergence("jsd", beta=beta), student, teacher, torch.tensor([0]))
+    entropy = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
+    close(result.loss, torch.tensor([entropy], dtype=torch.float64), rtol=1e-9)
+    close(result.loss, jsd(log_probs(student), log_probs(teacher), beta), rtol=1e-12)
+    (grad,) = torch.autograd.grad(result.loss.sum(), student)
+    assert grad.isfinite().all()
 
 
 def test_the_surrogates_differentiate_the_log_probability_alone() -> None:

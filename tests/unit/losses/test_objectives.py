@@ -241,6 +241,27 @@ def test_log_probabilities_are_at_the_temperature_that_sampled(temperature: floa
     torch.testing.assert_close(values["logp"], want)
 
 
+@pytest.mark.parametrize("sampling_temperature", [1.0, 1.1])
+def test_a_sampled_token_loss_has_the_gradient_of_its_divergence_at_any_sampling_temperature(
+    sampling_temperature: float,
+) -> None:
+    spec = Divergence("reverse_kl", support="sampled", control_variate=True)
+    objective = Distillation(spec, sampling_temperature)
+    token_weights, _ = weights_of(objective, SAMPLES[:1])
+    (batch,) = collate(SAMPLES[:1], token_weights, pad_id=0, micro_batch_tokens=100)
+    student = torch.randn(VOCABULARY).double().requires_grad_()
+    teacher = torch.randn(VOCABULARY).double()
+    got = torch.zeros_like(student)
+    for token in range(VOCABULARY):  # the exact expectation over the token that was sampled
+        one = dataclasses.replace(batch, ids_N=torch.full_like(batch.ids_N, token))
+        rows = (x.expand(len(one.ids_N), -1) for x in (student, teacher.clone()))
+        loss = objective.per_token(*(row.contiguous() for row in rows), one, slice(None))["loss"][0]
+        chance = (student.detach() / sampling_temperature).softmax(-1)[token]
+        got += chance * torch.autograd.grad(loss, student)[0]
+    kl = (student.log_softmax(-1).exp() * (student.log_softmax(-1) - teacher.log_softmax(-1))).sum()
+    torch.testing.assert_close(got, torch.autograd.grad(kl, student)[0])
+
+
 def test_batches_hold_the_answers_tokens_on_both_sides() -> None:
     token_weights, _ = weights_of(distillation(), SAMPLES)
     batches = collate(SAMPLES, token_weights, pad_id=0, micro_batch_tokens=30)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from model_families import byte_level, tokenizer_of
 
 from selfteach.config.recipe import ModelConfig
+from selfteach.config.recipe_file import load_study
 from selfteach.errors import EngineError
 from selfteach.feedback.alignment import first_error_token
 from selfteach.losses.divergence import Divergence
@@ -83,11 +86,8 @@ def tail(ids: tuple[int, ...]) -> str:
         (None, None, "student", HEADER, HEADER),
         (True, True, "student", HEADER, HEADER),
         (False, False, "student", HEADER + EMPTY, HEADER + EMPTY),
-        # The answer is scored after an empty thought, whether or not the teacher thinks.
-        (False, True, "student", HEADER + EMPTY, HEADER + EMPTY),
+        # The answer is scored after an empty thought, though the template's default is to think.
         (False, None, "student", HEADER + EMPTY, HEADER + EMPTY),
-        # A thought is scored where one is expected.
-        (True, False, "student", HEADER, HEADER),
         # As each chat template has it: the teacher expects another first token than the student.
         (False, True, "teacher", HEADER + EMPTY, HEADER),
         (True, False, "teacher", HEADER, HEADER + EMPTY),
@@ -100,6 +100,25 @@ def test_the_header_before_the_answer(
     thinking = renderer_with(student=student, teacher=teacher, boundary=boundary)
     assert tail(thinking.solver_prompt(PROBLEM)) == student_header
     assert tail(thinking.teacher_prompt(PROBLEM, "# 4")) == teacher_header
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(False, True), (True, False), (None, False)])
+def test_a_switch_without_effect_is_refused(student: bool | None, teacher: bool) -> None:
+    with pytest.raises(EngineError, match=r"thinking\.teacher = (true|false) changes nothing"):
+        renderer_with(student=student, teacher=teacher)
+
+
+def test_in_the_papers_recipe_the_teacher_s_switch_changes_the_token_ids() -> None:
+    path = Path(__file__).parents[3] / "recipes" / "paper.toml"
+    thinking = load_study(path).recipe("step_aligned", seed=0).model.thinking
+    assert (thinking.student, thinking.teacher) == (False, True)
+    thinks = renderer_with(**thinking.model_dump())
+    does_not = renderer_with(**{**thinking.model_dump(), "teacher": False})
+    assert thinks.solver_prompt(PROBLEM) == does_not.solver_prompt(PROBLEM)
+    with_thought = thinks.teacher_prompt(PROBLEM, "# 4")
+    without = does_not.teacher_prompt(PROBLEM, "# 4")
+    assert without[: len(with_thought)] == with_thought, "the header alone differs"
+    assert QWEN3.decode(without[len(with_thought) :]) == EMPTY
 
 
 def test_the_rest_of_the_teacher_s_prompt_follows_the_teacher_s_setting() -> None:
@@ -133,7 +152,7 @@ ALL = THOUGHT + ANSWER + "<|im_end|>"
     [
         # Without a thought every token counts, the end of the turn too.
         ({"student": False}, ANSWER, ANSWER + "<|im_end|>"),
-        ({"student": False, "teacher": True}, ANSWER, ANSWER + "<|im_end|>"),
+        ({"student": False, "teacher": True, "boundary": "teacher"}, ANSWER, ANSWER + "<|im_end|>"),
         ({"student": True, "scored": False}, ANSWER, ANSWER + "<|im_end|>"),
         # The tags around a thought, and the white space after it, are part of the thought.
         ({"student": True}, THOUGHT + ANSWER, ALL),
@@ -165,7 +184,7 @@ def test_no_step_begins_before_the_thought_ends() -> None:
 
 
 def test_student_and_teacher_score_the_sampled_ids_including_the_thought() -> None:
-    one = sample(renderer_with(student=True, teacher=False), THOUGHT + ANSWER)
+    one = sample(renderer_with(student=True), THOUGHT + ANSWER)
     token_weights = Distillation(Divergence("reverse_kl"), 1.0).token_weights([one], (1.0,))
     (batch,) = collate([one], token_weights, pad_id=0, micro_batch_tokens=10_000)
     assert batch.ids_N.tolist() == list(one.rollout.token_ids)

@@ -64,7 +64,8 @@ def test_training_order(count: int, per_step: int, seed: int) -> None:
     flat = [index for step in steps for index in step]
     for step in steps:
         assert len(step) == min(per_step, count) == len(set(step))
-    assert len(set(flat[:count])) == min(count, len(flat)), "the first pass visits each once"
+    epochs = [flat[at : at + count] for at in range(0, len(flat), count)]
+    assert all(len(set(epoch)) == len(epoch) for epoch in epochs), "an epoch visits each once"
     assert steps == list(islice(training_order(count, seed, per_step), 12))
 
 

@@ -33,8 +33,8 @@ from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.models.loading import (
-    autocast_of,
     build_renderer,
+    dtypes_of,
     load_tokenizer,
     resolve,
     weights_dtype_of,
@@ -129,12 +129,11 @@ def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
     shape, model, train = sizes.shape, recipe.model, recipe.train
     if shape is None:
         return None
-    weights = SIZES[weights_dtype_of(model, sizes.device)]
+    dtypes = dtypes_of(model, sizes.device, all_weights_train=recipe.all_weights_train)
     completion, lengths = recipe.sampling.max_tokens, sizes.lengths
     prompt = lengths.longest_prompt
-    copies = int(
-        recipe.teacher.type != "live" and (recipe.teacher.type == "ema" or model.lora is None)
-    )
+    teacher = recipe.scoring_teacher.type
+    copies = int(teacher != "live" and (teacher == "ema" or model.lora is None))
     copies += int(isinstance(recipe.critic, PolicyCriticConfig) and model.lora is None)
     rows = min(recipe.sampling.batch_size, train.problems_per_step * train.group_size)
     return DeviceLoad(
@@ -142,8 +141,8 @@ def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
         parameters=sizes.parameters,
         trained=sizes.trained,
         adapters=(model.lora.rank, len(model.lora.targets)) if model.lora else None,
-        weight_bytes=weights,
-        compute_bytes=2 if autocast_of(model, sizes.device) else weights,
+        weight_bytes=dtypes.weights.itemsize,
+        compute_bytes=dtypes.compute.itemsize,
         recompute=model.gradient_checkpointing,
         copies=copies,
         # A sample longer than a micro-batch is a micro-batch of its own; the teacher's forward pass

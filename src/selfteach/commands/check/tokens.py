@@ -91,7 +91,7 @@ def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
     if teacher_tokens is not None:
         at_most, expected = teacher_tokens
         times = rollouts * train.num_iterations
-        if recipe.teacher.type == "trust_region":
+        if recipe.scoring_teacher.type == "trust_region":
             times *= 2
         rows.append(row("scored by the teacher", times, at_most, expected))
     if isinstance(recipe.critic, LlmCriticConfig):

@@ -208,5 +208,7 @@ def _for_inspection(recipe: Recipe, request: InspectionRequest, settings: Sequen
         require_critic(request.contexts, plain["critic"] is not None)
     elif plain["critic"] is None and plain["data"]["type"] in ORACLE_DATA:
         plain["critic"] = {"type": "oracle"}
+    if plain["objective"]["type"] == "grpo":  # its penalty would have a teacher of its own
+        plain["objective"]["kl_coef"] = 0.0
     plain["teacher"] = {"type": "initial" if request.teacher == "initial" else "live"}
     return validate(Recipe, plain, where="recipe")

@@ -93,6 +93,23 @@ def _row_sums(
 
 
 @_jit
+def _expm1(x):
+    """Compute exp(x) - 1 without losing the digits of a small x (Kahan)."""
+    u = tl.exp(x)
+    below = u - 1
+    scaled = below * x / tl.log(tl.where(below == 0, 2.0, u))
+    return tl.where(below == 0, x, tl.where(u == 0, -1.0, scaled))
+
+
+@_jit
+def _log1p(x):
+    """Compute log(1 + x) without losing the digits of a small x (Kahan)."""
+    u = 1 + x
+    below = u - 1
+    return tl.where(below == 0, x, tl.log(u) * x / tl.where(below == 0, 1.0, below))
+
+
+@_jit
 def _term_slope_mass(
     s, t, beta, factor, clip, FLOAT: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr
 ):
@@ -109,12 +126,14 @@ def _term_slope_mass(
         term = tl.where(p == 0, 0.0, p * (s - t))
         slope = term + p if CLIP else term
     else:
-        a = t + tl.log(beta)
-        b = s + tl.log(1 - beta)
-        top = tl.maximum(a, b)
-        mixture = top + tl.log(tl.exp(a - top) + tl.exp(b - top))
-        slope = tl.where(p == 0, 0.0, (1 - beta) * factor * p * (s - mixture))
-        term = slope + tl.where(q == 0, 0.0, beta * factor * q * (t - mixture))
+        # As `divergence.log_ratios_to_mixture`: d is log(t/s), and the result log(s/m), log(t/m).
+        d = tl.minimum(tl.maximum(t - s, -80.0), 80.0)
+        from_s = _log1p(beta * _expm1(d))
+        from_t = _log1p((1 - beta) * _expm1(-d))
+        over_s = tl.where(beta <= 0.5, -from_s, -d - from_t)
+        over_t = tl.where(beta <= 0.5, d - from_s, -from_t)
+        slope = tl.where(p == 0, 0.0, (1 - beta) * factor * p * over_s)
+        term = slope + tl.where(q == 0, 0.0, beta * factor * q * over_t)
     over = term > clip
     if CLIP:
         slope = tl.where(over, 0.0, slope)
