@@ -209,7 +209,7 @@ class FirstChange:
     token: int | None
     """Index of the first token that is not repeated; None if all are."""
     fidelity: float
-    """Share of the rollout's tokens before that token, from 0 to 1; 1 if all are repeated."""
+    """Share of the answer's tokens (without the thought) before that token; 1 if all are repeated."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ RULES: tuple[tuple[re.Pattern[str], object], ...] = tuple(
         (r"(\d)\\?[%]|(\d) ?(?:percent|per cent|percentage)\b", lambda m: f"{m[1] or m[2]}\\%"),
         (r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+) ?[eE]([+-]?\d+)(?![\w.])",
          lambda m: rf"{m[1]}\cdot 10^{{{int(m[2])}}}"),
-        (r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\w.,/])\d{1,3}(?: \d{3})+(?![\d,./])|(?<!\w)\d+(?:_\d+)+\b",
+        (r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\w.,/])\d{1,3}(?: \d{3})+(?![\d,./])"
+         r"|(?<!\w)\d+(?:_\d+)+\b",
          lambda m: re.sub(r"[, _]", "", m[0])),
         (rf"(?<![\w.^{{/}}])(\d+) ?{FRAC}", lambda m: _improper(*m.groups())),
         (r"(?<![\w.^{/}])(\d+) (\d+) ?/ ?(\d+)(?![\w.^/])", lambda m: _improper(*m.groups())),

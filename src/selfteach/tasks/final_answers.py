@@ -12,7 +12,15 @@ BRACES = re.compile(r"\\\\?(?:fbox|framebox|f?boxed)\s*\{|\\.|[{}]", re.DOTALL)
 """Matches the beginning of a box (also with a doubled backslash), an escaped character, or a brace."""
 BARE_BOX = re.compile(r"\\f?boxed\s*(-?\d+(?:\.\d+)?|[A-Za-z])(?![A-Za-z\d])")
 """Matches a box without braces: TeX boxes what follows, models write ``\\boxed 73``."""
-WRAPPERS = (("**", "**"), ("*", "*"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("`", "`"))
+WRAPPERS = (
+    ("**", "**"),
+    ("*", "*"),
+    ("$$", "$$"),
+    ("$", "$"),
+    ("\\(", "\\)"),
+    ("\\[", "\\]"),
+    ("`", "`"),
+)
 """What Markdown and LaTeX put around an answer."""
 
 

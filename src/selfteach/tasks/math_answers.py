@@ -30,15 +30,26 @@ TOKEN = re.compile(r"\\[A-Za-z]+|[^\W_]+|[-+*/^=<>!%]")
 DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}/\d{1,2}/\d{2,4}|\d{1,2}\.\d{1,2}\.\d{4}")
 CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 NO_UNITS = frozenset(
-    "not no is isn't are was if but maybe about approximately or so then therefore because since "
-    "wrong except than nor either neither unless".split()
-)
+    {
+        "not", "no", "is", "isn't", "are", "was", "if", "but", "maybe", "about",
+        "approximately", "or", "so", "then", "therefore", "because", "since", "wrong",
+        "except", "than", "nor", "either", "neither", "unless",
+    }
+)  # fmt: skip
 """Words that make a sentence of what they stand in."""
-SHORT_WORDS = frozenset("no or is of to in at am pm on by if it as an so we he up us per".split())
+SHORT_WORDS = frozenset(
+    {
+        "no", "or", "is", "of", "to", "in", "at", "am", "pm", "on", "by", "if", "it", "as",
+        "an", "so", "we", "he", "up", "us", "per",
+    }
+)  # fmt: skip
 NAMES = frozenset(
-    "sin cos tan cot sec csc log exp max det gcd lcm mod lim arg deg dim ker inf sup sqrt "
-    "arcsin arccos arctan sinh cosh tanh choose pi".split()
-)
+    {
+        "sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "max", "det", "gcd", "lcm",
+        "mod", "lim", "arg", "deg", "dim", "ker", "inf", "sup", "sqrt", "arcsin", "arccos",
+        "arctan", "sinh", "cosh", "tanh", "choose", "pi",
+    }
+)  # fmt: skip
 """Names of functions and constants, which are no words."""
 MAX_UNIT_WORDS = 5
 
@@ -128,7 +139,9 @@ def _parts(text: str) -> tuple[Part, ...]:
     for match in SEGMENT.finditer(text):
         formula, words = parts[-1]
         piece = match[0]
-        if match.lastgroup == "words" or (match["letters"] and _is_words(match["letters"], formula)):
+        if match.lastgroup == "words" or (
+            match["letters"] and _is_words(match["letters"], formula)
+        ):
             words.append(piece.replace("\ue000", " ").replace("\ue001", " "))
         elif words and not piece.strip(" ,;&\n\t"):
             words.append(" ")

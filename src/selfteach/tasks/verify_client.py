@@ -30,9 +30,11 @@ ATTEMPTS = 2
 START_S = 120.0
 """Time limit for importing sympy or reasoning-gym before the first comparison, in seconds."""
 ENVIRONMENT = frozenset(
-    "PATH PYTHONPATH PYTHONHOME VIRTUAL_ENV LD_LIBRARY_PATH DYLD_LIBRARY_PATH LANG LC_ALL LC_CTYPE "
-    "TMPDIR SYSTEMROOT".split()
-)
+    {
+        "PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
+        "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "SYSTEMROOT",
+    }
+)  # fmt: skip
 """Environment variables that the worker gets: no keys, since scorers may evaluate an answer."""
 
 
@@ -65,7 +67,7 @@ class VerifierProcess:
             self._replies |= {key: dict(TIMED_OUT) for line in lines if (key := _key_of(line))}
 
     def request(self, library: str, **arguments: Any) -> dict[str, Any]:
-        """Return the worker's reply; ``{"error": …}`` if it failed, with ``timed_out`` if it was killed.
+        """Return the worker's reply; ``{"error": …}`` if it failed, ``timed_out`` if killed.
 
         ``library`` is ``math`` (arguments of `verify_worker.equal`) or ``gym`` (of
         `verify_worker.score`). Raises `DataError` if the library cannot be imported.
@@ -86,7 +88,9 @@ class VerifierProcess:
             if reply is not None:
                 return reply
             self.close()
-            if process.returncode == -signal.SIGPROF:  # its limit: another try would end as this one
+            if (
+                process.returncode == -signal.SIGPROF
+            ):  # its limit: another try would end as this one
                 break
         self.timeouts += 1
         return dict(TIMED_OUT)

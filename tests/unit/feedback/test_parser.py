@@ -213,7 +213,8 @@ def test_gibberish_without_steps_repeats_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "between", "after", "step"), [("Hm. ", "", "", 0), ("", " uh ", "", 1), ("", "", "!", 3)]
+    ("before", "between", "after", "step"),
+    [("Hm. ", "", "", 0), ("", " uh ", "", 1), ("", "", "!", 3)],
 )
 def test_text_outside_the_steps_is_not_repeated(
     before: str, between: str, after: str, step: int

@@ -13,7 +13,9 @@ from selfteach.types import Problem
 
 NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:[.][0-9]+)?")
 LETTER = re.compile(r"[A-Za-z]")
-SEPARATOR = re.compile(r"[()\[\]{}]|[,;](?![0-9]{3}(?![0-9]))|(?i:(?:\\text\{ *)?\b(?:and|or)\b *\}?)")
+SEPARATOR = re.compile(
+    r"[()\[\]{}]|[,;](?![0-9]{3}(?![0-9]))|(?i:(?:\\text\{ *)?\b(?:and|or)\b *\}?)"
+)
 BRACKETS = re.compile(r"\A(?:\\left ?)?\\?[(\[{]|(?:\\right ?)?\\?[)\]}]\Z")
 MAX_CORRUPTIONS = 12
 """Corruptions of one answer that are tried."""
@@ -79,7 +81,9 @@ def corruptions(answer: str) -> Iterator[str]:
     of a fraction. Without a number the last letter is replaced by the next in the alphabet (z
     becomes y), or a 1 is appended. At most `MAX_CORRUPTIONS`, spread over the answer.
     """
-    changed = [_with(answer, m.start(), _other_digit(answer[m.start()])) for m in NUMBER.finditer(answer)]
+    changed = [
+        _with(answer, m.start(), _other_digit(answer[m.start()])) for m in NUMBER.finditer(answer)
+    ]
     whole = "".join(answer.split())
     parts = [part for part in _parts(answer) if "".join(part.split()) not in ("", whole)]
     parts = parts if len(set(parts)) > 1 else []

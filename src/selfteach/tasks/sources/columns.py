@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from selfteach.config.data_section import Columns, HubData, RowsData
 from selfteach.config.schema import merge, nearest, validate
 from selfteach.errors import DataError, RecipeError
-from selfteach.tasks.sources.rows import Row
 from selfteach.tasks.final_answers import last_boxed
+from selfteach.tasks.sources.rows import Row
 from selfteach.types import Problem
 
 FIELD = re.compile(r"\{([\w.]+)\}")

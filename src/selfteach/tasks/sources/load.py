@@ -19,7 +19,13 @@ from selfteach.tasks.sources.columns import (
 )
 from selfteach.tasks.sources.hub import read_hub
 from selfteach.tasks.sources.rows import Row, read_rows
-from selfteach.tasks.sources.splits import Splits, disjoint, spelled_alike, split_pool, without_duplicates
+from selfteach.tasks.sources.splits import (
+    Splits,
+    disjoint,
+    spelled_alike,
+    split_pool,
+    without_duplicates,
+)
 from selfteach.types import Problem
 
 

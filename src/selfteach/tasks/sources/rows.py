@@ -90,7 +90,12 @@ def shortest(value: Any, kind: object) -> Any:
     """
     import numpy as np
 
-    narrow = {"halffloat": np.float16, "float16": np.float16, "float": np.float32, "float32": np.float32}
+    narrow = {
+        "halffloat": np.float16,
+        "float16": np.float16,
+        "float": np.float32,
+        "float32": np.float32,
+    }
     if not isinstance(value, float) or str(kind) not in narrow:
         return value
     return float(str(narrow[str(kind)](value)))

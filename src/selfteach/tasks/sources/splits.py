@@ -40,7 +40,9 @@ def spelled_alike(splits: Splits) -> int:
 
     They are not removed: whether they are the same question cannot be known.
     """
-    held_out = {_folded(p.question) for name in ("validation", "test") for p in splits.get(name, [])}
+    held_out = {
+        _folded(p.question) for name in ("validation", "test") for p in splits.get(name, [])
+    }
     return sum(_folded(problem.question) in held_out for problem in splits.get("train", []))
 
 
