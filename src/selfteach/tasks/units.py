@@ -53,8 +53,8 @@ def same_unit(gold: str, answer: str, *, may_lack: bool) -> bool:
 @lru_cache(maxsize=2**12)
 def _canonical(unit: str) -> tuple[str, ...]:
     tokens: list[str] = []
-    found = TOKEN.findall(unit.casefold().replace(".", ""))
-    for token in found:
+    pieces = TOKEN.findall(unit.casefold().replace(".", ""))
+    for token in pieces:
         stem = _stem(token.strip(",;:!?()"))
         tokens += COMPOUND.get(stem, (CANONICAL.get(stem, stem),))
     named = [token for token in tokens if token not in FILLERS and token]

@@ -598,8 +598,8 @@ def test_corruptions(answer: str, expected: set[str]) -> None:
 
 @given(st.text(min_size=1))
 def test_a_corruption_is_another_answer(answer: str) -> None:
-    found = list(corruptions(answer))
-    assert 1 <= len(found) <= MAX_CORRUPTIONS and answer not in found
+    corrupted = list(corruptions(answer))
+    assert 1 <= len(corrupted) <= MAX_CORRUPTIONS and answer not in corrupted
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ def corruptions(answer: str) -> Iterator[str]:
     whole = "".join(answer.split())
     parts = [part for part in _parts(answer) if "".join(part.split()) not in ("", whole)]
     parts = parts if len(set(parts)) > 1 else []
-    found = [*(changed or [_without_numbers(answer)]), *parts]
-    for index in range(min(len(found), MAX_CORRUPTIONS)):
-        yield found[index * len(found) // min(len(found), MAX_CORRUPTIONS)]
+    corrupted = [*(changed or [_without_numbers(answer)]), *parts]
+    for index in range(min(len(corrupted), MAX_CORRUPTIONS)):
+        yield corrupted[index * len(corrupted) // min(len(corrupted), MAX_CORRUPTIONS)]
 
 
 def _without_numbers(answer: str) -> str:
