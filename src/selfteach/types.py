@@ -25,11 +25,11 @@ if TYPE_CHECKING:  # torch takes seconds to import, and analysis does without it
 StepStatus = Literal["kept", "fixed", "new"]
 Case = Literal["A", "B", "C", "D"]
 CritiqueFailureKind = Literal[
-    "empty", "truncated", "malformed", "misaligned", "wrong_answer", "unavailable"
+    "empty", "truncated", "malformed", "misaligned", "wrong_answer", "refused", "unavailable"
 ]
 """Why a critic's reply is not a usable critique: it is empty; it was truncated at the token limit; it
-does not have the format of a rollout; it is about something else; its final answer is wrong; or there
-was no reply."""
+does not have the format of a rollout; it is about something else; its final answer is wrong; the server
+refuses this request for good; or there was no reply."""
 
 
 @dataclass(frozen=True, slots=True)

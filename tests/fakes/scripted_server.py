@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from selfteach.feedback.critics.critic_healthcheck import PROMPT
 
 Behaviour = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 """Responds to one request, given its parsed body."""
@@ -22,6 +25,10 @@ class Server:
         self.requests: list[dict[str, Any]] = []
         self.listing: Behaviour = lists("m", "oracle")
         """Responds to the request for its list of models, which is not recorded."""
+        self.answers_checks = True
+        """Whether the healthcheck's request gets a plain reply; else it is a request like any other."""
+        self.checks: list[dict[str, Any]] = []
+        """The healthcheck's requests that got one."""
         self.in_flight = self.max_in_flight = 0
         self._lock = threading.Lock()
         script = self
@@ -52,6 +59,10 @@ class Server:
 
     def begin(self, body: dict[str, Any]) -> Behaviour:
         with self._lock:
+            if self.answers_checks and body.get("messages", [{}])[-1].get("content") == PROMPT:
+                self.checks.append(body)
+                self.in_flight += 1
+                return says("1")
             self.requests.append(body)
             self.in_flight += 1
             self.max_in_flight = max(self.max_in_flight, self.in_flight)
@@ -114,6 +125,74 @@ def refuses(status: int, **headers: str) -> Behaviour:
 def raw(body: bytes) -> Behaviour:
     """Respond with these bytes and status 200."""
     return lambda handler, _: send(handler, 200, body)
+
+
+def errs(status: int, message: str, **headers: str) -> Behaviour:
+    """Respond with an error status and these words."""
+    body = json.dumps({"error": {"message": message, "type": "invalid_request_error"}}).encode()
+    return lambda handler, _: send(handler, status, body, **headers)
+
+
+def says_with(**changes: Any) -> Behaviour:
+    """Respond with a completion in which ``content``, ``finish_reason`` or ``usage`` is replaced."""
+    whole = completion("")
+    choice = whole["choices"][0]
+    if "content" in changes:
+        choice["message"]["content"] = changes.pop("content")
+    if "refusal" in changes:
+        choice["message"]["refusal"] = changes.pop("refusal")
+    if "finish_reason" in changes:
+        choice["finish_reason"] = changes.pop("finish_reason")
+    return raw(json.dumps({**whole, **changes}).encode())
+
+
+def _for_ever(handler: BaseHTTPRequestHandler, data: bytes, pause_s: float) -> None:
+    while True:  # until the client hangs up
+        handler.wfile.write(data)
+        handler.wfile.flush()
+        if pause_s:
+            time.sleep(pause_s)
+
+
+def drips_headers(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Send the status and then a header, letter by letter, without end."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    _for_ever(handler, b"a", 0.05)
+
+
+def continues(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Send one interim response after the other."""
+    _for_ever(handler, b"HTTP/1.1 100 Continue\r\n\r\n", 0.01)
+
+
+def drips_body(status: int) -> Behaviour:
+    """Respond with a status and a body that comes byte by byte, without end."""
+
+    def behave(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.end_headers()
+        _for_ever(handler, b" ", 0.05)
+
+    return behave
+
+
+def floods(status: int, sent: list[int], encoding: str | None = None) -> Behaviour:
+    """Respond with a status and a gigabyte, compressed if an encoding is named; count its parts."""
+    chunk = b" " * 1_000_000
+
+    def behave(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        if encoding:
+            handler.send_header("Content-Encoding", encoding)
+        handler.end_headers()
+        zipped = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS | 16) if encoding else None
+        for _ in range(1000):
+            handler.wfile.write(zipped.compress(chunk) if zipped else chunk)
+            sent.append(1)
+
+    return behave
 
 
 def lists(*models: str) -> Behaviour:

@@ -47,7 +47,6 @@ test_k = 3
 title = "tiny"
 seeds = [0, 1]
 headline = ["step_aligned-grpo"]
-bootstrap = 200
 inspect_answers = 8
 [arms.grpo]
 objective = { type = "grpo" }

@@ -32,6 +32,7 @@ FAILURES = {
     "malformed": "not in the required format",
     "misaligned": "does not follow the rollout's steps",
     "wrong_answer": "the critic's final answer is wrong",
+    "refused": "the server refused this request",
     "unavailable": "no reply",
 }
 """Why there can be no critique (`types.CritiqueFailureKind`)."""

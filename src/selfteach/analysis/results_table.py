@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from selfteach.evaluation.statistics import Interval, bootstrap_difference, bootstrap_mean
+from selfteach.evaluation.evaluation_record import bounds_of
+from selfteach.evaluation.intervals import difference_interval, mean_interval
+from selfteach.evaluation.statistics import Interval
 
 MEASURES = ("avg", "pass", "maj", "length", "truncated", "format")
 """Measures of an arm, in the order of the table."""
 COMPARED = ("avg", "pass", "maj", "length")
 """Measures in which two arms are compared."""
-BOOTSTRAP_SEED = 0
-"""One seed for every bootstrap: the same draws for all arms and pairs."""
+INTERVALS = "student"
+"""Name of the intervals of `selfteach.evaluation.intervals`, beside the numbers in results.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +37,23 @@ class ArmMeasurements:
     settings: Mapping[str, Any] | None = None
     """Settings that tell the arm from others, to be printed."""
 
-    def values(self, measure: str) -> np.ndarray:
-        """Return one measure as [S, P]; seeds with other problems are pooled as [1, all problems]."""
-        values = [measures[measure] for measures in self.per_problem.values()]
-        same_shape = len({v.shape for v in values}) == 1
-        return np.stack(values) if same_shape else np.concatenate(values)[None]
+    def values(self, measure: str) -> list[np.ndarray]:
+        """Return one measure, an array [P] for each seed."""
+        return [measures[measure] for measures in self.per_problem.values()]
 
 
-def results_table(
-    arms: Mapping[str, ArmMeasurements], pairs: Iterable[str], *, resamples: int
-) -> dict[str, Any]:
-    """Summarize arms and compare pairs of them, as ``{"arms": …, "paired": …}``.
+def results_table(arms: Mapping[str, ArmMeasurements], pairs: Iterable[str]) -> dict[str, Any]:
+    """Summarize arms and compare pairs of them, as ``{"intervals": …, "arms": …, "paired": …}``.
 
     A pair ``b-a`` is b minus a, problem by problem and seed by seed, and needs the same seeds and
-    problems in both; names of arms hold no ``-``. Intervals are 95 % bootstrap intervals over seeds
-    and problems. Raises ValueError for a pair of unequal shapes, as `bootstrap_difference` does.
+    problems in both; names of arms hold no ``-``. Intervals are 95 % intervals over seeds and
+    problems, with one seed over problems only. Raises ValueError for a pair of unequal shapes.
     """
     return {
-        "arms": {name: _arm(arm, resamples) for name, arm in arms.items()},
+        "intervals": INTERVALS,
+        "arms": {name: _arm(arm) for name, arm in arms.items()},
         "paired": {
-            f"{b}-{a}": _differences(arms[b], arms[a], resamples)
+            f"{b}-{a}": _differences(arms[b], arms[a])
             for b, a in (pair.split("-") for pair in pairs)
         },
     }
@@ -66,17 +65,21 @@ def mean_budget(budgets: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([budget.get(key, 0.0) for budget in budgets])) for key in keys}
 
 
-def as_estimate(interval: Interval) -> dict[str, Any]:
-    """Return an interval in the form of results.json: ``{"mean": 35.8, "ci95": [31.2, 40.1]}``."""
-    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+def as_estimate(interval: Interval, *, seeds: int | None = None) -> dict[str, Any]:
+    """Return an interval in the form of results.json: ``{"mean": 35.8, "ci95": [31.2, 40.1]}``.
+
+    ``seeds`` is how many training runs it is over: with one it says nothing about another run.
+    """
+    estimate = {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+    return estimate if seeds is None else {**estimate, "seeds": seeds}
 
 
-def _arm(arm: ArmMeasurements, resamples: int) -> dict[str, Any]:
+def _arm(arm: ArmMeasurements) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for name in MEASURES:
-        interval = bootstrap_mean(arm.values(name), resamples=resamples, seed=BOOTSTRAP_SEED)
+        interval = mean_interval(arm.values(name), bounds=bounds_of(name))
         per_seed = {str(seed): float(v[name].mean()) for seed, v in arm.per_problem.items()}
-        summary[name] = {**as_estimate(interval), "per_seed": per_seed}
+        summary[name] = {**as_estimate(interval, seeds=len(per_seed)), "per_seed": per_seed}
     summary["budget"] = mean_budget(arm.budgets)
     if arm.curve is not None:
         summary["curve"] = dict(arm.curve)
@@ -85,12 +88,12 @@ def _arm(arm: ArmMeasurements, resamples: int) -> dict[str, Any]:
     return summary
 
 
-def _differences(b: ArmMeasurements, a: ArmMeasurements, resamples: int) -> dict[str, Any]:
-    return {
-        name: as_estimate(
-            bootstrap_difference(
-                b.values(name), a.values(name), resamples=resamples, seed=BOOTSTRAP_SEED
-            )
-        )
-        for name in COMPARED
-    }
+def _differences(b: ArmMeasurements, a: ArmMeasurements) -> dict[str, Any]:
+    return {name: _difference(b.values(name), a.values(name), name) for name in COMPARED}
+
+
+def _difference(b: Sequence[np.ndarray], a: Sequence[np.ndarray], measure: str) -> dict[str, Any]:
+    if [v.shape for v in b] != [v.shape for v in a] or len({v.shape for v in a}) != 1:
+        raise ValueError(f"a pair needs the same seeds and problems, got {measure} of other shapes")
+    interval = difference_interval(np.stack(b), np.stack(a), bounds=bounds_of(measure))
+    return as_estimate(interval, seeds=len(b))

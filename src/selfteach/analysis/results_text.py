@@ -2,16 +2,18 @@
 
 The shapes (all rates in percent, lengths in tokens):
 
-    Estimate   {"mean": 35.8, "ci95": [31.2, 40.1]}
+    Estimate   {"mean": 35.8, "ci95": [31.2, 40.1], "seeds": 2}
     Setting    {"arms": {name: Arm}, "paired": {"b-a": {"avg": Estimate, ...}}, "seeds": [0, 1]}
     Results    a Setting with "title", "k", "headline", "variants": {name: Setting}, "made"
 
-A pair ``b-a`` is b minus a, problem by problem and seed by seed.
+``seeds`` of an estimate is how many training runs (of each arm) it is over. With one, no difference
+between arms is decided, whatever its interval: two runs of the same arm differ too. A pair ``b-a`` is
+b minus a, problem by problem and seed by seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 Estimate = Mapping[str, Any]
@@ -89,8 +91,25 @@ def pair_title(pair: str) -> str:
     return " - ".join(arms_of(pair))
 
 
-def decision(value: Estimate) -> Literal["higher", "lower", "open"]:
-    """Return what the interval supports of a difference; ``open`` where it includes 0."""
+ONE_SEED = (
+    "One seed: the intervals cover other problems, not other training runs. How much two runs of the "
+    "same arm differ cannot be known from one, so no difference is decided."
+)
+"""What a table of one seed cannot say."""
+TWO_SEEDS = (
+    "Two seeds: the spread between training runs is known poorly, so intervals of differences are wide "
+    "(Student's t with one degree of freedom)."
+)
+Decision = Literal["higher", "lower", "open", "one seed"]
+
+
+def decision(value: Estimate) -> Decision:
+    """Return what the interval supports of a difference.
+
+    ``open`` where it includes 0; ``one seed`` where it is over one training run of each arm.
+    """
+    if value.get("seeds") == 1:
+        return "one seed"
     low, high = value["ci95"]
     return "higher" if low > 0 else "lower" if high < 0 else "open"
 
@@ -102,18 +121,28 @@ def pair_decision(pair: str, value: Estimate) -> str:
         "higher": f"supported: {b} is higher",
         "lower": f"supported: {b} is lower",
         "open": "not supported: includes 0",
+        "one seed": "not decided: one seed",
     }[decision(value)]
+
+
+def seeds_caveat(seeds: Sequence[int]) -> str | None:
+    """Return what so few seeds cannot say; None for three or more."""
+    return {1: ONE_SEED, 2: TWO_SEEDS}.get(len(seeds))
 
 
 def variant_order(value: Estimate, main: Estimate) -> str:
     """State how a variant's difference compares with the main setting's.
 
-    ``REVERSED`` and ``same order`` need both intervals to exclude 0.
+    ``REVERSED`` and ``same order`` need both intervals to exclude 0, and two seeds or more in both.
     """
     flipped = value["mean"] * main["mean"] < 0
-    if "open" not in (decision(value), decision(main)):
+    here, there = (decision(v) in ("higher", "lower") for v in (value, main))
+    if here and there:
         return "REVERSED" if flipped else "same order"
-    decided = "undecided" if decision(value) == "open" else "decided here only"
+    if decision(value) == "one seed":
+        decided = "one seed, undecided"
+    else:
+        decided = "decided here only" if here else "undecided"
     return f"{decided}, mean reversed" if flipped else decided
 
 
@@ -184,13 +213,15 @@ def _comparison(results: Results, pair: str) -> dict[str, Any]:
         "higher": f"The interval excludes 0: the data support that {b} is better than {a}.",
         "lower": f"The interval excludes 0: the data support that {b} is worse than {a}.",
         "open": f"The interval includes 0: the data do not decide between {b} and {a}.",
+        "one seed": f"One seed: another run of {b} or {a} may differ by as much, so the data do not "
+        "decide between them.",
     }
     return {
         "numbers": f"{b} answers {arms[b]['avg']['mean']:.1f} % of samples right, "
         f"{a} {arms[a]['avg']['mean']:.1f} %: a difference of {value['mean']:+.1f} points "
         f"of Avg@{results['k']} (95 % interval {low:.1f} to {high:.1f}).",
         "conclusion": conclusions[decision(value)],
-        "decided": decision(value) != "open",
+        "decided": decision(value) in ("higher", "lower"),
     }
 
 
@@ -201,11 +232,13 @@ def _gain(name: str, gain: Mapping[str, Any]) -> dict[str, Any]:
         "higher": "The interval excludes 0: the data support that training helped on these problems.",
         "lower": "The interval excludes 0: the data support that training did harm on these problems.",
         "open": "The interval includes 0: the data do not decide whether training helped.",
+        "one seed": "One seed: this run changed by so much on these problems; what another run "
+        "would do is not known.",
     }
     return {
         "numbers": f"{name} answers {gain['last']:.1f} % of validation samples right after step "
         f"{gain['steps']}, {gain['first']:.1f} % before: a difference of {value['mean']:+.1f} points "
         f"of Avg@{gain['k']} (95 % interval {low:.1f} to {high:.1f}).",
         "conclusion": conclusions[decision(value)],
-        "decided": decision(value) != "open",
+        "decided": decision(value) in ("higher", "lower"),
     }

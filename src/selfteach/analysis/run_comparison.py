@@ -8,13 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from selfteach.analysis.results_table import ArmMeasurements, as_estimate, results_table
+from selfteach.analysis.results_table import (
+    INTERVALS,
+    MEASURES,
+    ArmMeasurements,
+    as_estimate,
+    results_table,
+)
 from selfteach.analysis.run_budget import run_budget
 from selfteach.analysis.run_data import Groups, RunData, evaluations, read_json
 from selfteach.evaluation.evaluation_record import Evaluation
-from selfteach.evaluation.statistics import bootstrap_difference
+from selfteach.evaluation.intervals import PERCENT, difference_interval
 
-RESAMPLES = 10_000
+BOOTSTRAP_NOTE = (
+    "the intervals are those of an earlier version: a bootstrap over seeds and problems, which is too "
+    "narrow with few seeds and near 100 %"
+)
 
 
 def compare_runs(groups: Groups, title: str) -> dict[str, Any]:
@@ -40,15 +49,53 @@ def compare_runs(groups: Groups, title: str) -> dict[str, Any]:
         "split": split,
         "k": min(ks, default=0),
         "seeds": sorted({run.seed for run in runs}),
-        **results_table(arms, pairs, resamples=RESAMPLES),
+        **results_table(arms, pairs),
         "notes": notes,
     }
+
+
+def with_current_intervals(results: Mapping[str, Any], runs: Sequence[RunData]) -> dict[str, Any]:
+    """Return a study's results with the intervals of this version, from its runs' test evaluations.
+
+    Results whose intervals an earlier version has made by a bootstrap are computed again; where an
+    evaluation is missing they are returned as they are, with a note.
+    """
+    new = dict(results)
+    if results["intervals"] == INTERVALS:
+        return new
+    settings = {None: results, **results.get("variants", {})}
+    tables = {name: _table(setting, name, runs) for name, setting in settings.items()}
+    if not all(tables.values()):
+        return {**new, "notes": [*results.get("notes", ()), BOOTSTRAP_NOTE]}
+    new |= tables.pop(None) or {}
+    new["variants"] = {name: {**settings[name], **(table or {})} for name, table in tables.items()}
+    return new
+
+
+def _table(
+    setting: Mapping[str, Any], variant: str | None, runs: Sequence[RunData]
+) -> dict[str, Any] | None:
+    """Return a setting's arms and pairs with current intervals; None if an evaluation is missing."""
+    measured = {}
+    for arm, summary in setting["arms"].items():
+        seeds = [int(seed) for seed in summary["avg"]["per_seed"]]
+        same_arm = [run for run in runs if (run.variant, run.arm) == (variant, arm)]
+        last = _last(same_arm, "test")
+        if not set(seeds) <= last.keys():
+            return None
+        per_problem = {seed: last[seed].per_problem() for seed in seeds}
+        measured[arm] = ArmMeasurements(per_problem, budgets=[])
+    table = results_table(measured, setting["paired"])
+    for arm, summary in setting["arms"].items():
+        table["arms"][arm] = {**summary, **{m: table["arms"][arm][m] for m in MEASURES}}
+    return table
 
 
 def empty_results(title: str, made: Mapping[str, Any]) -> dict[str, Any]:
     """Return results without an arm: where there is only an inspection to show."""
     return {
         "format": 1, "title": title, "split": "test", "k": 0, "seeds": [], "headline": [],
+        "intervals": INTERVALS,
         "arms": {}, "paired": {}, "variants": {}, "notes": [], "made": made,
     }  # fmt: skip
 
@@ -70,10 +117,10 @@ def training_gain(runs: Sequence[RunData]) -> dict[str, Any] | None:
     if not pairs or len({values.shape for pair in pairs for values in pair}) > 1:
         return None
     first_SP, last_SP = (np.stack(values) for values in zip(*pairs, strict=True))
-    change = bootstrap_difference(last_SP, first_SP, resamples=RESAMPLES, seed=0)
+    change = difference_interval(last_SP, first_SP, bounds=PERCENT)
     return {
         "first": float(first_SP.mean()), "last": float(last_SP.mean()), "steps": last_step,
-        "k": k, "difference": as_estimate(change),
+        "k": k, "difference": as_estimate(change, seeds=len(pairs)),
     }  # fmt: skip
 
 

@@ -204,10 +204,11 @@ def _with_critic(recipe: Recipe) -> Recipe:
 
 
 def _never_stopping(recipe: Recipe) -> Recipe:
-    """Return the recipe with ``critic.on_failure.unavailable = "drop"`` in place of ``"stop"``."""
+    """Return the recipe with ``drop`` in place of every policy ``stop`` of the critic."""
     critic = recipe.critic
-    if not isinstance(critic, LlmCriticConfig) or critic.on_failure.unavailable != "stop":
+    if not isinstance(critic, LlmCriticConfig):
         return recipe
-    policies = critic.on_failure.model_copy(update={"unavailable": "drop"})
+    stopping = [kind for kind, policy in critic.on_failure.model_dump().items() if policy == "stop"]
+    policies = critic.on_failure.model_copy(update=dict.fromkeys(stopping, "drop"))
     changed = critic.model_copy(update={"on_failure": policies})
     return recipe.model_copy(update={"critic": changed})

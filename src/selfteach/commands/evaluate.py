@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.config.recipe import Recipe
-from selfteach.evaluation.evaluation_record import Evaluation
+from selfteach.evaluation.evaluation_record import Evaluation, bounds_of
 from selfteach.evaluation.evaluator import evaluate
-from selfteach.evaluation.statistics import bootstrap_mean
+from selfteach.evaluation.intervals import mean_interval
 from selfteach.trainer.open_model import named_problems, open_model
 from selfteach.types import Sampling
-
-RESAMPLES = 10_000
 
 
 def evaluate_model(
@@ -48,10 +46,10 @@ def evaluate_model(
 
 
 def summary(evaluation: Evaluation, model: str) -> dict[str, Any]:
-    """Return the measures of an evaluation with 95 % bootstrap intervals over problems."""
+    """Return the measures of an evaluation with 95 % intervals over problems."""
     measures = {}
     for name, values_P in evaluation.per_problem().items():
-        interval = bootstrap_mean(values_P[None], resamples=RESAMPLES, seed=0)
+        interval = mean_interval([values_P], bounds=bounds_of(name))
         measures[name] = {"mean": interval.mean, "ci95": [interval.low, interval.high]}
     return {
         "what": model,

@@ -7,6 +7,8 @@ from typing import Annotated, Literal, Union
 from pydantic import Field, field_validator
 
 from selfteach.config.schema import Section
+from selfteach.config.server_address import is_http, refuse_credentials
+from selfteach.errors import EngineError
 
 
 class TransformersEngineConfig(Section):
@@ -48,7 +50,8 @@ class VllmServerConfig(VllmEngineConfig):
     @field_validator("url")
     @classmethod
     def _check_url(cls, url: str) -> str:
-        if not url.startswith(("http://", "https://")):
+        refuse_credentials(url, "engine.url", EngineError)
+        if not is_http(url):
             raise ValueError("write it like http://127.0.0.1:8000")
         if url.rstrip("/").endswith("/v1"):
             raise ValueError("leave out /v1: the weight sync uses other paths of the server")

@@ -114,6 +114,9 @@ SELECT_KEYS = (
 )
 """Renamed keys of ``[select]``."""
 
+REMOVED_STUDY_KEYS = {"bootstrap": "intervals are computed without resampling"}
+"""Keys of ``[study]`` that have no effect any more, with the reason."""
+
 METRICS = {
     "answers_sampled": "rollouts_sampled",
     "evaluation_answers": "evaluation_rollouts",
@@ -162,7 +165,8 @@ def migrate_recipe_file(tables: Mapping[str, Any], where: str = "") -> dict[str,
     Layers must be migrated before they are merged: a new name in one overrides an old name in another.
     Raises `RecipeError` as `migrate_recipe` does.
     """
-    overrides = {name: tables[name] for name in ("arms", "variants", "select") if name in tables}
+    studied = ("study", "arms", "variants", "select")
+    overrides = {name: tables[name] for name in studied if name in tables}
     return {**migrate_recipe(tables, where), **migrate_study(overrides, where)}
 
 
@@ -188,6 +192,8 @@ def migrate_study(study: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         new["variants"] = {name: _variant(v, where) for name, v in new["variants"].items()}
     if isinstance(new.get("select"), Mapping):
         new["select"] = migrate_select(new["select"], where)
+    if isinstance(new.get("study"), Mapping):
+        new["study"] = _without_removed(new["study"], where)
     return new
 
 
@@ -197,8 +203,19 @@ def migrate_metrics(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def migrate_results(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a results.json, its budgets with today's names."""
-    new = {**results, "arms": {arm: _budgeted(v) for arm, v in results.get("arms", {}).items()}}
+    """Return a results.json, its budgets with today's names.
+
+    Early ones do not say how their intervals were made (by a bootstrap over seeds and problems), nor
+    over how many seeds each is.
+    """
+    new = {"intervals": "bootstrap", **results}
+    new["arms"] = {arm: _budgeted(v) for arm, v in results.get("arms", {}).items()}
+    seeds = {"seeds": len(results.get("seeds", ()))}
+    if isinstance(results.get("paired"), Mapping):
+        new["paired"] = {
+            pair: {name: {**seeds, **value} for name, value in values.items()}
+            for pair, values in results["paired"].items()
+        }
     if isinstance(results.get("variants"), Mapping):
         new["variants"] = {name: migrate_results(v) for name, v in results["variants"].items()}
     return new
@@ -266,6 +283,12 @@ def _rename(table: dict[str, Any], key: RenamedKey, where: str, prefix: str) -> 
 def report(where: str, old: str, new: str) -> None:
     """Log a renamed key, once for each file."""
     log.warning("%s%s is now %s", f"{where}: " if where else "", old, new)
+
+
+def _without_removed(study: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for key in REMOVED_STUDY_KEYS.keys() & study.keys():
+        report(where, f"study.{key}", f"ignored: {REMOVED_STUDY_KEYS[key]}")
+    return {key: value for key, value in study.items() if key not in REMOVED_STUDY_KEYS}
 
 
 def _each(tables: Mapping[str, Any], where: str) -> dict[str, Any]:

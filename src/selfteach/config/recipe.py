@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from selfteach.config.objective_section import (
     terms,
 )
 from selfteach.config.schema import Section
+from selfteach.config.teacher_section import InitialTeacherConfig, TeacherConfig
 
 ContextName = Literal[
     "none",
@@ -166,44 +167,6 @@ class ContextConfig(Section):
         if self.fallback is not None and self.fallback in (self.type, "none"):
             raise ValueError('fallback must differ from type and from "none"')
         return self
-
-
-class InitialTeacherConfig(Section):
-    """Teaches with the frozen initial policy."""
-
-    type: Literal["initial"] = "initial"
-    """The initial policy."""
-
-
-class LiveTeacherConfig(Section):
-    """Teaches with the current policy."""
-
-    type: Literal["live"]
-    """The current policy."""
-
-
-class EmaTeacherConfig(Section):
-    """Teaches with an exponential moving average of the weights, updated after each optimizer step."""
-
-    type: Literal["ema"]
-    """An exponential moving average."""
-    rate: float = Field(default=0.05, gt=0, le=1)
-    """Share of the student's weights in each update: teacher = (1 − rate) teacher + rate student."""
-
-
-class TrustRegionTeacherConfig(Section):
-    """Teaches with a mix of the initial policy's and the current policy's logits."""
-
-    type: Literal["trust_region"]
-    """A mix of logits."""
-    student_mix: float = Field(default=0.5, ge=0, le=1)
-    """Weight of the current policy's logits; the initial policy's have the rest."""
-
-
-TeacherConfig = Annotated[
-    Union[InitialTeacherConfig, LiveTeacherConfig, EmaTeacherConfig, TrustRegionTeacherConfig],  # noqa: UP007
-    Field(discriminator="type"),
-]
 
 
 class OptimizerConfig(Section):

@@ -74,8 +74,6 @@ class StudyConfig(Section):
     """Seeds of each arm's runs."""
     headline: tuple[str, ...] = ()
     """Differences of arms to print first, like ``step_aligned-grpo``."""
-    bootstrap: int = Field(default=10_000, ge=100)
-    """Number of bootstrap resamples of the confidence intervals."""
     workers: int | None = Field(default=None, ge=1)
     """Runs at a time, one process each; unset: one per core, on a GPU one."""
     axis: str = ""

@@ -8,11 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from selfteach.evaluation.intervals import PERCENT, Bounds
 from selfteach.evaluation.statistics import avg_at_k, maj_at_k, pass_at_k
 from selfteach.runtime.atomic_files import read_json
 
 RATES = ("avg", "pass", "maj", "truncated", "format")
 """Metrics in percent; ``length`` is in tokens."""
+
+
+def bounds_of(metric: str) -> Bounds:
+    """Return the bounds of a metric of `Evaluation.per_problem`; None for a length."""
+    return PERCENT if metric in RATES else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,17 @@
-"""Computes Avg@k, Pass@k and Maj@k of k rollouts per problem, with bootstrap intervals.
+"""Computes Avg@k, Pass@k and Maj@k of k rollouts per problem, and resamples problems of one model.
 
 Pure functions of numpy arrays; nothing here depends on models, files or arms. Axis letters:
 
-    P  problems        K  rollouts of one problem        S  seeds (training runs)        R  resamples
+    P  problems        K  rollouts of one problem        R  resamples        J  sums
 
-Sources: unbiased Pass@k, Chen et al. (arXiv:2107.03374, eq. 1); resampling rows and columns
-independently, Owen ("The pigeonhole bootstrap", Annals of Applied Statistics, 2007).
+Intervals over seeds and problems are in `selfteach.evaluation.intervals`. Source: unbiased Pass@k,
+Chen et al. (arXiv:2107.03374, eq. 1).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -71,61 +71,13 @@ def maj_at_k(parsed: Sequence[Sequence[str | None]], correct_PK: np.ndarray) -> 
     return np.array([_majority(votes, correct_K) for votes, correct_K in rows])
 
 
-def bootstrap_mean(values_SP: np.ndarray, *, resamples: int, seed: int) -> Interval:
-    """Return the mean over seeds and problems, with a 95 % interval for new seeds *and* new problems.
-
-    Every resample draws S seeds and, independently, P problems, both with replacement; the interval
-    is that of the resampled means' percentiles. ``values_SP`` holds one value per seed and problem
-    (an Avg@k, say), already averaged over rollouts.
-
-    How far to trust it. With S seeds the spread *between seeds* comes out too small by a factor of
-    about sqrt((S-1)/S) (0.71 for 2 seeds, 0.89 for 5); with one seed it is not seen at all; and a
-    percentile interval does not widen for small samples as Student's t does. The noise of single
-    cells, on the other hand, enters with (2-1/S)(2-1/P)-1 times its variance (1 for one seed, 3 for
-    many; Owen), so that with few rollouts per problem several seeds err on the wide side.
-
-    Raises ValueError for an empty table, for values that are not finite, or without resamples.
-    """
-    values_SP = _table(values_SP, "values_SP")
-    if not np.isfinite(values_SP).all():
-        count = int((~np.isfinite(values_SP)).sum())
-        raise ValueError(f"values_SP holds {count} values that are not finite")
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
-    means_R = np.concatenate(
-        [
-            ((seeds_RS @ values_SP) * problems_RP).sum(axis=1) / values_SP.size
-            for seeds_RS, problems_RP in _draws(values_SP.shape, resamples, seed)
-        ]
-    )
-    low, high = np.percentile(means_R, TAILS)
-    return Interval(float(values_SP.mean()), float(low), float(high))
-
-
-def bootstrap_difference(
-    a_SP: np.ndarray, b_SP: np.ndarray, *, resamples: int, seed: int
-) -> Interval:
-    """Return the mean of a - b, with the same draws of seeds and of problems for both.
-
-    What both arms share (a hard problem, a lucky order of questions) cancels. The limits are those
-    of `bootstrap_mean`, and the 95 % are of one difference: of twenty such intervals, expect one to
-    miss.
-
-    Raises ValueError unless both have the same seeds and problems, that is, the same shape.
-    """
-    a_SP, b_SP = _table(a_SP, "a_SP"), _table(b_SP, "b_SP")
-    if a_SP.shape != b_SP.shape:
-        raise ValueError(f"a pair needs equal shapes [S, P], got {a_SP.shape} and {b_SP.shape}")
-    return bootstrap_mean(a_SP - b_SP, resamples=resamples, seed=seed)
-
-
 def resampled_counts(clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield how often each of P clusters is drawn in each resample, blocks of [r, P] with r ≤ `BLOCK`.
 
     The same arguments give the same draws: what is computed from them for two conditions is paired.
     """
-    for (counts_RP,) in _draws((clusters,), resamples, seed):
-        yield counts_RP
+    small = resamples * clusters <= MAX_CACHED_COUNTS
+    yield from (_cached_draws if small else _new_draws)(clusters, resamples, seed)
 
 
 def resampled_totals(sums_PJ: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
@@ -161,26 +113,16 @@ def _majority(votes: Sequence[str | None], correct_K: np.ndarray) -> float:
     return float(np.mean(correct)) if correct else 0.0
 
 
-Draws = Iterable[list[np.ndarray]]
-"""Blocks of resamples: how often each member of each kind is drawn, [r, members]."""
-
-
-def _draws(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
-    """Draw with replacement, for each kind separately, as many members as it has."""
-    small = resamples * sum(kinds) <= MAX_CACHED_COUNTS
-    return (_cached_draws if small else _new_draws)(kinds, resamples, seed)
-
-
-def _new_draws(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
+def _new_draws(clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, BLOCK):
         size = min(BLOCK, resamples - start)
-        yield [rng.multinomial(kind, np.full(kind, 1 / kind), size) for kind in kinds]
+        yield rng.multinomial(clusters, np.full(clusters, 1 / clusters), size)
 
 
 @lru_cache(maxsize=2)
-def _cached_draws(kinds: tuple[int, ...], resamples: int, seed: int) -> Draws:
-    return list(_new_draws(kinds, resamples, seed))
+def _cached_draws(clusters: int, resamples: int, seed: int) -> list[np.ndarray]:
+    return list(_new_draws(clusters, resamples, seed))
 
 
 def _table(values: np.ndarray, name: str) -> np.ndarray:

@@ -65,6 +65,11 @@ class Shards:
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # FSDP2 would average
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        # FSDP2 notes the gradients' dtype at its first pass, from what trains then. In a teacher's pass
+        # with the adapters off nothing would, and the first backward would fail.
+        with torch.no_grad():
+            self.hidden(torch.zeros(1, 1, dtype=torch.long, device=mesh.device_type))
+        self._model.reshard()
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Compute the last layer's states, [B, T, H]."""

@@ -27,9 +27,10 @@ import functools
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -84,6 +85,16 @@ class RunFolder:
     def is_complete(self) -> bool:
         """Return True once the run has finished."""
         return self.result_path.exists()
+
+    @property
+    def identity(self) -> str:
+        """Return an id of this run that no other has and that stays when the folder is moved."""
+        path = self.path / ".identity"
+        self.path.mkdir(parents=True, exist_ok=True)
+        with report_full_disk(), suppress(FileExistsError), path.open("x", encoding="ascii") as new:
+            new.write(uuid.uuid4().hex)
+        # Empty if a kill or another rank came between the two lines above.
+        return path.read_text(encoding="ascii") or str(path.resolve())
 
     def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Start a run in this folder, or continue the same one.

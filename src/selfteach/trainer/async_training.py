@@ -272,5 +272,7 @@ class StartedCritiques:
         ) -> None:
             run.save_critiques(name, rollouts, critiques)
 
-        journaled = JournaledCritic(critic, self._saved, save)
+        # Ranks may request the same critique, and one of them pays.
+        journal = f"{run.identity}/{self._components.ranks.rank}/{name}"
+        journaled = JournaledCritic(critic, self._saved, save, journal)
         return dataclasses.replace(self._components, critic=journaled)

@@ -15,19 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfteach.config.critic_section import LlmCriticConfig, PolicyCriticConfig
 from selfteach.config.objective_section import (
-    DistillationConfig,
-    GrpoConfig,
-    HybridConfig,
     terms,
 )
-from selfteach.config.recipe import (
+from selfteach.config.recipe import Recipe, TrackingConfig
+from selfteach.config.teacher_section import (
     EmaTeacherConfig,
     InitialTeacherConfig,
     LiveTeacherConfig,
-    Recipe,
     TeacherConfig,
-    TrackingConfig,
-    TrainConfig,
     TrustRegionTeacherConfig,
 )
 from selfteach.errors import DataError, RecipeError
@@ -37,9 +32,6 @@ from selfteach.feedback.contexts import (
     PartlyAlignedContext,
     TemplateContext,
 )
-from selfteach.losses.divergence import Divergence
-from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
-from selfteach.losses.token_masks import TokenMask
 from selfteach.models.fsdp import Shards
 from selfteach.models.loading import (
     DTYPES,
@@ -54,7 +46,7 @@ from selfteach.models.policy import Policy, Schedule, add_adapters, recompute_ac
 from selfteach.models.teacher import EmaTeacher, InitialTeacher, LiveTeacher, TrustRegionTeacher
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
-from selfteach.protocols import Context, Critic, Objective, Teacher
+from selfteach.protocols import Context, Critic, Teacher
 from selfteach.rollout.gathered_weights import GatheringEngine
 from selfteach.rollout.journaled_engine import BatchedEngine
 from selfteach.runtime import tracking
@@ -63,6 +55,7 @@ from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
+from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.step import Components
 from selfteach.types import Problem, Sampling
 
@@ -173,69 +166,6 @@ def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
     renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
     critic = build_critic(recipe.critic, task, templates, seed=recipe.seed)
     return CritiqueSetup(critic, task, renderer)
-
-
-def build_objective(recipe: Recipe) -> Objective:
-    """Build the objective of a recipe. Raises `RecipeError` for an invalid combination."""
-    temperature = recipe.sampling.temperature
-    match recipe.objective:
-        case DistillationConfig() as config:
-            _require_importance_weights(config, recipe.train)
-            return _distillation(config, temperature)
-        case GrpoConfig() as config:
-            return _grpo(config, temperature)
-        case HybridConfig() as config:
-            _require_importance_weights(config.distillation, recipe.train)
-            weight, train = config.weight, recipe.train
-            steps = weight.steps or train.steps
-            return Hybrid(
-                _distillation(config.distillation, temperature),
-                _grpo(config.grpo, temperature),
-                Anneal(weight.start, weight.end, max(0, steps - 1) * train.num_iterations),
-                config.grpo_weight,
-                config.grpo_tokens,
-            )
-
-
-def _require_importance_weights(config: DistillationConfig, train: TrainConfig) -> None:
-    """Raise `RecipeError` for a sampled-token loss on tokens of an older policy without weights."""
-    if config.support != "sampled" or config.importance_cap is not None:
-        return
-    for name in ("num_iterations", "staleness"):
-        value = getattr(train, name)
-        if value > TrainConfig.model_fields[name].default:
-            raise RecipeError(
-                f'objective.support = "sampled" with train.{name} = {value}: the tokens are an older '
-                "policy's, and the gradient is biased without importance weights: set "
-                "objective.importance_cap, like 2.0"
-            )
-
-
-def _distillation(config: DistillationConfig, sampling_temperature: float) -> Distillation:
-    spec = Divergence(
-        kind=config.divergence,
-        support=config.support,
-        beta=config.beta,
-        jsd_scaled=config.jsd_scaled,
-        top_k=config.top_k,
-        top_k_from=config.top_k_from,
-        clip=config.clip,
-        temperature=config.temperature,
-        control_variate=config.control_variate,
-    )
-    return Distillation(
-        spec,
-        sampling_temperature,
-        token_mask=TokenMask(
-            config.train_on, config.from_first_error, config.changed_steps_fraction
-        ),
-        aggregation=config.aggregation,
-        importance_cap=config.importance_cap,
-    )
-
-
-def _grpo(config: GrpoConfig, sampling_temperature: float) -> Grpo:
-    return Grpo(sampling_temperature, **config.model_dump(exclude={"type"}))
 
 
 def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:

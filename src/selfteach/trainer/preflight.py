@@ -15,7 +15,10 @@ from selfteach.config.recipe import Recipe
 from selfteach.errors import CriticError
 from selfteach.runtime import tracking
 
-CRITIC_IDENTITY = {"base_url", "model", "api_key_env", "thinking", "extra_body"}
+CRITIC_IDENTITY = {
+    "base_url", "model", "api_key_env", "api_key_header", "thinking", "extra_body", "parameters",
+    "temperature", "retry_temperature",
+}  # fmt: skip
 """Settings of a served critic on which its healthcheck depends."""
 ENGINE_IDENTITY = {"engine", "model"}
 """Sections of a recipe on which the healthcheck of its engine server depends."""
@@ -57,12 +60,13 @@ def _require_recording(critic: RecordedConfig, output_folders: Iterable[Path]) -
 
 
 def _require_critics(critics: Iterable[CriticConfig]) -> None:
-    """Check each distinct critic server once."""
-    servers = {
-        critic.model_dump_json(include=CRITIC_IDENTITY): critic
-        for critic in critics
-        if isinstance(critic, EndpointConfig) and critic.healthcheck
-    }
+    """Check each distinct critic server once, for the longest replies that any recipe requests."""
+    servers: dict[str, EndpointConfig] = {}
+    for critic in critics:
+        if isinstance(critic, EndpointConfig) and critic.healthcheck:
+            longest = servers.setdefault(critic.model_dump_json(include=CRITIC_IDENTITY), critic)
+            if critic.max_tokens > longest.max_tokens:
+                servers[critic.model_dump_json(include=CRITIC_IDENTITY)] = critic
     if servers:
         from selfteach.trainer.build_critic import require_critic  # imports torch
 

@@ -101,7 +101,11 @@ def build_samples(
 
 
 def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
-    """Train the policy on the step's samples, ``num_iterations`` optimizer updates; return metrics."""
+    """Train the policy on the step's samples, ``num_iterations`` optimizer updates; return metrics.
+
+    A step without a token in the loss (GRPO: every group scores alike) takes no update: weights,
+    AdamW's moments and an EMA teacher stay as they are, and the schedule goes on.
+    """
     # One denominator for all micro-batches and ranks: how a step is split changes nothing.
     denominators = components.objective.denominators(samples)
     weights = components.objective.token_weights(samples, denominators, components.policy.version)
@@ -116,7 +120,8 @@ def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
         stats = [_backward(components, batch) for batch in batches]
         require_finite(stats, batches)
         optimizer_metrics = components.policy.optimizer_step()
-        components.teacher.update()
+        if batches:  # on every rank, or on none
+            components.teacher.update()
         if iteration == 0:
             metrics |= summarize_tokens(stats, components.ranks)
             batches = [  # ratios of later iterations are relative to the policy of the first
@@ -130,7 +135,7 @@ def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
         **metrics,
         "tokens_trained": components.ranks.sum(sum(tokens)),
         "teacher_tokens": components.ranks.sum(sum(teacher_tokens)),
-        "optimizer_steps": components.num_iterations,
+        "optimizer_steps": components.num_iterations if batches else 0,
     }
 
 

@@ -18,6 +18,7 @@ from selfteach.analysis.figures import results_figures, style
 from selfteach.analysis.report.compressed_records import decompress
 from selfteach.analysis.report.page import render, write_report
 from selfteach.analysis.terminal.tables import print_evaluation, print_results
+from selfteach.config.migrations import migrate_results
 from selfteach.errors import CheckpointError
 
 SEEDS = [0, 1, 2]
@@ -67,6 +68,7 @@ def made_up_results():
     flipped = {**SCORES, "reference": 45.0, "grpo": 45.0}
     return {
         "format": 1, "title": "The paper in miniature", "k": 12, "seeds": SEEDS,
+        "intervals": "student",
         "headline": ["step_aligned-grpo", "step_aligned-reference"],
         **setting(SCORES),
         "variants": {
@@ -193,7 +195,28 @@ def test_variants_report_where_the_order_reverses(html):
     no_pull, easy = text.split("no pull of style (ρ = 0) seeds 0, 1")[1].split("easy seeds 0")
     assert re.search(r"step_aligned − grpo: −9.2 .*?: REVERSED", no_pull)
     assert re.search(r"− reference: −9.2 .*?: decided here only, mean reversed", no_pull)
-    assert re.search(r"step_aligned − grpo: −0.7 .*?: undecided, mean reversed", easy)
+    assert re.search(r"step_aligned − grpo: −0.7 .*?: one seed, undecided, mean reversed", easy)
+
+
+def test_one_seed_decides_nothing(tmp_path, results):
+    """How much two runs of one arm differ is not known, however far from 0 an interval is."""
+    one = {**results, "seeds": [0], "variants": {}}
+    text = " ".join(Page(report(tmp_path, one)).text.split())
+    assert "step_aligned − grpo +16.1 [10.6, 21.6]" in text
+    assert "the data support" not in text and "supported: " not in text
+    assert "not decided: one seed" in text
+    assert "another run of step_aligned or grpo may differ by as much" in text
+    assert "other problems, not other training runs" in text
+    in_terminal = printed(migrate_results(one))
+    assert "+16.1 [10.6, 21.6] " in in_terminal and "*" not in in_terminal
+    assert "no difference is decided" in " ".join(in_terminal.split())
+
+
+def test_intervals_of_an_earlier_version_are_named_as_such(tmp_path, results):
+    del results["intervals"]
+    text = " ".join(Page(report(tmp_path, results)).text.split())
+    assert "a bootstrap over seeds and problems, which is too narrow with few seeds" in text
+    assert "Run the study again to compute them anew" in text
 
 
 def test_text_from_files_is_escaped(tmp_path, results, example):
@@ -291,7 +314,7 @@ def test_a_failed_rename_leaves_no_temporary_file(tmp_path, results, undrawn, mo
 def test_small_studies_have_a_report(tmp_path, results):
     one = {"base": 12.0, "run": 20.0}
     small = {**results, **setting(one), "variants": {}, "headline": [], "title": "", "seeds": [0]}
-    assert "run is better than base" in Page(report(tmp_path, small)).text
+    assert "run is better than base" not in Page(report(tmp_path, small)).text
     only_base = {**small, "arms": {"base": small["arms"]["base"]}, "paired": {}}
     page = Page(report(tmp_path, only_base))
     assert "svg" not in {tag for tag, _ in page.tags}
@@ -463,6 +486,14 @@ def test_console_prints_one_evaluation():
 )
 def test_only_an_interval_without_zero_decides(low, high, expected):
     assert results_text.decision({"mean": (low + high) / 2, "ci95": [low, high]}) == expected
+
+
+def test_one_seed_supports_no_difference():
+    one = {**estimate(9.0), "seeds": 1}
+    assert results_text.decision(one) == "one seed"
+    assert results_text.decision({**one, "seeds": 2}) == "higher"
+    assert results_text.variant_order(one, estimate(7.0)) == "one seed, undecided"
+    assert results_text.variant_order(estimate(-9.0), one) == "decided here only, mean reversed"
 
 
 @pytest.mark.parametrize(

@@ -24,27 +24,32 @@ def arm(*values_by_seed: list[float], **more) -> ArmMeasurements:
 
 def test_means_per_seed_and_differences_by_hand() -> None:
     arms = {"a": arm([0, 50], [50, 100]), "b": arm([25, 75], [75, 125])}
-    table = results_table(arms, ["b-a"], resamples=100)
+    table = results_table(arms, ["b-a"])
     assert table["arms"]["a"]["avg"]["mean"] == 50
     assert table["arms"]["a"]["avg"]["per_seed"] == {"0": 25.0, "1": 75.0}
-    # Every problem gains the same: the interval has no width.
-    gain = {"mean": 25.0, "ci95": [25.0, 25.0]}
-    assert table["paired"] == {"b-a": dict.fromkeys(COMPARED, gain)}
+    # Every problem gains the same, but two problems do not tell what others would gain.
+    assert [*table["paired"]["b-a"]] == [*COMPARED]
+    gain = table["paired"]["b-a"]["avg"]
+    assert (gain["mean"], gain["ci95"], gain["seeds"]) == (25.0, [-100.0, 100.0], 2)
+    assert table["paired"]["b-a"]["length"] == {"mean": 25.0, "ci95": [25.0, 25.0], "seeds": 2}
+    assert table["intervals"] == "student"
 
 
 def test_curve_and_settings_are_absent_without_them() -> None:
     curve = {"steps": [0, 1], "avg": {"0": [1.0, 2.0]}}
     arms = {"base": arm([1, 2]), "mine": arm([1, 2], curve=curve, settings={"optimizer.lr": 1e-3})}
-    table = results_table(arms, [], resamples=10)["arms"]
+    table = results_table(arms, [])["arms"]
     assert [*table["base"]] == [*MEASURES, "budget"]
     assert table["mine"]["curve"] == curve and table["mine"]["settings"] == {"optimizer.lr": 1e-3}
 
 
-def test_seeds_with_other_problems_are_pooled_but_not_paired() -> None:
+def test_seeds_with_other_problems_are_averaged_but_not_paired() -> None:
     uneven, even = arm([0, 0, 0], [100]), arm([0, 0], [1, 1])
-    assert uneven.values("avg").tolist() == [[0, 0, 0, 100]]
-    with pytest.raises(ValueError, match="equal shapes"):
-        results_table({"a": even, "b": uneven}, ["b-a"], resamples=10)
+    estimate = results_table({"a": uneven}, [])["arms"]["a"]["avg"]
+    assert (estimate["mean"], estimate["ci95"], estimate["seeds"]) == (50.0, [0.0, 100.0], 2)
+    for b, a in ((uneven, even), (uneven, uneven)):
+        with pytest.raises(ValueError, match="same seeds and problems"):
+            results_table({"a": a, "b": b}, ["b-a"])
 
 
 def test_a_run_without_a_budget_entry_counts_0() -> None:

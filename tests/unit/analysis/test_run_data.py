@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from selfteach.analysis import health_checks, run_budget, run_comparison
+from selfteach.analysis import health_checks, results_table, run_budget, run_comparison
 from selfteach.analysis.figures import style, training_curves
 from selfteach.analysis.report.answer_records import training_answers
 from selfteach.analysis.report.compressed_records import compress_records, decompress
 from selfteach.analysis.report.page import render
 from selfteach.analysis.run_data import group_runs, read_run, read_runs
 from selfteach.analysis.terminal.watch import run_statuses, watch
+from selfteach.config.migrations import migrate_results
 from selfteach.errors import CheckpointError
 
 STEPS, K = 12, 4
@@ -114,15 +115,53 @@ def test_arms_are_compared_problem_by_problem(tmp_path):
     ]
     results = run_comparison.compare_runs(group_runs([*a, *b]), "two")
     assert results["split"] == "test" and results["k"] == K and results["notes"] == []
-    # 0, 1, 2, 3 of 4 are right: 37.5 %; every problem gains one answer: 25 points, no spread.
+    # 0, 1, 2, 3 of 4 are right: 37.5 %; every problem gains one answer: 25 points.
     assert results["arms"]["a"]["avg"]["mean"] == pytest.approx(37.5)
     assert results["arms"]["a"]["avg"]["per_seed"] == {"0": 37.5, "1": 37.5}
-    assert results["paired"]["b-a"]["avg"] == {"mean": 25.0, "ci95": [25.0, 25.0]}
+    gain = results["paired"]["b-a"]["avg"]
+    # Four problems without spread do not tell what others would gain.
+    assert gain["mean"] == 25.0 and gain["seeds"] == 2 and gain["ci95"][0] < 0
     assert results["paired"]["b-a"]["pass"]["mean"] == pytest.approx(25.0)
     assert results["arms"]["a"]["budget"]["rollouts_sampled"] == 8 * STEPS
     assert results["arms"]["a"]["curve"] == {
         "steps": [0, 6, 12], "avg": {"0": [25.0, 50.0, 50.0], "1": [25.0, 50.0, 50.0]},
     }  # fmt: skip
+
+
+def study_with_old_intervals(folder: Path, *, seeds=(0, 1)) -> Path:
+    """Write a study of two arms whose results.json an earlier version has made."""
+    for s in seeds:
+        write_run(folder / "runs" / "a" / f"seed_{s}", seed=s, right=(0, 1, 2, 3 + s))
+        write_run(folder / "runs" / "b" / f"seed_{s}", seed=s, lr=2.0, right=(1, 2, 4, 4 - s))
+    old = {"mean": 0.0, "ci95": [0.0, 0.0]}
+    arm = {m: {**old, "per_seed": {"0": 0.0, "1": 0.0}} for m in results_table.MEASURES}
+    results = {
+        "format": 1, "title": "old", "k": K, "seeds": [0, 1], "headline": [], "variants": {},
+        "arms": {"a": {**arm, "budget": {"seconds": 1.0}}, "b": {**arm, "budget": {}}},
+        "paired": {"b-a": dict.fromkeys(results_table.COMPARED, old)},
+        "made": {"versions": {}, "seconds": 1.0},
+    }  # fmt: skip
+    (folder / "study.json").write_text("{}")
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_old_results_get_current_intervals_from_their_evaluations(tmp_path):
+    folder = study_with_old_intervals(tmp_path)
+    old = migrate_results(json.loads((folder / "results.json").read_text()))
+    new = run_comparison.with_current_intervals(old, read_runs(folder))
+    assert new["intervals"] == "student" and new["arms"]["a"]["budget"] == {"seconds": 1.0}
+    assert new["arms"]["a"]["avg"]["mean"] == pytest.approx(40.625)
+    gain = new["paired"]["b-a"]["avg"]
+    assert gain["mean"] == pytest.approx(25.0) and gain["ci95"][0] < 25 < gain["ci95"][1]
+    assert run_comparison.with_current_intervals(new, []) == new
+
+
+def test_old_results_without_their_evaluations_stay_with_a_note(tmp_path):
+    folder = study_with_old_intervals(tmp_path, seeds=(0,))
+    old = migrate_results(json.loads((folder / "results.json").read_text()))
+    new = run_comparison.with_current_intervals(old, read_runs(folder))
+    assert new == {**old, "notes": [run_comparison.BOOTSTRAP_NOTE]}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +189,7 @@ def test_training_gain_is_paired_by_problem(tmp_path):
     gain = run_comparison.training_gain([run])
     assert gain is not None
     assert (gain["first"], gain["last"], gain["steps"], gain["k"]) == (25.0, 50.0, STEPS, K)
-    assert gain["difference"] == {"mean": 25.0, "ci95": [25.0, 25.0]}
+    assert gain["difference"]["mean"] == 25.0 and gain["difference"]["seeds"] == 1
 
 
 def test_one_run_has_a_claim_with_its_numbers(tmp_path, monkeypatch):
@@ -158,8 +197,8 @@ def test_one_run_has_a_claim_with_its_numbers(tmp_path, monkeypatch):
     html, _ = render([write_run(tmp_path / "first", right=(2, 2, 2, 2), truncated=0.4)])
     text = " ".join(html.split())
     assert "first answers 50.0 % of validation samples right after step 12, 25.0 % before" in text
-    assert "the data support that training helped on these problems" in text
-    assert "One seed" in text
+    assert "the data support" not in text
+    assert "One seed: this run changed by so much" in text
     assert "40% of the rollouts are truncated; a warning from 20% on (step " in text
 
 

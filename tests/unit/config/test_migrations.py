@@ -19,6 +19,7 @@ from selfteach.config.migrations import (
     RenamedKey,
     migrate_config,
     migrate_metrics,
+    migrate_recipe_file,
     migrate_results,
     migrate_rollout,
     migrate_select,
@@ -275,9 +276,29 @@ def test_budgets_of_results_get_new_names_in_every_variant() -> None:
         "avg": 1.0, "budget": {"rollouts_sampled": 8, "critic_requests": 2, "critic_cached": 1}
     }  # fmt: skip
     old = {"title": "t", "arms": {"a": arm}, "variants": {"v": {"arms": {"a": arm, "b": {}}}}}
+    made = {"intervals": "bootstrap"}
     assert migrate_results(old) == {
-        "title": "t", "arms": {"a": new_arm}, "variants": {"v": {"arms": {"a": new_arm, "b": {}}}}
+        "title": "t", **made, "arms": {"a": new_arm},
+        "variants": {"v": {**made, "arms": {"a": new_arm, "b": {}}}},
     }  # fmt: skip
+
+
+def test_differences_of_old_results_say_over_how_many_seeds_they_are() -> None:
+    value = {"mean": 1.0, "ci95": [0.5, 1.5]}
+    old = {"seeds": [0, 1], "paired": {"b-a": {"avg": value}}}
+    old["variants"] = {"v": {"seeds": [0], "paired": {"b-a": {"avg": value}}}}
+    new = migrate_results(old)
+    assert new["paired"]["b-a"]["avg"] == {**value, "seeds": 2}
+    assert new["variants"]["v"]["paired"]["b-a"]["avg"]["seeds"] == 1
+    current = {**new, "intervals": "student"}
+    assert migrate_results(current) == current
+
+
+def test_resamples_of_an_old_study_are_ignored_with_a_line(caplog) -> None:
+    old = {"study": {"bootstrap": 200, "seeds": [0, 1]}, "arms": {}}
+    for migrate in (migrate_study, migrate_recipe_file):
+        assert migrate(old, f"{migrate.__name__}.toml")["study"] == {"seeds": [0, 1]}
+    assert "study.bootstrap is now ignored" in caplog.text
 
 
 def test_rows_of_rollouts_and_usages_get_new_names() -> None:

@@ -1,4 +1,4 @@
-"""Measures and intervals: golden values, slow references, properties and coverage."""
+"""Measures of k rollouts: golden values, slow references, properties; resampled problems."""
 
 from collections import Counter
 from itertools import combinations
@@ -12,8 +12,6 @@ from selfteach.evaluation import statistics
 from selfteach.evaluation.statistics import (
     Interval,
     avg_at_k,
-    bootstrap_difference,
-    bootstrap_mean,
     maj_at_k,
     pass_at_k,
     percentile_interval,
@@ -116,111 +114,28 @@ def test_order_of_answers_does_not_matter(row, random):
     np.testing.assert_allclose(pass_at_k(before, 1), pass_at_k(after, 1))
 
 
-# -- bootstrap -------------------------------------------------------------------------------
-
-
-def test_an_interval_without_spread_is_a_point():
-    interval = bootstrap_mean(np.full((3, 5), 40.0), resamples=50, seed=0)
-    np.testing.assert_allclose([interval.mean, interval.low, interval.high], 40.0)
-
-
-def test_the_mean_is_that_of_the_data_and_the_seed_decides_the_draws():
-    values_SP = np.random.default_rng(0).random((3, 10))
-    first, again, other = (bootstrap_mean(values_SP, resamples=200, seed=s) for s in (1, 1, 2))
-    assert first == again != other
-    assert first.mean == other.mean == values_SP.mean()
-    assert first.low < first.mean < first.high
-
-
-def test_one_row_or_column_still_varies_over_the_other_axis():
-    column = np.array([[0.0], [100.0]])
-    # Two seeds, one problem: a resampled mean is 0, 50 or 100 with 1/4, 1/2, 1/4.
-    assert bootstrap_mean(column, resamples=2000, seed=0) == Interval(50.0, 0.0, 100.0)
-    assert bootstrap_mean(column.T, resamples=2000, seed=0) == Interval(50.0, 0.0, 100.0)
-    assert bootstrap_mean(np.array([[3.0]]), resamples=10, seed=0) == Interval(3.0, 3.0, 3.0)
+# -- resampled problems ----------------------------------------------------------------------
 
 
 def test_cached_draws_equal_new_ones(monkeypatch):
-    values_SP = np.random.default_rng(4).random((2, 30))
-    cached = [bootstrap_mean(values_SP + i, resamples=100, seed=7) for i in range(2)]
-    assert statistics._cached_draws((2, 30), 100, 7) is statistics._cached_draws((2, 30), 100, 7)
+    sums_PJ = np.random.default_rng(4).random((30, 2))
+    cached = [resampled_totals(sums_PJ, resamples=100, seed=7) for _ in range(2)]
+    assert statistics._cached_draws(30, 100, 7) is statistics._cached_draws(30, 100, 7)
     monkeypatch.setattr(statistics, "MAX_CACHED_COUNTS", 0)
-    assert cached == [bootstrap_mean(values_SP + i, resamples=100, seed=7) for i in range(2)]
-    assert cached[0] != bootstrap_mean(values_SP, resamples=100, seed=8)
+    new = resampled_totals(sums_PJ, resamples=100, seed=7)
+    for totals in cached:
+        np.testing.assert_array_equal(totals, new)
+    assert not np.array_equal(new, resampled_totals(sums_PJ, resamples=100, seed=8))
 
 
 def test_blocks_of_resamples_are_all_drawn(monkeypatch):
     monkeypatch.setattr(statistics, "BLOCK", 3)  # 3000 resamples in 1000 blocks
-    values_SP = np.random.default_rng(3).normal(size=(1, 400))
-    interval = bootstrap_mean(values_SP, resamples=3000, seed=0)
-    # One seed: the plain bootstrap, whose standard error is std / sqrt(P).
-    half = 1.96 * values_SP.std() / np.sqrt(400)
+    values_P = np.random.default_rng(3).normal(size=400)
+    totals_R = resampled_totals(values_P[:, None], resamples=3000, seed=0)[:, 0]
+    interval = percentile_interval(values_P.mean(), totals_R / 400)
+    assert interval is not None
+    half = 1.96 * values_P.std() / np.sqrt(400)  # the plain bootstrap's standard error
     np.testing.assert_allclose(interval.high - interval.low, 2 * half, rtol=0.08)
-
-
-def test_spread_between_seeds_is_too_small_by_the_documented_factor():
-    # Problems do not matter here: S values a_s, whose bootstrap variance is their var / S with the
-    # divisor S where an unbiased one has S - 1. Averaged over many data sets the ratio is (S-1)/S.
-    rng = np.random.default_rng(5)
-    num_seeds, ratios = 3, []
-    for trial in range(200):
-        values_SP = np.repeat(rng.normal(size=(num_seeds, 1)), 2, axis=1)
-        interval = bootstrap_mean(values_SP, resamples=500, seed=trial)
-        ratios.append(((interval.high - interval.low) / 2 / 1.96) ** 2 * num_seeds)
-    np.testing.assert_allclose(np.mean(ratios), (num_seeds - 1) / num_seeds, rtol=0.12)
-
-
-def test_noise_of_cells_enters_with_the_documented_factor():
-    # Owen: iid noise of variance 1 in each cell has a true variance of the mean of 1 / (S P).
-    rng, num_seeds, num_problems = np.random.default_rng(6), 4, 30
-    variances = []
-    for trial in range(100):
-        values_SP = rng.normal(size=(num_seeds, num_problems))
-        interval = bootstrap_mean(values_SP, resamples=400, seed=trial)
-        variances.append(((interval.high - interval.low) / 2 / 1.96) ** 2)
-    factor = (2 - 1 / num_seeds) * (2 - 1 / num_problems) - 1
-    expected = factor / (num_seeds * num_problems)
-    np.testing.assert_allclose(np.mean(variances), expected, rtol=0.12)
-
-
-def test_intervals_cover_the_truth_at_about_their_level():
-    # Avg@12 of 60 problems under 6 seeds: the truth is 0, problems and seeds both vary.
-    rng, hits, trials = np.random.default_rng(7), 0, 200
-    for trial in range(trials):
-        problems_P, seeds_S = rng.normal(0, 20, 60), rng.normal(0, 4, 6)
-        values_SP = seeds_S[:, None] + problems_P + rng.normal(0, 10, (6, 60))
-        interval = bootstrap_mean(values_SP, resamples=400, seed=trial)
-        hits += interval.low <= 0 <= interval.high
-    assert 0.90 <= hits / trials <= 0.985
-
-
-def test_the_paired_interval_is_narrower_where_arms_share_their_problems():
-    rng = np.random.default_rng(8)
-    shared_P = rng.normal(50, 25, 80)
-    a_SP, b_SP = (shared_P + rng.normal(shift, 5, (4, 80)) for shift in (3, 0))
-    paired = bootstrap_difference(a_SP, b_SP, resamples=1000, seed=0)
-    a, b = (bootstrap_mean(v_SP, resamples=1000, seed=0) for v_SP in (a_SP, b_SP))
-    unpaired = np.hypot(a.high - a.low, b.high - b.low)
-    assert paired.high - paired.low < unpaired / 4
-    assert paired.mean == pytest.approx(a.mean - b.mean)
-    assert 0 < paired.low < 3 < paired.high
-
-
-def test_a_difference_from_nothing_is_the_mean_itself():
-    a_SP = np.random.default_rng(10).random((3, 8))
-    for resamples in (5, 50):
-        alone = bootstrap_mean(a_SP, resamples=resamples, seed=1)
-        assert bootstrap_difference(a_SP, 0 * a_SP, resamples=resamples, seed=1) == alone
-
-
-def test_swapping_the_arms_mirrors_the_interval():
-    rng = np.random.default_rng(9)
-    a_SP, b_SP = rng.random((2, 3, 20))
-    forth = bootstrap_difference(a_SP, b_SP, resamples=500, seed=4)
-    back = bootstrap_difference(b_SP, a_SP, resamples=500, seed=4)
-    np.testing.assert_allclose(
-        [back.mean, back.low, back.high], [-forth.mean, -forth.high, -forth.low], atol=1e-12
-    )
 
 
 # -- refusals --------------------------------------------------------------------------------
@@ -236,7 +151,7 @@ def test_pass_at_k_refuses_more_draws_than_answers(k):
 def test_tables_must_hold_something(shape):
     for refuse in (
         lambda: avg_at_k(np.zeros(shape)),
-        lambda: bootstrap_mean(np.zeros(shape), resamples=10, seed=0),
+        lambda: resampled_totals(np.zeros(shape), resamples=10, seed=0),
     ):
         with pytest.raises(ValueError, match="not empty"):
             refuse()
@@ -247,18 +162,6 @@ def test_votes_and_verdicts_must_have_one_shape():
         maj_at_k([["7", "3"]], np.ones((1, 3)))
     with pytest.raises(ValueError, match="zip"):
         maj_at_k([["7"]], np.ones((2, 1)))
-
-
-def test_the_bootstrap_refuses_values_without_a_mean():
-    with pytest.raises(ValueError, match="1 values that are not finite"):
-        bootstrap_mean(np.array([[1.0, np.nan]]), resamples=10, seed=0)
-    with pytest.raises(ValueError, match="at least 1"):
-        bootstrap_mean(np.ones((1, 2)), resamples=0, seed=0)
-
-
-def test_pairs_need_the_same_seeds_and_problems():
-    with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 3\)"):
-        bootstrap_difference(np.ones((2, 3)), np.ones((3, 3)), resamples=10, seed=0)
 
 
 def test_totals_are_those_of_drawn_clusters():
@@ -272,17 +175,6 @@ def test_totals_are_those_of_drawn_clusters():
     assert totals_RJ[:, 0].mean() == pytest.approx(7, abs=0.2)
     again = resampled_totals(sums_PJ[:, :1], resamples=1500, seed=3)
     np.testing.assert_array_equal(again, totals_RJ[:, :1])
-
-
-def test_a_mean_of_totals_has_the_interval_of_bootstrap_mean():
-    """With one seed both are the plain bootstrap over problems."""
-    values_P = np.random.default_rng(0).normal(size=60)
-    rows = np.stack([values_P, np.ones(60)], axis=1)
-    totals_RJ = resampled_totals(rows, resamples=20_000, seed=0)
-    ours = percentile_interval(values_P.mean(), totals_RJ[:, 0] / totals_RJ[:, 1])
-    theirs = bootstrap_mean(values_P[None], resamples=20_000, seed=1)
-    assert ours is not None
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
 
 
 def test_resamples_without_a_value_are_left_out():

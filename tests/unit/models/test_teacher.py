@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selfteach.config.recipe import (
+from selfteach.config.recipe import Recipe
+from selfteach.config.teacher_section import (
     EmaTeacherConfig,
     InitialTeacherConfig,
     LiveTeacherConfig,
-    Recipe,
     TrustRegionTeacherConfig,
 )
 from selfteach.models.policy import Policy

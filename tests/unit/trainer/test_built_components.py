@@ -10,7 +10,8 @@ import torch
 from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.models.teacher import EmaTeacher, InitialTeacher, LiveTeacher
-from selfteach.trainer.build import build, build_objective
+from selfteach.trainer.build import build
+from selfteach.trainer.build_objective import build_objective
 from selfteach.types import Sequences
 
 LAB: dict[str, Any] = {

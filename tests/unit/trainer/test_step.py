@@ -21,6 +21,7 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.losses.divergence import Divergence, per_token
 from selfteach.losses.objectives import Distillation, Grpo
 from selfteach.models import prefix_cache
+from selfteach.models.teacher import EmaTeacher
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
@@ -214,17 +215,24 @@ def test_a_lesson_says_where_the_steps_of_its_answer_are(components: Components)
             assert "".join(text[a:b] for a, b in sample.steps) == text
 
 
-def test_nothing_to_learn_leaves_the_weights(components: Components) -> None:
+def test_nothing_to_learn_leaves_weights_moments_and_teacher(components: Components) -> None:
+    components = dataclasses.replace(components, teacher=EmaTeacher(components.policy, 0.5))
+    train_step(components, PROBLEMS)  # so that there are moments, and an average that lags
     before = {n: p.detach().clone() for n, p in components.policy.trainable.items()}
+    average = {n: value.clone() for n, value in components.teacher.state().items()}
+    version = components.policy.version
     alike = [PROBLEMS[2]]  # refused by the critic; for GRPO: all answers score alike
     for objective, shown in ((components.objective, context), (Grpo(1.0), None)):
         changed = dataclasses.replace(components, objective=objective, context=shown)
         samples, metrics = train_step(changed, alike)
         assert metrics["tokens_trained"] == 0 and metrics["loss"] == 0
         assert metrics["frac_in_loss"] == 0 and "eos_in_loss" not in metrics
-        assert len(samples) == 2
+        assert len(samples) == 2 and metrics["optimizer_steps"] == 0
     for name, param in components.policy.trainable.items():
         assert torch.equal(param, before[name])
+        assert torch.equal(components.teacher.state()[name], average[name])
+        assert components.policy.optimizer.state[param]["step"] == 1
+    assert components.policy.version == version + 2, "the schedule goes on"
 
 
 def test_a_thought_counts_as_the_recipe_says(

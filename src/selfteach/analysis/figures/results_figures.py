@@ -101,7 +101,7 @@ def token_advantages(example: Mapping[str, Any]) -> Figure:
 def forest(results: Results) -> Figure:
     """Draw paired differences in Avg@k (points) with 95 % intervals, main setting first.
 
-    A filled marker's interval excludes 0, a hollow one's does not.
+    A filled marker's interval excludes 0 and is over two seeds or more.
     """
     shown = settings(results)
     groups = [
@@ -175,7 +175,7 @@ def _name_tokens(axes: Axes, tokens: Sequence[str]) -> None:
 
 def _interval(axes: Axes, row: int, value: Mapping[str, Any], style: ArmStyle) -> None:
     mean, (low, high) = value["mean"], value["ci95"]
-    filled = "none" if decision(value) == "open" else style.colour
+    filled = style.colour if decision(value) in ("higher", "lower") else "none"
     axes.plot([low, high], [row, row], color=style.colour, linewidth=1.8)
     axes.plot(
         [mean], [row], marker=style.marker, markersize=6, color=style.colour,

@@ -15,11 +15,11 @@ from matplotlib.ticker import MaxNLocator
 from selfteach.analysis.figures.style import ALERT, INK, SMALL, ArmStyle, bare, legend, styles
 from selfteach.analysis.health_checks import WINDOW, HealthCheck, smoothed
 from selfteach.analysis.run_data import Groups, RunData, evaluations
-from selfteach.evaluation.statistics import bootstrap_mean, pass_at_k
+from selfteach.evaluation.intervals import PERCENT, mean_interval
+from selfteach.evaluation.statistics import pass_at_k
 
 MARKERS = 6
 """Markers on a line of many points."""
-RESAMPLES = 2_000
 LEAST_SPAN = 0.3
 """Share of the largest value that a y axis spans at least."""
 PHASE_STYLES = {
@@ -73,7 +73,7 @@ def length_and_entropy(groups: Groups) -> Figure:
 
 
 def pass_at_each_k(groups: Groups) -> Figure | None:
-    """Draw unbiased Pass@k on test problems (percent) against k < n, with 95 % bands over problems.
+    """Draw unbiased Pass@k on test problems (percent) against k < n, with 95 % bands.
 
     At k = n it would be plain any-correct, so n itself is left out. None without test evaluations.
     """
@@ -88,12 +88,12 @@ def pass_at_each_k(groups: Groups) -> Figure | None:
             continue
         ks = range(1, n)
         estimates = [
-            bootstrap_mean(
-                np.stack([100 * pass_at_k(np.array(e.correct, dtype=float), k) for e in tables]),
-                resamples=RESAMPLES, seed=0,
+            mean_interval(
+                [100 * pass_at_k(np.array(e.correct, dtype=float), k) for e in tables],
+                bounds=PERCENT,
             )
             for k in ks
-        ]  # fmt: skip
+        ]
         _line(axes, np.array(ks), np.array([e.mean for e in estimates]), look[name], name)
         low, high = [e.low for e in estimates], [e.high for e in estimates]
         axes.fill_between(ks, low, high, color=look[name].colour, alpha=0.12, linewidth=0)

@@ -29,7 +29,12 @@ from selfteach.analysis.report.compressed_records import compress_records
 from selfteach.analysis.report_data import ReportData
 from selfteach.analysis.results_text import Results
 from selfteach.analysis.run_budget import arm_budget, overlap
-from selfteach.analysis.run_comparison import compare_runs, empty_results, training_gain
+from selfteach.analysis.run_comparison import (
+    compare_runs,
+    empty_results,
+    training_gain,
+    with_current_intervals,
+)
 from selfteach.analysis.run_data import Groups, RunData, group_runs, read_json, read_runs
 from selfteach.config.migrations import migrate_results
 from selfteach.errors import CheckpointError
@@ -126,6 +131,7 @@ def _results(folders: Sequence[Path], runs: Sequence[RunData]) -> dict[str, Any]
         results = migrate_results(read_json(path))
         if results.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {results.get('format')!r}, expected {FORMAT}")
+        results = with_current_intervals(results, runs)
         return {"split": "test", "notes": [], **results}
     if not runs:
         raise CheckpointError(

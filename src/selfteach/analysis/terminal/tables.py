@@ -26,13 +26,15 @@ from selfteach.analysis.results_text import (
     measure_title,
     ordered_pairs,
     pair_title,
+    seeds_caveat,
     variant_order,
 )
 
 SCORES = ("avg", "pass", "maj")
 """Measures in the table of differences."""
 SHORT_TITLES = {"length": "tokens"}
-COLOURS = {"higher": "green", "lower": "red", "open": "dim"}
+EVALUATION_CAVEAT = "Intervals cover other problems, not other training runs."
+COLOURS = {"higher": "green", "lower": "red", "open": "dim", "one seed": "dim"}
 
 
 def print_results(results: Results, console: Console) -> None:
@@ -40,7 +42,10 @@ def print_results(results: Results, console: Console) -> None:
     if results["title"]:
         console.print(Text(results["title"], style="bold"))
     seeds = ", ".join(str(seed) for seed in results["seeds"])
-    console.print(Text(f"seeds {seeds}; mean [95 % interval], rates in %; *: it excludes 0"))
+    star = "; *: it excludes 0" if len(results["seeds"]) > 1 else ""
+    console.print(Text(f"seeds {seeds}; mean [95 % interval], rates in %{star}"))
+    if caveat := seeds_caveat(results["seeds"]):
+        console.print(Text(caveat, style="dim"))
     _print_collapsed(results, console)
     console.print()
     console.print(_arms(results, results["k"]))
@@ -58,6 +63,7 @@ def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
     for name in MEASURES:
         _row(table, [measure_title(name, result["k"]), estimate(result[name])])
     console.print(table)
+    console.print(Text(EVALUATION_CAVEAT, style="dim"))
 
 
 def print_critics(critics: Mapping[str, ArmCritic], console: Console) -> None:
@@ -124,7 +130,7 @@ def _short_title(name: str, k: int) -> str:
 
 
 def _starred(value: Estimate) -> str:
-    return difference(value) + (" " if decision(value) == "open" else "*")
+    return difference(value) + ("*" if decision(value) in ("higher", "lower") else " ")
 
 
 def _colour(value: Estimate) -> str:

@@ -44,12 +44,12 @@ from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build import (
     Built,
-    build_objective,
     check_lengths,
     chunk_tokens,
     max_sequence_length,
 )
 from selfteach.trainer.build_critic import build_critic
+from selfteach.trainer.build_objective import build_objective
 
 HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 """What may be the id of a hub model; anything else (``./x``, ``~/x``, ``a/b/c``) is a folder."""

@@ -30,7 +30,8 @@ from selfteach.commands.inspect.folder import Scorers, write_inspection
 from selfteach.config.critic_section import CriticConfig, PolicyCriticConfig
 from selfteach.config.engine_section import TransformersEngineConfig
 from selfteach.config.objective_section import DistillationConfig
-from selfteach.config.recipe import ContextConfig, DistributedConfig, LiveTeacherConfig, Recipe
+from selfteach.config.recipe import ContextConfig, DistributedConfig, Recipe
+from selfteach.config.teacher_section import LiveTeacherConfig
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context, Critic
@@ -163,7 +164,8 @@ class Collector:
             self._run.save_critiques(f"{name}.000", rollouts, critiques)  # type: ignore[arg-type]
             self._rates.save(f"{self._name}/critique/{critic_key(recipe)}", meter)
 
-        return JournaledCritic(critic, self._run.load_named_critiques(name), save)
+        saved, journal = self._run.load_named_critiques(name), f"{self._run.identity}/{name}"
+        return JournaledCritic(critic, saved, save, journal)
 
     def _bare_critic(self, recipe: Recipe, config: CriticConfig) -> Critic:
         if self._base.critic == config and self._built.components.critic is not None:

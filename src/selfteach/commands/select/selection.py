@@ -20,6 +20,7 @@ from selfteach.config.data_section import FilesData, HubData, SelectConfig
 from selfteach.config.recipe import ContextConfig, Recipe
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
+from selfteach.feedback.critics.reply_cache import buying_for
 from selfteach.protocols import SolvingCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime.atomic_files import read_json, write_json, write_lines, write_text
@@ -222,7 +223,8 @@ def _tally(
     if not config.critic:
         return list(tallies.values())
     if config.critic_test == "solution":
-        return _with_solutions(built, config, list(tallies.values()))
+        with buying_for(f"{run.identity}/{number}.solutions"):
+            return _with_solutions(built, config, list(tallies.values()))
     critiqued = _stored(run, built, number, batch)
     # One rollout of each problem at a time: a problem that is solved needs no further critique.
     for turn in range(config.critic_answers):
@@ -230,7 +232,8 @@ def _tally(
         rollouts = [r for t in undecided for r in wrong.get(t.problem.id, [])[turn : turn + 1]]
         new = [rollout for rollout in rollouts if rollout.key not in critiqued]
         if new:
-            critiqued |= _by_key(verify_and_critique(built.components, new))
+            with buying_for(f"{run.identity}/{number}.{turn}"):
+                critiqued |= _by_key(verify_and_critique(built.components, new))
             run.save_samples(number, [TrainingSample(result) for result in critiqued.values()])
         tallies = _with_critiques(built, tallies, [critiqued[r.key] for r in rollouts])
     return list(tallies.values())

@@ -23,7 +23,7 @@ def gather(study: Study, jobs: Sequence[Job], made: Mapping[str, Any]) -> dict[s
         name: {
             "title": variant.title,
             "seeds": list(variant.seeds),
-            **_setting([job for job in jobs if job.variant == name], study.study.bootstrap),
+            **_setting([job for job in jobs if job.variant == name]),
         }
         for name, variant in study.variants.items()
     }
@@ -34,20 +34,20 @@ def gather(study: Study, jobs: Sequence[Job], made: Mapping[str, Any]) -> dict[s
         "seeds": [int(seed) for seed in seeds],
         "headline": list(study.study.headline),
         "axis": {"label": study.study.axis, "at": study.study.at} if study.study.at else None,
-        **_setting([job for job in jobs if job.variant is None], study.study.bootstrap),
+        **_setting([job for job in jobs if job.variant is None]),
         "variants": variants,
         "made": {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), **made},
     }
 
 
-def _setting(jobs: Sequence[Job], resamples: int) -> dict[str, Any]:
+def _setting(jobs: Sequence[Job]) -> dict[str, Any]:
     """Return arms and paired differences of one setting, the untrained model first."""
     by_arm: dict[str, list[Job]] = {}
     for job in sorted(jobs, key=lambda job: job.arm != BASE):
         by_arm.setdefault(job.arm, []).append(job)
     measurements = {arm: _measurements(arm_jobs) for arm, arm_jobs in by_arm.items()}
     trained = [arm for arm in by_arm if arm != BASE]
-    table = results_table(measurements, pairs(trained), resamples=resamples)
+    table = results_table(measurements, pairs(trained))
     base_avg = table["arms"][BASE]["avg"]["mean"]
     for arm in trained:
         table["arms"][arm]["collapsed"] = _collapsed(table["arms"][arm], base_avg)

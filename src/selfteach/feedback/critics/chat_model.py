@@ -35,6 +35,8 @@ class Reply:
     """False if the text was cut at the token limit."""
     prompt_tokens: int
     completion_tokens: int
+    refusal: str = ""
+    """Why the provider withheld a reply, or a part of it, that was paid for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class NoReply:
     """Describes why there is no reply, after all retries."""
 
     reason: str
+    permanent: bool = False
+    """True if the server refuses this one request for good, and would do so again."""
 
 
 OnReply = Callable[[int, Reply], None]
@@ -75,4 +79,4 @@ def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
 def request_key(identity: str, request: Request) -> str:
     """Return the key of a reply in the reply cache: a hash of model, prompt and sampling parameters."""
     plain = json.dumps([identity, asdict(request)], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(plain.encode()).hexdigest()
+    return hashlib.sha256(plain.encode(errors="surrogatepass")).hexdigest()

@@ -1,92 +1,128 @@
-"""Checks that a served critic is up before anything is spent."""
+"""Checks that a served critic is up and takes the requests of runs, before anything is spent."""
 
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Sequence
 
 import openai
 
 from selfteach.config.critic_section import EndpointConfig
 from selfteach.errors import CriticError
-from selfteach.feedback.critics.endpoint import api_key
+from selfteach.feedback.critics.chat_model import Request
+from selfteach.feedback.critics.completion_reader import is_refusal
+from selfteach.feedback.critics.endpoint import post_completion, redirected, served_api
+from selfteach.runtime.bounded_http import ServedApi, is_too_slow
 
 PATIENCE_S = 10.0
 """A server that has not replied within this time counts as slow, not as down."""
+PROMPT = "Reply with the digit 1 and nothing else."
+"""The cheapest prompt: what is checked is whether the server takes the parameters."""
 
 
 def require_server(config: EndpointConfig) -> None:
-    """Check once that a server is up, serves the model and accepts the key.
+    """Check once that a server is up, serves the model, accepts the key and takes what runs send.
 
-    Requests its list of models; where it has none, or the model is not listed (some servers accept
-    names that they do not list), requests one token. A slow or busy server (timeout, 429, 5xx) passes.
-    Raises `CriticError` in one line.
+    Requests its list of models, and then a reply with all parameters of the run's requests (also those
+    of repeated requests, where a policy is ``retry``). A slow or busy server (time-out, 429, 5xx)
+    passes. Raises `CriticError` in one line, with the server's words.
     """
-    client = openai.OpenAI(
-        base_url=config.base_url,
-        api_key=api_key(config),
-        timeout=min(config.timeout_seconds, PATIENCE_S),
-        max_retries=0,
-    )
-    with client:
-        try:
-            listed = _listed(client, config)
-            if listed is None or config.model not in listed:
-                _request_one_token(client, config, listed)
-        except openai.APITimeoutError:
+    api = served_api(config, min(config.timeout_seconds, PATIENCE_S), retries=0)
+    try:
+        listed = _listed(api, config)
+        for attempt, temperature in _temperatures(config):
+            _request(api, config, listed, attempt, temperature)
+    except _Busy:
+        return
+    except openai.APIConnectionError as error:
+        if is_too_slow(error):
             return
-        except openai.APIConnectionError as error:
-            raise CriticError(
-                f"critic: no server at {config.base_url} "
-                f"({error.__cause__ or error}): start the server, or fix critic.base_url"
-            ) from None
+        raise CriticError(
+            f"critic: no server at {config.base_url} "
+            f"({api.words(error)}): start the server, or fix critic.base_url"
+        ) from None
 
 
-def _listed(client: openai.OpenAI, config: EndpointConfig) -> list[str] | None:
+class _Busy(Exception):
+    """Is raised when the server is up and has no time."""
+
+
+def _temperatures(config: EndpointConfig) -> Sequence[tuple[int, float]]:
+    """Return the attempts of which a run sends requests, with their temperatures."""
+    attempts = [(0, config.temperature)]
+    retries = config.max_attempts > 1 and "retry" in config.on_failure.model_dump().values()
+    # Models with a fixed temperature refuse 0, so a server that takes 0 takes any.
+    if retries and config.parameters.temperature and config.temperature not in (
+        0, config.retry_temperature
+    ):  # fmt: skip
+        attempts.append((1, config.retry_temperature))
+    return attempts
+
+
+def _listed(api: ServedApi, config: EndpointConfig) -> list[str] | None:
     """Return the models that a server lists; None if it has no such list."""
     try:
-        return [str(model.id) for model in client.models.list().data]
+        response = api.call(_get_models(api))
     except openai.APIStatusError as error:
-        _refuse_a_wrong_key(error, config)
-        return [config.model] if _is_busy(error) else None
-    except openai.APIConnectionError:
-        raise
-    except (openai.OpenAIError, AttributeError, TypeError, ValueError):
+        _refuse_a_wrong_key(api, error, config)
+        if _is_busy(error):
+            raise _Busy from None
+        return None
+    try:
+        return [str(card["id"])[:200] for card in json.loads(response)["data"]]
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError):
         return None  # no list of models at that address
 
 
-def _request_one_token(
-    client: openai.OpenAI, config: EndpointConfig, listed: list[str] | None
+async def _get_models(api: ServedApi) -> bytes:
+    return (await api.client.models.with_raw_response.list()).content
+
+
+def _request(
+    api: ServedApi,
+    config: EndpointConfig,
+    listed: list[str] | None,
+    attempt: int,
+    temperature: float,
 ) -> None:
+    request = Request((("user", PROMPT),), temperature, config.max_tokens, attempt)
     try:
-        client.chat.completions.create(
-            model=config.model, messages=[{"role": "user", "content": "1"}], max_tokens=1,
-            extra_body=config.request_extras or None,
-        )  # fmt: skip
+        api.call(post_completion(api, config, request))
     except openai.APIStatusError as error:
-        _refuse_a_wrong_key(error, config)
-        if error.status_code in (404, 405) or (error.status_code == 400 and listed):
+        _refuse_a_wrong_key(api, error, config)
+        status, words = error.status_code, redirected(error) or api.words(error)
+        unknown = listed is not None and config.model not in listed
+        if status in (404, 405) or (status == 400 and unknown and listed):
             raise CriticError(
                 f"critic.model = {config.model!r}: {config.base_url} does not serve it "
-                f"(HTTP {error.status_code}){_hint(config.model, listed)}"
+                f"(HTTP {status}){_hint(config.model, listed)} ({words})"
             ) from None
-    except openai.APIConnectionError:
-        raise
-    except (openai.OpenAIError, ValueError):
-        return  # the content of the reply does not matter here
+        if is_refusal(status, words) or status < 400 or (status < 500 and not _is_busy(error)):
+            raise CriticError(
+                f"critic: {config.base_url} refuses the request that runs send (HTTP {status}: "
+                f"{words}): change that setting, or rename the parameter, or leave it out, in "
+                "[critic.parameters]"
+            ) from None
+        if _is_busy(error):
+            raise _Busy from None
 
 
-def _refuse_a_wrong_key(error: openai.APIStatusError, config: EndpointConfig) -> None:
+def _refuse_a_wrong_key(
+    api: ServedApi, error: openai.APIStatusError, config: EndpointConfig
+) -> None:
     if error.status_code in (401, 403):
         variable = config.api_key_env
         fix = f"the key in {variable} is wrong" if variable else "name a key in critic.api_key_env"
         raise CriticError(
-            f"critic: {config.base_url} denied access (HTTP {error.status_code}): {fix}"
+            f"critic: {config.base_url} denied access (HTTP {error.status_code}): {fix} "
+            f"({api.words(error)})"
         ) from None
 
 
 def _is_busy(error: openai.APIStatusError) -> bool:
     # 501: the server has no list of models.
-    return error.status_code in (408, 409, 429) or (
+    return error.status_code in (408, 409, 425, 429) or (
         error.status_code >= 500 and error.status_code != 501
     )
 

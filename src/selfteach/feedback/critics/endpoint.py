@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import threading
-import weakref
-from collections.abc import AsyncIterator, Sequence
-from urllib.parse import urlsplit
+from collections.abc import Sequence
+from typing import Any
 
 import openai
-from aiolimiter import AsyncLimiter
 
 from selfteach.config.critic_section import EndpointConfig
+from selfteach.config.server_address import split_address
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import NoReply, OnReply, Reply, Request, as_dicts
+from selfteach.feedback.critics.completion_reader import (
+    UnusableBody,
+    clean,
+    is_refusal,
+    read_completion,
+)
+from selfteach.feedback.critics.rate_limit import RateLimit
+from selfteach.runtime.api_keys import read_key, redact
+from selfteach.runtime.bounded_http import ServedApi, is_too_slow
 from selfteach.runtime.futures import active_span
 
 MAX_BODY_BYTES = 2_000_000
@@ -25,175 +30,159 @@ unknown length."""
 EXCERPT_BYTES = 2_000
 """Bytes of such a response that are saved, for a person to see what it was."""
 UNREADABLE_RETRIES = 2
-"""Retries of a request whose reply is no JSON, not a completion, or cut off."""
+"""Retries of a request whose reply is no JSON, not a completion, or a provider's failure."""
 PAUSE_S = 0.2
 """Pause before the first of these retries; each pause is twice the one before."""
-
-
-class _CutOff(Exception):
-    """Is raised when the connection ends before the reply does."""
+BYTES_PER_TOKEN = 4
+"""Of a prompt, to estimate its tokens before the server counts them."""
 
 
 class EndpointModel:
     """Requests replies from a served chat model through OpenAI's client.
 
-    Raises `CriticError` if the API key is missing, or if the URL is malformed or holds credentials.
+    Raises `CriticError` if the API key is missing.
     """
 
     remote = True
 
     def __init__(self, config: EndpointConfig) -> None:
         self._config = config
-        key = api_key(config)
-        # One thread awaits the requests of all callers, so that connections are reused.
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=_run, args=(self._loop,), name="endpoint", daemon=True).start()
+        self._api = served_api(config, config.timeout_seconds, retries=config.http_retries)
         self._slots = asyncio.Semaphore(config.concurrency)
-        rate = config.requests_per_minute
-        self._rate_limit = AsyncLimiter(1, 60 / rate) if rate else None
-        self._client = openai.AsyncOpenAI(
-            base_url=config.base_url,
-            api_key=key,
-            timeout=config.timeout_seconds,
-            max_retries=config.http_retries,
-        )
-        weakref.finalize(self, _shut_down, self._loop, self._client).atexit = False
+        self._requests = RateLimit(config.requests_per_minute)
+        self._tokens = RateLimit(config.tokens_per_minute)
 
     @property
     def identity(self) -> str:
-        """Return model name and extra request parameters; not the address, which may change."""
+        """Return model name and request parameters that change replies; not the address."""
         extra = json.dumps(self._config.request_extras, sort_keys=True)
-        return f"endpoint:{self._config.model}:{extra}"
+        names = self._config.parameters
+        left_out = [name for name in type(names).model_fields if getattr(names, name) is False]
+        return f"endpoint:{self._config.model}:{extra}" + (f":-{left_out}" if left_out else "")
 
     def complete(self, requests: Sequence[Request], on_reply: OnReply) -> list[Reply | NoReply]:
-        """Send all requests concurrently, within the limits; may be called from any thread."""
-        replies = self._complete(requests, on_reply)
-        return asyncio.run_coroutine_threadsafe(replies, self._loop).result()
+        """Send all requests concurrently, within the limits; may be called from any thread.
+
+        If one raises, those in flight end and their replies are stored before the error is raised.
+        """
+        return self._api.call(self._complete(requests, on_reply))
 
     async def _complete(
         self, requests: Sequence[Request], on_reply: OnReply
     ) -> list[Reply | NoReply]:
-        async def one(index: int, request: Request) -> Reply | NoReply:
-            async with self._slots, self._rate_limit or contextlib.nullcontext():
-                with active_span():  # not while it waits for a free slot
-                    reply = await self._request(request)
-                if isinstance(reply, Reply):  # on disk before the next request is sent
-                    await asyncio.to_thread(on_reply, index, reply)
-            return reply
+        errors: list[BaseException] = []
 
-        return await asyncio.gather(*(one(i, r) for i, r in enumerate(requests)))
+        async def one(index: int, request: Request) -> Reply | NoReply:
+            async with self._slots:
+                if errors:
+                    return NoReply("not sent, since another request failed")
+                try:
+                    reply = await self._within_limits(request)
+                    if isinstance(reply, Reply):  # on disk before the next request is sent
+                        await asyncio.to_thread(on_reply, index, reply)
+                    return reply
+                except Exception as error:
+                    errors.append(error)
+                    return NoReply("an error")
+
+        replies = await asyncio.gather(*(one(i, r) for i, r in enumerate(requests)))
+        if errors:
+            raise errors[0]
+        return list(replies)
+
+    async def _within_limits(self, request: Request) -> Reply | NoReply:
+        """Send one request when the limits allow it; its tokens are settled when they are known."""
+        size = sum(len(content.encode(errors="replace")) for _, content in request.messages)
+        estimated = size / BYTES_PER_TOKEN + request.max_tokens
+        await self._requests.acquire(1)
+        await self._tokens.acquire(estimated)
+        with active_span():  # not while it waits for a free slot
+            reply = await self._request(request)
+        used = reply.prompt_tokens + reply.completion_tokens if isinstance(reply, Reply) else 0
+        self._tokens.settle(used - estimated if used else 0)
+        return reply
 
     async def _request(self, request: Request) -> Reply | NoReply:
-        config, reason = self._config, ""
+        reason = ""
         for attempt in range(1 + UNREADABLE_RETRIES):
             try:
                 return await self._send(request)
             except openai.APIStatusError as error:
-                if error.status_code in (401, 403, 404):
-                    raise CriticError(
-                        f"critic: {config.base_url} returned HTTP {error.status_code} for model "
-                        f"{config.model!r}: check critic.model, critic.base_url and the key"
-                    ) from None
-                return NoReply(f"the server returned HTTP {error.status_code}")
-            except (openai.APITimeoutError, TimeoutError):
-                return NoReply(f"no reply within {config.timeout_seconds:g} s")
+                return self._typed(error)
             except openai.APIConnectionError as error:
-                return NoReply(_one_line(f"{config.base_url}: {error.__cause__ or error}"))
-            except _CutOff as error:
-                reason = f"the connection was cut in the middle of a reply: {error.__cause__}"
-            except (openai.OpenAIError, ValueError) as error:
-                reason = f"the reply cannot be parsed: {error}"
+                if is_too_slow(error):
+                    return NoReply(f"no reply within {self._config.timeout_seconds:g} s")
+                return NoReply(f"{self._config.base_url}: {self._api.words(error)}")
+            except (UnusableBody, openai.OpenAIError, ValueError) as error:
+                reason = f"the reply cannot be parsed: {self._api.words(error)}"
             if attempt < UNREADABLE_RETRIES:
                 await asyncio.sleep(PAUSE_S * 2**attempt)
-        return NoReply(_one_line(reason))
+        return NoReply(reason)
 
-    async def _send(self, request: Request) -> Reply:
-        config = self._config
-        create = self._client.chat.completions.with_streaming_response.create
-        async with create(
-            model=config.model,
-            messages=as_dicts(request.messages),  # type: ignore[arg-type]
-            temperature=request.temperature,
-            max_tokens=request.max_tokens,
-            seed=request.attempt,
-            extra_body=config.request_extras or None,
-        ) as response:
-            # The client's timeout is per chunk: without this one a slow reply never times out.
-            async with asyncio.timeout(config.timeout_seconds):
-                body = await _read(response.iter_bytes())
+    def _typed(self, error: openai.APIStatusError) -> NoReply:
+        """Return what an HTTP error means; raises `CriticError` if it holds for every request."""
+        config, status, words = self._config, error.status_code, self._api.words(error)
+        if is_refusal(status, words):
+            return NoReply(f"the server refused the request (HTTP {status}): {words}", True)
+        if status in (401, 403, 404, 405, 410) or 300 <= status < 400:
+            raise CriticError(
+                f"critic: {config.base_url} returned HTTP {status} for model {config.model!r} "
+                f"({redirected(error) or words}): check critic.model, critic.base_url and the key"
+            )
+        return NoReply(f"the server returned HTTP {status}: {words}")
+
+    async def _send(self, request: Request) -> Reply | NoReply:
+        body = await post_completion(self._api, self._config, request)
         if len(body) > MAX_BODY_BYTES:
-            return Reply(body[:EXCERPT_BYTES].decode(errors="replace"), False, 0, 0)
-        return _reply(body)
+            text = body[:EXCERPT_BYTES].decode(errors="replace")
+            return Reply(redact(text, self._api.key), False, 0, 0)
+        reply = read_completion(body)
+        if isinstance(reply, NoReply):
+            return NoReply(self._api.one_line(reply.reason), reply.permanent)
+        return Reply(
+            redact(reply.text, self._api.key), reply.finished, reply.prompt_tokens,
+            reply.completion_tokens, self._api.one_line(reply.refusal),
+        )  # fmt: skip
 
 
-def api_key(config: EndpointConfig) -> str:
-    """Return the server's API key from the environment; "none" if the recipe names no variable.
+def served_api(config: EndpointConfig, timeout_s: float, *, retries: int) -> ServedApi:
+    """Return the client of a critic's server. Raises `CriticError` if its key is missing or no key."""
+    url, query = split_address(config.base_url)
+    key = read_key(config.api_key_env, "critic.api_key_env", CriticError)
+    return ServedApi(
+        url, key, timeout_s=timeout_s, max_bytes=MAX_BODY_BYTES, retries=retries,
+        key_header=config.api_key_header, query=query,
+    )  # fmt: skip
 
-    Raises `CriticError` if the URL is malformed or holds credentials, or if the variable is not set.
+
+async def post_completion(api: ServedApi, config: EndpointConfig, request: Request) -> bytes:
+    """Send one request, as all requests of this critic are sent; return the body of its reply.
+
+    Raises the errors of OpenAI's client.
     """
-    url = urlsplit(config.base_url)
-    if url.scheme not in ("http", "https") or not url.netloc:
-        raise CriticError(
-            f"critic.base_url = {config.base_url!r}: write it like http://localhost:8000/v1"
-        )
-    if url.username or url.password or url.query:
-        raise CriticError(
-            "critic.base_url holds credentials, which would be written into the run: "
-            "put the key into an environment variable and name it in critic.api_key_env"
-        )
-    if config.api_key_env is None:
-        return "none"
-    if not (key := os.environ.get(config.api_key_env, "")):
-        raise CriticError(
-            f"critic.api_key_env: the environment variable {config.api_key_env} is not set"
-        )
-    return key
+    body = request_body(config, request)
+    response = await api.client.chat.completions.with_raw_response.create(
+        model=body.pop("model"), messages=body.pop("messages"), extra_body=body
+    )
+    return response.content
 
 
-async def _read(chunks: AsyncIterator[bytes]) -> bytes:
-    """Read a whole body, or a little more than `MAX_BODY_BYTES` of it. Raises `_CutOff`."""
-    body = bytearray()
-    try:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                break
-    except Exception as error:  # the type depends on the client's transport and its version
-        raise _CutOff from error
-    return bytes(body)
+def request_body(config: EndpointConfig, request: Request) -> dict[str, Any]:
+    """Return the body of a request, its parameters named as the server knows them."""
+    names, values = config.parameters, {}
+    for name, value in (
+        ("temperature", request.temperature),
+        ("max_tokens", request.max_tokens),
+        ("seed", request.attempt),
+    ):
+        if (parameter := getattr(names, name)) is not False:
+            values[parameter] = value
+    messages = [{**m, "content": clean(m["content"])} for m in as_dicts(request.messages)]
+    return {"model": config.model, "messages": messages, **values, **config.request_extras}
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """Run a thread's event loop until it is stopped, then once more to run the callbacks of closing."""
-    loop.run_forever()
-    loop.run_until_complete(asyncio.sleep(0))
-    loop.close()
-
-
-def _shut_down(loop: asyncio.AbstractEventLoop, client: openai.AsyncOpenAI) -> None:
-    """Close the connections and end the thread of a model that was garbage-collected."""
-
-    async def close() -> None:
-        await client.close()
-        loop.stop()
-
-    asyncio.run_coroutine_threadsafe(close(), loop)
-
-
-def _reply(body: bytes) -> Reply:
-    """Parse the first choice of a chat completion. Raises ValueError if the body is none."""
-    try:
-        completion = json.loads(body)
-        choice, usage = completion["choices"][0], completion.get("usage") or {}
-        text, finished = choice["message"].get("content"), choice.get("finish_reason") != "length"
-        prompt_tokens, completion_tokens = (
-            int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")
-        )
-        text = "" if text is None else str(text)
-        return Reply(text, finished, prompt_tokens, completion_tokens)
-    except (AttributeError, IndexError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"not a chat completion: {error!r}") from None
-
-
-def _one_line(reason: str) -> str:
-    return " ".join(reason.split())[:200]
+def redirected(error: openai.APIStatusError) -> str:
+    """Return where a server sends its clients; empty if it does not."""
+    if not 300 <= error.status_code < 400:
+        return ""
+    return f"it redirects to {error.response.headers.get('location', 'nowhere')[:200]}"

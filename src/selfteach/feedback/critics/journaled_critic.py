@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from selfteach.feedback.critics.reply_cache import buying_for
 from selfteach.protocols import Critic
 from selfteach.types import Critique, CritiqueFailure, Rollout, Verdict
 
@@ -16,7 +17,8 @@ class JournaledCritic:
 
     ``saved`` are the critiques of an earlier attempt by `Rollout.key`. A batch of which all critiques
     are saved is not given to the critic; any other is critiqued as a whole, so that a resumed run
-    sends the critic the same batches.
+    sends the critic the same batches. ``journal`` names the place where they are saved: replies bought
+    for it before a kill, whose critiques were not saved, are counted as paid when it is filled.
     """
 
     def __init__(
@@ -24,8 +26,10 @@ class JournaledCritic:
         critic: Critic,
         saved: Mapping[tuple[str, int], Critique | CritiqueFailure | None],
         save: Save | None = None,
+        journal: str = "",
     ) -> None:
         self._critic, self._saved, self._save = critic, saved, save
+        self._journal = journal
 
     def __call__(
         self, judged: Sequence[tuple[Rollout, Verdict]]
@@ -35,7 +39,8 @@ class JournaledCritic:
         saved = [self._saved.get(rollout.key) for rollout in rollouts]
         if all(critique is not None for critique in saved):
             return [critique for critique in saved if critique is not None]
-        critiques = self._critic(judged)
+        with buying_for(self._journal):
+            critiques = self._critic(judged)
         if self._save is not None:
             self._save(rollouts, critiques)
         return critiques

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from selfteach.config.critic_section import EndpointConfig, LlmCriticConfig
-from selfteach.errors import CriticError
+from selfteach.errors import CriticError, SelfteachError
 from selfteach.feedback.critics.chat_model import NoReply, Reply, Request
 from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.reply_cache import CachedModel
@@ -67,12 +67,7 @@ class LlmCritic:
             if not pending:
                 break
         for critique in critiques.values():
-            if self._policy(critique) == "stop":
-                assert isinstance(critique, CritiqueFailure)
-                raise CriticError(
-                    f"critic: {critique.reason}: {critique.detail}; replies so far are in the reply "
-                    "cache, and selfteach resume requests only the rest"
-                )
+            self._stop_if_required(critique)
         return [critiques[index] for index in range(len(judged))]
 
     def solve(self, problems: Sequence[Problem]) -> list[CriticSolution]:
@@ -87,7 +82,10 @@ class LlmCritic:
         solutions = []
         for reply, cached in self._model.complete(requests):
             text = None
-            if isinstance(reply, Reply) and reply.finished:
+            if isinstance(reply, NoReply) and not reply.permanent:
+                # Without its solution a critique would be another one than that of a later attempt.
+                self._stop_if_required(CritiqueFailure("unavailable", reply.reason))
+            if isinstance(reply, Reply) and reply.finished and not reply.refusal:
                 unescaped = self._escaper.unescape(reply.text) if self._escaper else reply.text
                 text = split_thinking(unescaped)[1].strip() or None
             solutions.append(CriticSolution(text, self._usage(reply, cached)))
@@ -100,6 +98,14 @@ class LlmCritic:
         if self._config.sees_reference:
             return [CriticSolution(problem.references.get("reference")) for problem in problems]
         return [CriticSolution(None)] * len(problems)
+
+    def _stop_if_required(self, critique: Critique | CritiqueFailure) -> None:
+        """Raise `CriticError` for a failure whose policy is ``stop``."""
+        if isinstance(critique, CritiqueFailure) and self._policy(critique) == "stop":
+            raise CriticError(
+                f"critic: {critique.reason}: {critique.detail}; replies so far are in the reply "
+                "cache, and selfteach resume requests only the rest"
+            )
 
     def _messages(self, rendered: Sequence[Message]) -> tuple[tuple[str, str], ...]:
         escape = self._escaper.escape if self._escaper else str
@@ -131,9 +137,20 @@ class LlmCritic:
         self, reply: Reply | NoReply, rollout: Rollout, verdict: Verdict
     ) -> Critique | CritiqueFailure:
         if isinstance(reply, NoReply):
-            return CritiqueFailure("unavailable", reply.reason)
+            return CritiqueFailure("refused" if reply.permanent else "unavailable", reply.reason)
         text = self._escaper.unescape(reply.text) if self._escaper else reply.text
-        critique = self._parser(text, rollout, verdict, finished=reply.finished)
+        if reply.refusal:
+            return CritiqueFailure("refused", reply.refusal, reply=text[:EXCERPT])
+        try:
+            critique = self._parser(text, rollout, verdict, finished=reply.finished)
+        except SelfteachError:
+            raise
+        except (
+            Exception
+        ) as error:  # a reply is data: no text may end a run, and each of its resumes
+            critique = CritiqueFailure(
+                "malformed", f"it cannot be parsed: {type(error).__name__}: {error}"[:EXCERPT]
+            )
         if isinstance(critique, Critique):
             return critique
         return replace(critique, reply=text[:EXCERPT])

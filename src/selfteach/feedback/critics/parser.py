@@ -26,7 +26,7 @@ from selfteach.types import (
 
 CASE = re.compile(r"<case>[^<]*</case>")
 """The letter that the prompt requests; it is ignored, since the case follows from the steps."""
-NUMBERED = re.compile(r"<step_(\d{1,9})>")
+NUMBERED = re.compile(r"<step_(\d+)>")
 MAX_COMPARED_WORDS = 200
 """Words of each of two steps that are compared; the time grows with the third power of it."""
 
@@ -159,10 +159,12 @@ def _shortened(text: str) -> str:
 
 def _misnumbered(text: str) -> str | None:
     """Return what is wrong with the numbers of tagged steps; None without tags or errors."""
-    numbers = [int(number) for number in NUMBERED.findall(text)]
+    written = NUMBERED.findall(text)
+    # Python converts no number of more than 4,300 digits, and no trace has a billion steps.
+    numbers = [int(number) if len(number) < 10 else -1 for number in written]
     if numbers == list(range(1, len(numbers) + 1)):
         return None
-    return f"steps are numbered {', '.join(map(str, numbers[:12]))}"
+    return f"steps are numbered {', '.join(map(_shortened, written[:12]))}"
 
 
 def _failure(kind: CritiqueFailureKind, detail: str, answer: str | None = None) -> CritiqueFailure:

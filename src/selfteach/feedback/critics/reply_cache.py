@@ -1,27 +1,37 @@
 """Caches replies on disk before they are used, so that the same request is never paid for twice.
 
 One SQLite file serves any number of runs and processes. If another process has sent the same request
-and has no reply yet, this one waits for that reply instead of sending the request again.
+and has no reply yet, this one waits for that reply instead of sending the request again: the request
+is claimed, and a claim holds for as long as there is evidence that its owner lives (`claim_owner`).
+
+The file also says for whom a reply was bought, so that each is counted as paid exactly once: by its
+buyer, also when the buyer was killed before it could count.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import sqlite3
+import threading
 import time
+import uuid
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import ChatModel, NoReply, Reply, Request, request_key
+from selfteach.feedback.critics.claim_owner import ClaimOwner, has_ended
 
-CLAIM_S = 3600.0
-"""A claim that this process has seen unchanged for so long can be taken over. It is measured with the
-waiting process's monotonic clock: the clocks of two machines may differ by hours."""
+LEASE_S = 120.0
+"""A claim that was not renewed for so long can be taken over. It is measured with the waiting process's
+monotonic clock: the clocks of two machines may differ by hours."""
+RENEWAL_S = 5.0
+"""Seconds between renewals of this process's claims."""
 POLL_S = 0.2
 """Seconds between checks for a reply that another process is waiting for."""
 
@@ -31,10 +41,30 @@ CREATE TABLE IF NOT EXISTS replies (
     finished INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
     created REAL NOT NULL
 );
-CREATE TABLE IF NOT EXISTS claims (
-    key TEXT PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, since REAL NOT NULL
+CREATE TABLE IF NOT EXISTS purchases (
+    key TEXT PRIMARY KEY, buyer TEXT NOT NULL, refusal TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS leases (
+    key TEXT PRIMARY KEY, owner TEXT NOT NULL, kernel TEXT NOT NULL, renewals INTEGER NOT NULL
 );
 """
+# Earlier versions, which may share the file, write eight columns of `replies`: the rest is elsewhere.
+
+_BUYER: ContextVar[str] = ContextVar("buyer", default="")
+
+
+@contextmanager
+def buying_for(buyer: str) -> Iterator[None]:
+    """Buy replies in the name of a piece of work that is repeated if it is killed, like one batch.
+
+    A reply that was bought in this name before counts as paid again: the work that bought it has not
+    counted it, or it would not be repeated.
+    """
+    token = _BUYER.set(buyer)
+    try:
+        yield
+    finally:
+        _BUYER.reset(token)
 
 
 def default_path() -> Path:
@@ -48,70 +78,119 @@ class ReplyCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._first_seen: dict[tuple[str, str, int, float], float] = {}
+        self._owners = path.with_name(f"{path.name}.owners")
+        self._owner: ClaimOwner | None = None
+        self._owner_lock = threading.Lock()
+        self._seen: dict[str, tuple[str, int, float]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._open() as database:
-                database.executescript(SCHEMA)
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise CriticError(f"critic.reply_cache = {str(path)!r}: {error}") from None
+        with self._open() as database:
+            database.executescript(SCHEMA)
 
     def get(self, key: str) -> Reply | None:
         """Return the reply of a key, or None."""
-        columns = "text, finished, prompt_tokens, completion_tokens"
+        bought = self.bought(key)
+        return None if bought is None else bought[0]
+
+    def bought(self, key: str) -> tuple[Reply, str] | None:
+        """Return the reply of a key and its buyer, or None; replies of earlier versions have none."""
+        columns = "text, finished, prompt_tokens, completion_tokens, refusal, buyer"
         with self._open() as database:
             row = database.execute(
-                f"SELECT {columns} FROM replies WHERE key = ?", (key,)
+                f"SELECT {columns} FROM replies LEFT JOIN purchases USING (key) WHERE key = ?",
+                (key,),
             ).fetchone()
-        return None if row is None else Reply(row[0], bool(row[1]), row[2], row[3])
+        if row is None:
+            return None
+        return Reply(row[0], bool(row[1]), row[2], row[3], row[4] or ""), row[5] or ""
 
-    def put(self, key: str, model: str, request: Request, reply: Reply) -> None:
+    def put(self, key: str, model: str, request: Request, reply: Reply, buyer: str = "") -> None:
         """Save a reply and release the claim on it."""
         row = (
-            key, model, json.dumps(asdict(request), ensure_ascii=False), reply.text,
+            key, model, json.dumps(asdict(request), ensure_ascii=True), reply.text,
             int(reply.finished), reply.prompt_tokens, reply.completion_tokens, time.time(),
         )  # fmt: skip
         with self._open() as database:
+            database.execute("BEGIN IMMEDIATE")
             database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-            database.execute("DELETE FROM claims WHERE key = ?", (key,))
+            purchase = (key, buyer, reply.refusal)
+            database.execute("INSERT OR REPLACE INTO purchases VALUES (?, ?, ?)", purchase)
+            database.execute("DELETE FROM leases WHERE key = ?", (key,))
 
     def claim(self, key: str) -> bool:
         """Return True if this process may send the request: no reply, and no other process waits."""
-        claim = (key, socket.gethostname(), os.getpid(), time.time())
+        owner = self._this_owner()
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
             holder = database.execute(
-                "SELECT host, pid, since FROM claims WHERE key = ?", (key,)
+                "SELECT owner, kernel, renewals FROM leases WHERE key = ?", (key,)
             ).fetchone()
             if holder is not None and self._may_reply(key, *holder):
                 return False
             # Another process may have got its reply since this one looked for it.
             if database.execute("SELECT 1 FROM replies WHERE key = ?", (key,)).fetchone():
                 return False
-            database.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", claim)
+            lease = (key, owner.id, owner.kernel, 0)
+            database.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)", lease)
         return True
 
     def release(self, keys: Sequence[str]) -> None:
-        """Release the claims on requests that got no reply."""
+        """Release this process's claims on requests that got no reply."""
+        owner = self._this_owner().id
         with self._open() as database:
-            database.executemany("DELETE FROM claims WHERE key = ?", [(key,) for key in keys])
+            database.executemany(
+                "DELETE FROM leases WHERE key = ? AND owner = ?", [(key, owner) for key in keys]
+            )
 
-    def _may_reply(self, key: str, host: str, pid: int, since: float) -> bool:
-        """Return True if the process that claimed a request may still get its reply."""
-        now = time.monotonic()
-        if now - self._first_seen.setdefault((key, host, pid, since), now) > CLAIM_S:
-            return False
-        return host != socket.gethostname() or _runs(pid)
+    def renew(self) -> None:
+        """Renew all claims of this process."""
+        if self._owner is not None:
+            with self._open() as database:
+                database.execute(
+                    "UPDATE leases SET renewals = renewals + 1 WHERE owner = ?", (self._owner.id,)
+                )
+
+    def _may_reply(self, key: str, owner: str, kernel: str, renewals: int) -> bool:
+        """Return True unless there is evidence that the process that claimed a request has ended."""
+        now, seen = time.monotonic(), self._seen.get(key)
+        if seen is None or seen[:2] != (owner, renewals):
+            seen = self._seen[key] = (owner, renewals, now)
+        if now - seen[2] <= LEASE_S and not has_ended(self._owners, owner, kernel):
+            return True
+        self._seen.pop(key, None)
+        return False
+
+    def _this_owner(self) -> ClaimOwner:
+        """Return the owner of this process's claims; a forked child has another than its parent."""
+        with self._owner_lock:
+            if self._owner is None or self._owner.pid != os.getpid():
+                self._owner = ClaimOwner(self._owners)
+                alive = threading.Event()
+                weakref.finalize(self._owner, alive.set)
+                work = (weakref.ref(self), self._owner.id, alive)
+                threading.Thread(target=_keep_renewed, args=work, name="lease", daemon=True).start()
+            return self._owner
+
+    def owned_by(self, owner: str) -> bool:
+        """Return True if this is the owner of this process's claims."""
+        return self._owner is not None and self._owner.id == owner
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         # One connection per use: they must not cross threads or forks, and replies are rare.
-        with (
-            closing(sqlite3.connect(self._path, timeout=60.0, isolation_level=None)) as database,
-            database,
-        ):
-            database.execute("PRAGMA synchronous = FULL")
-            yield database
+        try:
+            with (
+                closing(
+                    sqlite3.connect(self._path, timeout=60.0, isolation_level=None)
+                ) as database,
+                database,
+            ):
+                database.execute("PRAGMA synchronous = FULL")
+                yield database
+        except (sqlite3.Error, OverflowError) as error:
+            raise CriticError(f"critic.reply_cache = {str(self._path)!r}: {error}") from None
 
 
 class CachedModel:
@@ -124,20 +203,20 @@ class CachedModel:
     def complete(self, requests: Sequence[Request]) -> list[tuple[Reply | NoReply, bool]]:
         """Return a reply per request, or why there is none, and whether it cost nothing.
 
-        A reply costs nothing if it came from the cache or if the same request occurs earlier in the
-        list.
+        A reply costs nothing if it was bought for other work (`buying_for`), or if the same request
+        occurs earlier in the list.
         """
-        identity = self._model.identity
+        identity, buyer = self._model.identity, _BUYER.get() or uuid.uuid4().hex
         keys = [request_key(identity, request) for request in requests]
         replies: dict[str, tuple[Reply | NoReply, bool]] = {}
         pending = dict(zip(keys, requests, strict=True))  # the same request twice is one
         while pending:
             for key in list(pending):
-                if (reply := self._cache.get(key)) is not None:
-                    replies[key] = (reply, True)
+                if (bought := self._cache.bought(key)) is not None:
+                    replies[key] = (bought[0], bought[1] != buyer)
                     del pending[key]
             claimed = [key for key in pending if self._cache.claim(key)]
-            sent = self._send([pending[key] for key in claimed], claimed)
+            sent = self._send([pending[key] for key in claimed], claimed, buyer)
             for key, reply in zip(claimed, sent, strict=True):
                 replies[key] = (reply, False)
                 del pending[key]
@@ -149,13 +228,15 @@ class CachedModel:
             replies[key] = (replies[key][0], True)  # a repeated request is paid for once
         return in_order
 
-    def _send(self, requests: Sequence[Request], keys: Sequence[str]) -> list[Reply | NoReply]:
+    def _send(
+        self, requests: Sequence[Request], keys: Sequence[str], buyer: str
+    ) -> list[Reply | NoReply]:
         if not requests:
             return []
         identity = self._model.identity
 
         def save(index: int, reply: Reply) -> None:
-            self._cache.put(keys[index], identity, requests[index], reply)
+            self._cache.put(keys[index], identity, requests[index], reply, buyer)
 
         try:
             return self._model.complete(requests, save)
@@ -163,11 +244,14 @@ class CachedModel:
             self._cache.release(keys)
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _keep_renewed(
+    cache: weakref.ReferenceType[ReplyCache], owner: str, ended: threading.Event
+) -> None:
+    """Renew the claims of an owner until it, or its cache, is used no more."""
+    while not ended.wait(RENEWAL_S):
+        held = cache()
+        if held is None or not held.owned_by(owner):
+            return
+        with suppress(CriticError):  # locked for long, or a full disk: the next renewal may work
+            held.renew()
+        del held

@@ -59,7 +59,7 @@ def _require_model(
     try:
         cards: list[dict[str, Any]] = http.get("/v1/models")["data"]
         served = {str(card["id"]): card.get("max_model_len") for card in cards}
-    except (NotFound, KeyError, TypeError):
+    except (NotFound, AttributeError, KeyError, TypeError, ValueError):
         raise EngineError(f"engine: the server at {config.url} is not vLLM") from None
     if config.model not in served:
         close = difflib.get_close_matches(config.model, list(served), n=1, cutoff=0.5)
@@ -68,7 +68,7 @@ def _require_model(
             f"engine.model = {config.model!r}: {config.url} does not serve it; {hint}"
         )
     context = served[config.model]
-    if context is not None and context <= requirements.max_tokens:
+    if isinstance(context, int) and context <= requirements.max_tokens:
         raise EngineError(
             f"engine: {config.url} has a context of {context} tokens, which is no more than a rollout "
             f"of {requirements.max_tokens} (sampling.max_tokens): start it with a larger "
@@ -82,7 +82,7 @@ def _require_tokenizer(
     body = {"model": config.model, "prompt": TEXT, "add_special_tokens": False}
     try:
         server_ids = list(http.post("/tokenize", body, transient_5xx=True)["tokens"])
-    except NotFound:
+    except (NotFound, KeyError, TypeError):
         return  # started without a tokenizer: the weight check decides
     if server_ids != list(requirements.encode(TEXT)):
         raise EngineError(

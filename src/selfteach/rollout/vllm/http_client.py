@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import openai
 
 from selfteach.config.engine_section import VllmServerConfig
+from selfteach.config.server_address import split_address
 from selfteach.errors import EngineError
 from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
+from selfteach.runtime.api_keys import read_key
+from selfteach.runtime.bounded_http import ServedApi, is_too_slow
 
 BUSY = (408, 409, 429)
 """Statuses of a server that may accept the same request soon after."""
+MAX_BODY_BYTES = 64_000_000
+"""A longer response is no completion: one of 500,000 tokens with their log-probabilities is shorter."""
 
 
 class HttpClient:
     """Wraps OpenAI's client, for addresses beyond OpenAI's API too.
 
-    Raises `EngineError` when built if the environment variable of the API key is not set.
+    Raises `EngineError` when built if the environment variable of the API key holds none.
     """
 
     def __init__(self, config: VllmServerConfig, timeout_s: float | None = None) -> None:
         self.url, self._key_env = config.url, config.api_key_env
         self._timeout_s = timeout_s or config.timeout_seconds
-        self._client = openai.OpenAI(
-            base_url=config.url, api_key=_key(config), timeout=self._timeout_s, max_retries=0
+        key = read_key(config.api_key_env, "engine.api_key_env", EngineError)
+        address, query = split_address(config.url)
+        self._api = ServedApi(
+            address, key, timeout_s=self._timeout_s, max_bytes=MAX_BODY_BYTES, query=query
         )
 
     def get(self, path: str) -> Any:
@@ -44,54 +51,39 @@ class HttpClient:
 
     def _request(self, path: str, body: Mapping[str, Any] | None, *, transient_5xx: bool) -> Any:
         try:
-            if body is None:
-                return self._client.get(path, cast_to=object)
-            return self._client.post(path, cast_to=object, body=dict(body))
-        except openai.APITimeoutError:
-            raise EngineUnavailable(f"no reply within {self._timeout_s:g} s") from None
+            return json.loads(self._api.call(self._exchange(path, body)))
         except openai.APIConnectionError as error:
-            raise EngineUnavailable(_one_line(str(error.__cause__ or error))) from None
+            if is_too_slow(error):
+                raise EngineUnavailable(f"no reply within {self._timeout_s:g} s") from None
+            raise EngineUnavailable(self._api.words(error)) from None
         except openai.APIStatusError as error:
-            message = _one_line(_message(error))
-            if error.status_code in (401, 403):
-                fix = (
-                    f"the key in {self._key_env} is wrong"
-                    if self._key_env
-                    else "an API key is needed"
-                )
-                raise EngineError(f"engine: {self.url}: {fix} (engine.api_key_env)") from None
-            if error.status_code == 404:
-                raise NotFound(f"engine: {self.url}{path}: {message}") from None
-            if error.status_code in BUSY or (transient_5xx and error.status_code >= 500):
-                raise EngineUnavailable(message) from None
-            raise EngineError(f"engine: {self.url}{path} rejected the request: {message}") from None
-        except (openai.OpenAIError, ValueError) as error:
-            raise EngineUnavailable(_one_line(f"the reply cannot be parsed: {error}")) from None
+            raise self._typed(error, path, transient_5xx=transient_5xx) from None
+        except (openai.OpenAIError, ValueError, RecursionError) as error:
+            reason = f"the reply cannot be parsed: {self._api.words(error)}"
+            raise EngineUnavailable(reason) from None
+
+    async def _exchange(self, path: str, body: Mapping[str, Any] | None) -> str:
+        client = self._api.client
+        if body is None:
+            return await client.get(path, cast_to=str)
+        return await client.post(path, cast_to=str, body=dict(body))
+
+    def _typed(
+        self, error: openai.APIStatusError, path: str, *, transient_5xx: bool
+    ) -> EngineError | EngineUnavailable:
+        """Return the error of ours that a status means, with the server's words."""
+        status = error.status_code
+        message = f"{status}, {self._api.words(error) or 'no message'}"
+        if status in (401, 403):
+            key_env = self._key_env
+            fix = f"the key in {key_env} is wrong" if key_env else "an API key is needed"
+            return EngineError(f"engine: {self.url}: {fix} (engine.api_key_env)")
+        if status == 404:
+            return NotFound(f"engine: {self.url}{path}: {message}")
+        if status in BUSY or (transient_5xx and status >= 500):
+            return EngineUnavailable(message)
+        return EngineError(f"engine: {self.url}{path} rejected the request: {message}")
 
 
 class NotFound(EngineError):
     """Is raised when the server does not have this address, model or adapter."""
-
-
-def _key(config: VllmServerConfig) -> str:
-    if "@" in config.url:
-        raise EngineError(
-            "engine.url holds a key, which would be written into the run: put it into an environment "
-            "variable and name that in engine.api_key_env"
-        )
-    if config.api_key_env is None:
-        return "none"
-    if not (key := os.environ.get(config.api_key_env, "")):
-        raise EngineError(
-            f"engine.api_key_env: the environment variable {config.api_key_env} is not set"
-        )
-    return key
-
-
-def _message(error: openai.APIStatusError) -> str:
-    body = error.body if isinstance(error.body, Mapping) else {}
-    return f"{error.status_code}, {body.get('message') or error.response.text or 'no message'}"
-
-
-def _one_line(reason: str) -> str:
-    return " ".join(reason.split())[:240]

@@ -7,9 +7,12 @@ it, each reply repeats it. Full weights are reloaded from a folder (developer mo
 
 from __future__ import annotations
 
+import math
+import operator
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +32,8 @@ TOP_LOGPROBS = 20
 """vLLM returns no more unless its server was started with a higher limit."""
 INITIAL_WEIGHT_VERSION = "default"
 """vLLM's label of the weights that it was started with."""
+FAILED = ("abort", "error")
+"""Values of ``finish_reason`` of a request that the server did not finish."""
 CACHE_RESET_ATTEMPTS = 3
 """A reset of the prefix cache is refused while a request is just ending."""
 FULL_DISTRIBUTION: Mapping[str, Any] = {
@@ -73,10 +78,12 @@ class VllmServer:
         self._set_weight_version(_loading(label))
         reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         self._http.post("/collective_rpc", reload)
-        if not any(
-            self._http.post("/reset_prefix_cache", {})["success"]
-            for _ in range(CACHE_RESET_ATTEMPTS)
-        ):
+        with _well_formed():
+            emptied = any(
+                self._http.post("/reset_prefix_cache", {})["success"]
+                for _ in range(CACHE_RESET_ATTEMPTS)
+            )
+        if not emptied:
             raise EngineError(
                 f"engine: {self.name} does not empty its prefix cache, which the old weights filled: "
                 "another run uses it; give each run its own engine"
@@ -87,7 +94,8 @@ class VllmServer:
         """Return ``expected`` if it is a loaded adapter; with full weights, their version."""
         if self._weight_folder.holds_adapters:
             return expected if expected in self._model_names() else None
-        label = str(self._http.get("/weight_info")["weight_version"])
+        with _well_formed():
+            label = str(self._http.get("/weight_info")["weight_version"])
         return None if label in (INITIAL_WEIGHT_VERSION, _loading(expected)) else label
 
     def complete(
@@ -109,12 +117,18 @@ class VllmServer:
         """Return the log-probabilities of the twenty most likely first tokens, by id."""
         extra = {"logprobs": TOP_LOGPROBS, "return_tokens_as_token_ids": True}
         choice = self._post(request, label, extra)
-        logprobs: Mapping[str, float] = choice["logprobs"]["top_logprobs"][0]
-        return {int(token.removeprefix("token_id:")): logp for token, logp in logprobs.items()}
+        with _well_formed():
+            logprobs: Mapping[str, float] = choice["logprobs"]["top_logprobs"][0]
+            return {int(name.removeprefix("token_id:")): float(p) for name, p in logprobs.items()}
 
     def _complete_one(self, request: CompletionRequest, label: str) -> Completion:
         choice = self._post(request, label, {"logprobs": 0})
-        return Completion(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
+        with _well_formed():
+            ids = tuple(operator.index(i) for i in choice["token_ids"])
+            logps = tuple(float(logp) for logp in choice["logprobs"]["token_logprobs"])
+            if len(ids) != len(logps) or not all(map(math.isfinite, logps)) or min(ids) < 0:
+                raise ValueError("token ids and log-probabilities that do not match")
+            return Completion(ids, logps)
 
     def _post(
         self, request: CompletionRequest, label: str, extra: Mapping[str, Any]
@@ -132,12 +146,11 @@ class VllmServer:
             if self._weight_folder.holds_adapters:  # it was loaded a moment ago
                 raise EngineUnavailable(str(error)) from None
             raise
-        try:
+        with _well_formed():
             (choice,), replying_model = reply["choices"], reply["model"]
-        except (KeyError, TypeError, ValueError):
-            raise EngineUnavailable("a reply that is no completion") from None
-        if choice.get("finish_reason") == "abort":
-            raise EngineUnavailable("it aborted a request")
+            finish = choice.get("finish_reason")
+        if finish in FAILED:
+            raise EngineUnavailable(f"it ended a request with finish_reason {finish!r}")
         if replying_model != model:
             raise EngineError(
                 f"engine: {self.name} is stale: {replying_model!r} replied to a request for {model!r}"
@@ -158,10 +171,21 @@ class VllmServer:
         self._http.post("/v1/load_lora_adapter", {"lora_name": label, "lora_path": path})
 
     def _model_names(self) -> list[str]:
-        return [str(card["id"]) for card in self._http.get("/v1/models")["data"]]
+        with _well_formed():
+            return [str(card["id"]) for card in self._http.get("/v1/models")["data"]]
 
     def _set_weight_version(self, label: str) -> None:
         self._http.post("/update_weight_version", {"new_version": label})
+
+
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    """Raise `EngineUnavailable`, after which it is asked again, for a reply of another form."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+        name = type(error).__name__
+        raise EngineUnavailable(f"a reply that is not vLLM's ({name}: {error})"[:200]) from None
 
 
 def _loading(label: str) -> str:
