@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from selfteach.errors import DataError
+from selfteach.runtime.api_keys import child_environment
 
 TIMED_OUT = {"error": "timed out", "timed_out": True}
 """The reply to a request that no worker answered."""
@@ -29,13 +30,6 @@ ATTEMPTS = 2
 """Workers that try a comparison before it counts as timed out: a stall is not the answer's fault."""
 START_S = 120.0
 """Time limit for importing sympy or reasoning-gym before the first comparison, in seconds."""
-ENVIRONMENT = frozenset(
-    {
-        "PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
-        "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "SYSTEMROOT",
-    }
-)  # fmt: skip
-"""Environment variables that the worker gets: no keys, since scorers may evaluate an answer."""
 
 
 class VerifierProcess:
@@ -124,7 +118,7 @@ class VerifierProcess:
         process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER), str(self._timeout_s), str(reader)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={k: v for k, v in os.environ.items() if k in ENVIRONMENT} | {"OMP_NUM_THREADS": "1"},
+            env=child_environment(OMP_NUM_THREADS="1"),
             start_new_session=True,  # Ctrl-C goes to the parent; the worker ends with its pipe
             pass_fds=(reader,),
         )  # fmt: skip
