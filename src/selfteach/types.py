@@ -110,6 +110,8 @@ class Verdict:
     feedback: str | None = None
     """The environment's message about a wrong answer, without the right one; None for a right answer or
     an environment without messages."""
+    timed_out: bool = False
+    """True if the verifier gave up on the comparison, which then counts as wrong."""
 
     @classmethod
     def of_final(cls, correct: bool, parsed: str | None) -> Verdict:
@@ -215,7 +217,7 @@ class FirstChange:
     token: int | None
     """Index of the first token that is not repeated; None if all are."""
     fidelity: float
-    """Share of the rollout's tokens before that token, from 0 to 1; 1 if all are repeated."""
+    """Share of the answer's tokens (without the thought) before that token; 1 if all are repeated."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,21 +12,49 @@ from selfteach.types import Critique, CritiquedRollout, FirstChange
 def first_change(
     critiqued: CritiquedRollout, spans: Sequence[Span], token_ends: Sequence[int]
 ) -> FirstChange | None:
-    """Return where a rollout's first changed step begins to differ from its critique.
+    """Return where a rollout begins to differ from its critique.
 
-    ``spans`` are as in `changed_steps`; ``token_ends`` holds the end of each of the rollout's tokens as
-    an offset into its text. None without a critique.
+    That is in the first changed step, or where the rollout says something outside its steps, which no
+    critique repeats: all of an answer without steps. A thought is not shown to a critic, so its tokens
+    do not count. ``spans`` are as in `changed_steps`; ``token_ends`` holds the end of each of the
+    rollout's tokens as an offset into its text. None without a critique.
     """
     if not isinstance(critiqued.critique, Critique):
         return None
-    text = critiqued.rollout.text
-    for index, replacement in changed_steps(critiqued, spans):
-        span, step = spans[index], content(text, spans[index])
-        begin = text.index(step, span[0]) if step else span[0]
-        changed_at = begin + _common_length(step, replacement) if replacement else span[0]
-        token = min(bisect_right(token_ends, changed_at), len(token_ends) - 1)
-        return FirstChange(index, token, token / len(token_ends))
-    return FirstChange(None, None, 1.0)
+    changes = (
+        (index, _changed_at(critiqued.rollout.text, spans[index], replacement))
+        for index, replacement in changed_steps(critiqued, spans)
+    )
+    places = [next(changes, None), _outside_steps(critiqued.rollout.text, spans)]
+    begun = bisect_right(token_ends, 0)
+    if not any(places):
+        return FirstChange(None, None, 1.0)
+    step, changed_at = min((p for p in places if p is not None), key=lambda place: place[1])
+    token = min(bisect_right(token_ends, changed_at), len(token_ends) - 1)
+    fidelity = max(0, token - begun) / max(1, len(token_ends) - begun)
+    return FirstChange(step, token, fidelity)
+
+
+def _changed_at(text: str, span: Span, replacement: str) -> int:
+    """Return the first character of a step that differs from what the critique has in its place."""
+    step = content(text, span)
+    if not replacement:
+        return span[0]
+    begin = text.index(step, span[0]) if step else span[0]
+    return begin + _common_length(step, replacement)
+
+
+def _outside_steps(text: str, spans: Sequence[Span]) -> tuple[int, int] | None:
+    """Return the first text outside the steps, as the index of the next step and the character.
+
+    An empty rollout has it at its beginning: nothing of it is repeated.
+    """
+    at = 0
+    for index, (start, stop) in enumerate((*spans, (len(text), len(text)))):
+        if gap := text[at:start].strip():
+            return index, text.index(gap, at)
+        at = stop
+    return None if spans else (0, 0)
 
 
 def changed_steps(critiqued: CritiquedRollout, spans: Sequence[Span]) -> Iterator[tuple[int, str]]:

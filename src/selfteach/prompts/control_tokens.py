@@ -34,7 +34,7 @@ CONTROL_TOKEN_PATTERNS = (
     r"<</?SYS>>",  # Llama 2
     r"</?(?:s|bos|eos|pad|unk|mask|sop|eop|think|tools?|tool_calls?|tool_responses?)>",
     r"</?(?:(?:start|end|begin)_of_\w+|unused_?\d+|extra_id_\d+|fim_\w+)>",  # Gemma, T5, code models
-    r"\[/?\w*[A-Z]{3}\w*\]",  # Mistral's [INST], [TOOL_CALLS]; GLM's [gMASK]
+    r"\[/?(?=\w*[A-Z]{3})\w++\]",  # Mistral's [INST], [TOOL_CALLS]; GLM's [gMASK]
 )
 """Regular expressions that match the control tokens of the common model families."""
 

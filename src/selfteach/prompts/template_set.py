@@ -38,7 +38,9 @@ Message = dict[str, str]
 TURN = "\ufdd1"
 """Stands for ``{{ turn }}`` until the chat template is applied; it is removed from data."""
 
-_STEP_TAG = re.compile(rf"<{BREAK}?/?(?:step_\d+|answer)>")
+_STEP_TAG = re.compile(rf"<{BREAK}?/?(?:step_\d{{1,9}}|answer)>\Z")
+_TAG_LENGTH = len(f"<{BREAK}/step_>") + 9
+"""Characters of the longest tag: solver and critic write no step number of more than nine digits."""
 
 
 class Templates:
@@ -158,9 +160,13 @@ def fence(data: str, character: str, least: int = 3) -> str:
 
 def untagged(data: str) -> str:
     """Remove the tags that structure an answer from data that is put inside such tags."""
-    while (bare := _STEP_TAG.sub("", data)) != data:
-        data = bare
-    return data
+    text: list[str] = []
+    for character in data:
+        text.append(character)
+        # What is left of a removed tag may close around it to another one: look back at each ">".
+        if character == ">" and (tag := _STEP_TAG.search("".join(text[-_TAG_LENGTH:]))):
+            del text[-len(tag[0]) :]
+    return "".join(text)
 
 
 def _without_turns(value: Any) -> Any:

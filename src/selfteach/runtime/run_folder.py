@@ -10,6 +10,7 @@
                            the complete groups of a batch in which the engine failed
     critiques/             a file per batch, written before the critiques are used
     samples/               verdict, critique and context of each rollout; a file per step
+    verifier_timeouts.jsonl  comparisons of answers that took too long; only with some
     evaluations/           per-problem results, a file per evaluation
     checkpoints/           what a resume needs
     model/                 the final model in Hugging Face format

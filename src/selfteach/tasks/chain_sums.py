@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfteach.config.data_section import SplitName
 from selfteach.errors import DataError
+from selfteach.tasks.segmentation import nonblank_lines
 from selfteach.types import Case, Critique, CritiqueStep, Problem, Verdict
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ SEED_STRIDE = 10**9
 
 CRITIC_OFFSETS = (-10, -2, -1, 1, 2, 10)
 """What a critic that errs adds to the true value of a step."""
+
+MAX_LINE = 1_000
+"""Characters of a line that is parsed; a longer one is neither a step nor an answer."""
 
 _NUMBER = r"[-+−]?\d[\d,]*(?:\.\d+)?"
 _TERM = rf"\s*[-+−–]\s*(?:{_NUMBER}|\({_NUMBER}\))"
@@ -162,15 +166,15 @@ def parse_question(question: str) -> Chain:
 
 def split_spans(text: str) -> list[tuple[int, int]]:
     """Return one step per line that is not blank, as spans of characters; the answer is a step too."""
-    return [match.span() for match in re.finditer(r"[^\n]*\S[^\n]*", text)]
+    return nonblank_lines(text)
 
 
 def parse_answer(text: str) -> str | None:
     """Parse the last final answer that a text states, as a plain number; None if it states none."""
-    matches = [
-        match for start, end in split_spans(text) if (match := _ANSWER.match(text[start:end]))
-    ]
-    return _canonical(matches[-1].group(1)) if matches else None
+    for start, end in reversed(split_spans(text)):
+        if match := _ANSWER.match(_compact(text[start:end])):
+            return _canonical(match.group(1))
+    return None
 
 
 def write_answer(answer: str) -> str:
@@ -198,7 +202,7 @@ def check(problem: Problem, text: str) -> CheckedChainSum:
     done = 1
     for start, end in split_spans(text):
         line = text[start:end].strip()
-        stated = _ANSWER.match(line)
+        stated = _ANSWER.match(_compact(line))
         if stated:
             error = None if _canonical(stated.group(1)) == problem.answer else "value"
         else:
@@ -265,6 +269,7 @@ def _random_step(checked: CheckedChainSum, rng: np.random.Generator) -> int:
 
 def _check_step(line: str, chain: Chain, done: int) -> tuple[str | None, int]:
     """Return what is wrong with a line of equations, and how many terms are added up after it."""
+    line = _compact(line)
     equations = list(_EQUATION.finditer(line))
     if not equations or _FILLER.sub("", _EQUATION.sub(" ", line)):
         return "form", done
@@ -281,6 +286,14 @@ def _check_step(line: str, chain: Chain, done: int) -> tuple[str | None, int]:
         if _canonical(result) != str(chain.value(now)):
             return "value", done
     return None, now
+
+
+def _compact(line: str) -> str:
+    """Return a line with runs of white space as one space; "" if it is too long to be parsed.
+
+    The patterns take quadratic time in a line's length, so they see short lines only.
+    """
+    return "" if len(line) > MAX_LINE else " ".join(line.split())
 
 
 def _signed(first: str, operations: str) -> list[Decimal]:

@@ -6,16 +6,18 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
+from selfteach.tasks.final_answers import OPEN, Span, tagged_span
 from selfteach.tasks.lab import checker
-
-Span = tuple[int, int]
-"""Half-open range of characters or of tokens."""
 
 Splitter = Callable[[str], list[Span]]
 """Maps an answer's text to its steps as spans of characters, in order, the final answer last."""
 
-TAG = re.compile(r"<(step_\d+|answer)>.*?(?:</\1>|(?=<step_\d+>|<answer>)|$)", re.DOTALL)
-OUTER_TAGS = re.compile(r"^\s*<(?:step_\d+|answer)>|</(?:step_\d+|answer)>\s*$")
+STEP = r"step_\d{1,9}"
+"""Matches a step's name; more digits are no number that a solver writes."""
+TAG = re.compile(rf"<({STEP}|answer)>.*?(?:</\1>|(?=<{STEP}>|<answer>)|$)", re.DOTALL)
+OUTER_TAGS = re.compile(rf"^\s*<(?:{STEP}|answer)>|</(?:{STEP}|answer)>\s*$")
+
+PARAGRAPH = re.compile(r"\S(?:(?!\n[^\S\n]*\n).)*", re.DOTALL)
 
 SENTENCE = re.compile(
     r"""
@@ -31,26 +33,36 @@ SENTENCE = re.compile(
 
 def lines(text: str) -> list[Span]:
     """Return one step per line that is not blank, and the tag of the final answer."""
-    return _with_answer(re.compile(r"[^\n]*\S[^\n]*"), text)
+    return _with_answer(nonblank_lines, text)
 
 
 def paragraphs(text: str) -> list[Span]:
     """Return one step per paragraph (lines without a blank one between them), and the answer tag."""
-    return _with_answer(re.compile(r"\S(?:(?!\n[^\S\n]*\n).)*", re.DOTALL), text)
+    return _with_answer(lambda before: [m.span() for m in PARAGRAPH.finditer(before)], text)
 
 
 def sentences(text: str) -> list[Span]:
     """Return one step per sentence (a line break ends one too), and the tag of the final answer."""
-    return _with_answer(SENTENCE, text)
+    return _with_answer(lambda before: [m.span() for m in SENTENCE.finditer(before)], text)
 
 
-def _with_answer(step: re.Pattern[str], text: str) -> list[Span]:
+def _with_answer(steps: Splitter, text: str) -> list[Span]:
     """Return the steps before the last ``<answer>``, and the rest of the text as the last span."""
-    begin = text.rfind("<answer>")
+    closed = tagged_span(text)
+    begin = text.rfind(OPEN) if closed is None else closed[0]
     if begin < 0:
-        return [match.span() for match in step.finditer(text)]
-    before = [match.span() for match in step.finditer(text[:begin])]
-    return [*before, (begin, len(text.rstrip()))]
+        return steps(text)
+    return [*steps(text[:begin]), (begin, len(text.rstrip()))]
+
+
+def nonblank_lines(text: str) -> list[Span]:
+    """Return the spans of the lines that are not blank, without their line breaks."""
+    spans, begin = [], 0
+    for line in text.split("\n"):
+        if line.strip():
+            spans.append((begin, begin + len(line)))
+        begin += len(line) + 1
+    return spans
 
 
 def tags(text: str) -> list[Span]:

@@ -105,7 +105,7 @@ def load_task(config: DataConfig, model_folder: str, *, allow_empty: bool = Fals
 
 
 def check_answers(task: Task) -> Audit:
-    """Check that the verifier accepts every problem's gold answer and rejects it corrupted."""
+    """Check that the verifier accepts every problem's gold answer and rejects corruptions of it."""
     return audit([*task.train, *task.validation, *task.test], task.verify, task.answer_format.write)
 
 

@@ -4,47 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import operator
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from selfteach.errors import DataError
+from selfteach.protocols import Verifier
+from selfteach.tasks import math_answers
+from selfteach.tasks.final_answers import final_answer, last_boxed, tag_or_boxed, unwrapped
 from selfteach.tasks.verify_client import VerifierProcess
 from selfteach.types import Problem, Verdict
 
 AnswerIn = Literal["tag", "boxed", "tag_or_boxed"]
-
-ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
-BOX = re.compile(r"\\f?boxed\s*\{")
-
-
-def final_answer(text: str) -> str | None:
-    """Return the content of the last ``<answer>`` tag, or None."""
-    contents = ANSWER.findall(text)
-    return contents[-1].strip() or None if contents else None
-
-
-def last_boxed(text: str) -> str | None:
-    """Return the content of the last ``\\boxed{}`` whose braces close, or None."""
-    for begin in reversed(list(BOX.finditer(text))):
-        depth, escaped = 1, False
-        for end in range(begin.end(), len(text)):
-            char = text[end]
-            depth += 0 if escaped else (char == "{") - (char == "}")
-            escaped = char == "\\" and not escaped
-            if depth == 0:
-                return text[begin.end() : end].strip() or None
-    return None
-
-
-def tag_or_boxed(text: str) -> str | None:
-    """Return the tagged answer, unboxed if it is boxed; without a tag, the content of the last box."""
-    tagged = final_answer(text)
-    if tagged is None:
-        return last_boxed(text)
-    return last_boxed(tagged) or tagged
-
 
 READERS: Mapping[str, Callable[[str], str | None]] = {
     "tag": final_answer,
@@ -61,7 +33,10 @@ def write_answer(answer: str, answer_in: AnswerIn = "tag") -> str:
 
 @dataclass(frozen=True, slots=True)
 class ExactVerifier:
-    """Accepts an answer that equals the gold answer as text, up to white space."""
+    """Accepts an answer that equals the gold answer as text, up to white space.
+
+    What Markdown or LaTeX puts around the whole of either (``**5**``, ``$5$``) makes no difference.
+    """
 
     answer_in: AnswerIn = "tag"
 
@@ -69,7 +44,9 @@ class ExactVerifier:
         """Return the verdict on an answer's text."""
         answer = READERS[self.answer_in](text)
         parsed = " ".join(answer.split()) if answer is not None else None
-        return Verdict.of_final(parsed == " ".join(problem.answer.split()), parsed)
+        gold = " ".join(problem.answer.split())
+        correct = parsed is not None and (parsed == gold or unwrapped(parsed) == unwrapped(gold))
+        return Verdict.of_final(correct, gold if correct else parsed)
 
 
 exact = ExactVerifier()
@@ -79,8 +56,9 @@ exact = ExactVerifier()
 class MathVerifier:
     """Accepts an answer that is mathematically equal to the gold answer (math-verify).
 
-    If the gold answer does not parse as mathematics, only the same text is accepted. A comparison that
-    times out counts as wrong. Raises `DataError` if math-verify is not installed.
+    Both are read wholly or not at all (`math_answers`): a gold answer that is not understood accepts
+    only the same text. A comparison that times out counts as wrong, with ``timed_out`` in its verdict.
+    Raises `DataError` if math-verify is not installed.
     """
 
     def __init__(self, answer_in: AnswerIn = "tag", process: VerifierProcess | None = None) -> None:
@@ -88,21 +66,31 @@ class MathVerifier:
             raise DataError(
                 'data.verifier = "math" needs math-verify: pip install "selfteach[math]"'
             )
-        self._read, self._process = READERS[answer_in], process or VerifierProcess()
+        self._read = READERS[answer_in]
+        self.process = process or VerifierProcess()
 
     def __call__(self, problem: Problem, text: str) -> Verdict:
         """Return the verdict on an answer's text; ``parsed`` of a right one is the gold answer."""
         answer = self._read(text)
         if answer is None:
             return Verdict.of_final(False, None)
-        correct = self.equivalent(problem.answer, answer)
-        return Verdict.of_final(correct, problem.answer if correct else " ".join(answer.split()))
+        replies: list[Mapping[str, Any]] = []
+
+        def equal(gold: str, answer: str) -> bool:
+            replies.append(self.process.request("math", gold=gold, answer=answer))
+            return bool(replies[-1].get("equal"))
+
+        correct = math_answers.equivalent(problem.answer, answer, equal)
+        parsed = problem.answer if correct else " ".join(answer.split())
+        verdict = Verdict.of_final(correct, parsed)
+        return replace(verdict, timed_out=any("timed_out" in reply for reply in replies))
 
     def equivalent(self, gold: str, answer: str) -> bool:
         """Return whether two final answers are equal. Not symmetric for sets and relations."""
-        reply = self._process.request("math", gold=gold, answer=answer)
-        if reply.get("understood") is False:
-            return gold.split() == answer.split()
+        return math_answers.equivalent(gold, answer, self._equal)
+
+    def _equal(self, gold: str, answer: str) -> bool:
+        reply = self.process.request("math", gold=gold, answer=answer)
         return bool(reply.get("equal"))
 
 
@@ -119,7 +107,8 @@ class ReasoningGymVerifier:
                 'data.verifier = "reasoning_gym" needs reasoning-gym: '
                 'pip install "selfteach[problems]"'
             )
-        self._read, self._process = READERS[answer_in], process or VerifierProcess()
+        self._read = READERS[answer_in]
+        self.process = process or VerifierProcess()
 
     def __call__(self, problem: Problem, text: str) -> Verdict:
         """Return the verdict on a text. Raises `DataError` for a problem of another source."""
@@ -136,12 +125,19 @@ class ReasoningGymVerifier:
             "answer": problem.answer or None,
             "metadata": source["metadata"],
         }
-        reply = self._process.request(
+        reply = self.process.request(
             "gym", task=source["task"], config=source["config"], entry=entry, answer=answer
         )
         correct = reply.get("score", 0.0) >= 1.0
         parsed = problem.answer if correct and problem.answer else " ".join(answer.split())
-        return Verdict.of_final(correct, parsed)
+        return replace(Verdict.of_final(correct, parsed), timed_out="timed_out" in reply)
+
+
+def keep_timeouts(verify: Verifier, path: Path) -> None:
+    """Store a verifier's timed-out comparisons in a file, so that a resume judges as before."""
+    process = getattr(verify, "process", None)
+    if isinstance(process, VerifierProcess):
+        process.keep_timeouts(path)
 
 
 @dataclass(frozen=True, slots=True)

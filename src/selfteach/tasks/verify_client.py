@@ -7,19 +7,27 @@ import hashlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from selfteach.errors import DataError
 from selfteach.runtime.api_keys import child_environment
 
+TIMED_OUT = {"error": "timed out", "timed_out": True}
+"""The reply to a request that no worker answered."""
 WORKER = Path(__file__).with_name("verify_worker.py")
 TIMEOUT_S = 5.0
-"""Time limit of one comparison, in seconds; math-verify's default."""
+"""Limit of one comparison in seconds of CPU time, which does not depend on the machine's load."""
+STALL_FACTOR = 6.0
+"""A worker that has not replied after this many times its limit, by the clock, is replaced."""
+ATTEMPTS = 2
+"""Workers that try a comparison before it counts as timed out: a stall is not the answer's fault."""
 START_S = 120.0
 """Time limit for importing sympy or reasoning-gym before the first comparison, in seconds."""
 
@@ -27,60 +35,102 @@ START_S = 120.0
 class VerifierProcess:
     """Runs `verify_worker` in a subprocess, started on first use; thread-safe, one request at a time.
 
-    Replies are cached in memory: verifier, critic's parser and report send the same requests.
+    Replies are cached in memory: verifier, critic's parser and report send the same requests. The
+    worker ends with this process, however that ends.
     """
 
     def __init__(self, *, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._replies: dict[bytes, dict[str, Any]] = {}
+        self._life: IO[bytes] | None = None
+        self._replies: dict[str, dict[str, Any]] = {}
         self._imported: set[str] = set()
+        self._journal: Path | None = None
         self.timeouts = 0
-        """Number of requests that timed out or killed the worker."""
+        """Number of requests that timed out."""
+
+    def keep_timeouts(self, path: Path) -> None:
+        """Store timed-out requests in a file, and reply to those that it holds as before.
+
+        So a resumed run judges its rollouts as it did, also where that depended on the machine.
+        """
+        with self._lock:
+            self._journal = path
+            lines = path.read_bytes().splitlines() if path.exists() else []
+            self._replies |= {key: dict(TIMED_OUT) for line in lines if (key := _key_of(line))}
 
     def request(self, library: str, **arguments: Any) -> dict[str, Any]:
-        """Return the worker's reply; ``{"error": …}`` if it failed, timed out or died.
+        """Return the worker's reply; ``{"error": …}`` if it failed, ``timed_out`` if killed.
 
         ``library`` is ``math`` (arguments of `verify_worker.equal`) or ``gym`` (of
-        `verify_worker.score`).
+        `verify_worker.score`). Raises `DataError` if the library cannot be imported.
         """
         line = json.dumps({"kind": library, **arguments}, sort_keys=True)
-        key = hashlib.blake2b(line.encode(), digest_size=16).digest()
+        key = hashlib.blake2b(line.encode(), digest_size=16).hexdigest()
         with self._lock:
             if key not in self._replies:
-                self._replies[key] = self._reply(library, line)
+                self._replies[key] = reply = self._reply(library, line)
+                if reply == TIMED_OUT and self._journal is not None:
+                    _append(self._journal, {"timed_out": key})
             return self._replies[key]
 
     def _reply(self, library: str, line: str) -> dict[str, Any]:
-        process = self._running()
-        if library not in self._imported:
-            _exchange(process, json.dumps({"kind": "import", "library": library}), START_S)
-            self._imported.add(library)
-        reply = _exchange(process, line, self._timeout_s)
-        if reply is None:
-            self.timeouts += 1
+        for _ in range(ATTEMPTS):
+            process = self._running(library)
+            reply = _exchange(process, line, STALL_FACTOR * self._timeout_s)
+            if reply is not None:
+                return reply
             self.close()
-            return {"error": "timed out or died"}
-        return reply
+            if (
+                process.returncode == -signal.SIGPROF
+            ):  # its limit: another try would end as this one
+                break
+        self.timeouts += 1
+        return dict(TIMED_OUT)
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self._imported.clear()
-            # -P keeps the script's folder off sys.path: its modules must not shadow standard ones.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(WORKER)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                env=child_environment(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1"),
-                start_new_session=True,  # Ctrl-C goes to the parent; the worker ends with its pipe
-            )  # fmt: skip
-            weakref.finalize(self, _end, self._process)
-        return self._process
+    def _running(self, library: str) -> subprocess.Popen[bytes]:
+        """Return a running worker that has imported a library."""
+        for _ in range(ATTEMPTS):
+            if self._process is None or self._process.poll() is not None:
+                self.close()
+                self._imported.clear()
+                self._process = self._start()
+            if library in self._imported:
+                return self._process
+            request = json.dumps({"kind": "import", "library": library})
+            reply = _exchange(self._process, request, START_S)
+            if reply is not None and "error" in reply:
+                raise DataError(f"the verifier cannot import its library: {reply['error']}")
+            if reply is not None:
+                self._imported.add(library)
+                return self._process
+            self.close()
+        raise DataError(
+            f"the verifier's process ended, or did not start within {START_S:.0f} s: free memory, or "
+            "try again"
+        )
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # Nothing is ever written to this pipe: its end tells the worker that this process has ended.
+        reader, writer = os.pipe()
+        # -P keeps the script's folder off sys.path: its modules must not shadow standard ones.
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER), str(self._timeout_s), str(reader)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=child_environment(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1"),
+            start_new_session=True,  # Ctrl-C goes to the parent; the worker ends with its pipe
+            pass_fds=(reader,),
+        )  # fmt: skip
+        os.close(reader)
+        self._life = os.fdopen(writer, "wb")
+        weakref.finalize(self, _end, process, self._life)
+        return process
 
     def close(self) -> None:
         """Kill the worker; the next request starts another."""
         if self._process is not None:
-            _end(self._process)
+            _end(self._process, self._life)
             self._process = None
 
 
@@ -112,10 +162,26 @@ def _read_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
     return line
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _append(path: Path, row: dict[str, str]) -> None:
+    """Append a line to a file, on disk before it counts; several processes may append to one file."""
+    with path.open("ab", buffering=0) as handle:
+        handle.write(json.dumps(row).encode() + b"\n")
+        os.fsync(handle.fileno())
+
+
+def _key_of(line: bytes) -> str | None:
+    """Return the key of a line of the file of timeouts; None if a kill has truncated the line."""
+    try:
+        key = json.loads(line)["timed_out"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return key if isinstance(key, str) else None
+
+
+def _end(process: subprocess.Popen[bytes], life: IO[bytes] | None = None) -> None:
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in (process.stdin, process.stdout, life):
         if pipe is not None:
             with contextlib.suppress(OSError):  # unwritten data of a dead process
                 pipe.close()

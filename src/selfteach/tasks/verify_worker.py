@@ -12,16 +12,31 @@ import importlib
 import json
 import logging
 import os
+import re
+import signal
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+TOKEN = re.compile(
+    r"(?P<command>\\(?:begin|end|operatorname|math[a-z]+)\s*\{[A-Za-z*]+\}|\\[A-Za-z]+)"
+    r"|\d+(?:\.\d+)?|\.\d+|[A-Za-z]"
+)
+"""Matches the commands, numbers and variables of a formula."""
+MAX_TOKENS = 200
+"""Numbers and variables of a formula that is parsed."""
 MEMORY_BYTES = 8 * 2**30
 """Limit of address space: an expression that explodes ends in a MemoryError, not in swapping."""
 
 
-def main() -> None:
-    """Answer requests until the pipe closes."""
+def main(limit_s: float, life: int) -> None:
+    """Answer requests until the pipe closes, each within ``limit_s`` seconds of CPU time.
+
+    ``life`` is a pipe that ends when the parent does.
+    """
+    _end_with_parent(life)
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries that print must not write between the replies
     logging.disable(logging.CRITICAL)
@@ -34,11 +49,40 @@ def main() -> None:
     for line in sys.stdin:
         try:
             request = json.loads(line)
-            reply = _HANDLERS[request.pop("kind")](**request)
+            kind = request.pop("kind")
+            with _limited(0.0 if kind == "import" else limit_s):
+                reply = _HANDLERS[kind](**request)
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:500]}
         out.write(json.dumps(reply) + "\n")
         out.flush()
+
+
+def _end_with_parent(life: int) -> None:
+    """Have the kernel end this process when the parent has ended, also within a long computation."""
+    import fcntl
+
+    if hasattr(os, "O_ASYNC") and hasattr(fcntl, "F_SETOWN"):  # not on every system
+        signal.signal(signal.SIGIO, signal.SIG_DFL)
+        fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(life, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+        with contextlib.suppress(BlockingIOError):
+            if not os.read(life, 1):  # the parent has ended before
+                os._exit(0)
+
+
+@contextlib.contextmanager
+def _limited(limit_s: float) -> Iterator[None]:
+    """End this process when it has used more CPU time than this; 0 sets no limit.
+
+    The signal's default action ends it also within a computation in C, which no handler interrupts.
+    """
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def import_library(library: str) -> dict[str, Any]:
@@ -48,14 +92,12 @@ def import_library(library: str) -> dict[str, Any]:
 
 
 def equal(gold: str, answer: str) -> dict[str, Any]:
-    """Compare two answers mathematically; ``understood`` is False if ``gold`` does not parse."""
+    """Compare two formulas; ``understood`` is False if ``gold`` does not parse as a whole."""
     from math_verify import verify
 
-    parsed = _parsed(gold)
-    if not parsed:
-        return {"understood": False, "equal": False}
-    same = verify(parsed, _parsed(answer), timeout_seconds=None)
-    return {"understood": True, "equal": bool(same)}
+    expected, stated = map(_parsed, _cased(gold, answer))
+    same = bool(expected and stated) and verify(expected, stated, timeout_seconds=None)
+    return {"understood": bool(expected), "equal": bool(same)}
 
 
 def score(task: str, config: dict[str, Any], entry: dict[str, Any], answer: str) -> dict[str, Any]:
@@ -76,10 +118,66 @@ def _points(scorer: Any, answer: str, entry: dict[str, Any]) -> float:
 
 
 @cache
-def _parsed(answer: str) -> list[Any]:
-    from math_verify import parse
+def _parsed(formula: str) -> list[Any]:
+    """Parse a formula; [] unless math-verify reads all of it.
 
-    return parse(f"${answer}$", parsing_timeout=None)  # type: ignore[arg-type]
+    It drops what it does not understand, mostly the end. So another number or variable in the place of
+    each must make another value; the last is enough where it says that it has read the same
+    numbers and letters.
+    """
+    parsed = _parse(formula) if formula.isascii() else []
+    if len(parsed) < 2 or isinstance(parsed[0], str):
+        return []
+    tokens = _tokens(formula)
+    read = Counter(t[0] for t in _tokens(str(parsed[1])))
+    dropped = Counter(t[0] for t in tokens if t[0].isalpha()) - read
+    if len(tokens) > MAX_TOKENS or dropped:
+        return []
+    if read == Counter(t[0] for t in tokens):
+        tokens = tokens[-1:]
+    for token in tokens:
+        another = "1" + token[0] if not token[0].isalpha() else "v" if token[0] == "w" else "w"
+        changed = formula[: token.start()] + another + formula[token.end() :]
+        if _parse(changed)[:1] == parsed[:1]:
+            return []
+    return parsed
+
+
+def _parse(formula: str) -> list[Any]:
+    from math_verify import ExprExtractionConfig, parse
+
+    return parse(
+        f"${formula}$",
+        extraction_config=(_latex(), ExprExtractionConfig()),
+        parsing_timeout=None,  # type: ignore[arg-type]
+    )
+
+
+@cache
+def _latex() -> Any:
+    """Return math-verify's settings of LaTeX, except that ``5 m`` is a product: units are taken off
+    before."""
+    from dataclasses import replace
+
+    from math_verify import LatexExtractionConfig
+
+    default = LatexExtractionConfig()
+    return replace(default, normalization_config=replace(default.normalization_config, units=False))
+
+
+def _cased(*formulas: str) -> list[str]:
+    """Write ``A`` as ``a_{99}`` in formulas that have both A and a: math-verify drops the case."""
+    letters = {token[0] for formula in formulas for token in _tokens(formula)}
+    both = {letter for letter in letters if letter.isupper() and letter.lower() in letters}
+
+    def renamed(match: re.Match[str]) -> str:
+        return f"{match[0].lower()}_{{99}}" if match[0] in both else match[0]
+
+    return [TOKEN.sub(renamed, formula) for formula in formulas]
+
+
+def _tokens(formula: str) -> list[re.Match[str]]:
+    return [match for match in TOKEN.finditer(formula) if match["command"] is None]
 
 
 @cache
@@ -99,4 +197,4 @@ _HANDLERS = {"import": import_library, "math": equal, "gym": score}
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]), int(sys.argv[2]))

@@ -24,6 +24,7 @@ from selfteach.runtime.provenance import collect_provenance, cpu_capability
 from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.runtime.signals import Termination, handle_termination
 from selfteach.tasks.task import SplitName, training_order
+from selfteach.tasks.verifiers import keep_timeouts
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
@@ -82,6 +83,7 @@ def train(
             return
         ranks.all_or_raise(lambda: preflight([recipe]) if ranks.is_main else None)
         built = same_problems(run, build(recipe, ranks))
+        keep_timeouts(built.components.verify, folder / "verifier_timeouts.jsonl")
         if ranks.is_main:
             for other in map(RunFolder, same_start):
                 if run.has_problems_of(other, "validation"):

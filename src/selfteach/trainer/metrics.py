@@ -34,12 +34,14 @@ def summarize_samples(samples: Sequence[TrainingSample]) -> Metrics:
     critiques = [sample.critiqued.critique for sample in samples if sample.critiqued.critique]
     failures = Counter(c.reason for c in critiques if isinstance(c, CritiqueFailure))
     fidelity = [sample.change.fidelity for sample in samples if sample.change]
+    timeouts = sum(sample.critiqued.verdict.timed_out for sample in samples)
     usage = sum((critique.usage for critique in critiques), Usage())
     repetition = sum(rollout_statistics.repetition(rollout.token_ids) for rollout in rollouts)
     hesitations = sum(rollout_statistics.hesitations(rollout.text) for rollout in rollouts)
     return {
         "correct": sum(sample.critiqued.verdict.correct for sample in samples) / count,
         "formatted": sum(sample.critiqued.verdict.formatted for sample in samples) / count,
+        **({"verifier_timeouts": timeouts} if timeouts else {}),
         "truncated": sum(not rollout.finished for rollout in rollouts) / count,
         "length": tokens / count,
         # The mean of -log p over sampled tokens is an unbiased estimate of the entropy per token.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -197,6 +199,55 @@ def test_the_first_change_by_hand() -> None:
         only_answer.index("<answer>"),
     )
     assert change(CritiqueFailure("empty"), WRONG) is None
+
+
+@pytest.mark.parametrize("name", ["tags", "lines", "lab"])
+def test_gibberish_without_steps_repeats_nothing(name: str) -> None:
+    for answer in ("blah blah blah", "blah\nblah " * 20, "so it is \\boxed{9}"):
+        split = segmentation.lab if name == "lab" else segmentation.SPLITTERS[name]
+        critiqued = CritiquedRollout(
+            rollout(answer), verifiers.exact(PROBLEM, answer), parse(RIGHT, answer)
+        )
+        changed = first_change(critiqued, split(answer), range(1, len(answer) + 1))
+        assert changed == FirstChange(0, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "between", "after", "step"),
+    [("Hm. ", "", "", 0), ("", " uh ", "", 1), ("", "", "!", 3)],
+)
+def test_text_outside_the_steps_is_not_repeated(
+    before: str, between: str, after: str, step: int
+) -> None:
+    answer = before + RIGHT.replace("\n<step_2>", f"{between}\n<step_2>") + after
+    changed = change(parse(RIGHT, answer), answer)
+    at = 0 if before else answer.index("uh") if between else len(answer) - 1
+    assert changed == FirstChange(step, at, at / len(answer))
+    assert change(parse(RIGHT, f" {RIGHT}\n"), f" {RIGHT}\n") == FirstChange(None, None, 1.0)
+
+
+def test_a_thought_counts_as_neither_repeated_nor_changed() -> None:
+    critique = parse(RIGHT, WRONG)
+    critiqued = CritiquedRollout(rollout(WRONG), verifiers.exact(PROBLEM, WRONG), critique)
+    ends = [*[0] * 500, *range(1, len(WRONG) + 1)]
+    changed = first_change(critiqued, segmentation.tags(WRONG), ends)
+    at = WRONG.index("9.")
+    assert changed == FirstChange(1, 500 + at, at / len(WRONG))
+    empty = CritiquedRollout(rollout(""), verifiers.exact(PROBLEM, ""), parse(RIGHT, ""))
+    assert first_change(empty, [], [0] * 500) == FirstChange(0, 499, 0.0)
+
+
+def test_a_repetitive_step_is_compared_in_bounded_time() -> None:
+    long = f"<step_1>{'a ' * 5000}</step_1><answer>9</answer>"
+    reply = f"<step_1>{'a b ' * 2500}</step_1><answer>10</answer>"
+    started = time.process_time()
+    parse(reply, long)
+    assert time.process_time() - started < 5
+
+
+def test_a_step_number_of_thousands_of_digits_is_a_failure_not_an_error() -> None:
+    assert outcome(parse(f"<step_{'1' * 5000}>a b</step_1>\n{RIGHT}")) != "A"
+    assert isinstance(parse(f"<step_{'1' * 5000}>a b<answer>10</answer>"), CritiqueFailure)
 
 
 def test_white_space_is_no_change() -> None:

@@ -25,7 +25,7 @@ def test_the_verifiers_child_inherits_no_secret(monkeypatch: pytest.MonkeyPatch)
     verifier = verify_client.VerifierProcess()
     try:
         assert verifier.request("math", gold="1", answer="1") is not None
-        environment = Path(f"/proc/{verifier._running().pid}/environ").read_bytes()
+        environment = Path(f"/proc/{verifier._running('math').pid}/environ").read_bytes()
     finally:
         verifier.close()
     assert b"hush" not in environment and os.environ["PATH"].encode() in environment

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from itertools import permutations
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from pyarrow import parquet
 
 from selfteach.config.data_section import FilesData, GymData, HubData, Splitting
 from selfteach.errors import DataError, RecipeError, SelfteachError
+from selfteach.protocols import Verifier
+from selfteach.tasks.sources.audit import MAX_CORRUPTIONS, audit, corruptions
 from selfteach.tasks.sources.columns import (
     MissingValue,
     column_value,
@@ -26,7 +31,7 @@ from selfteach.tasks.sources.load import read_file
 from selfteach.tasks.sources.rows import Row
 from selfteach.tasks.sources.splits import disjoint, normalised, split_pool, without_duplicates
 from selfteach.tasks.task import Task, check_answers, load_task
-from selfteach.types import Problem
+from selfteach.types import Problem, Verdict
 
 ROWS = [
     {"question": f"What is {i} + 1?", "answer": f"{i} and 1 make {i + 1}.\n#### {i + 1}"}
@@ -409,11 +414,36 @@ def test_invalid_split_sizes_raise(settings: dict, message: str) -> None:
         Splitting.model_validate(settings)
 
 
-def test_duplicates_are_questions_with_the_same_words() -> None:
-    assert normalised("  What  IS\n½? ") == normalised("what is ½?") != normalised("what is 2?")
-    twice = [Problem("a", "What is x?", "1"), Problem("b", "what is  X?", "1")]
+def test_duplicates_are_the_same_question_up_to_white_space() -> None:
+    assert normalised("  What  is\n½? ") == normalised("What is ½?") != normalised("What is 2?")
+    assert normalised("caf\u00e9") == normalised("cafe\u0301")
+    twice = [Problem("a", "What is x?", "1"), Problem("b", "What is  x?", "1")]
     unique, duplicates = without_duplicates(twice)
     assert [p.id for p in unique] == ["a"] and duplicates == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("7²?", "72?"), ("What is A + a?", "What is a + A?"), ("x₁ + 1", "x1 + 1"), ("½", "1⁄2"),
+     ("Is ℝ open?", "Is R open?"), ("2⁵", "25"), ("ﬁ", "fi"), ("MB", "mb"), ("Ⅷ", "VIII")],
+)  # fmt: skip
+def test_other_mathematics_is_another_question(one: str, other: str, tmp_path: Path) -> None:
+    assert normalised(one) != normalised(other)
+    rows = [{"question": one, "answer": "1"}, {"question": other, "answer": "2"}]
+    assert len(files(train=str(write_jsonl(tmp_path / "a.jsonl", rows))).train) == 2
+    for name, row in zip(("train", "test"), rows, strict=True):
+        write_jsonl(tmp_path / f"{name}.jsonl", [row])
+    task = files(train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
+    assert (len(task.train), len(task.test)) == (1, 1)
+    assert task.counts["in train and spelled alike in validation or test"] == 1
+
+
+def test_spellings_of_one_question_stay_in_one_split_of_a_pool() -> None:
+    pool = pool_of(200)
+    shouted = [Problem(f"{p.id}-b", p.question.upper(), p.answer) for p in pool]
+    split = split_pool([*pool, *shouted], Splitting(validation=0.2, test=0.3))
+    names = {p.id: name for name, problems in split.items() for p in problems}
+    assert all(names[p.id] == names[f"{p.id}-b"] for p in pool)
 
 
 def test_a_question_of_two_sources_stays_in_test() -> None:
@@ -538,9 +568,6 @@ def test_invalid_problems_are_named_dropped_or_refused(tmp_path: Path) -> None:
 
 
 def test_the_audit_detects_a_verifier_that_accepts_everything() -> None:
-    from selfteach.tasks.sources.audit import audit
-    from selfteach.types import Verdict
-
     result = audit(pool_of(3), lambda problem, text: Verdict(True, True, text), str)
     assert [f.kind for f in result.findings] == ["accepted"] * 3 and result.invalid_problems == {
         "Question 0?",
@@ -549,8 +576,91 @@ def test_the_audit_detects_a_verifier_that_accepts_everything() -> None:
     }
 
 
+def test_the_audit_changes_every_number_and_tries_every_part(tmp_path: Path) -> None:
+    gold = r"7 \text{ hours } 30 \text{ minutes}"
+    problem = Problem("p", "q", gold)
+    for read in (lambda t: t[:1], lambda t: t[-12:], lambda t: t.split()[0], lambda t: "7" in t):
+        verify = accepts_if(lambda text, read=read: read(text) == read(gold))
+        assert [f.kind for f in audit([problem], verify, str).findings] == ["accepted"]
+    assert not audit([problem], accepts_if(lambda text: text == gold), str).findings
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": gold}])
+    assert not check_answers(files(train=str(path), verifier="math")).findings
+
+
+def accepts_if(accept: Callable[[str], bool]) -> Verifier:
+    return lambda problem, text: Verdict(accept(text), True, text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (r"7 \text{ hours } 30 \text{ minutes}",
+         {r"8 \text{ hours } 30 \text{ minutes}", r"7 \text{ hours } 40 \text{ minutes}",
+          "7 hours", "30 minutes", "7", "30"}),
+        ("5, 7", {"6, 7", "5, 8", "5", "7"}),
+        ("(1,2)", {"(2,2)", "(1,3)", "1", "2"}),
+        (r"5 \text{ and } 7", {r"6 \text{ and } 7", r"5 \text{ and } 8", "5", "7"}),
+        ("1,234", {"2,234"}),
+        ("A, C", {"A, D", "A", "C"}),
+        ("Tuesday", {"Tuesdaz"}),
+        ("?!", {"?!1"}),
+    ],
+)  # fmt: skip
+def test_corruptions(answer: str, expected: set[str]) -> None:
+    assert set(corruptions(answer)) == expected
+
+
 @given(st.text(min_size=1))
 def test_a_corruption_is_another_answer(answer: str) -> None:
-    from selfteach.tasks.sources.audit import corrupt
+    corrupted = list(corruptions(answer))
+    assert 1 <= len(corrupted) <= MAX_CORRUPTIONS and answer not in corrupted
 
-    assert corrupt(answer) != answer
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1e-5, "0.00001"), (2.0**70, str(2**70)), (0.1, "0.1"), (-2.5, "-2.5"), (3.0, "3"),
+        (1e22, "1" + "0" * 22), (Decimal("1.50"), "1.5"), (Decimal("1E+3"), "1000"), (-0.0, "0"),
+        (True, "true"), (7, "7"), (date(2025, 1, 2), "2025-01-02"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_out(value: object, text: str, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{"question": "q", "answer": value}])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert files(train=str(tmp_path / "a.parquet")).train[0].answer == text
+
+
+def test_a_narrow_float_is_its_shortest_number(tmp_path: Path) -> None:
+    table = pa.table({"question": ["q", "r"], "answer": pa.array([0.1, 2.5], pa.float32())})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert [p.answer for p in files(train=str(tmp_path / "a.parquet")).train] == ["0.1", "2.5"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "the answer is nan, not a number"),
+        (float("inf"), "the answer is inf, not a number"),
+        ([1, 2], "the answer is a list, not a text: name one element"),
+        ([5], "the answer is a list"),
+        ({"value": 5}, "the answer is a table"),
+        (b"5", "the answer is a bytes"),
+        ("NaN", "the answer is 'NaN', what a table writes"),
+    ],
+)  # fmt: skip
+def test_a_gold_answer_that_is_no_text_is_refused(
+    value: object, message: str, tmp_path: Path
+) -> None:
+    columns = {"question": ["q", "r"], "answer": [value, value]}
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(DataError) as caught:
+        files(train=str(tmp_path / "a.parquet"))
+    assert f"a.parquet: row 1: {message}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_column_that_is_no_text_and_that_no_recipe_names_is_left_out(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "2", "reference": ["a", "b"], "id": [1]}
+    (problem,) = files(train=str(write_jsonl(tmp_path / "a.jsonl", [row]))).train
+    assert problem.references == {} and problem.id == "a-1"
+    with pytest.raises(DataError, match="column 'reference' is a list, not a text"):
+        files(train=str(tmp_path / "a.jsonl"), columns={"reference": "reference"})

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +17,7 @@ import pytest
 from selfteach.config.data_section import FilesData, GymData
 from selfteach.errors import DataError
 from selfteach.evaluation.evaluator import merge_equal_answers
-from selfteach.tasks import verifiers
+from selfteach.tasks import verifiers, verify_client
 from selfteach.tasks.task import load_task
 from selfteach.tasks.verify_client import VerifierProcess
 from selfteach.types import Problem
@@ -40,6 +44,14 @@ def says(math: verifiers.MathVerifier, gold: str, text: str) -> bool:
         (r"\boxed{1} and \boxed{2", None, "1", "1"),  # the one that closes
         (r"\boxed{\left\{ x }", None, r"\left\{ x", r"\left\{ x"),
         (r"\fboxed{7}", None, "7", "7"),
+        (r"so $\fbox{7}$", None, "7", "7"),
+        (r"\boxed 73.", None, "73", "73"),
+        (r"\\boxed{7}", None, "7", "7"),  # escaped twice
+        ("<answer>5", None, None, None),  # never closed: what follows is no answer
+        ("<answer>let me see, 2 + 3 is 5", None, None, None),
+        ("write <answer> tags: <answer>5</answer>", "5", None, "5"),
+        ("<answer>4</answer> <answer>5</answer>", "5", None, "5"),
+        ("<answer>5</answer> so </answer>", "5", None, "5"),
         (r"\boxed{}", None, None, None),
         ("five", None, None, None),
     ],
@@ -107,9 +119,70 @@ def test_hostile_answers_time_out_as_wrong_and_the_process_recovers(
         assert not verdict.correct and verdict.formatted
         assert time.monotonic() - started < 60, "it timed out"
         assert says(math, "12", "12.0")
-    assert math._process.timeouts >= 1
-    before = math._process.timeouts
-    assert not says(math, "12", HOSTILE[0]) and math._process.timeouts == before, "cached"
+    assert math.process.timeouts >= 1
+    before = math.process.timeouts
+    assert not says(math, "12", HOSTILE[0]) and math.process.timeouts == before, "cached"
+
+
+def test_a_comparison_that_times_out_is_counted_and_judged_the_same_again(tmp_path: Path) -> None:
+    problem, text = Problem("p", "q", "12"), f"<answer>{HOSTILE[0]}</answer>"
+    first = verifiers.MathVerifier(process=VerifierProcess(timeout_s=0.5))
+    verifiers.keep_timeouts(first, tmp_path / "timeouts.jsonl")
+    verdict = first(problem, text)
+    assert verdict.timed_out and not verdict.correct and first.process.timeouts == 1
+    assert not first(problem, "<answer>13</answer>").timed_out
+    with (tmp_path / "timeouts.jsonl").open("a") as handle:
+        handle.write('{"timed_o')  # a kill in the middle of a line
+    again = verifiers.MathVerifier(process=VerifierProcess())
+    verifiers.keep_timeouts(again, tmp_path / "timeouts.jsonl")
+    assert again(problem, text) == verdict and again.process._process is None
+
+
+def test_a_stalled_worker_makes_no_answer_wrong() -> None:
+    process = VerifierProcess(timeout_s=0.3)
+    math = verifiers.MathVerifier(process=process)
+    assert says(math, "1/2", "0.5")
+    assert process._process is not None
+    os.kill(process._process.pid, signal.SIGSTOP)
+    assert says(math, "1/4", "0.25") and process.timeouts == 0
+
+
+PARENT = """
+from selfteach.tasks.verify_client import VerifierProcess
+verifier = VerifierProcess(timeout_s=120)
+verifier.request("math", gold="1", answer="1")
+print(verifier._process.pid, flush=True)
+verifier.request("math", gold="1", answer="10^{10^{10}}")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals of pipes are Linux's")
+def test_a_busy_worker_ends_with_its_killed_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        worker = Path("/proc") / parent.stdout.readline().decode().strip()
+        time.sleep(0.5)
+        assert worker.exists()
+        parent.kill()
+    deadline = time.monotonic() + 3
+    while worker.exists() and "\nState:\tZ" not in (worker / "status").read_text():
+        assert time.monotonic() < deadline, "the worker runs on"
+        time.sleep(0.05)
+
+
+def test_the_worker_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    process = VerifierProcess()
+    process.request("math", gold="1", answer="1")
+    assert process._process is not None
+    environment = Path(f"/proc/{process._process.pid}/environ")
+    assert not environment.exists() or b"secret" not in environment.read_bytes()
+
+
+def test_a_worker_that_cannot_import_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_client, "_exchange", lambda *_: {"error": "ImportError: no sympy"})
+    with pytest.raises(DataError, match="cannot import its library: ImportError: no sympy"):
+        VerifierProcess().request("math", gold="1", answer="1")
 
 
 def test_threads_share_a_process(math: verifiers.MathVerifier) -> None:

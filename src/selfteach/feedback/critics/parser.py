@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -23,11 +24,11 @@ from selfteach.types import (
     Verdict,
 )
 
-CASE = re.compile(r"\s*<case>[^<]*</case>\s*")
+CASE = re.compile(r"<case>[^<]*</case>")
 """The letter that the prompt requests; it is ignored, since the case follows from the steps."""
 NUMBERED = re.compile(r"<step_(\d+)>")
-MAX_COMPARED_WORDS = 1_000
-"""Words of each of two steps that are compared."""
+MAX_COMPARED_WORDS = 200
+"""Words of each of two steps that are compared; the time grows with the third power of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +107,10 @@ def _critique(
 ) -> Critique:
     """Return a critique, given how many leading steps of the attempt are repeated verbatim."""
     assert corrected.answer is not None
-    repeated_after = repeated < len(attempt.steps) and any(
-        same_words(attempt.steps[repeated], step) for step in corrected.steps[repeated:]
-    )
-    changed = repeated < len(attempt.steps) and not repeated_after
+    changed = repeated < len(attempt.steps)
+    if changed:
+        words = attempt.steps[repeated].split()
+        changed = all(step.split() != words for step in corrected.steps[repeated:])
     case: Case
     if not rollout.finished:
         case = "C"
@@ -128,12 +129,14 @@ def _statuses(
     attempt: Sequence[str], corrected: Sequence[str], repeated: int, changed: bool
 ) -> list[CritiqueStep]:
     steps = [CritiqueStep(text, "kept", text) for text in corrected[:repeated]]
-    remaining = list(attempt[repeated + changed :])
+    remaining = deque(step.split() for step in attempt[repeated + changed :])
+    originals = iter(attempt[repeated + changed :])
     for index, text in enumerate(corrected[repeated:]):
         status: StepStatus = "fixed" if index == 0 and changed else "new"
         original = attempt[repeated] if index == 0 and changed else None
-        if status == "new" and remaining and same_words(remaining[0], text):
-            status, original = "kept", remaining.pop(0)
+        if status == "new" and remaining and remaining[0] == text.split():
+            remaining.popleft()
+            status, original = "kept", next(originals)
         steps.append(CritiqueStep(text, status, original))
     return steps
 
@@ -146,7 +149,6 @@ def _count_repeated(attempt: Sequence[str], corrected: Sequence[str]) -> int:
 
 
 def _similarity(a: str, b: str) -> float:
-    # Time is quadratic in the number of words; more of them would not change the decision.
     words = [text.split(maxsplit=MAX_COMPARED_WORDS)[:MAX_COMPARED_WORDS] for text in (a, b)]
     return SequenceMatcher(None, *words, autojunk=False).ratio()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,10 @@ from selfteach.tasks.lab.world import (
 
 STEP_START = re.compile(rf"(?:^|(?<=\s))(?=[0-{len(CHILDREN) - 1}]\s|{ANSWER_MARK}(?:\s|$))")
 """Matches where a step begins: at a node's number, or at the answer mark."""
+
+
+NODES = {str(node): node for node in range(len(CHILDREN))}
+"""Nodes by the text of their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ def split(text: str) -> list[str]:
 def parse_line(text: str) -> SolutionLine | None:
     """Parse a step's text; None if it has not the form of a line."""
     words = text.split()
-    if len(words) != 6 or not words[0].isdigit() or int(words[0]) >= len(CHILDREN):
+    if len(words) != 6 or words[0] not in NODES:
         return None
     style = STYLE_OF_MARK.get(words[1])
     if style is None or words[4] != style.marks[1]:
@@ -65,7 +70,7 @@ def parse_line(text: str) -> SolutionLine | None:
     a, b = (words[3], words[2]) if style.reversed_operands else (words[2], words[3])
     if not all(len(word) == 1 and word.isalpha() for word in (a, b, words[5])):
         return None
-    return SolutionLine(int(words[0]), style, a, b, words[5])
+    return SolutionLine(NODES[words[0]], style, a, b, words[5])
 
 
 def unflagged(text: str) -> str:
@@ -108,7 +113,8 @@ def check(world: World, question: Sequence[str], text: str) -> CheckedAnswer:
 def style_of(steps: Sequence[CheckedStep], default: Style) -> Style:
     """Return the style of most of an answer's lines (on a tie the earliest), or a default."""
     styles = [step.line.style for step in steps if step.line is not None]
-    return max(styles, key=styles.count) if styles else default
+    counts = Counter(styles)  # in the order of their first lines
+    return max(counts, key=lambda style: counts[style]) if counts else default
 
 
 def _error(

@@ -1,17 +1,24 @@
-"""Audits a problem set: the verifier must accept each gold answer and reject it corrupted."""
+"""Audits a problem set: the verifier must accept each gold answer and reject corruptions of it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from selfteach.protocols import Verifier
+from selfteach.tasks.math_answers import read_answer
 from selfteach.types import Problem
 
-DIGIT = re.compile(r"\d")
-LETTER = re.compile(r"[A-Za-z](?=[^A-Za-z]*$)")
+NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:[.][0-9]+)?")
+LETTER = re.compile(r"[A-Za-z]")
+SEPARATOR = re.compile(
+    r"[()\[\]{}]|[,;](?![0-9]{3}(?![0-9]))|(?i:(?:\\text\{ *)?\b(?:and|or)\b *\}?)"
+)
+BRACKETS = re.compile(r"\A(?:\\left ?)?\\?[(\[{]|(?:\\right ?)?\\?[)\]}]\Z")
+MAX_CORRUPTIONS = 12
+"""Corruptions of one answer that are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,7 @@ class Audit:
 
 
 def audit(problems: Iterable[Problem], verify: Verifier, write: Callable[[str], str]) -> Audit:
-    """Verify every problem's gold answer and one corruption of it.
+    """Verify every problem's gold answer and `corruptions` of it, until the first that is accepted.
 
     ``write`` turns an answer into a text that the verifier can read.
     """
@@ -60,24 +67,59 @@ def audit(problems: Iterable[Problem], verify: Verifier, write: Callable[[str], 
         checked += 1
         if not verify(problem, write(problem.answer)).correct:
             findings.append(MisjudgedAnswer(problem, "rejected", problem.answer))
-        wrong = corrupt(problem.answer)
-        if verify(problem, write(wrong)).correct:
-            findings.append(MisjudgedAnswer(problem, "accepted", wrong))
+        for wrong in corruptions(problem.answer):
+            if verify(problem, write(wrong)).correct:
+                findings.append(MisjudgedAnswer(problem, "accepted", wrong))
+                break
     return Audit(checked, without, tuple(findings))
 
 
-def corrupt(answer: str) -> str:
-    """Return another answer of the same form.
+def corruptions(answer: str) -> Iterator[str]:
+    """Yield other answers of the same form: each number changed in turn, each part alone.
 
-    Its first digit is increased (9 becomes 8), or its last letter is replaced by the next in the
-    alphabet (z becomes y), or a 1 is appended. The first digit, since scorers may tolerate an error in
-    the last digits of a fraction.
+    A number's first digit is increased (9 becomes 8): scorers may tolerate an error in the last digits
+    of a fraction. Without a number the last letter is replaced by the next in the alphabet (z
+    becomes y), or a 1 is appended. At most `MAX_CORRUPTIONS`, spread over the answer.
     """
-    if digit := DIGIT.search(answer):
-        changed = "8" if digit[0] == "9" else str(int(digit[0]) + 1)
-        return answer[: digit.start()] + changed + answer[digit.end() :]
-    if letter := LETTER.search(answer):
-        step = -1 if letter[0] in "zZ" else 1
-        changed = chr(ord(letter[0]) + step)
-        return answer[: letter.start()] + changed + answer[letter.end() :]
-    return answer + "1"
+    changed = [
+        _with(answer, m.start(), _other_digit(answer[m.start()])) for m in NUMBER.finditer(answer)
+    ]
+    whole = "".join(answer.split())
+    parts = [part for part in _parts(answer) if "".join(part.split()) not in ("", whole)]
+    parts = parts if len(set(parts)) > 1 else []
+    corrupted = [*(changed or [_without_numbers(answer)]), *parts]
+    for index in range(min(len(corrupted), MAX_CORRUPTIONS)):
+        yield corrupted[index * len(corrupted) // min(len(corrupted), MAX_CORRUPTIONS)]
+
+
+def _without_numbers(answer: str) -> str:
+    letter = next(reversed(list(LETTER.finditer(answer))), None)
+    if letter is None:
+        return answer + "1"
+    return _with(answer, letter.start(), chr(ord(letter[0]) + (-1 if letter[0] in "zZ" else 1)))
+
+
+def _with(answer: str, at: int, character: str) -> str:
+    return answer[:at] + character + answer[at + 1 :]
+
+
+def _other_digit(digit: str) -> str:
+    value = int(digit)
+    return str(value - 1 if value == 9 else value + 1)
+
+
+def _parts(answer: str) -> list[str]:
+    """Return the quantities of an answer, or the elements of a list, a pair or a set."""
+    quantities = read_answer(answer).parts
+    if len(quantities) > 1:
+        return [f"{part.formula} {part.words}" for part in quantities] + [
+            part.formula for part in quantities
+        ]
+    bare = BRACKETS.sub("", answer.strip())
+    parts, depth, begin = [], 0, 0
+    for match in SEPARATOR.finditer(bare):
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        if depth <= 0 and match[0] not in "([{}])":
+            parts.append(bare[begin : match.start()].strip())
+            begin = match.end()
+    return [*parts, bare[begin:].strip()] if parts else []

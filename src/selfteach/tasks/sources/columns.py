@@ -7,6 +7,8 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from datetime import date, time
+from decimal import Decimal
 from functools import cache
 from importlib import resources
 from typing import Any, TypeVar
@@ -14,8 +16,8 @@ from typing import Any, TypeVar
 from selfteach.config.data_section import Columns, HubData, RowsData
 from selfteach.config.schema import merge, nearest, validate
 from selfteach.errors import DataError, RecipeError
+from selfteach.tasks.final_answers import last_boxed
 from selfteach.tasks.sources.rows import Row
-from selfteach.tasks.verifiers import last_boxed
 from selfteach.types import Problem
 
 FIELD = re.compile(r"\{([\w.]+)\}")
@@ -24,11 +26,18 @@ SOURCES = ("train", "validation", "test", "pool")
 REFERENCES = ("reference", "aligned_reference")
 
 
+NOT_A_NUMBER = frozenset({"nan", "<na>", "nat"})
+"""What tables write for a missing value, without case."""
+
 R = TypeVar("R", bound=RowsData)
 
 
 class MissingValue(Exception):
     """Signals that a row lacks what a column names; the message says what."""
+
+
+class UnreadableValue(MissingValue):
+    """Signals that a row's value is no text or number, or not a known one."""
 
 
 @cache
@@ -97,9 +106,14 @@ def column_value(values: Mapping[str, Any], column: str) -> Any:
 
 
 def _required(row: Row, column: str, name: str) -> str:
-    text = _text(column_value(row.values, column)).strip()
+    try:
+        text = _text(column_value(row.values, column)).strip()
+    except UnreadableValue as unreadable:
+        raise UnreadableValue(f"the {name} {unreadable}") from None
     if not text:
         raise MissingValue(f"the {name} is empty")
+    if text.casefold() in NOT_A_NUMBER:
+        raise UnreadableValue(f"the {name} is {text!r}, what a table writes where nothing is known")
     return text
 
 
@@ -107,6 +121,10 @@ def _optional(row: Row, column: str, *, required: bool) -> str | None:
     """Return a text or None; a column that the recipe names (``required``) must exist in every row."""
     try:
         return _text(column_value(row.values, column)).strip() or None
+    except UnreadableValue as unreadable:
+        if required:
+            raise UnreadableValue(f"column {column!r} {unreadable}") from None
+        return None
     except MissingValue:
         top = re.split(r"[.| {}]", column.lstrip("{"))[0]
         if required and top not in row.values:
@@ -175,16 +193,28 @@ def _apply(rule: str, value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Format a value as a person would write it: 3.0 as 3, True as true, None as nothing."""
+    """Format a value as a person would write it: 3.0 as 3, 1e-05 as 0.00001, None as nothing.
+
+    Raises `UnreadableValue` for what no person writes as one text: NaN, a list, a table, bytes.
+    """
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return str(int(value))
-    if isinstance(value, Mapping | list | tuple):
-        return json.dumps(value, default=str)
-    return str(value)
+    if isinstance(value, float | Decimal):
+        number = Decimal(repr(value)) if isinstance(value, float) else value
+        if not number.is_finite():
+            raise UnreadableValue(f"is {value}, not a number")
+        if number == number.to_integral_value():
+            return str(int(value))
+        return format(number, "f").rstrip("0")
+    if isinstance(value, str | int | date | time):
+        return str(value)
+    kind = "a table" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+    raise UnreadableValue(
+        f"is {kind}, not a text: name one element (column.0, column.key) or a rule "
+        "(first, last, join:X)"
+    )
 
 
 def bad_row(row: Row, missing: MissingValue) -> DataError:

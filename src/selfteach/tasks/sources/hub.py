@@ -8,7 +8,7 @@ from typing import Any
 
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError
-from selfteach.tasks.sources.rows import Row
+from selfteach.tasks.sources.rows import Row, shortest
 
 
 def read_hub(
@@ -26,11 +26,14 @@ def read_hub(
         rows = _from_disk(datasets, path, split)
     else:
         rows = _load(datasets, path, split, name=name, revision=revision, streaming=streaming)
+    features = getattr(rows, "features", None) or {}
+    kinds = {name: getattr(feature, "dtype", None) for name, feature in features.items()}
     number = 0
     try:
         for values in rows:
             number += 1
-            yield Row(dict(values), f"{path} ({split}): row {number}", f"{split}-{number}")
+            values = {name: shortest(value, kinds.get(name)) for name, value in values.items()}
+            yield Row(values, f"{path} ({split}): row {number}", f"{split}-{number}")
     except OSError as error:  # the network failed while rows were streamed
         raise DataError(f"data.path = {path!r}: {_explained(error)}") from None
 

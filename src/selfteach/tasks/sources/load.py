@@ -20,7 +20,13 @@ from selfteach.tasks.sources.columns import (
 )
 from selfteach.tasks.sources.hub import read_hub
 from selfteach.tasks.sources.rows import Row, read_rows
-from selfteach.tasks.sources.splits import Splits, disjoint, split_pool, without_duplicates
+from selfteach.tasks.sources.splits import (
+    Splits,
+    disjoint,
+    spelled_alike,
+    split_pool,
+    without_duplicates,
+)
 from selfteach.types import Problem
 
 
@@ -46,6 +52,7 @@ def read_problem_sets(
         counts["duplicates"] += duplicates
         _check_ids(read[name], ", ".join(files))
     splits, counts["in two sources"] = disjoint(read)
+    counts["in train and spelled alike in validation or test"] = spelled_alike(splits)
     pool = splits.pop("pool")
     if "pool" in sources:
         splits |= {

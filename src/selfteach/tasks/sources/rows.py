@@ -74,11 +74,31 @@ def _parquet(path: Path) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=1024):
+                kinds = {field.name: field.type for field in batch.schema}
                 for values in batch.to_pylist():
                     number += 1
+                    values = {name: shortest(values[name], kinds[name]) for name in values}
                     yield Row(values, f"{path}: row {number}", f"{path.stem}-{number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from None
+
+
+def shortest(value: Any, kind: object) -> Any:
+    """Return a value of a column of narrow floats as the shortest number: 0.1, not 0.10000000149011612.
+
+    ``kind`` is the column's type as Arrow or NumPy names it; other types change nothing.
+    """
+    import numpy as np
+
+    narrow = {
+        "halffloat": np.float16,
+        "float16": np.float16,
+        "float": np.float32,
+        "float32": np.float32,
+    }
+    if not isinstance(value, float) or str(kind) not in narrow:
+        return value
+    return float(str(narrow[str(kind)](value)))
 
 
 def _text(path: Path) -> str:

@@ -18,14 +18,36 @@ PRECEDENCE = ("test", "validation", "train", "pool")
 
 
 def normalised(question: str) -> str:
-    """Normalise a question: case, white space and Unicode forms (NFKC) make no difference."""
-    return " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    """Normalise a question: white space and equivalent Unicode forms (NFC) make no difference.
+
+    Case and compatibility forms do: ``A`` and ``a`` may be two variables, and 7² is not 72.
+    """
+    return " ".join(unicodedata.normalize("NFC", question).split())
 
 
 def hash_position(question: str, seed: int) -> float:
-    """Return a number in [0, 1): a hash of the normalised question and the seed, and nothing else."""
-    digest = hashlib.blake2b(f"{seed}\0{normalised(question)}".encode(), digest_size=8).digest()
+    """Return a number in [0, 1): a hash of the question's words and the seed, and nothing else.
+
+    Questions that differ in case or Unicode forms alone have the same position, so that shares put a
+    question and its copy in capitals into the same split.
+    """
+    digest = hashlib.blake2b(f"{seed}\0{_folded(question)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
+
+
+def spelled_alike(splits: Splits) -> int:
+    """Count train questions that differ from one of validation or test by case or Unicode form alone.
+
+    They are not removed: whether they are the same question cannot be known.
+    """
+    held_out = {
+        _folded(p.question) for name in ("validation", "test") for p in splits.get(name, [])
+    }
+    return sum(_folded(problem.question) in held_out for problem in splits.get("train", []))
+
+
+def _folded(question: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", question).casefold().split())
 
 
 def without_duplicates(problems: Iterable[Problem]) -> tuple[list[Problem], int]:
