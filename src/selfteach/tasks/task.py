@@ -127,13 +127,16 @@ def describe_problems(task: Task, *, max_warnings: int = 5) -> Iterator[str]:
         yield 'data.invalid_problems = "drop" leaves such problems out, "stop" refuses to start'
 
 
-def training_order(count: int, seed: int, problems_per_step: int) -> Iterator[list[int]]:
+def training_order(
+    count: int, seed: int, problems_per_step: int, *, uneven: bool = False
+) -> Iterator[list[int]]:
     """Yield the problem indices of each training step: shuffled epochs, the same for every arm.
 
     Every epoch holds each problem once, so that the numbers of uses never differ by more than one. No
     step holds a problem twice: in a step across two epochs, the later epoch's problems are moved back
     where the earlier one's are in the step already. The order depends on the arguments alone, so a
-    resumed run iterates from the start and skips the finished steps.
+    resumed run iterates from the start and skips the finished steps. ``uneven`` is the order of earlier
+    versions, whose runs are resumed in it: an epoch left out what the step before it held.
     """
     rng = np.random.default_rng([seed, 7])
     queue: list[int] = []
@@ -143,7 +146,7 @@ def training_order(count: int, seed: int, problems_per_step: int) -> Iterator[li
             epoch, missing = rng.permutation(count).tolist(), per_step - len(queue)
             queued = set(queue)
             first = [i for i in epoch if i not in queued][:missing]
-            moved_back = set(epoch).difference(first)
+            moved_back = set(epoch).difference(first, queued if uneven else ())
             queue += [*first, *(i for i in epoch if i in moved_back)]
         yield queue[:per_step]
         queue = queue[per_step:]

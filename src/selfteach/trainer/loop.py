@@ -29,7 +29,7 @@ from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
 from selfteach.trainer.preflight import preflight
-from selfteach.trainer.problem_identity import same_problems
+from selfteach.trainer.problem_identity import has_uneven_epochs, same_problems
 from selfteach.trainer.step import publish_weights
 from selfteach.types import Sampling
 
@@ -175,7 +175,7 @@ def _steps(
     components, last = built.components, recipe.train.steps
     publish_weights(components)
     training = train_steps(
-        components, _rollout_requests(recipe, built), range(done + 1, last + 1), run,
+        components, _rollout_requests(run, recipe, built), range(done + 1, last + 1), run,
         staleness=recipe.train.staleness, interruptible=end.interruptible,
     )  # fmt: skip
 
@@ -219,7 +219,9 @@ def _steps(
         raise
 
 
-def _rollout_requests(recipe: Recipe, built: Built) -> Callable[[int], RolloutRequest]:
+def _rollout_requests(
+    run: RunFolder, recipe: Recipe, built: Built
+) -> Callable[[int], RolloutRequest]:
     """Return the problems and policy version of each step.
 
     Raises `RecipeError` if there are too few problems for the steps that one version samples.
@@ -231,7 +233,9 @@ def _rollout_requests(recipe: Recipe, built: Built) -> Callable[[int], RolloutRe
             f"train.staleness = {train.staleness}: the first {train.staleness + 1} steps are sampled "
             f"by the same weights, so they need {most} problems, of which there are {len(problems)}"
         )
-    order = training_order(len(problems), recipe.seed, train.problems_per_step)
+    order = training_order(
+        len(problems), recipe.seed, train.problems_per_step, uneven=has_uneven_epochs(run)
+    )
     of_step = [[problems[i] for i in indices] for indices in islice(order, train.steps)]
 
     def request(step: int) -> RolloutRequest:

@@ -8,6 +8,7 @@ from itertools import islice
 
 from selfteach.config.migrations import run_subfolder
 from selfteach.errors import CheckpointError
+from selfteach.runtime.atomic_files import read_json, write_json
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_bytes, read_lines, reading
 from selfteach.tasks.task import Task
@@ -15,6 +16,8 @@ from selfteach.trainer.build import Built
 from selfteach.types import Problem
 
 SPLITS = ("train", "validation", "test")
+ORDER, UNEVEN = "training_order", "uneven epochs"
+"""Key and value in problems.json of a run that an earlier version began."""
 
 
 def same_problems(run: RunFolder, built: Built) -> Built:
@@ -29,13 +32,23 @@ def same_problems(run: RunFolder, built: Built) -> Built:
         task = _by_place(task)
 
     def agree() -> None:
-        if ranks.is_main:
-            if not run.problems_path.exists():
-                _require_recorded_questions(run, task)
-            run.require_problems({name: getattr(task, name) for name in SPLITS})
+        if not ranks.is_main:
+            return
+        began = not run.problems_path.exists()
+        earlier = began and any(run_subfolder(run.path, "rollouts").glob("step_*.jsonl"))
+        if began:
+            _require_recorded_questions(run, task)
+        run.require_problems({name: getattr(task, name) for name in SPLITS})
+        if earlier:
+            write_json(run.problems_path, {**read_json(run.problems_path), ORDER: UNEVEN})
 
     ranks.all_or_raise(agree)
     return replace(built, task=task)
+
+
+def has_uneven_epochs(run: RunFolder) -> bool:
+    """Return True for a run that an earlier version began, in its order of problems (`training_order`)."""
+    return read_json(run.problems_path).get(ORDER) == UNEVEN
 
 
 def _has_ids_by_place(run: RunFolder, task: Task) -> bool:

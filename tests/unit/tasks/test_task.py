@@ -69,6 +69,12 @@ def test_training_order(count: int, per_step: int, seed: int) -> None:
     assert steps == list(islice(training_order(count, seed, per_step), 12))
 
 
+def test_runs_of_earlier_versions_keep_their_order() -> None:
+    steps = list(islice(training_order(5, 0, 3, uneven=True), 6))
+    # Written by commit 9bbec72.
+    assert steps == [[0, 4, 3], [2, 1, 3], [4, 0, 3], [2, 1, 3], [4, 0, 1], [2, 3, 0]]
+
+
 def test_another_seed_gives_another_order() -> None:
     assert next(training_order(100, 0, 50)) != next(training_order(100, 1, 50))
 
