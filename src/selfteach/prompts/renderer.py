@@ -151,7 +151,9 @@ class Renderer:
 
     def _ends(self, token_ids: Sequence[int], text: str) -> list[int]:
         pieces = [self._piece(token) for token in token_ids]
-        for gap in ("", " "):
+        # With a gap it would be a guess whether a piece without text stands for the space.
+        words = pieces[: 1 + max((i for i, piece in enumerate(pieces) if piece), default=-1)]
+        for gap in ("", " ") if all(words) else ("",):
             ends = _ends(pieces, gap)
             if ends and ends[-1] == len(text) and gap.join(filter(None, pieces)) == text:
                 return ends

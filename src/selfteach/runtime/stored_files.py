@@ -21,7 +21,7 @@ def read_bytes(path: Path) -> bytes | None:
     """Read a file; None if there is none. Raises `CheckpointError` if it cannot be read."""
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None

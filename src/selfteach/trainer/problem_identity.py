@@ -8,9 +8,9 @@ from itertools import islice
 
 from selfteach.config.migrations import run_subfolder
 from selfteach.errors import CheckpointError
-from selfteach.runtime.atomic_files import read_json, write_json
+from selfteach.runtime.atomic_files import write_json
 from selfteach.runtime.run_folder import RunFolder
-from selfteach.runtime.stored_files import read_bytes, read_lines, reading
+from selfteach.runtime.stored_files import read_bytes, read_json, read_lines, reading
 from selfteach.tasks.task import Task
 from selfteach.trainer.build import Built
 from selfteach.types import Problem
@@ -47,7 +47,7 @@ def same_problems(run: RunFolder, built: Built) -> Built:
 
 
 def has_uneven_epochs(run: RunFolder) -> bool:
-    """Return True for a run that an earlier version began, in its order of problems (`training_order`)."""
+    """Return True for a run that an earlier version began: it has that version's order of problems."""
     return read_json(run.problems_path).get(ORDER) == UNEVEN
 
 

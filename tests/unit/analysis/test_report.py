@@ -332,7 +332,7 @@ def test_an_example_without_contexts_or_error_is_shown(tmp_path, results, exampl
     ("content", "message"),
     [
         (None, "no folder of a run"),
-        ("{", "not valid JSON"),
+        ("{", "is damaged"),
         ('{"format": 2}', "format 2, expected 1"),
     ],
 )

@@ -324,7 +324,7 @@ def write_samples(run: Path, steps: int, answers: int) -> None:
     }  # fmt: skip
     for step in range(1, steps + 1):
         lines = [json.dumps({**sample, "sample": i}) for i in range(answers)]
-        (run / "samples" / f"step_{step:06d}.jsonl").write_text("\n".join(lines))
+        (run / "samples" / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def test_of_many_training_answers_whole_steps_are_left_out_evenly(tmp_path):

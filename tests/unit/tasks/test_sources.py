@@ -661,6 +661,6 @@ def test_a_gold_answer_that_is_no_text_is_refused(
 def test_a_column_that_is_no_text_and_that_no_recipe_names_is_left_out(tmp_path: Path) -> None:
     row = {"question": "q", "answer": "2", "reference": ["a", "b"], "id": [1]}
     (problem,) = files(train=str(write_jsonl(tmp_path / "a.jsonl", [row]))).train
-    assert problem.references == {} and problem.id == "a-1"
+    assert problem.references == {} and problem.place == "a-1"
     with pytest.raises(DataError, match="column 'reference' is a list, not a text"):
         files(train=str(tmp_path / "a.jsonl"), columns={"reference": "reference"})

@@ -26,7 +26,7 @@ def test_jsonl_problems_keep_ids_and_references(tmp_path: Path) -> None:
         '{"id": "x", "question": "2+2", "answer": "4"}\n'
     )
     first, second = read_file(path)
-    assert (first.id, first.answer, first.references) == ("sums-1", "2", {"reference": "two"})
+    assert (first.place, first.answer, first.references) == ("sums-1", "2", {"reference": "two"})
     assert (second.id, second.references) == ("x", {})
 
 
