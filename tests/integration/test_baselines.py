@@ -28,7 +28,11 @@ from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.loop import run_to_end, train
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted([*ROOT.glob("recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")])
+RECIPES = sorted(
+    path
+    for path in [*ROOT.glob("recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")]
+    if path.name != "published.toml"
+)
 BASELINES = sorted(ROOT.glob("recipes/baselines/*.toml"))
 PAPER = ROOT / "recipes" / "paper.toml"
 VARIED = {"extends", "critic", "context", "teacher", "objective", "train"}

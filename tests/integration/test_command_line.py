@@ -123,7 +123,8 @@ def test_a_study_from_recipe_to_report(
     assert difference == pytest.approx(means["step_aligned"] - means["grpo"])
     budgets = [results["arms"][arm]["budget"] for arm in ("grpo", "step_aligned")]
     assert budgets[0]["rollouts_sampled"] == budgets[1]["rollouts_sampled"] == 12
-    assert budgets[0]["optimizer_steps"] == budgets[1]["optimizer_steps"] == 2
+    # In so small a study all groups of grpo may score alike, and then there is nothing to learn.
+    assert budgets[0]["optimizer_steps"] <= budgets[1]["optimizer_steps"] == 2
     easy = results["variants"]["easy"]
     assert easy["title"] == "an easy world"
     assert list(easy["arms"]) == list(results["arms"]) == ["base", "grpo", "step_aligned"]
@@ -316,6 +317,8 @@ def test_a_folder_with_another_study_is_refused(
     out = tmp_path / "out"
     out.mkdir()
     (out / "study.json").write_text('{"study": {}}')
+    (out / "runs").mkdir()
+    (out / "runs" / "metrics.jsonl").write_text("{}\n")
     error = refused(monkeypatch, capsys, "study", recipe, "--out", out)
     assert "holds another study" in error and "selfteach resume" in error
 

@@ -170,6 +170,18 @@ def test_kill_9_and_resume(moment: str, whole: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == content
 
 
+def test_a_checkpoint_that_was_being_deleted_does_not_stop_a_resume(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "result.json").unlink()
+    half = folder / "checkpoints" / "step_000002"
+    half.mkdir(exist_ok=True)
+    (half / "weights.safetensors").write_bytes(b"a part of it")
+    run_to_end(recipe(), folder)
+    assert_same_run(whole, folder)
+
+
 def test_a_folder_with_another_run_is_refused(whole: Path) -> None:
     with pytest.raises(CheckpointError, match="holds another run"):
         run_to_end(recipe(seed=7), whole)

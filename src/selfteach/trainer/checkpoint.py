@@ -74,8 +74,10 @@ def save(
             raise
         if ranks.is_main:
             sync_folder(folder)
-            for old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
+            oldest = checkpoints(folder)[-keep:][0]
+            for old in folder.glob("step_*"):
+                if old.name < oldest.name:
+                    shutil.rmtree(old)
         ranks.barrier()
     return target
 
@@ -153,8 +155,9 @@ def path_for_step(folder: Path, step: int) -> Path:
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints, oldest first.
 
-    Raises `CheckpointError` if the folder cannot be read, or if one of them has no state.json, which
-    is written before a checkpoint gets its name.
+    Raises `CheckpointError` if the folder cannot be read, or if the newest has no state.json, which is
+    written before a checkpoint gets its name. An older one without it was being deleted when the run
+    was killed, and is left out.
     """
     try:
         names = sorted(path.name for path in folder.iterdir() if path.name.startswith("step_"))
@@ -162,10 +165,10 @@ def checkpoints(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from None
-    for name in names:
-        if read_bytes(folder / name / "state.json") is None:
-            raise CheckpointError(f"{folder / name} is damaged: it has no state.json; {REMEDY}")
-    return [folder / name for name in names]
+    whole = [name for name in names if read_bytes(folder / name / "state.json") is not None]
+    if names and names[-1] not in whole:
+        raise CheckpointError(f"{folder / names[-1]} is damaged: it has no state.json; {REMEDY}")
+    return [folder / name for name in whole]
 
 
 def load(checkpoint: Path, policy: Policy, teacher: Teacher) -> int:
