@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -188,13 +189,12 @@ def sweep_jobs(study: Study, folder: Path) -> list[Job]:
     jobs = []
     for variant in (None, *study.sweep.variants):
         arms = study.variants[variant].arms if variant else None
-        for arm in arms or study.arms:
-            for lr in study.sweep.lr:
-                for seed in study.sweep.seeds:
-                    overrides = {"optimizer": {"lr": lr}, "evaluation": {"test": False}}
-                    recipe = study.recipe(arm, seed=seed, variant=variant, overrides=overrides)
-                    name = f"{variant or 'runs'}/{arm}/lr_{lr:g}/seed_{seed}"
-                    jobs.append(Job(variant, arm, seed, recipe, folder / name))
+        # Rates outermost: the runs of an arm with a large critic are then not side by side.
+        for lr, arm, seed in product(study.sweep.lr, arms or study.arms, study.sweep.seeds):
+            overrides = {"optimizer": {"lr": lr}, "evaluation": {"test": False}}
+            recipe = study.recipe(arm, seed=seed, variant=variant, overrides=overrides)
+            name = f"{variant or 'runs'}/{arm}/lr_{lr:g}/seed_{seed}"
+            jobs.append(Job(variant, arm, seed, recipe, folder / name))
     return jobs
 
 
