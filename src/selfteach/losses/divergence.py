@@ -61,9 +61,8 @@ def per_token(
     """
     teacher_logits = teacher_logits.detach()
     teacher_logratio = None
-    if (
-        spec.temperature != 1
-    ):  # computed first: `divergence_of_rows` may overwrite the teacher's logits
+    # Computed first: `divergence_of_rows` may overwrite the teacher's logits.
+    if spec.temperature != 1:
         teacher_logratio = _teacher_logratio(student_logits, teacher_logits, ids)
     if spec.support == "sampled":
         values = _of_sampled(spec, student_logits, teacher_logits, ids, sampling_temperature)

@@ -118,9 +118,8 @@ class Policy:
     def _hidden(self, sequences: Sequences) -> Tensor:
         """Compute the last layer's states that predict the rollouts' tokens, [N, H]."""
         ids_BT, rows_N, columns_N = sequences.ids_BT, sequences.rows_N, sequences.columns_N
-        if (
-            self._shards is not None
-        ):  # a pass for the prefix would have no counterpart on other ranks
+        # A pass for the prefix would have no counterpart on other ranks.
+        if self._shards is not None:
             return self._shards.hidden(ids_BT)[rows_N, columns_N]
         shared = sequences.shared if self._shares_prefixes else 0
         ids_BT, columns_N, extra = ids_BT[:, shared:], columns_N - shared, dict[str, Any]()

@@ -170,9 +170,8 @@ def trackio(run: TrackedRun) -> Iterator[Sink]:
 def _enter(stack: ExitStack, name: str, sink: AbstractContextManager[Sink]) -> Sink:
     try:
         return stack.enter_context(sink)
-    except (
-        Exception
-    ) as error:  # no login, no network, no permission: reported before training starts
+    # No login, no network, no permission: reported before training starts.
+    except Exception as error:
         raise RecipeError(f"tracking.sinks: {name} cannot be opened: {error}") from error
 
 

@@ -82,9 +82,7 @@ class VerifierProcess:
             if reply is not None:
                 return reply
             self.close()
-            if (
-                process.returncode == -signal.SIGPROF
-            ):  # its limit: another try would end as this one
+            if process.returncode == -signal.SIGPROF:  # its limit: another try would end so too
                 break
         self.timeouts += 1
         return dict(TIMED_OUT)

@@ -145,9 +145,8 @@ class LlmCritic:
             critique = self._parser(text, rollout, verdict, finished=reply.finished)
         except SelfteachError:
             raise
-        except (
-            Exception
-        ) as error:  # a reply is data: no text may end a run, and each of its resumes
+        # A reply is data: no text may end a run, and each of its resumes.
+        except Exception as error:
             critique = CritiqueFailure(
                 "malformed", f"it cannot be parsed: {type(error).__name__}: {error}"[:EXCERPT]
             )

@@ -62,9 +62,8 @@ class CritiqueParser:
         but a justification is missing, C cut at the token limit, D wrong.
         """
         critique = CASE.sub("", split_thinking(text)[1], count=1)
-        if (
-            not finished
-        ):  # checked first: a server may strip an unfinished thought and leave nothing
+        # Checked first: a server may strip an unfinished thought and leave nothing.
+        if not finished:
             return _failure("truncated", "the critic's reply was truncated")
         if not text.strip():
             return _failure("empty", "the critic returned no text")
