@@ -37,6 +37,10 @@ class LossError(SelfteachError):
     """A loss is NaN or infinite; no update was made."""
 
 
+class RunStopped(SelfteachError):
+    """A run's guard has stopped it: nothing was learned, or a metric is beyond the recipe's bounds."""
+
+
 class Terminated(BaseException):
     """Is raised on SIGTERM and Ctrl-C, which are no errors: `selfteach resume` continues a run."""
 

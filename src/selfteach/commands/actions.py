@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 
+from selfteach.analysis.terminal.sanitize import sanitized
+from selfteach.commands.study.jobs import Job
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import TABLES, Study, load_study
-from selfteach.errors import RecipeError
+from selfteach.errors import RecipeError, RunStopped
 from selfteach.runtime import torchrun
 
 PIPED_COLUMNS = 110
@@ -41,9 +43,24 @@ def run_study(loaded: Study, folder: Path, *, command: str) -> None:
     output = console()
     print_results(results, output)
     print_critics(read_study_critics(folder), output)
+    for line in _findings(jobs_of(loaded, folder)):
+        typer.echo(f"health: {sanitized(line)}", err=True)
     output.print(
         f"\nresults: {folder / 'results.json'}\nreport:  {write_report(folder)}", soft_wrap=True
     )
+
+
+def _findings(jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield what the runs of a study show about their health, a line each."""
+    from selfteach.commands.findings import findings_of
+    from selfteach.runtime.run_folder import RunFolder
+
+    for job in jobs:
+        findings = findings_of(job.recipe, job.folder, RunFolder(job.folder).metrics())
+        if (why := findings.learned_nothing) is not None:
+            yield f"{job.label} seed {job.seed} has learned nothing: {why}"
+        for line in findings.lines:
+            yield f"{job.label} seed {job.seed}: {line}"
 
 
 def summarize_inspection(folder: Path, output: Console | None = None) -> None:
@@ -81,12 +98,15 @@ def run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
 def run_one(recipe: Recipe, folder: Path) -> None:
     """Run or resume one run, and write its report."""
     from selfteach.commands.check.describe_recipe import notes
+    from selfteach.commands.findings import findings_of
     from selfteach.commands.progress import run_progress
+    from selfteach.runtime.run_folder import RunFolder
     from selfteach.trainer.loop import train as run
 
     for note in notes([recipe]) if torchrun.is_main() else ():
         typer.echo(note, err=True)
-    with run_progress(recipe) as progress:
+    findings = findings_of(recipe, folder, RunFolder(folder).metrics())
+    with run_progress(recipe, findings) as progress:
         for row in run(recipe, folder):
             progress(row)
     if not torchrun.is_main():
@@ -95,6 +115,10 @@ def run_one(recipe: Recipe, folder: Path) -> None:
 
     model = f"\nmodel:  {folder / 'model'}" if recipe.train.steps else ""
     typer.echo(f"run:    {folder}{model}\nreport: {write_report(folder)}")
+    for line in findings.lines:
+        typer.echo(f"health: {sanitized(line)}", err=True)
+    if (why := findings.learned_nothing) is not None:
+        raise RunStopped(f"{folder} is complete and has learned nothing: {why}")
 
 
 def run_selection(recipe: Recipe, config: SelectConfig, folder: Path) -> None:

@@ -17,7 +17,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
+from selfteach.analysis.terminal.sanitize import sanitized
+from selfteach.commands.findings import Findings, findings_of
 from selfteach.commands.study.jobs import Job
 from selfteach.config.recipe import Recipe
 from selfteach.runtime.run_folder import RunFolder
@@ -39,8 +42,13 @@ HIDDEN_IF_ZERO = ("dropped", "truncated")
 
 
 @contextmanager
-def run_progress(recipe: Recipe) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Show a bar for one run; yields a function that takes each row of metrics."""
+def run_progress(
+    recipe: Recipe, findings: Findings
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Show a bar for one run; yields a function that takes each row of metrics.
+
+    What the rows say about the run's health is printed when it first shows.
+    """
     console = Console(stderr=True)
     with _bars(console) as bars:
         task = bars.add_task("training", total=recipe.train.steps, note="")
@@ -50,6 +58,8 @@ def run_progress(recipe: Recipe) -> Iterator[Callable[[Mapping[str, Any]], None]
             rows[row["kind"]] = row
             if row["kind"] == "step":
                 bars.update(task, completed=row["step"], note=note(rows))
+                for line in findings.new(row):
+                    print_finding(console, line)
             else:
                 line = (
                     f"step {row['step']:>4}  {row['kind']:<10}  Avg@{row['k']} {row['avg']:.1f} %"
@@ -57,6 +67,12 @@ def run_progress(recipe: Recipe) -> Iterator[Callable[[Mapping[str, Any]], None]
                 console.print(line, highlight=False)
 
         yield show
+
+
+def print_finding(console: Console, line: str) -> None:
+    """Print a line about a run's health."""
+    text = Text(f"health: {sanitized(line)}", style="yellow")
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -90,6 +106,11 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
     training = [job for job in jobs if job.recipe.train.steps > 0]
     labels = list(dict.fromkeys(job.label for job in training))
     done = {job.folder: _steps_done(job) for job in training}
+    findings = {
+        job.folder: findings_of(job.recipe, job.folder, RunFolder(job.folder).metrics())
+        for job in training
+    }
+    read = {job.folder: len(RunFolder(job.folder).metrics()) for job in training}
     announced = {job.folder for job in jobs if RunFolder(job.folder).is_complete}
 
     def steps(label: str | None) -> tuple[int, int]:
@@ -109,6 +130,12 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
                 done.update({job.folder: _steps_done(job) for job in training})
                 for label, task in tasks.items():
                     bars.update(task, completed=steps(label)[0], note=_newest(training, label))
+            for job in training:
+                rows = _rows(job)
+                for row in rows[read[job.folder] :]:
+                    for line in findings[job.folder].new(row):
+                        print_finding(console, f"{job.label} seed {job.seed}: {line}")
+                read[job.folder] = len(rows)
             for job in jobs:
                 if job.folder not in announced and RunFolder(job.folder).is_complete:
                     announced.add(job.folder)
@@ -180,7 +207,18 @@ def _newest(jobs: Sequence[Job], label: str | None) -> str:
 @lru_cache(maxsize=64)
 def _note_of(_written: int, metrics: Path) -> str:
     """Return the note of a metrics file, read again only after it was written."""
-    return note({row["kind"]: row for row in RunFolder(metrics.parent).metrics()})
+    return note({row["kind"]: row for row in _rows_of(_written, metrics)})
+
+
+def _rows(job: Job) -> list[dict[str, Any]]:
+    """Return the metrics of a run so far, read again only after they were written."""
+    path = RunFolder(job.folder).metrics_path
+    return _rows_of(path.stat().st_mtime_ns, path) if path.exists() else []
+
+
+@lru_cache(maxsize=64)
+def _rows_of(_written: int, metrics: Path) -> list[dict[str, Any]]:
+    return RunFolder(metrics.parent).metrics()
 
 
 def _announce(job: Job, console: Console) -> None:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from selfteach.config.critic_section import CriticConfig
 from selfteach.config.data_section import DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
+from selfteach.config.guard_section import GuardConfig
 from selfteach.config.objective_section import (
     DistillationConfig,
     GrpoConfig,
@@ -291,6 +292,8 @@ class Recipe(Section):
     """How the ranks of a torchrun job train together."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is evaluated, and when."""
+    guard: GuardConfig = GuardConfig()
+    """When a run stops by itself, and bounds that it watches."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics are sent."""
 
@@ -326,6 +329,11 @@ class Recipe(Section):
         comparing = "grpo" if grpo else 'context "peer"' if "peer" in self.context.names else None
         if comparing and self.train.group_size < 2:
             raise ValueError(f"{comparing} needs a train.group_size of at least 2")
+        if self.guard.kl_initial is not None and not self.can_score_initial:
+            raise ValueError(
+                "guard.kl_initial compares with the initial weights, which this recipe does not keep: "
+                'set model.lora, teacher.type = "initial" or, for grpo, objective.kl_coef'
+            )
         if self.sampling.separate_copy and self.engine.type != "transformers":
             raise ValueError(
                 "sampling.separate_copy is a copy for the engine in this process; "
@@ -337,6 +345,11 @@ class Recipe(Section):
     def all_weights_train(self) -> bool:
         """Return True if the model's weights train, and not adapters."""
         return self.model.lora is None and self.train.steps > 0
+
+    @property
+    def can_score_initial(self) -> bool:
+        """Return True if the initial policy can score: its weights are kept."""
+        return self.model.lora is not None or self.scoring_teacher.type == "initial"
 
     @property
     def scoring_teacher(self) -> TeacherConfig:

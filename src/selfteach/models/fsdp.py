@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from selfteach.errors import CheckpointError, EngineError
 from selfteach.models.lm_head import Head
+from selfteach.models.plain_pass import backbone_of
 from selfteach.models.shard_reader import ShardReader
 
 
@@ -51,7 +52,7 @@ class Shards:
         mixed = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
         for layer in _layers(model):
             fully_shard(layer, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
-        backbone: nn.Module = getattr(model, model.base_model_prefix)
+        backbone = backbone_of(model)
 
         def last_hidden(ids_BT: Tensor) -> Tensor:
             return backbone(input_ids=ids_BT, use_cache=False)[0]

@@ -15,6 +15,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -75,7 +76,7 @@ def load(
         renderer=renderer,
         device=device,
         autocast=dtypes.autocast,
-        max_length=context_length(model),
+        max_length=context_length(model.config),
         end_ids=end_ids(model, tokenizer, renderer),
         pad_id=pad_id(tokenizer),
     )
@@ -222,9 +223,24 @@ def load_model(
     return model.eval()
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Return a model's longest sequence in tokens; 4,096 where its config has none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
+def context_length(config: PreTrainedConfig) -> int:
+    """Return the longest sequence in tokens of a model; 4,096 where its config has none.
+
+    Rotary embeddings of type ``dynamic`` and ``longrope`` change with a sequence's length beyond the
+    original one: a token's probability would depend on tokens after it. So that is their limit.
+    """
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or {}
+    settings = [rotary, *(value for value in rotary.values() if isinstance(value, dict))]
+    fixed = [
+        setting.get("original_max_position_embeddings")
+        for setting in settings
+        if setting.get("rope_type") in ("dynamic", "longrope")
+    ]
+    if fixed:
+        fixed.append(getattr(text, "original_max_position_embeddings", None))
+    lengths = [*fixed, getattr(text, "max_position_embeddings", None)]
+    return min([length for length in lengths if length], default=4096)
 
 
 def end_ids(

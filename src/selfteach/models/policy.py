@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,14 +15,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfteach.errors import EngineError
-from selfteach.models import prefix_cache, tree_attention
+from selfteach.models import plain_pass, prefix_cache, tree_attention
 from selfteach.models.fsdp import Shards, whole
 from selfteach.models.lm_head import Head, Scores
+from selfteach.models.sequences import sequences
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.types import Sequences
 
 PROBE_TOLERANCE = 1e-3
 """Largest difference between our logits and the model's forward pass, relative to their spread."""
+
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of a head's soft cap in configs of transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +71,23 @@ class Policy:
     ) -> None:
         self.model = model
         self.version = 0
+        self.lr_factor = 1.0
+        """Factor of the scheduled learning rate; a run's guard lowers it."""
         self._schedule, self._grad_clip, self._autocast = schedule, grad_clip, autocast
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(causal, PreTrainedModel)
-        self._backbone: nn.Module = getattr(causal, causal.base_model_prefix)
+        self._backbone = plain_pass.backbone_of(causal)
+        plain_pass.require_causal(causal, autocast=autocast)
         self._head = head_of(causal)
         # Gradient checkpointing and a key-value cache exclude each other in transformers.
-        self._shares_prefixes = not any(
+        self.shares_prefixes = not any(
             getattr(module, "gradient_checkpointing", False) for module in causal.modules()
         )
-        self._uses_tree_attention = tree_attention.enable_tree_attention(causal)
-        # The head is probed on the full model; the optimizer must get the shards.
-        self._ranks, self._shards = ranks, shard(causal) if shard is not None else None
+        self.uses_tree_attention = tree_attention.enable_tree_attention(causal)
+        self._shards = None
+        self._prove_passes(causal)
+        # The head and the passes are probed on the full model; the optimizer must get the shards.
+        self._ranks, self._shards = ranks, shard(causal) if shard is not None else self._shards
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # As the field does, matrices decay (embeddings and adapters too), norms and biases do not.
         matrices = [param for param in self.trainable.values() if param.ndim >= 2]
@@ -121,9 +131,9 @@ class Policy:
         # A pass for the prefix would have no counterpart on other ranks.
         if self._shards is not None:
             return self._shards.hidden(ids_BT)[rows_N, columns_N]
-        shared = sequences.shared if self._shares_prefixes else 0
+        shared = sequences.shared if self.shares_prefixes else 0
         ids_BT, columns_N, extra = ids_BT[:, shared:], columns_N - shared, dict[str, Any]()
-        if sequences.tree and self._uses_tree_attention and shared == sequences.shared:
+        if sequences.tree and self.uses_tree_attention and shared == sequences.shared:
             tree = sequences.tree
             ids_BT, rows_N, columns_N = tree.ids_1U, 0, tree.columns_N
             extra = tree_attention.model_inputs(tree, shared, self.model.dtype)
@@ -132,12 +142,56 @@ class Policy:
             extra[prefix_cache.cache_argument(self._backbone)] = cache
         return self._backbone(input_ids=ids_BT, use_cache=shared > 0, **extra)[0][rows_N, columns_N]
 
+    @torch.no_grad()
+    def _prove_passes(self, causal: PreTrainedModel) -> None:
+        """Keep only those of tree attention and shared prefixes that leave the hidden states unchanged.
+
+        Raises `EngineError` if even padding changes them.
+        """
+        self.model.eval()
+        prompts = [
+            prompt
+            for prompt in plain_pass.probe_prompts(causal.config.get_text_config().vocab_size)
+            for _ in range(2)
+        ]
+        completions = [[*prompts[0][: 2 + row], row] for row in range(len(prompts))]
+        side = sequences(prompts, completions, pad_id=0, least_shared=plain_pass.PROBE_SHARED)
+        side = side.to(next(causal.parameters()).device)
+        device_type, rounded = (
+            side.ids_BT.device.type,
+            plain_pass.is_rounded(causal, self._autocast),
+        )
+        with (
+            torch.autocast(device_type, self._autocast, enabled=self._autocast is not None),
+            plain_pass.shrunk_windows(causal, sys.maxsize),
+        ):
+            plain_NH = torch.cat([
+                plain_pass.plain_states(causal, [*prompt, *completion])[len(prompt) - 1 : -1]
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ])  # fmt: skip
+            spread = float(plain_NH.double().std())
+            shares, folds = self.shares_prefixes, self.uses_tree_attention
+            for way in dict.fromkeys(
+                [(shares, folds), (shares, False), (False, folds), (False, False)]
+            ):
+                self.shares_prefixes, self.uses_tree_attention = way
+                try:
+                    hidden_NH = self._hidden(side)
+                except Exception:  # a model's code raises anything for a cache it does not know
+                    continue
+                if plain_pass.agree(hidden_NH, plain_NH, rounded=rounded, spread=spread):
+                    return
+        raise EngineError(
+            f"{type(causal).__name__} computes other states in a batch than alone, so its rollouts "
+            "cannot be scored in batches"
+        )
+
     def optimizer_step(self) -> dict[str, float]:
         """Take one AdamW step on the accumulated gradients; returns its metrics.
 
         A non-finite gradient changes no weight and is counted in ``nonfinite_updates``.
         """
-        rate = self._schedule(self.version)
+        rate = self._schedule(self.version) * self.lr_factor
         if self._shards is None:
             self._ranks.sum_gradients(self.trainable.values())
         norm = whole(nn.utils.clip_grad_norm_(self.trainable.values(), self._grad_clip)).item()
@@ -228,17 +282,16 @@ def head_of(model: PreTrainedModel) -> Head:
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise EngineError(f"{type(model).__name__} has no plain linear output head to score with")
-    config = model.config
+    config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     if getattr(config, "logits_scaling", None):
         scale /= config.logits_scaling
-    head = Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
-    ids = torch.arange(min(8, config.get_text_config().vocab_size), device=linear.weight.device)[
-        None
-    ]
+    caps = (getattr(config, name, None) for name in _SOFT_CAPS)
+    head = Head(linear.weight, linear.bias, scale, next((cap for cap in caps if cap), None))
+    ids = torch.arange(min(8, config.vocab_size), device=linear.weight.device)[None]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)[0]
+        hidden = plain_pass.backbone_of(model)(input_ids=ids, use_cache=False)[0]
         error = (head.logits(hidden) - expected).abs().max() / expected.std().clamp(min=1e-6)
     # With bf16 weights the float32 head here and the model's bf16 head differ more.
     tolerance = PROBE_TOLERANCE if linear.weight.dtype == torch.float32 else 0.1

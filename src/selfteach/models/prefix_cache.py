@@ -17,17 +17,18 @@ MIN_SHARED = 32
 """Shorter prefixes are computed row by row: a separate pass would cost more than it saves."""
 
 
-def shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many leading tokens all prompts share and can be computed once; 0 for too few.
+def shared_length(prompts: Sequence[Sequence[int]], least: int | None = None) -> int:
+    """Return how many leading tokens all prompts share and can be computed once.
 
-    The last token of each prompt is never among them: its state predicts the rollout's first token.
+    0 if there are fewer than ``least`` (None: `MIN_SHARED`). The last token of each prompt is never
+    among them: its state predicts the rollout's first token.
     """
     if len(prompts) < 2:
         return 0
     longest = min(map(len, prompts)) - 1
     columns = zip(*(prompt[:longest] for prompt in prompts), strict=True)
     common = next((i for i, tokens in enumerate(columns) if len(set(tokens)) > 1), longest)
-    return common if common >= MIN_SHARED else 0
+    return common if common >= (MIN_SHARED if least is None else least) else 0
 
 
 def fill(model: nn.Module, ids_P: Tensor, rows: int) -> DynamicCache:

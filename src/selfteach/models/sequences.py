@@ -13,9 +13,15 @@ from selfteach.types import Sequences
 
 
 def sequences(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    least_shared: int | None = None,
 ) -> Sequences:
-    """Append completions to prompts, right-padded; includes the positions that predict their tokens."""
+    """Append completions to prompts, right-padded; includes the positions that predict their tokens.
+
+    ``least_shared`` as in `shared_length`.
+    """
     whole = [
         (*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)
     ]
@@ -23,7 +29,7 @@ def sequences(
     lengths = [len(completion) for completion in completions]
     # A tensor per row would cost more than the rows themselves.
     predicted = (range(len(p) - 1, len(ids) - 1) for p, ids in zip(prompts, whole, strict=True))
-    shared = shared_length(prompts)
+    shared = shared_length(prompts, least_shared)
     return Sequences(
         ids_BT=torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in whole]),
         rows_N=torch.arange(len(whole)).repeat_interleave(torch.tensor(lengths)),

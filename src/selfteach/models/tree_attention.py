@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from selfteach.models.plain_pass import backbone_of
 from selfteach.types import TokenTree
 
 ATTENTION = "sdpa_along_paths"
@@ -138,7 +139,7 @@ def enable_tree_attention(model: PreTrainedModel) -> bool:
     Checks the model's settings, since a sliding window may be wider than any probe, and then that the
     states of a probe equal those of a plain pass.
     """
-    backbone: nn.Module = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) or kinds != {"full_attention"}

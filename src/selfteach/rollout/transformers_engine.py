@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from selfteach.errors import EngineError
 from selfteach.prompts.renderer import Renderer
+from selfteach.rollout.decoding.forward import Layout
 from selfteach.rollout.decoding.generate import sample_completions
+from selfteach.rollout.decoding.prompt_layout import proven_layout
 from selfteach.rollout.decoding.token_sampling import uniforms
 from selfteach.runtime.seeds import stream_key
 from selfteach.types import Problem, Rollout, Sampling
@@ -36,6 +38,9 @@ class TransformersEngine:
     number of it per token. So its random numbers do not depend on the other rollouts of the batch, on
     the order of problems, or on what was sampled before a resume. (Its logits do, in the last bits: a
     batch of another shape adds floats in another order. Callers form the same batches again.)
+
+    When it is made the model proves the layout in which it samples (`proven_layout`); raises
+    `EngineError` for a model that is not causal.
     """
 
     def __init__(
@@ -55,6 +60,9 @@ class TransformersEngine:
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(causal, PreTrainedModel)
         self._causal = causal
+        self._layout: Layout = proven_layout(
+            causal, pad_id=pad_id, max_length=max_length, autocast=autocast
+        )
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy weights into the model, but for those whose storage it shares with the trainer."""
@@ -95,7 +103,7 @@ class TransformersEngine:
             ids, logps = sample_completions(
                 self._causal, [request.prompt_ids for request in requests], uniforms_BT,
                 temperature=sampling.temperature, end_ids=self._end_ids, pad_id=self._pad_id,
-                max_length=self._max_length,
+                max_length=self._max_length, layout=self._layout,
             )  # fmt: skip
         return [
             Rollout(

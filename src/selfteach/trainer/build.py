@@ -104,6 +104,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     policy = _policy(recipe, model, loaded, ranks, shard)
     prompts = (renderer.solver_prompt(p) for p in (*task.train, *task.validation, *task.test))
     engine = build_engine(recipe, loaded, policy, prompts, sampler, ranks)
+    teacher = build_teacher(recipe.scoring_teacher, policy)
     components = Components(
         engine=BatchedEngine(
             GatheringEngine(engine) if shard else engine, recipe.sampling.batch_size, ranks
@@ -113,7 +114,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         if recipe.critic
         else None,
         context=build_arm_context(recipe, task, templates),
-        teacher=build_teacher(recipe.scoring_teacher, policy),
+        teacher=teacher,
         objective=objective,
         policy=policy,
         renderer=renderer,
@@ -131,6 +132,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         chunk_tokens=chunk_tokens(loaded.model.config.get_text_config().vocab_size, device.type),
         max_length=loaded.max_length,
         pad_id=loaded.pad_id,
+        initial=_watched_initial(recipe, teacher, policy),
         ranks=ranks,
     )
     return Built(components, task, loaded.tokenizer)
@@ -179,6 +181,13 @@ def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
             return EmaTeacher(policy, config.rate)
         case TrustRegionTeacherConfig():
             return TrustRegionTeacher(policy, config.student_mix)
+
+
+def _watched_initial(recipe: Recipe, teacher: Teacher, policy: Policy) -> Teacher | None:
+    """Return what scores with the initial policy for the guard; None if it watches no KL."""
+    if recipe.guard.kl_initial is None:
+        return None
+    return teacher if isinstance(teacher, InitialTeacher) else InitialTeacher(policy)
 
 
 def build_sinks(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.config.recipe import Recipe
-from selfteach.errors import CheckpointError, RecipeError, Terminated
+from selfteach.errors import CheckpointError, RecipeError, RunStopped, Terminated
 from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
@@ -28,6 +28,7 @@ from selfteach.tasks.verifiers import keep_timeouts
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
+from selfteach.trainer.guard import Guard
 from selfteach.trainer.preflight import preflight
 from selfteach.trainer.problem_identity import has_uneven_epochs, same_problems
 from selfteach.trainer.step import publish_weights
@@ -193,6 +194,7 @@ def _steps(
             metrics=run.metrics_path,
         )
 
+    guard = _guard(run, recipe, built)
     try:
         if components.ranks.broadcast(_due(run, recipe, done)):
             with end.interruptible():
@@ -204,6 +206,8 @@ def _steps(
             components.ranks.all_or_raise(run.flushed)  # a row stands for the files of all ranks
             record(row)
             done = step
+            events = guard.observe(row)
+            components.policy.lr_factor = guard.lr_factor
             yield row
             if components.ranks.broadcast(_due(run, recipe, step)):
                 with end.interruptible():
@@ -211,12 +215,28 @@ def _steps(
                 yield row
             if step % recipe.train.checkpoint_every == 0 or step == last:
                 save(step)
+            if stops := [event.text for event in events if event.action == "stop"]:
+                if not checkpoint.path_for_step(run.checkpoints, step).exists():
+                    save(step)
+                raise RunStopped(
+                    f"{run.path} stopped after step {step} of {last}: {'; '.join(stops)}. All is kept: "
+                    f"selfteach resume {run.path} goes on; [guard] sets when a run stops"
+                )
             if step < last and components.ranks.size > 1 and components.ranks.any(end.requested):
                 raise Terminated(end.status)  # on every rank, at the same step
     except Terminated:
         if done > 0 and not checkpoint.path_for_step(run.checkpoints, done).exists():
             save(done)
         raise
+
+
+def _guard(run: RunFolder, recipe: Recipe, built: Built) -> Guard:
+    """Return the run's guard, in the state in which it was after the steps on record."""
+    ranks, guard = built.components.ranks, Guard(recipe.guard)
+    for row in ranks.broadcast(run.metrics() if ranks.is_main else []):
+        guard.observe(row)
+    built.components.policy.lr_factor = guard.lr_factor
+    return guard
 
 
 def _rollout_requests(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from selfteach.feedback.alignment import changed_steps, first_change, first_error_token
+from selfteach.losses.sampled_kl import sampled_kl
 from selfteach.models.policy import Policy
 from selfteach.prompts.renderer import Renderer
 from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
@@ -58,6 +59,8 @@ class Components:
     chunk_tokens: int
     max_length: int
     pad_id: int
+    initial: Teacher | None = None
+    """Scores with the initial policy, to log how far the policy is from it; None: not logged."""
     ranks: Ranks = SINGLE_PROCESS
     """The processes that take this step together; each trains on its share of the samples."""
 
@@ -149,8 +152,18 @@ def _backward(components: Components, batch: Batch) -> dict[str, Tensor]:
     """Add one micro-batch's gradient of the step's loss; return statistics of its tokens, each [N]."""
     teacher = components.teacher.score(batch.teacher) if batch.teacher is not None else None
     student = components.policy.score(batch.student)
-    loss, stats = components.objective.loss(student, teacher, batch, components.chunk_tokens)
+    loss, measured = components.objective.loss(student, teacher, batch, components.chunk_tokens)
     loss.backward()
+    stats = dict(measured)
+    if components.initial is not None:
+        initial, temperature = (
+            components.initial.score(batch.student),
+            components.sampling.temperature,
+        )
+        stats["kl"] = sampled_kl(
+            initial, stats["logp"], batch.ids_N, temperature=temperature,
+            chunk_tokens=components.chunk_tokens,
+        )  # fmt: skip
     return {
         **stats,
         "total": loss.detach()[None],

@@ -34,6 +34,7 @@ from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.models.loading import (
     build_renderer,
+    context_length,
     dtypes_of,
     load_tokenizer,
     resolve,
@@ -184,7 +185,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocabulary=text.vocab_size,
-        positions=getattr(text, "max_position_embeddings", None) or 4096,
+        positions=context_length(config),
         tied=bool(config.tie_word_embeddings),
     )
 

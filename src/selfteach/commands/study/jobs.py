@@ -19,7 +19,7 @@ from pathlib import Path
 from selfteach.commands.notes import mute_notes
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
-from selfteach.errors import CheckpointError, Terminated
+from selfteach.errors import CheckpointError, RunStopped, Terminated
 from selfteach.runtime import gc_pause
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.signals import blocked_interrupts, handle_termination
@@ -66,7 +66,8 @@ def run_jobs(
     """Run the incomplete jobs in parallel, each in a process with its recipe's threads (default: one).
 
     ``also`` is called first, in one of these processes. Raises the first error of a run once the runs
-    in progress have ended; an error of ``also`` is raised after all jobs. First of all `preflight`
+    in progress have ended; an error of ``also``, and `RunStopped` of a run that stopped itself, are
+    raised after all jobs. First of all `preflight`
     checks servers and packages for the incomplete jobs.
     """
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
@@ -78,6 +79,7 @@ def run_jobs(
             workers, multiprocessing.get_context("spawn"), _exit_with_parent, (os.getpid(),)
         ) as pool,
     ):
+        stopped: list[RunStopped] = []
         try:
             with handle_termination() as termination, termination.interruptible():
                 with blocked_interrupts():  # this process ends its workers
@@ -87,7 +89,10 @@ def run_jobs(
                     done, pending = concurrent.futures.wait(pending, timeout=POLL_INTERVAL_S)
                     progress(jobs)
                     for future in done.difference(extra):
-                        future.result()
+                        try:
+                            future.result()
+                        except RunStopped as error:  # the others go on
+                            stopped.append(error)
                 for future in extra:
                     future.result()
         except Terminated:
@@ -100,6 +105,9 @@ def run_jobs(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+    if stopped:
+        more = f" (and {len(stopped) - 1} other runs)" if len(stopped) > 1 else ""
+        raise RunStopped(f"{stopped[0]}{more}")
 
 
 def _submitted(

@@ -23,7 +23,9 @@ from selfteach.feedback.critics.chat_model import (
     request_key,
 )
 from selfteach.prompts.renderer import Renderer
+from selfteach.rollout.decoding.forward import Layout
 from selfteach.rollout.decoding.generate import sample_completions
+from selfteach.rollout.decoding.prompt_layout import proven_layout
 from selfteach.rollout.decoding.token_sampling import uniforms
 
 
@@ -59,6 +61,9 @@ class LocalModel:
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(causal, PreTrainedModel)
         self._causal = causal
+        self._layout: Layout = proven_layout(
+            causal, pad_id=pad_id, max_length=max_length, autocast=autocast
+        )
 
     def complete(self, requests: Sequence[Request], on_reply: OnReply) -> list[Reply | NoReply]:
         """Return a reply per request; `NoReply` for a prompt that leaves no room for one."""
@@ -108,7 +113,7 @@ class LocalModel:
         return sample_completions(
             self._causal, prompts, np.stack([uniforms(s, max_tokens) for s in streams]),
             temperature=temperature, end_ids=self._end_ids, pad_id=self._pad_id,
-            max_length=self._max_length,
+            max_length=self._max_length, layout=self._layout,
         )[0]  # fmt: skip
 
     def _decode_with_lookup(

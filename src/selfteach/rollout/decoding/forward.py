@@ -8,7 +8,7 @@ continues. Rows that no row continues are dropped, and several rows may continue
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,19 +17,38 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from selfteach.models import prefix_cache
+from selfteach.models.plain_pass import backbone_of
+
+Layout = Literal["shared_prefix", "left_padded", "equal_lengths", "uncached"]
+"""How prompts of a batch lie side by side, from the fastest to the slowest way:
+
+- ``shared_prefix``: ``[shared | padding | rest]``, the prefix that all share is run once;
+- ``left_padded``: ``[padding | prompt]``, for windows, which padding inside a prompt would use up;
+- ``equal_lengths``: no padding, prompts of one length at a time, for layers that read padding;
+- ``uncached``: the plain pass over all tokens for each new one, for models whose cache is not known.
+"""
 
 
 class PrefilledPrompts:
     """Runs the prompts and holds their keys and values, one row each: ``[shared | padding | rest]``.
 
     The prefix that all prompts share is run once (`prefix_cache`); the rest is padded on the left.
+    Under another layout than ``shared_prefix`` there is no shared part, and prompts of equal lengths
+    are not padded.
     """
 
     def __init__(
-        self, causal: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
+        self,
+        causal: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        layout: Layout = "shared_prefix",
+        least_shared: int | None = None,
     ) -> None:
         device = next(causal.parameters()).device
-        shared, width = prefix_cache.shared_length(prompts), max(map(len, prompts))
+        width, shared = max(map(len, prompts)), 0
+        if layout == "shared_prefix":
+            shared = prefix_cache.shared_length(prompts, least_shared)
         ids = torch.full((len(prompts), width), pad_id)
         mask = torch.zeros((len(prompts), width), dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -44,10 +63,12 @@ class PrefilledPrompts:
         self.mask_QT = mask if padded else None
         """1 for a token, 0 for padding; None if there is no padding."""
         self.width = width
-        self.cache = DynamicCache()
+        # Without a config every layer's cache is one of keys and values of all tokens.
+        config = None if layout == "shared_prefix" else causal.config
+        self.cache = DynamicCache(config=config)
         cache_name = prefix_cache.cache_argument(causal)
         if shared:
-            backbone = getattr(causal, causal.base_model_prefix)
+            backbone = backbone_of(causal)
             self.cache = prefix_cache.fill(
                 backbone, ids.new_tensor(prompts[0][:shared]), len(prompts)
             )
@@ -84,7 +105,8 @@ class TransformersDecoder:
         mask_RT = self._mask_RT
         if not np.array_equal(parent_R, np.arange(len(self._position_R))):
             parent = torch.from_numpy(parent_R).to(token_R.device)
-            self._cache.batch_select_indices(parent)
+            # Recurrent states have no other way. The annotation means dtype int64, as `parent` has.
+            self._cache.reorder_cache(parent)  # pyright: ignore[reportArgumentType]
             self._position_R = self._position_R[parent]
             mask_RT = mask_RT[parent] if mask_RT is not None else None
         if mask_RT is not None:
@@ -98,3 +120,32 @@ class TransformersDecoder:
         ).logits[:, -1]
         self._position_R = self._position_R + 1
         return logits
+
+
+class UncachedDecoder:
+    """Decodes by the model's plain pass over all tokens of each row: slow, and right by definition."""
+
+    def __init__(self, causal: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+        self._causal = causal
+        self._rows = [list(prompt) for prompt in prompts]
+
+    def __call__(self, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
+        """Run one step; see `Decoder`."""
+        self._rows = [
+            [*self._rows[parent], token]
+            for parent, token in zip(parent_R.tolist(), token_R.tolist(), strict=True)
+        ]
+        return self.logits()
+
+    def logits(self) -> Tensor:
+        """Compute the logits [R, V] of each row's next token, rows of one length at a time."""
+        device = next(self._causal.parameters()).device
+        by_length: dict[int, list[int]] = {}
+        for row, ids in enumerate(self._rows):
+            by_length.setdefault(len(ids), []).append(row)
+        by_row: dict[int, Tensor] = {}
+        for rows in by_length.values():
+            ids = torch.tensor([self._rows[row] for row in rows], device=device)
+            logits = self._causal(input_ids=ids, use_cache=False).logits[:, -1]
+            by_row.update(zip(rows, logits, strict=True))
+        return torch.stack([by_row[row] for row in range(len(self._rows))])

@@ -6,9 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfteach.rollout.decoding.forward import Decoder, PrefilledPrompts, TransformersDecoder
+from selfteach.rollout.decoding.forward import (
+    Decoder,
+    Layout,
+    PrefilledPrompts,
+    TransformersDecoder,
+    UncachedDecoder,
+)
 from selfteach.rollout.decoding.llama import LlamaDecoder
 from selfteach.rollout.decoding.token_sampling import sample_token
 
@@ -22,21 +29,56 @@ def sample_completions(
     end_ids: Sequence[int],
     pad_id: int,
     max_length: int,
+    layout: Layout = "shared_prefix",
+    least_shared: int | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Return the ids of B completions, equally many per prompt, and their log-probabilities (nats).
 
     Token t of completion b is drawn with ``uniforms_BT[b, t]``, whose T is the token limit. A
     completion ends with a token of ``end_ids``, or when prompt and completion have ``max_length``
-    tokens.
+    tokens. ``layout`` must be one that the model has proven (`proven_layout`); ``least_shared`` is the
+    shortest prefix that is run once. Call it outside grad mode.
+    """
+    per_prompt = len(uniforms_BT) // len(prompts)
+    batches = [list(range(len(prompts)))]
+    if layout == "equal_lengths":
+        rows_by_length: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_by_length.setdefault(len(prompt), []).append(row)
+        batches = list(rows_by_length.values())
+    sampled: dict[int, tuple[list[int], list[float]]] = {}
+    for rows in batches:
+        completions = [row * per_prompt + sample for row in rows for sample in range(per_prompt)]
+        batch = _sample_batch(
+            causal, [prompts[row] for row in rows], uniforms_BT[completions],
+            temperature=temperature, end_ids=end_ids, pad_id=pad_id, max_length=max_length,
+            layout=layout, least_shared=least_shared,
+        )  # fmt: skip
+        sampled.update(zip(completions, zip(*batch, strict=True), strict=True))
+    ids, logps = zip(*(sampled[b] for b in range(len(uniforms_BT))), strict=True)
+    return list(ids), list(logps)
+
+
+def _sample_batch(
+    causal: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    uniforms_BT: np.ndarray,
+    *,
+    temperature: float,
+    end_ids: Sequence[int],
+    pad_id: int,
+    max_length: int,
+    layout: Layout,
+    least_shared: int | None,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sample a batch, see `sample_completions`.
 
     Completions of a prompt that are the same so far are one row of the batch, and rows whose
-    completions have all ended are dropped. Call it outside grad mode.
+    completions have all ended are dropped.
     """
     completions, max_tokens = uniforms_BT.shape
     per_prompt = completions // len(prompts)
-    prefilled = PrefilledPrompts(causal, prompts, pad_id)
-    decode = _decoder(causal, prefilled, completions)
-    logits_RV = prefilled.logits_QV
+    logits_RV, decode = _start(causal, prompts, pad_id, completions, layout, least_shared)
     device = logits_RV.device
     continues_V = np.ones(logits_RV.shape[1], dtype=bool)
     continues_V[[i for i in end_ids if i < len(continues_V)]] = False
@@ -66,10 +108,18 @@ def sample_completions(
     )
 
 
-def _decoder(causal: PreTrainedModel, prefilled: PrefilledPrompts, completions: int) -> Decoder:
-    if LlamaDecoder.supports(causal):
-        return LlamaDecoder(causal, prefilled, completions)
-    return TransformersDecoder(causal, prefilled)
+def _start(
+    causal: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int, completions: int,
+    layout: Layout, least_shared: int | None,
+) -> tuple[Tensor, Decoder]:  # fmt: skip
+    """Run the prompts; return the logits [Q, V] of the first tokens and what decodes the others."""
+    if layout == "uncached":
+        uncached = UncachedDecoder(causal, prompts)
+        return uncached.logits(), uncached
+    prefilled = PrefilledPrompts(causal, prompts, pad_id, layout, least_shared)
+    if layout == "shared_prefix" and LlamaDecoder.supports(causal):
+        return prefilled.logits_QV, LlamaDecoder(causal, prefilled, completions)
+    return prefilled.logits_QV, TransformersDecoder(causal, prefilled)
 
 
 def next_rows(row_L: np.ndarray, token_L: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

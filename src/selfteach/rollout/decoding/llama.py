@@ -20,6 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from selfteach.models import matmul
+from selfteach.models.plain_pass import backbone_of
 from selfteach.rollout.decoding.forward import PrefilledPrompts
 
 BLOCK = 32
@@ -45,7 +46,7 @@ class LlamaDecoder:
     def __init__(
         self, causal: PreTrainedModel, prompts: PrefilledPrompts, completions: int
     ) -> None:
-        backbone: Any = getattr(causal, causal.base_model_prefix)
+        backbone: Any = backbone_of(causal)
         self._embed = backbone.embed_tokens
         self._rotary = backbone.rotary_emb
         cached: list[Any] = prompts.cache.layers
@@ -84,7 +85,7 @@ class LlamaDecoder:
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
         return (
-            type(getattr(causal, causal.base_model_prefix)) in (LlamaModel, Qwen2Model, Qwen3Model)
+            type(backbone_of(causal)) in (LlamaModel, Qwen2Model, Qwen3Model)
             and kinds == {"full_attention"}
             and rope in ("default", "linear", "llama3", "yarn")
         )
@@ -217,7 +218,7 @@ class _Layer:
 
 def _fused_linear(causal: PreTrainedModel, rows: int) -> MakeLinear | None:
     """Return how to multiply with copies of weights; None if the modules are as fast themselves."""
-    backbone: Any = getattr(causal, causal.base_model_prefix)
+    backbone: Any = backbone_of(causal)
     head: Any = causal.get_output_embeddings()
     weights = sum(weight.numel() for weight in backbone.layers.parameters())
     if weights <= MAX_FUSED_WEIGHTS:

@@ -1,0 +1,79 @@
+"""Choose the fastest layout of prompts in which a model samples what its plain pass says."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import get_args
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from selfteach.models import plain_pass
+from selfteach.rollout.decoding.forward import Layout
+from selfteach.rollout.decoding.generate import sample_completions
+
+_log = logging.getLogger(__name__)
+_SLOWER = {
+    "left_padded": "prompts are padded on the left and a prefix they share is run for each of them",
+    "equal_lengths": "only prompts of equal lengths are sampled side by side",
+    "uncached": "it samples without a cache, which is slow: each token costs a pass over all before it",
+}
+
+
+@torch.no_grad()
+def proven_layout(
+    causal: PreTrainedModel, *, pad_id: int, max_length: int, autocast: torch.dtype | None = None
+) -> Layout:
+    """Return the fastest layout whose samples have the log-probabilities of the plain pass.
+
+    Samples a few tokens after a ragged batch of prompts with a shared beginning; windows that
+    sequences of ``max_length`` tokens reach past are made shorter than the prompts. A slower layout
+    than the first is reported on the package's logger.
+    Raises `EngineError` for a model that is not causal.
+    """
+    causal.eval()
+    device = next(causal.parameters()).device
+    with (
+        torch.autocast(device.type, autocast, enabled=autocast is not None),
+        plain_pass.shrunk_windows(causal, max_length),
+    ):
+        plain_pass.require_causal(causal, autocast=autocast)
+        layouts = get_args(Layout)
+        # With windows, padding between the shared part and the rest would count as tokens.
+        candidates = layouts if plain_pass.attends_to_all(causal, max_length) else layouts[1:]
+        layout = next(
+            layout for layout in candidates if _is_exact(causal, layout, pad_id, autocast)
+        )
+    if layout != "shared_prefix":
+        _log.warning("%s: %s", type(causal).__name__, _SLOWER[layout])
+    return layout
+
+
+def _is_exact(
+    causal: PreTrainedModel, layout: Layout, pad_id: int, autocast: torch.dtype | None
+) -> bool:
+    if layout == "uncached":  # the plain pass itself
+        return True
+    prompts = plain_pass.probe_prompts(causal.config.get_text_config().vocab_size)
+    # At this temperature logits have a spread of 1: certain tokens would agree whatever is wrong.
+    temperature = float(plain_pass.plain_logits(causal, prompts[-1]).double().std().clamp(min=1e-6))
+    uniforms_BT = np.random.default_rng(0).random((2 * len(prompts), plain_pass.PROBE_COMPLETION))
+    try:
+        ids, logps = sample_completions(
+            causal, prompts, uniforms_BT, temperature=temperature, end_ids=(), pad_id=pad_id,
+            max_length=sys.maxsize, layout=layout, least_shared=plain_pass.PROBE_SHARED,
+        )  # fmt: skip
+    except Exception:  # a model's code raises anything for a cache that it does not know
+        return False
+    plain = []
+    for row, completion in enumerate(ids):
+        prompt = prompts[row // 2]
+        logits_TV = plain_pass.plain_logits(causal, [*prompt, *completion[:-1]])[len(prompt) - 1 :]
+        logp_TV = (logits_TV.double() / temperature).log_softmax(-1)
+        plain.append(logp_TV.gather(1, torch.tensor(completion, device=logp_TV.device)[:, None]))
+    rounded = plain_pass.is_rounded(causal, autocast)
+    return plain_pass.agree(
+        torch.tensor(np.concatenate(logps)), torch.cat(plain)[:, 0].cpu(), rounded=rounded
+    )
