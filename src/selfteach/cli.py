@@ -230,6 +230,12 @@ def check(
             help="Load no weights, contact no server; list what is not available instead of failing.",
         ),
     ] = False,
+    show_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--show-prompts", help="Print what student, teacher and critic of each arm are shown."
+        ),
+    ] = False,
     settings: Settings = None,
 ) -> None:
     """Validate a recipe; print resolved values, sizes, memory and budget. Runs nothing."""
@@ -238,6 +244,11 @@ def check(
     loaded = actions.load(recipe, settings)
     # Collected before printing: a recipe that fails prints its error line and nothing else.
     lines = list(describe_study(loaded, offline=offline))
+    if show_prompts:
+        from selfteach.commands.check.shown_prompts import shown_prompts
+
+        seed = loaded.study.seeds[0]
+        lines += shown_prompts({arm: loaded.recipe(arm, seed=seed) for arm in loaded.arms})
     if not offline:
         from selfteach.commands.study.run_study import recipes_of
         from selfteach.trainer.preflight import preflight

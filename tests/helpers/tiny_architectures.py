@@ -162,9 +162,10 @@ INTRODUCTION = """\
 # Architectures
 
 When a run is built, its model proves on a few tokens that it samples and is scored as in its plain
-pass: one sequence, no cache, no padding (`models.plain_pass`, `rollout.decoding.prompt_layout`). Windows that
-the run's sequences reach past are shortened for that, so that a few tokens reach past them too. What
-does not agree is not used, and a line says so; a model for which nothing can agree is refused.
+pass: one sequence, no cache, no padding (`models.plain_pass`, `rollout.decoding.prompt_layout`).
+Windows that the run's sequences reach past are shortened for that, so that a few tokens reach past
+them too. What does not agree is not used, and a line says so; a model for which nothing can agree is
+refused.
 
 Sampling, from fast to slow:
 

@@ -118,7 +118,10 @@ def run_one(recipe: Recipe, folder: Path) -> None:
     for line in findings.lines:
         typer.echo(f"health: {sanitized(line)}", err=True)
     if (why := findings.learned_nothing) is not None:
-        raise RunStopped(f"{folder} is complete and has learned nothing: {why}")
+        line = f"{folder} is complete and has learned nothing: {why}"
+        if recipe.guard.idle_steps:
+            raise RunStopped(line)
+        typer.echo(f"health: {sanitized(line)}", err=True)
 
 
 def run_selection(recipe: Recipe, config: SelectConfig, folder: Path) -> None:

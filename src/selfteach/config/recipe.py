@@ -11,6 +11,7 @@ from selfteach.config.critic_section import CriticConfig
 from selfteach.config.data_section import DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
 from selfteach.config.guard_section import GuardConfig
+from selfteach.config.model_defaults import with_model_defaults
 from selfteach.config.objective_section import (
     DistillationConfig,
     GrpoConfig,
@@ -132,7 +133,7 @@ class SamplingConfig(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     max_tokens: int = Field(default=64, ge=1)
-    """Longest rollout in tokens."""
+    """Longest rollout in tokens. The default is for the lab; for other models it is 1024."""
     batch_size: int = Field(default=256, ge=1)
     """Rollouts sampled in one batch; a batch is saved to the run folder before it is trained on."""
     separate_copy: bool = False
@@ -174,7 +175,8 @@ class OptimizerConfig(Section):
     """Sets AdamW and its learning rate."""
 
     lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate. The default is for the lab; for other models it is 1e-4 with adapters and
+    1e-5 if all weights train."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
     eps: float = Field(default=1e-8, gt=0)
@@ -314,7 +316,7 @@ class Recipe(Section):
             for name, kind in DEFAULT_TYPES.items()
             if isinstance(values.get(name), Mapping)
         }
-        return {**values, **typed}
+        return with_model_defaults({**values, **typed})
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:

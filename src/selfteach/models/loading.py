@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from selfteach.prompts.thinking import Thinking
 BASES = Path(__file__).parents[1] / "tasks" / "lab" / "bases"
 """The shipped base models, one folder per world, in Hugging Face format."""
 
+HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+"""What may be the id of a hub model; anything else (``./x``, ``~/x``, ``a/b/c``) is a folder."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -78,7 +81,7 @@ def load(
         autocast=dtypes.autocast,
         max_length=context_length(model.config),
         end_ids=end_ids(model, tokenizer, renderer),
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(tokenizer, model),
     )
 
 
@@ -118,6 +121,11 @@ def resolve(path: str) -> str:
                 f"model.path = {path!r}: the Python package {name!r} is not installed"
             )
         return str(Path(next(iter(spec.submodule_search_locations))) / inside)
+    if Path(path).expanduser().is_dir():
+        return str(Path(path).expanduser())
+    inside, _, _ = path.partition("/")
+    if not HUB_ID.fullmatch(path) or ("/" in path and Path(inside).is_dir()):
+        raise EngineError(f"model.path = {path!r}: no such folder")
     return path
 
 
@@ -254,10 +262,20 @@ def end_ids(
     return sorted({i for i in candidates if isinstance(i, int)})
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the padding token's id; `load_tokenizer` ensures that there is one."""
+def pad_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """Return the id that fills up rows: the padding token's, or 0 where the model cannot embed that.
+
+    No state that is read depends on it; `load_tokenizer` ensures that there is a padding token.
+    """
     assert isinstance(tokenizer.pad_token_id, int)
-    return tokenizer.pad_token_id
+    return tokenizer.pad_token_id if tokenizer.pad_token_id < embedded_tokens(model) else 0
+
+
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """Return the number of token ids that a model embeds."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return len(weight)
 
 
 def choose_device(name: str) -> torch.device:

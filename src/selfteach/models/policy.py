@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from selfteach.errors import EngineError
 from selfteach.models import plain_pass, prefix_cache, tree_attention
@@ -241,6 +242,16 @@ def add_adapters(
 
     Raises `EngineError` if the model has no module of these names.
     """
+    linear = {
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
+    absent = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linear)]
+    if absent:
+        heads = {name.rpartition(".")[2] for name in linear}
+        raise EngineError(
+            f"model.lora.targets: {type(model).__name__} has no linear layer named "
+            f"{' or '.join(map(repr, absent))}; it has {', '.join(sorted(heads))}"
+        )
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,

@@ -10,7 +10,6 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from selfteach.errors import EngineError
@@ -73,6 +72,8 @@ class Renderer:
         self._escape = lru_cache(PROMPT_CACHE_SIZE)(self._control.escape)
         self._system = system
         self._teacher_system = system if teacher_system is None else teacher_system
+        self._content_is_parts = False
+        self._content_is_parts = self._takes_parts_only()
         has_system = self._system is not None or self._teacher_system is not None
         self._system_has_role = has_system and self._supports_system_role()
         self._headers = self._headers_to_swap()
@@ -117,6 +118,10 @@ class Renderer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode a rollout, without special tokens and without the thinking part."""
         return self._split(self._decode(token_ids))[1]
+
+    def shown(self, token_ids: Sequence[int]) -> str:
+        """Decode a prompt with its control tokens, for a person to read."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
     def token_text(self, token: int) -> str:
         """Decode one token, special tokens by name."""
@@ -201,6 +206,20 @@ class Renderer:
         first, *rest = messages
         return [_user(f"{system}\n\n{first['content']}"), *rest]
 
+    def _takes_parts_only(self) -> bool:
+        """Return True for a chat template that writes content only if it is a list of parts.
+
+        Raises `EngineError` for one that writes a user's message in neither form.
+        """
+        for parts in (False, True):
+            self._content_is_parts = parts
+            if _PROBE in self._chat([_user(_PROBE)], None):
+                return parts
+        raise EngineError(
+            f"the chat template of {self._tokenizer.name_or_path!r} does not write what the user says: "
+            "every prompt would be the same"
+        )
+
     def _supports_system_role(self) -> bool:
         """Return True if the chat template writes system messages; some raise, some drop the text."""
         try:
@@ -254,17 +273,23 @@ class Renderer:
         switches: dict[str, Any] = (
             {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
         )
+        conversation: list[dict[str, Any]] = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if self._content_is_parts
+            else dict(message)
+            for message in messages
+        ]
         try:
             text = self._tokenizer.apply_chat_template(
-                messages,
+                conversation,
                 chat_template=self._chat_template,
                 add_generation_prompt=header,
                 tokenize=False,
                 **switches,
             )
-        except jinja2.TemplateError as error:
-            name = self._tokenizer.name_or_path
-            raise EngineError(f"the chat template of {name!r} fails: {error}") from error
+        except Exception as error:  # a template may raise anything
+            name, reason = self._tokenizer.name_or_path, " ".join(str(error).split())
+            raise EngineError(f"the chat template of {name!r} fails: {reason}") from error
         assert isinstance(text, str)
         return text
 

@@ -18,6 +18,7 @@ and ``untagged``.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ class Templates:
                 f"templates = {name_or_folder!r}: no such template set; "
                 f"shipped: {shipped}; to use a folder, write a path with a slash"
             )
+        _require_known_names(folder)
         self._environment = BoundedEnvironment(
             loader=jinja2.FileSystemLoader([*_with_parents(folder), SHIPPED / "steps"]),
             undefined=jinja2.StrictUndefined,
@@ -124,6 +126,21 @@ class Templates:
         """
         values = {"answer": answer, "steps": tuple(steps), "final": final, "finished": finished}
         return conversation(self.render("critic", question=question, reference=reference, **values))
+
+
+def _require_known_names(folder: Path) -> None:
+    """Raise `RecipeError` for a file that is no template's and that no other one includes."""
+    known = {path.name for path in SHIPPED.glob("*/*.jinja")}
+    files = {path.name: path for path in sorted(folder.glob("*.jinja"))}
+    for name in files:
+        others = (path for other, path in files.items() if other != name)
+        if name in known or any(name in path.read_text(encoding="utf-8") for path in others):
+            continue
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise RecipeError(
+            f"{folder / name}: no template has this name, and none in the folder includes it{hint}"
+        )
 
 
 def _with_parents(folder: Path) -> list[Path]:

@@ -38,6 +38,7 @@ from selfteach.models.loading import (
     LoadedModel,
     build_renderer,
     choose_device,
+    embedded_tokens,
     load,
     load_tokenizer,
     resolve,
@@ -56,6 +57,7 @@ from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
 from selfteach.trainer.build_objective import build_objective
+from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates
 from selfteach.trainer.step import Components
 from selfteach.types import Problem, Sampling
 
@@ -86,6 +88,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     configure_torch(device)
     task = load_task(recipe.data, resolve(recipe.model.path))
     templates = Templates(recipe.model.templates or task.templates)
+    require_fitting_templates(recipe, templates)
     loaded = load(
         recipe.model, templates, device=device, on_cpu=shard is not None,
         all_weights_train=recipe.all_weights_train,
@@ -93,6 +96,9 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
     renderer = loaded.renderer
     check_lengths(renderer, task, loaded.max_length, recipe)
+    problems = (*task.train, *task.validation, *task.test)
+    labelled = ((problem.label, renderer.solver_prompt(problem)) for problem in problems)
+    require_embedded(labelled, embedded_tokens(loaded.model))
     model = _with_adapters(recipe, loaded.model)
     # All ranks run a sharded model's forward pass together, but rollouts end at different lengths:
     # each rank samples from a full copy. So does an engine that samples while the policy trains.
@@ -102,7 +108,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     if in_process or shard is None:
         nn.Module.to(sampler, device)
     policy = _policy(recipe, model, loaded, ranks, shard)
-    prompts = (renderer.solver_prompt(p) for p in (*task.train, *task.validation, *task.test))
+    prompts = (renderer.solver_prompt(p) for p in problems)
     engine = build_engine(recipe, loaded, policy, prompts, sampler, ranks)
     teacher = build_teacher(recipe.scoring_teacher, policy)
     components = Components(

@@ -28,6 +28,7 @@ from selfteach.tasks.verifiers import keep_timeouts
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
+from selfteach.trainer.fit_checks import require_splits
 from selfteach.trainer.guard import Guard
 from selfteach.trainer.preflight import preflight
 from selfteach.trainer.problem_identity import has_uneven_epochs, same_problems
@@ -83,7 +84,9 @@ def train(
         if ranks.broadcast(run.is_complete):
             return
         ranks.all_or_raise(lambda: preflight([recipe]) if ranks.is_main else None)
-        built = same_problems(run, build(recipe, ranks))
+        built = build(recipe, ranks)
+        require_splits(recipe, built.task)
+        built = same_problems(run, built)
         keep_timeouts(built.components.verify, folder / "verifier_timeouts.jsonl")
         if ranks.is_main:
             for other in map(RunFolder, same_start):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from selfteach.commands.check.fit_notes import fit_notes
 from selfteach.commands.check.memory import Item, Memory, gib, memory
 from selfteach.commands.check.sizes import RunSizes, device_load, measure, measure_offline
 from selfteach.commands.check.tokens import Budget, step_cost, step_tokens
@@ -62,6 +63,7 @@ def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
     sizes = {arm: _measure(recipe, offline) for arm, recipe in recipes.items()}
     yield from _unchecked(sizes)
     yield from notes(recipes.values(), here=not offline)
+    yield from fit_notes(recipes, sizes, here=not offline)
     yield "# sizes"
     yield from _sizes(sizes[first])
     if (task := sizes[first].task) is not None:

@@ -9,7 +9,6 @@ name stays an error: a model folder that does not exist, a file missing from a f
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +50,8 @@ from selfteach.trainer.build import (
 )
 from selfteach.trainer.build_critic import build_critic
 from selfteach.trainer.build_objective import build_objective
+from selfteach.trainer.fit_checks import require_fitting_templates, require_splits
 
-HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-"""What may be the id of a hub model; anything else (``./x``, ``~/x``, ``a/b/c``) is a folder."""
 SIZES = {"float32": 4, "bfloat16": 2}
 """Bytes per element, by dtype."""
 CHARACTERS_PER_TOKEN = 4
@@ -81,7 +79,8 @@ class RunSizes:
 
 
 def measure(recipe: Recipe, built: Built) -> RunSizes:
-    """Return the sizes of a run that was built."""
+    """Return the sizes of a run that was built. Raises `DataError` if a split that it uses is empty."""
+    require_splits(recipe, built.task)
     policy = built.components.policy
     shape = shape_of(policy.model.config)
     adapters = sum(p.numel() for p in policy.trainable.values()) if policy.has_adapters else 0
@@ -114,6 +113,10 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     window = (
         max_sequence_length(recipe, shape.positions) if shape else recipe.train.max_length or 4096
     )
+    if task is not None or isinstance(recipe.data, AnswerReading):
+        require_fitting_templates(recipe, templates)
+    if task is not None:
+        require_splits(recipe, task)
     if renderer is not None and task is not None:
         check_lengths(renderer, task, window, recipe)
     _critic(recipe, task, templates, unchecked)
@@ -261,8 +264,6 @@ def _size(model: ModelConfig, unchecked: list[str]) -> tuple[Shape | None, int]:
     path = resolve(model.path)
     if Path(path).is_dir():
         raise EngineError(f"model.path = {model.path!r}: the folder has no config.json")
-    if not HUB_ID.fullmatch(path):
-        raise EngineError(f"model.path = {model.path!r}: no such folder")
     shape = known_shapes().get(path)
     source = "sizes from its known shape" if shape else "its size is unknown"
     unchecked.append(f"model {model.path}: not in the local cache; {source}")

@@ -65,7 +65,8 @@ def with_mapping(config: R) -> R:
         )  # it names a configuration of the mapping's dataset, not of this one
     if not isinstance(config, HubData) or overrides.keys() & set(SOURCES):
         # The mapping's sources are splits on the hub; a recipe that names a source replaces them all.
-        ready = {k: v for k, v in ready.items() if k not in SOURCES}
+        replaced = SOURCES if "pool" in overrides else (*SOURCES, "split")
+        ready = {k: v for k, v in ready.items() if k not in replaced}
     return validate(type(config), merge(ready, overrides), where="data")
 
 

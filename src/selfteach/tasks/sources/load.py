@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from selfteach.config.data_section import Columns, FilesData, HubData, RowsData
+from selfteach.config.data_section import Columns, FilesData, HubData, RowsData, Splitting
 from selfteach.errors import DataError, RecipeError
 from selfteach.tasks.sources.columns import (
     SOURCES,
@@ -42,6 +42,11 @@ def read_problem_sets(
     if not sources and not allow_no_source:
         raise RecipeError(
             f'data.type = "{config.type}": name a source: train, validation, test, or a pool'
+        )
+    if config.split != Splitting() and "pool" not in sources:
+        raise RecipeError(
+            "data.split divides data.pool, and the recipe names none: put the file or split that is to "
+            "be divided in data.pool, or remove data.split"
         )
     counts: Counter[str] = Counter()
     read: Splits = {}

@@ -1,0 +1,89 @@
+"""Name settings that look wrong for a recipe's model and data, and memory that is not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from selfteach.commands.check.memory import gib, memory
+from selfteach.commands.check.sizes import RunSizes, device_load
+from selfteach.config.model_defaults import ADAPTERS_LR, ALL_WEIGHTS_LR
+from selfteach.config.recipe import Recipe
+from selfteach.errors import RecipeError
+from selfteach.models.loading import choose_device
+
+FAR = 30
+"""Factor from the usual learning rate at which one is named."""
+SMALL_MODEL = 30_000_000
+"""Parameters below which a model is a toy, for which no rate is usual."""
+
+
+def fit_notes(
+    recipes: Mapping[str, Recipe], sizes: Mapping[str, RunSizes], *, here: bool
+) -> Iterator[str]:
+    """Yield a line for each setting that looks wrong for its model and data.
+
+    ``here``: the recipe will run on this machine, so its memory counts. Raises `RecipeError` if
+    weights, gradients and moments alone exceed the memory of the device.
+    """
+    lines = dict[str, None]()  # a note that arms share is printed once
+    for arm, recipe in recipes.items():
+        lines |= dict.fromkeys(_of_run(recipe, sizes[arm], here))
+    yield from lines
+
+
+def _of_run(recipe: Recipe, sizes: RunSizes, here: bool) -> Iterator[str]:
+    yield from _rate(recipe, sizes)
+    yield from _length(recipe, sizes)
+    if here:
+        yield from _memory(recipe, sizes)
+
+
+def _rate(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
+    lr, lora = recipe.optimizer.lr, recipe.model.lora
+    usual = ADAPTERS_LR if lora else ALL_WEIGHTS_LR
+    if recipe.train.steps == 0 or sizes.parameters < SMALL_MODEL:
+        return
+    if not usual / FAR <= lr <= usual * FAR:
+        what = "adapters" if lora else "all weights of a language model"
+        yield (
+            f"note: optimizer.lr = {lr:g} is far from what {what} usually take (about {usual:g}): "
+            "sweep it before a long run"
+        )
+
+
+def _length(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
+    needed, limit = sizes.lengths.mean_reference, recipe.sampling.max_tokens
+    if needed is not None and limit < needed:
+        yield (
+            f"note: sampling.max_tokens = {limit:,} is less than the references have on average "
+            f"({needed:,.0f} tokens): rollouts of that length are cut, and cut rollouts are wrong"
+        )
+
+
+def _memory(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
+    load, available = device_load(recipe, sizes), device_memory(recipe.model.device)
+    if load is None or recipe.distributed.shard != "none":
+        return
+    needed = memory(load)
+    always = sum(item.bytes for item in needed.always)
+    if always > available:
+        raise RecipeError(
+            f"weights, gradients and moments need {gib(always)}, and this device has "
+            f"{gib(available)}: train adapters (model.lora), or shard (distributed.shard)"
+        )
+    if needed.peak > available:
+        yield (
+            f"note: the peak of {gib(needed.peak)} exceeds this device's {gib(available)}: lower "
+            "train.micro_batch_tokens or sampling.batch_size, or set model.gradient_checkpointing"
+        )
+
+
+def device_memory(device: str) -> int:
+    """Return the memory in bytes of the device that a recipe names, here."""
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        return torch.cuda.get_device_properties(chosen).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

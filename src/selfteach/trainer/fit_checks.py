@@ -1,0 +1,86 @@
+"""Check that a recipe's templates, tokenizer, problems and answers fit, before a run spends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from selfteach.config.critic_section import LlmCriticConfig
+from selfteach.config.data_section import AnswerReading
+from selfteach.config.recipe import Recipe
+from selfteach.errors import DataError, RecipeError
+from selfteach.prompts.template_set import Templates
+from selfteach.tasks.task import Task
+
+_QUESTION, _CONTEXT, _ROLLOUT = "the question 7319", "the context 2857", "the rollout 6413"
+FORMS: Mapping[str, tuple[str, ...]] = {
+    "tag": ("<answer>",),
+    "boxed": ("\\boxed",),
+    "tag_or_boxed": ("<answer>", "\\boxed"),
+}
+"""What a prompt says when it asks for an answer that ``data.answer_in`` reads."""
+
+
+def require_fitting_templates(recipe: Recipe, templates: Templates) -> None:
+    """Check that each template shows what it is for, and asks for the answer that is read.
+
+    Raises `RecipeError` for a solver's template without ``{{ question }}``, a teacher's without that
+    or ``{{ context }}``, a critic's without question or rollout, and for prompts that ask for another
+    form of answer than ``data.answer_in``.
+    """
+    solver = templates.render("solver", question=_QUESTION)
+    _require_shown("solver", solver, {"question": _QUESTION})
+    if recipe.context.type != "none":
+        teacher = templates.render("teacher", question=_QUESTION, context=_CONTEXT)
+        _require_shown("teacher", teacher, {"question": _QUESTION, "context": _CONTEXT})
+    if isinstance(recipe.critic, LlmCriticConfig) and templates.has("critic"):
+        messages = templates.critic(_QUESTION, _ROLLOUT, steps=(_ROLLOUT,), finished=True)
+        critic = "\n".join(message["content"] for message in messages)
+        _require_shown("critic", critic, {"question": _QUESTION, "answer": _ROLLOUT})
+    if isinstance(recipe.data, AnswerReading):
+        _require_form(recipe.data.answer_in, solver)
+
+
+def require_splits(recipe: Recipe, task: Task) -> None:
+    """Check that each split that a run uses has problems. Raises `DataError` for the first without."""
+    used = {
+        "train": recipe.train.steps > 0,
+        "validation": recipe.train.steps > 0,
+        "test": recipe.evaluation.test,
+    }
+    for split, is_used in used.items():
+        if is_used and not getattr(task, split):
+            fix = ", or set evaluation.test = false" if split == "test" else ""
+            raise DataError(
+                f"the {split} problem set is empty, and the run uses it: name data.{split}, or a "
+                f"data.pool that is split{fix}"
+            )
+
+
+def require_embedded(prompts: Iterable[tuple[str, tuple[int, ...]]], embeddings: int) -> None:
+    """Check that the ids of labelled prompts are embedded. Raises `DataError` for the first not."""
+    for label, ids in prompts:
+        if ids and max(ids) >= embeddings:
+            raise DataError(
+                f"problem {label!r}: its prompt has token {max(ids)}, and the model embeds "
+                f"{embeddings} tokens: the tokenizer is not this model's, or has tokens added since"
+            )
+
+
+def _require_shown(name: str, rendered: str, needed: Mapping[str, str]) -> None:
+    for variable, value in needed.items():
+        if value not in rendered:
+            raise RecipeError(
+                f"template {name}.jinja does not show {{{{ {variable} }}}}: all prompts would be alike"
+            )
+
+
+def _require_form(answer_in: str, solver: str) -> None:
+    wanted = FORMS[answer_in]
+    others = [form for forms in FORMS.values() for form in forms if form not in wanted]
+    if any(form in solver for form in wanted):
+        return
+    if other := next((form for form in others if form in solver), None):
+        raise RecipeError(
+            f'data.answer_in = "{answer_in}" reads {" or ".join(wanted)}, but solver.jinja asks for '
+            f"{other}: name model.templates whose solver.jinja asks for it, or change data.answer_in"
+        )
