@@ -33,7 +33,13 @@ CONTROL_TOKEN_PATTERNS = (
     r"<\w+[|｜]>",  # Gemma 4 closes with <turn|>
     r"<</?SYS>>",  # Llama 2
     r"</?(?:s|bos|eos|pad|unk|mask|sop|eop|think|tools?|tool_calls?|tool_responses?)>",
-    r"</?(?:(?:start|end|begin)_of_\w+|unused_?\d+|extra_id_\d+|fim_\w+)>",  # Gemma, T5, code models
+    # Gemma, T5 and Nemotron, code models, MiniMax-Text
+    r"</?(?:(?:start|end|begin|beginning)_of_\w+|unused_?\d+|extra_id_\d+|fim_\w+)>",
+    r"</?(?:seed|minimax):\w+>",  # Seed-OSS, MiniMax
+    r"<(?:reserved|SPECIAL)_\d+>",  # Baichuan 2; Nemotron-H, Apertus
+    r"<[A-Z]_[A-Z]{1,5}>",  # Baichuan-M
+    r"\[\|\w{2,}\|\]",  # EXAONE
+    r"\]~!?b[\[\]]|\[e~\[",  # MiniMax-M1 and M2
     r"\[/?(?=\w*[A-Z]{3})\w++\]",  # Mistral's [INST], [TOOL_CALLS]; GLM's [gMASK]
 )
 """Regular expressions that match the control tokens of the common model families."""
@@ -112,7 +118,7 @@ class ControlTokenEscaper:
 
     def unescape(self, text: str) -> str:
         """Remove the word joiners that a reply repeats from an escaped prompt."""
-        first = "".join(sorted({"<", "[", *(token[0] for token in self.extra_tokens)}))
+        first = "".join(sorted({"<", "[", "]", *(token[0] for token in self.extra_tokens)}))
         return re.sub(f"(?<=[{re.escape(first)}]){WORD_JOINER}", "", text)
 
 
