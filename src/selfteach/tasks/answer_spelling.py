@@ -7,39 +7,38 @@ characters, so that what it holds is a word whatever its length.
 from __future__ import annotations
 
 import re
-import unicodedata
 
-from selfteach.tasks.final_answers import unwrapped
-
-SIGNS = str.maketrans(
-    {
-        "−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
-        "÷": "/", "⁄": "/", "∕": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
-        "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
-        "°": r"^\circ ", "٫": ".", "’": "'", "\ue000": " ", "\ue001": " ",
-    }
-)  # fmt: skip
-SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
-SCALES = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}",
-          "trillion": "10^{12}", "dozen": "12"}  # fmt: skip
-CURRENCIES = {"$": "dollars", "€": "euros", "£": "gbp", "¥": "yen"}
+from selfteach.tasks.answer_symbols import SCALES, with_currencies_named, with_symbols_spelled
+from selfteach.tasks.final_answers import unboxed, unwrapped
 
 FRAC = r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"
 RULES: tuple[tuple[re.Pattern[str], object], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\A(?:[#>*\s]|(?i:so|thus|hence|therefore)\b,?)+(?=\S)", ""),
-        (r"(?i)\A(?:the\s)?(?:final\s)?answer(?:\sis)?\s?[:=]?\s?", ""),
+        (r"\A(?:[#*\s]|(?i:so|thus|hence|therefore)\b,?)+(?=\S)", ""),
+        (r"(?i)\A\ue000?(?:the\s)?(?:final\s)?answer(?:\sis)?\s?[:=]?\s?\ue001?", ""),
+        (r"\A\s*\\approx\b", ""),
+        (r"(?i)\A(rs|usd|eur|gbp|inr)\b\.? ?(-?\d[\d,]*(?:\.\d+)?)", r"\2 \1 "),
+        (r"(?<=[\[{(,:])( ?)\"|\"(?=[\]}),:])", r"\1'"),
         (r"(?<=[\w)}])\*\*(?=[\w({\\-])", "^"),
         (r"\*\*", ""),
         (r"(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: _periodic(m)),
-        (r"\\(?:[,;:>]|q?quad\b|thinspace\b|displaystyle\b|(?= ))|~|(?<=\d)\{,\}(?=\d)", " "),
+        (r"(?<!\\)\\(?:[,;:>]|q?quad\b|thinspace\b|displaystyle\b|(?= ))|~|(?<=\d)\{,\}(?=\d)", " "),
         (r"(\d)\\?[%]|(\d) ?(?:percent|per cent|percentage)\b", lambda m: f"{m[1] or m[2]}\\%"),
         (r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+) ?[eE]([+-]?\d+)(?![\w.])",
          lambda m: rf"{m[1]}\cdot 10^{{{int(m[2])}}}"),
         (r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\w.,/])\d{1,3}(?: \d{3})+(?![\d,./])"
-         r"|(?<!\w)\d+(?:_\d+)+\b",
-         lambda m: re.sub(r"[, _]", "", m[0])),
+         r"|(?<!\w)\d{1,3}(?:_\d{3})+\b|(?<![\w.'])\d{1,3}(?:'\d{3})+(?![\d'])",
+         lambda m: re.sub(r"[, _']", "", m[0])),
+        (r"(?<=\d) ?[x*] ?(?=10 ?\^)", r"\\times "),
+        (r"\^ ?\{? ?\\circ ?\}? ?\ue000? ?([CF])(?![A-Za-z])\ue001?",
+         lambda m: f" \ue000degrees {TEMPERATURES[m[1]]}\ue001"),
+        (r"\\var(epsilon|phi|theta|rho|sigma|pi)\b", r"\\\1"),
+        (r"\\([lr])brace\b", lambda m: r"\{" if m[1] == "l" else r"\}"),
+        (r"\\varnothing\b", r"\\emptyset "),
+        (r"\\[cd]?dots\b", r"\\ldots "),
+        (r"\\cbrt *(\d+|[a-z]|\([^()]*\))", r"\\sqrt[3]{\1}"),
+        (r"_ ?\{ ?(\w) ?\}", r"_\1"),
         (rf"(?<![\w.^{{/}}])(\d+) ?{FRAC}", lambda m: _improper(*m.groups())),
         (r"(?<![\w.^{/}])(\d+) (\d+) ?/ ?(\d+)(?![\w.^/])", lambda m: _improper(*m.groups())),
         (rf"(?<=\d) (?i:{'|'.join(SCALES)})s?\b", lambda m: rf"\cdot {SCALES[_scale(m[0])]}"),
@@ -47,9 +46,12 @@ RULES: tuple[tuple[re.Pattern[str], object], ...] = tuple(
         (r"√ ?(\d+|[a-z])", r"\\sqrt{\1}"),
         (r"(?<![\\A-Za-z])(pi|sin|cos|tan|ln|log|exp)(?![A-Za-z])", r"\\\1"),
         (r"(?<![\\\w])(?:inf|infinity|oo)(?!\w)", r"\\infty"),
-        (r"(?i)(?<![\\\w])(?:and|or)(?!\w)", ","),
+        (r"(?i)(?:, ?)?(?<![\\\w])(?:and|or)(?!\w)(?! (?:more|less|fewer|greater|smaller|higher|lower"
+         r"|above|below|over|under|so|later|earlier|older|younger)\b)", ","),
     )
 )  # fmt: skip
+GROUPING = re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})")
+TEMPERATURES = {"C": "celsius", "F": "fahrenheit"}
 WORDS = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mathrm|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
 )
@@ -59,45 +61,24 @@ NAMED = re.compile(r"\A[\s\ue000]*[A-Za-z][A-Za-z ]+[A-Za-z][\s\ue001]*=(?!=)")
 
 def normalized(answer: str) -> str:
     """Return an answer in the plain form; linear in its length (each rule looks at short runs)."""
-    text = unwrapped(answer.replace(r"\$", "$").replace(r"\!", "").rstrip(" .;,\n\t"))
-    text = _fractions(text).translate(SIGNS)
-    text = re.sub(r"\s+", " ", _currency(text)).strip()
-    text = WORDS.sub(_marked, text)
+    text = re.sub(r"\.\.\.+", r"\\ldots ", answer.replace(r"\$", "$").replace(r"\!", ""))
+    text = with_symbols_spelled(unwrapped(text.rstrip(" .;,\n\t")))
+    text = GROUPING.sub(",", text)
+    text = re.sub(r"\s+", " ", WORDS.sub(_marked, unboxed(text)))
+    text = re.sub(r"\s+", " ", with_currencies_named(text)).strip()
     for pattern, replacement in RULES:
         text = pattern.sub(replacement, text)  # type: ignore[arg-type]
     text = unwrapped(NAMED.sub("", text)).rstrip(" .;,")
     return re.sub(r"\s+", " ", text).strip()
 
 
-def _fractions(text: str) -> str:
-    """Write superscripts as powers, and digits and fractions of other scripts in ASCII."""
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: f"^{{{m[0].translate(SUPERSCRIPTS)}}}", text)
-    return "".join(map(_ascii_number, text)) if not text.isascii() else text
-
-
-def _ascii_number(character: str) -> str:
-    if character.isascii():
-        return character
-    if character.isdecimal():
-        return str(unicodedata.decimal(character))
-    if "VULGAR FRACTION" in unicodedata.name(character, ""):
-        return " " + unicodedata.normalize("NFKC", character).replace("⁄", "/")
-    return character
-
-
-def _currency(text: str) -> str:
-    """Write ``$18`` as ``18 dollars``; dollar signs in pairs are LaTeX's."""
-    if text.count("$") % 2 == 0:
-        text = text.replace("$", "")
-    number = r"(-?\d[\d,]*(?:\.\d+)?)"
-    text = re.sub(rf"([$€£¥]) ?{number}", lambda m: f"{m[2]} {CURRENCIES[m[1]]} ", text)
-    return text.replace("$", "")
-
-
 def _marked(match: re.Match[str]) -> str:
     words = match[1].strip()
     if not words or re.search(r"\d", words) or words.casefold() in ("and", "or"):
         return f" {match[1]} "
+    first, _, rest = words.partition(" ")
+    if _scale(first) in SCALES:
+        return f" {first} \ue000{rest}\ue001" if rest else f" {first} "
     return f"\ue000{words}\ue001"
 
 

@@ -10,16 +10,23 @@ Span = tuple[int, int]
 OPEN, CLOSE = "<answer>", "</answer>"
 BRACES = re.compile(r"\\\\?(?:fbox|framebox|f?boxed)\s*\{|\\.|[{}]", re.DOTALL)
 """Matches the beginning of a box (also with a doubled backslash), an escaped character, or a brace."""
+BOX = re.compile(r"\\(?:framebox|f?boxed|fbox)(?![A-Za-z])")
+WHOLE_BOX = re.compile(r"\s*\\(?:framebox|f?boxed|fbox)\s*\{(.*)\}\s*", re.DOTALL)
 BARE_BOX = re.compile(r"\\f?boxed\s*(-?\d+(?:\.\d+)?|[A-Za-z])(?![A-Za-z\d])")
 """Matches a box without braces: TeX boxes what follows, models write ``\\boxed 73``."""
 WRAPPERS = (
     ("**", "**"),
     ("*", "*"),
+    ("__", "__"),
+    ("_", "_"),
     ("$$", "$$"),
     ("$", "$"),
     ("\\(", "\\)"),
     ("\\[", "\\]"),
     ("`", "`"),
+    ('"', '"'),
+    ("'", "'"),
+    ("“", "”"),
 )
 """What Markdown and LaTeX put around an answer."""
 
@@ -60,11 +67,21 @@ def last_boxed(text: str) -> str | None:
 
 
 def tag_or_boxed(text: str) -> str | None:
-    """Return the tagged answer, unboxed if it is boxed; without a tag, the content of the last box."""
+    """Return the tagged answer, or the box in it; without a tag, the content of the last box.
+
+    A tag with several boxes states all that it holds.
+    """
     tagged = final_answer(text)
     if tagged is None:
         return last_boxed(text)
-    return last_boxed(tagged) or tagged
+    several = len(BOX.findall(tagged)) > 1
+    return tagged if several else last_boxed(tagged) or tagged
+
+
+def unboxed(answer: str) -> str:
+    """Return the content of a box around a whole answer, or the answer."""
+    box = WHOLE_BOX.fullmatch(answer)
+    return answer if box is None or box[1].strip() != last_boxed(answer) else box[1].strip()
 
 
 def unwrapped(answer: str) -> str:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 SPELLINGS = {
     "h": "hour hr", "min": "minute", "s": "second sec", "day": "", "wk": "week", "mo": "month",
-    "yr": "year", "dollar": "usd buck $", "cent": "¢", "euro": "eur €", "gbp": "£",
+    "yr": "year", "dollar": "usd buck", "cent": "", "euro": "eur", "rupee": "rs inr", "gbp": "",
     "degree": "deg °", "m": "meter metre", "cm": "centimeter centimetre",
     "mm": "millimeter millimetre", "km": "kilometer kilometre", "g": "gram gramme",
     "kg": "kilogram kilo", "mg": "milligram", "l": "liter litre", "ml": "milliliter millilitre",
@@ -42,6 +42,8 @@ def same_unit(gold: str, answer: str, *, may_lack: bool) -> bool:
     One may say more than the other (``red apples``, ``apples``), but no power and no ``per``.
     """
     a, b = _canonical(gold), _canonical(answer)
+    if not b and not {"am", "pm"}.isdisjoint(a):  # half of a time of day
+        return False
     if not a or not b:
         return may_lack or a == b
     if sorted(t for t in a if t in OPERATORS) != sorted(t for t in b if t in OPERATORS):

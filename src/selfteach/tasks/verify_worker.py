@@ -25,6 +25,37 @@ TOKEN = re.compile(
     r"|\d+(?:\.\d+)?|\.\d+|[A-Za-z]"
 )
 """Matches the commands, numbers and variables of a formula."""
+COMMAND = re.compile(r"\\([A-Za-z]+)")
+COMMANDS = frozenset(
+    {
+        "frac", "dfrac", "tfrac", "cfrac", "sqrt", "binom", "dbinom", "tbinom", "cdot", "times",
+        "div", "ast", "pm", "mp", "le", "leq", "leqslant", "lt", "ge", "geq", "geqslant", "gt",
+        "ne", "neq", "in", "notin", "infty", "cup", "cap", "setminus", "emptyset", "mathbb",
+        "mathbf", "mathrm", "mathit", "mathcal", "left", "right", "big", "Big", "bigg", "Bigg",
+        "bigl", "bigr", "Bigl", "Bigr", "begin", "end", "operatorname", "circ", "degree",
+        "lfloor", "rfloor", "lceil", "rceil", "lvert", "rvert", "vert", "mid", "sin", "cos",
+        "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln",
+        "log", "exp", "lg", "det", "gcd", "lcm", "max", "min", "mod", "pmod", "bmod", "int",
+        "sum", "prod", "lim", "to", "infinity", "overline", "bar", "hat", "vec", "dot", "tilde",
+        "underline", "displaystyle", "limits", "text", "lbrace", "rbrace", "lbrack", "rbrack",
+        "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa",
+        "lambda", "mu", "nu", "xi", "omicron", "pi", "rho", "sigma", "tau", "upsilon", "phi",
+        "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma",
+        "Upsilon", "Phi", "Psi", "Omega", "ell",
+    }
+)  # fmt: skip
+"""Commands of TeX that math-verify reads; it drops others, such as ``\\ldots``, in silence."""
+ENVIRONMENT = re.compile(r"\\begin\s*\{([^{}]*)\}")
+MATRICES = frozenset(
+    ["matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "Vmatrix", "smallmatrix", "array"]
+)
+SYMBOLS = re.compile(r"[-A-Za-z0-9\s+*/^_=<>!(){}\[\]|,;:.%&\\]*")
+"""Matches a formula of characters that math-verify reads; it drops others, such as primes."""
+DANGLING = re.compile(
+    r"^\s*(?:[<>]|\\(?:[lg]t|[lg]eq?|neq?|i?n)\b)|[<>=+*/^_-]\s*$"
+    r"|\\(?:cdot|times|div|ast|pm|mp|to|cup|cap)\s*$|[\^_]\s*\{\s*\}|\^\s*(?:\{\s*)?T(?![A-Za-z])|(?<!\d)\.(?!\d)|\.\d*\.|\.$"
+)
+"""Matches an operator without an operand, a transposition, and a stop that is no decimal point."""
 MAX_TOKENS = 200
 """Numbers and variables of a formula that is parsed."""
 MEMORY_BYTES = 8 * 2**30
@@ -125,7 +156,7 @@ def _parsed(formula: str) -> list[Any]:
     each must make another value; the last is enough where it says that it has read the same
     numbers and letters.
     """
-    parsed = _parse(formula) if formula.isascii() else []
+    parsed = _parse(formula) if _is_readable(formula) else []
     if len(parsed) < 2 or isinstance(parsed[0], str):
         return []
     tokens = _tokens(formula)
@@ -141,6 +172,21 @@ def _parsed(formula: str) -> list[Any]:
         if _parse(changed)[:1] == parsed[:1]:
             return []
     return parsed
+
+
+def _is_readable(formula: str) -> bool:
+    """Return whether a formula holds only what math-verify is known to read."""
+    names = {match[1] for match in COMMAND.finditer(formula)}
+    environments = {match[1] for match in ENVIRONMENT.finditer(formula)}
+    return bool(
+        SYMBOLS.fullmatch(formula)
+        and names <= COMMANDS
+        and environments <= MATRICES
+        and ("to" not in names or "lim" in names)
+        and formula.count("{") == formula.count("}")
+        and sum(map(formula.count, "([")) == sum(map(formula.count, ")]"))
+        and DANGLING.search(formula) is None
+    )
 
 
 def _parse(formula: str) -> list[Any]:

@@ -7,8 +7,8 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from datetime import date, time
-from decimal import Decimal
+from datetime import date, datetime, time
+from decimal import Context, Decimal
 from functools import cache
 from importlib import resources
 from typing import Any, TypeVar
@@ -26,8 +26,13 @@ SOURCES = ("train", "validation", "test", "pool")
 REFERENCES = ("reference", "aligned_reference")
 
 
-NOT_A_NUMBER = frozenset({"nan", "<na>", "nat"})
+NOT_A_NUMBER = frozenset({"nan", "-nan", "<na>", "#n/a", "nat"})
 """What tables write for a missing value, without case."""
+
+MAX_DIGITS_OF_A_DECIMAL = 12
+"""Of a number that 15 digits make this short, further digits are rounding errors."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+NO_WIDTH = "\u200b\u2060\ufeff"
 
 R = TypeVar("R", bound=RowsData)
 
@@ -108,7 +113,7 @@ def column_value(values: Mapping[str, Any], column: str) -> Any:
 
 def _required(row: Row, column: str, name: str) -> str:
     try:
-        text = _text(column_value(row.values, column)).strip()
+        text = _stripped(_text(column_value(row.values, column)))
     except UnreadableValue as unreadable:
         raise UnreadableValue(f"the {name} {unreadable}") from None
     if not text:
@@ -118,10 +123,15 @@ def _required(row: Row, column: str, name: str) -> str:
     return text
 
 
+def _stripped(text: str) -> str:
+    """Return a text without white space and characters of no width around it."""
+    return text.strip().strip(NO_WIDTH).strip()
+
+
 def _optional(row: Row, column: str, *, required: bool) -> str | None:
     """Return a text or None; a column that the recipe names (``required``) must exist in every row."""
     try:
-        return _text(column_value(row.values, column)).strip() or None
+        return _stripped(_text(column_value(row.values, column))) or None
     except UnreadableValue as unreadable:
         if required:
             raise UnreadableValue(f"column {column!r} {unreadable}") from None
@@ -208,7 +218,11 @@ def _text(value: Any) -> str:
             raise UnreadableValue(f"is {value}, not a number")
         if number == number.to_integral_value():
             return str(int(value))
-        return format(number, "f").rstrip("0")
+        return format(_without_noise(number), "f").rstrip("0")
+    if isinstance(value, datetime) and value.time() == time() and value.tzinfo is None:
+        return str(value.date())
+    if isinstance(value, str) and SURROGATE.search(value):
+        raise UnreadableValue("holds half of a surrogate pair, which is no character")
     if isinstance(value, str | int | date | time):
         return str(value)
     kind = "a table" if isinstance(value, Mapping) else f"a {type(value).__name__}"
@@ -216,6 +230,12 @@ def _text(value: Any) -> str:
         f"is {kind}, not a text: name one element (column.0, column.key) or a rule "
         "(first, last, join:X)"
     )
+
+
+def _without_noise(number: Decimal) -> Decimal:
+    """Return 0.3 for 0.30000000000000004, what binary fractions make of 0.1 + 0.2."""
+    rounded = Context(prec=15).plus(number).normalize()
+    return rounded if len(rounded.as_tuple().digits) <= MAX_DIGITS_OF_A_DECIMAL else number
 
 
 def bad_row(row: Row, missing: MissingValue) -> DataError:

@@ -26,8 +26,8 @@ def read_hub(
         rows = _from_disk(datasets, path, split)
     else:
         rows = _load(datasets, path, split, name=name, revision=revision, streaming=streaming)
-    features = getattr(rows, "features", None) or {}
-    kinds = {name: getattr(feature, "dtype", None) for name, feature in features.items()}
+    schema = getattr(getattr(rows, "features", None), "arrow_schema", ())
+    kinds = {field.name: field.type for field in schema}
     number = 0
     try:
         for values in rows:

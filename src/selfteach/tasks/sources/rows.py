@@ -45,7 +45,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             where = f"{path}:{number}"
             try:
                 values = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 values = None
             yield Row(_table(values, where), where, f"{path.stem}-{number}")
 
@@ -53,7 +53,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _json_list(path: Path) -> Iterator[Row]:
     try:
         rows = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(rows, list):
         raise DataError(
@@ -86,10 +86,15 @@ def _parquet(path: Path) -> Iterator[Row]:
 def shortest(value: Any, kind: object) -> Any:
     """Return a value of a column of narrow floats as the shortest number: 0.1, not 0.10000000149011612.
 
-    ``kind`` is the column's type as Arrow or NumPy names it; other types change nothing.
+    ``kind`` is the column's Arrow type, or a type's name; lists and tables are changed within. Other
+    types change nothing.
     """
     import numpy as np
 
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [shortest(element, kind.value_type) for element in value]
+    if isinstance(value, dict) and hasattr(kind, "field"):
+        return {name: shortest(element, kind.field(name).type) for name, element in value.items()}
     narrow = {
         "halffloat": np.float16,
         "float16": np.float16,
@@ -103,7 +108,7 @@ def shortest(value: Any, kind: object) -> Any:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except FileNotFoundError:
         raise DataError(f"{path}: no such problem set") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -13,16 +14,20 @@ from selfteach.types import Problem
 Splits = dict[str, list[Problem]]
 """Problems by the name of their split."""
 
+INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")
+"""Matches characters without a width that part no letters: soft hyphens, byte order marks."""
+
 PRECEDENCE = ("test", "validation", "train", "pool")
 """A question that is in two sources stays in the first of these."""
 
 
 def normalised(question: str) -> str:
-    """Normalise a question: white space and equivalent Unicode forms (NFC) make no difference.
+    """Normalise a question: white space, equivalent Unicode forms (NFC) and characters that no one
+    sees make no difference.
 
     Case and compatibility forms do: ``A`` and ``a`` may be two variables, and 7² is not 72.
     """
-    return " ".join(unicodedata.normalize("NFC", question).split())
+    return " ".join(unicodedata.normalize("NFC", INVISIBLE.sub("", question)).split())
 
 
 def hash_position(question: str, seed: int) -> float:
@@ -47,7 +52,8 @@ def spelled_alike(splits: Splits) -> int:
 
 
 def _folded(question: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    visible = INVISIBLE.sub("", question)
+    return " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
 
 
 def without_duplicates(problems: Iterable[Problem]) -> tuple[list[Problem], int]:
