@@ -30,7 +30,7 @@ def first_change(
     if not any(places):
         return FirstChange(None, None, 1.0)
     step, changed_at = min((p for p in places if p is not None), key=lambda place: place[1])
-    token = min(bisect_right(token_ends, changed_at), len(token_ends) - 1)
+    token = max(0, min(bisect_right(token_ends, changed_at), len(token_ends) - 1))
     fidelity = max(0, token - begun) / max(1, len(token_ends) - begun)
     return FirstChange(step, token, fidelity)
 

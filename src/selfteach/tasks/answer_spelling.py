@@ -15,7 +15,7 @@ FRAC = r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"
 RULES: tuple[tuple[re.Pattern[str], object], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\A(?:[#*\s]|(?i:so|thus|hence|therefore)\b,?)+(?=\S)", ""),
+        (r"\A(?:[#*•\s]|(?i:so|thus|hence|therefore)\b,?)+(?=\S)", ""),
         (r"(?i)\A\ue000?(?:the\s)?(?:final\s)?answer(?:\sis)?\s?[:=]?\s?\ue001?", ""),
         (r"\A\s*\\approx\b", ""),
         (r"(?i)\A(rs|usd|eur|gbp|inr)\b\.? ?(-?\d[\d,]*(?:\.\d+)?)", r"\2 \1 "),

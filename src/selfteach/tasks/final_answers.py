@@ -23,6 +23,7 @@ WRAPPERS = (
     ("$", "$"),
     ("\\(", "\\)"),
     ("\\[", "\\]"),
+    ("```", "```"),
     ("`", "`"),
     ('"', '"'),
     ("'", "'"),
@@ -51,6 +52,16 @@ def final_answer(text: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     """Return the content of the last ``\\boxed{}`` or ``\\fbox{}`` whose braces close, or None."""
+    return _last_box(text)[1] or None
+
+
+def last_box_begin(text: str) -> int | None:
+    """Return where the last box begins that is not empty, or None."""
+    begin, content = _last_box(text)
+    return begin if content else None
+
+
+def _last_box(text: str) -> tuple[int, str | None]:
     begin, content = -1, None
     opened: list[tuple[int, int] | None] = []
     for match in BRACES.finditer(text):
@@ -63,7 +74,7 @@ def last_boxed(text: str) -> str | None:
     for match in BARE_BOX.finditer(text):
         if match.start() > begin:
             begin, content = match.start(), match[1]
-    return content or None
+    return begin, content
 
 
 def tag_or_boxed(text: str) -> str | None:

@@ -6,7 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
-from selfteach.tasks.final_answers import OPEN, Span, tagged_span
+from selfteach.tasks.final_answers import OPEN, Span, last_box_begin, tagged_span
 from selfteach.tasks.lab import checker
 
 Splitter = Callable[[str], list[Span]]
@@ -47,12 +47,20 @@ def sentences(text: str) -> list[Span]:
 
 
 def _with_answer(steps: Splitter, text: str) -> list[Span]:
-    """Return the steps before the last ``<answer>``, and the rest of the text as the last span."""
+    """Return the steps before the last ``<answer>``, and the rest of the text as the last span.
+
+    Without a tag, the step that holds the last box is the last span, with what follows it.
+    """
     closed = tagged_span(text)
     begin = text.rfind(OPEN) if closed is None else closed[0]
-    if begin < 0:
-        return steps(text)
-    return [*steps(text[:begin]), (begin, len(text.rstrip()))]
+    if begin >= 0:
+        return [*steps(text[:begin]), (begin, len(text.rstrip()))]
+    spans = steps(text)
+    box = last_box_begin(text)
+    if box is None or not spans:
+        return spans
+    last = max(0, bisect_right([start for start, _ in spans], box) - 1)
+    return [*spans[:last], (spans[last][0], spans[-1][1])]
 
 
 def nonblank_lines(text: str) -> list[Span]:
@@ -66,8 +74,16 @@ def nonblank_lines(text: str) -> list[Span]:
 
 
 def tags(text: str) -> list[Span]:
-    """Return the spans of ``<step_1>…</step_1> … <answer>…</answer>``; an open tag ends at the next."""
-    return [match.span() for match in TAG.finditer(text)]
+    """Return the spans of ``<step_1>…</step_1> … <answer>…</answer>``; an open tag ends at the next.
+
+    A box behind the last step is the answer, and the last span.
+    """
+    spans = [match.span() for match in TAG.finditer(text)]
+    if spans and not text.startswith(OPEN, spans[-1][0]):
+        rest = text[spans[-1][1] :]
+        if last_box_begin(rest) is not None:
+            spans.append((len(text) - len(rest.lstrip()), len(text.rstrip())))
+    return spans
 
 
 def lab(text: str) -> list[Span]:

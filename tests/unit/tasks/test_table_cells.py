@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from selfteach.errors import DataError
+from selfteach.tasks.sources.audit import corruptions
 from selfteach.tasks.sources.load import read_file
 from selfteach.tasks.sources.splits import hash_position, normalised
 
@@ -75,7 +77,7 @@ def test_narrow_floats_in_lists_and_tables_are_the_shortest_numbers(tmp_path: Pa
 )
 def test_what_no_file_can_hold_is_one_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "p.jsonl").write_text(line + "\n")
-    with pytest.raises(DataError, match="p.jsonl:1"):
+    with pytest.raises(DataError, match=r"p\.jsonl:1"):
         read_file(tmp_path / "p.jsonl")
 
 
@@ -96,3 +98,10 @@ def test_a_byte_order_mark_makes_no_difference(tmp_path: Path) -> None:
 def test_a_question_with_unseen_marks_is_the_same_question(mark: str) -> None:
     assert normalised(f"ho{mark}w many?") == normalised("how many?")
     assert hash_position(f"ho{mark}w many?", 0) == hash_position("how many?", 0)
+
+
+def test_corruptions_of_a_long_gold_take_little_memory() -> None:
+    tracemalloc.start()
+    assert len(list(corruptions("1 " * 20_000))) == 12
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()

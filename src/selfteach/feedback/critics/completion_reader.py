@@ -47,7 +47,8 @@ def read_completion(body: bytes) -> Reply | NoReply:
     Raises `UnusableBody` if the body is no completion, or says that the provider failed.
     """
     try:
-        completion = json.loads(body, parse_int=_integer)
+        # Not strict: some servers do not escape line breaks and other control characters.
+        completion = json.loads(body, parse_int=_integer, strict=False)
         if not isinstance(completion, Mapping):
             raise UnusableBody("not a chat completion: no object")
         if completion.get("error") and not completion.get("choices"):
@@ -57,7 +58,7 @@ def read_completion(body: bytes) -> Reply | NoReply:
         text = text_of(message.get("content"))
         prompt, written = (_count(usage, f"{name}_tokens") for name in ("prompt", "completion"))
         reason = str(choice.get("finish_reason") or "").strip().lower()
-        refusal = message.get("refusal")
+        refusal = message.get("refusal") or _refusal_of(message.get("content"))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UnusableBody(f"not a chat completion: {type(error).__name__}: {error}") from None
     if reason in WITHHELD:
@@ -107,6 +108,13 @@ def clean(text: str) -> str:
     if SURROGATES.search(text) is None:
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _refusal_of(content: object) -> object:
+    """Return what a part of the content refuses, or None."""
+    parts = content if isinstance(content, list) else []
+    refusals = (p.get("refusal") for p in parts if isinstance(p, Mapping))
+    return next((refusal for refusal in refusals if refusal), None)
 
 
 def _text_of_part(part: str | Mapping[str, Any]) -> str:

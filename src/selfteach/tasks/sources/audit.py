@@ -81,15 +81,16 @@ def corruptions(answer: str) -> Iterator[str]:
     of a fraction. Without a number the last letter is replaced by the next in the alphabet (z
     becomes y), or a 1 is appended. At most `MAX_CORRUPTIONS`, spread over the answer.
     """
-    changed = [
-        _with(answer, m.start(), _other_digit(answer[m.start()])) for m in NUMBER.finditer(answer)
-    ]
+    numbers = [match.start() for match in NUMBER.finditer(answer)]
     whole = "".join(answer.split())
     parts = [part for part in _parts(answer) if "".join(part.split()) not in ("", whole)]
     parts = parts if len(set(parts)) > 1 else []
-    corrupted = [*(changed or [_without_numbers(answer)]), *parts]
+    corrupted: list[int | str] = [*(numbers or [_without_numbers(answer)]), *parts]
     for index in range(min(len(corrupted), MAX_CORRUPTIONS)):
-        yield corrupted[index * len(corrupted) // min(len(corrupted), MAX_CORRUPTIONS)]
+        chosen = corrupted[index * len(corrupted) // min(len(corrupted), MAX_CORRUPTIONS)]
+        if isinstance(chosen, int):
+            chosen = _with(answer, chosen, _other_digit(answer[chosen]))
+        yield chosen
 
 
 def _without_numbers(answer: str) -> str:
