@@ -124,9 +124,7 @@ def evaluate(
     ] = None,
     problems: Annotated[
         str,
-        typer.Option(
-            help="train, validation, test, or a .jsonl or .parquet file with question and answer."
-        ),
+        typer.Option(help="train, validation, test, or a file with question and answer."),
     ] = "validation",
     k: Annotated[int | None, typer.Option("-k", min=1, help="Rollouts per problem.")] = None,
     seed: Seed = 0,
@@ -165,9 +163,7 @@ def inspect(
     arm: Arm = None,
     problems: Annotated[
         str,
-        typer.Option(
-            help="train, validation, test, or a .jsonl or .parquet file with question and answer."
-        ),
+        typer.Option(help="train, validation, test, or a file with question and answer."),
     ] = "validation",
     k: Annotated[int, typer.Option("--answers", "-k", min=1, help="Rollouts per problem.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N problems.")] = None,

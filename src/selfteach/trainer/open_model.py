@@ -10,6 +10,7 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, DataError
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.tasks.sources.load import read_file
+from selfteach.tasks.sources.rows import KINDS, is_problem_source
 from selfteach.trainer import checkpoint
 from selfteach.trainer.build import Built, build
 from selfteach.types import Problem
@@ -51,8 +52,6 @@ def named_problems(built: Built, name: str) -> tuple[tuple[Problem, ...], str]:
     if name in ("train", "validation", "test"):
         return built.task.problems(name), name
     path = Path(name)
-    if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise DataError(
-            f"--problems {name!r}: expected train, validation, test, or a .jsonl or .parquet file"
-        )
+    if not is_problem_source(path):
+        raise DataError(f"--problems {name!r}: expected train, validation, test, or a {KINDS}")
     return read_file(path), path.stem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
@@ -14,6 +15,8 @@ from selfteach.runtime.stored_files import read_bytes, read_json, read_lines, re
 from selfteach.tasks.task import Task
 from selfteach.trainer.build import Built
 from selfteach.types import Problem
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 ORDER, UNEVEN = "training_order", "uneven epochs"
@@ -38,7 +41,10 @@ def same_problems(run: RunFolder, built: Built) -> Built:
         earlier = began and any(run_subfolder(run.path, "rollouts").glob("step_*.jsonl"))
         if began:
             _require_recorded_questions(run, task)
-        run.require_problems({name: getattr(task, name) for name in SPLITS})
+        run.require_problems({name: getattr(task, name) for name in SPLITS}, task.counts)
+        for name, count in task.counts.items():
+            if name.startswith("overlong"):
+                log.warning("%d %s left out: they leave no room for a rollout", count, name)
         if earlier:
             write_json(run.problems_path, {**read_json(run.problems_path), ORDER: UNEVEN})
 
