@@ -91,7 +91,8 @@ def _prompt_length(renderer: Renderer, problem: Problem) -> int:
 
 def _no_room(problem: Problem, length: int, window: int, recipe: Recipe, count: int) -> str:
     needed = recipe.sampling.max_tokens
-    others = f"; so do {count - 1} others of its split" if count > 1 else ""
+    do = "does 1 other" if count == 2 else f"do {count - 1} others"
+    others = f"; so {do} of its split" if count > 1 else ""
     fix = ""
     if isinstance(recipe.data, AnswerReading) and recipe.data.overlong == "stop":
         fix = ': data.overlong = "drop" leaves such problems out'
