@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task
 from selfteach.types import Problem
+
+log = logging.getLogger(__name__)
 
 _QUESTION, _CONTEXT, _ROLLOUT = "the question 7319", "the context 2857", "the rollout 6413"
 FORMS: Mapping[str, tuple[str, ...]] = {
@@ -65,7 +68,7 @@ def within_context(renderer: Renderer, task: Task, max_length: int, recipe: Reci
     With ``data.overlong = "drop"`` the others are left out and counted, by split. Raises `DataError`
     naming the first of them otherwise, or if none of a split is left.
     """
-    drop = isinstance(recipe.data, AnswerReading) and recipe.data.overlong == "drop"
+    drop = drops_overlong(recipe)
     room = max_length - recipe.sampling.max_tokens
     splits, counts = {}, dict(task.counts)
     for name in ("train", "validation", "test"):
@@ -80,6 +83,18 @@ def within_context(renderer: Renderer, task: Task, max_length: int, recipe: Reci
         if overlong:
             counts[f"overlong {name} prompts"] = overlong
     return replace(task, **splits, counts=counts)
+
+
+def drops_overlong(recipe: Recipe) -> bool:
+    """Return True if the recipe drops problems with overlong prompts."""
+    return isinstance(recipe.data, AnswerReading) and recipe.data.overlong == "drop"
+
+
+def log_overlong(task: Task) -> None:
+    """Log how many overlong prompts were left out, a line per split."""
+    for name, count in task.counts.items():
+        if name.startswith("overlong"):
+            log.warning("%d %s left out: no room for a rollout in the context", count, name)
 
 
 def _prompt_length(renderer: Renderer, problem: Problem) -> int:

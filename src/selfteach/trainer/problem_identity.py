@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
@@ -14,9 +13,8 @@ from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_bytes, read_json, read_lines, reading
 from selfteach.tasks.task import Task
 from selfteach.trainer.build import Built
+from selfteach.trainer.fit_checks import log_overlong
 from selfteach.types import Problem
-
-log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 ORDER, UNEVEN = "training_order", "uneven epochs"
@@ -42,9 +40,7 @@ def same_problems(run: RunFolder, built: Built) -> Built:
         if began:
             _require_recorded_questions(run, task)
         run.require_problems({name: getattr(task, name) for name in SPLITS}, task.counts)
-        for name, count in task.counts.items():
-            if name.startswith("overlong"):
-                log.warning("%d %s left out: they leave no room for a rollout", count, name)
+        log_overlong(task)
         if earlier:
             write_json(run.problems_path, {**read_json(run.problems_path), ORDER: UNEVEN})
 

@@ -14,6 +14,7 @@ from selfteach.errors import DataError
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
 from selfteach.trainer.loop import run_to_end, train
+from selfteach.trainer.open_model import named_problems
 
 HI = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
 LONG = " ".join("abcdef" * 20)
@@ -103,3 +104,13 @@ def test_a_split_that_would_be_empty_stops_the_run(folder: Path) -> None:
     (folder / "validation.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match="problem 'validation-1' has a prompt of 122 tokens"):
         build(recipe(folder, overlong="drop"))
+
+
+def test_a_file_to_evaluate_on_is_treated_as_the_recipe_s_problems(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dropping = recipe(folder, overlong="drop")
+    (folder / "held_out.jsonl").write_text((folder / "train.jsonl").read_text())
+    problems, name = named_problems(build(dropping), str(folder / "held_out.jsonl"), dropping)
+    assert (len(problems), name) == (6, "held_out")
+    assert "2 overlong test prompts left out" in caplog.text
