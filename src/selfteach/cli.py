@@ -12,6 +12,7 @@ import typer
 from selfteach import __version__
 from selfteach.commands import actions
 from selfteach.commands.console_script import run_console_script
+from selfteach.commands.export.export_cli import export
 from selfteach.commands.forecast.forecast_cli import forecast
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
@@ -256,6 +257,7 @@ def check(
 
 app.command()(plan)
 app.command()(forecast)
+app.command()(export)
 
 
 @app.command()

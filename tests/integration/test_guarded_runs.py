@@ -71,6 +71,7 @@ def test_the_command_says_why_as_it_arises_and_at_the_end(tmp_path: Path) -> Non
     code, output = command(tmp_path)
     assert code != 0
     assert "health: step 1: nothing could be learned: 100% of the rollouts were cut" in output
+    assert "step    1 of 4  correct 0%" in output, "a line per step where output is redirected"
     assert "stopped after step 3 of 4: nothing could be learned in 3 steps" in output
 
 

@@ -261,14 +261,20 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings():
-            # PEFT uses a deprecated name of transformers; it cannot be fixed here.
-            warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+        with without_peft_warnings():
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise EngineError(f"model.lora.targets = {list(targets)}: {error}") from error
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+@contextlib.contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Hide the warning about a deprecated name of transformers, which PEFT uses."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+        yield
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
