@@ -196,12 +196,15 @@ def test_a_run_of_a_version_that_let_ids_clash_is_continued(
     with monkeypatch.context() as earlier:
         earlier.setattr(load, "_with_distinct_ids", lambda splits: (splits, 0))
         run = train(files(data), data / "run")
-        next(run)
+        while not list((data / "run" / "rollouts").glob("step_*.jsonl")):
+            next(run)
         run.close()
     first = next((data / "run" / "rollouts").glob("step_*.jsonl")).read_text()
     assert json.loads(first.splitlines()[0])["problem_id"] in "01234567"
     run_to_end(files(data), data / "run")
     assert load_result(data / "run")["step"] == 2
+    rows = [p.read_text() for p in (data / "run" / "rollouts").glob("*.jsonl")]
+    assert not any('"problem_id": "q_' in text for text in rows)
     run_to_end(files(data), data / "new")
     first = next((data / "new" / "rollouts").glob("step_*.jsonl")).read_text()
     assert json.loads(first.splitlines()[0])["problem_id"].startswith("q_")
