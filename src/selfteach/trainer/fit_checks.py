@@ -17,6 +17,8 @@ from selfteach.types import Problem
 
 log = logging.getLogger(__name__)
 
+OVERLONG = "overlong in"
+"""Begins the name of a count of overlong prompts; that of their split follows."""
 _QUESTION, _CONTEXT, _ROLLOUT = "the question 7319", "the context 2857", "the rollout 6413"
 FORMS: Mapping[str, tuple[str, ...]] = {
     "tag": ("<answer>",),
@@ -81,7 +83,7 @@ def within_context(renderer: Renderer, task: Task, max_length: int, recipe: Reci
             index = next(i for i, length in enumerate(lengths) if length > room)
             raise DataError(_no_room(problems[index], lengths[index], max_length, recipe, overlong))
         if overlong:
-            counts[f"overlong {name} prompts"] = overlong
+            counts[f"{OVERLONG} {name}"] = overlong
     return replace(task, **splits, counts=counts)
 
 
@@ -93,8 +95,8 @@ def drops_overlong(recipe: Recipe) -> bool:
 def log_overlong(task: Task) -> None:
     """Log how many overlong prompts were left out, a line per split."""
     for name, count in task.counts.items():
-        if name.startswith("overlong"):
-            log.warning("%d %s left out: no room for a rollout in the context", count, name)
+        if name.startswith(OVERLONG):
+            log.warning("%s: %d prompts that leave no room for a rollout are left out", name, count)
 
 
 def _prompt_length(renderer: Renderer, problem: Problem) -> int:

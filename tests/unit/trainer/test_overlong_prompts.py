@@ -75,14 +75,14 @@ def test_an_overlong_prompt_stops_a_run_and_says_what_would_drop_it(folder: Path
 def test_overlong_prompts_are_dropped_and_counted_in_the_run_and_in_check(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    counts = {"rows": 12, "overlong train prompts": 2, "overlong validation prompts": 2}
+    counts = {"rows": 12, "overlong in train": 2, "overlong in validation": 2}
     run = train(recipe(folder, overlong="drop"), folder / "run")
     next(run)
     run.close()
     stored = json.loads((folder / "run" / "problems.json").read_text())
     assert stored["train"]["problems"] == 6 and stored["validation"]["problems"] == 2
     assert stored["counts"] == counts
-    assert "2 overlong train prompts left out" in caplog.text
+    assert "overlong in train: 2 prompts" in caplog.text
     run_to_end(recipe(folder, overlong="drop"), folder / "run")  # it is resumed with the same ones
     assert RunFolder(folder / "run").config()["data"]["overlong"] == "drop"
     rows = [
@@ -95,7 +95,7 @@ def test_overlong_prompts_are_dropped_and_counted_in_the_run_and_in_check(
         text = "\n".join(
             describe_study(study_from(values(folder, overlong="drop")), offline=offline)
         )
-        assert "2 overlong train prompts, 2 overlong validation prompts" in text
+        assert "2 overlong in train, 2 overlong in validation" in text
         assert "columns: question from prompt, answer from solution" in text
 
 
@@ -113,4 +113,4 @@ def test_a_file_to_evaluate_on_is_treated_as_the_recipe_s_problems(
     (folder / "held_out.jsonl").write_text((folder / "train.jsonl").read_text())
     problems, name = named_problems(build(dropping), str(folder / "held_out.jsonl"), dropping)
     assert (len(problems), name) == (6, "held_out")
-    assert "2 overlong test prompts left out" in caplog.text
+    assert "overlong in test: 2 prompts" in caplog.text
