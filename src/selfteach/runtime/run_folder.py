@@ -146,17 +146,15 @@ class RunFolder:
         with reading(path):
             return migrate_config(values, str(path))
 
-    def require_problems(
-        self, splits: Mapping[str, Sequence[Problem]], counts: Mapping[str, int] | None = None
-    ) -> None:
+    def require_problems(self, splits: Mapping[str, Sequence[Problem]]) -> None:
         """Record the problem sets of a run that begins; later, require the same ones.
 
-        ``counts`` of rows read and left out are recorded beside them. Raises `CheckpointError` if
-        problems were added, removed, changed or reordered: what is stored belongs to the earlier ones.
+        Raises `CheckpointError` if problems were added, removed, changed or put in another order: what
+        is stored belongs to the earlier ones.
         """
         now = {name: problems_fingerprint(problems) for name, problems in splits.items()}
         if not self.problems_path.exists():
-            write_json(self.problems_path, {**now, "counts": dict(counts)} if counts else now)
+            write_json(self.problems_path, now)
             return
         saved = read_json(self.problems_path)
         for name, fingerprint in now.items():

@@ -17,6 +17,8 @@ from selfteach.trainer.fit_checks import log_overlong
 from selfteach.types import Problem
 
 SPLITS = ("train", "validation", "test")
+COUNTS = "counts"
+"""Key in problems.json of the rows that were read and left out."""
 ORDER, UNEVEN = "training_order", "uneven epochs"
 """Key and value in problems.json of a run that an earlier version began."""
 
@@ -39,10 +41,12 @@ def same_problems(run: RunFolder, built: Built) -> Built:
         earlier = began and any(run_subfolder(run.path, "rollouts").glob("step_*.jsonl"))
         if began:
             _require_recorded_questions(run, task)
-        run.require_problems({name: getattr(task, name) for name in SPLITS}, task.counts)
+        run.require_problems({name: getattr(task, name) for name in SPLITS})
         log_overlong(task)
-        if earlier:
-            write_json(run.problems_path, {**read_json(run.problems_path), ORDER: UNEVEN})
+        order = {ORDER: UNEVEN} if earlier else {}
+        counts = {COUNTS: dict(task.counts)} if began and task.counts else {}
+        if added := order | counts:
+            write_json(run.problems_path, {**read_json(run.problems_path), **added})
 
     ranks.all_or_raise(agree)
     return replace(built, task=task)
