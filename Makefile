@@ -113,7 +113,9 @@ paper-laptop-study: paper-laptop-models ## the whole evidence: every arm and see
 paper-laptop-sweep: paper-laptop-models ## repeat the learning-rate sweep of the laptop study, on validation problems
 	@test ! -f $(LAPTOP)/results/sweep_chain_sums.tar.xz || $(BIN)/python $(LAPTOP)/parts.py restore \
 		$(LAPTOP)/results/sweep_chain_sums.tar.xz $(LAPTOP_RUNS)/sweep/chain_sums
-	$(BIN)/selfteach sweep $(LAPTOP)/chain_sums.toml --out $(LAPTOP_RUNS)/sweep/chain_sums \
+	@test ! -f $(LAPTOP_RUNS)/sweep/chain_sums/study.json || $(BIN)/selfteach resume $(LAPTOP_RUNS)/sweep/chain_sums
+	@test -f $(LAPTOP_RUNS)/sweep/chain_sums/study.json || \
+		$(BIN)/selfteach sweep $(LAPTOP)/chain_sums.toml --out $(LAPTOP_RUNS)/sweep/chain_sums \
 		--record $(LAPTOP)/chain_sums.sweep.json --set model.path=$(POLICY) \
 		--set arms.step_aligned.critic.path=$(CRITIC) --set train.steps=4 --set evaluation.every=4 --set evaluation.validation_k=4
 

@@ -12,6 +12,7 @@ import typer
 from selfteach import __version__
 from selfteach.commands import actions
 from selfteach.commands.console_script import run_console_script
+from selfteach.commands.export.export_cli import export
 from selfteach.commands.forecast.forecast_cli import forecast
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
@@ -124,9 +125,7 @@ def evaluate(
     ] = None,
     problems: Annotated[
         str,
-        typer.Option(
-            help="train, validation, test, or a .jsonl or .parquet file with question and answer."
-        ),
+        typer.Option(help="train, validation, test, or a file with question and answer."),
     ] = "validation",
     k: Annotated[int | None, typer.Option("-k", min=1, help="Rollouts per problem.")] = None,
     seed: Seed = 0,
@@ -165,9 +164,7 @@ def inspect(
     arm: Arm = None,
     problems: Annotated[
         str,
-        typer.Option(
-            help="train, validation, test, or a .jsonl or .parquet file with question and answer."
-        ),
+        typer.Option(help="train, validation, test, or a file with question and answer."),
     ] = "validation",
     k: Annotated[int, typer.Option("--answers", "-k", min=1, help="Rollouts per problem.")] = 4,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N problems.")] = None,
@@ -260,6 +257,7 @@ def check(
 
 app.command()(plan)
 app.command()(forecast)
+app.command()(export)
 
 
 @app.command()

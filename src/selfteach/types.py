@@ -50,8 +50,19 @@ class Problem:
     meta: Mapping[str, object] = field(default_factory=dict)
     """Extra values for the source's verifier or critic; JSON-serialisable."""
     place: str = field(default="", compare=False, repr=False)
-    """File and row, like ``problems-17``, of a problem whose row has no id: what its id was in earlier
-    versions. Empty for a problem with an id."""
+    """File and row, like ``problems-17``, of a problem whose row has no id, or the row's id if it names
+    another problem too: what its id was in earlier versions. Empty for a problem with an id."""
+    history: tuple[tuple[str, str], ...] = ()
+    """Messages before the question, as (role, content): a system message, earlier turns of user and
+    assistant. Empty for a question alone."""
+
+    @property
+    def transcript(self) -> str:
+        """Return the conversation that ends in the question as one text; a lone question as it is."""
+        if not self.history:
+            return self.question
+        turns = (*self.history, ("user", self.question))
+        return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in turns)
 
     @property
     def label(self) -> str:

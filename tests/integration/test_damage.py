@@ -119,7 +119,9 @@ def refused(work: Callable[[], object]) -> bool:
 
 
 @pytest.mark.slow
-def test_every_file_with_every_damage(stopped: Path, whole: Path, tmp_path: Path) -> None:
+def test_every_file_with_every_damage(
+    stopped: Path, whole: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Resume, report and evaluate; each combination is refused, or ends like the undamaged run."""
     counts = dict.fromkeys(("refused", "the same end"), 0)
     failures = []
@@ -142,6 +144,7 @@ def test_every_file_with_every_damage(stopped: Path, whole: Path, tmp_path: Path
             shutil.rmtree(folder)
     assert not failures, "\n".join(failures)
     assert counts["refused"] > counts["the same end"] > 0, counts
+    record_property("damaged files", str(counts))
 
 
 STATE = "checkpoints/step_000002/state.json"

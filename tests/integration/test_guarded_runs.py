@@ -55,6 +55,17 @@ def test_a_run_that_learns_nothing_stops_and_can_go_on(tmp_path: Path) -> None:
     assert len(sampled) == 8
 
 
+def test_rounding_errors_of_a_teacher_that_agrees_train_nothing(tmp_path: Path) -> None:
+    null = recipe(
+        context={"type": "none"}, teacher={"type": "initial"},
+        objective={"divergence": "forward_kl"}, guard={"idle_steps": 3},
+    )  # fmt: skip
+    with pytest.raises(RunStopped, match="the gradient is 0: the teacher says what"):
+        run_to_end(null, tmp_path)
+    norms = [row["grad_norm"] for row in RunFolder(tmp_path).metrics() if "grad_norm" in row]
+    assert len(norms) == 3 and max(norms) < 1e-6
+
+
 def command(folder: Path, *settings: str) -> tuple[int, str]:
     """Train by the command line; return what it exits with and prints."""
     path = folder / "recipe.toml"
@@ -71,6 +82,7 @@ def test_the_command_says_why_as_it_arises_and_at_the_end(tmp_path: Path) -> Non
     code, output = command(tmp_path)
     assert code != 0
     assert "health: step 1: nothing could be learned: 100% of the rollouts were cut" in output
+    assert "step    1 of 4  correct 0%" in output, "a line per step where output is redirected"
     assert "stopped after step 3 of 4: nothing could be learned in 3 steps" in output
 
 

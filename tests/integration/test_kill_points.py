@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,9 @@ def end_of(folder: Path) -> tuple[object, ...]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["one step after another", "sampling ahead"])
-def test_every_kill_point(tmp_path: Path, way: str) -> None:
+def test_every_kill_point(
+    tmp_path: Path, way: str, record_property: Callable[[str, object], None]
+) -> None:
     """Counted in docs/reliability.md."""
     settings = recipe() if way.startswith("one") else recipe(train={"staleness": 1})
     whole, count = tmp_path / "whole" / "run", tmp_path / "count"
@@ -102,3 +105,4 @@ def test_every_kill_point(tmp_path: Path, way: str) -> None:
         assert all(torch.equal(value, weights[name]) for name, value in ours.items()), point
         shutil.rmtree(folder.parent)
     assert points > 50
+    record_property("kill points", points)

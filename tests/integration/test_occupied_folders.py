@@ -18,6 +18,7 @@ from selfteach.config.recipe_file import study_from
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, SelfteachError
 from selfteach.runtime.run_folder import RunFolder, load_result
+from selfteach.tasks.sources import load
 from selfteach.trainer.loop import run_to_end, train
 
 TINY = {
@@ -185,6 +186,28 @@ def test_a_run_whose_data_has_changed_is_refused(
     assert before == {p: p.read_bytes() for p in (data / "run").rglob("*") if p.is_file()}
     write_rows(data / f"{split}.jsonl", rows)
     run_to_end(files(data), data / "run")
+
+
+def test_a_run_of_a_version_that_let_ids_clash_is_continued(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(data / "train.jsonl", [{"id": n, **row} for n, row in enumerate(ROWS[:8])])
+    write_rows(data / "validation.jsonl", [{"id": n, **row} for n, row in enumerate(ROWS[8:])])
+    with monkeypatch.context() as earlier:
+        earlier.setattr(load, "_with_distinct_ids", lambda splits: (splits, 0))
+        run = train(files(data), data / "run")
+        while not list((data / "run" / "rollouts").glob("step_*.jsonl")):
+            next(run)
+        run.close()
+    first = next((data / "run" / "rollouts").glob("step_*.jsonl")).read_text()
+    assert json.loads(first.splitlines()[0])["problem_id"] in "01234567"
+    run_to_end(files(data), data / "run")
+    assert load_result(data / "run")["step"] == 2
+    rows = [p.read_text() for p in (data / "run" / "rollouts").glob("*.jsonl")]
+    assert not any('"problem_id": "q_' in text for text in rows)
+    run_to_end(files(data), data / "new")
+    first = next((data / "new" / "rollouts").glob("step_*.jsonl")).read_text()
+    assert json.loads(first.splitlines()[0])["problem_id"].startswith("q_")
 
 
 def as_earlier_version(folder: Path, data: Path) -> None:

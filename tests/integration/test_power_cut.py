@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,10 @@ def test_a_row_or_a_result_that_was_seen_is_on_disk(
 
 @pytest.mark.slow
 def test_after_a_cut_between_any_two_flushes_a_run_ends_the_same(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Every moment at which the disk differs, one after another; counted in docs/reliability.md."""
     root = tmp_path / "disk"
@@ -105,6 +109,7 @@ def test_after_a_cut_between_any_two_flushes_a_run_ends_the_same(
     for folder in cuts:
         run_to_end(recipe(), folder / "run")
         same_end(folder / "run", whole)
+    record_property("cuts", len(cuts))
 
 
 def test_metrics_that_an_earlier_version_lost_are_noticed(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from selfteach.rollout.journaled_engine import problems_by_id
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_records import sample_row
 from selfteach.tasks import segmentation
+from selfteach.tasks.sources.conversations import is_conversation, read_messages
+from selfteach.tasks.sources.source_row import UnreadableValue
+from selfteach.tasks.sources.text_files import numbered_lines
 from selfteach.tasks.task import OracleFn
 from selfteach.trainer.build import CritiqueSetup, build_critique_setup
 from selfteach.types import CritiquedRollout, Problem, Rollout, TrainingSample
@@ -44,7 +47,7 @@ class _Problems:
     """Indexes the problems of the recipe."""
 
     by_id: Mapping[str, Problem]
-    by_question: Mapping[str, Problem]
+    by_transcript: Mapping[str, Problem]
 
 
 def critique_file(
@@ -92,23 +95,18 @@ def read_rollouts(path: Path, setup: CritiqueSetup) -> list[RolloutFromFile]:
     """Read rollouts from JSON lines of three kinds, recognised by their fields.
 
     A file of a user has ``question``, ``text`` (the completion to critique) and ``answer`` (the correct
-    final answer), optionally ``reference``, ``correct``, ``finished``, ``id`` and ``sample``. A run's
-    ``rollouts/`` and ``samples/`` refer to the problems of the recipe by id. Raises `DataError` naming
-    the line.
+    final answer), optionally ``history``, ``reference``, ``correct``, ``finished``, ``id`` and
+    ``sample``. A run's ``rollouts/`` and ``samples/`` refer to the problems of the recipe by id. Raises
+    `DataError` naming the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file of rollouts") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
     task = setup.task
     listed = [*task.train, *task.validation, *task.test]
-    problems = _Problems(problems_by_id(listed), {problem.question: problem for problem in listed})
+    problems = _Problems(
+        problems_by_id(listed), {problem.transcript: problem for problem in listed}
+    )
     rollouts = [
         _rollout(line, f"{path}:{number}", number, problems, setup)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        for number, line in numbered_lines(path, "file of rollouts")
     ]
     if not rollouts:
         raise DataError(f"{path}: the file is empty")
@@ -175,6 +173,8 @@ def _rollout(
             f"{where}: no field {missing}; needed: question, text (the completion to critique), "
             "answer (the correct final answer)"
         ) from None
+    except UnreadableValue as unreadable:
+        raise DataError(f"{where}: the history {unreadable}") from None
     text = split_thinking(text)[1]
     ids = tuple(row["token_ids"]) if "token_ids" in row else _token_ids(setup, text, finished)
     logps = (0.0,) * len(ids)
@@ -185,10 +185,13 @@ def _rollout(
 def _problem(row: Mapping[str, Any], default_id: str, problems: _Problems) -> Problem:
     question, answer = str(row["question"]), str(row["answer"])
     references = {"reference": str(row["reference"])} if row.get("reference") else {}
-    listed = problems.by_question.get(question)
+    history = read_messages(row["history"]) if is_conversation(row.get("history")) else ()
+    id_ = str(row.get("id", default_id))
+    problem = Problem(id_, question, answer, references, history=history)
+    listed = problems.by_transcript.get(problem.transcript)
     if listed is not None and listed.answer == answer:  # has what its oracle or verifier needs
         return replace(listed, references={**listed.references, **references})
-    return Problem(str(row.get("id", default_id)), question, answer, references)
+    return problem
 
 
 def _token_ids(setup: CritiqueSetup, text: str, finished: bool) -> tuple[int, ...]:

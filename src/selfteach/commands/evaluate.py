@@ -25,13 +25,13 @@ def evaluate_model(
 
     ``model`` is a run folder (its newest checkpoint), one of its checkpoints, or anything that
     ``model.path`` of a recipe may be; a model of the lab needs no recipe. ``problems`` is train,
-    validation, test, or a .jsonl or .parquet file; ``k`` is the number of rollouts per problem, by
+    validation, test, or a file of problems; ``k`` is the number of rollouts per problem, by
     default ``evaluation.test_k``. Returns each measure of `Evaluation` in percent as ``{"mean",
     "ci95"}`` over problems, the number of problems, k, and the evaluation itself. Raises one of
     `selfteach.errors`.
     """
     built, resolved = open_model(Path(model), str(model), recipe)
-    chosen, split = named_problems(built, str(problems))
+    chosen, split = named_problems(built, str(problems), resolved)
     sampling = Sampling(
         samples=k or resolved.evaluation.test_k,
         temperature=resolved.evaluation.temperature,

@@ -57,6 +57,9 @@ def run_progress(
         def show(row: Mapping[str, Any]) -> None:
             rows[row["kind"]] = row
             if row["kind"] == "step":
+                if bars.disable:  # a log file gets a line per step
+                    line = f"step {row['step']:>4} of {recipe.train.steps}  {note({'step': row})}"
+                    console.print(line, highlight=False, soft_wrap=True)
                 bars.update(task, completed=row["step"], note=note(rows))
                 for line in findings.new(row):
                     print_finding(console, line)

@@ -64,9 +64,15 @@ class Columns(Section):
     """
 
     question: str = "question"
-    """Column of the question."""
+    """Column of the question: a text, or a list of messages with ``role`` and ``content`` whose last is
+    the user's. Where rows have no ``question``: ``prompt``, ``problem`` or ``messages``."""
     answer: str = "answer"
-    """Column of the final answer."""
+    """Column of the final answer. Where rows have no ``answer``: ``final_answer``,
+    ``expected_answer``, ``ground_truth``, ``reward_model.ground_truth`` or ``solution`` (the content
+    of its last ``\\boxed{}``, if it has one)."""
+    history: str | None = None
+    """Column of messages before the question, a list with ``role`` and ``content``; unset: the column
+    ``history``, where it holds such a list."""
     reference: str | None = None
     """Column of a worked solution; unset: the column ``reference``, where there is one."""
     aligned_reference: str | None = None
@@ -117,6 +123,9 @@ class AnswerReading(Section):
     invalid_problems: Literal["warn", "drop", "stop"] = "warn"
     """What happens to a problem whose gold answer the verifier rejects, or whose corrupted gold answer
     it accepts: ``selfteach check`` names it, or it is dropped and counted, or the command stops."""
+    overlong: Literal["stop", "drop"] = "stop"
+    """What happens to a problem whose prompt leaves no room for a rollout of ``sampling.max_tokens`` in
+    the context: the command stops, or the problem is dropped and counted. Prompts are never cut."""
 
 
 class RowsData(AnswerReading):
@@ -141,7 +150,8 @@ class RowsData(AnswerReading):
 
 
 class FilesData(RowsData):
-    """Reads problems from files: JSON lines (``.jsonl``), a JSON list (``.json``) or ``.parquet``."""
+    """Reads problems from files (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``),
+    also folders of ``save_to_disk``, of whose splits each source reads the one of its name."""
 
     type: Literal["files"]
     """Files on disk."""

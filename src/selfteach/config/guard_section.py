@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from selfteach.config.schema import Section
 
 Range = tuple[float, float]
+NO_GRADIENT = 1e-5
+"""Norm of a gradient that is rounding errors: a teacher that says what the student says gives up to
+1e-6. AdamW would make whole steps of it."""
 
 
 class GuardConfig(Section):

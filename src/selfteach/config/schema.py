@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from selfteach.config.foreign_names import hint_for
 from selfteach.config.migrations import migrate_recipe_file
 from selfteach.errors import RecipeError
 
@@ -80,8 +81,8 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
     path, owners = _walk(model, first["loc"])
     more = f" (and {count - 1} more)" if count > 1 else ""
     if first["type"] == "extra_forbidden":
-        keys = [name for owner in owners for name in owner.model_fields]
-        return f"unknown key {path!r}; {nearest(str(first['loc'][-1]), keys)}{more}"
+        keys, key = [name for owner in owners for name in owner.model_fields], str(first["loc"][-1])
+        return f"unknown key {path!r}; {hint_for(key) or nearest(key, keys)}{more}"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict | BaseModel) else f", found {first['input']!r}"
     return f"{path + ': ' if path else ''}{message[0].lower() + message[1:]}{value}{more}"

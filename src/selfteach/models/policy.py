@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from selfteach.config.guard_section import NO_GRADIENT
 from selfteach.errors import EngineError
 from selfteach.models import plain_pass, prefix_cache, tree_attention
 from selfteach.models.fsdp import Shards, whole
@@ -190,14 +191,15 @@ class Policy:
     def optimizer_step(self) -> dict[str, float]:
         """Take one AdamW step on the accumulated gradients; returns its metrics.
 
-        A non-finite gradient changes no weight and is counted in ``nonfinite_updates``.
+        A non-finite gradient changes no weight and is counted in ``nonfinite_updates``. Neither does
+        one that is rounding errors: AdamW would scale it to a whole step.
         """
         rate = self._schedule(self.version) * self.lr_factor
         if self._shards is None:
             self._ranks.sum_gradients(self.trainable.values())
         norm = whole(nn.utils.clip_grad_norm_(self.trainable.values(), self._grad_clip)).item()
         finite = norm == norm and norm != float("inf")
-        if finite:
+        if finite and norm > NO_GRADIENT:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -261,14 +263,20 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings():
-            # PEFT uses a deprecated name of transformers; it cannot be fixed here.
-            warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+        with without_peft_warnings():
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise EngineError(f"model.lora.targets = {list(targets)}: {error}") from error
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+@contextlib.contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Hide the warning about a deprecated name of transformers, which PEFT uses."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+        yield
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

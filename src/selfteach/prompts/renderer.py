@@ -6,7 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfteach.errors import EngineError
 from selfteach.prompts.control_tokens import ControlTokens
-from selfteach.prompts.template_set import Message, Templates, conversation
+from selfteach.prompts.template_set import Message, Templates, conversation, with_history
 from selfteach.prompts.thinking import Thinking, split_thinking
 from selfteach.types import Problem
 
@@ -31,6 +31,9 @@ PROMPT_CACHE_SIZE = 4096
 
 CONTEXT_CACHE_SIZE = 512
 """Entries of the cache of teacher prompts: rollouts of one group may share their context."""
+
+History = tuple[tuple[str, str], ...]
+"""Messages before a question: `Problem.history`."""
 
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _PROBE = "probe"
@@ -74,8 +77,6 @@ class Renderer:
         self._teacher_system = system if teacher_system is None else teacher_system
         self._content_is_parts = False
         self._content_is_parts = self._takes_parts_only()
-        has_system = self._system is not None or self._teacher_system is not None
-        self._system_has_role = has_system and self._supports_system_role()
         self._headers = self._headers_to_swap()
         prompt = self._chat([_user(_PROBE)], self._thinking.student)
         self._opens_thought = prompt.rstrip().endswith(self._thinking.tags[0])
@@ -83,11 +84,11 @@ class Renderer:
         """The token that ends the assistant's turn in this chat template."""
 
     def solver_prompt(self, problem: Problem) -> tuple[int, ...]:
-        """Return the student's prompt: the question and the assistant header."""
-        return self._solver_ids(problem.question)
+        """Return the student's prompt: history, question and the assistant header."""
+        return self._solver_ids(problem.question, problem.history)
 
-    def _encode_question(self, question: str) -> tuple[int, ...]:
-        messages = self._messages("solver", self._system, question=question)
+    def _encode_question(self, question: str, history: History) -> tuple[int, ...]:
+        messages = self._messages("solver", self._system, history, question=question)
         return self._control.encode(self._chat(messages, self._thinking.student))
 
     def teacher_prompt(self, problem: Problem, context: str | None) -> tuple[int, ...]:
@@ -95,11 +96,15 @@ class Renderer:
 
         Without a context it is the student's prompt with the teacher's system prompt and thinking.
         """
-        return self._teacher_ids(problem.question, context)
+        return self._teacher_ids(problem.question, problem.history, context)
 
-    def _encode_context(self, question: str, context: str | None) -> tuple[int, ...]:
+    def _encode_context(
+        self, question: str, history: History, context: str | None
+    ) -> tuple[int, ...]:
         template, data = ("solver", {}) if context is None else ("teacher", {"context": context})
-        messages = self._messages(template, self._teacher_system, question=question, **data)
+        messages = self._messages(
+            template, self._teacher_system, history, question=question, **data
+        )
         text = self._chat(messages, self._thinking.teacher)
         if self._headers is not None:
             teacher_header, student_header = self._headers
@@ -193,18 +198,30 @@ class Renderer:
     def _split(self, text: str) -> tuple[str, str]:
         return split_thinking(text, self._thinking.tags, opened=self._opens_thought)
 
-    def _messages(self, template: str, system: str | None, **data: str) -> list[Message]:
+    def _messages(
+        self, template: str, system: str | None, history: History, **data: str
+    ) -> list[Message]:
         escaped = {name: self._escape(text) for name, text in data.items()}
-        return self._with_system(conversation(self._templates.render(template, **escaped)), system)
+        messages = conversation(self._templates.render(template, **escaped))
+        earlier = [(role, self._escape(content)) for role, content in history]
+        return self._with_system(with_history(messages, earlier), system)
 
     def _with_system(self, messages: list[Message], system: str | None) -> list[Message]:
-        """Prepend a system prompt; in the first user turn if there is no system role."""
-        if system is None:
-            return messages
+        """Put the system prompt, then the conversation's system messages, before the conversation.
+
+        They are one message; without a system role they begin the first user turn.
+        """
+        contents = [message["content"] for message in messages if message["role"] == "system"]
+        turns = [message for message in messages if message["role"] != "system"]
+        contents = contents if system is None else [system, *contents]
+        if not contents:
+            return turns
+        joined = "\n\n".join(contents)
         if self._system_has_role:
-            return [{"role": "system", "content": system}, *messages]
-        first, *rest = messages
-        return [_user(f"{system}\n\n{first['content']}"), *rest]
+            return [{"role": "system", "content": joined}, *turns]
+        first = next(i for i, message in enumerate(turns) if message["role"] == "user")
+        turns[first] = _user(f"{joined}\n\n{turns[first]['content']}")
+        return turns
 
     def _takes_parts_only(self) -> bool:
         """Return True for a chat template that writes content only if it is a list of parts.
@@ -220,7 +237,8 @@ class Renderer:
             "every prompt would be the same"
         )
 
-    def _supports_system_role(self) -> bool:
+    @cached_property
+    def _system_has_role(self) -> bool:
         """Return True if the chat template writes system messages; some raise, some drop the text."""
         try:
             probe = self._chat([{"role": "system", "content": _PROBE}, _user("?")], None)

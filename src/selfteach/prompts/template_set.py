@@ -169,6 +169,18 @@ def conversation(content: str) -> list[Message]:
     ]
 
 
+def with_history(messages: Sequence[Message], history: Sequence[tuple[str, str]]) -> list[Message]:
+    """Put a problem's earlier messages before its question, the last message.
+
+    A system message comes first of all, worked examples of the template before the conversation.
+    """
+    *examples, question = messages
+    earlier: list[Message] = [{"role": role, "content": content} for role, content in history]
+    system = [message for message in earlier if message["role"] == "system"]
+    turns = [message for message in earlier if message["role"] != "system"]
+    return [*system, *examples, *turns, question]
+
+
 def fence(data: str, character: str, least: int = 3) -> str:
     """Return a run of a character that is longer than any in the data, so that no data can end it."""
     runs = re.findall(f"{re.escape(character)}+", NONCHARACTERS.sub("", data))

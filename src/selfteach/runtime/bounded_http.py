@@ -58,7 +58,11 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):  # type: ignore[misc, valid
                     await response.aclose()
         except TimeoutError as error:
             raise _HTTP.ReadTimeout(f"no whole reply within {self._timeout_s:g} s") from error
-        headers = {name: response.headers[name] for name in HEADERS if name in response.headers}
+        headers = {
+            name: response.headers[name].encode("ascii", "replace").decode()
+            for name in HEADERS
+            if name in response.headers
+        }
         # Whatever type and encoding the server claims: readers expect JSON in UTF-8.
         headers["content-type"] = "application/json; charset=utf-8"
         return _HTTP.Response(response.status_code, headers=headers, content=body, request=request)

@@ -11,8 +11,8 @@ from selfteach.errors import CheckpointError
 from selfteach.runtime.stored_files import read_json
 
 START_FILES = {
-    ".lock", ".identity", "config.json", "environment.json", "study.json", "problems.json",
-    "tracking.json", "checksums.jsonl",
+    ".lock", ".identity", "config.json", "recipe.toml", "environment.json", "study.json",
+    "problems.json", "tracking.json", "checksums.jsonl",
 }  # fmt: skip
 """Files that are written before anything is sampled."""
 BEFORE_CONFIG = {".lock", "environment.json"}

@@ -1,6 +1,7 @@
 """Read and write a run folder, which people, pandas and DuckDB can read without this package.
 
     config.json            the resolved recipe
+    recipe.toml            the same as a recipe file, for another run
     environment.json       commit, versions, machine
     problems.json          fingerprints of the problem sets
     metrics.jsonl          one line per step, and per evaluation
@@ -42,6 +43,7 @@ from typing import Any, TextIO
 
 from selfteach.config.migrations import migrate_config, migrate_metrics, run_subfolder
 from selfteach.config.recipe_file import complete_config
+from selfteach.config.recipe_toml import is_recipe, recipe_toml
 from selfteach.errors import CheckpointError, Terminated
 from selfteach.runtime.atomic_files import (
     append_line,
@@ -130,6 +132,8 @@ class RunFolder:
             make_folder(self.path)
         write_json(self.path / "environment.json", environment)
         write_json(self.path / "config.json", config)
+        if is_recipe(config):
+            write_text(self.path / "recipe.toml", recipe_toml(config))
 
     def config(self) -> Row:
         """Return the resolved recipe. Raises `CheckpointError` if there is none."""

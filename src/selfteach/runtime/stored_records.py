@@ -29,16 +29,26 @@ SavedCritiques = dict[tuple[str, int], Critique | CritiqueFailure | None]
 
 
 def problem_digest(problem: Problem) -> str:
-    """Return a hash of a problem's question and answer: which problem a rollout is a completion of."""
-    content = json.dumps([problem.question, problem.answer])
+    """Return a hash of a problem's conversation and answer: which problem a rollout completes."""
+    content = json.dumps([problem.question, problem.answer, *history_rows(problem)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def history_rows(problem: Problem) -> list[dict[str, str]]:
+    """Return the messages before a question as JSON objects with ``role`` and ``content``."""
+    return [{"role": role, "content": content} for role, content in problem.history]
+
+
+def history_column(problem: Problem) -> dict[str, Any]:
+    """Return the column ``history`` of a row about a problem; no column for a question alone."""
+    return {"history": history_rows(problem)} if problem.history else {}
 
 
 def problems_fingerprint(problems: Sequence[Problem]) -> dict[str, Any]:
     """Return the number of problems, and a hash of their order and of all that they hold."""
     digest = hashlib.sha256()
     for p in problems:
-        row = [p.id, p.question, p.answer, dict(p.references), dict(p.meta)]
+        row = [p.id, p.question, p.answer, dict(p.references), dict(p.meta), *history_rows(p)]
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return {"problems": len(problems), "sha256": digest.hexdigest()}
 
@@ -84,6 +94,7 @@ def sample_row(sample: TrainingSample) -> dict[str, Any]:
     return {
         "problem_id": rollout.problem.id,
         "sample": rollout.sample,
+        **history_column(rollout.problem),
         "question": rollout.problem.question,
         "answer": rollout.text,
         "finished": rollout.finished,

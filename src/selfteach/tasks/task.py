@@ -67,6 +67,8 @@ class Task:
     """Replaces some of a critique's steps by the reference's; None where steps cannot be matched."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Number of rows read, and of rows left out of the problem set by reason."""
+    columns: str = ""
+    """Which columns of the rows were read for what, in one line; empty where there are no rows."""
 
     def problems(self, split: SplitName) -> tuple[Problem, ...]:
         """Return the problems of one split. Raises `DataError` if it is empty."""
@@ -89,14 +91,14 @@ def load_task(config: DataConfig, model_folder: str, *, allow_empty: bool = Fals
             return _chain_sums(config)
         case FilesData() | HubData():
             config = with_mapping(config)
-            splits, counts = read_problem_sets(config, allow_no_source=allow_empty)
+            splits, counts, columns = read_problem_sets(config, allow_no_source=allow_empty)
         case GymData():
-            splits, counts = generate(config), {}
+            splits, counts, columns = generate(config), {}, ""
     world = config.world if isinstance(config, FilesData) else None
     functions = _functions_of(config.verifier, config, world, model_folder)
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
     _check_meta(config.verifier, [*train, *validation, *test])
-    task = Task(train, validation, test, counts=counts, **functions)
+    task = Task(train, validation, test, counts=counts, columns=columns, **functions)
     return (
         task
         if config.invalid_problems == "warn"
@@ -113,6 +115,8 @@ def describe_problems(task: Task, *, max_warnings: int = 5) -> Iterator[str]:
     """Yield lines for a person: rows read and left out, and the result of `check_answers`."""
     if task.counts:
         yield "source: " + ", ".join(f"{count:,} {name}" for name, count in task.counts.items())
+    if task.columns:
+        yield f"columns: {task.columns}"
     result = check_answers(task)
     without = f", {result.without_answer:,} have none" if result.without_answer else ""
     yield (
@@ -242,7 +246,7 @@ def _only_valid(task: Task, *, drop: bool) -> Task:
         )
     invalid = result.invalid_problems
     valid = {
-        name: tuple(p for p in getattr(task, name) if p.question not in invalid)
+        name: tuple(p for p in getattr(task, name) if p.transcript not in invalid)
         for name in ("train", "validation", "test")
     }
     return replace(task, **valid, counts={**task.counts, "invalid_problems": len(invalid)})

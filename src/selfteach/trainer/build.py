@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from selfteach.config.teacher_section import (
     TeacherConfig,
     TrustRegionTeacherConfig,
 )
-from selfteach.errors import DataError, RecipeError
+from selfteach.errors import RecipeError
 from selfteach.feedback.contexts import (
     FallbackContext,
     NoContext,
@@ -57,9 +57,9 @@ from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
 from selfteach.trainer.build_objective import build_objective
-from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates
+from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates, within_context
 from selfteach.trainer.step import Components
-from selfteach.types import Problem, Sampling
+from selfteach.types import Sampling
 
 CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**25}
 """Logits (tokens × vocabulary) in memory at a time while a loss is computed: 4 and 128 MB each. With
@@ -95,7 +95,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     )  # fmt: skip
     loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
     renderer = loaded.renderer
-    check_lengths(renderer, task, loaded.max_length, recipe)
+    task = within_context(renderer, task, loaded.max_length, recipe)
     problems = (*task.train, *task.validation, *task.test)
     labelled = ((problem.label, renderer.solver_prompt(problem)) for problem in problems)
     require_embedded(labelled, embedded_tokens(loaded.model))
@@ -221,19 +221,6 @@ def max_sequence_length(recipe: Recipe, supported: int) -> int:
     if limit is not None and limit > supported:
         raise RecipeError(f"train.max_length = {limit}: the model supports {supported} tokens")
     return limit or supported
-
-
-def check_lengths(renderer: Renderer, task: Task, max_length: int, recipe: Recipe) -> None:
-    """Check that each prompt leaves room for a rollout. Raises `DataError` naming the first without."""
-    needed = recipe.sampling.max_tokens
-    problems: Sequence[Problem] = [*task.train, *task.validation, *task.test]
-    for problem in problems:
-        length = len(renderer.solver_prompt(problem))
-        if length + needed > max_length:
-            raise DataError(
-                f"problem {problem.label!r} has a prompt of {length} tokens; with a rollout of up to "
-                f"{needed} (sampling.max_tokens) it exceeds the context of {max_length}"
-            )
 
 
 def _with_adapters(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from selfteach.config.critic_section import LlmCriticConfig
 from selfteach.config.data_section import AnswerReading
 from selfteach.config.recipe import Recipe
-from selfteach.errors import DataError, RecipeError
+from selfteach.errors import DataError, EngineError, RecipeError
+from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task
+from selfteach.types import Problem
 
+log = logging.getLogger(__name__)
+
+OVERLONG = "overlong in"
+"""Begins the name of a count of overlong prompts; that of their split follows."""
 _QUESTION, _CONTEXT, _ROLLOUT = "the question 7319", "the context 2857", "the rollout 6413"
 FORMS: Mapping[str, tuple[str, ...]] = {
     "tag": ("<answer>",),
@@ -54,6 +62,61 @@ def require_splits(recipe: Recipe, task: Task) -> None:
                 f"the {split} problem set is empty, and the run uses it: name data.{split}, or a "
                 f"data.pool that is split{fix}"
             )
+
+
+def within_context(renderer: Renderer, task: Task, max_length: int, recipe: Recipe) -> Task:
+    """Return the task with the problems whose prompts leave room for a rollout.
+
+    With ``data.overlong = "drop"`` the others are left out and counted, by split. Raises `DataError`
+    naming the first of them otherwise, or if none of a split is left.
+    """
+    drop = drops_overlong(recipe)
+    room = max_length - recipe.sampling.max_tokens
+    splits, counts = {}, dict(task.counts)
+    for name in ("train", "validation", "test"):
+        problems: tuple[Problem, ...] = getattr(task, name)
+        lengths = [_prompt_length(renderer, problem) for problem in problems]
+        fitting = [p for p, length in zip(problems, lengths, strict=True) if length <= room]
+        splits[name] = tuple(fitting)
+        overlong = len(problems) - len(fitting)
+        if overlong and not (drop and fitting):
+            index = next(i for i, length in enumerate(lengths) if length > room)
+            raise DataError(_no_room(problems[index], lengths[index], max_length, recipe, overlong))
+        if overlong:
+            counts[f"{OVERLONG} {name}"] = overlong
+    return replace(task, **splits, counts=counts)
+
+
+def drops_overlong(recipe: Recipe) -> bool:
+    """Return True if the recipe drops problems with overlong prompts."""
+    return isinstance(recipe.data, AnswerReading) and recipe.data.overlong == "drop"
+
+
+def log_overlong(task: Task) -> None:
+    """Log how many overlong prompts were left out, a line per split."""
+    for name, count in task.counts.items():
+        if name.startswith(OVERLONG):
+            log.warning("%s: %d prompts that leave no room for a rollout are left out", name, count)
+
+
+def _prompt_length(renderer: Renderer, problem: Problem) -> int:
+    try:
+        return len(renderer.solver_prompt(problem))
+    except EngineError as error:  # templates may refuse an order of turns
+        raise DataError(f"problem {problem.label!r}: {error}") from None
+
+
+def _no_room(problem: Problem, length: int, window: int, recipe: Recipe, count: int) -> str:
+    needed = recipe.sampling.max_tokens
+    do = "does 1 other" if count == 2 else f"do {count - 1} others"
+    others = f"; so {do} of its split" if count > 1 else ""
+    fix = ""
+    if isinstance(recipe.data, AnswerReading) and recipe.data.overlong == "stop":
+        fix = ': data.overlong = "drop" leaves such problems out'
+    return (
+        f"problem {problem.label!r} has a prompt of {length} tokens; with a rollout of up to "
+        f"{needed} (sampling.max_tokens) it exceeds the context of {window}{others}{fix}"
+    )
 
 
 def require_embedded(prompts: Iterable[tuple[str, tuple[int, ...]]], embeddings: int) -> None:

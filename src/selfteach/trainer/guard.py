@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from selfteach.config.guard_section import GuardConfig, Range
+from selfteach.config.guard_section import NO_GRADIENT, GuardConfig, Range
 
 Row = Mapping[str, Any]
 
@@ -106,7 +106,7 @@ class Guard:
 
 def is_idle(row: Row) -> bool:
     """Return whether a step could learn nothing although there was something to learn."""
-    took_nothing = row["optimizer_steps"] == 0 or row.get("grad_norm") == 0
+    took_nothing = row["optimizer_steps"] == 0 or row.get("grad_norm", 1.0) <= NO_GRADIENT
     return took_nothing and row["correct"] < NEARLY_ALL_RIGHT
 
 
@@ -148,5 +148,5 @@ def learned_nothing(rows: list[Row]) -> bool:
 
 
 def _mean(rows: list[Row], name: str) -> float:
-    """Return the mean of a metric over the steps that logged it; 0 where none did."""
-    return fmean([row[name] for row in rows if name in row] or [0.0])
+    """Return the mean of a metric over the steps that logged a number of it; 0 where none did."""
+    return fmean([row[name] for row in rows if isinstance(row.get(name), int | float)] or [0.0])

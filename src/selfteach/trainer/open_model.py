@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from selfteach.config.recipe import Recipe
@@ -10,8 +11,10 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, DataError
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.tasks.sources.load import read_file
+from selfteach.tasks.sources.rows import KINDS, is_problem_source
 from selfteach.trainer import checkpoint
 from selfteach.trainer.build import Built, build
+from selfteach.trainer.fit_checks import drops_overlong, log_overlong, within_context
 from selfteach.types import Problem
 
 
@@ -46,13 +49,19 @@ def _from_checkpoint(
     return built, resolved
 
 
-def named_problems(built: Built, name: str) -> tuple[tuple[Problem, ...], str]:
-    """Return the problems of a split or a file, and the name to record. Raises `DataError`."""
+def named_problems(built: Built, name: str, recipe: Recipe) -> tuple[tuple[Problem, ...], str]:
+    """Return the problems of a split or a file, and the name to record. Raises `DataError`.
+
+    Overlong prompts of a file are left out and logged if ``data.overlong`` of the recipe says so.
+    """
     if name in ("train", "validation", "test"):
         return built.task.problems(name), name
     path = Path(name)
-    if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise DataError(
-            f"--problems {name!r}: expected train, validation, test, or a .jsonl or .parquet file"
-        )
-    return read_file(path), path.stem
+    if not is_problem_source(path):
+        raise DataError(f"--problems {name!r}: expected train, validation, test, or a {KINDS}")
+    task = replace(built.task, train=(), validation=(), test=read_file(path), counts={})
+    if drops_overlong(recipe):
+        components = built.components
+        task = within_context(components.renderer, task, components.max_length, recipe)
+        log_overlong(task)
+    return task.test, path.stem

@@ -13,9 +13,12 @@ from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_bytes, read_json, read_lines, reading
 from selfteach.tasks.task import Task
 from selfteach.trainer.build import Built
+from selfteach.trainer.fit_checks import log_overlong
 from selfteach.types import Problem
 
 SPLITS = ("train", "validation", "test")
+COUNTS = "counts"
+"""Key in problems.json of the rows that were read and left out."""
 ORDER, UNEVEN = "training_order", "uneven epochs"
 """Key and value in problems.json of a run that an earlier version began."""
 
@@ -39,8 +42,11 @@ def same_problems(run: RunFolder, built: Built) -> Built:
         if began:
             _require_recorded_questions(run, task)
         run.require_problems({name: getattr(task, name) for name in SPLITS})
-        if earlier:
-            write_json(run.problems_path, {**read_json(run.problems_path), ORDER: UNEVEN})
+        log_overlong(task)
+        order = {ORDER: UNEVEN} if earlier else {}
+        counts = {COUNTS: dict(task.counts)} if began and task.counts else {}
+        if added := order | counts:
+            write_json(run.problems_path, {**read_json(run.problems_path), **added})
 
     ranks.all_or_raise(agree)
     return replace(built, task=task)

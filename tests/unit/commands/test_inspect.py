@@ -176,6 +176,15 @@ def test_a_malformed_labelled_file_is_one_line(line: str, message: str, tmp_path
         read_labelled(tmp_path / "labelled.jsonl")
 
 
+@pytest.mark.parametrize(("encoding", "end"), [("utf-8", "\n"), ("utf-8-sig", "\r\n")])
+def test_a_labelled_line_ends_in_a_line_feed_alone(encoding: str, end: str, tmp_path: Path) -> None:
+    row = {"problem": "p\u2028q", "steps": ["a\u0085b"], "label": 0}
+    text = json.dumps(row, ensure_ascii=False) + end
+    (tmp_path / "labelled.jsonl").write_bytes((text + text).encode(encoding))
+    first, second = read_labelled(tmp_path / "labelled.jsonl")
+    assert first.problem.question == "p\u2028q" and second.steps == ("a\u0085b",)
+
+
 def test_labelled_steps_lack_what_a_context_needs(tmp_path: Path) -> None:
     path = tmp_path / "labelled.jsonl"
     path.write_text('{"problem": "a b c d e f", "steps": ["0 + a b = c"], "label": -1}')

@@ -226,3 +226,14 @@ def test_credentials_in_an_engines_address_are_refused(url: str) -> None:
     with pytest.raises(EngineError, match=r"engine\.url") as caught:
         VllmServerConfig(type="vllm_server", url=url, model="m")
     assert KEY not in str(caught.value)
+
+
+def test_headers_that_are_no_ascii_end_typed() -> None:
+    def redirects(handler: Any, body: dict[str, Any]) -> None:
+        handler.wfile.write(b"HTTP/1.1 302 F\r\nLocation: \xff\xfe\r\nContent-Length: 0\r\n\r\n")
+
+    with serving(redirects) as server:
+        with pytest.raises(CriticError, match="HTTP 302"):
+            EndpointModel(endpoint(server.url)).complete([request()], lambda *_: None)
+        with pytest.raises(CriticError, match="302"):
+            require_server(endpoint(server.url))

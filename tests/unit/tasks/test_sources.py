@@ -114,7 +114,8 @@ def test_references_and_meta_are_read(tmp_path: Path) -> None:
     [
         ({"train": "none.jsonl"}, "none.jsonl: no such problem set"),
         ({"train": "none.parquet"}, "none.parquet: no such problem set"),
-        ({"train": "a.csv"}, "a problem set is a .jsonl, .json or .parquet file"),
+        ({"train": "none.csv"}, "none.csv: no such problem set"),
+        ({"train": "a.xlsx"}, "a problem set is a .jsonl, .json, .csv, .tsv, .parquet or .arrow file"),
         ({"train": "bad.parquet"}, "cannot be read as Parquet"),
         ({"train": "table.json"}, "not a JSON list"),
         ({}, "name a source"),

@@ -52,6 +52,7 @@ def test_nothing_to_learn_is_no_fault() -> None:
         (IDLE | {"formatted": 0.1}, "10% of the rollouts had the form of an answer"),
         (IDLE | {"correct": 0.0}, "no token was in the loss (0% of the rollouts are right"),
         (HEALTHY | {"grad_norm": 0.0}, "the teacher says what the student says"),
+        (HEALTHY | {"grad_norm": 8.6e-7}, "the teacher says what the student says"),
     ],
 )
 def test_reasons(row: dict[str, Any], words: str) -> None:

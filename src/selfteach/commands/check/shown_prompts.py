@@ -87,7 +87,7 @@ def _critic(config: LlmCriticConfig, templates: Templates, problem: Problem) -> 
     elif config.sees_reference:
         solution = problem.references.get("reference")
     messages = templates.critic(
-        problem.question, ROLLOUT, steps=(ROLLOUT,), final="‹answer›", finished=True,
+        problem.transcript, ROLLOUT, steps=(ROLLOUT,), final="‹answer›", finished=True,
         reference=solution,
     )  # fmt: skip
     return "\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)

@@ -44,13 +44,12 @@ from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build import (
     Built,
-    check_lengths,
     chunk_tokens,
     max_sequence_length,
 )
 from selfteach.trainer.build_critic import build_critic
 from selfteach.trainer.build_objective import build_objective
-from selfteach.trainer.fit_checks import require_fitting_templates, require_splits
+from selfteach.trainer.fit_checks import require_fitting_templates, require_splits, within_context
 
 SIZES = {"float32": 4, "bfloat16": 2}
 """Bytes per element, by dtype."""
@@ -118,7 +117,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     if task is not None:
         require_splits(recipe, task)
     if renderer is not None and task is not None:
-        check_lengths(renderer, task, window, recipe)
+        task = within_context(renderer, task, window, recipe)
     _critic(recipe, task, templates, unchecked)
     problems = {s: len(getattr(task, s)) for s in ("train", "validation", "test")} if task else {}
     trained = shape.adapters(lora.rank, lora.targets) if lora and shape else parameters

@@ -12,6 +12,7 @@ from selfteach.commands.inspect.token_kinds import Language, TokenKind, token_ki
 from selfteach.evaluation.token_scores import ScoreRequest
 from selfteach.feedback.alignment import first_change
 from selfteach.protocols import Context
+from selfteach.runtime.stored_records import history_column
 from selfteach.tasks import segmentation
 from selfteach.tasks.segmentation import Span
 from selfteach.tasks.task import OracleFn
@@ -210,6 +211,7 @@ def answer_row(prepared: PreparedRollout) -> dict[str, Any]:
         "problem_id": rollout.problem.id,
         "sample": rollout.sample,
         "policy_version": rollout.policy_version,
+        **history_column(rollout.problem),
         "question": rollout.problem.question,
         "gold_answer": rollout.problem.answer,
         "text": rollout.text,

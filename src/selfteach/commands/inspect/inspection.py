@@ -190,7 +190,7 @@ def inspect_model(
         run = model_path.parent.parent if is_checkpoint else model_path
         rollouts = recorded_rollouts(built, request, RunFolder(run))
     else:
-        problems, _ = named_problems(built, str(request.problems))
+        problems, _ = named_problems(built, str(request.problems), resolved)
         rollouts = sample_rollouts(built, resolved, request, problems)
     made = {"model": str(model), "lost": lost, **collect_provenance()}
     return inspect(built, resolved, request, rollouts, folder, made=made, progress=progress)

@@ -19,6 +19,7 @@ from selfteach.commands.inspect.answer_rows import LocatedRollout
 from selfteach.config.recipe import CRITIC_CONTEXTS
 from selfteach.errors import DataError, RecipeError
 from selfteach.tasks.segmentation import Span
+from selfteach.tasks.sources.text_files import numbered_lines
 from selfteach.trainer.build import Built
 from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, Problem, Rollout, Verdict
 
@@ -46,23 +47,16 @@ def read_labelled(path: Path) -> list[LabelledRollout]:
 
     Raises `DataError` naming the line that is malformed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file of labelled steps") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
     problems: dict[str, Problem] = {}
     last_sample: dict[str, int] = {}
     rollouts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            row = _row(line, f"{path}:{number}")
-            name = str(row.get("id", f"{path.stem}-{number}"))
-            problem = problems.setdefault(row["problem"], _problem(row, name))
-            sample = last_sample.get(problem.id, -1) + 1
-            last_sample[problem.id] = sample
-            rollouts.append(_labelled(row, problem, sample, f"{path}:{number}"))
+    for number, line in numbered_lines(path, "file of labelled steps"):
+        row = _row(line, f"{path}:{number}")
+        name = str(row.get("id", f"{path.stem}-{number}"))
+        problem = problems.setdefault(row["problem"], _problem(row, name))
+        sample = last_sample.get(problem.id, -1) + 1
+        last_sample[problem.id] = sample
+        rollouts.append(_labelled(row, problem, sample, f"{path}:{number}"))
     if not rollouts:
         raise DataError(f"{path}: holds no labelled rollout")
     return rollouts

@@ -28,6 +28,7 @@ from selfteach.runtime.futures import executor
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_json
+from selfteach.runtime.stored_records import history_column
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.splits import split_pool, without_duplicates
 from selfteach.trainer.build import Built, build, set_threads
@@ -330,6 +331,7 @@ def problem_row(tally: Tally) -> dict[str, Any]:
     selection = {"avg": tally.avg, "format": tally.format, "k": tally.rollouts}
     return {
         "id": problem.id,
+        **history_column(problem),
         "question": problem.question,
         "answer": problem.answer,
         **problem.references,

@@ -11,7 +11,7 @@ from selfteach.feedback.critics.chat_model import NoReply, Reply, Request
 from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.reply_cache import CachedModel
 from selfteach.prompts.control_tokens import ControlTokenEscaper
-from selfteach.prompts.template_set import Message, Templates, conversation
+from selfteach.prompts.template_set import Message, Templates, conversation, with_history
 from selfteach.prompts.thinking import split_thinking
 from selfteach.tasks.segmentation import content
 from selfteach.types import (
@@ -75,7 +75,8 @@ class LlmCritic:
         config = self._config
         requests = []
         for problem in problems:
-            rendered = conversation(self._templates.render("solver", question=problem.question))
+            question = conversation(self._templates.render("solver", question=problem.question))
+            rendered = with_history(question, problem.history)
             requests.append(
                 Request(self._messages(rendered), config.temperature, config.max_tokens)
             )
@@ -123,7 +124,7 @@ class LlmCritic:
         steps = [content(rollout.text, span) for span in self._parser.split_steps(rollout.text)]
         final = steps.pop() if steps and verdict.parsed is not None else None
         rendered = self._templates.critic(
-            problem.question,
+            problem.transcript,
             rollout.text,
             steps=steps,
             final=final,

@@ -49,8 +49,8 @@ class Audit:
 
     @property
     def invalid_problems(self) -> frozenset[str]:
-        """Return the questions of the invalid problems (ids may repeat across files)."""
-        return frozenset(finding.problem.question for finding in self.findings)
+        """Return the transcripts of the invalid problems: their questions, and what precedes them."""
+        return frozenset(finding.problem.transcript for finding in self.findings)
 
 
 def audit(problems: Iterable[Problem], verify: Verifier, write: Callable[[str], str]) -> Audit:

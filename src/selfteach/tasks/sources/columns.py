@@ -17,7 +17,14 @@ from selfteach.config.data_section import Columns, HubData, RowsData
 from selfteach.config.schema import merge, nearest, validate
 from selfteach.errors import DataError, RecipeError
 from selfteach.tasks.final_answers import last_boxed
-from selfteach.tasks.sources.rows import Row
+from selfteach.tasks.sources.conversations import (
+    Messages,
+    is_conversation,
+    read_messages,
+    read_prompt,
+)
+from selfteach.tasks.sources.recognised import ColumnsRead, recognised
+from selfteach.tasks.sources.source_row import MissingValue, Row, UnreadableValue
 from selfteach.types import Problem
 
 FIELD = re.compile(r"\{([\w.]+)\}")
@@ -35,14 +42,6 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 NO_WIDTH = "\u200b\u2060\ufeff"
 
 R = TypeVar("R", bound=RowsData)
-
-
-class MissingValue(Exception):
-    """Signals that a row lacks what a column names; the message says what."""
-
-
-class UnreadableValue(MissingValue):
-    """Signals that a row's value is no text or number, or not a known one."""
 
 
 @cache
@@ -75,9 +74,14 @@ def with_mapping(config: R) -> R:
     return validate(type(config), merge(ready, overrides), where="data")
 
 
-def problem_from(row: Row, columns: Columns) -> Problem:
-    """Convert a row to a problem. Raises `MissingValue` if it has no question or answer."""
-    question = _required(row, columns.question, "question")
+def problem_from(row: Row, columns: Columns, read: ColumnsRead | None = None) -> Problem:
+    """Convert a row to a problem. Raises `MissingValue` if it has no question or answer.
+
+    Columns that the recipe leaves at their default names are recognised by other usual names too; what
+    was read for what is recorded in ``read``.
+    """
+    columns = recognised(row, columns, read)
+    history, question = _question(row, columns)
     answer = _required(row, columns.answer, "answer")
     named = {name: getattr(columns, name) for name in REFERENCES}
     references = {
@@ -88,12 +92,13 @@ def problem_from(row: Row, columns: Columns) -> Problem:
     id_ = _optional(row, columns.id or "id", required=columns.id is not None)
     place = "" if id_ else row.name
     meta = _meta(row, columns.meta)
-    return Problem(id_ or content_id(question, answer), question, answer, references, meta, place)
+    id_ = id_ or content_id(question, answer, history)
+    return Problem(id_, question, answer, references, meta, place, history)
 
 
-def content_id(question: str, answer: str) -> str:
+def content_id(question: str, answer: str, history: Messages = ()) -> str:
     """Return the id of a problem whose row has none: a hash, the same wherever the row stands."""
-    content = json.dumps([question, answer]).encode()
+    content = json.dumps([question, answer, *history]).encode()
     return "q_" + hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
@@ -111,15 +116,58 @@ def column_value(values: Mapping[str, Any], column: str) -> Any:
     return value
 
 
+def matches(row: Row, column: str, allowed: Sequence[Any]) -> bool:
+    """Return True if a row's column has one of the values; as texts, where the row knows no numbers.
+
+    Raises `MissingValue`.
+    """
+    value = column_value(row.values, column)
+    return value in allowed or (row.untyped and value in map(_text, allowed))
+
+
+def _question(row: Row, columns: Columns) -> tuple[Messages, str]:
+    """Return the messages before the question, and the question: a text, or the last message."""
+    history = _history(row, columns.history)
+    value = column_value(row.values, columns.question)
+    if not is_conversation(value):
+        return history, _required(row, columns.question, "question")
+    try:
+        earlier, question = read_prompt(value)
+    except UnreadableValue as unreadable:
+        raise UnreadableValue(f"the prompt {unreadable}") from None
+    if history and earlier and earlier[0][0] == "system":
+        raise UnreadableValue("the prompt has a system message after the messages of the history")
+    return (*history, *earlier), _filled(_stripped(question), "question")
+
+
+def _history(row: Row, column: str | None) -> Messages:
+    """Return the messages of a column; none if no recipe names it and it holds something else."""
+    if column is None and not is_conversation(row.values.get("history")):
+        return ()
+    value = column_value(row.values, column or "history")
+    if not value:
+        return ()
+    try:
+        if not is_conversation(value):
+            raise UnreadableValue("is no list of messages")
+        return read_messages(value)
+    except UnreadableValue as unreadable:
+        raise UnreadableValue(f"the history {unreadable}") from None
+
+
 def _required(row: Row, column: str, name: str) -> str:
     try:
-        text = _stripped(_text(column_value(row.values, column)))
+        return _filled(_stripped(_text(column_value(row.values, column))), name)
     except UnreadableValue as unreadable:
         raise UnreadableValue(f"the {name} {unreadable}") from None
+
+
+def _filled(text: str, name: str) -> str:
+    """Return a text. Raises `MissingValue` if it is empty, or what tables write for nothing."""
     if not text:
         raise MissingValue(f"the {name} is empty")
     if text.casefold() in NOT_A_NUMBER:
-        raise UnreadableValue(f"the {name} is {text!r}, what a table writes where nothing is known")
+        raise UnreadableValue(f"is {text!r}, what a table writes where nothing is known")
     return text
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError
-from selfteach.tasks.sources.rows import Row, shortest
+from selfteach.tasks.sources.source_row import Row, shortest
 
 
 def read_hub(
@@ -28,19 +28,30 @@ def read_hub(
         rows = _load(datasets, path, split, name=name, revision=revision, streaming=streaming)
     schema = getattr(getattr(rows, "features", None), "arrow_schema", ())
     kinds = {field.name: field.type for field in schema}
-    number = 0
-    try:
-        for values in rows:
-            number += 1
-            values = {name: shortest(value, kinds.get(name)) for name, value in values.items()}
-            yield Row(values, f"{path} ({split}): row {number}", f"{split}-{number}")
-    except OSError as error:  # the network failed while rows were streamed
-        raise DataError(f"data.path = {path!r}: {_explained(error)}") from None
+    for number, values in enumerate(_fetched(rows, path), start=1):
+        values = {name: shortest(value, kinds.get(name)) for name, value in values.items()}
+        yield Row(values, f"{path} ({split}): row {number}", f"{split}-{number}")
+
+
+def _fetched(rows: Any, path: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows. Raises `DataError` if they cannot be read on, as when the network fails."""
+    remaining = iter(rows)
+    while True:
+        try:
+            values = next(remaining)
+        except StopIteration:
+            return
+        except Exception as error:  # streamed files are opened and parsed as they come
+            raise DataError(f"data.path = {path!r}: {_explained(error)}") from None
+        yield values
 
 
 def _from_disk(datasets: Any, path: str, split: str) -> Any:
     """Load what ``save_to_disk`` wrote: several splits, or one without a name."""
-    saved = datasets.load_from_disk(path)
+    try:
+        saved = datasets.load_from_disk(path)
+    except Exception as error:  # a damaged folder raises what its parser does
+        raise DataError(f"data.path = {path!r}: {_explained(error)}") from None
     if not isinstance(saved, Mapping):
         return saved
     if split not in saved:

@@ -13,13 +13,15 @@ from selfteach.config.data_section import Columns, FilesData, HubData, RowsData,
 from selfteach.errors import DataError, RecipeError
 from selfteach.tasks.sources.columns import (
     SOURCES,
-    MissingValue,
     bad_row,
-    column_value,
+    content_id,
+    matches,
     problem_from,
 )
 from selfteach.tasks.sources.hub import read_hub
-from selfteach.tasks.sources.rows import Row, read_rows
+from selfteach.tasks.sources.recognised import ColumnsRead, described
+from selfteach.tasks.sources.rows import read_rows
+from selfteach.tasks.sources.source_row import MissingValue, Row
 from selfteach.tasks.sources.splits import (
     Splits,
     disjoint,
@@ -32,10 +34,11 @@ from selfteach.types import Problem
 
 def read_problem_sets(
     config: FilesData | HubData, *, allow_no_source: bool = False
-) -> tuple[Splits, Counter[str]]:
+) -> tuple[Splits, Counter[str], str]:
     """Read train, validation and test of a recipe's files or dataset, and count what is left out.
 
-    Duplicates of a question are removed, in each source and across sources. Raises `DataError` or
+    The third value says in one line which columns were read for what. Duplicates of a question are
+    removed, in each source and across sources. Raises `DataError` or
     `RecipeError`, in one line, also if no source is named, unless ``allow_no_source``.
     """
     sources = {name: source for name in SOURCES if (source := getattr(config, name))}
@@ -49,14 +52,20 @@ def read_problem_sets(
             "be divided in data.pool, or remove data.split"
         )
     counts: Counter[str] = Counter()
+    columns: ColumnsRead = {}
     read: Splits = {}
     for name, source in sources.items():
         files = source if isinstance(source, tuple) else (source,)
-        problems = [problem for file in files for problem in _problems(config, file, counts)]
+        problems: list[Problem] = []
+        for file in files:
+            unique, duplicates = without_duplicates(_problems(config, file, name, counts, columns))
+            _check_ids(unique, file)
+            counts["duplicates"] += duplicates
+            problems += unique
         read[name], duplicates = without_duplicates(problems)
         counts["duplicates"] += duplicates
-        _check_ids(read[name], ", ".join(files))
     splits, counts["in two sources"] = disjoint(read)
+    splits, counts["ids that name two problems"] = _with_distinct_ids(splits)
     counts["in train and spelled alike in validation or test"] = spelled_alike(splits)
     pool = splits.pop("pool")
     if "pool" in sources:
@@ -65,12 +74,12 @@ def read_problem_sets(
             for name, problems in split_pool(pool, config.split, named=sources).items()
             if name not in sources
         }
-    return splits, +counts
+    return splits, +counts, described(columns)
 
 
 def read_file(path: Path) -> tuple[Problem, ...]:
     """Read the problems of one file with the default columns. Raises `DataError`."""
-    problems = _numbered(_problems(FilesData(type="files"), str(path), Counter()))
+    problems = _numbered(_problems(FilesData(type="files"), str(path), "test", Counter(), {}))
     _check_ids(problems, str(path))
     return tuple(problems)
 
@@ -87,14 +96,35 @@ def _numbered(problems: Sequence[Problem]) -> list[Problem]:
     return numbered
 
 
-def _problems(config: RowsData, source: str, counts: Counter[str]) -> list[Problem]:
+def _with_distinct_ids(splits: Splits) -> tuple[Splits, int]:
+    """Give all problems ids from their content if an id of one file names another problem elsewhere.
+
+    Also returns how many ids name two problems. A problem's own id becomes its place.
+    """
+    ids = Counter(problem.id for problems in splits.values() for problem in problems)
+    repeated = sum(count > 1 for count in ids.values())
+    if not repeated:
+        return splits, 0
+    return {name: [_by_content(p) for p in problems] for name, problems in splits.items()}, repeated
+
+
+def _by_content(problem: Problem) -> Problem:
+    if problem.place:  # it has no id but that of its content
+        return problem
+    id_ = content_id(problem.question, problem.answer, problem.history)
+    return replace(problem, id=id_, place=problem.id)
+
+
+def _problems(
+    config: RowsData, source: str, split: str, counts: Counter[str], read: ColumnsRead
+) -> list[Problem]:
     """Read one file or split. Raises `DataError` for the first bad row, or if no row is good."""
     columns = config.columns or Columns()
     problems: list[Problem] = []
     first_bad: DataError | None = None
-    for row in islice(_filtered(config, source, counts), config.limit):
+    for row in islice(_filtered(config, source, split, counts), config.limit):
         try:
-            problems.append(problem_from(row, columns))
+            problems.append(problem_from(row, columns, read))
         except MissingValue as missing:
             first_bad = first_bad or bad_row(row, missing)
             if config.bad_rows == "stop":
@@ -105,13 +135,13 @@ def _problems(config: RowsData, source: str, counts: Counter[str]) -> list[Probl
     return problems
 
 
-def _filtered(config: RowsData, source: str, counts: Counter[str]) -> Iterator[Row]:
+def _filtered(config: RowsData, source: str, split: str, counts: Counter[str]) -> Iterator[Row]:
     """Yield the rows that ``data.filter`` keeps."""
-    for row in _rows(config, source):
+    for row in _rows(config, source, split):
         counts["rows"] += 1
         try:
             keep = all(
-                column_value(row.values, column) in _as_sequence(allowed)
+                matches(row, column, _as_sequence(allowed))
                 for column, allowed in config.filter.items()
             )
         except MissingValue as missing:
@@ -122,9 +152,9 @@ def _filtered(config: RowsData, source: str, counts: Counter[str]) -> Iterator[R
             counts["not in data.filter"] += 1
 
 
-def _rows(config: RowsData, source: str) -> Iterator[Row]:
+def _rows(config: RowsData, source: str, split: str) -> Iterator[Row]:
     if not isinstance(config, HubData):
-        return read_rows(Path(source))
+        return read_rows(Path(source), split)
     if config.path is None:
         raise RecipeError('data.type = "hub" needs a data.path, or a data.mapping that has one')
     settings = {"name": config.name, "revision": config.revision, "streaming": config.streaming}
@@ -140,4 +170,7 @@ def _check_ids(problems: Sequence[Problem], where: str) -> None:
     ids = Counter(problem.id for problem in problems)
     id_, count = ids.most_common(1)[0]
     if count > 1:
-        raise DataError(f"{where}: two problems have the same id {id_!r}")
+        raise DataError(
+            f"{where}: two problems have the same id {id_!r}: name a column with an id of each, "
+            'data.columns.id = "…"'
+        )

@@ -6,6 +6,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from selfteach.config.data_section import Splitting
 from selfteach.errors import DataError
@@ -30,6 +31,15 @@ def normalised(question: str) -> str:
     return " ".join(unicodedata.normalize("NFC", INVISIBLE.sub("", question)).split())
 
 
+def turns_of(problem: Problem) -> str:
+    """Return what decides a problem's split: its question and the turns before it, no system message.
+
+    So the same question under two system messages is in one split.
+    """
+    turns = tuple((role, content) for role, content in problem.history if role != "system")
+    return replace(problem, history=turns).transcript
+
+
 def hash_position(question: str, seed: int) -> float:
     """Return a number in [0, 1): a hash of the question's words and the seed, and nothing else.
 
@@ -46,9 +56,9 @@ def spelled_alike(splits: Splits) -> int:
     They are not removed: whether they are the same question cannot be known.
     """
     held_out = {
-        _folded(p.question) for name in ("validation", "test") for p in splits.get(name, [])
+        _folded(turns_of(p)) for name in ("validation", "test") for p in splits.get(name, [])
     }
-    return sum(_folded(problem.question) in held_out for problem in splits.get("train", []))
+    return sum(_folded(turns_of(problem)) in held_out for problem in splits.get("train", []))
 
 
 def _folded(question: str) -> str:
@@ -62,7 +72,7 @@ def without_duplicates(problems: Iterable[Problem]) -> tuple[list[Problem], int]
     count = 0
     for problem in problems:
         count += 1
-        first.setdefault(normalised(problem.question), problem)
+        first.setdefault(normalised(problem.transcript), problem)
     return list(first.values()), count - len(first)
 
 
@@ -72,8 +82,8 @@ def disjoint(splits: Splits) -> tuple[Splits, int]:
     unique: Splits = {}
     for name in PRECEDENCE:
         problems = splits.get(name, [])
-        unique[name] = [p for p in problems if normalised(p.question) not in seen]
-        seen |= {normalised(p.question) for p in problems}
+        unique[name] = [p for p in problems if normalised(turns_of(p)) not in seen]
+        seen |= {normalised(turns_of(p)) for p in problems}
     return unique, sum(map(len, splits.values())) - sum(map(len, unique.values()))
 
 
@@ -86,7 +96,7 @@ def split_pool(pool: Sequence[Problem], config: Splitting, *, named: Iterable[st
     """
     names = ("test", "validation", "train")
     sizes = {name: 0 if name in named else getattr(config, name) for name in names}
-    positions = {problem.id: hash_position(problem.question, config.seed) for problem in pool}
+    positions = {problem.id: hash_position(turns_of(problem), config.seed) for problem in pool}
     assert len(positions) == len(pool), "ids are checked before a pool is split"
     remaining = sorted(pool, key=lambda problem: (positions[problem.id], problem.id))
     split_of: dict[str, str] = {}

@@ -1,0 +1,135 @@
+"""Write the model card of a run: what was measured, how, and what the numbers do not support."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from selfteach import __version__
+from selfteach.commands.evaluate import summary
+from selfteach.config.recipe import Recipe
+from selfteach.errors import CheckpointError
+from selfteach.evaluation.evaluation_record import Evaluation, load_evaluation
+from selfteach.runtime.run_folder import RunFolder, load_result
+
+_MEASURES = {"avg": "Avg@{k}", "pass": "Pass@{k}", "maj": "Maj@{k}"}
+_COUNTS = {
+    "rollouts_sampled": "training rollouts", "tokens_sampled": "tokens sampled",
+    "tokens_trained": "tokens trained on", "critiques": "critiques",
+    "critic_prompt_tokens": "critic's prompt tokens",
+    "critic_completion_tokens": "critic's written tokens", "optimizer_steps": "optimizer steps",
+}  # fmt: skip
+
+
+def model_card(run: RunFolder, recipe: Recipe, base: str | None, *, is_adapter: bool) -> str:
+    """Return the card as Markdown with the hub's metadata. Raises `CheckpointError` for lost files."""
+    return "\n".join(_lines(run, recipe, base, is_adapter)) + "\n"
+
+
+def _lines(run: RunFolder, recipe: Recipe, base: str | None, is_adapter: bool) -> Iterator[str]:
+    result = load_result(run.path)
+    yield "---"
+    if base is not None:
+        yield f"base_model: {base}"
+        yield f"base_model_relation: {'adapter' if is_adapter else 'finetune'}"
+    yield f"library_name: {'peft' if is_adapter else 'transformers'}"
+    yield "tags: [selfteach, self-distillation]"
+    yield "---"
+    yield ""
+    yield f"# {run.path.resolve().name}"
+    yield ""
+    yield (
+        f"{'A LoRA adapter for' if is_adapter else 'A model trained from'} "
+        f"`{base or recipe.model.path}`, made with selfteach {__version__}: {_method(recipe)}"
+    )
+    yield ""
+    yield from _results(run, recipe, result)
+    yield from _limits(recipe)
+    yield from _budget(result)
+    yield "## Recipe"
+    yield ""
+    yield "```json"
+    yield json.dumps(_portable(recipe), indent=2)
+    yield "```"
+
+
+def _method(recipe: Recipe) -> str:
+    objective, context = recipe.objective.type, recipe.context.type
+    steps = f"{recipe.train.steps:,} steps, seed {recipe.seed}"
+    if objective == "grpo":
+        return f"GRPO with a binary reward, {steps}."
+    critic = f", critic `{recipe.critic.type}`" if recipe.critic is not None else ""
+    return f"{objective} from a self-teacher that is shown `{context}`{critic}, {steps}."
+
+
+def _results(run: RunFolder, recipe: Recipe, result: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Results"
+    yield ""
+    yield "| problems | step | measure | mean | 95 % interval over problems |"
+    yield "|---|---|---|---|---|"
+    for evaluation in _evaluations(run, result["step"]):
+        numbers = summary(evaluation, "")
+        for name, title in _MEASURES.items():
+            low, high = numbers[name]["ci95"]
+            yield (
+                f"| {evaluation.split} ({len(evaluation.problem_ids)} × {evaluation.k}) | "
+                f"{evaluation.step} | {title.format(k=evaluation.k)} | {numbers[name]['mean']:.1f} | "
+                f"[{low:.1f}, {high:.1f}] |"
+            )
+    yield ""
+    yield (
+        f"Rollouts of at most {recipe.evaluation.max_tokens or recipe.sampling.max_tokens:,} tokens at "
+        f"temperature {recipe.evaluation.temperature:g}. Step 0 is the base model."
+    )
+    yield ""
+
+
+def _evaluations(run: RunFolder, last: int) -> Iterator[Evaluation]:
+    """Yield the validation before and after training, and the test, as far as they are stored."""
+    for split, step in dict.fromkeys([("validation", 0), ("validation", last), ("test", last)]):
+        try:
+            yield load_evaluation(run.path, split, step)
+        except CheckpointError:
+            continue
+
+
+def _limits(recipe: Recipe) -> Iterator[str]:
+    yield "## What these numbers do not support"
+    yield ""
+    yield (
+        f"- This is one run with seed {recipe.seed}. The intervals hold the choice of problems alone: "
+        "another seed may end elsewhere, and a comparison of methods needs several seeds of each."
+    )
+    yield f'- Problems are of one source (`data.type = "{recipe.data.type}"`): no other was tried.'
+    yield "- Validation problems may have been used to choose settings; test problems were scored once."
+    yield "- Nothing was measured of safety, of other languages or of chat."
+    yield ""
+
+
+def _budget(result: Mapping[str, Any]) -> Iterator[str]:
+    budget = result["budget"]
+    yield "## Budget"
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    for name, title in _COUNTS.items():
+        yield f"| {title} | {budget.get(name, 0):,.0f} |"
+    yield f"| seconds | {budget['seconds']:,.0f} |"
+    yield ""
+
+
+def _portable(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe without what is of this machine or secret: paths of caches, servers, sinks."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    # Their defaults depend on the model.
+    values.setdefault("optimizer", {})["lr"] = recipe.optimizer.lr
+    values.setdefault("sampling", {})["max_tokens"] = recipe.sampling.max_tokens
+    for section, keys in {
+        "critic": ("reply_cache", "base_url", "api_key_env", "api_key_header", "extra_body"),
+        "engine": ("url", "folder", "api_key_env"),
+    }.items():
+        if isinstance(values.get(section), dict):
+            values[section] = {k: v for k, v in values[section].items() if k not in keys}
+    values.pop("tracking", None)
+    return values
