@@ -305,8 +305,10 @@ def test_later_updates_are_measured_from_the_first(components: Components) -> No
 
     mixed = dataclasses.replace(PROBLEMS[0], id="q1")  # one right and one wrong answer to "q1"
     rollouts = [*components.engine.generate(PROBLEMS[1:2], components.sampling)[:1]]
-    wrong = dataclasses.replace(rollouts[0], sample=1, text="# b")
-    assert mixed.id == wrong.problem.id
+    # Of the same tokens, the gradients of the right and the wrong one would cancel.
+    others = tuple(reversed(rollouts[0].token_ids))
+    wrong = dataclasses.replace(rollouts[0], sample=1, text="# b", token_ids=others)
+    assert mixed.id == wrong.problem.id and others != rollouts[0].token_ids
     components = dataclasses.replace(
         components, objective=Watched(1.0), context=None, num_iterations=2
     )
