@@ -36,8 +36,10 @@ CONTROL_TOKEN_PATTERNS = (
     # Gemma, T5 and Nemotron, code models, MiniMax-Text
     r"</?(?:(?:start|end|begin|beginning)_of_\w+|unused_?\d+|extra_id_\d+|fim_\w+)>",
     r"</?(?:seed|minimax):\w+>",  # Seed-OSS, MiniMax
-    r"</?(?:longcat_\w+|role|arg_key|arg_value|TOOLCALL|AVAILABLE_TOOLS)>",  # LongCat, Ling, GLM, Nemotron
-    r"<(?:PAD|UNK|SEP|CLS|EOD|MASK|BOS|EOS|eod|image_soft_token|IMG_CONTEXT)>",  # Yuan, Gemma 3, InternVL
+    # LongCat, Ling, GLM, Nemotron
+    r"</?(?:longcat_\w+|role|arg_key|arg_value|TOOLCALL|AVAILABLE_TOOLS)>",
+    # Yuan, Gemma 3, InternVL
+    r"<(?:PAD|UNK|SEP|CLS|EOD|MASK|BOS|EOS|eod|image_soft_token|IMG_CONTEXT)>",
     r"<(?:repo_name|reponame|file_sep|filename|gh_stars|(?:jupyter|issue)_\w+)>",  # StarCoder
     r"<(?:reserved|SPECIAL)_\d+>",  # Baichuan 2; Nemotron-H, Apertus
     r"<[A-Z]_[A-Z]{1,5}>",  # Baichuan-M

@@ -27,7 +27,7 @@ class UnreadableValue(MissingValue):
     """Signals that a row's value is no text or number, or not a known one."""
 
 
-def shortest(value: Any, kind: object) -> Any:
+def shortest(value: Any, kind: Any) -> Any:
     """Return a value of a column of narrow floats as the shortest number: 0.1, not 0.10000000149011612.
 
     ``kind`` is the column's Arrow type, or a type's name; lists and tables are changed within. Other
