@@ -100,6 +100,10 @@ def test_the_recipe_itself_trains(tmp_path: Path, model: Path) -> None:
         (["data.split.test=0"], "the test problem set is empty.*evaluation.test = false"),
         (['data.answer_in="boxed"'], r'"boxed" reads .boxed, but solver.jinja asks for <answer>'),
         (['model.lora.targets=["q_proj", "c_attn"]'], "no linear layer named 'c_attn'; it has .*q_pro"),
+        (
+            ['objective.type="distillation"', 'context.type="reference"'],
+            'context "reference" shows worked solutions, and none of the 4 training problems has',
+        ),
         (['model.path="./nowhere"'], "'./nowhere': no such folder"),
         (['model.path="tests/nowhere"'], "'tests/nowhere': no such folder"),
     ],

@@ -20,6 +20,13 @@ log = logging.getLogger(__name__)
 OVERLONG = "overlong in"
 """Begins the name of a count of overlong prompts; that of their split follows."""
 _QUESTION, _CONTEXT, _ROLLOUT = "the question 7319", "the context 2857", "the rollout 6413"
+REFERENCES: Mapping[str, str] = {
+    "reference": "reference",
+    "other_reference": "reference",
+    "partly_aligned": "reference",
+    "aligned_reference": "aligned_reference",
+}
+"""The worked solution that a context shows, by the context's name."""
 FORMS: Mapping[str, tuple[str, ...]] = {
     "tag": ("<answer>",),
     "boxed": ("\\boxed",),
@@ -117,6 +124,34 @@ def _no_room(problem: Problem, length: int, window: int, recipe: Recipe, count: 
         f"problem {problem.label!r} has a prompt of {length} tokens; with a rollout of up to "
         f"{needed} (sampling.max_tokens) it exceeds the context of {window}{others}{fix}"
     )
+
+
+def require_references(recipe: Recipe, task: Task) -> None:
+    """Check that training problems have the worked solutions that contexts and critic are to show.
+
+    Raises `DataError` if none has: nothing could be taught, or the critic would see nothing.
+    """
+    if recipe.train.steps == 0 or not task.train:
+        return
+    shown = [REFERENCES.get(name) for name in recipe.context.names]
+    if None not in shown and not any(with_reference(task, name) for name in shown if name):
+        raise DataError(
+            f'context "{recipe.context.type}" shows worked solutions, and none of the '
+            f"{len(task.train):,} training problems has one: name their column "
+            f"(data.columns.{shown[0]}), or choose another context"
+        )
+    critic = recipe.critic
+    is_shown_solutions = isinstance(critic, LlmCriticConfig) and critic.sees_reference
+    if is_shown_solutions and not with_reference(task, "reference"):
+        raise DataError(
+            "critic.sees_reference = true, and no training problem has a worked solution: name their "
+            "column (data.columns.reference), or set it to false"
+        )
+
+
+def with_reference(task: Task, name: str) -> int:
+    """Return the number of training problems that have a worked solution of this name."""
+    return sum(name in problem.references for problem in task.train)
 
 
 def require_embedded(prompts: Iterable[tuple[str, tuple[int, ...]]], embeddings: int) -> None:

@@ -28,7 +28,7 @@ from selfteach.tasks.verifiers import keep_timeouts
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
-from selfteach.trainer.fit_checks import require_splits
+from selfteach.trainer.fit_checks import require_references, require_splits
 from selfteach.trainer.guard import Guard
 from selfteach.trainer.preflight import preflight
 from selfteach.trainer.problem_identity import has_uneven_epochs, same_problems
@@ -86,6 +86,7 @@ def train(
         ranks.all_or_raise(lambda: preflight([recipe]) if ranks.is_main else None)
         built = build(recipe, ranks)
         require_splits(recipe, built.task)
+        require_references(recipe, built.task)
         built = same_problems(run, built)
         keep_timeouts(built.components.verify, folder / "verifier_timeouts.jsonl")
         if ranks.is_main:

@@ -13,6 +13,7 @@ from selfteach.config.model_defaults import ADAPTERS_LR, ALL_WEIGHTS_LR
 from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.models.loading import choose_device
+from selfteach.trainer.fit_checks import REFERENCES, with_reference
 
 FAR = 30
 """Factor from the usual learning rate at which one is named."""
@@ -37,6 +38,7 @@ def fit_notes(
 def _of_run(recipe: Recipe, sizes: RunSizes, here: bool) -> Iterator[str]:
     yield from _rate(recipe, sizes)
     yield from _length(recipe, sizes)
+    yield from _references(recipe, sizes)
     if here:
         yield from _memory(recipe, sizes)
 
@@ -60,6 +62,18 @@ def _length(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
         yield (
             f"note: sampling.max_tokens = {limit:,} is less than the references have on average "
             f"({needed:,.0f} tokens): rollouts of that length are cut, and cut rollouts are wrong"
+        )
+
+
+def _references(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
+    name, task = REFERENCES.get(recipe.context.type), sizes.task
+    if name is None or task is None or recipe.train.steps == 0 or recipe.context.fallback:
+        return
+    without = len(task.train) - with_reference(task, name)
+    if without:
+        yield (
+            f"note: {without:,} of {len(task.train):,} training problems have no {name}: their "
+            f'rollouts are dropped under context "{recipe.context.type}"'
         )
 
 

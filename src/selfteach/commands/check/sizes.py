@@ -49,7 +49,12 @@ from selfteach.trainer.build import (
 )
 from selfteach.trainer.build_critic import build_critic
 from selfteach.trainer.build_objective import build_objective
-from selfteach.trainer.fit_checks import require_fitting_templates, require_splits, within_context
+from selfteach.trainer.fit_checks import (
+    require_fitting_templates,
+    require_references,
+    require_splits,
+    within_context,
+)
 
 SIZES = {"float32": 4, "bfloat16": 2}
 """Bytes per element, by dtype."""
@@ -80,6 +85,7 @@ class RunSizes:
 def measure(recipe: Recipe, built: Built) -> RunSizes:
     """Return the sizes of a run that was built. Raises `DataError` if a split that it uses is empty."""
     require_splits(recipe, built.task)
+    require_references(recipe, built.task)
     policy = built.components.policy
     shape = shape_of(policy.model.config)
     adapters = sum(p.numel() for p in policy.trainable.values()) if policy.has_adapters else 0
@@ -116,6 +122,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
         require_fitting_templates(recipe, templates)
     if task is not None:
         require_splits(recipe, task)
+        require_references(recipe, task)
     if renderer is not None and task is not None:
         task = within_context(renderer, task, window, recipe)
     _critic(recipe, task, templates, unchecked)
