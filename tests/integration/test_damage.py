@@ -147,6 +147,25 @@ def test_every_file_with_every_damage(
     record_property("damaged files", str(counts))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (".identity", "first byte"),
+        (".identity", "a byte in the middle"),
+        (".identity", "a folder"),
+        ("checksums.jsonl", "deeply nested"),
+    ],
+)
+def test_damage_that_once_gave_a_traceback(
+    stopped: Path, whole: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    DAMAGES[kind](folder / name)
+    config = validate(Recipe, RunFolder(folder).config())
+    if not refused(lambda: run_to_end(config, folder)):
+        assert_same_end(folder, whole)
+
+
 STATE = "checkpoints/step_000002/state.json"
 REFUSED = {
     ("metrics.jsonl", "first byte"): "line 1 is damaged",

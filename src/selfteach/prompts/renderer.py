@@ -126,7 +126,7 @@ class Renderer:
 
     def shown(self, token_ids: Sequence[int]) -> str:
         """Decode a prompt with its control tokens, for a person to read."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def token_text(self, token: int) -> str:
         """Decode one token, special tokens by name."""

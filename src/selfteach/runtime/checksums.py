@@ -74,7 +74,7 @@ class Checksums:
                 self._entries.pop(row["file"], None)
                 if row["sha256"] is not None:
                     self._entries[row["file"]] = (str(row["sha256"]), int(row["bytes"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # empty, or cut off by a kill: that file is not vouched for
         self._read_bytes = max(self._read_bytes, whole)
 

@@ -107,7 +107,7 @@ class RunFolder:
         with report_full_disk(), suppress(FileExistsError), path.open("x", encoding="ascii") as new:
             new.write(uuid.uuid4().hex)
         # Empty if a kill or another rank came between the two lines above.
-        return path.read_text(encoding="ascii") or str(path.resolve())
+        return (read_bytes(path) or b"").decode("ascii", "replace") or str(path.resolve())
 
     def create(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Start a run in this folder, or continue the same one.

@@ -68,7 +68,15 @@ def reading(path: Path | str) -> Iterator[None]:
     """Turn what a value of the wrong type or a missing field raises into one `CheckpointError`."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, OSError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+        OSError,
+        RecursionError,
+    ) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(f"{path} is damaged: {reason}") from error
 
