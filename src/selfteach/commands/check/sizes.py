@@ -28,6 +28,7 @@ from selfteach.config.critic_section import (
 )
 from selfteach.config.data_section import AnswerReading, FilesData, HubData
 from selfteach.config.engine_section import VllmProcessConfig, VllmServerConfig
+from selfteach.config.part_section import OwnPart
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
@@ -143,7 +144,7 @@ def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
     completion, lengths = recipe.sampling.max_tokens, sizes.lengths
     prompt = lengths.longest_prompt
     teacher = recipe.scoring_teacher.type
-    copies = int(teacher != "live" and (teacher == "ema" or model.lora is None))
+    copies = int(teacher != "live" and (teacher == "ema" or model.lora is None))  # of one's own: one
     copies += int(isinstance(recipe.critic, PolicyCriticConfig) and model.lora is None)
     rows = min(recipe.sampling.batch_size, train.problems_per_step * train.group_size)
     return DeviceLoad(
@@ -315,6 +316,7 @@ def _template_set(recipe: Recipe) -> str:
     data = recipe.data
     if isinstance(data, AnswerReading):
         return "steps" if data.steps == "tags" else "free"
+    assert not isinstance(data, OwnPart)
     return data.type  # the lab's and chain sums' sets are named like them
 
 

@@ -25,6 +25,7 @@ from selfteach.protocols import SolvingCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime.atomic_files import write_json, write_lines, write_text
 from selfteach.runtime.futures import executor
+from selfteach.runtime.part_sources import require_same_sources, with_copies
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_json
@@ -103,10 +104,12 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
         run.create(as_config(recipe, config), collect_provenance())
         if is_complete(folder):
             return
+        recipe = with_copies(recipe, folder, only_missing=True)
         # A critic that is not used is not loaded: a local one may be larger than the policy.
         without = {"critic": None, "context": ContextConfig(type="none")}
         needed = recipe if config.critic else recipe.model_copy(update=without)
         preflight([needed])
+        require_same_sources(folder, needed)
         built = build(needed)
         if config.critic and config.critic_test == "solution":
             _require_solving_critic(built)
