@@ -72,22 +72,26 @@ def source_of(kind: Kind, part: OwnPart) -> PartSource:
     return PartSource(name, _files(imported.file, imported.root, is_file), is_file, part.options)
 
 
+def require_given(folder: Path, recipe: Recipe) -> None:
+    """Raise `CheckpointError` if a run was begun with an object from Python that is not given now."""
+    recorded, named = _stored(folder).get("parts", {}), named_parts(recipe)
+    for key, row in recorded.items():
+        if row.get(GIVEN) and key in named and not is_given(named[key][0], named[key][1].type):
+            kind = named[key][0]
+            raise CheckpointError(
+                f"{folder} began with a {kind} from Python, {row['name']}: continue it with "
+                f'selfteach.train(recipe, folder, components={{"{kind}": …}})'
+            )
+
+
 def require_same_sources(folder: Path, recipe: Recipe) -> None:
     """Record the sources of a run's parts, or require those that are recorded.
 
-    Raises `CheckpointError` if a part's source is another one than when the run began, or if the run
-    was begun with an object from Python that is not given now.
+    Raises `CheckpointError` if a part's source is another one than when the run began.
     """
     stored = _stored(folder)
     recorded: Mapping[str, Any] = stored.get("parts", {})
-    named = named_parts(recipe)
-    for key, row in recorded.items():
-        if row.get(GIVEN) and key in named and not is_given(named[key][0], named[key][1].type):
-            raise CheckpointError(
-                f"{folder} began with a {named[key][0]} from Python, {row['name']}: continue it with "
-                f'selfteach.train(recipe, folder, components={{"{named[key][0]}": …}})'
-            )
-    sources = {key: source_of(kind, part) for key, (kind, part) in named.items()}
+    sources = {key: source_of(kind, part) for key, (kind, part) in named_parts(recipe).items()}
     for key, source in sources.items():
         if key in recorded and recorded[key]["sha256"] != source.digest:
             raise CheckpointError(_changed(folder, key, recorded[key], source))

@@ -20,7 +20,7 @@ from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.atomic_files import report_full_disk, sync_folder, sync_tree, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
-from selfteach.runtime.part_sources import require_same_sources, with_copies
+from selfteach.runtime.part_sources import require_given, require_same_sources, with_copies
 from selfteach.runtime.provenance import collect_provenance, cpu_capability
 from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.runtime.signals import Termination, handle_termination
@@ -107,6 +107,7 @@ def train(
 
 def _require(recipe: Recipe, folder: Path) -> None:
     """Check servers, packages and parts before anything is built, and that parts are those of the run."""
+    require_given(folder, recipe)
     preflight([recipe])
     require_same_sources(folder, recipe)
 

@@ -28,7 +28,7 @@ from selfteach.config.critic_section import (
 )
 from selfteach.config.data_section import AnswerReading, FilesData, HubData
 from selfteach.config.engine_section import VllmProcessConfig, VllmServerConfig
-from selfteach.config.part_section import OwnPart
+from selfteach.config.part_section import OwnPart, named_parts
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
@@ -42,6 +42,7 @@ from selfteach.models.loading import (
 )
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
+from selfteach.runtime.parts import require_part
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build import (
     Built,
@@ -81,6 +82,8 @@ class RunSizes:
     """What was not loaded and why, one line each."""
     task: Task | None = None
     """The problems; None if they could not be read."""
+    parts: tuple[str, ...] = ()
+    """A line for each part of one's own whose contract was checked."""
 
 
 def measure(recipe: Recipe, built: Built) -> RunSizes:
@@ -107,7 +110,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
 
     Raises what `build` would raise about the components that are available.
     """
-    unchecked: list[str] = []
+    unchecked = list(_own_parts(recipe))
     build_objective(recipe)
     model, lora = recipe.model, recipe.model.lora
     shape, parameters = _size(model, unchecked)
@@ -285,6 +288,13 @@ def _installed(path: str) -> bool:
         if path.startswith("package:"):
             return False
         raise
+
+
+def _own_parts(recipe: Recipe) -> Iterator[str]:
+    """Import parts of one's own and check their options; yield that their contracts were not checked."""
+    for key, (kind, part) in named_parts(recipe).items():
+        require_part(kind, part)
+        yield f"{key} {part.label}: imported, its options fit; its contract was not checked"
 
 
 def _task(recipe: Recipe, unchecked: list[str]) -> Task | None:
