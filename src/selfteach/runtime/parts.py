@@ -42,11 +42,13 @@ CALLED_WITH: Mapping[Kind, tuple[str, ...]] = {
     "problems": ("split",),
     "verifier": ("problem", "text"),
     "splitter": ("text",),
-    "reward": (),
     "critic": ("judged",),
     "context": ("critiqued",),
+    "reward": (),
 }
-"""What a part that is a function is called with, by position. The other kinds are objects with methods."""
+"""What a part that is a function is called with, by position. An objective and a teacher are objects with
+methods; a reward gets its arguments by name (TRL's signature), so that one without a default is no
+option."""
 Offered = Mapping[str, Any]
 """Values of the run by the parameter name under which a part may ask for them."""
 
@@ -178,9 +180,10 @@ def bound_options(
             hint = nearest(option, known) if known else "it takes none"
             raise PartError(f"{label}: no option {option!r}; {hint}")
     taken = {name: value for name, value in offered.items() if name in keywords}
+    by_name = imported.kind == "reward" and is_function(target)
     missing = [
         n for n in keywords if parameters[n].default is inspect.Parameter.empty
-        and n not in taken and n not in options
+        and n not in taken and n not in options and not by_name
     ]  # fmt: skip
     if missing:
         raise PartError(f"{label}: option {missing[0]!r} is missing: write it into its options")
