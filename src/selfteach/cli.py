@@ -89,8 +89,18 @@ def resume(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a study, a sweep, a run or a selection.")
     ],
+    accept_parts: Annotated[
+        bool,
+        typer.Option(
+            "--accept-parts", help="Go on with the present source of the recipe's own parts."
+        ),
+    ] = False,
 ) -> None:
     """Resume a study, sweep, run or selection from what is on disk."""
+    if accept_parts:
+        from selfteach.runtime.part_sources import accept_sources
+
+        accept_sources(folder)
     if (folder / "study.json").exists():
         from selfteach.commands.study.run_study import load_existing
 

@@ -4,6 +4,7 @@
     recipe.toml            the same as a recipe file, for another run
     environment.json       commit, versions, machine
     problems.json          fingerprints of the problem sets
+    parts.json, parts/     hashes and copies of parts of one's own; only with some
     metrics.jsonl          one line per step, and per evaluation
     checksums.jsonl        checksums of the files of rollouts, critiques, samples and evaluations
     tracking.json          rows of metrics.jsonl that each sink has received; only with sinks
@@ -42,6 +43,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from selfteach.config.migrations import migrate_config, migrate_metrics, run_subfolder
+from selfteach.config.part_names import unanchored
 from selfteach.config.recipe_file import complete_config
 from selfteach.config.recipe_toml import is_recipe, recipe_toml
 from selfteach.errors import CheckpointError, Terminated
@@ -58,6 +60,7 @@ from selfteach.runtime.atomic_files import (
 )
 from selfteach.runtime.checksums import Checksums
 from selfteach.runtime.folder_start import clear_start, holds_work, is_our_config, require_empty
+from selfteach.runtime.part_sources import portable
 from selfteach.runtime.stored_files import (
     Row,
     read_bytes,
@@ -113,13 +116,13 @@ class RunFolder:
         """Start a run in this folder, or continue the same one.
 
         The config of a folder that an earlier version has written is completed before the comparison.
-        Tracking and distributed settings may differ: they do not change what a run computes. A run that
-        has spent nothing yet is replaced. Raises `CheckpointError` if the folder holds something else.
+        Tracking and distributed settings may differ: they do not change what a run computes; so may the
+        folder of a part of one's own. A run that has spent nothing yet is replaced. Raises `CheckpointError` if the folder holds something else.
         """
         ignored = {"tracking": None, "distributed": None}
         if (self.path / "config.json").exists():
             old, new = complete_config(self.config()), json.loads(json.dumps(config))
-            if old | ignored == new | ignored:
+            if unanchored(old | ignored) == unanchored(new | ignored):
                 return
             if holds_work(self.path) or not is_our_config(old):
                 raise CheckpointError(
@@ -133,7 +136,7 @@ class RunFolder:
         write_json(self.path / "environment.json", environment)
         write_json(self.path / "config.json", config)
         if is_recipe(config):
-            write_text(self.path / "recipe.toml", recipe_toml(config))
+            write_text(self.path / "recipe.toml", recipe_toml(portable(config)))
 
     def config(self) -> Row:
         """Return the resolved recipe. Raises `CheckpointError` if there is none."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from selfteach.config.objective_section import DistillationConfig, GrpoConfig, HybridConfig
+from selfteach.config.objective_section import (
+    DistillationConfig,
+    GrpoConfig,
+    HybridConfig,
+    OwnObjectiveConfig,
+)
 from selfteach.config.recipe import Recipe, TrainConfig
 from selfteach.errors import RecipeError
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.losses.token_masks import TokenMask
 from selfteach.protocols import Objective
+from selfteach.trainer.own_components import build_own_objective
 
 
 def build_objective(recipe: Recipe) -> Objective:
@@ -30,6 +36,10 @@ def build_objective(recipe: Recipe) -> Objective:
                 Anneal(weight.start, weight.end, max(0, steps - 1) * train.num_iterations),
                 config.grpo_weight,
                 config.grpo_tokens,
+            )
+        case OwnObjectiveConfig() as config:
+            return build_own_objective(
+                config, sampling_temperature=temperature, seed=recipe.seed
             )
 
 

@@ -20,6 +20,7 @@ from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.atomic_files import report_full_disk, sync_folder, sync_tree, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
+from selfteach.runtime.part_sources import require_given, require_same_sources, with_copies
 from selfteach.runtime.provenance import collect_provenance, cpu_capability
 from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.runtime.signals import Termination, handle_termination
@@ -83,7 +84,8 @@ def train(
             run.create(recipe.model_dump(mode="json"), environment)
         if ranks.broadcast(run.is_complete):
             return
-        ranks.all_or_raise(lambda: preflight([recipe]) if ranks.is_main else None)
+        recipe = with_copies(recipe, folder, only_missing=True)
+        ranks.all_or_raise(lambda: _require(recipe, folder) if ranks.is_main else None)
         built = build(recipe, ranks)
         require_splits(recipe, built.task)
         require_references(recipe, built.task)
@@ -101,6 +103,13 @@ def train(
                     yield row
             with termination.interruptible():
                 _finish(run, recipe, built, record)
+
+
+def _require(recipe: Recipe, folder: Path) -> None:
+    """Check servers, packages and parts before anything is built, and that parts are those of the run."""
+    require_given(folder, recipe)
+    preflight([recipe])
+    require_same_sources(folder, recipe)
 
 
 def run_to_end(recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()) -> dict[str, Any]:

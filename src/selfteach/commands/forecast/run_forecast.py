@@ -87,14 +87,14 @@ def forecast(
 
 def forecast_arm(data: ModelData, arm: ArmData) -> dict[str, Any]:
     """Measure one arm, decide about it, and compute what its step costs."""
-    distillation, grpo = terms(arm.recipe.objective)
+    _, grpo = terms(arm.recipe.objective)
     measured = measure_arm(data, arm)
     absent = dropped(data.prepared, arm.view) if arm.view else {}
     obstacle = next(iter(absent), "")
     if obstacle in failures(arm.critiqued):
         obstacle = f"the critic's reply is {obstacle}"
     outcome, reasons = decide(
-        measured, distills=distillation is not None, rewards=grpo is not None, obstacle=obstacle
+        measured, distills=arm.recipe.shows_context, rewards=grpo is not None, obstacle=obstacle
     )
     is_unbiased = measures.is_unbiased(data.k, arm.recipe.train.group_size)
     return {

@@ -21,6 +21,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RunStopped, Terminated
 from selfteach.runtime import gc_pause
+from selfteach.runtime.part_sources import with_copies
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.signals import blocked_interrupts, handle_termination
 from selfteach.trainer.preflight import preflight
@@ -71,7 +72,10 @@ def run_jobs(
     checks servers and packages for the incomplete jobs.
     """
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
-    preflight((job.recipe for job in waiting), output_folders=[job.folder for job in waiting])
+    preflight(
+        (with_copies(job.recipe, job.folder, only_missing=True) for job in waiting),
+        output_folders=[job.folder for job in waiting],
+    )
     workers = min(workers or default_workers(waiting), len(waiting) + 1)
     with (
         _environment_variable(*HUGE_PAGES),

@@ -19,6 +19,7 @@ from selfteach.commands.study.jobs import Job, JobsProgress, one_thread, run_job
 from selfteach.commands.study.results import gather
 from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_study
+from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import BASE, Study, complete_study
 from selfteach.config.schema import merge, validate
@@ -49,7 +50,8 @@ def create_study(study: Study, folder: Path, command: str, kind: FolderKind) -> 
     if path.exists():
         saved = read_json(path)
         with reading(path):
-            same = (complete_study(saved["study"]), saved.get("kind")) == (plain, kind)
+            existing = unanchored(complete_study(saved["study"]))
+            same = (existing, saved.get("kind")) == (unanchored(plain), kind)
         if same:
             return
         if holds_work(folder):
@@ -156,7 +158,12 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
         name for name in CONTROLS if recipe.critic is not None or name not in CRITIC_CONTEXTS
     ]
     contexts = tuple(sorted({*arm_contexts, *possible}))
-    return recipe, InspectionRequest(contexts, k=k, limit=problems, seed=study.study.seeds[0])
+    parts = {
+        recipe.context.label: part for recipe in arms if (part := recipe.context.own_part) is not None
+    }
+    return recipe, InspectionRequest(
+        contexts, k=k, limit=problems, seed=study.study.seeds[0], parts=parts
+    )
 
 
 def inspect_base(study: Study, folder: Path, commit: str | None, summarize: Summarize) -> None:
