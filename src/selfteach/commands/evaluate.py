@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.config.recipe import Recipe
+from selfteach.errors import RecipeError
 from selfteach.evaluation.evaluation_record import Evaluation, bounds_of
 from selfteach.evaluation.evaluator import evaluate
 from selfteach.evaluation.intervals import mean_interval
 from selfteach.trainer.open_model import named_problems, open_model
-from selfteach.types import Sampling
 
 
 def evaluate_model(
@@ -32,11 +32,13 @@ def evaluate_model(
     """
     built, resolved = open_model(Path(model), str(model), recipe)
     chosen, split = named_problems(built, str(problems), resolved)
-    sampling = Sampling(
-        samples=k or resolved.evaluation.test_k,
-        temperature=resolved.evaluation.temperature,
-        max_tokens=resolved.evaluation.max_tokens or resolved.sampling.max_tokens,
-        seed=seed,
+    if resolved.evaluation.temperature == 0 and (k or 1) > 1:
+        raise RecipeError(
+            f"k = {k}: evaluation.temperature = 0 is greedy, and all rollouts of a problem would be the "
+            "same: leave k out, or set a temperature"
+        )
+    sampling = resolved.evaluation.settings(
+        k or resolved.evaluation.test_k, seed, resolved.sampling.max_tokens
     )
     result = evaluate(
         built.components.engine, built.components.verify, chosen, sampling,

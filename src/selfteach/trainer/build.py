@@ -59,7 +59,6 @@ from selfteach.trainer.build_engine import build_engine
 from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates, within_context
 from selfteach.trainer.step import Components
-from selfteach.types import Sampling
 
 CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**25}
 """Logits (tokens × vocabulary) in memory at a time while a loss is computed: 4 and 128 MB each. With
@@ -125,12 +124,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         policy=policy,
         renderer=renderer,
         split_steps=task.split_steps,
-        sampling=Sampling(
-            recipe.train.group_size,
-            recipe.sampling.temperature,
-            recipe.sampling.max_tokens,
-            recipe.seed,
-        ),
+        sampling=recipe.sampling.settings(recipe.train.group_size, recipe.seed),
         critic_threads=critic_threads(recipe.critic),
         samples_in_background=_samples_in_background(recipe),
         num_iterations=recipe.train.num_iterations,

@@ -32,7 +32,7 @@ from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build_context
 from selfteach.trainer.open_model import named_problems, open_model
 from selfteach.trainer.step import verify_and_critique
-from selfteach.types import CritiquedRollout, Problem, Rollout, Sampling
+from selfteach.types import CritiquedRollout, Problem, Rollout
 
 TeacherWeights = Literal["given", "initial"]
 
@@ -101,9 +101,7 @@ def sample_rollouts(
     built: Built, recipe: Recipe, request: InspectionRequest, problems: Sequence[Problem]
 ) -> list[LocatedRollout]:
     """Sample and critique rollouts of the first problems, and locate their errors."""
-    sampling = Sampling(
-        request.k, recipe.sampling.temperature, recipe.sampling.max_tokens, request.seed
-    )
+    sampling = recipe.sampling.settings(request.k, request.seed)
     critiqued = sample_and_critique(built, problems[: request.limit], sampling)
     return locate_errors(built, critiqued)
 

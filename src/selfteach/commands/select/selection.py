@@ -40,7 +40,6 @@ from selfteach.types import (
     CritiquedRollout,
     Problem,
     Rollout,
-    Sampling,
     TrainingSample,
     Usage,
 )
@@ -189,11 +188,11 @@ def _tallies(
     run: RunFolder, recipe: Recipe, config: SelectConfig, built: Built, pool: Sequence[Problem]
 ) -> Iterator[list[Tally]]:
     """Yield tallies batch by batch; a served critic works on one batch while the next is sampled."""
-    sampling = Sampling(
-        config.samples,
-        config.temperature or recipe.sampling.temperature,
-        config.max_tokens or recipe.sampling.max_tokens,
-        config.seed,
+    settings = recipe.sampling.settings(config.samples, config.seed)
+    sampling = dataclasses.replace(
+        settings,
+        temperature=config.temperature or settings.temperature,
+        max_tokens=config.max_tokens or settings.max_tokens,
     )
     batches = JournaledEngine(built.components.engine, run, "select").batches(pool, sampling)
     with executor(built.components.critic_threads) as submit:
