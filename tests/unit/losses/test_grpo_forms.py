@@ -16,7 +16,9 @@ from selfteach.losses.policy_gradient import (
     group_advantages,
     sequence_means,
 )
-from selfteach.types import CritiquedRollout, Verdict
+from selfteach.models.lm_head import Head, Scores
+from selfteach.models.sequences import sequences
+from selfteach.types import Batch, CritiquedRollout, Verdict
 from grpo_case import (
     CORRECT,
     FINISHED,
@@ -28,6 +30,7 @@ from grpo_case import (
     B,
     Case,
     case,
+    ids_of,
     objective,
     our_loss,
     samples,
@@ -183,3 +186,35 @@ def test_a_cut_rollout_is_masked_and_still_a_baseline() -> None:
     assert form.advantages(step) == group_advantages(
         [float(x) for x in CORRECT], GROUPS, scale_rewards="group"
     )
+
+
+def test_a_hybrid_s_rollout_ratio_is_of_the_tokens_that_grpo_has() -> None:
+    """Where some tokens are distilled alone, the others are GRPO's as if the rollout had no more."""
+    made = case(later=True)
+    form = Grpo(0.7, importance_level="sequence", clip_low=0.1, clip_high=0.1)
+    count = sum(LENGTHS)
+    alone = torch.zeros(count, dtype=torch.float64)
+    alone[[0, 1, 6]] = 1.0
+    half = torch.full((count,), 0.5, dtype=torch.float64)
+    batches = {
+        share: with_ratios(form, made, share_N) for share, share_N in (("some", alone), ("half", half))
+    }
+    ratio_N = batches["some"].sequence_logratio_N
+    assert ratio_N is not None and made.old_N is not None
+    logratio_N = made.logp(made.hidden_NH @ made.head_VH.T) - made.old_N
+    torch.testing.assert_close(ratio_N[:4], logratio_N[2:4].mean().expand(4))
+    torch.testing.assert_close(ratio_N[6:9], logratio_N[7:9].mean().expand(3))
+    other_N = batches["half"].sequence_logratio_N
+    assert other_N is not None
+    torch.testing.assert_close(other_N[:4], logratio_N[:4].mean().expand(4))
+
+
+def with_ratios(form: Grpo, made: Case, share_N: Tensor) -> Batch:
+    ids = [ids_of(row) for row in range(B)]
+    ones_N = torch.ones(sum(LENGTHS), dtype=torch.float64)
+    batch = Batch(
+        sequences([(1, 2)] * B, ids, 0), None, torch.tensor([i for row in ids for i in row]), ones_N,
+        ones_N, made.sampled_N, made.old_N, share_N,
+    )  # fmt: skip
+    student = Scores.single(made.hidden_NH, Head(made.head_VH))
+    return form.with_sequence_ratios(student, batch, 5)
