@@ -289,7 +289,7 @@ class StartedCritiques:
         verdicts: defaultdict[str, set[bool]] = defaultdict(set)
         for critiqued in self._collect().values():
             verdicts[critiqued.rollout.problem.id].add(critiqued.verdict.correct)
-        mixed = sum(len(found) > 1 for found in verdicts.values())
+        mixed = sum(len(outcomes) > 1 for outcomes in verdicts.values())
         return self._components.ranks.sum(mixed)
 
     def verify(self, problem: Problem, text: str) -> Verdict:
