@@ -100,7 +100,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Holds the sampling settings: group size, temperature, length, seed, and cuts of the distribution."""
+    """Holds the sampling settings: group size, temperature, length, seed, cuts of the distribution."""
 
     samples: int
     """Rollouts per problem (group size)."""

@@ -109,7 +109,9 @@ def test_a_device_samples_the_tokens_that_a_cpu_samples(vocabulary: int, device:
             "a number at the boundary of two tokens may fall on either side"
         )
         torch.testing.assert_close(device_logp.cpu()[same], logp[same], rtol=1e-5, atol=1e-5)
-    greedy, greedy_logp = sample_token(logits_RV.to(device), uniform_B.to(device), TokenDistribution(0.0))
+    greedy, greedy_logp = sample_token(
+        logits_RV.to(device), uniform_B.to(device), TokenDistribution(0.0)
+    )
     assert torch.equal(greedy.cpu(), logits_RV.argmax(-1)) and not greedy_logp.any()
 
 

@@ -35,7 +35,14 @@ def samples() -> list[TrainingSample]:
     for row in range(B):
         ids = ids_of(row)
         rollout = Rollout(
-            Problem(GROUPS[row], "?", "x"), row, (1, 2), ids, (-0.7,) * len(ids), "", FINISHED[row], 0
+            Problem(GROUPS[row], "?", "x"),
+            row,
+            (1, 2),
+            ids,
+            (-0.7,) * len(ids),
+            "",
+            FINISHED[row],
+            0,
         )
         verdict = Verdict(CORRECT[row], True, "x")
         made.append(TrainingSample(CritiquedRollout(rollout, verdict, None)))
@@ -71,7 +78,13 @@ class Case:
 def case(*, later: bool) -> Case:
     """Return a case; ``later``: an update after the first, with another old policy."""
     count = sum(LENGTHS)
-    made = Case(noise(V, H, seed=1), noise(count, H, seed=2), noise(count, V, seed=3), None, noise(1, seed=0))
+    made = Case(
+        noise(V, H, seed=1),
+        noise(count, H, seed=2),
+        noise(count, V, seed=3),
+        None,
+        noise(1, seed=0),
+    )
     logp_N = made.logp(made.hidden_NH @ made.head_VH.T)
     old_N = logp_N + 0.4 * noise(count, seed=4) if later else None
     sampled_N = (logp_N if old_N is None else old_N) + 0.3 * noise(count, seed=5)

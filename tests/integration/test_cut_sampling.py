@@ -1,4 +1,4 @@
-"""Runs that sample from a cut distribution, and evaluate greedily: what they sample and what they log."""
+"""Runs that sample from a cut distribution, and evaluate greedily: what they sample and log."""
 
 from __future__ import annotations
 
@@ -80,6 +80,6 @@ def test_a_greedy_evaluation_takes_the_likeliest_tokens(folder: Path, built) -> 
 
 
 def test_greedy_rollouts_are_not_sampled_several_times(folder: Path) -> None:
-    with pytest.raises(RecipeError, match="k = 4: evaluation.temperature = 0 is greedy"):
+    with pytest.raises(RecipeError, match=r"k = 4: evaluation\.temperature = 0 is greedy"):
         evaluate_model(folder, k=4)
     assert evaluate_model(folder)["k"] == 1

@@ -110,6 +110,10 @@ def test_kill_9_between_rounds_and_resume(moment: str, whole: Path, tmp_path: Pa
 
 
 def test_rounds_end_with_the_problems(tmp_path: Path) -> None:
-    few = recipe(data={"train": 5}, train={"steps": 1, "problems_per_step": 4}, sampling={"dynamic_rounds": 50})
+    few = recipe(
+        data={"train": 5},
+        train={"steps": 1, "problems_per_step": 4},
+        sampling={"dynamic_rounds": 50},
+    )
     run_to_end(few, tmp_path / "run")
     assert 4 <= len(verdicts(tmp_path / "run", 1)) <= 5

@@ -10,6 +10,7 @@ from selfteach.errors import RecipeError
 from selfteach.evaluation.evaluation_record import Evaluation, bounds_of
 from selfteach.evaluation.evaluator import evaluate
 from selfteach.evaluation.intervals import mean_interval
+from selfteach.rollout.sampling_settings import evaluation_sampling
 from selfteach.trainer.open_model import named_problems, open_model
 
 
@@ -34,12 +35,10 @@ def evaluate_model(
     chosen, split = named_problems(built, str(problems), resolved)
     if resolved.evaluation.temperature == 0 and (k or 1) > 1:
         raise RecipeError(
-            f"k = {k}: evaluation.temperature = 0 is greedy, and all rollouts of a problem would be the "
-            "same: leave k out, or set a temperature"
+            f"k = {k}: evaluation.temperature = 0 is greedy, and all rollouts of a problem would be "
+            "the same: leave k out, or set a temperature"
         )
-    sampling = resolved.evaluation.settings(
-        k or resolved.evaluation.test_k, seed, resolved.sampling.max_tokens
-    )
+    sampling = evaluation_sampling(resolved, k or resolved.evaluation.test_k, seed)
     result = evaluate(
         built.components.engine, built.components.verify, chosen, sampling,
         split=split, same=built.task.answer_format.equivalent,

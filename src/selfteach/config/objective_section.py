@@ -65,7 +65,7 @@ LOSS_TYPES: Mapping[LossType, Mapping[str, str]] = {
     "dr_grpo": {"surrogate": "clipped", "aggregation": "max_tokens"},
     "cispo": {"surrogate": "cispo", "aggregation": "token_mean"},
 }
-"""What each of TRL's loss types sets. A step is one batch here, so ``bnpo`` and ``dapo`` are the same."""
+"""What each of TRL's loss types sets. A step is one batch here, so ``bnpo`` is ``dapo``."""
 
 
 class GrpoConfig(Section):
@@ -74,8 +74,8 @@ class GrpoConfig(Section):
     type: Literal["grpo"] = "grpo"
     """Group-relative policy optimisation."""
     loss_type: LossType | None = None
-    """TRL's name of a ``surrogate`` with an ``aggregation``, which it sets: ``grpo`` is ``clipped`` with
-    ``sequence_mean``, ``dapo`` (and ``bnpo``) with ``token_mean``, ``dr_grpo`` with ``max_tokens``;
+    """TRL's name of a ``surrogate`` with an ``aggregation``, which it sets: ``grpo`` is ``clipped``
+    with ``sequence_mean``, ``dapo`` (and ``bnpo``) with ``token_mean``, ``dr_grpo`` with ``max_tokens``;
     ``cispo`` is ``cispo`` with ``token_mean``."""
     surrogate: Literal["clipped", "cispo"] = "clipped"
     """Loss of a token: PPO's ``clipped`` surrogate, or ``cispo``: −min(ratio, 1 + ``clip_high``) · A ·

@@ -29,8 +29,8 @@ def _check_cuts(
         if grpo is not None or (distillation and distillation.support == "sampled"):
             name = "grpo" if grpo is not None else 'support = "sampled"'
             raise ValueError(
-                f"sampling.{cuts} cuts the distribution that rollouts come from, and the loss of {name} "
-                "is of sampled tokens: its gradient would be biased. Remove it; evaluation has its own"
+                f"sampling.{cuts} cuts the distribution that rollouts come from, and the loss of "
+                f"{name} is of sampled tokens: its gradient would be biased. Remove it; evaluation has its own"
             )
         if distillation and distillation.importance_cap is not None:
             raise ValueError(
@@ -54,8 +54,8 @@ def _check_dynamic(
         )
     if recipe.critic is not None:
         raise ValueError(
-            "sampling.dynamic_rounds with a critic, which grpo does not use, would pay for critiques of "
-            "groups that are left out: set critic = false"
+            "sampling.dynamic_rounds with a critic, which grpo does not use, would pay for critiques "
+            "of groups that are left out: set critic = false"
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from selfteach.config.schema import Section
-from selfteach.types import Sampling
 
 
 class TokenCuts(Section):
@@ -46,13 +45,6 @@ class SamplingConfig(TokenCuts):
     problems as are missing for ``train.problems_per_step`` groups with mixed verdicts, and only such
     groups are in the loss. 0: no further rounds, and all groups count in it."""
 
-    def settings(self, samples: int, seed: int) -> Sampling:
-        """Return the settings of an engine for so many rollouts of each problem."""
-        return Sampling(
-            samples, self.temperature, self.max_tokens, seed,
-            top_p=self.top_p, top_k=self.top_k, min_p=self.min_p,
-        )  # fmt: skip
-
 
 class EvaluationConfig(TokenCuts):
     """Sets what is evaluated, and when. Nothing is ever selected on the test problems."""
@@ -78,10 +70,3 @@ class EvaluationConfig(TokenCuts):
                 "evaluation.validation_k = 1 and evaluation.test_k = 1"
             )
         return self
-
-    def settings(self, samples: int, seed: int, longest: int) -> Sampling:
-        """Return the settings of an engine; ``longest`` is the limit in tokens unless set here."""
-        return Sampling(
-            samples, self.temperature, self.max_tokens or longest, seed,
-            top_p=self.top_p, top_k=self.top_k, min_p=self.min_p,
-        )  # fmt: skip

@@ -25,7 +25,7 @@ GRPO_EPSILON = 1e-4
 
 
 RewardScale = Literal["group", "batch", "none"]
-"""What divides advantages: the standard deviation of the group's rewards, of all rewards, or nothing."""
+"""What divides advantages: the standard deviation of the group's or of all rewards, or nothing."""
 
 
 def group_advantages(

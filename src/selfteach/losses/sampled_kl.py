@@ -34,7 +34,7 @@ def sampled_kl(
 def sampled_logp(
     scores: Scores, ids_N: Int[Tensor, " N"], *, temperature: float, chunk_tokens: int
 ) -> Float[Tensor, " N"]:
-    """Compute each sampled token's log-probability (nats), ``chunk_tokens`` tokens' logits at a time."""
+    """Compute sampled tokens' log-probabilities (nats), ``chunk_tokens`` tokens' logits at a time."""
     return torch.cat([
         token_logp(scores.logits(rows), ids_N[rows], temperature)
         for start in range(0, max(1, len(ids_N)), chunk_tokens)  # no tokens are one empty chunk

@@ -17,6 +17,7 @@ from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
 from selfteach.models.loading import choose_device, dtypes_of, resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
+from selfteach.rollout.sampling_settings import evaluation_sampling
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.atomic_files import report_full_disk, sync_folder, sync_tree, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
@@ -300,7 +301,7 @@ def _measure(
     """Evaluate on a split and record the result."""
     settings, started = recipe.evaluation, time.monotonic()
     k = settings.test_k if split == "test" else settings.validation_k
-    sampling = settings.settings(k, recipe.seed, recipe.sampling.max_tokens)
+    sampling = evaluation_sampling(recipe, k, recipe.seed)
     engine = JournaledEngine(built.components.engine, run, rollouts_name(split, step))
     evaluation = evaluate(
         engine, built.components.verify, built.task.problems(split), sampling,

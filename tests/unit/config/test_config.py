@@ -49,7 +49,10 @@ SAMPLED = "[context]\ntype = 'reference'\n[objective]\nsupport = 'sampled'\n"
         ("[teacher]\ntype = 'ema'\nrat = 0.1", "did you mean 'rate'?"),
         ("[data]\ntype = 'lab'\nmax_solve_ratee = 0.1", "did you mean 'max_solve_rate'?"),
         ("[critic]\ntype = 'oracle'\nerror = 0.1", "did you mean 'error_rate'?"),
-        ("[sampling]\nbeams = 4", "known: top_p, top_k, min_p, temperature, max_tokens, batch_size"),
+        (
+            "[sampling]\nbeams = 4",
+            "known: top_p, top_k, min_p, temperature, max_tokens, batch_size",
+        ),
         # A wrong value: the key, what is allowed, the value.
         ("[optimizer]\nlr = -1", "optimizer.lr: input should be greater than 0, found -1"),
         ("[optimizer]\nlr = 'fast'", "optimizer.lr: "),
@@ -63,7 +66,10 @@ SAMPLED = "[context]\ntype = 'reference'\n[objective]\nsupport = 'sampled'\n"
         ("[sampling]\ntop_p = 0", "sampling.top_p: "),
         ("[optimizer]\ndecay = 'cos'", "'cosine'"),
         # Combinations that make no sense.
-        ("[evaluation]\ntemperature = 0", "set evaluation.validation_k = 1 and evaluation.test_k = 1"),
+        (
+            "[evaluation]\ntemperature = 0",
+            "set evaluation.validation_k = 1 and evaluation.test_k = 1",
+        ),
         (GRPO + "loss_type = 'dr_grpo'\naggregation = 'token_mean'", "remove one of them"),
         (GRPO + "surrogate = 'cispo'\nclip_delta = 4.0", "cispo has clip_high alone"),
         (GRPO + "clip_high = 0.5\nclip_delta = 1.5", "must be above 1 + clip_high = 1.5"),
@@ -74,7 +80,8 @@ SAMPLED = "[context]\ntype = 'reference'\n[objective]\nsupport = 'sampled'\n"
             "importance_cap compares whole distributions",
         ),
         (
-            "[context]\ntype = 'reference'\n[evaluation]\ntop_p = 0.9\nmin_p = 0.1\n[engine]\ntype = 'vllm'",
+            "[context]\ntype = 'reference'\n[evaluation]\ntop_p = 0.9\nmin_p = 0.1\n"
+            "[engine]\ntype = 'vllm'",
             "evaluation.top_p and evaluation.min_p together keep other tokens in vLLM",
         ),
         ("[context]\ntype = 'reference'\n[sampling]\ndynamic_rounds = 2", "needs objective.type"),
@@ -423,4 +430,7 @@ def test_a_loss_type_sets_surrogate_and_aggregation(
     recipe = Recipe.model_validate({"objective": {"type": "grpo", "loss_type": loss_type}})
     for reread in (recipe, Recipe.model_validate(recipe.model_dump(mode="json"))):
         assert isinstance(reread.objective, GrpoConfig)
-        assert (reread.objective.surrogate, reread.objective.aggregation) == (surrogate, aggregation)
+        assert (reread.objective.surrogate, reread.objective.aggregation) == (
+            surrogate,
+            aggregation,
+        )

@@ -7,18 +7,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
-from selfteach.losses.grpo import Grpo
-from selfteach.losses.policy_gradient import (
-    cispo_surrogate,
-    clipped_surrogate,
-    group_advantages,
-    sequence_means,
-)
-from selfteach.models.lm_head import Head, Scores
-from selfteach.models.sequences import sequences
-from selfteach.types import Batch, CritiquedRollout, Verdict
 from grpo_case import (
     CORRECT,
     FINISHED,
@@ -35,6 +23,18 @@ from grpo_case import (
     our_loss,
     samples,
 )
+from torch import Tensor
+
+from selfteach.losses.grpo import Grpo
+from selfteach.losses.policy_gradient import (
+    cispo_surrogate,
+    clipped_surrogate,
+    group_advantages,
+    sequence_means,
+)
+from selfteach.models.lm_head import Head, Scores
+from selfteach.models.sequences import sequences
+from selfteach.types import Batch, CritiquedRollout, Verdict
 
 
 def test_advantages_by_hand() -> None:
@@ -42,7 +42,9 @@ def test_advantages_by_hand() -> None:
     # The batch's mean is 3/8, its variance (3 · 25/64 + 5 · 9/64) / 7 = 15/56.
     got = group_advantages(rewards, groups, scale_rewards="batch")
     std = math.sqrt(15 / 56) + 1e-4
-    assert got == pytest.approx([0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std, 0.75 / std, *[-0.25 / std] * 3])
+    assert got == pytest.approx(
+        [0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std, 0.75 / std, *[-0.25 / std] * 3]
+    )
     alike = group_advantages([1.0, 1.0, 1.0, 0.0], list("aabb"), scale_rewards="batch")
     assert alike[:2] == [0.0, 0.0], "a group with equal rewards teaches nothing"
     assert alike[2:] == pytest.approx([0.5 / (0.5 + 1e-4), -0.5 / (0.5 + 1e-4)])
@@ -60,10 +62,17 @@ def test_surrogates_by_hand() -> None:
     bounded, lost = clipped_surrogate(
         logp_N, old_N, advantage_N, clip_low=0.2, clip_high=0.2, delta=2.0
     )
-    assert bounded.tolist() == pytest.approx([2.0, -1.2, 0.8, -0.5]) and lost.tolist() == [1, 1, 1, 0]
+    assert bounded.tolist() == pytest.approx([2.0, -1.2, 0.8, -0.5]) and lost.tolist() == [
+        1,
+        1,
+        1,
+        0,
+    ]
     logp_N.requires_grad_()
     loss_N, capped = cispo_surrogate(logp_N, old_N, advantage_N, cap=2.0)
-    assert loss_N.tolist() == pytest.approx([2 * math.log(0.3), -2 * math.log(0.3), math.log(0.3) / 2, -math.log(0.3) / 2])
+    assert loss_N.tolist() == pytest.approx(
+        [2 * math.log(0.3), -2 * math.log(0.3), math.log(0.3) / 2, -math.log(0.3) / 2]
+    )
     assert capped.tolist() == [1, 1, 0, 0]
     (gradient,) = torch.autograd.grad(loss_N.sum(), logp_N)
     assert gradient.tolist() == pytest.approx([2.0, -2.0, 0.5, -0.5]), "no token loses its gradient"
@@ -108,7 +117,8 @@ def test_a_rollout_s_ratio_moves_all_its_tokens_alike() -> None:
     other_N = made.old_N.clone()
     other_N[0] += 0.3
     _, moved_NH = our_loss(
-        Grpo(0.7, importance_level="sequence", clip_high=9.0), dataclasses.replace(made, old_N=other_N)
+        Grpo(0.7, importance_level="sequence", clip_high=9.0),
+        dataclasses.replace(made, old_N=other_N),
     )
     changed = (gradient_NH - moved_NH).abs().sum(1) > 1e-9
     assert changed.tolist() == [True] * LENGTHS[0] + [False] * (sum(LENGTHS) - LENGTHS[0])
@@ -127,7 +137,9 @@ def slow_loss(form: Grpo, made: Case) -> tuple[Tensor, Tensor]:
         if form.mask_truncated and not FINISHED[row]:
             continue
         tokens += len(at)
-        weights = [(old_N[i] - made.sampled_N[i]).exp().clamp(max=form.importance_cap or 1) for i in at]
+        weights = [
+            (old_N[i] - made.sampled_N[i]).exp().clamp(max=form.importance_cap or 1) for i in at
+        ]
         mean_logratio = sum(logp_N[i] - old_N[i] for i in at) / len(at)
         losses = []
         for i, weight in zip(at, weights, strict=True):
@@ -168,7 +180,10 @@ def test_each_form_is_its_slow_form(form: str, option: str, level: str, later: b
 
 
 def test_only_mixed_groups_count_where_a_step_samples_others_in_their_place() -> None:
-    step = [with_verdict(x, x.rollout.problem.id, y) for x, y in zip(samples(), (False, True, False, True, True, True), strict=True)]
+    step = [
+        with_verdict(x, x.rollout.problem.id, y)
+        for x, y in zip(samples(), (False, True, False, True, True, True), strict=True)
+    ]
     mixed = Grpo(1.0, "batch", mixed_groups_only=True)
     assert mixed.denominators(step) == (sum(LENGTHS[:3]),)
     alone = Grpo(1.0, "batch").advantages(step[:3])
@@ -197,7 +212,8 @@ def test_a_hybrid_s_rollout_ratio_is_of_the_tokens_that_grpo_has() -> None:
     alone[[0, 1, 6]] = 1.0
     half = torch.full((count,), 0.5, dtype=torch.float64)
     batches = {
-        share: with_ratios(form, made, share_N) for share, share_N in (("some", alone), ("half", half))
+        share: with_ratios(form, made, share_N)
+        for share, share_N in (("some", alone), ("half", half))
     }
     ratio_N = batches["some"].sequence_logratio_N
     assert ratio_N is not None and made.old_N is not None

@@ -17,10 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from selfteach.losses.grpo import Grpo
-from selfteach.losses.policy_gradient import group_advantages
 from grpo_case import (
     FINISHED,
     FORMS,
@@ -36,6 +32,10 @@ from grpo_case import (
     our_loss,
     samples,
 )
+from torch import Tensor
+
+from selfteach.losses.grpo import Grpo
+from selfteach.losses.policy_gradient import group_advantages
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def run_branch(module: ModuleType, condition: str, values: dict[str, Any]) -> di
         if isinstance(node, ast.If) and ast.unparse(node.test) == condition
     )
     names = {**vars(module), **values}
-    exec(compile(ast.Module([branch], []), "trl", "exec"), names)  # noqa: S102
+    exec(compile(ast.Module([branch], []), "trl", "exec"), names)
     return names
 
 
@@ -119,8 +119,12 @@ def trl_loss(module: ModuleType, kind: str, form: Grpo, made: Case) -> tuple[Ten
         _get_per_token_logps_and_entropies=lambda *a, **k: (logp_BT, torch.zeros(B, T), None),
         model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=1,
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=form.clip_delta, steps_per_generation=1),
+        accelerator=SimpleNamespace(
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
+        ),
+        args=SimpleNamespace(
+            use_bias_correction_kl=False, delta=form.clip_delta, steps_per_generation=1
+        ),
         _metrics={"train": defaultdict(list)},
         loss_type=kind,
         beta=form.kl_coef,

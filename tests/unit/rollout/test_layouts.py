@@ -21,8 +21,8 @@ from selfteach.models.prefix_cache import MIN_SHARED
 from selfteach.models.sequences import sequences
 from selfteach.rollout.decoding.forward import Layout
 from selfteach.rollout.decoding.generate import sample_completions
-from selfteach.rollout.decoding.token_sampling import TokenDistribution
 from selfteach.rollout.decoding.prompt_layout import proven_layout
+from selfteach.rollout.decoding.token_sampling import TokenDistribution
 
 EXPECTED: dict[str, Layout] = {
     "llama": "shared_prefix",

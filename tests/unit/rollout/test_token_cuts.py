@@ -34,18 +34,18 @@ def logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
 
 def slow_form(row: list[float], cut: TokenDistribution) -> list[float]:
     """Return probabilities, 0 for tokens that are cut, with sorting and sums of numbers."""
-    kept = {i: math.exp(x / cut.temperature) for i, x in enumerate(row)}
+    left = {i: math.exp(x / cut.temperature) for i, x in enumerate(row)}
     if cut.top_k:
-        kept = dict(sorted(kept.items(), key=lambda item: -item[1])[: cut.top_k])
+        left = dict(sorted(left.items(), key=lambda item: -item[1])[: cut.top_k])
     if cut.top_p < 1:
-        total, mass, nucleus = sum(kept.values()), 0.0, dict[int, float]()
-        for i, p in sorted(kept.items(), key=lambda item: -item[1]):
+        total, mass, nucleus = sum(left.values()), 0.0, dict[int, float]()
+        for i, p in sorted(left.items(), key=lambda item: -item[1]):
             if mass < cut.top_p * total:
                 nucleus[i] = p
             mass += p
-        kept = nucleus
-    kept = {i: p for i, p in kept.items() if p >= cut.min_p * max(kept.values())}
-    return [kept.get(i, 0.0) / sum(kept.values()) for i in range(len(row))]
+        left = nucleus
+    left = {i: p for i, p in left.items() if p >= cut.min_p * max(left.values())}
+    return [left.get(i, 0.0) / sum(left.values()) for i in range(len(row))]
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
@@ -57,7 +57,9 @@ def test_a_cut_distribution_is_its_slow_form(cut: TokenDistribution) -> None:
 
 @pytest.mark.parametrize("vocabulary", [50, 2000])
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_a_cut_distribution_is_that_of_transformers(cut: TokenDistribution, vocabulary: int) -> None:
+def test_a_cut_distribution_is_that_of_transformers(
+    cut: TokenDistribution, vocabulary: int
+) -> None:
     scores = logits(8, vocabulary, seed=1)
     processors = LogitsProcessorList([TemperatureLogitsWarper(cut.temperature)])
     if cut.top_k:

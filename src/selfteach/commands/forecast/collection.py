@@ -36,6 +36,7 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context, Critic
 from selfteach.rollout.journaled_engine import BatchedEngine, JournaledEngine
+from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.rollout.transformers_engine import TransformersEngine
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_json
@@ -105,7 +106,7 @@ class Collector:
         engine = self._built.components.engine
         assert isinstance(engine, BatchedEngine) and isinstance(engine.engine, TransformersEngine)
         self._engine = engine.engine
-        self._sampling = self._base.sampling.settings(request.k, request.seed)
+        self._sampling = training_sampling(self._base, request.k, request.seed)
 
     def collect(self) -> ModelData:
         """Sample, critique, score, sample the teacher, and measure a learning pass."""

@@ -23,6 +23,7 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.feedback.critics.reply_cache import buying_for
 from selfteach.protocols import SolvingCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
+from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.runtime.atomic_files import write_json, write_lines, write_text
 from selfteach.runtime.futures import executor
 from selfteach.runtime.provenance import collect_provenance
@@ -188,7 +189,7 @@ def _tallies(
     run: RunFolder, recipe: Recipe, config: SelectConfig, built: Built, pool: Sequence[Problem]
 ) -> Iterator[list[Tally]]:
     """Yield tallies batch by batch; a served critic works on one batch while the next is sampled."""
-    settings = recipe.sampling.settings(config.samples, config.seed)
+    settings = training_sampling(recipe, config.samples, config.seed)
     sampling = dataclasses.replace(
         settings,
         temperature=config.temperature or settings.temperature,

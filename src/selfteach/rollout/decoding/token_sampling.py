@@ -64,9 +64,9 @@ def sample_token(
 
     ``uniform_B`` is in [0, 1). Completion b samples from row ``row_B[b]`` of the logits, by default
     from row b. Returns the tokens [B] and their log-probabilities (nats) under the distribution:
-    ``softmax(logits / temperature)`` over the tokens that are not cut. Sums run in float64: in float32 the tail of a large vocabulary
-    would be lost in rounding. At temperature 0 it is the most likely token, whose log-probability in
-    that limit is 0.
+    ``softmax(logits / temperature)`` over the tokens that are not cut. Sums run in float64: in float32
+    the tail of a large vocabulary would be lost in rounding. At temperature 0 it is the most likely
+    token, whose log-probability in that limit is 0.
     """
     rows, vocabulary = logits_RV.shape
     row_B = torch.arange(rows, device=logits_RV.device) if row_B is None else row_B
