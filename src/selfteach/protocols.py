@@ -51,6 +51,24 @@ class Verifier(Protocol):
 
 
 @runtime_checkable
+class Reward(Protocol):
+    """Says what rollouts are worth, whole groups of them at a time."""
+
+    def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Verdict]:
+        """Return the verdicts with the rewards of each rollout, in order.
+
+        The verdicts given are the verifier's; a reward may replace whether a rollout is a success.
+        """
+        ...
+
+
+def judge(rollouts: Sequence[Rollout], verify: Verifier, reward: Reward | None) -> list[Verdict]:
+    """Return the verdict of each rollout: the verifier's, with the rewards if there are any."""
+    verdicts = [verify(rollout.problem, rollout.text) for rollout in rollouts]
+    return reward(list(zip(rollouts, verdicts, strict=True))) if reward is not None else verdicts
+
+
+@runtime_checkable
 class Critic(Protocol):
     """Critiques rollouts step by step: a frozen model or a program, not a value function."""
 

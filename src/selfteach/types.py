@@ -52,6 +52,9 @@ class Problem:
     place: str = field(default="", compare=False, repr=False)
     """File and row, like ``problems-17``, of a problem whose row has no id, or the row's id if it names
     another problem too: what its id was in earlier versions. Empty for a problem with an id."""
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The row that the problem was read from, for rewards, with the question's value as ``prompt``;
+    empty if the recipe has no ``[reward]``, or there is no row."""
     history: tuple[tuple[str, str], ...] = ()
     """Messages before the question, as (role, content): a system message, earlier turns of user and
     assistant. Empty for a question alone."""
@@ -135,6 +138,13 @@ class Verdict:
     an environment without messages."""
     timed_out: bool = False
     """True if the verifier gave up on the comparison, which then counts as wrong."""
+    rewards: Rewards | None = None
+    """The rewards of the recipe; None without ``[reward]``."""
+
+    @property
+    def reward(self) -> float | None:
+        """Return the total reward: without ``[reward]`` 1 or 0; None if no reward applies."""
+        return float(self.correct) if self.rewards is None else self.rewards.total
 
     @classmethod
     def of_final(cls, correct: bool, parsed: str | None) -> Verdict:
@@ -173,6 +183,22 @@ class Usage:
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(getattr(self, f) + getattr(other, f) for f in self.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """Holds the rewards of one rollout, by the names that the recipe gives them."""
+
+    total: float | None
+    """Weighted sum of the rewards that apply; None if none does."""
+    values: Mapping[str, float | None]
+    """Each reward, without its weight; None where it does not apply."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Why a judge gave no number, by its name."""
+    usage: Usage = field(default_factory=Usage)
+    """What the judges cost."""
+    logged: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """What functions logged with ``log_metric``, in the record of the first rollout of their batch."""
 
 
 @dataclass(frozen=True, slots=True)

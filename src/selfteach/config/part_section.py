@@ -7,6 +7,7 @@ with ``options = { … }`` as the keyword arguments of that part.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field
@@ -87,7 +88,9 @@ PART_KEYS: Mapping[str, Kind] = {
     "objective": "objective",
     "teacher": "teacher",
 }
-"""The keys of a recipe that may name a part, and its kind."""
+"""The keys of a recipe that may name one part, and its kind."""
+REWARDS = "reward.functions"
+"""The key of a recipe that may name several parts; ``reward.functions.0`` is the first of them."""
 
 
 def named_parts(recipe: Any) -> dict[str, tuple[Kind, OwnPart]]:
@@ -102,18 +105,44 @@ def named_parts(recipe: Any) -> dict[str, tuple[Kind, OwnPart]]:
         "objective": recipe.objective,
         "teacher": recipe.teacher,
     }
-    return {key: (PART_KEYS[key], part) for key, part in named.items() if isinstance(part, OwnPart)}
+    parts = {key: (PART_KEYS[key], part) for key, part in named.items() if isinstance(part, OwnPart)}
+    rewards = enumerate(recipe.reward.functions if recipe.reward is not None else ())
+    own: dict[str, tuple[Kind, OwnPart]] = {
+        f"{REWARDS}.{i}": ("reward", part) for i, part in rewards if isinstance(part, OwnPart)
+    }
+    return {**parts, **own}
+
+
+def part_keys(config: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a recipe's tables that may name a part."""
+    reward = config.get("reward")
+    functions = reward.get("functions", ()) if isinstance(reward, Mapping) else ()
+    return [*PART_KEYS, *(f"{REWARDS}.{i}" for i in range(len(functions)))]
+
+
+def part_name(config: Mapping[str, Any], key: str) -> Any:
+    """Return what stands in a recipe's tables under a key of `part_keys`: a name, or something else."""
+    first, *rest = key.split(".")
+    value = config.get(first)
+    for name in rest:
+        if isinstance(value, Mapping):
+            value = value.get(name)
+        elif isinstance(value, list | tuple):
+            value = value[int(name)]
+    return value.get("type") if isinstance(value, Mapping) else value
 
 
 def with_names(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return a recipe's tables with other names for parts, by the keys of `named_parts`."""
-    changed = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    """Return a recipe's tables with other names for parts, by the keys of `part_keys`."""
+    changed = deepcopy(dict(values))
     for key, name in names.items():
-        section, _, inner = key.partition(".")
-        if not inner:
-            changed[section]["type"] = name
-        elif isinstance(table := changed[section].get(inner), Mapping):
-            changed[section][inner] = {**table, "type": name}
+        *path, last = key.split(".")
+        table: Any = changed
+        for step in path:
+            table = table[int(step)] if isinstance(table, list) else table[step]
+        at = int(last) if isinstance(table, list) else last
+        if isinstance(table[at], dict):
+            table[at]["type"] = name
         else:
-            changed[section][inner] = name
+            table[at] = name
     return changed

@@ -26,6 +26,7 @@ from selfteach.config.objective_section import (
     terms,
 )
 from selfteach.config.part_section import OwnPart
+from selfteach.config.reward_section import RewardConfig
 from selfteach.config.sampling_checks import check_sampling
 from selfteach.config.sampling_section import EvaluationConfig, SamplingConfig
 from selfteach.config.schema import Section
@@ -222,6 +223,9 @@ class Recipe(Section):
     """What the self-teacher is shown."""
     teacher: TeacherConfig = InitialTeacherConfig()
     """Which weights the self-teacher has."""
+    reward: RewardConfig | None = None
+    """What a rollout is worth; unset: 1 if the verifier accepts it, else 0. ``reward = false`` in an arm
+    removes it."""
     objective: ObjectiveConfig = DistillationConfig()
     """What is minimised."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -237,7 +241,7 @@ class Recipe(Section):
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics are sent."""
 
-    @field_validator("critic", mode="before")
+    @field_validator("critic", "reward", mode="before")
     @classmethod
     def _false_is_none(cls, value: object) -> object:
         """Read false as None: ``critic = false`` in an arm removes the critic that others share."""

@@ -124,6 +124,10 @@ class Renderer:
         """Decode a rollout, without special tokens and without the thinking part."""
         return self._split(self._decode(token_ids))[1]
 
+    def completion(self, token_ids: Sequence[int]) -> str:
+        """Decode a rollout as TRL does: with its thought, without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
     def shown(self, token_ids: Sequence[int]) -> str:
         """Decode a prompt with its control tokens, for a person to read."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))

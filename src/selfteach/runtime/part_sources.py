@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.config.part_names import IN_FILE, Kind, unanchored
-from selfteach.config.part_section import PART_KEYS, OwnPart, named_parts, with_names
+from selfteach.config.part_section import OwnPart, named_parts, part_keys, part_name, with_names
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError
@@ -136,11 +136,8 @@ def with_copies(recipe: Recipe, folder: Path, *, only_missing: bool = False) -> 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's config with the names that its recipe.toml has for parts: those of the copies."""
     names = {}
-    for key in PART_KEYS:
-        section, _, inner = key.partition(".")
-        table = config.get(section)
-        value = table.get(inner or "type") if isinstance(table, Mapping) else None
-        value = value.get("type") if isinstance(value, Mapping) else value
+    for key in part_keys(config):
+        value = part_name(config, key)
         if isinstance(value, str) and (match := IN_FILE.fullmatch(value)):
             names[key] = f"./{COPIES}/{key}/{Path(match['place']).name}:{match['name']}"
     return with_names(config, names)

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from selfteach.types import (
     Rollout,
     TrainingSample,
     Usage,
+    Verdict,
 )
 
 ROLLOUT_FIELDS = [field.name for field in fields(Rollout) if field.name != "problem"]
@@ -49,8 +52,19 @@ def problems_fingerprint(problems: Sequence[Problem]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for p in problems:
         row = [p.id, p.question, p.answer, dict(p.references), dict(p.meta), *history_rows(p)]
+        if p.columns:
+            row.append(plain_columns(p.columns))
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return {"problems": len(problems), "sha256": digest.hexdigest()}
+
+
+def plain_columns(columns: Mapping[str, Any]) -> Any:
+    """Return a row's columns as JSON values; what has no form in JSON, like an image, by its type."""
+
+    def plain(value: Any) -> str:
+        return str(value) if isinstance(value, date | time | Decimal) else type(value).__name__
+
+    return json.loads(json.dumps(dict(columns), default=plain))
 
 
 def rollout_row(rollout: Rollout) -> dict[str, Any]:
@@ -98,7 +112,7 @@ def sample_row(sample: TrainingSample) -> dict[str, Any]:
         "question": rollout.problem.question,
         "answer": rollout.text,
         "finished": rollout.finished,
-        **asdict(sample.critiqued.verdict),
+        **verdict_row(sample.critiqued.verdict),
         "critique": None if critique is None else asdict(critique),
         "context": sample.context,
         "dropped": sample.dropped,
@@ -107,6 +121,16 @@ def sample_row(sample: TrainingSample) -> dict[str, Any]:
         "first_error_token": sample.first_error_token,
         "first_change": None if sample.change is None else asdict(sample.change),
     }
+
+
+def verdict_row(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict as columns of a row; with rewards ``reward``, the total, and each by its name."""
+    row = asdict(verdict)
+    del row["rewards"]
+    if (rewards := verdict.rewards) is None:
+        return row
+    failures = {"reward_failures": dict(rewards.failures)} if rewards.failures else {}
+    return {**row, "reward": rewards.total, "rewards": dict(rewards.values), **failures}
 
 
 def critiques_by_key(rows: Iterable[Mapping[str, Any]], path: Path) -> SavedCritiques:

@@ -128,7 +128,8 @@ def _problem(
 ) -> Problem:
     if isinstance(value, Mapping):
         try:
-            return problem_from(Row(dict(value), place, place), columns or Columns(), read)
+            row = Row(dict(value), place, place)
+            return problem_from(row, columns or Columns(), read, keep_row=True)
         except MissingValue as missing:
             raise DataError(f"{label}: {place}: {missing}") from None
     if not isinstance(value, Problem):

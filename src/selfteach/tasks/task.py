@@ -81,11 +81,13 @@ class Task:
         return chosen
 
 
-def load_task(config: DataConfig, model_folder: str, *, allow_empty: bool = False) -> Task:
+def load_task(
+    config: DataConfig, model_folder: str, *, allow_empty: bool = False, keep_rows: bool = False
+) -> Task:
     """Load the task that a recipe names. Raises `DataError`, in one line, if it cannot be loaded.
 
     With ``allow_empty`` the recipe needs no source of problems: the task only says how answers are
-    read.
+    read. With ``keep_rows`` problems have the columns of their rows, for rewards.
     """
     match config:
         case LabData():
@@ -94,7 +96,9 @@ def load_task(config: DataConfig, model_folder: str, *, allow_empty: bool = Fals
             return _chain_sums(config)
         case FilesData() | HubData():
             config = with_mapping(config)
-            splits, counts, columns = read_problem_sets(config, allow_no_source=allow_empty)
+            splits, counts, columns = read_problem_sets(
+                config, allow_no_source=allow_empty, keep_rows=keep_rows
+            )
         case GymData():
             splits, counts, columns = generate(config), {}, ""
         case OwnData():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import openai
 
-from selfteach.config.critic_section import EndpointConfig
+from selfteach.config.served_model import ServedModelConfig
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import Request
 from selfteach.feedback.critics.completion_reader import is_refusal
@@ -21,7 +21,7 @@ PROMPT = "Reply with the digit 1 and nothing else."
 """The cheapest prompt: what is checked is whether the server takes the parameters."""
 
 
-def require_server(config: EndpointConfig) -> None:
+def require_server(config: ServedModelConfig) -> None:
     """Check once that a server is up, serves the model, accepts the key and takes what runs send.
 
     Requests its list of models, and then a reply with all parameters of the run's requests (also those
@@ -39,8 +39,8 @@ def require_server(config: EndpointConfig) -> None:
         if is_too_slow(error):
             return
         raise CriticError(
-            f"critic: no server at {config.base_url} "
-            f"({api.words(error)}): start the server, or fix critic.base_url"
+            f"{config.role}: no server at {config.base_url} "
+            f"({api.words(error)}): start the server, or fix {config.role}.base_url"
         ) from None
 
 
@@ -48,19 +48,18 @@ class _Busy(Exception):
     """Is raised when the server is up and has no time."""
 
 
-def _temperatures(config: EndpointConfig) -> Sequence[tuple[int, float]]:
+def _temperatures(config: ServedModelConfig) -> Sequence[tuple[int, float]]:
     """Return the attempts of which a run sends requests, with their temperatures."""
     attempts = [(0, config.temperature)]
-    retries = config.max_attempts > 1 and "retry" in config.on_failure.model_dump().values()
     # Models with a fixed temperature refuse 0, so a server that takes 0 takes any.
-    if retries and config.parameters.temperature and config.temperature not in (
+    if config.repeats_requests and config.parameters.temperature and config.temperature not in (
         0, config.retry_temperature
     ):  # fmt: skip
         attempts.append((1, config.retry_temperature))
     return attempts
 
 
-def _listed(api: ServedApi, config: EndpointConfig) -> list[str] | None:
+def _listed(api: ServedApi, config: ServedModelConfig) -> list[str] | None:
     """Return the models that a server lists; None if it has no such list."""
     try:
         response = api.call(_get_models(api))
@@ -81,7 +80,7 @@ async def _get_models(api: ServedApi) -> bytes:
 
 def _request(
     api: ServedApi,
-    config: EndpointConfig,
+    config: ServedModelConfig,
     listed: list[str] | None,
     attempt: int,
     temperature: float,
@@ -95,27 +94,27 @@ def _request(
         unknown = listed is not None and config.model not in listed
         if status in (404, 405) or (status == 400 and unknown and listed):
             raise CriticError(
-                f"critic.model = {config.model!r}: {config.base_url} does not serve it "
-                f"(HTTP {status}){_hint(config.model, listed)} ({words})"
+                f"{config.role}.model = {config.model!r}: {config.base_url} does not serve it "
+                f"(HTTP {status}){_hint(config, listed)} ({words})"
             ) from None
         if is_refusal(status, words) or status < 400 or (status < 500 and not _is_busy(error)):
             raise CriticError(
-                f"critic: {config.base_url} refuses the request that runs send (HTTP {status}: "
+                f"{config.role}: {config.base_url} refuses the request that runs send (HTTP {status}: "
                 f"{words}): change that setting, or rename the parameter, or leave it out, in "
-                "[critic.parameters]"
+                f"[{config.role}.parameters]"
             ) from None
         if _is_busy(error):
             raise _Busy from None
 
 
 def _refuse_a_wrong_key(
-    api: ServedApi, error: openai.APIStatusError, config: EndpointConfig
+    api: ServedApi, error: openai.APIStatusError, config: ServedModelConfig
 ) -> None:
     if error.status_code in (401, 403):
         variable = config.api_key_env
-        fix = f"the key in {variable} is wrong" if variable else "name a key in critic.api_key_env"
+        fix = f"the key in {variable} is wrong" if variable else f"name a key in {config.role}.api_key_env"
         raise CriticError(
-            f"critic: {config.base_url} denied access (HTTP {error.status_code}): {fix} "
+            f"{config.role}: {config.base_url} denied access (HTTP {error.status_code}): {fix} "
             f"({api.words(error)})"
         ) from None
 
@@ -127,8 +126,8 @@ def _is_busy(error: openai.APIStatusError) -> bool:
     )
 
 
-def _hint(model: str, listed: list[str] | None) -> str:
+def _hint(config: ServedModelConfig, listed: list[str] | None) -> str:
     if not listed:
-        return ": check critic.model and critic.base_url"
-    close = difflib.get_close_matches(model, listed, n=1, cutoff=0.5)
+        return f": check {config.role}.model and {config.role}.base_url"
+    close = difflib.get_close_matches(config.model, listed, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; it serves {', '.join(listed[:5])}"

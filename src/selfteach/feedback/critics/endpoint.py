@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 
-from selfteach.config.critic_section import EndpointConfig
+from selfteach.config.served_model import ServedModelConfig
 from selfteach.config.server_address import split_address
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import NoReply, OnReply, Reply, Request, as_dicts
@@ -45,7 +45,7 @@ class EndpointModel:
 
     remote = True
 
-    def __init__(self, config: EndpointConfig) -> None:
+    def __init__(self, config: ServedModelConfig) -> None:
         self._config = config
         self._api = served_api(config, config.timeout_seconds, retries=config.http_retries)
         self._slots = asyncio.Semaphore(config.concurrency)
@@ -126,8 +126,8 @@ class EndpointModel:
             return NoReply(f"the server refused the request (HTTP {status}): {words}", True)
         if status in (401, 403, 404, 405, 410) or 300 <= status < 400:
             raise CriticError(
-                f"critic: {config.base_url} returned HTTP {status} for model {config.model!r} "
-                f"({redirected(error) or words}): check critic.model, critic.base_url and the key"
+                f"{config.role}: {config.base_url} returned HTTP {status} for model {config.model!r} "
+                f"({redirected(error) or words}): check {config.role}.model, {config.role}.base_url and the key"
             )
         return NoReply(f"the server returned HTTP {status}: {words}")
 
@@ -145,17 +145,17 @@ class EndpointModel:
         )  # fmt: skip
 
 
-def served_api(config: EndpointConfig, timeout_s: float, *, retries: int) -> ServedApi:
+def served_api(config: ServedModelConfig, timeout_s: float, *, retries: int) -> ServedApi:
     """Return the client of a critic's server. Raises `CriticError` if its key is missing or no key."""
     url, query = split_address(config.base_url)
-    key = read_key(config.api_key_env, "critic.api_key_env", CriticError)
+    key = read_key(config.api_key_env, f"{config.role}.api_key_env", CriticError)
     return ServedApi(
         url, key, timeout_s=timeout_s, max_bytes=MAX_BODY_BYTES, retries=retries,
         key_header=config.api_key_header, query=query,
     )  # fmt: skip
 
 
-async def post_completion(api: ServedApi, config: EndpointConfig, request: Request) -> bytes:
+async def post_completion(api: ServedApi, config: ServedModelConfig, request: Request) -> bytes:
     """Send one request, as all requests of this critic are sent; return the body of its reply.
 
     Raises the errors of OpenAI's client.
@@ -167,7 +167,7 @@ async def post_completion(api: ServedApi, config: EndpointConfig, request: Reque
     return response.content
 
 
-def request_body(config: EndpointConfig, request: Request) -> dict[str, Any]:
+def request_body(config: ServedModelConfig, request: Request) -> dict[str, Any]:
     """Return the body of a request, its parameters named as the server knows them."""
     names, values = config.parameters, {}
     for name, value in (

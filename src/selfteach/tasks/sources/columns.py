@@ -74,11 +74,13 @@ def with_mapping(config: R) -> R:
     return validate(type(config), merge(ready, overrides), where="data")
 
 
-def problem_from(row: Row, columns: Columns, read: ColumnsRead | None = None) -> Problem:
+def problem_from(
+    row: Row, columns: Columns, read: ColumnsRead | None = None, *, keep_row: bool = False
+) -> Problem:
     """Convert a row to a problem. Raises `MissingValue` if it has no question or answer.
 
     Columns that the recipe leaves at their default names are recognised by other usual names too; what
-    was read for what is recorded in ``read``.
+    was read for what is recorded in ``read``. With ``keep_row`` the problem has the row's columns.
     """
     columns = recognised(row, columns, read)
     history, question = _question(row, columns)
@@ -93,7 +95,17 @@ def problem_from(row: Row, columns: Columns, read: ColumnsRead | None = None) ->
     place = "" if id_ else row.name
     meta = _meta(row, columns.meta)
     id_ = id_ or content_id(question, answer, history)
-    return Problem(id_, question, answer, references, meta, place, history)
+    kept = {**row.values, "prompt": _prompt(row, columns)} if keep_row else {}
+    return Problem(id_, question, answer, references, meta, place, columns=kept, history=history)
+
+
+def _prompt(row: Row, columns: Columns) -> Any:
+    """Return the value of the question as the row has it: a text, or a list of messages."""
+    value = column_value(row.values, columns.question)
+    if isinstance(value, Mapping) and is_conversation(value):  # a table of lists of `datasets`
+        pairs = zip(value["role"], value["content"], strict=False)
+        return [{"role": role, "content": content} for role, content in pairs]
+    return value
 
 
 def content_id(question: str, answer: str, history: Messages = ()) -> str:

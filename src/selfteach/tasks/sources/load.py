@@ -33,13 +33,14 @@ from selfteach.types import Problem
 
 
 def read_problem_sets(
-    config: FilesData | HubData, *, allow_no_source: bool = False
+    config: FilesData | HubData, *, allow_no_source: bool = False, keep_rows: bool = False
 ) -> tuple[Splits, Counter[str], str]:
     """Read train, validation and test of a recipe's files or dataset, and count what is left out.
 
     The third value says in one line which columns were read for what. Duplicates of a question are
     removed, in each source and across sources. Raises `DataError` or
-    `RecipeError`, in one line, also if no source is named, unless ``allow_no_source``.
+    `RecipeError`, in one line, also if no source is named, unless ``allow_no_source``. With
+    ``keep_rows`` problems have the columns of their rows.
     """
     sources = {name: source for name in SOURCES if (source := getattr(config, name))}
     if not sources and not allow_no_source:
@@ -58,7 +59,8 @@ def read_problem_sets(
         files = source if isinstance(source, tuple) else (source,)
         problems: list[Problem] = []
         for file in files:
-            unique, duplicates = without_duplicates(_problems(config, file, name, counts, columns))
+            all_rows = _problems(config, file, name, counts, columns, keep_rows=keep_rows)
+            unique, duplicates = without_duplicates(all_rows)
             _check_ids(unique, file)
             counts["duplicates"] += duplicates
             problems += unique
@@ -94,7 +96,8 @@ def combined(
 
 def read_file(path: Path) -> tuple[Problem, ...]:
     """Read the problems of one file with the default columns. Raises `DataError`."""
-    problems = _numbered(_problems(FilesData(type="files"), str(path), "test", Counter(), {}))
+    config = FilesData(type="files")
+    problems = _numbered(_problems(config, str(path), "test", Counter(), {}, keep_rows=True))
     _check_ids(problems, str(path))
     return tuple(problems)
 
@@ -131,15 +134,16 @@ def _by_content(problem: Problem) -> Problem:
 
 
 def _problems(
-    config: RowsData, source: str, split: str, counts: Counter[str], read: ColumnsRead
-) -> list[Problem]:
+    config: RowsData, source: str, split: str, counts: Counter[str], read: ColumnsRead, *,
+    keep_rows: bool,
+) -> list[Problem]:  # fmt: skip
     """Read one file or split. Raises `DataError` for the first bad row, or if no row is good."""
     columns = config.columns or Columns()
     problems: list[Problem] = []
     first_bad: DataError | None = None
     for row in islice(_filtered(config, source, split, counts), config.limit):
         try:
-            problems.append(problem_from(row, columns, read))
+            problems.append(problem_from(row, columns, read, keep_row=keep_rows))
         except MissingValue as missing:
             first_bad = first_bad or bad_row(row, missing)
             if config.bad_rows == "stop":
