@@ -36,6 +36,8 @@ class Evaluation:
     parsed: list[list[str | None]]
     finished: list[list[bool]]
     lengths: list[list[int]]
+    rewards: list[list[float | None]] | None = None
+    """Total rewards; None without ``reward.success``, or where a rollout has none."""
 
     def per_problem(self) -> dict[str, np.ndarray]:
         """Return avg, pass, maj, truncated and format in percent, length in tokens; each [P]."""
@@ -56,7 +58,10 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the evaluation as a JSON-serialisable dict."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.rewards is None:
+            del values["rewards"]
+        return values
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Evaluation:

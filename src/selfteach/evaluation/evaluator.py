@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from selfteach.evaluation.evaluation_record import Evaluation
-from selfteach.protocols import Engine, Verifier
+from selfteach.protocols import Engine, Reward, Verifier, judge
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
@@ -22,18 +22,19 @@ def evaluate(
     step: int = 0,
     same: Callable[[str, str], bool] = operator.eq,
     ranks: Ranks = SINGLE_PROCESS,
+    reward: Reward | None = None,
 ) -> Evaluation:
     """Sample ``sampling.samples`` rollouts of each problem and verify them.
 
     ``same`` returns whether two final answers are equal, so that a majority vote does not depend on
-    spelling. With several ranks the engine samples this rank's share, and every rank returns the full
+    spelling. With a ``reward``, which gets all rollouts, it says what is right. With several ranks the engine samples this rank's share, and every rank returns the full
     evaluation.
     """
     k = sampling.samples
 
     def verified() -> list[tuple[Rollout, Verdict]]:
         rollouts = engine.generate(problems, sampling)
-        return [(rollout, verify(rollout.problem, rollout.text)) for rollout in rollouts]
+        return list(zip(rollouts, judge(rollouts, verify, reward), strict=True))
 
     judged = ranks.gather(ranks.all_or_raise(verified))
     rollouts, verdicts = [rollout for rollout, _ in judged], [verdict for _, verdict in judged]
@@ -51,6 +52,7 @@ def evaluate(
         parsed=[merge_equal_answers(row, same) for row in by_problem([v.parsed for v in verdicts])],
         finished=by_problem([rollout.finished for rollout in rollouts]),
         lengths=by_problem([len(rollout.token_ids) for rollout in rollouts]),
+        rewards=None if reward is None else by_problem([v.reward for v in verdicts]),
     )
 
 

@@ -82,7 +82,7 @@ class Grpo:
         """
         counted = self._counted(samples)
         chosen = [sample for sample, in_loss in zip(samples, counted, strict=True) if in_loss]
-        values = iter(group_advantages(*_outcomes(chosen), scale_rewards=self.scale_rewards))
+        values = iter(_advantages(chosen, self.scale_rewards))
         return [next(values) if in_loss else 0.0 for in_loss in counted]
 
     def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:
@@ -199,7 +199,7 @@ class Grpo:
         """Return whether each sample's group is in the loss."""
         if not self.mixed_groups_only:
             return [True] * len(samples)
-        advantages = group_advantages(*_outcomes(samples), scale_rewards="none")
+        advantages = _advantages(samples, "none")
         mixed = {
             sample.rollout.problem.id
             for sample, advantage in zip(samples, advantages, strict=True)
@@ -208,7 +208,17 @@ class Grpo:
         return [sample.rollout.problem.id in mixed for sample in samples]
 
 
-def _outcomes(samples: Sequence[TrainingSample]) -> tuple[list[float], list[str]]:
-    """Return each rollout's reward and its group: the problem's id."""
-    rewards = [float(sample.critiqued.verdict.correct) for sample in samples]
-    return rewards, [sample.rollout.problem.id for sample in samples]
+def _advantages(samples: Sequence[TrainingSample], scale_rewards: RewardScale) -> list[float]:
+    """Return each rollout's advantage in the group of its problem.
+
+    A rollout without a reward has the advantage 0 and no part in means and deviations, as in TRL.
+    """
+    rewards = [sample.critiqued.verdict.reward for sample in samples]
+    scored = [
+        (reward, sample.rollout.problem.id)
+        for reward, sample in zip(rewards, samples, strict=True)
+        if reward is not None
+    ]
+    values, groups = [reward for reward, _ in scored], [group for _, group in scored]
+    advantages = iter(group_advantages(values, groups, scale_rewards=scale_rewards))
+    return [0.0 if reward is None else next(advantages) for reward in rewards]

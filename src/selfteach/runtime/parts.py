@@ -125,9 +125,14 @@ def build_part(
 
     ``checks`` say what is broken about the result of a method by its name. Raises `PartError`.
     """
+    return reported(*construct_part(kind, part, offered), checks or {})
+
+
+def construct_part(kind: Kind, part: OwnPart, offered: Offered | None = None) -> tuple[Any, str]:
+    """Import and build a part as it is; also return its label, for errors. Raises `PartError`."""
     imported = import_part(kind, part.type)
     built = _construct(imported, bound_options(imported, part.options, offered or {}))
-    return reported(built, imported.label, checks or {})
+    return built, imported.label
 
 
 OFFERED_BY_KIND: Mapping[Kind, frozenset[str]] = {

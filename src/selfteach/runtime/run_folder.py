@@ -11,6 +11,7 @@
     rollouts/              a file per batch, written before the rollouts are used; unfinished/ holds
                            the complete groups of a batch in which the engine failed
     critiques/             a file per batch, written before the critiques are used
+    rewards/               a file per batch and reward, written before it is used; only with [reward]
     samples/               verdict, critique and context of each rollout; a file per step
     verifier_timeouts.jsonl  comparisons of answers that took too long; only with some
     evaluations/           per-problem results, a file per evaluation
@@ -29,14 +30,12 @@ damaged, and the run is refused.
 from __future__ import annotations
 
 import fcntl
-import functools
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -53,11 +52,10 @@ from selfteach.runtime.atomic_files import (
     json_lines,
     make_folder,
     report_full_disk,
-    sync_file,
-    sync_folder,
     write_json,
     write_text,
 )
+from selfteach.runtime.background_flush import flush_later
 from selfteach.runtime.checksums import Checksums
 from selfteach.runtime.folder_start import clear_start, holds_work, is_our_config, require_empty
 from selfteach.runtime.part_sources import portable
@@ -230,7 +228,7 @@ class RunFolder:
         with atomic_path(path, flushed=False) as temporary:
             temporary.write_text(text, encoding="utf-8")
         self._flushing.append(
-            _flusher(os.getpid()).submit(_flush, path, self._checksums, text.encode())
+            flush_later(path, self._checksums, text.encode())
         )
 
     def flushed(self) -> None:
@@ -329,6 +327,14 @@ class RunFolder:
             critiques |= critiques_by_key(self._read(path) or [], path)
         return critiques
 
+    def save_rewards(self, name: str, rows: Sequence[Row]) -> None:
+        """Save one reward of a batch, under a name like ``step_000012.000.length``."""
+        self._write(self.path / "rewards" / f"{name}.jsonl", rows)
+
+    def load_rewards(self, name: str) -> list[Row] | None:
+        """Return the rows saved under a name; None if there are none, or the file is truncated."""
+        return self._read(self.path / "rewards" / f"{name}.jsonl")
+
     def save_evaluation(self, path: Path, values: Mapping[str, Any]) -> None:
         """Save the record of an evaluation, with its checksum."""
         if self._checksums.holds(path):
@@ -367,26 +373,6 @@ class RunFolder:
 def load_result(folder: Path) -> dict[str, Any]:
     """Return the result of a finished run: steps, seed, budget and learning curve."""
     return read_json(folder / "result.json")
-
-
-@functools.lru_cache(maxsize=1)
-def _flusher(process: int) -> ThreadPoolExecutor:
-    """Return the thread that flushes files in the order in which they were written.
-
-    It is cached per process: a forked process does not inherit its parent's threads.
-    """
-    return ThreadPoolExecutor(1, "flush")
-
-
-def _flush(path: Path, checksums: Checksums, content: bytes) -> None:
-    """Flush a file, then record its checksum. Raises `CheckpointError` if the disk is full."""
-    with report_full_disk():
-        try:
-            sync_file(path)
-        except FileNotFoundError:  # deleted in the meantime
-            return
-        sync_folder(path.parent)
-    checksums.record(path, content)
 
 
 def _acquire(handle: TextIO, path: Path) -> None:

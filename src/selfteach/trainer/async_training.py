@@ -37,13 +37,15 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import TypeVar
 
 from torch import Tensor
 
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
+from selfteach.feedback.rewards.combined_reward import CombinedReward
+from selfteach.feedback.rewards.reward_journal import RewardJournal
 from selfteach.protocols import Engine
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime.futures import Submit, executor, submit_inline, timed_call
@@ -231,6 +233,7 @@ class StartedStep:
             self._components,
             engine=engine,
             verify=self._critiques.verify,
+            reward=None if self._components.reward is None else self._critiques.verdicts,
             critic=None if self._components.critic is None else self._critiques,
         )
 
@@ -277,7 +280,10 @@ class StartedCritiques:
         """Start to verify and critique one batch of rollouts."""
         spans = self._started.active.critique
         components = self._journaled(f"step_{self._step:06d}.{number:03d}")
-        submitted = self._submit(timed_call, verify_and_critique, spans, components, rollouts)
+        reward = self._components.reward
+        waits = isinstance(reward, CombinedReward) and reward.in_main_thread
+        submit = partial if waits else self._submit  # a call of `partial` is made by `_collect`
+        submitted = submit(timed_call, verify_and_critique, spans, components, rollouts)
         self._batches.append(cache(submitted))
 
     def reopen(self) -> None:
@@ -285,17 +291,22 @@ class StartedCritiques:
         self._results = None
 
     def mixed_groups(self) -> int:
-        """Return the number of groups, of all ranks, with both right and wrong rollouts."""
-        verdicts: defaultdict[str, set[bool]] = defaultdict(set)
+        """Return the number of groups, of all ranks, whose rollouts differ in reward."""
+        rewards: defaultdict[str, set[float]] = defaultdict(set)
         for critiqued in self._collect().values():
-            verdicts[critiqued.rollout.problem.id].add(critiqued.verdict.correct)
-        mixed = sum(len(outcomes) > 1 for outcomes in verdicts.values())
+            if (reward := critiqued.verdict.reward) is not None:
+                rewards[critiqued.rollout.problem.id].add(reward)
+        mixed = sum(len(outcomes) > 1 for outcomes in rewards.values())
         return self._components.ranks.sum(mixed)
 
     def verify(self, problem: Problem, text: str) -> Verdict:
         """Return the verdict of one of the step's rollouts."""
         self._collect()
         return self._verdicts[problem.id, text]
+
+    def verdicts(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Verdict]:
+        """Return the verdicts of the step's rollouts, with their rewards."""
+        return [self._collect()[rollout.key].verdict for rollout, _ in judged]
 
     def __call__(
         self, judged: Sequence[tuple[Rollout, Verdict]]
@@ -318,16 +329,20 @@ class StartedCritiques:
         return self._results
 
     def _journaled(self, name: str) -> Components:
-        critic, run = self._components.critic, self._run
+        critic, run, components = self._components.critic, self._run, self._components
+        # Ranks may request the same critique, and one of them pays.
+        buyer = f"{run.identity}/{components.ranks.rank}"
+        if isinstance(components.reward, CombinedReward):
+            update = (self._step - 1) * components.num_iterations
+            reward = components.reward.at(update, RewardJournal(run, name, buyer))
+            components = dataclasses.replace(components, reward=reward)
         if critic is None:
-            return self._components
+            return components
 
         def save(
             rollouts: Sequence[Rollout], critiques: Sequence[Critique | CritiqueFailure | None]
         ) -> None:
             run.save_critiques(name, rollouts, critiques)
 
-        # Ranks may request the same critique, and one of them pays.
-        journal = f"{run.identity}/{self._components.ranks.rank}/{name}"
-        journaled = JournaledCritic(critic, self._saved, save, journal)
-        return dataclasses.replace(self._components, critic=journaled)
+        journaled = JournaledCritic(critic, self._saved, save, f"{buyer}/{name}")
+        return dataclasses.replace(components, critic=journaled)

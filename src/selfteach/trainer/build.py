@@ -31,6 +31,7 @@ from selfteach.feedback.contexts import (
     PartlyAlignedContext,
     TemplateContext,
 )
+from selfteach.feedback.rewards.combined_reward import CombinedReward
 from selfteach.models.fsdp import Shards
 from selfteach.models.loading import (
     DTYPES,
@@ -57,6 +58,7 @@ from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
 from selfteach.trainer.build_objective import build_objective
+from selfteach.trainer.build_reward import build_reward
 from selfteach.trainer.device_load import require_memory
 from selfteach.trainer.device_memory import chunk_tokens
 from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates, within_context
@@ -71,6 +73,9 @@ class Built:
     components: Components
     task: Task
     tokenizer: PreTrainedTokenizerBase
+    reward: CombinedReward | None = None
+    """What a training rollout is worth. The components have it too where it decides success: only then
+    is it computed outside of training."""
 
 
 def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
@@ -82,7 +87,9 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     device = choose_device(recipe.model.device)
     configure_torch(device)
     require_memory(recipe)
-    task = load_task(recipe.data, resolve(recipe.model.path))
+    task = load_task(
+        recipe.data, resolve(recipe.model.path), keep_rows=recipe.reward is not None
+    )
     templates = Templates(recipe.model.templates or task.templates)
     require_fitting_templates(recipe, templates)
     loaded = load(
@@ -92,6 +99,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
     renderer = loaded.renderer
     task = within_context(renderer, task, loaded.max_length, recipe)
+    reward = build_reward(recipe, task, renderer)
     problems = (*task.train, *task.validation, *task.test)
     labelled = ((problem.label, renderer.solver_prompt(problem)) for problem in problems)
     require_embedded(labelled, embedded_tokens(loaded.model))
@@ -122,7 +130,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         renderer=renderer,
         split_steps=task.split_steps,
         sampling=training_sampling(recipe, recipe.train.group_size, recipe.seed),
-        critic_threads=critic_threads(recipe.critic),
+        critic_threads=critic_threads(recipe),
         samples_in_background=_samples_in_background(recipe),
         num_iterations=recipe.train.num_iterations,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
@@ -130,9 +138,10 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         max_length=loaded.max_length,
         pad_id=loaded.pad_id,
         initial=_watched_initial(recipe, teacher, policy),
+        reward=reward if reward is not None and reward.success is not None else None,
         ranks=ranks,
     )
-    return Built(components, task, loaded.tokenizer)
+    return Built(components, task, loaded.tokenizer, reward)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from selfteach.config.critic_section import (
     PolicyCriticConfig,
     RecordedConfig,
 )
-from selfteach.config.recipe import ModelConfig, ThinkingConfig
+from selfteach.config.recipe import ModelConfig, Recipe, ThinkingConfig
 from selfteach.errors import CriticError, RecipeError
 from selfteach.feedback.critics.chat_model import ChatModel
 from selfteach.feedback.critics.llm import LlmCritic
@@ -81,9 +81,15 @@ def build_critic(
             )
 
 
-def critic_threads(config: CriticConfig | None) -> int:
-    """Return how many batches may be critiqued during sampling: with a server several, else none."""
-    return 4 if isinstance(config, EndpointConfig) else 0
+def critic_threads(recipe: Recipe) -> int:
+    """Return how many batches may be critiqued and judged during sampling: with servers several.
+
+    None with a critic in this process, which cannot run while the policy does.
+    """
+    judged = recipe.reward is not None and recipe.reward.judges
+    if isinstance(recipe.critic, EndpointConfig) or (recipe.critic is None and judged):
+        return 4
+    return 0
 
 
 def _chat_model(

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from selfteach.trainer.build import Built, build, build_sinks, set_threads
 from selfteach.trainer.fit_checks import require_references, require_splits
 from selfteach.trainer.guard import Guard
 from selfteach.trainer.preflight import preflight
+from selfteach.trainer.evaluation_reward import BatchwiseReward
 from selfteach.trainer.problem_identity import has_uneven_epochs, same_problems
+from selfteach.trainer.reward_metrics import JUDGE_BUDGET
 from selfteach.trainer.step import publish_weights
 from selfteach.types import Problem
 
@@ -188,7 +191,7 @@ def _steps(
     run: RunFolder, recipe: Recipe, built: Built, done: int, record: Record, end: Termination
 ) -> Iterator[dict[str, Any]]:
     """Train step by step. A row is written before its step's checkpoint, so that none is missing."""
-    components, last = built.components, recipe.train.steps
+    components, last = replace(built.components, reward=built.reward), recipe.train.steps
     publish_weights(components)
     training = train_steps(
         components, _rollout_requests(run, recipe, built), range(done + 1, last + 1), run,
@@ -311,10 +314,14 @@ def _measure(
     settings, started = recipe.evaluation, time.monotonic()
     k = settings.test_k if split == "test" else settings.validation_k
     sampling = evaluation_sampling(recipe, k, recipe.seed)
-    engine = JournaledEngine(built.components.engine, run, rollouts_name(split, step))
+    scored = BatchwiseReward(run, built, rollouts_name(split, step), step * recipe.train.num_iterations)
+    engine = JournaledEngine(
+        built.components.engine, run, rollouts_name(split, step), on_batch=scored.start
+    )
     evaluation = evaluate(
         engine, built.components.verify, built.task.problems(split), sampling,
         split=split, step=step, same=built.task.answer_format.equivalent, ranks=built.components.ranks,
+        reward=scored if scored.decides else None,
     )  # fmt: skip
     built.components.ranks.all_or_raise(run.flushed)
     if built.components.ranks.is_main:
@@ -324,6 +331,7 @@ def _measure(
         "kind": split,
         "k": sampling.samples,
         **evaluation.means(),
+        **scored.metrics(),
         "evaluation_rollouts": sampling.samples * len(evaluation.problem_ids),
         "time/evaluate": time.monotonic() - started,
     }
@@ -342,9 +350,8 @@ def _finish(run: RunFolder, recipe: Recipe, built: Built, record: Record) -> Non
         return
     rows = run.metrics()
     seconds = sum(v for row in rows for k, v in row.items() if k.startswith("time/"))
-    budget = {
-        name: sum(row.get(name, 0) for row in rows) for name in (*BUDGET, "evaluation_rollouts")
-    }
+    names = [*BUDGET, "evaluation_rollouts", *(JUDGE_BUDGET if _has_judge(recipe) else ())]
+    budget = {name: sum(row.get(name, 0) for row in rows) for name in names}
     curve = [(row["step"], row["avg"]) for row in rows if row["kind"] == "validation"]
     write_json(
         run.result_path,
@@ -355,6 +362,10 @@ def _finish(run: RunFolder, recipe: Recipe, built: Built, record: Record) -> Non
             "curve": {"steps": [s for s, _ in curve], "avg": [avg for _, avg in curve]},
         },
     )
+
+
+def _has_judge(recipe: Recipe) -> bool:
+    return recipe.reward is not None and len(recipe.reward.judges) > 0
 
 
 def _export(run: RunFolder, recipe: Recipe, built: Built) -> None:

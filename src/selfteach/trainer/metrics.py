@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selfteach.runtime.distributed import Ranks
 from selfteach.trainer import rollout_statistics
+from selfteach.trainer.reward_metrics import summarize_rewards
 from selfteach.types import CritiqueFailure, TokenWeights, TrainingSample, Usage
 
 Metrics = dict[str, float]
@@ -47,6 +48,7 @@ def summarize_samples(samples: Sequence[TrainingSample]) -> Metrics:
     return {
         "correct": sum(sample.critiqued.verdict.correct for sample in samples) / count,
         "formatted": sum(sample.critiqued.verdict.formatted for sample in samples) / count,
+        **summarize_rewards(samples),
         **({"verifier_timeouts": timeouts} if timeouts else {}),
         "truncated": sum(not rollout.finished for rollout in rollouts) / count,
         "length": tokens / count,

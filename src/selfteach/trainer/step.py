@@ -16,7 +16,16 @@ from selfteach.feedback.alignment import changed_steps, first_change, first_erro
 from selfteach.losses.sampled_kl import sampled_kl
 from selfteach.models.policy import Policy
 from selfteach.prompts.renderer import Renderer
-from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Verifier
+from selfteach.protocols import (
+    Context,
+    Critic,
+    Engine,
+    Objective,
+    Reward,
+    Teacher,
+    Verifier,
+    judge,
+)
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.torch_setup import seed_update
 from selfteach.tasks import segmentation
@@ -61,6 +70,8 @@ class Components:
     pad_id: int
     initial: Teacher | None = None
     """Scores with the initial policy, to log how far the policy is from it; None: not logged."""
+    reward: Reward | None = None
+    """Says what rollouts are worth; None: their verdicts."""
     ranks: Ranks = SINGLE_PROCESS
     """The processes that take this step together; each trains on its share of the samples."""
 
@@ -80,8 +91,8 @@ def train_step(
 def verify_and_critique(
     components: Components, rollouts: Sequence[Rollout]
 ) -> list[CritiquedRollout]:
-    """Verify each rollout, then have the critic write a critique of it."""
-    verdicts = [components.verify(rollout.problem, rollout.text) for rollout in rollouts]
+    """Verify and reward each rollout, then have the critic write a critique of it."""
+    verdicts = judge(rollouts, components.verify, components.reward)
     critiques: Sequence[Critique | CritiqueFailure | None] = [None] * len(rollouts)
     if components.critic is not None:
         critiques = components.critic(list(zip(rollouts, verdicts, strict=True)))

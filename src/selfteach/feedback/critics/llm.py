@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from selfteach.config.critic_section import EndpointConfig, LlmCriticConfig
+from selfteach.config.served_model import ChatModelConfig, ServedModelConfig
 from selfteach.errors import CriticError, SelfteachError
 from selfteach.feedback.critics.chat_model import NoReply, Reply, Request
 from selfteach.feedback.critics.parser import CritiqueParser
@@ -62,7 +63,7 @@ class LlmCritic:
             for index, (reply, cached) in zip(pending, replies, strict=True):
                 before = (critiques if index in critiques else solutions)[index].usage
                 critique = self._parse(reply, *judged[index])
-                critiques[index] = replace(critique, usage=before + self._usage(reply, cached))
+                critiques[index] = replace(critique, usage=before + usage_of(reply, cached, self._config))
             pending = [i for i in pending if self._policy(critiques[i]) == "retry"]
             if not pending:
                 break
@@ -89,7 +90,7 @@ class LlmCritic:
             if isinstance(reply, Reply) and reply.finished and not reply.refusal:
                 unescaped = self._escaper.unescape(reply.text) if self._escaper else reply.text
                 text = split_thinking(unescaped)[1].strip() or None
-            solutions.append(CriticSolution(text, self._usage(reply, cached)))
+            solutions.append(CriticSolution(text, usage_of(reply, cached, self._config)))
         return solutions
 
     def _solutions_shown(self, problems: Sequence[Problem]) -> list[CriticSolution]:
@@ -155,13 +156,15 @@ class LlmCritic:
             return critique
         return replace(critique, reply=text[:EXCERPT])
 
-    def _usage(self, reply: Reply | NoReply, cached: bool) -> Usage:
-        if isinstance(reply, NoReply):
-            return Usage()
-        if cached:
-            return Usage(cached=1)
-        cost = 0.0
-        if isinstance(config := self._config, EndpointConfig):
-            cost += reply.prompt_tokens * config.price_prompt
-            cost += reply.completion_tokens * config.price_completion
-        return Usage(1, 0, reply.prompt_tokens, reply.completion_tokens, cost / 1e6)
+
+def usage_of(reply: Reply | NoReply, cached: bool, config: ChatModelConfig) -> Usage:
+    """Return what a reply cost, at the prices of a served model."""
+    if isinstance(reply, NoReply):
+        return Usage()
+    if cached:
+        return Usage(cached=1)
+    cost = 0.0
+    if isinstance(config, ServedModelConfig):
+        cost += reply.prompt_tokens * config.price_prompt
+        cost += reply.completion_tokens * config.price_completion
+    return Usage(1, 0, reply.prompt_tokens, reply.completion_tokens, cost / 1e6)

@@ -1,0 +1,1 @@
+"""Reward rollouts: functions of TRL's signature, judges, the verifier, and their weighted sum."""

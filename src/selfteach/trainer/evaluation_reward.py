@@ -1,0 +1,49 @@
+"""Rewards the rollouts of an evaluation batch by batch, each batch in the run folder before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from selfteach.feedback.rewards.reward_journal import RewardJournal
+from selfteach.protocols import judge
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.build import Built
+from selfteach.trainer.reward_metrics import mean_rewards
+from selfteach.types import Rollout, Verdict
+
+
+class BatchwiseReward:
+    """Implements `Reward` for rollouts that come in batches, and whose reward decides success.
+
+    ``start`` gets each batch as it is complete; a call returns the verdicts of rollouts of any of them.
+    ``name`` is that of the evaluation's rollouts, ``update`` the number of the policy's updates.
+    """
+
+    def __init__(self, run: RunFolder, built: Built, name: str, update: int) -> None:
+        self.decides = built.components.reward is not None
+        self._run, self._built, self._name, self._update = run, built, name, update
+        self._verdicts: dict[tuple[str, int], Verdict] = {}
+
+    def start(self, number: int, rollouts: Sequence[Rollout]) -> None:
+        """Reward one batch; nothing happens where rewards do not decide success."""
+        reward, components = self._built.reward, self._built.components
+        if not self.decides or reward is None:
+            return
+        buyer = f"{self._run.identity}/{components.ranks.rank}"
+        journal = RewardJournal(self._run, f"{self._name}.{number:03d}", buyer)
+        verdicts = judge(rollouts, components.verify, reward.at(self._update, journal))
+        for rollout, verdict in zip(rollouts, verdicts, strict=True):
+            self._verdicts[rollout.key] = verdict
+
+    def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Verdict]:
+        """Return the verdicts of rollouts whose batches were rewarded."""
+        return [self._verdicts[rollout.key] for rollout, _ in judged]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the means of all ranks' rewards; empty where rewards do not decide success."""
+        if not self.decides:
+            return {}
+        ranks = self._built.components.ranks
+        mine = [v.rewards for v in self._verdicts.values() if v.rewards is not None]
+        rewards = ranks.gather(mine)
+        return mean_rewards(rewards) if rewards else {}
