@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import openai
 
 from selfteach.runtime.api_keys import redact
+from selfteach.runtime.event_loop import run_until_stopped
 
 T = TypeVar("T")
 
@@ -96,7 +97,7 @@ class ServedApi:
     ) -> None:  # fmt: skip
         self.key, self.timeout_s = key, timeout_s
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=_run, args=(self._loop,), name="endpoint", daemon=True).start()
+        threading.Thread(target=run_until_stopped, args=(self._loop,), name="endpoint", daemon=True).start()
         self.client = openai.AsyncOpenAI(
             base_url=url, api_key=key, timeout=timeout_s, max_retries=retries,
             default_query=dict(query or {}),
@@ -153,13 +154,6 @@ def _decoder(encoding: str) -> Any:
     if name in ("gzip", "x-gzip", "deflate"):
         return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
     raise _HTTP.DecodingError(f"the reply is encoded as {name[:20]!r}, which was not requested")
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """Run a thread's event loop until it is stopped, then once more to run the callbacks of closing."""
-    loop.run_forever()
-    loop.run_until_complete(asyncio.sleep(0))
-    loop.close()
 
 
 def _shut_down(loop: asyncio.AbstractEventLoop, client: openai.AsyncOpenAI) -> None:

@@ -27,12 +27,17 @@ class EventLoop:
         with self._starting:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                run = threading.Thread(
-                    target=self._loop.run_forever, name="coroutines", daemon=True
-                )
-                run.start()
-                stop = weakref.finalize(
-                    self, self._loop.call_soon_threadsafe, self._loop.stop
-                )
+                run = (self._loop,)
+                threading.Thread(
+                    target=run_until_stopped, args=run, name="coroutines", daemon=True
+                ).start()
+                stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
                 stop.atexit = False
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+def run_until_stopped(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a thread's event loop until it is stopped, then once more to run the callbacks of closing."""
+    loop.run_forever()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()

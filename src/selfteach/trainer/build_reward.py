@@ -11,8 +11,10 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.reward_section import (
     JudgeConfig,
     OwnRewardConfig,
-    RewardFunction as RewardFunctionConfig,
     VerifierRewardConfig,
+)
+from selfteach.config.reward_section import (
+    RewardFunction as RewardFunctionConfig,
 )
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache, default_path

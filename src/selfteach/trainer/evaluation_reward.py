@@ -1,4 +1,4 @@
-"""Rewards the rollouts of an evaluation batch by batch, each batch in the run folder before it is used."""
+"""Rewards an evaluation batch by batch, each batch in the run folder before it is used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from selfteach.protocols import judge
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built
 from selfteach.trainer.reward_metrics import mean_rewards
-from selfteach.types import Rollout, Verdict
+from selfteach.types import Problem, Rollout, Verdict
 
 
 class BatchwiseReward:
@@ -23,6 +23,7 @@ class BatchwiseReward:
         self.decides = built.components.reward is not None
         self._run, self._built, self._name, self._update = run, built, name, update
         self._verdicts: dict[tuple[str, int], Verdict] = {}
+        self._by_text: dict[tuple[str, str], Verdict] = {}
 
     def start(self, number: int, rollouts: Sequence[Rollout]) -> None:
         """Reward one batch; nothing happens where rewards do not decide success."""
@@ -31,9 +32,15 @@ class BatchwiseReward:
             return
         buyer = f"{self._run.identity}/{components.ranks.rank}"
         journal = RewardJournal(self._run, f"{self._name}.{number:03d}", buyer)
-        verdicts = judge(rollouts, components.verify, reward.at(self._update, journal))
+        verdicts = judge(rollouts, self.verify, reward.at(self._update, journal))
         for rollout, verdict in zip(rollouts, verdicts, strict=True):
             self._verdicts[rollout.key] = verdict
+
+    def verify(self, problem: Problem, text: str) -> Verdict:
+        """Return the verifier's verdict, once for equal texts."""
+        if (problem.id, text) not in self._by_text:
+            self._by_text[problem.id, text] = self._built.components.verify(problem, text)
+        return self._by_text[problem.id, text]
 
     def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Verdict]:
         """Return the verdicts of rollouts whose batches were rewarded."""

@@ -32,10 +32,10 @@ from selfteach.tasks.verifiers import keep_timeouts
 from selfteach.trainer import checkpoint
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
+from selfteach.trainer.evaluation_reward import BatchwiseReward
 from selfteach.trainer.fit_checks import require_references, require_splits
 from selfteach.trainer.guard import Guard
 from selfteach.trainer.preflight import preflight
-from selfteach.trainer.evaluation_reward import BatchwiseReward
 from selfteach.trainer.problem_identity import has_uneven_epochs, same_problems
 from selfteach.trainer.reward_metrics import JUDGE_BUDGET
 from selfteach.trainer.step import publish_weights
@@ -319,7 +319,7 @@ def _measure(
         built.components.engine, run, rollouts_name(split, step), on_batch=scored.start
     )
     evaluation = evaluate(
-        engine, built.components.verify, built.task.problems(split), sampling,
+        engine, scored.verify, built.task.problems(split), sampling,
         split=split, step=step, same=built.task.answer_format.equivalent, ranks=built.components.ranks,
         reward=scored if scored.decides else None,
     )  # fmt: skip

@@ -1,0 +1,221 @@
+"""Rewards of TRL's signature go through training, evaluation and resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfteach.config.recipe import Recipe
+from selfteach.config.schema import validate
+from selfteach.errors import CheckpointError, PartError
+from selfteach.tasks.lab import lab_task
+from selfteach.tasks.lab.worlds import WORLDS
+from selfteach.tasks.lab.world import World
+from selfteach.trainer.loop import run_to_end
+
+REWARDS = '''
+import asyncio, json, pathlib, random
+
+CALLS = pathlib.Path(__file__).with_name("calls.jsonl")
+
+def note(name, **values):
+    with CALLS.open("a") as file:
+        file.write(json.dumps({"name": name, **values}) + "\\n")
+
+def length(completions, completion_ids, difficulty, **kwargs):
+    state = kwargs["trainer_state"]
+    kwargs["log_metric"]("longest", max(map(len, completion_ids)))
+    kwargs["log_extra"]("words", [len(text.split()) for text in completions])
+    note("length", step=state.global_step, of=state.max_steps, prompt=kwargs["prompts"][0],
+         difficulty=difficulty, columns=sorted(kwargs))
+    return [sum(ids) % 7 / 10 for ids in completion_ids]
+
+async def noise(prompts, completions, completion_ids, **kwargs):
+    await asyncio.sleep(0)
+    note("noise", n=len(prompts))
+    return [random.random() for _ in prompts]
+
+def sometimes(completions, difficulty, bonus=1.0, **kwargs):
+    return [bonus if d % 2 else None for d in difficulty]
+
+def broken(completions, **kwargs):
+    raise RuntimeError("no credit")
+
+def nan(completions, **kwargs):
+    return [float("nan")] * len(completions)
+'''
+
+
+def rows(count: int, seed: str) -> list[dict[str, Any]]:
+    problems = lab_task.problems(World(WORLDS["two_styles"]), seed, count)
+    return [
+        {"id": p.id, "prompt": p.question, "answer": p.answer, "difficulty": i, **p.meta}
+        for i, p in enumerate(problems)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    for name, count in (("train", 8), ("validation", 2)):
+        lines = [json.dumps(row) for row in rows(count, name)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def recipe(folder: Path, functions: list[Any], **changes: Any) -> Recipe:
+    named = [
+        {**f, "type": f"{folder}/{f['type']}"} if f["type"].startswith("rewards.py") else f
+        for f in functions
+    ]
+    success = changes.pop("success", None)
+    values: dict[str, Any] = {
+        "model": {"path": "lab:two_styles"},
+        "data": {
+            "type": "files", "verifier": "lab", "world": "two_styles",
+            "train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"),
+        },
+        "sampling": {"max_tokens": 24, "batch_size": 8},
+        "objective": {"type": "grpo"},
+        "reward": {"functions": named, **({} if success is None else {"success": success})},
+        "train": {"steps": 2, "problems_per_step": 4, "group_size": 4, "checkpoint_every": 1},
+        "evaluation": {"every": 2, "validation_k": 2, "test": False},
+    }  # fmt: skip
+    return validate(Recipe, {**values, **changes})
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def calls(folder: Path, name: str) -> list[Mapping[str, Any]]:
+    path = folder / "calls.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for line in lines if (row := json.loads(line))["name"] == name]
+
+
+LENGTH = {"type": "rewards.py:length", "weight": 2.0}
+NOISE = {"type": "rewards.py:noise", "weight": 0.5, "name": "dice"}
+
+
+def test_weighted_rewards_reach_metrics_samples_and_advantages(folder: Path) -> None:
+    run = folder / "run"
+    run_to_end(recipe(folder, [LENGTH, NOISE, {"type": "verifier"}]), run)
+    steps = [row for row in metrics(run) if row["kind"] == "step"]
+    samples = [json.loads(x) for x in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
+    for sample in samples:
+        parts = sample["rewards"]
+        assert list(parts) == ["length", "dice", "verifier"]
+        assert parts["verifier"] == float(sample["correct"])
+        assert math.isclose(
+            sample["reward"], 2 * parts["length"] + 0.5 * parts["dice"] + parts["verifier"]
+        )
+    totals = [sample["reward"] for sample in samples]
+    assert math.isclose(steps[0]["reward"], sum(totals) / len(totals))
+    lengths = [sample["rewards"]["length"] for sample in samples]
+    mean = sum(lengths) / len(lengths)
+    assert math.isclose(steps[0]["rewards/length/mean"], mean)
+    std = math.sqrt(sum((x - mean) ** 2 for x in lengths) / (len(lengths) - 1))
+    assert math.isclose(steps[0]["rewards/length/std"], std)
+    assert steps[0]["log_metric/longest"] > 0
+    first = calls(folder, "length")[0]
+    assert (first["step"], first["of"]) == (0, 2) and calls(folder, "length")[-1]["step"] == 1
+    assert first["prompt"] == rows(8, "train")[first["difficulty"][0]]["prompt"]
+    assert {"answer", "id", "log_extra", "log_metric", "prompts"} <= {*first["columns"]}
+    assert "prompt" not in first["columns"]
+    stored = (run / "rewards" / "step_000001.000.length.jsonl").read_text().splitlines()
+    assert json.loads(stored[0])["extra"] == {"words": json.loads(stored[0])["extra"]["words"]}
+
+
+def test_a_resume_uses_the_stored_rewards_bit_for_bit(folder: Path) -> None:
+    whole, killed = folder / "whole", folder / "killed"
+    made = recipe(folder, [LENGTH, NOISE])
+    run_to_end(made, whole)
+    before = len(calls(folder, "noise"))
+    shutil.copytree(whole, killed)  # as if killed before the first checkpoint, with all rewards there
+    shutil.rmtree(killed / "checkpoints")
+    (killed / "result.json").unlink()
+    kept = [row for row in metrics(whole) if row["step"] < 1]
+    (killed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    run_to_end(made, killed)
+    assert len(calls(folder, "noise")) == before
+    strip = [
+        [{k: v for k, v in row.items() if not k.startswith(("time/", "active_", "waiting"))} for row in metrics(r)]
+        for r in (whole, killed)
+    ]
+    assert strip[0] == strip[1]
+    weights = [(r / "model" / "model.safetensors").read_bytes() for r in (whole, killed)]
+    assert weights[0] == weights[1]
+
+
+def test_what_one_function_returned_is_kept_when_another_raises(folder: Path) -> None:
+    made = recipe(folder, [NOISE, {"type": "rewards.py:broken"}, LENGTH])
+    with pytest.raises(PartError, match=r"reward .*rewards.py:broken: .*RuntimeError: no credit \(rewards.py:"):
+        run_to_end(made, folder / "run")
+    assert not calls(folder, "noise")  # functions that are awaited start after the others
+    made = recipe(folder, [LENGTH, {"type": "rewards.py:broken"}])
+    with pytest.raises(PartError):
+        run_to_end(made, folder / "second")
+    with pytest.raises(PartError):
+        run_to_end(made, folder / "second")
+    assert len([c for c in calls(folder, "length") if c["step"] == 0]) == 1
+
+
+def test_success_is_a_threshold_of_the_total(folder: Path) -> None:
+    run = folder / "run"
+    run_to_end(recipe(folder, [LENGTH], success=0.6), run)
+    for path in sorted((run / "samples").iterdir()):
+        for sample in map(json.loads, path.read_text().splitlines()):
+            assert sample["correct"] == (sample["reward"] >= 0.6)
+    evaluation = json.loads((run / "evaluations" / "validation_000002.json").read_text())
+    assert evaluation["correct"] == [[r >= 0.6 for r in row] for row in evaluation["rewards"]]
+    row = next(row for row in metrics(run) if row["kind"] == "validation" and row["step"] == 2)
+    flat = [r for row in evaluation["rewards"] for r in row]
+    assert math.isclose(row["reward"], sum(flat) / len(flat))
+    assert row["avg"] == 100 * sum(r >= 0.6 for r in flat) / len(flat)
+
+
+def test_a_rollout_to_which_no_reward_applies_has_no_part_in_the_loss(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = folder / "run"
+    made = recipe(folder, [{"type": "rewards.py:sometimes", "options": {"bonus": 0.5}}])
+    run_to_end(made, run)
+    rewards = [
+        sample["reward"]
+        for path in (run / "samples").iterdir()
+        for sample in map(json.loads, path.read_text().splitlines())
+    ]
+    assert {*rewards} == {None, 0.5}
+    step = metrics(run)[1]
+    assert 0 < step["unscored"] < 1 and step["reward"] == 0.5 and step["optimizer_steps"] == 0
+    assert "no reward applies to sample" in caplog.text
+
+
+def test_a_reward_that_is_not_finite_is_refused_in_one_line(folder: Path) -> None:
+    with pytest.raises(PartError, match=r"returned 'nan' for sample 0 of problem .*finite number, or None"):
+        run_to_end(recipe(folder, [{"type": "rewards.py:nan"}]), folder / "run")
+
+
+def test_a_changed_column_is_another_problem(folder: Path) -> None:
+    made = recipe(folder, [LENGTH])
+    run_to_end(made, folder / "run")
+    (folder / "run" / "result.json").unlink()
+    path = folder / "train.jsonl"
+    path.write_text(path.read_text().replace('"difficulty": 3', '"difficulty": 30'))
+    with pytest.raises(CheckpointError, match="the train problems are not those"):
+        run_to_end(made, folder / "run")
+
+
+def test_a_run_in_another_order_of_time_has_the_same_rewards(folder: Path) -> None:
+    """Sampling ahead with a critic changes which weights sample, not what functions are told."""
+    critic = {"type": "oracle"}
+    train = {"steps": 2, "problems_per_step": 2, "group_size": 4, "checkpoint_every": 1, "staleness": 1}
+    run_to_end(recipe(folder, [LENGTH], critic=critic, train=train), folder / "run")
+    assert {c["step"] for c in calls(folder, "length")} == {0, 1}
