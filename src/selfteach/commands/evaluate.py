@@ -41,7 +41,7 @@ def evaluate_model(
     sampling = evaluation_sampling(resolved, k or resolved.evaluation.test_k, seed)
     result = evaluate(
         built.components.engine, built.components.verify, chosen, sampling,
-        split=split, same=built.task.answer_format.equivalent,
+        split=split, same=built.task.answer_format.equivalent, reward=built.components.reward,
     )  # fmt: skip
     return summary(result, str(model))
 

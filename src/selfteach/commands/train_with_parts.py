@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, get_args
 
 from selfteach.commands.actions import load, one_run
 from selfteach.config.part_names import Kind, is_own
-from selfteach.config.part_section import PART_KEYS
+from selfteach.config.part_section import PART_KEYS, REWARDS
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, nearest, validate
 from selfteach.errors import PartError
@@ -19,7 +21,10 @@ from selfteach.trainer.build import Built, build
 from selfteach.trainer.loop import run_to_end
 
 Components = Mapping[str, Any]
-KEYS: Mapping[str, str] = {kind: key for key, kind in reversed(PART_KEYS.items())}
+KEYS: Mapping[str, str] = {
+    **{kind: key for key, kind in reversed(PART_KEYS.items())},
+    "reward": REWARDS,
+}
 """The key of a recipe that names a part, by its kind."""
 
 
@@ -36,17 +41,24 @@ def recipe_with(
     Raises `PartError` for a kind that does not exist, `RecipeError` where the recipe takes none of it.
     """
     named: dict[tuple[Kind, str], Any] = {}
-    for kind, part in components.items():
+    single = [(kind, part) for kind, parts in components.items() for part in _listed(kind, parts)]
+    for kind, part in single:
         if kind not in KEYS:
             raise PartError(f"components[{kind!r}]: no such kind; {nearest(kind, list(KEYS))}")
+        if (_as_kind(kind), _name_of(part)) in named:
+            raise PartError(
+                f"components[{kind!r}]: two are named {_name_of(part)!r}: give each a name with def"
+            )
         named[_as_kind(kind), _name_of(part)] = _callable_problems(part) if kind == "problems" else part
-    names = {KEYS[kind]: name for kind, name in named}
+    names: dict[str, Any] = {KEYS[kind]: name for kind, name in named if kind != "reward"}
+    if rewards := [name for kind, name in named if kind == "reward"]:
+        names[REWARDS] = rewards
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(mode="json")
         for key, name in names.items():
             values = merge(values, _table(key, name))
         return validate(Recipe, values, where="recipe"), named
-    chosen = [f"{_setting(key)}={name}" for key, name in names.items()]
+    chosen = [f"{_setting(key)}={json.dumps(name)}" for key, name in names.items()]
     return one_run(load(Path(recipe), [*settings, *chosen], arm), arm, seed), named
 
 
@@ -63,8 +75,8 @@ def train(
 
     ``components`` are objects in place of parts of the recipe, by their kind: ``problems`` (also a
     table of lists by split), ``verifier``, ``splitter``, ``critic``, ``context``, ``objective``,
-    ``teacher``. ``arm``, ``seed`` and ``settings`` choose the run of a recipe file, as for
-    `selfteach.api.load_recipe`. A folder that was begun with objects is resumed with them. Raises one of
+    ``teacher``, ``reward`` (a function, or a list of them). ``arm``, ``seed`` and ``settings`` choose
+    the run of a recipe file, as for `selfteach.api.load_recipe`. A folder that was begun with objects is resumed with them. Raises one of
     `selfteach.errors`.
     """
     chosen, named = recipe_with(recipe, components or {}, arm=arm, seed=seed, settings=settings)
@@ -85,6 +97,8 @@ def _as_kind(kind: str) -> Kind:
 
 def _name_of(part: Any) -> str:
     """Return a name in the spelling of parts, to be recorded: the module and the class or function."""
+    while isinstance(part, functools.partial):
+        part = part.func
     target = part if inspect.isroutine(part) or inspect.isclass(part) else type(part)
     module, name = str(target.__module__), re.sub(r"\W", "_", target.__name__)
     return f"{module}:{name}" if is_own("critic", f"{module}:{name}") else f"given:{name}"
@@ -105,8 +119,15 @@ class _OfTable:
         return list(self._table.get(split, ()))
 
 
-def _table(key: str, name: str) -> dict[str, Any]:
+def _listed(kind: str, parts: Any) -> list[Any]:
+    """Return the parts of a kind: one, or several reward functions."""
+    return list(parts) if kind == "reward" and isinstance(parts, list | tuple) else [parts]
+
+
+def _table(key: str, name: Any) -> dict[str, Any]:
     section, _, inner = key.partition(".")
+    if key == REWARDS:
+        return {section: {inner: [{"type": one} for one in name]}}
     return {section: {inner: {"type": name}}} if inner else {section: {"type": name}}
 
 

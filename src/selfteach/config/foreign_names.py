@@ -40,6 +40,8 @@ OURS = {
     "output_dir": "--out",
     "per_device_train_batch_size": "train.problems_per_step",
     "report_to": "tracking.sinks",
+    "reward_funcs": "reward.functions",
+    "reward_weights": "weight of each of reward.functions",
     "run_name": "--out",
     "save_steps": "train.checkpoint_every",
     "save_total_limit": "train.keep_checkpoints",
@@ -69,6 +71,7 @@ OURS = {
     "use_peft": "model.lora",
     # verl
     "actor_rollout_ref": "model, optimizer and sampling",
+    "custom_reward_function": "reward.functions",
     "clip_ratio_c": "objective.clip_delta" + _GRPO,
     "clip_ratio_high": "objective.clip_high" + _GRPO,
     "clip_ratio_low": "objective.clip_low" + _GRPO,

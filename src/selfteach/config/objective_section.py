@@ -70,7 +70,7 @@ LOSS_TYPES: Mapping[LossType, Mapping[str, str]] = {
 
 
 class GrpoConfig(Section):
-    """Minimises the clipped surrogate of GRPO with the binary verdict as reward."""
+    """Minimises a surrogate of GRPO; the reward is that of ``[reward]``, or else the binary verdict."""
 
     type: Literal["grpo"] = "grpo"
     """Group-relative policy optimisation."""

@@ -36,6 +36,8 @@ OURS, OWN = "ours", "own"
 """Tags of the two alternatives: one of ours, or one of the user's own."""
 NAMING_KEYS = frozenset({"type", "fallback", "verifier", "steps"})
 """Keys of a recipe whose value may name a part."""
+NAMES_KEY = "functions"
+"""Key of a recipe whose value is a list of parts: ``reward.functions``."""
 
 
 def is_own(kind: Kind, name: object) -> bool:
@@ -61,6 +63,13 @@ def _absolute(folder: Path, path: str) -> Path:
     return (folder / Path(path).expanduser()).resolve()
 
 
+def _renamed_entry(value: Any, rename: Callable[[str], str]) -> Any:
+    """Return an entry of a list of parts renamed: a table, or a bare name."""
+    entry = {"type": value} if isinstance(value, str) else value
+    renamed = _renamed(entry, rename)
+    return renamed["type"] if isinstance(value, str) else renamed
+
+
 def _renamed(values: Any, rename: Callable[[str], str]) -> Any:
     """Return the same values with the file in every part's name renamed; options stay as they are."""
     if isinstance(values, list | tuple):
@@ -70,7 +79,9 @@ def _renamed(values: Any, rename: Callable[[str], str]) -> Any:
     renamed = {}
     for key, value in values.items():
         match = IN_FILE.fullmatch(value) if isinstance(value, str) else None
-        if key == "options":
+        if key == NAMES_KEY and isinstance(value, list | tuple):
+            renamed[key] = [_renamed_entry(one, rename) for one in value]
+        elif key == "options":
             renamed[key] = value
         elif match and key in NAMING_KEYS:
             renamed[key] = f"{rename(match['place'])}:{match['name']}"

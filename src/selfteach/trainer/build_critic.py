@@ -23,6 +23,8 @@ from selfteach.config.critic_section import (
     RecordedConfig,
 )
 from selfteach.config.recipe import ModelConfig, Recipe, ThinkingConfig
+from selfteach.config.reward_section import JudgeConfig
+from selfteach.config.served_model import ServedModelConfig
 from selfteach.errors import CriticError, RecipeError
 from selfteach.feedback.critics.chat_model import ChatModel
 from selfteach.feedback.critics.llm import LlmCritic
@@ -100,7 +102,7 @@ def _chat_model(
 ) -> ChatModel:
     match config:
         case EndpointConfig():
-            _require_openai()
+            _require_openai("critic", config.type)
             from selfteach.feedback.critics.endpoint import EndpointModel
 
             return EndpointModel(config)
@@ -126,24 +128,24 @@ def _chat_model(
             )
 
 
-def require_critic(config: CriticConfig | None) -> None:
-    """Check once that a served critic is up; other critics are checked when they are built.
+def require_served_model(config: CriticConfig | JudgeConfig | None) -> None:
+    """Check once that a served critic or judge is up; other critics are checked when they are built.
 
     Raises `CriticError` in one line.
     """
-    if isinstance(config, EndpointConfig) and config.healthcheck:
-        _require_openai()
+    if isinstance(config, ServedModelConfig) and config.healthcheck:
+        _require_openai(config.role, config.type)  # type: ignore[attr-defined]
         from selfteach.feedback.critics.critic_healthcheck import require_server
 
         require_server(config)
 
 
-def _require_openai() -> None:
+def _require_openai(role: str, kind: str) -> None:
     try:
         import selfteach.feedback.critics.endpoint  # noqa: F401
     except ImportError:
         raise CriticError(
-            'critic.type = "endpoint" needs OpenAI\'s client: pip install "selfteach[endpoint]"'
+            f'{role}.type = "{kind}" needs OpenAI\'s client: pip install "selfteach[endpoint]"'
         ) from None
 
 

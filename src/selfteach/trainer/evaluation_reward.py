@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from selfteach.feedback.rewards.combined_reward import CombinedReward
 from selfteach.feedback.rewards.reward_journal import RewardJournal
 from selfteach.protocols import judge
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built
 from selfteach.trainer.reward_metrics import mean_rewards
 from selfteach.types import Problem, Rollout, Verdict
+
+
+def with_stored_rewards(
+    built: Built, run: RunFolder, name: str, rollouts: Sequence[Rollout]
+) -> Built:
+    """Return components whose reward is that of these rollouts, computed once and stored in a folder.
+
+    Unchanged where rewards do not decide success. Raises `PartError` or `CriticError`.
+    """
+    components = built.components
+    if components.reward is None:
+        return built
+    verdicts = stored_verdicts(built, run, name, rollouts)
+    by_key = {r.key: verdict for r, verdict in zip(rollouts, verdicts, strict=True)}
+
+    def stored(judged: Sequence[tuple[Rollout, Verdict]]) -> list[Verdict]:
+        return [by_key[rollout.key] for rollout, _ in judged]
+
+    return replace(built, components=replace(components, reward=stored))
+
+
+def stored_verdicts(
+    built: Built, run: RunFolder, name: str, rollouts: Sequence[Rollout]
+) -> list[Verdict]:
+    """Return the verdicts of rollouts, with rewards from a folder where these decide success."""
+    reward = built.components.reward
+    if isinstance(reward, CombinedReward):
+        reward = reward.at(0, RewardJournal(run, name, run.identity))
+    return judge(rollouts, built.components.verify, reward)
 
 
 class BatchwiseReward:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from selfteach.config.critic_section import CriticConfig, EndpointConfig, RecordedConfig
+from selfteach.config.critic_section import CriticConfig, RecordedConfig
 from selfteach.config.engine_section import VllmServerConfig
 from selfteach.config.part_section import named_parts
 from selfteach.config.recipe import Recipe
+from selfteach.config.reward_section import JudgeConfig
+from selfteach.config.served_model import ServedModelConfig
 from selfteach.errors import CriticError
 from selfteach.runtime import tracking
 
@@ -20,7 +22,7 @@ CRITIC_IDENTITY = {
     "base_url", "model", "api_key_env", "api_key_header", "thinking", "extra_body", "parameters",
     "temperature", "retry_temperature",
 }  # fmt: skip
-"""Settings of a served critic on which its healthcheck depends."""
+"""Settings of a served critic or judge on which its healthcheck depends."""
 ENGINE_IDENTITY = {"engine", "model"}
 """Sections of a recipe on which the healthcheck of its engine server depends."""
 
@@ -41,10 +43,11 @@ def preflight(
         for recipe in checked:
             tracking.require_packages(recipe.tracking.sinks)
     critics = [recipe.critic for recipe in checked if recipe.critic is not None]
+    judges = [judge for recipe in checked if recipe.reward for judge in recipe.reward.judges]
     for critic in critics:
         if isinstance(critic, RecordedConfig):
             _require_recording(critic, list(output_folders))
-    _require_critics(critics)
+    _require_served([*critics, *([] if critic_only else judges)])
     if not critic_only:
         _require_engines(checked)
 
@@ -72,19 +75,20 @@ def _require_recording(critic: RecordedConfig, output_folders: Iterable[Path]) -
         )
 
 
-def _require_critics(critics: Iterable[CriticConfig]) -> None:
-    """Check each distinct critic server once, for the longest replies that any recipe requests."""
-    servers: dict[str, EndpointConfig] = {}
-    for critic in critics:
-        if isinstance(critic, EndpointConfig) and critic.healthcheck:
-            longest = servers.setdefault(critic.model_dump_json(include=CRITIC_IDENTITY), critic)
-            if critic.max_tokens > longest.max_tokens:
-                servers[critic.model_dump_json(include=CRITIC_IDENTITY)] = critic
+def _require_served(models: Iterable[CriticConfig | JudgeConfig]) -> None:
+    """Check each distinct server once, for the longest replies that any recipe requests."""
+    servers: dict[str, ServedModelConfig] = {}
+    for model in models:
+        if isinstance(model, ServedModelConfig) and model.healthcheck:
+            key = f"{model.role} {model.model_dump_json(include=CRITIC_IDENTITY)}"
+            longest = servers.setdefault(key, model)
+            if model.max_tokens > longest.max_tokens:
+                servers[key] = model
     if servers:
-        from selfteach.trainer.build_critic import require_critic  # imports torch
+        from selfteach.trainer.build_critic import require_served_model  # imports torch
 
-        for critic in servers.values():
-            require_critic(critic)
+        for model in servers.values():
+            require_served_model(model)
 
 
 def _require_engines(recipes: Iterable[Recipe]) -> None:

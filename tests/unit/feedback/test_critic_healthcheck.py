@@ -12,7 +12,7 @@ from selfteach import cli
 from selfteach.config.critic_section import EndpointConfig, OracleConfig
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.critic_healthcheck import require_server
-from selfteach.trainer.build_critic import require_critic
+from selfteach.trainer.build_critic import require_served_model
 
 RECIPE = """
 [model]
@@ -99,10 +99,10 @@ def test_an_error_is_one_line_without_the_key(
 def test_a_recipe_can_turn_the_healthcheck_off(tmp_path: Path) -> None:
     gone = {"type": "endpoint", "base_url": "http://127.0.0.1:9/v1", "model": "m"}
     with pytest.raises(CriticError, match=r"no server at http://127\.0\.0\.1:9/v1"):
-        require_critic(EndpointConfig.model_validate(gone))
-    require_critic(EndpointConfig.model_validate({**gone, "healthcheck": False}))
-    require_critic(OracleConfig())
-    require_critic(None)
+        require_served_model(EndpointConfig.model_validate(gone))
+    require_served_model(EndpointConfig.model_validate({**gone, "healthcheck": False}))
+    require_served_model(OracleConfig())
+    require_served_model(None)
 
 
 @pytest.fixture

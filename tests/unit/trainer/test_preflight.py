@@ -30,7 +30,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Record which critics and engines are asked instead of asking them."""
     asked_servers: list[tuple[str, Any]] = []
     monkeypatch.setattr(
-        build_critic, "require_critic", lambda c: asked_servers.append(("critic", c.base_url))
+        build_critic, "require_served_model", lambda c: asked_servers.append(("critic", c.base_url))
     )
     monkeypatch.setattr(
         build_engine,

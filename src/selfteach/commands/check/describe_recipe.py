@@ -12,8 +12,14 @@ import torch
 from selfteach.commands.check.fit_notes import fit_notes
 from selfteach.commands.check.part_contracts import Critiqued, check_parts
 from selfteach.commands.check.sizes import RunSizes, device_load, measure, measure_offline
-from selfteach.commands.check.tokens import Budget, step_cost, step_tokens
+from selfteach.commands.check.tokens import (
+    Budget,
+    evaluation_cost,
+    step_cost,
+    step_tokens,
+)
 from selfteach.commands.study.run_study import inspection_of
+from selfteach.config.critic_section import EndpointConfig
 from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import Study
@@ -205,7 +211,17 @@ def _budget(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
         expected = [f" ({n * row.expected:,})" if row.expected else "" for n in (1, steps)]
         yield f"  {row.name}: {row.at_most:,}{expected[0]}, {steps * row.at_most:,}{expected[1]}"
     if cost := step_cost(recipe, rows):
-        yield f"  critic: at most {cost:,.2f} a step, {steps * cost:,.2f} in all"
+        yield f"  {_paid(recipe)}: at most {cost:,.2f} a step, {steps * cost:,.2f} in all"
+    if sizes.problems and (cost := evaluation_cost(recipe, sizes.lengths)):
+        rollouts = Budget.of(recipe, sizes.problems).evaluation_rollouts
+        yield f"  judges in evaluations: at most {rollouts * cost:,.2f} in all"
+
+
+def _paid(recipe: Recipe) -> str:
+    """Return who is paid in a step: the critic, judges, or both."""
+    judged = recipe.reward is not None and len(recipe.reward.judges) > 0
+    critics = ["critic"] if isinstance(recipe.critic, EndpointConfig) else []
+    return " and ".join([*critics, *(["judges"] if judged else [])])
 
 
 def _memory(arm: str, needed: Memory, described: dict[Memory, str]) -> Iterator[str]:

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from selfteach.config.critic_section import EndpointConfig, LlmCriticConfig
 from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
+from selfteach.config.reward_section import JudgeConfig
+from selfteach.config.served_model import ServedModelConfig
 
+CHARACTERS_PER_TOKEN = 4
+"""Of a template whose tokens are not counted."""
 ASSUMED_PROMPT = 1024
 """Prompt length in tokens where none could be counted: mathematics questions are shorter."""
 
@@ -102,17 +106,49 @@ def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
         rows.append(row("scored by the teacher", times, at_most, expected))
     if isinstance(recipe.critic, LlmCriticConfig):
         rows += _critic_tokens(recipe.critic, recipe, lengths, rollouts)
+    for judge in recipe.reward.judges if recipe.reward is not None else ():
+        rows += _judge_tokens(judge, recipe, lengths, problems * train.group_size)
     return rows
 
 
 def step_cost(recipe: Recipe, rows: list[Tokens]) -> float:
     """Return the highest cost of a step, in the currency of the recipe's prices; 0 if free."""
-    if not isinstance(recipe.critic, EndpointConfig):
-        return 0.0
     by_name = {row.name: row.at_most for row in rows}
-    return 1e-6 * (
-        by_name["read by the critic"] * recipe.critic.price_prompt
-        + by_name["written by the critic"] * recipe.critic.price_completion
+    priced: dict[str, ServedModelConfig] = {}
+    if isinstance(recipe.critic, EndpointConfig):
+        priced["the critic"] = recipe.critic
+    for judge in recipe.reward.judges if recipe.reward is not None else ():
+        priced[f"the reward {judge.name}"] = judge
+    return 1e-6 * sum(
+        by_name[f"read by {who}"] * model.price_prompt
+        + by_name[f"written by {who}"] * model.price_completion
+        for who, model in priced.items()
+    )
+
+
+def _judge_tokens(
+    judge: JudgeConfig, recipe: Recipe, lengths: Lengths, rollouts: int
+) -> list[Tokens]:
+    """Count a judge's tokens as if it had the policy's tokenizer; evaluations are not among them."""
+    template = len(judge.prompt + (judge.system or "")) // CHARACTERS_PER_TOKEN
+    completion, times = recipe.sampling.max_tokens, rollouts * judge.max_attempts
+    mean = plus(lengths.mean_prompt, template, completion)
+    most = template + lengths.longest_prompt + completion
+    expected = None if mean is None else round(rollouts * mean)
+    return [
+        Tokens(f"read by the reward {judge.name}", times * most, expected),
+        Tokens(f"written by the reward {judge.name}", times * judge.max_tokens),
+    ]
+
+
+def evaluation_cost(recipe: Recipe, lengths: Lengths) -> float:
+    """Return the highest cost of one evaluated rollout: 0 where rewards do not decide success."""
+    if recipe.reward is None or recipe.reward.success is None:
+        return 0.0
+    return 1e-6 * sum(
+        read.at_most * judge.price_prompt + written.at_most * judge.price_completion
+        for judge in recipe.reward.judges
+        for read, written in [_judge_tokens(judge, recipe, lengths, 1)]
     )
 
 

@@ -42,6 +42,7 @@ from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_json
 from selfteach.trainer.build import build, build_arm_context
 from selfteach.trainer.build_critic import build_critic
+from selfteach.trainer.evaluation_reward import stored_verdicts, with_stored_rewards
 from selfteach.trainer.step import verify_and_critique
 from selfteach.types import CritiquedRollout, CritiqueFailure, Rollout
 
@@ -145,11 +146,12 @@ class Collector:
         """Return the critiqued rollouts by critic config (`critic_key`); "" without a critic."""
         configs = {critic_key(recipe): recipe for recipe in self._recipes.values()}
         critiqued = {}
+        rewarded = with_stored_rewards(self._built, self._run, self._name, rollouts)
         for number, (key, recipe) in enumerate(configs.items()):
             name = f"{self._name}_critic_{number}"
             critic = self._critic(recipe, name) if recipe.critic else None
             self._progress("critiquing rollouts", number, len(configs))
-            components = dataclasses.replace(self._built.components, critic=critic)
+            components = dataclasses.replace(rewarded.components, critic=critic)
             critiqued[key] = verify_and_critique(components, rollouts)
         return critiqued
 
@@ -246,9 +248,10 @@ class Collector:
             batch_size=self._base.sampling.batch_size,
             progress=lambda done, total: self._progress(f"teacher of {view}", done, total),
         )  # fmt: skip
-        verify = self._built.components.verify
+        written = [c for r in rollouts for c in completions.get(r.key, ())]
+        verdicts = iter(stored_verdicts(self._built, self._run, f"teacher_{view}", written))
         right = [
-            float(np.mean([verify(c.problem, c.text).correct for c in completions[rollout.key]]))
+            float(np.mean([next(verdicts).correct for _ in completions[rollout.key]]))
             if rollout.key in completions
             else float("nan")
             for rollout in rollouts

@@ -22,7 +22,7 @@ from selfteach.config.recipe import ContextConfig, Recipe
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.feedback.critics.reply_cache import buying_for
-from selfteach.protocols import SolvingCritic
+from selfteach.protocols import SolvingCritic, judge
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.runtime.atomic_files import write_json, write_lines, write_text
@@ -37,6 +37,7 @@ from selfteach.tasks.sources.splits import split_pool, without_duplicates
 from selfteach.trainer.build import Built, build, set_threads
 from selfteach.trainer.preflight import preflight
 from selfteach.trainer.problem_identity import same_problems
+from selfteach.trainer.evaluation_reward import with_stored_rewards
 from selfteach.trainer.step import verify_and_critique
 from selfteach.types import (
     Critique,
@@ -214,11 +215,12 @@ def _tally(
     run: RunFolder, config: SelectConfig, built: Built, number: int, batch: Sequence[Rollout]
 ) -> list[Tally]:
     """Count correct and parsable rollouts, then critique incorrect ones of problems that are hard."""
-    verify = built.components.verify
+    built = with_stored_rewards(built, run, f"select.{number:03d}", batch)
+    verdicts = judge(batch, built.components.verify, built.components.reward)
     tallies: dict[str, Tally] = {}
     wrong: dict[str, list[Rollout]] = {}
-    for rollout in batch:
-        verdict, id_ = verify(rollout.problem, rollout.text), rollout.problem.id
+    for rollout, verdict in zip(batch, verdicts, strict=True):
+        id_ = rollout.problem.id
         before = tallies.get(id_, Tally(rollout.problem, 0, 0, 0))
         tallies[id_] = Tally(
             rollout.problem,
