@@ -39,7 +39,9 @@ def recipe_with(
     for kind, part in components.items():
         if kind not in KEYS:
             raise PartError(f"components[{kind!r}]: no such kind; {nearest(kind, list(KEYS))}")
-        named[_as_kind(kind), _name_of(part)] = _callable_problems(part) if kind == "problems" else part
+        named[_as_kind(kind), _name_of(part)] = (
+            _callable_problems(part) if kind == "problems" else part
+        )
     names = {KEYS[kind]: name for kind, name in named}
     if isinstance(recipe, Recipe):
         values = recipe.model_dump(mode="json")
@@ -64,8 +66,8 @@ def train(
     ``components`` are objects in place of parts of the recipe, by their kind: ``problems`` (also a
     table of lists by split), ``verifier``, ``splitter``, ``critic``, ``context``, ``objective``,
     ``teacher``. ``arm``, ``seed`` and ``settings`` choose the run of a recipe file, as for
-    `selfteach.api.load_recipe`. A folder that was begun with objects is resumed with them. Raises one of
-    `selfteach.errors`.
+    `selfteach.api.load_recipe`. A folder that was begun with objects is resumed with them.
+    Raises one of `selfteach.errors`.
     """
     chosen, named = recipe_with(recipe, components or {}, arm=arm, seed=seed, settings=settings)
     with given_parts(named):

@@ -1,6 +1,6 @@
 """Defines how a recipe names a part of one's own: a name that can be imported, and ``options``.
 
-Wherever a recipe takes a ``type`` of ours, it takes the name of a user's own part (`config.part_names`),
+Wherever a recipe takes a ``type`` of ours, it takes the name of a user's part (`config.part_names`),
 with ``options = { … }`` as the keyword arguments of that part.
 """
 
@@ -35,7 +35,9 @@ def own_or(kind: Kind, ours: Sequence[str]) -> Discriminator:
     """Return the discriminator of a section: by its ``type`` if it is one of ours, else `OWN`."""
 
     def tag(section: object) -> object:
-        name = section.get("type") if isinstance(section, Mapping) else getattr(section, "type", None)
+        name = (
+            section.get("type") if isinstance(section, Mapping) else getattr(section, "type", None)
+        )
         return OWN if name not in ours and is_own(kind, name) else name
 
     return Discriminator(tag)  # type: ignore[arg-type]
@@ -107,7 +109,9 @@ def named_parts(recipe: Any) -> dict[str, tuple[Kind, OwnPart]]:
 
 def with_names(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return a recipe's tables with other names for parts, by the keys of `named_parts`."""
-    changed = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    changed = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()
+    }
     for key, name in names.items():
         section, _, inner = key.partition(".")
         if not inner:

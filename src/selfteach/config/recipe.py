@@ -28,6 +28,7 @@ from selfteach.config.objective_section import (
 from selfteach.config.part_section import OwnPart
 from selfteach.config.schema import Section
 from selfteach.config.teacher_section import InitialTeacherConfig, TeacherConfig
+
 __all__ = [
     "CONTEXTS",
     "CRITIC_CONTEXTS",

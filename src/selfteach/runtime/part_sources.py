@@ -55,8 +55,15 @@ class PartSource:
 
     def record(self) -> dict[str, Any]:
         """Return what parts.json holds of it."""
-        files = {name: hashlib.sha256(text).hexdigest() for name, text in sorted(self.files.items())}
-        row = {"name": self.name, "options": dict(self.options), "sha256": self.digest, "files": files}
+        files = {
+            name: hashlib.sha256(text).hexdigest() for name, text in sorted(self.files.items())
+        }
+        row = {
+            "name": self.name,
+            "options": dict(self.options),
+            "sha256": self.digest,
+            "files": files,
+        }
         return {**row, GIVEN: True} if self.given else row
 
 
@@ -187,8 +194,7 @@ def _changed(folder: Path, key: str, row: Mapping[str, Any], now: PartSource) ->
     names = sorted(
         name
         for name in files.keys() | now.files.keys()
-        if name not in now.files
-        or files.get(name) != hashlib.sha256(now.files[name]).hexdigest()
+        if name not in now.files or files.get(name) != hashlib.sha256(now.files[name]).hexdigest()
     )
     copies = folder / COPIES / key
     what = f" (a copy is in {copies})" if copies.is_dir() else ""
@@ -233,5 +239,3 @@ def _imported(path: Path, content: bytes, root: Path) -> Iterator[Path]:
         for name in filter(None, dotted):
             place = base.joinpath(*name.split("."))
             yield from (p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file())
-
-

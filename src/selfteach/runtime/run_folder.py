@@ -116,8 +116,8 @@ class RunFolder:
         """Start a run in this folder, or continue the same one.
 
         The config of a folder that an earlier version has written is completed before the comparison.
-        Tracking and distributed settings may differ: they do not change what a run computes; so may the
-        folder of a part of one's own. A run that has spent nothing yet is replaced. Raises `CheckpointError` if the folder holds something else.
+        Tracking, distributed settings and folders of parts may differ: they change no result. A run that
+        has spent nothing is replaced. Raises `CheckpointError` if the folder holds something else.
         """
         ignored = {"tracking": None, "distributed": None}
         if (self.path / "config.json").exists():

@@ -106,7 +106,7 @@ def train(
 
 
 def _require(recipe: Recipe, folder: Path) -> None:
-    """Check servers, packages and parts before anything is built, and that parts are those of the run."""
+    """Check servers, packages and parts before anything is built; parts must be those of the run."""
     require_given(folder, recipe)
     preflight([recipe])
     require_same_sources(folder, recipe)

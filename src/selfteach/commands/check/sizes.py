@@ -147,7 +147,9 @@ def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
     completion, lengths = recipe.sampling.max_tokens, sizes.lengths
     prompt = lengths.longest_prompt
     teacher = recipe.scoring_teacher.type
-    copies = int(teacher != "live" and (teacher == "ema" or model.lora is None))  # of one's own: one
+    copies = int(
+        teacher != "live" and (teacher == "ema" or model.lora is None)
+    )  # of one's own: one
     copies += int(isinstance(recipe.critic, PolicyCriticConfig) and model.lora is None)
     rows = min(recipe.sampling.batch_size, train.problems_per_step * train.group_size)
     return DeviceLoad(
@@ -291,7 +293,7 @@ def _installed(path: str) -> bool:
 
 
 def _own_parts(recipe: Recipe) -> Iterator[str]:
-    """Import parts of one's own and check their options; yield that their contracts were not checked."""
+    """Import parts of one's own and check their options; yield that nothing else was checked."""
     for key, (kind, part) in named_parts(recipe).items():
         require_part(kind, part)
         yield f"{key} {part.label}: imported, its options fit; its contract was not checked"

@@ -169,7 +169,11 @@ def _own_contexts(recipe: Recipe, request: InspectionRequest) -> dict[str, OwnPa
     parts = dict(request.parts)
     of_recipe = recipe.context.own_part
     for name in request.contexts:
-        if of_recipe is not None and name in (of_recipe.label, recipe.context.label, of_recipe.type):
+        if of_recipe is not None and name in (
+            of_recipe.label,
+            recipe.context.label,
+            of_recipe.type,
+        ):
             parts.setdefault(name, of_recipe)
         elif name not in parts and is_own("context", name):
             part = OwnPart.model_validate(anchored({"type": name}, Path.cwd()))

@@ -159,7 +159,9 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
     ]
     contexts = tuple(sorted({*arm_contexts, *possible}))
     parts = {
-        recipe.context.label: part for recipe in arms if (part := recipe.context.own_part) is not None
+        recipe.context.label: part
+        for recipe in arms
+        if (part := recipe.context.own_part) is not None
     }
     return recipe, InspectionRequest(
         contexts, k=k, limit=problems, seed=study.study.seeds[0], parts=parts
