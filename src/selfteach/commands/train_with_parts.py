@@ -14,6 +14,7 @@ from selfteach.config.part_section import PART_KEYS
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, nearest, validate
 from selfteach.errors import PartError
+from selfteach.runtime.part_sources import accept_sources
 from selfteach.runtime.parts import given_parts
 from selfteach.trainer.build import Built, build
 from selfteach.trainer.loop import run_to_end
@@ -60,16 +61,20 @@ def train(
     arm: str | None = None,
     seed: int = 0,
     settings: Sequence[str] = (),
+    accept_parts: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe in a folder to its end, or resume the run that the folder holds; return its result.
 
     ``components`` are objects in place of parts of the recipe, by their kind: ``problems`` (also a
     table of lists by split), ``verifier``, ``splitter``, ``critic``, ``context``, ``objective``,
     ``teacher``. ``arm``, ``seed`` and ``settings`` choose the run of a recipe file, as for
-    `selfteach.api.load_recipe`. A folder that was begun with objects is resumed with them.
+    `selfteach.api.load_recipe`. A folder that was begun with objects is resumed with them,
+    with ``accept_parts`` also if their source has changed since.
     Raises one of `selfteach.errors`.
     """
     chosen, named = recipe_with(recipe, components or {}, arm=arm, seed=seed, settings=settings)
+    if accept_parts:
+        accept_sources(Path(folder), given=True)
     with given_parts(named):
         return run_to_end(chosen, Path(folder))
 

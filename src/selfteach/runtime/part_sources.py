@@ -106,18 +106,19 @@ def require_same_sources(folder: Path, recipe: Recipe) -> None:
         _write(folder, stored, sources)
 
 
-def accept_sources(folder: Path) -> list[str]:
+def accept_sources(folder: Path, *, given: bool = False) -> None:
     """Accept the sources that parts have now, in a run's folder and in those below it.
 
-    The hashes of earlier sources stay in parts.json. Returns the names of the changed parts.
+    The hashes of earlier sources stay in parts.json. Objects from Python only with ``given``.
     """
-    changed: list[str] = []
     for path in sorted(folder.rglob(FILE)):
         stored = _stored(path.parent)
-        earlier = [*stored.get("earlier", []), stored.get("parts", {})]
-        write_json(path, {"parts": {}, "earlier": earlier})
-        changed += [f"{path.parent}: {key}" for key in stored.get("parts", {})]
-    return changed
+        parts: Mapping[str, Any] = stored.get("parts", {})
+        retained = {key: row for key, row in parts.items() if row.get(GIVEN) and not given}
+        earlier = {key: row for key, row in parts.items() if key not in retained}
+        if earlier:
+            history = [*stored.get("earlier", []), earlier]
+            write_json(path, {"parts": retained, "earlier": history})
 
 
 def with_copies(recipe: Recipe, folder: Path, *, only_missing: bool = False) -> Recipe:
@@ -198,10 +199,12 @@ def _changed(folder: Path, key: str, row: Mapping[str, Any], now: PartSource) ->
     )
     copies = folder / COPIES / key
     what = f" (a copy is in {copies})" if copies.is_dir() else ""
+    accept = f"selfteach resume {folder} --accept-parts"
+    if now.given:
+        accept = "selfteach.train(recipe, folder, components=…, accept_parts=True)"
     return (
         f"{folder}: the source of its {key} {row['name']} has changed since this run began "
-        f"({', '.join(names)}): restore it{what}, or go on with the new one: "
-        f"selfteach resume {folder} --accept-parts"
+        f"({', '.join(names)}): restore it{what}, or go on with the new one: {accept}"
     )
 
 

@@ -3,8 +3,7 @@
     config.json            the resolved recipe
     recipe.toml            the same as a recipe file, for another run
     environment.json       commit, versions, machine
-    problems.json          fingerprints of the problem sets
-    parts.json, parts/     hashes and copies of parts of one's own; only with some
+    problems.json          fingerprints of the problem sets; parts.json, parts/: hashes and copies of parts
     metrics.jsonl          one line per step, and per evaluation
     checksums.jsonl        checksums of the files of rollouts, critiques, samples and evaluations
     tracking.json          rows of metrics.jsonl that each sink has received; only with sinks
@@ -116,8 +115,8 @@ class RunFolder:
         """Start a run in this folder, or continue the same one.
 
         The config of a folder that an earlier version has written is completed before the comparison.
-        Tracking, distributed settings and folders of parts may differ: they change no result. A run that
-        has spent nothing is replaced. Raises `CheckpointError` if the folder holds something else.
+        Tracking, distributed settings and folders of parts may differ: they change no result. A run
+        that has spent nothing is replaced. Raises `CheckpointError` if the folder holds something else.
         """
         ignored = {"tracking": None, "distributed": None}
         if (self.path / "config.json").exists():
