@@ -3,7 +3,8 @@
     config.json            the resolved recipe
     recipe.toml            the same as a recipe file, for another run
     environment.json       commit, versions, machine
-    problems.json          fingerprints of the problem sets; parts.json, parts/: hashes and copies of parts
+    problems.json          fingerprints of the problem sets
+    parts.json, parts/     hashes and copies of parts of one's own
     metrics.jsonl          one line per step, and per evaluation
     checksums.jsonl        checksums of the files of rollouts, critiques, samples and evaluations
     tracking.json          rows of metrics.jsonl that each sink has received; only with sinks
@@ -21,8 +22,7 @@ Files are written atomically (to a temporary file, flushed, renamed): a kill at 
 partial file, and what is in the folder is never sampled or requested again. Rollouts, critiques and
 samples are renamed first and flushed in the background, a few milliseconds each, before a row of
 metrics or a checkpoint is written that depends on them: a file that a power cut has truncated before
-that is recognised and made again. A file that was flushed has a checksum: if it differs, it is
-damaged, and the run is refused.
+that is recognised and made again. A flushed file has a checksum: if it differs, the run is refused.
 """
 
 from __future__ import annotations
