@@ -14,6 +14,7 @@ from selfteach.config.part_section import PART_KEYS
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, nearest, validate
 from selfteach.errors import PartError
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.part_sources import accept_sources
 from selfteach.runtime.parts import given_parts
 from selfteach.trainer.build import Built, build
@@ -79,11 +80,13 @@ def train(
         return run_to_end(chosen, Path(folder))
 
 
-def build_with(recipe: Recipe, components: Components | None = None) -> Built:
+def build_with(
+    recipe: Recipe, components: Components | None = None, ranks: Ranks = SINGLE_PROCESS
+) -> Built:
     """Build a recipe's components, with objects from Python in place of parts, as `train` does."""
     chosen, named = recipe_with(recipe, components or {})
     with given_parts(named):
-        return build(chosen)
+        return build(chosen, ranks)
 
 
 def _as_kind(kind: str) -> Kind:

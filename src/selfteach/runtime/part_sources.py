@@ -13,8 +13,8 @@ import ast
 import hashlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +96,31 @@ def require_same_sources(folder: Path, recipe: Recipe) -> None:
 
     Raises `CheckpointError` if a part's source is another one than when the run began.
     """
+    named = named_parts(recipe).items()
+    _require(folder, {key: source_of(kind, part) for key, (kind, part) in named})
+
+
+def require_same_sources_of_all(folder: Path, recipes: Iterable[Recipe]) -> None:
+    """Record the sources of the parts of all runs of a study, or require those that are recorded.
+
+    So runs that begin later have the parts of those that are complete. Raises `CheckpointError`.
+    """
+    sources: dict[str, PartSource] = {}
+    for recipe in recipes:
+        for kind, part in named_parts(recipe).values():
+            source = source_of(kind, part)
+            sources[f"{kind} {source.name}"] = replace(source, is_file=False)  # runs have copies
+    _require(folder, sources)
+
+
+def _require(folder: Path, sources: Mapping[str, PartSource]) -> None:
     stored = _stored(folder)
     recorded: Mapping[str, Any] = stored.get("parts", {})
-    sources = {key: source_of(kind, part) for key, (kind, part) in named_parts(recipe).items()}
     for key, source in sources.items():
         if key in recorded and recorded[key]["sha256"] != source.digest:
             raise CheckpointError(_changed(folder, key, recorded[key], source))
     if sources.keys() - recorded.keys():
-        _write(folder, stored, sources)
+        _write(folder, stored, recorded, sources)
 
 
 def accept_sources(folder: Path, *, given: bool = False) -> None:
@@ -165,14 +182,19 @@ def _stored(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _write(folder: Path, stored: Mapping[str, Any], sources: Mapping[str, PartSource]) -> None:
+def _write(
+    folder: Path,
+    stored: Mapping[str, Any],
+    recorded: Mapping[str, Any],
+    sources: Mapping[str, PartSource],
+) -> None:
     for key, source in sources.items():
         for name, content in source.files.items() if source.is_file else ():
             copy = folder / COPIES / key / name
             make_folder(copy.parent)
             write_text(copy, content.decode("utf-8", "replace"))
     records = {key: source.record() for key, source in sources.items()}
-    write_json(folder / FILE, {**stored, "parts": records})
+    write_json(folder / FILE, {**stored, "parts": {**recorded, **records}})
 
 
 def _source_of_given(name: str, part: Any) -> PartSource:
@@ -203,7 +225,7 @@ def _changed(folder: Path, key: str, row: Mapping[str, Any], now: PartSource) ->
     if now.given:
         accept = "selfteach.train(recipe, folder, components=…, accept_parts=True)"
     return (
-        f"{folder}: the source of its {key} {row['name']} has changed since this run began "
+        f"{folder}: the source of its {key.split()[0]} {row['name']} has changed since this run began "
         f"({', '.join(names)}): restore it{what}, or go on with the new one: {accept}"
     )
 

@@ -21,6 +21,7 @@ from selfteach.runtime.part_sources import (
     portable,
     require_given,
     require_same_sources,
+    require_same_sources_of_all,
     source_of,
     with_copies,
 )
@@ -197,6 +198,16 @@ def test_the_source_of_a_part_and_of_what_it_imports_beside_it_is_recorded(file:
         stored["earlier"] == [{"critic": row}]
         and stored["parts"]["critic"]["sha256"] != row["sha256"]
     )
+
+
+def test_runs_of_a_study_that_begin_later_have_the_source_of_the_earlier_ones(file: Path) -> None:
+    recipes = [recipe_with(file), recipe_with(file, "ready")]
+    require_same_sources_of_all(file.parent, recipes)
+    file.write_text(PARTS + "# other\n")
+    with pytest.raises(CheckpointError, match=r"its critic parts.py:Critic has changed"):
+        require_same_sources_of_all(file.parent, recipes[:1])
+    accept_sources(file.parent)
+    require_same_sources_of_all(file.parent, recipes[:1])
 
 
 def test_a_run_goes_on_with_the_copy_of_a_file_that_is_gone(
