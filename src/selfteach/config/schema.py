@@ -103,7 +103,9 @@ def _unknown_type(path: str, context: Mapping[str, Any]) -> str:
     """Return the line for a ``type`` that is none of ours, and names no part of the user's."""
     tag = str(context["tag"])
     ours = [name for name in re.findall(r"'([^']*)'", context["expected_tags"]) if name != OWN]
-    return f"{path}.type = {tag!r}: {nearest(tag, ours)}; a part of your own is {SPELLING}"
+    close = difflib.get_close_matches(tag, ours, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, ours))}"
+    return f"{path}.type = {tag!r}: {hint}; a part of your own is {SPELLING}"
 
 
 def _walk(
