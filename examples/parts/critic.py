@@ -17,7 +17,9 @@ class FromReference:
     split_steps: Splitter
     keep: int = 1
 
-    def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | CritiqueFailure]:
+    def __call__(
+        self, judged: Sequence[tuple[Rollout, Verdict]]
+    ) -> list[Critique | CritiqueFailure]:
         """Return one critique per rollout, in order."""
         return [self._critique(rollout, verdict) for rollout, verdict in judged]
 

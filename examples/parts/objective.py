@@ -10,7 +10,7 @@ from selfteach.types import Batch, TokenWeights, TrainingSample
 
 
 class Reinforce(Objective):
-    """Minimises −(reward − baseline) log p of each sampled token: REINFORCE with a constant baseline."""
+    """Minimises −(reward − baseline) log p of each token: REINFORCE with a constant baseline."""
 
     needs_teacher = False
 

@@ -10,7 +10,9 @@ from selfteach.tasks.lab.worlds import WORLDS
 Split = Literal["train", "validation", "test"]
 
 
-def from_the_lab(split: Split, *, world: str = "two_styles", count: int = 16) -> Iterator[dict[str, Any]]:
+def from_the_lab(
+    split: Split, *, world: str = "two_styles", count: int = 16
+) -> Iterator[dict[str, Any]]:
     """Yield rows with the columns of a file: the lab's problems of a split, without their ids."""
     for problem in lab_task.problems(World(WORLDS[world]), split, count):
         yield {

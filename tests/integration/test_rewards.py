@@ -19,7 +19,7 @@ from selfteach.tasks.lab.worlds import WORLDS
 from selfteach.tasks.lab.world import World
 from selfteach.trainer.loop import run_to_end
 
-REWARDS = '''
+REWARDS = """
 import asyncio, json, pathlib, random
 
 CALLS = pathlib.Path(__file__).with_name("calls.jsonl")
@@ -49,7 +49,7 @@ def broken(completions, **kwargs):
 
 def nan(completions, **kwargs):
     return [float("nan")] * len(completions)
-'''
+"""
 
 
 def rows(count: int, seed: str) -> list[dict[str, Any]]:
@@ -108,7 +108,9 @@ def test_weighted_rewards_reach_metrics_samples_and_advantages(folder: Path) -> 
     run = folder / "run"
     run_to_end(recipe(folder, [LENGTH, NOISE, {"type": "verifier"}]), run)
     steps = [row for row in metrics(run) if row["kind"] == "step"]
-    samples = [json.loads(x) for x in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(x) for x in (run / "samples" / "step_000001.jsonl").read_text().splitlines()
+    ]
     for sample in samples:
         parts = sample["rewards"]
         assert list(parts) == ["length", "dice", "verifier"]
@@ -138,7 +140,9 @@ def test_a_resume_uses_the_stored_rewards_bit_for_bit(folder: Path) -> None:
     made = recipe(folder, [LENGTH, NOISE])
     run_to_end(made, whole)
     before = len(calls(folder, "noise"))
-    shutil.copytree(whole, killed)  # as if killed before the first checkpoint, with all rewards there
+    shutil.copytree(
+        whole, killed
+    )  # as if killed before the first checkpoint, with all rewards there
     shutil.rmtree(killed / "checkpoints")
     (killed / "result.json").unlink()
     kept = [row for row in metrics(whole) if row["step"] < 1]
@@ -146,7 +150,10 @@ def test_a_resume_uses_the_stored_rewards_bit_for_bit(folder: Path) -> None:
     run_to_end(made, killed)
     assert len(calls(folder, "noise")) == before
     strip = [
-        [{k: v for k, v in row.items() if not k.startswith(("time/", "active_", "waiting"))} for row in metrics(r)]
+        [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "active_", "waiting"))}
+            for row in metrics(r)
+        ]
         for r in (whole, killed)
     ]
     assert strip[0] == strip[1]
@@ -156,7 +163,9 @@ def test_a_resume_uses_the_stored_rewards_bit_for_bit(folder: Path) -> None:
 
 def test_what_one_function_returned_is_kept_when_another_raises(folder: Path) -> None:
     made = recipe(folder, [NOISE, {"type": "rewards.py:broken"}, LENGTH])
-    with pytest.raises(PartError, match=r"reward .*rewards.py:broken: .*RuntimeError: no credit \(rewards.py:"):
+    with pytest.raises(
+        PartError, match=r"reward .*rewards.py:broken: .*RuntimeError: no credit \(rewards.py:"
+    ):
         run_to_end(made, folder / "run")
     assert not calls(folder, "noise")  # functions that are awaited start after the others
     made = recipe(folder, [LENGTH, {"type": "rewards.py:broken"}])
@@ -199,7 +208,9 @@ def test_a_rollout_to_which_no_reward_applies_has_no_part_in_the_loss(
 
 
 def test_a_reward_that_is_not_finite_is_refused_in_one_line(folder: Path) -> None:
-    with pytest.raises(PartError, match=r"returned 'nan' for sample 0 of problem .*finite number, or None"):
+    with pytest.raises(
+        PartError, match=r"returned 'nan' for sample 0 of problem .*finite number, or None"
+    ):
         run_to_end(recipe(folder, [{"type": "rewards.py:nan"}]), folder / "run")
 
 
@@ -216,6 +227,12 @@ def test_a_changed_column_is_another_problem(folder: Path) -> None:
 def test_a_run_in_another_order_of_time_has_the_same_rewards(folder: Path) -> None:
     """Sampling ahead with a critic changes which weights sample, not what functions are told."""
     critic = {"type": "oracle"}
-    train = {"steps": 2, "problems_per_step": 2, "group_size": 4, "checkpoint_every": 1, "staleness": 1}
+    train = {
+        "steps": 2,
+        "problems_per_step": 2,
+        "group_size": 4,
+        "checkpoint_every": 1,
+        "staleness": 1,
+    }
     run_to_end(recipe(folder, [LENGTH], critic=critic, train=train), folder / "run")
     assert {c["step"] for c in calls(folder, "length")} == {0, 1}

@@ -11,7 +11,9 @@ class Terse:
     def __init__(self, right_too: bool = False) -> None:
         self.right_too = right_too
 
-    def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Critique | CritiqueFailure]:
+    def __call__(
+        self, judged: Sequence[tuple[Rollout, Verdict]]
+    ) -> list[Critique | CritiqueFailure]:
         """Return one critique per rollout, in order."""
         return [
             CritiqueFailure("already right")

@@ -16,6 +16,8 @@ from selfteach.config.part_section import PART_KEYS, REWARDS
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, nearest, validate
 from selfteach.errors import PartError
+from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
+from selfteach.runtime.part_sources import accept_sources
 from selfteach.runtime.parts import given_parts
 from selfteach.trainer.build import Built, build
 from selfteach.trainer.loop import run_to_end
@@ -49,7 +51,9 @@ def recipe_with(
             raise PartError(
                 f"components[{kind!r}]: two are named {_name_of(part)!r}: give each a name with def"
             )
-        named[_as_kind(kind), _name_of(part)] = _callable_problems(part) if kind == "problems" else part
+        named[_as_kind(kind), _name_of(part)] = (
+            _callable_problems(part) if kind == "problems" else part
+        )
     names: dict[str, Any] = {KEYS[kind]: name for kind, name in named if kind != "reward"}
     if rewards := [name for kind, name in named if kind == "reward"]:
         names[REWARDS] = rewards
@@ -70,25 +74,31 @@ def train(
     arm: str | None = None,
     seed: int = 0,
     settings: Sequence[str] = (),
+    accept_parts: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe in a folder to its end, or resume the run that the folder holds; return its result.
 
     ``components`` are objects in place of parts of the recipe, by their kind: ``problems`` (also a
     table of lists by split), ``verifier``, ``splitter``, ``critic``, ``context``, ``objective``,
     ``teacher``, ``reward`` (a function, or a list of them). ``arm``, ``seed`` and ``settings`` choose
-    the run of a recipe file, as for `selfteach.api.load_recipe`. A folder that was begun with objects is resumed with them. Raises one of
-    `selfteach.errors`.
+    the run of a recipe file, as for `selfteach.api.load_recipe`. A folder that was begun with objects is
+    resumed with them, with ``accept_parts`` also if their source has changed since.
+    Raises one of `selfteach.errors`.
     """
     chosen, named = recipe_with(recipe, components or {}, arm=arm, seed=seed, settings=settings)
+    if accept_parts:
+        accept_sources(Path(folder), given=True)
     with given_parts(named):
         return run_to_end(chosen, Path(folder))
 
 
-def build_with(recipe: Recipe, components: Components | None = None) -> Built:
+def build_with(
+    recipe: Recipe, components: Components | None = None, ranks: Ranks = SINGLE_PROCESS
+) -> Built:
     """Build a recipe's components, with objects from Python in place of parts, as `train` does."""
     chosen, named = recipe_with(recipe, components or {})
     with given_parts(named):
-        return build(chosen)
+        return build(chosen, ranks)
 
 
 def _as_kind(kind: str) -> Kind:

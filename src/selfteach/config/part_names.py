@@ -1,8 +1,8 @@
 """Recognises how a recipe spells a part of one's own, and anchors the files that it names.
 
 ``package.module:name``, ``./file.py:name`` (a path relative to the recipe), or a name that an installed
-package offers by an entry point of the group of its kind, like ``selfteach.critics``. Nothing is imported
-here: `runtime.parts` does.
+package offers by an entry point of the group of its kind, like ``selfteach.critics``. Nothing is
+imported here: `runtime.parts` does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ GROUPS: Mapping[Kind, str] = {
 """The entry-point group of each kind."""
 IN_FILE = re.compile(r"(?P<place>[^\n]*\.py):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 """Matches ``./file.py:name``."""
-IN_MODULE = re.compile(r"(?P<place>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
+IN_MODULE = re.compile(
+    r"(?P<place>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)"
+)
 """Matches ``package.module:name``."""
 SPELLING = "package.module:name or ./file.py:name"
 OURS, OWN = "ours", "own"
@@ -50,7 +52,7 @@ def is_own(kind: Kind, name: object) -> bool:
 
 
 def anchored(values: Any, folder: Path) -> Any:
-    """Return a recipe's tables with the files of parts as absolute paths, relative ones to ``folder``."""
+    """Return a recipe's tables with the files of parts as absolute paths, relative to ``folder``."""
     return _renamed(values, lambda path: str(_absolute(folder, path)))
 
 

@@ -1,6 +1,6 @@
 """Defines how a recipe names a part of one's own: a name that can be imported, and ``options``.
 
-Wherever a recipe takes a ``type`` of ours, it takes the name of a user's own part (`config.part_names`),
+Wherever a recipe takes a ``type`` of ours, it takes the name of a user's part (`config.part_names`),
 with ``options = { … }`` as the keyword arguments of that part.
 """
 
@@ -36,7 +36,9 @@ def own_or(kind: Kind, ours: Sequence[str]) -> Discriminator:
     """Return the discriminator of a section: by its ``type`` if it is one of ours, else `OWN`."""
 
     def tag(section: object) -> object:
-        name = section.get("type") if isinstance(section, Mapping) else getattr(section, "type", None)
+        name = (
+            section.get("type") if isinstance(section, Mapping) else getattr(section, "type", None)
+        )
         return OWN if name not in ours and is_own(kind, name) else name
 
     return Discriminator(tag)  # type: ignore[arg-type]
@@ -105,7 +107,9 @@ def named_parts(recipe: Any) -> dict[str, tuple[Kind, OwnPart]]:
         "objective": recipe.objective,
         "teacher": recipe.teacher,
     }
-    parts = {key: (PART_KEYS[key], part) for key, part in named.items() if isinstance(part, OwnPart)}
+    parts = {
+        key: (PART_KEYS[key], part) for key, part in named.items() if isinstance(part, OwnPart)
+    }
     rewards = enumerate(recipe.reward.functions if recipe.reward is not None else ())
     own: dict[str, tuple[Kind, OwnPart]] = {
         f"{REWARDS}.{i}": ("reward", part) for i, part in rewards if isinstance(part, OwnPart)

@@ -133,7 +133,11 @@ class OwnRewardConfig(OwnPart):
     @model_validator(mode="before")
     @classmethod
     def _named_like_its_function(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("name") or not isinstance(values.get("type"), str):
+        if (
+            not isinstance(values, dict)
+            or values.get("name")
+            or not isinstance(values.get("type"), str)
+        ):
             return values
         return {**values, "name": re.split(r"[:.]", values["type"])[-1]}
 
@@ -165,7 +169,9 @@ class RewardConfig(Section):
     def _distinct_names(self) -> Self:
         name, count = Counter(function.name for function in self.functions).most_common(1)[0]
         if count > 1:
-            raise ValueError(f"{count} functions have the name {name!r}: give each a name of its own")
+            raise ValueError(
+                f"{count} functions have the name {name!r}: give each a name of its own"
+            )
         return self
 
     @property

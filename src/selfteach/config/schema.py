@@ -43,7 +43,8 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 def parse_setting(setting: str) -> dict[str, Any]:
     """Parse ``a.b=3`` into nested tables; the value is TOML, or a string if it is not valid TOML.
 
-    The file of a part is relative to the working directory. Keys with an old name get the new one. Raises `RecipeError` for a setting without key or value.
+    The file of a part is relative to the working directory. Keys with an old name get the
+    new one. Raises `RecipeError` for a setting without key or value.
     """
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
@@ -87,7 +88,7 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
         keys, key = [name for owner in owners for name in owner.model_fields], str(first["loc"][-1])
         if keys == ["type", "options"]:
             section = path.rpartition(".")[0]
-            return f"unknown key {path!r}; keyword arguments of a part of your own: {section}.options{more}"
+            return f"unknown key {path!r}; arguments of a part of your own: {section}.options{more}"
         return f"unknown key {path!r}; {hint_for(key) or nearest(key, keys)}{more}"
     if first["type"] == "union_tag_invalid":
         return f"{_unknown_type(path, first['ctx'])}{more}"
@@ -102,7 +103,9 @@ def _unknown_type(path: str, context: Mapping[str, Any]) -> str:
     """Return the line for a ``type`` that is none of ours, and names no part of the user's."""
     tag = str(context["tag"])
     ours = [name for name in re.findall(r"'([^']*)'", context["expected_tags"]) if name != OWN]
-    return f"{path}.type = {tag!r}: {nearest(tag, ours)}; a part of your own is {SPELLING}"
+    close = difflib.get_close_matches(tag, ours, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, ours))}"
+    return f"{path}.type = {tag!r}: {hint}; a part of your own is {SPELLING}"
 
 
 def _walk(

@@ -101,7 +101,9 @@ class ServedModelConfig(ChatModelConfig):
     def _no_credentials(cls, url: str) -> str:
         refuse_credentials(url, f"{cls.role}.base_url", CriticError)
         if not is_http(url):
-            raise CriticError(f"{cls.role}.base_url = {url!r}: write it like http://localhost:8000/v1")
+            raise CriticError(
+                f"{cls.role}.base_url = {url!r}: write it like http://localhost:8000/v1"
+            )
         return url
 
     @property

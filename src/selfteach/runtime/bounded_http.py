@@ -97,7 +97,9 @@ class ServedApi:
     ) -> None:  # fmt: skip
         self.key, self.timeout_s = key, timeout_s
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=run_until_stopped, args=(self._loop,), name="endpoint", daemon=True).start()
+        threading.Thread(
+            target=run_until_stopped, args=(self._loop,), name="endpoint", daemon=True
+        ).start()
         self.client = openai.AsyncOpenAI(
             base_url=url, api_key=key, timeout=timeout_s, max_retries=retries,
             default_query=dict(query or {}),

@@ -1,8 +1,9 @@
-"""Call parts of a user's own: one line for what they raise, and for results that break their contract."""
+"""Call parts of a user's own: one line for what they raise, and for results that break a contract."""
 
 from __future__ import annotations
 
 import functools
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
@@ -45,26 +46,32 @@ def reported(part: Any, label: str, checks: Checks) -> Any:
 def call(part: Any, label: str, name: str, check: Check | None, *args: Any, **kwargs: Any) -> Any:
     """Call a method of a part. Raises `PartError` naming both if it raises, or its result is broken."""
     try:
-        result = part(*args, **kwargs) if name == "__call__" else getattr(part, name)(*args, **kwargs)
+        result = (
+            part(*args, **kwargs) if name == "__call__" else getattr(part, name)(*args, **kwargs)
+        )
     except RunStopped:
         raise
     except Exception as error:
-        raise PartError(
-            f"{label}: {_called(name, args)} raised {type(error).__name__}: {error}{place_of(error)}"
-        ) from error
+        what = f"{type(error).__name__}: {error}{place_of(error, part)}"
+        raise PartError(f"{label}: {_called(name, args)} raised {what}") from error
     broken = check(result, *args, **kwargs) if check is not None else None
     if broken:
         raise PartError(f"{label}: {_called(name, args)} {broken}")
     return result
 
 
-def place_of(error: BaseException) -> str:
-    """Return file and line where an error of a user's code was raised, in brackets; empty if unknown."""
+def place_of(error: BaseException, part: Any = None) -> str:
+    """Return file and line where an error of a user's code was raised, in brackets; empty if unknown.
+
+    It is the last line in the part's own file, else in a file that belongs to no installed package.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({Path(error.filename).name}:{error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if not Path(f.filename).is_relative_to(OURS) and "<" not in f.filename]
-    users = [f for f in users if "site-packages" not in f.filename] or users
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "<frozen" not in f.filename]
+    source = getattr(sys.modules.get(type(part).__module__), "__file__", None)
+    others = [f for f in frames if not Path(f.filename).is_relative_to(OURS)]
+    users = [f for f in frames if f.filename == source and f in others]
+    users = users or [f for f in others if "site-packages" not in f.filename]
     return f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
 
 

@@ -13,8 +13,8 @@ import ast
 import hashlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,15 @@ class PartSource:
 
     def record(self) -> dict[str, Any]:
         """Return what parts.json holds of it."""
-        files = {name: hashlib.sha256(text).hexdigest() for name, text in sorted(self.files.items())}
-        row = {"name": self.name, "options": dict(self.options), "sha256": self.digest, "files": files}
+        files = {
+            name: hashlib.sha256(text).hexdigest() for name, text in sorted(self.files.items())
+        }
+        row = {
+            "name": self.name,
+            "options": dict(self.options),
+            "sha256": self.digest,
+            "files": files,
+        }
         return {**row, GIVEN: True} if self.given else row
 
 
@@ -89,28 +96,46 @@ def require_same_sources(folder: Path, recipe: Recipe) -> None:
 
     Raises `CheckpointError` if a part's source is another one than when the run began.
     """
+    named = named_parts(recipe).items()
+    _require(folder, {key: source_of(kind, part) for key, (kind, part) in named})
+
+
+def require_same_sources_of_all(folder: Path, recipes: Iterable[Recipe]) -> None:
+    """Record the sources of the parts of all runs of a study, or require those that are recorded.
+
+    So runs that begin later have the parts of those that are complete. Raises `CheckpointError`.
+    """
+    sources: dict[str, PartSource] = {}
+    for recipe in recipes:
+        for kind, part in named_parts(recipe).values():
+            source = source_of(kind, part)
+            sources[f"{kind} {source.name}"] = replace(source, is_file=False)  # runs have copies
+    _require(folder, sources)
+
+
+def _require(folder: Path, sources: Mapping[str, PartSource]) -> None:
     stored = _stored(folder)
     recorded: Mapping[str, Any] = stored.get("parts", {})
-    sources = {key: source_of(kind, part) for key, (kind, part) in named_parts(recipe).items()}
     for key, source in sources.items():
         if key in recorded and recorded[key]["sha256"] != source.digest:
             raise CheckpointError(_changed(folder, key, recorded[key], source))
     if sources.keys() - recorded.keys():
-        _write(folder, stored, sources)
+        _write(folder, stored, recorded, sources)
 
 
-def accept_sources(folder: Path) -> list[str]:
+def accept_sources(folder: Path, *, given: bool = False) -> None:
     """Accept the sources that parts have now, in a run's folder and in those below it.
 
-    The hashes of earlier sources stay in parts.json. Returns the names of the changed parts.
+    The hashes of earlier sources stay in parts.json. Objects from Python only with ``given``.
     """
-    changed: list[str] = []
     for path in sorted(folder.rglob(FILE)):
         stored = _stored(path.parent)
-        earlier = [*stored.get("earlier", []), stored.get("parts", {})]
-        write_json(path, {"parts": {}, "earlier": earlier})
-        changed += [f"{path.parent}: {key}" for key in stored.get("parts", {})]
-    return changed
+        parts: Mapping[str, Any] = stored.get("parts", {})
+        retained = {key: row for key, row in parts.items() if row.get(GIVEN) and not given}
+        earlier = {key: row for key, row in parts.items() if key not in retained}
+        if earlier:
+            history = [*stored.get("earlier", []), earlier]
+            write_json(path, {"parts": retained, "earlier": history})
 
 
 def with_copies(recipe: Recipe, folder: Path, *, only_missing: bool = False) -> Recipe:
@@ -154,14 +179,19 @@ def _stored(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _write(folder: Path, stored: Mapping[str, Any], sources: Mapping[str, PartSource]) -> None:
+def _write(
+    folder: Path,
+    stored: Mapping[str, Any],
+    recorded: Mapping[str, Any],
+    sources: Mapping[str, PartSource],
+) -> None:
     for key, source in sources.items():
         for name, content in source.files.items() if source.is_file else ():
             copy = folder / COPIES / key / name
             make_folder(copy.parent)
             write_text(copy, content.decode("utf-8", "replace"))
     records = {key: source.record() for key, source in sources.items()}
-    write_json(folder / FILE, {**stored, "parts": records})
+    write_json(folder / FILE, {**stored, "parts": {**recorded, **records}})
 
 
 def _source_of_given(name: str, part: Any) -> PartSource:
@@ -184,15 +214,16 @@ def _changed(folder: Path, key: str, row: Mapping[str, Any], now: PartSource) ->
     names = sorted(
         name
         for name in files.keys() | now.files.keys()
-        if name not in now.files
-        or files.get(name) != hashlib.sha256(now.files[name]).hexdigest()
+        if name not in now.files or files.get(name) != hashlib.sha256(now.files[name]).hexdigest()
     )
     copies = folder / COPIES / key
     what = f" (a copy is in {copies})" if copies.is_dir() else ""
+    accept = f"selfteach resume {folder} --accept-parts"
+    if now.given:
+        accept = "selfteach.train(recipe, folder, components=…, accept_parts=True)"
     return (
-        f"{folder}: the source of its {key} {row['name']} has changed since this run began "
-        f"({', '.join(names)}): restore it{what}, or go on with the new one: "
-        f"selfteach resume {folder} --accept-parts"
+        f"{folder}: the source of its {key.split()[0]} {row['name']} has changed since this run began "
+        f"({', '.join(names)}): restore it{what}, or go on with the new one: {accept}"
     )
 
 
@@ -230,5 +261,3 @@ def _imported(path: Path, content: bytes, root: Path) -> Iterator[Path]:
         for name in filter(None, dotted):
             place = base.joinpath(*name.split("."))
             yield from (p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file())
-
-

@@ -7,8 +7,8 @@ The one place where a user's code is imported. What a name refers to is one of t
   teacher, which are no functions: what constructs them);
 - any other object: the part itself, which takes no options.
 
-A class or function that names a parameter of `Offered`, such as ``seed`` or ``policy``, gets it from the
-run. What a part raises becomes a `PartError` of one line that names the part and what was called.
+A class or function that names a parameter of `Offered`, such as ``seed``, gets it from the run.
+What a part raises becomes a `PartError` of one line that names the part and what was called.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ CALLED_WITH: Mapping[Kind, tuple[str, ...]] = {
     "context": ("critiqued",),
     "reward": (),
 }
-"""What a part that is a function is called with, by position. An objective and a teacher are objects with
-methods; a reward gets its arguments by name (TRL's signature), so that one without a default is no
+"""What a part that is a function is called with, by position. An objective and a teacher are objects
+with methods; a reward gets its arguments by name (TRL's signature), so that one without a default is no
 option."""
 Offered = Mapping[str, Any]
 """Values of the run by the parameter name under which a part may ask for them."""
@@ -164,7 +164,9 @@ def bound_options(
     target, label = imported.target, imported.label
     if not (inspect.isclass(target) or is_function(target)):
         if options:
-            raise PartError(f"{label}: is an object and not a class or function: it takes no options")
+            raise PartError(
+                f"{label}: is an object and not a class or function: it takes no options"
+            )
         return {}
     try:
         signature = inspect.signature(target)
@@ -178,7 +180,9 @@ def bound_options(
         names = _require_callable(label, signature, CALLED_WITH[imported.kind])
     parameters = {name: signature.parameters[name] for name in names}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    keywords = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    keywords = [
+        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     for option in options:
         if option not in keywords and not takes_any:
             known = [name for name in keywords if name not in offered]
@@ -229,7 +233,9 @@ def _require_callable(
     ]
     takes_all = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
     if called_with and len(positional) < len(called_with) and not takes_all:
-        raise PartError(f"{label}: takes {signature}, and is called with ({', '.join(called_with)})")
+        raise PartError(
+            f"{label}: takes {signature}, and is called with ({', '.join(called_with)})"
+        )
     return [name for name in signature.parameters if name not in positional[: len(called_with)]]
 
 
@@ -331,7 +337,11 @@ def _member(label: str, module: ModuleType, dotted: str) -> Any:
     value: Any = module
     for name in dotted.split("."):
         if not hasattr(value, name):
-            public = [n for n in vars(value) if not n.startswith("_")] if hasattr(value, "__dict__") else []
+            public = (
+                [n for n in vars(value) if not n.startswith("_")]
+                if hasattr(value, "__dict__")
+                else []
+            )
             hint = nearest(name, public) if public else "it is empty"
             raise PartError(f"{label}: no {name!r} in it; {hint}")
         value = getattr(value, name)

@@ -27,7 +27,7 @@ SPLITS = tuple(name for name in SOURCES if name != "pool")
 def broken_verdict(result: object, *_: object) -> str | None:
     """Return what is broken about a verifier's result; None if nothing is."""
     if not isinstance(result, Verdict):
-        return f"returned {_named(result)} and not a Verdict: Verdict.of_final(correct, parsed) makes one"
+        return f"returned {_named(result)} and not a Verdict (Verdict.of_final(correct, parsed))"
     fields = {
         "correct": bool, "formatted": bool, "parsed": str | None, "feedback": str | None,
     }  # fmt: skip
@@ -46,7 +46,9 @@ def broken_spans(result: object, text: str, *_: object) -> str | None:
         if not (isinstance(span, Sequence) and [type(at) for at in span] == [int, int]):
             return f"returned {span!r} among its spans: each is (begin, end), two ints"
         if not end <= span[0] <= span[1] <= len(text):
-            return f"returned the span {tuple(span)} after {end}: spans are in order, within the text"
+            return (
+                f"returned the span {tuple(span)} after {end}: spans are in order, within the text"
+            )
         end = span[1]
     return None
 
@@ -81,7 +83,7 @@ def build_own_splitter(part: OwnPart, replaced: Splitter) -> Splitter:
 
 
 def own_functions(config: Any, functions: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `Task` with the verifier and splitter of one's own that a section names."""
+    """Return the fields of a `Task` with the verifier and splitter that a section names."""
     changed = dict(functions)
     reading = config if isinstance(config, AnswerReading) else None
     if isinstance(config.verifier, OwnPart):
@@ -119,7 +121,9 @@ def _problems(
     problems = [_problem(one, label, f"{split}-{i}", columns, read) for i, one in enumerate(made)]
     id_, count = Counter(p.id for p in problems).most_common(1)[0] if problems else ("", 1)
     if count > 1:
-        raise PartError(f"{label}: {count} problems of {split} have the id {id_!r}: each needs its own")
+        raise PartError(
+            f"{label}: {count} problems of {split} have the id {id_!r}: each needs its own"
+        )
     return problems
 
 
@@ -145,4 +149,7 @@ def _problem(
 
 
 def _named(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    if value is None:
+        return "None"
+    module = type(value).__module__.partition(".")[0]
+    return f"a {'numpy ' if module == 'numpy' else ''}{type(value).__name__}"

@@ -87,9 +87,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     device = choose_device(recipe.model.device)
     configure_torch(device)
     require_memory(recipe)
-    task = load_task(
-        recipe.data, resolve(recipe.model.path), keep_rows=recipe.reward is not None
-    )
+    task = load_task(recipe.data, resolve(recipe.model.path), keep_rows=recipe.reward is not None)
     templates = Templates(recipe.model.templates or task.templates)
     require_fitting_templates(recipe, templates)
     loaded = load(

@@ -39,9 +39,7 @@ def build_objective(recipe: Recipe) -> Objective:
                 config.grpo_tokens,
             )
         case OwnObjectiveConfig() as config:
-            return build_own_objective(
-                config, sampling_temperature=temperature, seed=recipe.seed
-            )
+            return build_own_objective(config, sampling_temperature=temperature, seed=recipe.seed)
 
 
 def _require_importance_weights(config: DistillationConfig, train: TrainConfig) -> None:

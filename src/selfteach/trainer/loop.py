@@ -111,7 +111,7 @@ def train(
 
 
 def _require(recipe: Recipe, folder: Path) -> None:
-    """Check servers, packages and parts before anything is built, and that parts are those of the run."""
+    """Check servers, packages and parts before anything is built; parts must be those of the run."""
     require_given(folder, recipe)
     preflight([recipe])
     require_same_sources(folder, recipe)
@@ -314,7 +314,9 @@ def _measure(
     settings, started = recipe.evaluation, time.monotonic()
     k = settings.test_k if split == "test" else settings.validation_k
     sampling = evaluation_sampling(recipe, k, recipe.seed)
-    scored = BatchwiseReward(run, built, rollouts_name(split, step), step * recipe.train.num_iterations)
+    scored = BatchwiseReward(
+        run, built, rollouts_name(split, step), step * recipe.train.num_iterations
+    )
     engine = JournaledEngine(
         built.components.engine, run, rollouts_name(split, step), on_batch=scored.start
     )

@@ -53,12 +53,16 @@ def build_own_context(part: OwnPart, task: Task, templates: Templates, *, seed: 
 def build_own_objective(part: OwnPart, *, sampling_temperature: float, seed: int) -> Objective:
     """Build an objective; it may ask for ``sampling_temperature`` and ``seed``."""
     offered = {"sampling_temperature": sampling_temperature, "seed": seed}
-    return _with_methods("objective", part, build_part("objective", part, offered, OBJECTIVE_CHECKS))
+    return _with_methods(
+        "objective", part, build_part("objective", part, offered, OBJECTIVE_CHECKS)
+    )
 
 
 def build_own_teacher(part: OwnPart, policy: Policy) -> Teacher:
     """Build a teacher; it may ask for ``policy``, which has its initial weights now."""
-    return _with_methods("teacher", part, build_part("teacher", part, {"policy": policy}, TEACHER_CHECKS))
+    return _with_methods(
+        "teacher", part, build_part("teacher", part, {"policy": policy}, TEACHER_CHECKS)
+    )
 
 
 def _with_methods(kind: str, part: OwnPart, built: Any) -> Any:
@@ -86,9 +90,13 @@ def broken_critiques(result: object, judged: Sequence[object]) -> str | None:
 def broken_critique(critique: object) -> str | None:
     """Return what is broken about one critique; None if nothing is."""
     if isinstance(critique, CritiqueFailure):
-        return None if isinstance(critique.reason, str) else "returned a CritiqueFailure without a reason"
+        return (
+            None
+            if isinstance(critique.reason, str)
+            else "returned a CritiqueFailure without a reason"
+        )
     if not isinstance(critique, Critique):
-        return f"returned {_named(critique)} among its critiques: each is a Critique or a CritiqueFailure"
+        return f"returned {_named(critique)} among its critiques, not a Critique or CritiqueFailure"
     if critique.case not in get_args(Case):
         return f"returned a Critique of case {critique.case!r}: it is A, B, C or D"
     if not isinstance(critique.answer, str):
@@ -100,7 +108,9 @@ def broken_critique(critique: object) -> str | None:
             return f"returned a step of status {step.status!r}: it is kept, fixed or new"
     first = critique.first_error
     if first is not None and (not isinstance(first, int) or first < 0):
-        return f"returned first_error = {first!r}: it is the index of a step of the rollout, or None"
+        return (
+            f"returned first_error = {first!r}: it is the index of a step of the rollout, or None"
+        )
     return None
 
 
@@ -110,7 +120,7 @@ def broken_contexts(result: object, critiqued: Sequence[object]) -> str | None:
         return broken
     for one in result:  # type: ignore[attr-defined]
         if not isinstance(one, str | CritiqueFailure | None):
-            return f"returned {_named(one)} among its contexts: each is a text, a CritiqueFailure or None"
+            return f"returned {_named(one)} among its contexts, not a text, CritiqueFailure or None"
     return None
 
 
@@ -151,7 +161,9 @@ def broken_weights(result: object, samples: Sequence[TrainingSample], *_: object
     return None
 
 
-def broken_loss(result: object, student: object, teacher: object, batch: Batch, *_: object) -> str | None:
+def broken_loss(
+    result: object, student: object, teacher: object, batch: Batch, *_: object
+) -> str | None:
     """Return what is broken about an objective's loss of a micro-batch; None if nothing is."""
     if not isinstance(result, tuple) or len(result) != 2:
         return "returned what is no pair of the loss and the values of its tokens"
@@ -161,9 +173,7 @@ def broken_loss(result: object, student: object, teacher: object, batch: Batch, 
     return _broken_values(values, len(batch.ids_N))
 
 
-def broken_token_values(
-    result: object, logits_CV: Tensor, *_: object
-) -> str | None:
+def broken_token_values(result: object, logits_CV: Tensor, *_: object) -> str | None:
     """Return what is broken about an objective's values of some tokens; None if nothing is."""
     return _broken_values(result, len(logits_CV))
 

@@ -32,7 +32,8 @@ def preflight(
 ) -> None:
     """Check servers, folders and packages that runs need, each server once for all runs.
 
-    In this order: parts of the user's own, which are imported, the packages of tracking sinks, the folders of recorded critics, critic servers
+    In this order: parts of the user's own, which are imported, the packages of tracking sinks, the
+    folders of recorded critics, critic servers
     (unless ``critic.healthcheck = false``), vLLM servers that sample. With ``critic_only`` just what
     the critics need. ``output_folders`` are those that these runs write: a recorded critic may
     replay one before it exists. Raises `RecipeError`, `CriticError` or `EngineError` in one line.

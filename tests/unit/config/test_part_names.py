@@ -31,7 +31,10 @@ def recipe_of(**sections: object) -> Recipe:
         ({"data": {"type": "p.q:C", "options": {"a": 1}}}, "data"),
         ({"data": {**FILES, "verifier": {"type": "p.q:C", "options": {"a": 1}}}}, "data.verifier"),
         ({"data": {**FILES, "steps": {"type": "p.q:C", "options": {"a": 1}}}}, "data.steps"),
-        ({"data": {"type": "lab", "verifier": {"type": "p.q:C", "options": {"a": 1}}}}, "data.verifier"),
+        (
+            {"data": {"type": "lab", "verifier": {"type": "p.q:C", "options": {"a": 1}}}},
+            "data.verifier",
+        ),
         ({"data": {"type": "lab", "steps": {"type": "p.q:C", "options": {"a": 1}}}}, "data.steps"),
     ],
 )
@@ -53,14 +56,23 @@ def test_a_verifier_and_a_splitter_may_be_a_name_alone() -> None:
 @pytest.mark.parametrize(
     ("sections", "line"),
     [
-        ({"critic": {"type": "oracel"}}, "critic.type = 'oracel': did you mean 'oracle'?; a part of your"),
+        (
+            {"critic": {"type": "oracel"}},
+            "critic.type = 'oracel': did you mean 'oracle'?; a part of your",
+        ),
         ({"critic": {"type": "p:"}}, "package.module:name or ./file.py:name"),
-        ({"critic": {"type": "p:C", "keep": 1}}, "keyword arguments of a part of your own: critic.options"),
+        (
+            {"critic": {"type": "p:C", "keep": 1}},
+            "; arguments of a part of your own: critic.options",
+        ),
         ({"context": {"type": "step_alined"}}, "or a part of your own, package.module:name"),
         ({"context": {"type": "reference", "options": {"a": 1}}}, '"reference" takes none'),
         ({"data": {**FILES, "verifier": "exakt"}}, "data.verifier: input should be 'exact'"),
         ({"data": {"type": "lab", "verifier": "exact"}}, "these problems have their verifier"),
-        ({"data": {**FILES, "steps": {"type": "p:s", "option": {}}}}, "a part of your own: data.steps.options"),
+        (
+            {"data": {**FILES, "steps": {"type": "p:s", "option": {}}}},
+            "a part of your own: data.steps.options",
+        ),
     ],
 )
 def test_a_wrong_name_is_one_line(sections: dict, line: str) -> None:
@@ -76,7 +88,8 @@ def test_files_are_relative_to_the_recipe_that_names_them(tmp_path: Path) -> Non
         '[critic]\ntype = "./c.py:C"\n[data]\ntype = "files"\ntrain = "x"\nverifier = "../v.py:V"\n'
     )
     (tmp_path / "inner" / "r.toml").write_text(
-        'extends = "../base/b.toml"\n[arms.a]\ncontext = { type = "./d.py:D", options = { type = "./e.py:E" } }\n'
+        'extends = "../base/b.toml"\n[arms.a]\ncontext.type = "./d.py:D"\n'
+        'context.options.type = "./e.py:E"\n'
     )
     recipe = load_study(tmp_path / "inner" / "r.toml", ["teacher.type=./t.py:T"]).recipe("a")
     names = {key: part.type for key, (_, part) in named_parts(recipe).items()}

@@ -21,12 +21,13 @@ from selfteach.runtime.part_sources import (
     portable,
     require_given,
     require_same_sources,
+    require_same_sources_of_all,
     source_of,
     with_copies,
 )
 from selfteach.runtime.parts import build_part, given_parts, require_part
 
-PARTS = '''
+PARTS = """
 import dataclasses
 import helper
 
@@ -55,7 +56,7 @@ class Silent:
     pass
 
 ready = Critic(7)
-'''
+"""
 VERIFIER, CRITIC = "verifier", "critic"
 
 
@@ -70,7 +71,9 @@ def part(file: Path, name: str, **options: Any) -> OwnPart:
     return OwnPart(type=f"{file}:{name}", options=options)
 
 
-def test_classes_are_constructed_functions_are_bound_and_objects_are_as_they_are(file: Path) -> None:
+def test_classes_are_constructed_functions_are_bound_and_objects_are_as_they_are(
+    file: Path,
+) -> None:
     offered = {"seed": 5, "task": None}
     critic = build_part(CRITIC, part(file, "Critic", share=1, names=["a"]), offered)
     assert critic([1, 2]) == [5, 5] and (critic.share, critic.names) == (1.0, ("a",))
@@ -89,7 +92,7 @@ def test_classes_are_constructed_functions_are_bound_and_objects_are_as_they_are
         (VERIFIER, "short", {}, "takes (problem), and is called with (problem, text)"),
         (VERIFIER, "Verify", {}, "no 'Verify' in it; did you mean 'verify'?"),
         (CRITIC, "Closed", {}, "option 'path' is missing"),
-        (CRITIC, "Closed", {"path": 1}, "construction with (path) raised OSError: no such port (parts.py:24)"),
+        (CRITIC, "Closed", {"path": 1}, "with (path) raised OSError: no such port (parts.py:24)"),
         (CRITIC, "Silent", {}, "cannot be called: define __call__(self, judged)"),
     ],
 )  # fmt: skip
@@ -112,14 +115,16 @@ def test_a_module_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
         ("no_such_package.parts:f", "no module 'no_such_package'; install its package"),
         ("nobodys", "no installed package offers it in the group selfteach.critics"),
     ):
-        with pytest.raises(PartError, match="^critic ") as error:
+        with pytest.raises(PartError, match=r"^critic ") as error:
             require_part(CRITIC, OwnPart(type=name))
         assert line in str(error.value)
 
 
 def test_an_error_inside_a_part_names_the_part_and_the_call(file: Path) -> None:
     critic = build_part(CRITIC, part(file, "Critic", share=2.0), {"seed": 1})
-    with pytest.raises(PartError, match=r"parts.py:Critic: its call\(3 items\) raised ValueError: a share") as error:
+    with pytest.raises(
+        PartError, match=r"parts.py:Critic: its call\(3 items\) raised ValueError: a share"
+    ) as error:
         critic([1, 2, 3])
     assert "(parts.py:13)" in str(error.value) and isinstance(error.value.__cause__, ValueError)
 
@@ -133,8 +138,15 @@ def test_a_reported_part_is_otherwise_itself() -> None:
                 raise RunStopped("enough")
             return n
 
-    part = reported(Part(), "critic x", {"solve": lambda result, n: "returned 2" if result == 2 else None})
-    assert (part.size, part.solve(1), callable(part), hasattr(part, "absent")) == (3, 1, False, False)
+    part = reported(
+        Part(), "critic x", {"solve": lambda result, n: "returned 2" if result == 2 else None}
+    )
+    assert (part.size, part.solve(1), callable(part), hasattr(part, "absent")) == (
+        3,
+        1,
+        False,
+        False,
+    )
     with pytest.raises(PartError, match=r"critic x: solve\(int\) returned 2"):
         part.solve(2)
     with pytest.raises(RunStopped):
@@ -147,9 +159,13 @@ def test_a_plugin_offers_a_part_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: someones\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[selfteach.critics]\nterse = someones_parts:Terse\n")
-    (tmp_path / "someones_parts.py").write_text("class Terse:\n    def __call__(self, judged): return []\n")
+    (tmp_path / "someones_parts.py").write_text(
+        "class Terse:\n    def __call__(self, judged): return []\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    recipe = study_from({"context": {"type": "step_aligned"}, "critic": {"type": "terse"}}).recipe("run")
+    recipe = study_from({"context": {"type": "step_aligned"}, "critic": {"type": "terse"}}).recipe(
+        "run"
+    )
     assert isinstance(recipe.critic, OwnPart)
     assert build_part(CRITIC, recipe.critic)([]) == []
     assert list(source_of(CRITIC, recipe.critic).files) == ["someones_parts.py"]
@@ -178,7 +194,20 @@ def test_the_source_of_a_part_and_of_what_it_imports_beside_it_is_recorded(file:
     accept_sources(run)
     require_same_sources(run, recipe)
     stored = json.loads((run / "parts.json").read_text())
-    assert stored["earlier"] == [{"critic": row}] and stored["parts"]["critic"]["sha256"] != row["sha256"]
+    assert (
+        stored["earlier"] == [{"critic": row}]
+        and stored["parts"]["critic"]["sha256"] != row["sha256"]
+    )
+
+
+def test_runs_of_a_study_that_begin_later_have_the_source_of_the_earlier_ones(file: Path) -> None:
+    recipes = [recipe_with(file), recipe_with(file, "ready")]
+    require_same_sources_of_all(file.parent, recipes)
+    file.write_text(PARTS + "# other\n")
+    with pytest.raises(CheckpointError, match=r"its critic parts.py:Critic has changed"):
+        require_same_sources_of_all(file.parent, recipes[:1])
+    accept_sources(file.parent)
+    require_same_sources_of_all(file.parent, recipes[:1])
 
 
 def test_a_run_goes_on_with_the_copy_of_a_file_that_is_gone(
@@ -209,5 +238,7 @@ def test_an_object_from_python_is_required_again(tmp_path: Path) -> None:
         require_same_sources(tmp_path, recipe)
         require_given(tmp_path, recipe)
         assert build_part(CRITIC, OwnPart(type=recipe.critic.type))([1]) == [1]
-    with pytest.raises(CheckpointError, match=r"began with a critic from Python.*components=\{\"critic\": …\}"):
+    with pytest.raises(
+        CheckpointError, match=r"began with a critic from Python.*components=\{\"critic\": …\}"
+    ):
         require_given(tmp_path, recipe)

@@ -1,9 +1,10 @@
 """Run the contract of each part of a user's own on a few real items, for `selfteach check`.
 
-Shapes and types of what a part returns are checked at every call, in training too (`runtime.part_calls`).
-Here is added what a run relies on and would notice late: the same result for the same items (a critic is
-called once: it may cost money, and its critiques are kept), finite numbers, records that can be written
-as JSON and sent to other processes, and a loss that does not depend on how a step is split.
+Shapes and types of what a part returns are checked at every call, in training too
+(`runtime.part_calls`). Here is added what a run relies on and would notice late: the same result for
+the same items (a critic is called once: it may cost money, and its critiques are kept), finite numbers,
+records that can be written as JSON and sent to other processes, and a loss that does not depend on how
+a step is split.
 """
 
 from __future__ import annotations
@@ -81,14 +82,14 @@ def check_parts(recipe: Recipe, built: Built, cache: Critiqued) -> list[str]:
                 _check_teacher(label, built.components, critiqued)
         digest = source_of(kind, part).digest[:12]
         lines.append(
-            f"{key}: {part.label}, source {digest}: its contract holds on {len(rollouts)} made-up rollouts "
-            f"of {PROBLEMS} problems"
+            f"{key}: {part.label}, source {digest}: its contract holds on {len(rollouts)} "
+            f"made-up rollouts of {PROBLEMS} problems"
         )
     return lines
 
 
 def made_up_rollouts(built: Built) -> Iterator[Rollout]:
-    """Yield rollouts of real problems that no model wrote: the answer alone, the reference, a part of it.
+    """Yield rollouts of real problems that no model wrote: the answer, the reference, a part of it.
 
     What a rollout consists of is what the tokenizer and the problems have, so a part meets no text that
     it would not meet in a run.
@@ -105,7 +106,7 @@ def made_up_rollouts(built: Built) -> Iterator[Rollout]:
 
 
 def _critiqued(recipe: Recipe, built: Built, rollouts: Sequence[Rollout]) -> list[CritiquedRollout]:
-    """Critique the rollouts; in the place of a language model with a made-up critique, which is free."""
+    """Critique the rollouts; in the place of a language model with a made-up critique."""
     components = built.components
     if isinstance(recipe.critic, LlmCriticConfig):
         components = replace(components, critic=_made_up_critiques)
@@ -127,7 +128,7 @@ def _check_problems(label: str, recipe: Recipe) -> None:
     for split, problems in first.items():
         if problems != second[split]:
             raise PartError(
-                f"{label}: its {split} problems are others at the second call: a resume would refuse them"
+                f"{label}: its {split} problems are others at the second call: no resume takes them"
             )
         _require_picklable(label, problems[:PROBLEMS])
 
@@ -172,7 +173,9 @@ def _check_objective(
         for size in (components.micro_batch_tokens, components.micro_batch_tokens, 1)
     )
     if whole != again:
-        raise PartError(f"{label}: two passes over the same samples have the losses {whole} and {again}")
+        raise PartError(
+            f"{label}: two passes over the same samples have the losses {whole} and {again}"
+        )
     if abs(whole - split) > TOLERANCE * max(1.0, abs(whole)):
         raise PartError(
             f"{label}: the loss of the same step is {whole:.6g} in one micro-batch and {split:.6g} in "
@@ -217,11 +220,15 @@ def _check_teacher(
     first, second = _logits(components, batch), _logits(components, batch)
     _require_finite(label, "its logits", first)
     if not torch.equal(first, second):
-        raise PartError(f"{label}: two calls of score with the same sequences returned different logits")
+        raise PartError(
+            f"{label}: two calls of score with the same sequences returned different logits"
+        )
     state = {name: value.detach().clone() for name, value in components.teacher.state().items()}
     components.teacher.load_state(state)
     if not torch.equal(first, _logits(components, batch)):
-        raise PartError(f"{label}: load_state(state()) changes its logits: a resume would train otherwise")
+        raise PartError(
+            f"{label}: load_state(state()) changes its logits: a resume would train otherwise"
+        )
     components.teacher.update()
     _require_finite(label, "its logits after update", _logits(components, batch))
 
@@ -264,8 +271,8 @@ def _require_picklable(label: str, records: Sequence[Any]) -> None:
     try:
         same = pickle.loads(pickle.dumps(list(records))) == list(records)
     except Exception as error:
-        raise PartError(f"{label}: its results cannot be sent to other processes: {error}") from None
+        raise PartError(
+            f"{label}: its results cannot be sent to other processes: {error}"
+        ) from None
     if not same:
         raise PartError(f"{label}: its results change when they are sent to other processes")
-
-

@@ -209,7 +209,7 @@ def _installed(path: str) -> bool:
 
 
 def _own_parts(recipe: Recipe) -> Iterator[str]:
-    """Import parts of one's own and check their options; yield that their contracts were not checked."""
+    """Import parts of one's own and check their options; yield that nothing else was checked."""
     for key, (kind, part) in named_parts(recipe).items():
         require_part(kind, part)
         yield f"{key} {part.label}: imported, its options fit; its contract was not checked"

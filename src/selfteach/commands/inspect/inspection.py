@@ -163,12 +163,12 @@ def _context(
     return build_context(kind, built.task, templates, seed=seed, alignment=alignment)
 
 
-def _own_contexts(recipe: Recipe, request: InspectionRequest) -> dict[str, OwnPart]:
+def _own_contexts(recipe: Recipe | None, request: InspectionRequest) -> dict[str, OwnPart]:
     """Return the requested contexts of one's own by their name in the request."""
     parts = dict(request.parts)
-    of_recipe = recipe.context.own_part
+    of_recipe = None if recipe is None else recipe.context.own_part
     for name in request.contexts:
-        if of_recipe is not None and name in (of_recipe.label, recipe.context.label, of_recipe.type):
+        if of_recipe is not None and name in (of_recipe.label, of_recipe.type):
             parts.setdefault(name, of_recipe)
         elif name not in parts and is_own("context", name):
             part = OwnPart.model_validate(anchored({"type": name}, Path.cwd()))
@@ -200,8 +200,8 @@ def inspect_model(
     `selfteach.errors`.
     """
     model_path, folder = Path(model), Path(folder)
-    if recipe is not None or not (model_path / "config.json").exists():
-        check_contexts(request.contexts, _own_contexts(recipe or Recipe(), request))
+    labels = [name for name in request.contexts if ":" in name]  # a run's recipe may have them
+    check_contexts(request.contexts, [*_own_contexts(recipe, request), *labels])
     require_empty(folder)
     rows = read_labelled(Path(request.labelled))[: request.limit] if request.labelled else []
     built, resolved = open_model(

@@ -117,5 +117,7 @@ def _inline(value: Any) -> str:
     if isinstance(value, Mapping) and not value.get("options", True):
         value = value["type"]
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{name} = {_inline(inner)}" for name, inner in value.items()) + " }"
+        return (
+            "{ " + ", ".join(f"{name} = {_inline(inner)}" for name, inner in value.items()) + " }"
+        )
     return json.dumps(value, ensure_ascii=False)

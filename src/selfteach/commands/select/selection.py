@@ -357,7 +357,9 @@ def make_card(
     data = recipe.data
     data = with_mapping(data) if isinstance(data, FilesData | HubData) else data
     source = data.model_dump(mode="json", exclude_defaults=True)
-    source = portable({"data": {"type": data.type, **source}})["data"]  # its parts are in the folder
+    source = portable({"data": {"type": data.type, **source}})[
+        "data"
+    ]  # its parts are in the folder
     return {
         "source": source,
         "solver": recipe.model.path,

@@ -110,7 +110,7 @@ def run_study(
         # The recorded environment is that of the start of the study, not that of this resume.
         start = read_json(folder / "study.json")
         inspection = partial(inspect_base, study, folder, start["commit"], summarize)
-        run_jobs(jobs, study.study.workers, progress, also=inspection)
+        run_jobs(jobs, study.study.workers, progress, also=inspection, folder=folder)
         made = {name: value for name, value in start.items() if name not in ("study", "kind")}
         machine = read_json(jobs[0].folder / "environment.json")  # written by a process with torch
         made |= {name: machine[name] for name in ("processor", "weights_dtype") if name in machine}
@@ -159,7 +159,9 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
     ]
     contexts = tuple(sorted({*arm_contexts, *possible}))
     parts = {
-        recipe.context.label: part for recipe in arms if (part := recipe.context.own_part) is not None
+        recipe.context.label: part
+        for recipe in arms
+        if (part := recipe.context.own_part) is not None
     }
     return recipe, InspectionRequest(
         contexts, k=k, limit=problems, seed=study.study.seeds[0], parts=parts
@@ -212,7 +214,7 @@ def run_sweep(
     jobs = sweep_jobs(study, folder)
     with RunFolder(folder).lock():
         create_study(study, folder, command, "sweep")
-        run_jobs(jobs, study.study.workers, progress)
+        run_jobs(jobs, study.study.workers, progress, folder=folder)
     chosen: dict[str, Any] = {}
     for job in jobs:
         table = chosen.setdefault(job.variant or "main", {}).setdefault(job.arm, {"avg": {}})

@@ -112,7 +112,11 @@ def _refuse_a_wrong_key(
 ) -> None:
     if error.status_code in (401, 403):
         variable = config.api_key_env
-        fix = f"the key in {variable} is wrong" if variable else f"name a key in {config.role}.api_key_env"
+        fix = (
+            f"the key in {variable} is wrong"
+            if variable
+            else f"name a key in {config.role}.api_key_env"
+        )
         raise CriticError(
             f"{config.role}: {config.base_url} denied access (HTTP {error.status_code}): {fix} "
             f"({api.words(error)})"

@@ -63,7 +63,9 @@ class LlmCritic:
             for index, (reply, cached) in zip(pending, replies, strict=True):
                 before = (critiques if index in critiques else solutions)[index].usage
                 critique = self._parse(reply, *judged[index])
-                critiques[index] = replace(critique, usage=before + usage_of(reply, cached, self._config))
+                critiques[index] = replace(
+                    critique, usage=before + usage_of(reply, cached, self._config)
+                )
             pending = [i for i in pending if self._policy(critiques[i]) == "retry"]
             if not pending:
                 break

@@ -176,9 +176,7 @@ def _feedback(total: float | None, success: float) -> str:
     return f"The answer's reward is {total:g}; a good one has at least {success:g}."
 
 
-def _with_logged(
-    verdicts: Sequence[Verdict], scores: Mapping[str, BatchScores]
-) -> list[Verdict]:
+def _with_logged(verdicts: Sequence[Verdict], scores: Mapping[str, BatchScores]) -> list[Verdict]:
     """Put what functions logged into the record of the first rollout."""
     logged: dict[str, tuple[float, ...]] = {}
     for batch in scores.values():

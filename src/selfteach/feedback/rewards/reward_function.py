@@ -130,4 +130,3 @@ def _is_async(function: Any) -> bool:
         function = function.func
     call = getattr(function, "__call__", None)  # noqa: B004 - of an object
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-

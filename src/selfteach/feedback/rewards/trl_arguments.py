@@ -1,12 +1,12 @@
 """Builds the arguments with which TRL calls a reward function (1.16, `GRPOTrainer._calculate_rewards`).
 
-    prompts         texts, or lists of messages where the problem is a conversation
-    completions     texts, or lists of the assistant's one message
-    completion_ids  the sampled token ids, with the end token if the policy produced it
-    columns         one list per column of the rows, besides ``prompt`` and ``completion``
-    trainer_state   the progress of training, a `transformers.TrainerState`
-    log_extra       function of a column's name and a value per completion
-    log_metric      function of a metric's name and a number
+prompts         texts, or lists of messages where the problem is a conversation
+completions     texts, or lists of the assistant's one message
+completion_ids  the sampled token ids, with the end token if the policy produced it
+columns         one list per column of the rows, besides ``prompt`` and ``completion``
+trainer_state   the progress of training, a `transformers.TrainerState`
+log_extra       function of a column's name and a value per completion
+log_metric      function of a metric's name and a number
 """
 
 from __future__ import annotations
