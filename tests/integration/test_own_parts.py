@@ -71,7 +71,10 @@ def test_check_runs_the_contracts_of_the_examples(capsys: pytest.CaptureFixture[
     command("check", EXAMPLES / "recipe.toml")
     lines = capsys.readouterr().out.splitlines()
     held = {line.partition(":")[0] for line in lines if "its contract holds on" in line}
-    assert held == {"data.verifier", "data.steps", "critic", "context", "objective", "teacher"}
+    assert held == {
+        "data.verifier", "data.steps", "critic", "context", "objective", "teacher",
+        "reward.functions.1", "reward.functions.2",
+    }  # fmt: skip
     command("check", "--offline", EXAMPLES / "problems.toml")
     assert "its contract was not checked" in capsys.readouterr().out
 

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_server import says, serving
 
+import selfteach
+from selfteach import api
 from selfteach.config.recipe import Recipe
+from selfteach.config.recipe_file import load_study
 from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError, PartError
 from selfteach.tasks.lab import lab_task
@@ -222,6 +226,95 @@ def test_a_changed_column_is_another_problem(folder: Path) -> None:
     path.write_text(path.read_text().replace('"difficulty": 3', '"difficulty": 30'))
     with pytest.raises(CheckpointError, match="the train problems are not those"):
         run_to_end(made, folder / "run")
+
+
+def test_judges_are_paid_once_and_counted(folder: Path) -> None:
+    """A resumed run and one that is begun anew in another folder both use what was bought."""
+    with serving(says(lambda body: f"Score: {len(body['messages'][-1]['content']) % 8}")) as server:
+        judge = {
+            "type": "judge", "base_url": server.url, "model": "m", "weight": 0.1, "price_prompt": 1.0,
+            "reply_cache": str(folder / "replies.sqlite"),
+        }  # fmt: skip
+        made = recipe(folder, [judge, {"type": "verifier"}], success=0.5)
+        run_to_end(made, folder / "run")
+        sent = len(server.requests)
+        rows = metrics(folder / "run")
+        assert sum(row.get("judge_requests", 0) for row in rows) == sent > 0
+        budget = json.loads((folder / "run" / "result.json").read_text())["budget"]
+        assert budget["judge_requests"] == sent
+        assert math.isclose(budget["judge_cost"], sent * 20 / 1e6)
+        assert any(row["kind"] == "validation" and row["judge_requests"] for row in rows)
+        (folder / "run" / "result.json").unlink()
+        shutil.rmtree(folder / "run" / "checkpoints")
+        (folder / "run" / "metrics.jsonl").unlink()
+        run_to_end(made, folder / "run")
+        again = json.loads((folder / "run" / "result.json").read_text())["budget"]
+        assert again["judge_requests"] == sent == len(server.requests)
+        shutil.rmtree(folder / "run" / "rewards")  # a kill before the rewards were stored
+        (folder / "run" / "result.json").unlink()
+        shutil.rmtree(folder / "run" / "checkpoints")
+        (folder / "run" / "metrics.jsonl").unlink()
+        (folder / "run" / "checksums.jsonl").unlink()
+        run_to_end(made, folder / "run")
+        again = json.loads((folder / "run" / "result.json").read_text())["budget"]
+        assert again["judge_requests"] == sent == len(server.requests)
+        run_to_end(made, folder / "other")
+        other = json.loads((folder / "other" / "result.json").read_text())["budget"]
+        assert other["judge_requests"] == 0 and other["judge_cached"] > 0
+        assert sent == len(server.requests)
+
+
+def test_a_judge_that_fails_leaves_the_rollout_without_its_reward(folder: Path) -> None:
+    with serving(says("no idea")) as server:
+        judge = {
+            "type": "judge", "base_url": server.url, "model": "m", "max_attempts": 1, "name": "taste",
+            "reply_cache": str(folder / "replies.sqlite"),
+        }  # fmt: skip
+        run_to_end(recipe(folder, [judge, {"type": "verifier"}]), folder / "run")
+    step = metrics(folder / "run")[1]
+    assert step["judge_failure/taste/malformed"] == 1 and "rewards/taste/mean" not in step
+    assert math.isclose(step["reward"], step["rewards/verifier/mean"])
+    path = folder / "run" / "samples" / "step_000001.jsonl"
+    sample = json.loads(path.read_text().splitlines()[0])
+    assert sample["rewards"]["taste"] is None and "malformed" in sample["reward_failures"]["taste"]
+
+
+def test_functions_from_python_and_their_sources(folder: Path) -> None:
+    def short(completion_ids: Any, **kwargs: Any) -> list[float]:
+        return [-len(ids) / 100 for ids in completion_ids]
+
+    def flat(completions: Any, **kwargs: Any) -> list[float]:
+        return [0.5 for _ in completions]
+
+    plain = recipe(folder, [{"type": "verifier"}])
+    result = selfteach.train(plain, folder / "run", components={"reward": [short, flat]})
+    assert result["step"] == 2
+    step = metrics(folder / "run")[1]
+    assert step["rewards/flat/mean"] == 0.5 and step["rewards/short/mean"] < 0
+    stored = json.loads((folder / "run" / "parts.json").read_text())["parts"]
+    assert [*stored] == ["reward.functions.0", "reward.functions.1"]
+    with pytest.raises(PartError, match="two are named"):
+        selfteach.train(plain, folder / "b", components={"reward": [lambda **_: 1, lambda **_: 2]})
+
+
+def test_a_changed_function_is_refused_by_a_resume(folder: Path) -> None:
+    made = recipe(folder, [LENGTH])
+    run_to_end(made, folder / "run")
+    (folder / "run" / "result.json").unlink()
+    (folder / "rewards.py").write_text(REWARDS + "# changed\n")
+    with pytest.raises(CheckpointError, match=r"reward.functions.0 rewards.py:length has changed"):
+        run_to_end(made, folder / "run")
+    again = load_study(folder / "run" / "recipe.toml").recipe("recipe", seed=0)
+    assert again.reward is not None
+    assert again.reward.functions[0].type.endswith("run/parts/reward.functions.0/rewards.py:length")
+
+
+def test_evaluate_and_select_use_the_threshold(folder: Path) -> None:
+    run = folder / "run"
+    run_to_end(recipe(folder, [LENGTH], success=0.6), run)
+    measured = api.evaluate(run, problems="validation", k=2)
+    flat = [r for row in measured["evaluation"]["rewards"] for r in row]
+    assert measured["avg"]["mean"] == 100 * sum(r >= 0.6 for r in flat) / len(flat)
 
 
 def test_a_run_in_another_order_of_time_has_the_same_rewards(folder: Path) -> None:

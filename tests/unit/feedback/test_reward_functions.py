@@ -237,7 +237,6 @@ async def _raises(**_: Any) -> list[float]:
         (_raises, "its call with 3 completions raised KeyError: 'quota'"),
     ],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:coroutine")
 def test_what_is_no_reward_is_refused_in_one_line(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(PartError) as error:
         combined(function(call))(judged(group(PROBLEMS["texts"][0])))

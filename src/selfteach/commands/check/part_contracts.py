@@ -80,6 +80,8 @@ def check_parts(recipe: Recipe, built: Built, cache: Critiqued) -> list[str]:
                 _check_objective(label, built.components, critiqued)
             case "teacher":
                 _check_teacher(label, built.components, critiqued)
+            case "reward":
+                _check_reward(built, key, critiqued)
         digest = source_of(kind, part).digest[:12]
         lines.append(
             f"{key}: {part.label}, source {digest}: its contract holds on {len(rollouts)} "
@@ -107,7 +109,7 @@ def made_up_rollouts(built: Built) -> Iterator[Rollout]:
 
 def _critiqued(recipe: Recipe, built: Built, rollouts: Sequence[Rollout]) -> list[CritiquedRollout]:
     """Critique the rollouts; in the place of a language model with a made-up critique."""
-    components = built.components
+    components = replace(built.components, reward=None)  # a judge may cost money
     if isinstance(recipe.critic, LlmCriticConfig):
         components = replace(components, critic=_made_up_critiques)
     return verify_and_critique(components, rollouts)
@@ -162,6 +164,16 @@ def _check_context(
     for one, context in zip(critiqued, first, strict=True):
         if isinstance(context, str):
             components.renderer.teacher_prompt(one.rollout.problem, context)
+
+
+def _check_reward(built: Built, key: str, critiqued: Sequence[CritiquedRollout]) -> None:
+    """Call a reward function once: it may cost money, and may return others the next time."""
+    reward = built.reward
+    assert reward is not None
+    source = reward.sources[int(key.rpartition(".")[2])]
+    alone = replace(reward, sources=[source], success=None)
+    judged = [(one.rollout, replace(one.verdict, rewards=None)) for one in critiqued]
+    alone(judged)
 
 
 def _check_objective(

@@ -92,6 +92,8 @@ class RewardFunction:
 
     def _checked(self, result: Any, rollouts: Sequence[Rollout], log: Log) -> BatchScores:
         if inspect.isawaitable(result):
+            if inspect.iscoroutine(result):
+                result.close()
             raise PartError(f"{self._label}: returned something to await: define it with async def")
         try:
             values = None if isinstance(result, str | Mapping) else list(result)
