@@ -13,14 +13,15 @@ import pytest
 from scripted_server import says, serving
 
 import selfteach
-from selfteach import api
+from selfteach import api, cli
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
+from selfteach.config.recipe_toml import recipe_toml
 from selfteach.config.schema import validate
-from selfteach.errors import CheckpointError, PartError
+from selfteach.errors import CheckpointError, DataError, PartError
 from selfteach.tasks.lab import lab_task
-from selfteach.tasks.lab.worlds import WORLDS
 from selfteach.tasks.lab.world import World
+from selfteach.tasks.lab.worlds import WORLDS
 from selfteach.trainer.loop import run_to_end
 
 REWARDS = """
@@ -309,12 +310,61 @@ def test_a_changed_function_is_refused_by_a_resume(folder: Path) -> None:
     assert again.reward.functions[0].type.endswith("run/parts/reward.functions.0/rewards.py:length")
 
 
-def test_evaluate_and_select_use_the_threshold(folder: Path) -> None:
+def test_evaluate_uses_the_threshold(folder: Path) -> None:
     run = folder / "run"
     run_to_end(recipe(folder, [LENGTH], success=0.6), run)
     measured = api.evaluate(run, problems="validation", k=2)
     flat = [r for row in measured["evaluation"]["rewards"] for r in row]
     assert measured["avg"]["mean"] == 100 * sum(r >= 0.6 for r in flat) / len(flat)
+
+
+def test_prompts_without_answers_are_enough_where_no_verifier_decides(folder: Path) -> None:
+    for name in ("train", "validation"):
+        lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        kept = [{key: row[key] for key in ("prompt", "difficulty", "id")} for row in lines]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    data = {
+        "type": "files", "train": str(folder / "train.jsonl"), "verifier": "exact",
+        "validation": str(folder / "validation.jsonl"),
+    }  # fmt: skip
+    run_to_end(recipe(folder, [LENGTH], success=0.6, data=data), folder / "run")
+    flat = [
+        r
+        for row in json.loads(
+            (folder / "run" / "evaluations" / "validation_000002.json").read_text()
+        )["rewards"]
+        for r in row
+    ]
+    row = metrics(folder / "run")[-1]
+    assert row["kind"] == "validation" and row["avg"] == 100 * sum(r >= 0.6 for r in flat) / len(
+        flat
+    )
+    with pytest.raises(DataError, match="no column 'answer'"):
+        run_to_end(recipe(folder, [LENGTH], data=data), folder / "second")
+
+
+def test_selected_problems_keep_the_columns_that_rewards_need(folder: Path) -> None:
+    made = recipe(folder, [LENGTH], success=0.6)
+    values = {
+        k: v for k, v in made.model_dump(mode="json").items() if v is not None and k != "seed"
+    }
+    (folder / "recipe.toml").write_text(recipe_toml({"seed": 0, **values}))
+    settings = (
+        "\n[select]\nsamples = 2\nmax_solve_rate = 1.0\nmin_format_rate = 0.0\ncritic = false\n"
+    )
+    with (folder / "recipe.toml").open("a") as file:
+        file.write(settings + 'pool = ["train"]\nsplit = { validation = 1, test = 1 }\n')
+    words = ["select", str(folder / "recipe.toml"), "--out", str(folder / "selected")]
+    cli.app(words, standalone_mode=False)
+    out = [json.loads(x) for x in (folder / "selected" / "train.jsonl").read_text().splitlines()]
+    originals = {row["id"]: row for row in rows(8, "train")}
+    assert out and all(row["difficulty"] == originals[row["id"]]["difficulty"] for row in out)
+    assert (folder / "selected" / "rewards").is_dir()
+    before = len(calls(folder, "length"))
+    for row in out:
+        assert 0 <= row["meta"]["selection"]["avg"] <= 1
+    cli.app(words, standalone_mode=False)
+    assert len(calls(folder, "length")) == before
 
 
 def test_a_run_in_another_order_of_time_has_the_same_rewards(folder: Path) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SHOWN_METRICS = {
     "correct": ("correct", "{:.0%}"),
+    "reward": ("reward", "{:.3g}"),
     "length": ("length", "{:.0f}"),
     "loss": ("loss", "{:.3f}"),
     "fidelity": ("fidelity", "{:.2f}"),

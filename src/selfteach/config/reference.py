@@ -75,7 +75,7 @@ def sections_of(annotation: Any) -> list[type[Section]]:
     """Return the sections among the alternatives of an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    if get_origin(annotation) is Annotated:
+    if get_origin(annotation) in (Annotated, tuple):
         return sections_of(get_args(annotation)[0])
     alternatives = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
     return [section for part in alternatives for section in sections_of(part)]
@@ -113,7 +113,8 @@ def _tables(path: str, section: type[Section], headings: dict[type[Section], str
     kind = _single_type(section)
     if issubclass(section, OwnPart):
         kind = "package.module:name"
-    heading = f"`[{path}]`" + (f', `type = "{kind}"`' if kind and "." not in path else "")
+    is_chosen = "." not in path or path.startswith("[")
+    heading = f"`[{path}]`" + (f', `type = "{kind}"`' if kind and is_chosen else "")
     if section in headings:
         same = f"## {heading}\n\nHas the keys of {headings[section]}.\n"
         return [] if headings[section] == heading else [same]
@@ -121,7 +122,9 @@ def _tables(path: str, section: type[Section], headings: dict[type[Section], str
     blocks = [_table(heading, section)]
     for name, field in section.model_fields.items():
         for inner in sections_of(field.annotation):
-            blocks += _tables(f"{path}.{name}", inner, headings)
+            below = f"{path}.{name}".replace("[", "").replace("]", "")
+            is_list = get_origin(field.annotation) is tuple
+            blocks += _tables(f"[{below}]" if is_list else below, inner, headings)
     return blocks
 
 
@@ -184,6 +187,8 @@ def _default(field: FieldInfo) -> str:
     if isinstance(default, Section):
         kind = getattr(default, "type", None)
         return f'`type = "{kind}"`' if kind else "its defaults"
+    if isinstance(default, str) and "\n" in default:
+        return "*a shipped text*"
     return f"`{_toml(default)}`"
 
 

@@ -175,6 +175,12 @@ class RewardConfig(Section):
         return self
 
     @property
+    def needs_answers(self) -> bool:
+        """Return True if a problem without a gold answer could not be scored, or not be a success."""
+        verified = any(isinstance(one, VerifierRewardConfig) for one in self.functions)
+        return self.success is None or verified
+
+    @property
     def judges(self) -> tuple[JudgeConfig, ...]:
         """Return the judges among the functions."""
         return tuple(one for one in self.functions if isinstance(one, JudgeConfig))

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from selfteach.config.data_section import AnswerReading, Columns, OwnData
@@ -99,7 +100,9 @@ def own_functions(config: Any, functions: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def own_problems(config: OwnData, offered: Offered | None = None) -> tuple[Splits, ColumnsRead]:
+def own_problems(
+    config: OwnData, offered: Offered | None = None, *, need_answers: bool = True
+) -> tuple[Splits, ColumnsRead]:
     """Call the part with the name of each split; rows are read like those of a file.
 
     Raises `PartError` or `DataError`, in one line, for what is neither a problem nor a row of one.
@@ -107,18 +110,22 @@ def own_problems(config: OwnData, offered: Offered | None = None) -> tuple[Split
     part = OwnPart(type=config.type, options=config.options)
     make = build_part("problems", part, offered)
     label, read = f"problems {shown(config.type)}", ColumnsRead()
-    return {name: _problems(make, label, name, config.columns, read) for name in SPLITS}, read
+    read_row = partial(
+        problem_from, columns=config.columns or Columns(), read=read, keep_row=True,
+        need_answer=need_answers,
+    )  # fmt: skip
+    return {name: _problems(make, label, name, read_row) for name in SPLITS}, read
 
 
 def _problems(
-    make: Any, label: str, split: str, columns: Columns | None, read: ColumnsRead
+    make: Any, label: str, split: str, read_row: Callable[[Row], Problem]
 ) -> list[Problem]:
     made = make(split)
     if not isinstance(made, Iterable) or isinstance(made, str | Mapping):
         raise PartError(
             f"{label}: its call({split!r}) returned {_named(made)} and not a list of problems or rows"
         )
-    problems = [_problem(one, label, f"{split}-{i}", columns, read) for i, one in enumerate(made)]
+    problems = [_problem(one, label, f"{split}-{i}", read_row) for i, one in enumerate(made)]
     id_, count = Counter(p.id for p in problems).most_common(1)[0] if problems else ("", 1)
     if count > 1:
         raise PartError(
@@ -127,13 +134,10 @@ def _problems(
     return problems
 
 
-def _problem(
-    value: Any, label: str, place: str, columns: Columns | None, read: ColumnsRead
-) -> Problem:
+def _problem(value: Any, label: str, place: str, read_row: Callable[[Row], Problem]) -> Problem:
     if isinstance(value, Mapping):
         try:
-            row = Row(dict(value), place, place)
-            return problem_from(row, columns or Columns(), read, keep_row=True)
+            return read_row(Row(dict(value), place, place))
         except MissingValue as missing:
             raise DataError(f"{label}: {place}: {missing}") from None
     if not isinstance(value, Problem):

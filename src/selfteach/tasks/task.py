@@ -20,6 +20,7 @@ from selfteach.config.data_section import (
     SplitName,
 )
 from selfteach.config.part_section import OwnPart
+from selfteach.config.reward_section import RewardConfig
 from selfteach.errors import DataError
 from selfteach.protocols import Verifier
 from selfteach.tasks import chain_sums, segmentation, verifiers
@@ -82,13 +83,19 @@ class Task:
 
 
 def load_task(
-    config: DataConfig, model_folder: str, *, allow_empty: bool = False, keep_rows: bool = False
+    config: DataConfig,
+    model_folder: str,
+    *,
+    allow_empty: bool = False,
+    reward: RewardConfig | None = None,
 ) -> Task:
     """Load the task that a recipe names. Raises `DataError`, in one line, if it cannot be loaded.
 
     With ``allow_empty`` the recipe needs no source of problems: the task only says how answers are
-    read. With ``keep_rows`` problems have the columns of their rows, for rewards.
+    read. With a ``reward`` problems have the columns of their rows, and where it needs no answers they
+    may have none.
     """
+    need_answers = reward is None or reward.needs_answers
     match config:
         case LabData():
             return _lab(config, model_folder)
@@ -97,15 +104,20 @@ def load_task(
         case FilesData() | HubData():
             config = with_mapping(config)
             splits, counts, columns = read_problem_sets(
-                config, allow_no_source=allow_empty, keep_rows=keep_rows
+                config,
+                allow_no_source=allow_empty,
+                keep_rows=reward is not None,
+                need_answers=need_answers,
             )
         case GymData():
             splits, counts, columns = generate(config), {}, ""
         case OwnData():
-            splits, counts, columns = combined(*own_problems(config))
+            splits, counts, columns = combined(*own_problems(config, need_answers=need_answers))
     world = config.world if isinstance(config, FilesData) else None
     verifier = "exact" if isinstance(config.verifier, OwnPart) else config.verifier
     functions = own_functions(config, _functions_of(verifier, config, world, model_folder))
+    if not need_answers:
+        functions["verify"] = verifiers.WithoutAnswers(functions["verify"])
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
     _check_meta(verifier, [*train, *validation, *test])
     task = Task(train, validation, test, counts=counts, columns=columns, **functions)

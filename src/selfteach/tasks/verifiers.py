@@ -133,6 +133,19 @@ class ReasoningGymVerifier:
         return replace(Verdict.of_final(correct, parsed), timed_out="timed_out" in reply)
 
 
+class WithoutAnswers:
+    """Wraps a verifier for problems of which some have no answer: no rollout of these is right."""
+
+    def __init__(self, verify: Verifier) -> None:
+        self._verify = verify
+        self.process = getattr(verify, "process", None)
+
+    def __call__(self, problem: Problem, text: str) -> Verdict:
+        """Return the verdict on a text; without an answer to compare with it says what was parsed."""
+        verdict = self._verify(problem, text)
+        return verdict if problem.answer else replace(verdict, correct=False, feedback=None)
+
+
 def keep_timeouts(verify: Verifier, path: Path) -> None:
     """Store a verifier's timed-out comparisons in a file, so that a resume judges as before."""
     process = getattr(verify, "process", None)

@@ -87,7 +87,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     device = choose_device(recipe.model.device)
     configure_torch(device)
     require_memory(recipe)
-    task = load_task(recipe.data, resolve(recipe.model.path), keep_rows=recipe.reward is not None)
+    task = load_task(recipe.data, resolve(recipe.model.path), reward=recipe.reward)
     templates = Templates(recipe.model.templates or task.templates)
     require_fitting_templates(recipe, templates)
     loaded = load(
@@ -161,7 +161,9 @@ def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
         built = build(recipe)
         assert built.components.critic is not None
         return CritiqueSetup(built.components.critic, built.task, built.components.renderer)
-    task = load_task(recipe.data, resolve(recipe.model.path), allow_empty=True)
+    task = load_task(
+        recipe.data, resolve(recipe.model.path), allow_empty=True, reward=recipe.reward
+    )
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
     critic = build_critic(recipe.critic, task, templates, seed=recipe.seed)

@@ -60,7 +60,9 @@ def named_problems(built: Built, name: str, recipe: Recipe) -> tuple[tuple[Probl
     path = Path(name)
     if not is_problem_source(path):
         raise DataError(f"--problems {name!r}: expected train, validation, test, or a {KINDS}")
-    task = replace(built.task, train=(), validation=(), test=read_file(path), counts={})
+    needs_answers = recipe.reward is None or recipe.reward.needs_answers
+    problems = read_file(path, need_answers=needs_answers)
+    task = replace(built.task, train=(), validation=(), test=problems, counts={})
     if drops_overlong(recipe):
         components = built.components
         task = within_context(components.renderer, task, components.max_length, recipe)

@@ -68,7 +68,9 @@ def test_scores_and_costs_of_a_batch_with_a_cached_and_a_repeated_request(tmp_pa
         asked = judge(tmp_path, server.url, price_prompt=1.0, price_completion=2.0, max_attempts=2)
         scores = asked.scores(rollouts("good", "good", "bad")).scores
         assert [s.value for s in scores] == [9.0, 9.0, None]
-        assert scores[2].failure == "malformed: no number where the pattern looks for one: 'no idea'"
+        assert (
+            scores[2].failure == "malformed: no number where the pattern looks for one: 'no idea'"
+        )
         # 20 prompt and 7 reply tokens each: one for both good rollouts, two for the bad one.
         assert scores[0].usage == Usage(1, 0, 20, 7, 34 / 1e6)
         assert scores[1].usage == Usage(cached=1)
@@ -99,7 +101,10 @@ def test_policies_of_failures(tmp_path: Path) -> None:
     with serving(refuses(400)) as server:
         score = judge(tmp_path, server.url).scores(rollouts("a")).scores[0]
         assert score.value is None and score.failure.startswith("refused: ")
-    with serving(refuses(503)) as server, pytest.raises(CriticError, match="judge 'judge': unavailable"):
+    with (
+        serving(refuses(503)) as server,
+        pytest.raises(CriticError, match="judge 'judge': unavailable"),
+    ):
         judge(tmp_path, server.url).scores(rollouts("a"))
     with serving(refuses(503)) as server:
         policy = {"unavailable": "skip"}
@@ -112,11 +117,16 @@ def test_policies_of_failures(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_judge(tmp_path: Path) -> None:
-    with serving(refuses(401)) as server, pytest.raises(CriticError, match="check judge.model, judge.base_url"):
+    with (
+        serving(refuses(401)) as server,
+        pytest.raises(CriticError, match="check judge.model, judge.base_url"),
+    ):
         judge(tmp_path, server.url).scores(rollouts("a"))
     with pytest.raises(RecipeError, match="judge.prompt of 'judge' is no template"):
         judge(tmp_path, "http://x/v1", prompt="{% if %}")
-    with pytest.raises(RecipeError, match=r"judge.prompt of 'judge', for problem 'p': 'foo' is undefined"):
+    with pytest.raises(
+        RecipeError, match=r"judge.prompt of 'judge', for problem 'p': 'foo' is undefined"
+    ):
         judge(tmp_path, "http://x/v1", prompt="{{ foo }}").messages(rollouts("a")[0])
 
 
@@ -125,5 +135,7 @@ def test_a_judge_is_checked_before_a_run_starts() -> None:
         "objective": {"type": "grpo"},
         "reward": {"functions": [json.loads(config("http://127.0.0.1:9/v1").model_dump_json())]},
     }
-    with pytest.raises(CriticError, match=r"judge: no server at .*: start the server, or fix judge.base_url"):
+    with pytest.raises(
+        CriticError, match=r"judge: no server at .*: start the server, or fix judge.base_url"
+    ):
         preflight([validate(Recipe, values)])

@@ -66,7 +66,9 @@ def by_length(completions: Any, **kwargs: Any) -> list[float]:
     return [float(len(c if isinstance(c, str) else c[0]["content"])) for c in completions]
 
 
-def by_prompt(prompts: Any, completions: Any, completion_ids: Any, level: Any, **kwargs: Any) -> Any:
+def by_prompt(
+    prompts: Any, completions: Any, completion_ids: Any, level: Any, **kwargs: Any
+) -> Any:
     steps = kwargs["trainer_state"].global_step
     kwargs["log_metric"]("level", sum(level))
     return [
@@ -83,7 +85,9 @@ async def slowly(completions: Any, answer: Any, **kwargs: Any) -> list[float | N
 class Scorer:
     """An object whose call is async, as TRL accepts it too."""
 
-    async def __call__(self, completion_ids: Any, scale: float = 1.0, **kwargs: Any) -> torch.Tensor:
+    async def __call__(
+        self, completion_ids: Any, scale: float = 1.0, **kwargs: Any
+    ) -> torch.Tensor:
         await asyncio.sleep(0)
         return torch.tensor([scale * sum(ids) for ids in completion_ids])
 
@@ -92,7 +96,10 @@ FUNCTIONS: list[tuple[Callable[..., Any], float]] = [
     (by_length, 0.25), (by_prompt, 1.0), (slowly, -2.0), (functools.partial(Scorer(), scale=0.1), 3.0),
 ]  # fmt: skip
 PROBLEMS = {
-    "texts": [problem("a", "1 + 1 ?", level=1, answer="2"), problem("b", "2 + 2 ?", level=4, answer="4")],
+    "texts": [
+        problem("a", "1 + 1 ?", level=1, answer="2"),
+        problem("b", "2 + 2 ?", level=4, answer="4"),
+    ],
     "chats": [problem("a", CHAT, level=2, answer="4"), problem("b", CHAT[1:], level=3, answer="4")],
 }
 
@@ -119,7 +126,9 @@ def trl_rewards(monkeypatch: pytest.MonkeyPatch, rollouts: Sequence[Rollout]) ->
     ]
     calculate = grpo_trainer.GRPOTrainer._calculate_rewards.__wrapped__
     try:
-        return calculate(trainer, inputs, prompts, completions, [list(r.token_ids) for r in rollouts])
+        return calculate(
+            trainer, inputs, prompts, completions, [list(r.token_ids) for r in rollouts]
+        )
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -135,7 +144,10 @@ def test_the_same_functions_give_the_numbers_that_trl_gets(
     sources = [function(call, str(i), weight) for i, (call, weight) in enumerate(FUNCTIONS)]
     verdicts = combined(*sources)(judged(rollouts))
     ours = [
-        [float("nan") if v.rewards.values[str(i)] is None else v.rewards.values[str(i)] for i in range(4)]
+        [
+            float("nan") if v.rewards.values[str(i)] is None else v.rewards.values[str(i)]
+            for i in range(4)
+        ]
         for v in verdicts
         if v.rewards is not None
     ]
@@ -177,7 +189,9 @@ def test_advantages_leave_out_what_has_no_reward() -> None:
     """By hand: 1, 0.5 and 0 have the mean 0.5 and the deviation 0.5; TRL's epsilon is 1e-4."""
     p = Problem("p", "q", "a")
     samples = [
-        TrainingSample(CritiquedRollout(rollout(p, n, 1), Verdict(False, True, None, rewards=r), None))
+        TrainingSample(
+            CritiquedRollout(rollout(p, n, 1), Verdict(False, True, None, rewards=r), None)
+        )
         for n, r in enumerate(Rewards(x, {}) for x in (1.0, 0.5, None, 0.0))
     ]
     advantages = Grpo(1.0).advantages(samples)

@@ -68,6 +68,8 @@ def _training(data: ReportData) -> dict[str, Drawing]:
         drawings["training"] = Drawing(
             training_curves.training(data.arms), "Share of correct rollouts and loss over training"
         )
+        if (rewards := training_curves.rewards(data.arms)) is not None:
+            drawings["rewards"] = Drawing(rewards, "Rewards of the training rollouts")
         drawings["length_and_entropy"] = Drawing(
             training_curves.length_and_entropy(data.arms),
             "Length and entropy of rollouts over training",

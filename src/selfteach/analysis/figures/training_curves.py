@@ -5,6 +5,7 @@ A line is the mean over an arm's seeds, its band reaches from the worst seed to 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ from selfteach.analysis.run_data import Groups, RunData, evaluations
 from selfteach.evaluation.intervals import PERCENT, mean_interval
 from selfteach.evaluation.statistics import pass_at_k
 
+REWARD_MEAN = re.compile(r"rewards/(.+)/mean")
+"""Matches the metric of a reward's mean."""
 MARKERS = 6
 """Markers on a line of many points."""
 LEAST_SPAN = 0.3
@@ -65,6 +68,20 @@ def check_curve(groups: Groups, check: HealthCheck) -> Figure:
 def training(groups: Groups) -> Figure:
     """Draw the share of correct rollouts and the loss, which does not compare across objectives."""
     return _panels(groups, {"correct": "share right", "loss": "loss"})
+
+
+def rewards(groups: Groups) -> Figure | None:
+    """Draw the mean total reward of the training rollouts, and that of each reward by its name.
+
+    None if no run has rewards besides the verdict.
+    """
+    runs = [run for of_arm in groups.values() for run in of_arm]
+    keys = dict.fromkeys(key for run in runs for row in run.of_kind("step") for key in row)
+    names = [match[1] for key in keys if (match := REWARD_MEAN.fullmatch(key))]
+    if "reward" not in keys:
+        return None
+    shown = names if len(names) > 1 else []
+    return _grid(groups, {"reward": "total reward", **{f"rewards/{n}/mean": n for n in shown}})
 
 
 def length_and_entropy(groups: Groups) -> Figure:
@@ -129,10 +146,22 @@ def seconds_by_phase(budgets: Mapping[str, Mapping[str, float]]) -> Figure | Non
 
 
 def _panels(groups: Groups, metrics: dict[str, str]) -> Figure:
-    figure = Figure(figsize=(7.2, 3.1), layout="constrained")
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
+    return _grid(groups, metrics, columns=len(metrics), height=3.1)
+
+
+def _grid(
+    groups: Groups, metrics: dict[str, str], *, columns: int = 2, height: float = 2.8
+) -> Figure:
+    """Draw a panel per metric, with one legend above them."""
+    columns = min(columns, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(7.2, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (metric, label) in zip(panels, metrics.items(), strict=False):
         _panel(axes, groups, metric, label)
+        axes.yaxis.label.set_parse_math(False)
+    for axes in panels[len(metrics) :]:
+        axes.set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         lines = -(-len(handles) // 4)

@@ -47,7 +47,7 @@ def shown_prompts(recipes: Mapping[str, Recipe]) -> Iterator[str]:
 
 
 def _prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    task = load_task(recipe.data, resolve(recipe.model.path))
+    task = load_task(recipe.data, resolve(recipe.model.path), reward=recipe.reward)
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
     problem = task.problems("train")[0]

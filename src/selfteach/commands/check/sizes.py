@@ -226,11 +226,11 @@ def _task(recipe: Recipe, unchecked: list[str]) -> Task | None:
             return None
     if isinstance(data, HubData) and not Path(data.path or "").is_dir():
         try:
-            return load_task(data, folder)
+            return load_task(data, folder, reward=recipe.reward)
         except DataError as error:
             unchecked.append(f"problems: {error}")
             return None
-    return load_task(data, folder)
+    return load_task(data, folder, reward=recipe.reward)
 
 
 def _paths(data: FilesData) -> Iterator[Path]:

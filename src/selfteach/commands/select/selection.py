@@ -31,13 +31,14 @@ from selfteach.runtime.part_sources import portable, require_same_sources, with_
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_json
-from selfteach.runtime.stored_records import history_column
+from selfteach.runtime.stored_records import history_column, plain_columns
 from selfteach.tasks.sources.columns import with_mapping
+from selfteach.tasks.sources.conversations import is_conversation
 from selfteach.tasks.sources.splits import split_pool, without_duplicates
 from selfteach.trainer.build import Built, build, set_threads
+from selfteach.trainer.evaluation_reward import with_stored_rewards
 from selfteach.trainer.preflight import preflight
 from selfteach.trainer.problem_identity import same_problems
-from selfteach.trainer.evaluation_reward import with_stored_rewards
 from selfteach.trainer.step import verify_and_critique
 from selfteach.types import (
     Critique,
@@ -335,10 +336,14 @@ def problem_row(tally: Tally) -> dict[str, Any]:
     """Return a problem as ``data.type = "files"`` reads it back, with references and meta."""
     problem = tally.problem
     selection = {"avg": tally.avg, "format": tally.format, "k": tally.rollouts}
+    columns = plain_columns(problem.columns)
+    prompt = columns.pop("prompt", None)
+    is_chat = is_conversation(prompt)  # which is the history too
     return {
+        **columns,
         "id": problem.id,
-        **history_column(problem),
-        "question": problem.question,
+        **({} if is_chat else history_column(problem)),
+        "question": prompt if is_chat else problem.question,
         "answer": problem.answer,
         **problem.references,
         "meta": {**problem.meta, "selection": selection},

@@ -75,16 +75,22 @@ def with_mapping(config: R) -> R:
 
 
 def problem_from(
-    row: Row, columns: Columns, read: ColumnsRead | None = None, *, keep_row: bool = False
+    row: Row,
+    columns: Columns,
+    read: ColumnsRead | None = None,
+    *,
+    keep_row: bool = False,
+    need_answer: bool = True,
 ) -> Problem:
     """Convert a row to a problem. Raises `MissingValue` if it has no question or answer.
 
     Columns that the recipe leaves at their default names are recognised by other usual names too; what
-    was read for what is recorded in ``read``. With ``keep_row`` the problem has the row's columns.
+    was read for what is recorded in ``read``. With ``keep_row`` the problem has the row's columns;
+    without ``need_answer`` a row may lack an answer, which is then empty.
     """
-    columns = recognised(row, columns, read)
+    columns = recognised(row, columns, read, need_answer=need_answer)
     history, question = _question(row, columns)
-    answer = _required(row, columns.answer, "answer")
+    answer = _answer(row, columns, need_answer)
     named = {name: getattr(columns, name) for name in REFERENCES}
     references = {
         name: text
@@ -97,6 +103,17 @@ def problem_from(
     id_ = id_ or content_id(question, answer, history)
     kept = {**row.values, "prompt": _prompt(row, columns)} if keep_row else {}
     return Problem(id_, question, answer, references, meta, place, columns=kept, history=history)
+
+
+def _answer(row: Row, columns: Columns, needed: bool) -> str:
+    if not columns.answer:
+        return ""
+    try:
+        return _required(row, columns.answer, "answer")
+    except MissingValue:
+        if needed:
+            raise
+        return ""
 
 
 def _prompt(row: Row, columns: Columns) -> Any:

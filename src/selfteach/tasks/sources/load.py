@@ -33,14 +33,19 @@ from selfteach.types import Problem
 
 
 def read_problem_sets(
-    config: FilesData | HubData, *, allow_no_source: bool = False, keep_rows: bool = False
+    config: FilesData | HubData,
+    *,
+    allow_no_source: bool = False,
+    keep_rows: bool = False,
+    need_answers: bool = True,
 ) -> tuple[Splits, Counter[str], str]:
     """Read train, validation and test of a recipe's files or dataset, and count what is left out.
 
     The third value says in one line which columns were read for what. Duplicates of a question are
     removed, in each source and across sources. Raises `DataError` or
     `RecipeError`, in one line, also if no source is named, unless ``allow_no_source``. With
-    ``keep_rows`` problems have the columns of their rows.
+    ``keep_rows`` problems have the columns of their rows; without ``need_answers`` these may lack an
+    answer.
     """
     sources = {name: source for name in SOURCES if (source := getattr(config, name))}
     if not sources and not allow_no_source:
@@ -59,7 +64,9 @@ def read_problem_sets(
         files = source if isinstance(source, tuple) else (source,)
         problems: list[Problem] = []
         for file in files:
-            all_rows = _problems(config, file, name, counts, columns, keep_rows=keep_rows)
+            all_rows = _problems(
+                config, file, name, counts, columns, keep_rows=keep_rows, need_answers=need_answers
+            )
             unique, duplicates = without_duplicates(all_rows)
             _check_ids(unique, file)
             counts["duplicates"] += duplicates
@@ -94,10 +101,14 @@ def combined(
     return splits, +counted, described(columns)
 
 
-def read_file(path: Path) -> tuple[Problem, ...]:
+def read_file(path: Path, *, need_answers: bool = True) -> tuple[Problem, ...]:
     """Read the problems of one file with the default columns. Raises `DataError`."""
     config = FilesData(type="files")
-    problems = _numbered(_problems(config, str(path), "test", Counter(), {}, keep_rows=True))
+    problems = _numbered(
+        _problems(
+            config, str(path), "test", Counter(), {}, keep_rows=True, need_answers=need_answers
+        )
+    )
     _check_ids(problems, str(path))
     return tuple(problems)
 
@@ -135,7 +146,7 @@ def _by_content(problem: Problem) -> Problem:
 
 def _problems(
     config: RowsData, source: str, split: str, counts: Counter[str], read: ColumnsRead, *,
-    keep_rows: bool,
+    keep_rows: bool, need_answers: bool,
 ) -> list[Problem]:  # fmt: skip
     """Read one file or split. Raises `DataError` for the first bad row, or if no row is good."""
     columns = config.columns or Columns()
@@ -143,7 +154,8 @@ def _problems(
     first_bad: DataError | None = None
     for row in islice(_filtered(config, source, split, counts), config.limit):
         try:
-            problems.append(problem_from(row, columns, read, keep_row=keep_rows))
+            problem = problem_from(row, columns, read, keep_row=keep_rows, need_answer=need_answers)
+            problems.append(problem)
         except MissingValue as missing:
             first_bad = first_bad or bad_row(row, missing)
             if config.bad_rows == "stop":

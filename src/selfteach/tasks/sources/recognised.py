@@ -21,15 +21,19 @@ ColumnsRead = dict[str, dict[str, None]]
 """The columns that were read, by what they were read for, in the order of the rows."""
 
 
-def recognised(row: Row, columns: Columns, read: ColumnsRead | None = None) -> Columns:
+def recognised(
+    row: Row, columns: Columns, read: ColumnsRead | None = None, *, need_answer: bool = True
+) -> Columns:
     """Return the columns with names that this row has, for those that the recipe leaves at defaults.
 
-    Raises `MissingValue`, naming the columns of the row, if none is recognised.
+    Raises `MissingValue`, naming the columns of the row, if none is recognised; without ``need_answer``
+    the column of the answer is then empty.
     """
     changed: dict[str, str] = {}
     for name, usual in (("question", QUESTIONS), ("answer", ANSWERS)):
         if getattr(columns, name) == usual[0] and usual[0] not in row.values:
-            changed[name] = _first(row.values, usual, name)
+            is_needed = need_answer or name != "answer" or any(_has(row.values, c) for c in usual)
+            changed[name] = _first(row.values, usual, name) if is_needed else ""
     if changed.get("answer") == "solution":
         text = row.values["solution"]
         boxed = last_boxed(text) if isinstance(text, str) else None
@@ -41,7 +45,7 @@ def recognised(row: Row, columns: Columns, read: ColumnsRead | None = None) -> C
     if read is not None:
         for name in ("question", "answer", "reference"):
             column = changed.get(name, getattr(columns, name))
-            if column is not None:
+            if column:
                 read.setdefault(name, {})[column] = None
         _record_other_prompts(row, columns, changed, read)
     return columns.model_copy(update=changed)
