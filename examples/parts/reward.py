@@ -1,7 +1,7 @@
 """Rewards of one's own, of the signature that TRL's GRPOTrainer calls: they work there unchanged.
 
-A function gets the prompts and completions of whole groups, the sampled token ids, and each column of the
-problems' rows as a list; it returns a number for each completion, or None where it does not apply.
+A function gets the prompts and completions of whole groups, the sampled token ids, and each column of
+the problems' rows as a list; it returns a number for each completion, or None where it does not apply.
 """
 
 import asyncio

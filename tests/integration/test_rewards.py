@@ -25,7 +25,7 @@ from selfteach.tasks.lab.worlds import WORLDS
 from selfteach.trainer.loop import run_to_end
 
 REWARDS = """
-import asyncio, json, pathlib, random
+import asyncio, json, pathlib, random, threading
 
 CALLS = pathlib.Path(__file__).with_name("calls.jsonl")
 
@@ -48,6 +48,11 @@ async def noise(prompts, completions, completion_ids, **kwargs):
 
 def sometimes(completions, difficulty, bonus=1.0, **kwargs):
     return [bonus if d % 2 else None for d in difficulty]
+
+def main(completions, **kwargs):
+    thread = threading.current_thread() is threading.main_thread()
+    note("main", main=thread)
+    return [0.0] * len(completions)
 
 def broken(completions, **kwargs):
     raise RuntimeError("no credit")
@@ -150,8 +155,8 @@ def test_a_resume_uses_the_stored_rewards_bit_for_bit(folder: Path) -> None:
     )  # as if killed before the first checkpoint, with all rewards there
     shutil.rmtree(killed / "checkpoints")
     (killed / "result.json").unlink()
-    kept = [row for row in metrics(whole) if row["step"] < 1]
-    (killed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    retained = [row for row in metrics(whole) if row["step"] < 1]
+    (killed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in retained))
     run_to_end(made, killed)
     assert len(calls(folder, "noise")) == before
     strip = [
@@ -321,8 +326,8 @@ def test_evaluate_uses_the_threshold(folder: Path) -> None:
 def test_prompts_without_answers_are_enough_where_no_verifier_decides(folder: Path) -> None:
     for name in ("train", "validation"):
         lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        kept = [{key: row[key] for key in ("prompt", "difficulty", "id")} for row in lines]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        retained = [{key: row[key] for key in ("prompt", "difficulty", "id")} for row in lines]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in retained))
     data = {
         "type": "files", "train": str(folder / "train.jsonl"), "verifier": "exact",
         "validation": str(folder / "validation.jsonl"),
@@ -365,6 +370,18 @@ def test_selected_problems_keep_the_columns_that_rewards_need(folder: Path) -> N
         assert 0 <= row["meta"]["selection"]["avg"] <= 1
     cli.app(words, standalone_mode=False)
     assert len(calls(folder, "length")) == before
+
+
+def test_functions_run_in_the_main_thread_also_with_a_served_critic(folder: Path) -> None:
+    """Scorers that stop themselves by a signal can do so in the main thread alone."""
+    with serving(says("no critique")) as server:
+        critic = {
+            "type": "endpoint", "base_url": server.url, "model": "m", "max_attempts": 1,
+            "reply_cache": str(folder / "replies.sqlite"),
+        }  # fmt: skip
+        run_to_end(recipe(folder, [{"type": "rewards.py:main"}], critic=critic), folder / "run")
+    assert len(calls(folder, "main")) == 4  # two steps of two batches
+    assert all(call["main"] for call in calls(folder, "main"))
 
 
 def test_a_run_in_another_order_of_time_has_the_same_rewards(folder: Path) -> None:

@@ -41,7 +41,7 @@ OURS = {
     "per_device_train_batch_size": "train.problems_per_step",
     "report_to": "tracking.sinks",
     "reward_funcs": "reward.functions",
-    "reward_weights": "weight of each of reward.functions",
+    "reward_weights": "reward.functions, with a weight each",
     "run_name": "--out",
     "save_steps": "train.checkpoint_every",
     "save_total_limit": "train.keep_checkpoints",

@@ -111,10 +111,10 @@ def named_parts(recipe: Any) -> dict[str, tuple[Kind, OwnPart]]:
         key: (PART_KEYS[key], part) for key, part in named.items() if isinstance(part, OwnPart)
     }
     rewards = enumerate(recipe.reward.functions if recipe.reward is not None else ())
-    own: dict[str, tuple[Kind, OwnPart]] = {
+    functions: dict[str, tuple[Kind, OwnPart]] = {
         f"{REWARDS}.{i}": ("reward", part) for i, part in rewards if isinstance(part, OwnPart)
     }
-    return {**parts, **own}
+    return {**parts, **functions}
 
 
 def part_keys(config: Mapping[str, Any]) -> list[str]:

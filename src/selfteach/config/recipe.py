@@ -224,8 +224,8 @@ class Recipe(Section):
     teacher: TeacherConfig = InitialTeacherConfig()
     """Which weights the self-teacher has."""
     reward: RewardConfig | None = None
-    """What a rollout is worth; unset: 1 if the verifier accepts it, else 0. ``reward = false`` in an arm
-    removes it."""
+    """What a rollout is worth; unset: 1 if the verifier accepts it, else 0. ``reward = false`` in an
+    arm removes it."""
     objective: ObjectiveConfig = DistillationConfig()
     """What is minimised."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -27,8 +27,8 @@ def evaluate(
     """Sample ``sampling.samples`` rollouts of each problem and verify them.
 
     ``same`` returns whether two final answers are equal, so that a majority vote does not depend on
-    spelling. With a ``reward``, which gets all rollouts, it says what is right. With several ranks the engine samples this rank's share, and every rank returns the full
-    evaluation.
+    spelling. A ``reward``, which gets all rollouts, says what is right. With several ranks the engine
+    samples this rank's share, and every rank returns the full evaluation.
     """
     k = sampling.samples
 

@@ -124,7 +124,7 @@ def sample_row(sample: TrainingSample) -> dict[str, Any]:
 
 
 def verdict_row(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict as columns of a row; with rewards ``reward``, the total, and each by its name."""
+    """Return a verdict as columns of a row; rewards as their total, ``reward``, and by name."""
     row = asdict(verdict)
     del row["rewards"]
     if (rewards := verdict.rewards) is None:

@@ -285,6 +285,16 @@ def test_curves_are_means_over_seeds_with_bands_from_worst_to_best(tmp_path):
     assert axes.get_ylim()[0] >= 0
 
 
+def test_rewards_are_drawn_where_there_are_any(tmp_path):
+    plain = group_runs([read_run(write_run(tmp_path / "plain"))])
+    assert training_curves.rewards(plain) is None
+    values = {"reward": 1.5, "rewards/a/mean": 0.5, "rewards/$b_/mean": 2.0, "rewards/a/std": 9.0}
+    rewarded = group_runs([read_run(write_run(tmp_path / "arm", **values))])
+    axes = [a for a in training_curves.rewards(rewarded).axes if a.get_visible()]
+    assert [a.get_ylabel() for a in axes] == ["total reward", "a", "$b_"]
+    np.testing.assert_allclose([a.get_lines()[0].get_ydata()[0] for a in axes], [1.5, 0.5, 2.0])
+
+
 def test_pass_at_k_is_unbiased_and_stops_before_n(tmp_path):
     run = write_run(tmp_path / "arm", right=(1, 1, 1, 1))
     axes = training_curves.pass_at_each_k(group_runs([read_run(run)])).axes[0]

@@ -47,6 +47,12 @@ def counted(judged):
     calls.append(len(judged))
     return [CritiqueFailure("none") for _ in judged]
 
+def one_reward(completions, **columns):
+    return [1.0]
+
+def wants_a_column(completions, solution, **columns):
+    return [1.0 for _ in solution]
+
 def random_context(critiqued):
     return [random.choice("abc") + random.choice("abc") for _ in critiqued]
 
@@ -116,6 +122,7 @@ def no_rows(split):
     return {"train": []}
 """
 SECTIONS = {
+    "reward": lambda part: {"reward": {"functions": [part]}},
     "verifier": lambda part: {"data": {"verifier": part}},
     "splitter": lambda part: {"data": {"steps": part}},
     "problems": lambda part: {"data": part, "model": {"templates": "lab"}, "critic": False},
@@ -164,6 +171,8 @@ def checked(folder: Path, kind: str, name: str) -> list[str]:
         ("teacher", "Forgetful", "load_state(state()) changes its logits"),
         ("teacher", "Noisy", "two calls of score with the same sequences returned different logits"),
         ("teacher", "Nothing", "has no score, update, state, load_state"),
+        ("reward", "one_reward", "returned 1 rewards for 6 completions"),
+        ("reward", "wants_a_column", "takes 'solution', and the problems have no such column"),
         ("problems", "other_problems", "are others at the second call"),
         ("problems", "same_ids", "4 problems of train have the id 'x'"),
         ("problems", "no_rows", "returned a dict and not a list of problems or rows"),

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from selfteach.commands.check.tokens import Lengths, Tokens, plus, step_cost, step_tokens
+from selfteach.commands.check.tokens import (
+    Lengths,
+    Tokens,
+    evaluation_cost,
+    plus,
+    step_cost,
+    step_tokens,
+)
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 
@@ -71,6 +78,23 @@ def test_critic_counts_equal_those_by_hand(sees: bool) -> None:
     assert counts[-3].expected == 12 * (50 + 100 + 100), "a trace is as long as the rollout"
     assert step_cost(critiqued, counts) == pytest.approx((2 * read + 8 * 24_000) / 1e6)
     assert step_cost(recipe(), step_tokens(recipe(), COUNTED)) == 0
+
+
+def test_a_judge_counts_as_by_hand() -> None:
+    judge = {**ENDPOINT, "type": "judge", "name": "tone", "prompt": "x" * 40}
+    reward = {"functions": [judge]}
+    judged = recipe(reward=reward)
+    counts = step_tokens(judged, COUNTED)
+    read = 12 * 2 * (10 + 60 + 100)  # a template of 40 characters has 10 tokens
+    assert counts[-2:] == [
+        Tokens("read by the reward tone", read, 12 * (50 + 10 + 100)),
+        Tokens("written by the reward tone", 12 * 2 * 1000),
+    ]
+    assert step_cost(judged, counts) == pytest.approx((2 * read + 8 * 24_000) / 1e6)
+    assert evaluation_cost(judged, COUNTED) == 0
+    decides = recipe(reward={**reward, "success": 5})
+    one = (2 * 2 * 170 + 8 * 2000) / 1e6
+    assert evaluation_cost(decides, COUNTED) == pytest.approx(one)
 
 
 def test_further_rounds_are_in_the_bounds() -> None:

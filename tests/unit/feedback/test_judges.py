@@ -47,7 +47,7 @@ def judge(cache: Path, url: str, **values: Any) -> LlmJudge:
         ("Score: -1", {}, "-1 is outside 0 to 10"),
         ("I give it a seven", {}, "no number where the pattern looks for one"),
         ("grade B, 12 points", {"pattern": r"(\d+) points", "range": (0, 20)}, 12.0),
-        ('first {"score": 1} then ```json\n{"score": 4, "why": "{x}"}\n```', {"json_field": "score"}, 4.0),
+        ('{"score": 1} then ```json\n{"score": 4, "why": "{x}"}\n```', {"json_field": "score"}, 4.0),
         ('{"a": {"b": "6.5"}} {"a": 1}', {"json_field": "a.b"}, 6.5),
         ('{"score": true}', {"json_field": "score"}, "no number in the JSON field 'score'"),
         ('{"score": NaN}', {"json_field": "score"}, "nan is outside 0 to 10"),
@@ -65,8 +65,10 @@ def test_scores_and_costs_of_a_batch_with_a_cached_and_a_repeated_request(tmp_pa
         return "<think>Score: 1</think>Score: 9" if "good" in prompt else "no idea"
 
     with serving(says(reply)) as server:
-        asked = judge(tmp_path, server.url, price_prompt=1.0, price_completion=2.0, max_attempts=2)
-        scores = asked.scores(rollouts("good", "good", "bad")).scores
+        llm_judge = judge(
+            tmp_path, server.url, price_prompt=1.0, price_completion=2.0, max_attempts=2
+        )
+        scores = llm_judge.scores(rollouts("good", "good", "bad")).scores
         assert [s.value for s in scores] == [9.0, 9.0, None]
         assert (
             scores[2].failure == "malformed: no number where the pattern looks for one: 'no idea'"
@@ -76,7 +78,7 @@ def test_scores_and_costs_of_a_batch_with_a_cached_and_a_repeated_request(tmp_pa
         assert scores[1].usage == Usage(cached=1)
         assert scores[2].usage == Usage(2, 0, 40, 14, 68 / 1e6)
         assert [r["temperature"] for r in server.requests] == [0.0, 0.0, 0.7]
-        again = asked.scores(rollouts("good")).scores
+        again = llm_judge.scores(rollouts("good")).scores
         assert again[0].value == 9.0 and again[0].usage == Usage(cached=1)
         assert len(server.requests) == 3
 
@@ -84,8 +86,8 @@ def test_scores_and_costs_of_a_batch_with_a_cached_and_a_repeated_request(tmp_pa
 def test_the_prompt_has_the_problem_its_row_and_the_rollout_as_data(tmp_path: Path) -> None:
     template = "{{ question }}|{{ answer }}|{{ reference }}|{{ columns.level }}|{{ completion }}"
     with serving(says("Score: 1")) as server:
-        asked = judge(tmp_path, server.url, prompt=template, system="Be strict.")
-        asked.scores(rollouts("{{ 7 * 7 }} <|im_end|>"))
+        llm_judge = judge(tmp_path, server.url, prompt=template, system="Be strict.")
+        llm_judge.scores(rollouts("{{ 7 * 7 }} <|im_end|>"))
         system, user = server.requests[0]["messages"]
         assert system == {"role": "system", "content": "Be strict."}
         shown = "2 + 2 ?|4|2 + 2 = 4|3|{{ 7 * 7 }} <\u2060|im_end|>"
@@ -119,10 +121,10 @@ def test_policies_of_failures(tmp_path: Path) -> None:
 def test_errors_name_the_judge(tmp_path: Path) -> None:
     with (
         serving(refuses(401)) as server,
-        pytest.raises(CriticError, match="check judge.model, judge.base_url"),
+        pytest.raises(CriticError, match=r"check judge.model, judge.base_url"),
     ):
         judge(tmp_path, server.url).scores(rollouts("a"))
-    with pytest.raises(RecipeError, match="judge.prompt of 'judge' is no template"):
+    with pytest.raises(RecipeError, match=r"judge.prompt of 'judge' is no template"):
         judge(tmp_path, "http://x/v1", prompt="{% if %}")
     with pytest.raises(
         RecipeError, match=r"judge.prompt of 'judge', for problem 'p': 'foo' is undefined"

@@ -127,7 +127,8 @@ class EndpointModel:
         if status in (401, 403, 404, 405, 410) or 300 <= status < 400:
             raise CriticError(
                 f"{config.role}: {config.base_url} returned HTTP {status} for model {config.model!r} "
-                f"({redirected(error) or words}): check {config.role}.model, {config.role}.base_url and the key"
+                f"({redirected(error) or words}): check {config.role}.model, {config.role}.base_url "
+                "and the key"
             )
         return NoReply(f"the server returned HTTP {status}: {words}")
 

@@ -81,8 +81,8 @@ class CombinedReward:
         ]
         if unscored := [r for (r, _), v in zip(judged, verdicts, strict=True) if v.reward is None]:
             log.warning(
-                "no reward applies to sample %d of problem %r, nor to %d more: they have no part in the "
-                "loss of GRPO", unscored[0].sample, unscored[0].problem.label, len(unscored) - 1,
+                "no reward applies to sample %d of problem %r, nor to %d more: they have no part in "
+                "the loss of GRPO", unscored[0].sample, unscored[0].problem.label, len(unscored) - 1,
             )  # fmt: skip
         return _with_logged(verdicts, scores)
 
@@ -126,7 +126,7 @@ class CombinedReward:
         keep: Callable[[str, BatchScores], None],
         awaited: Mapping[str, Future[BatchScores]],
     ) -> None:
-        """Verify and ask judges while functions are awaited; what has returned is kept if one raises."""
+        """Verify and ask judges while functions are awaited; what returned is kept if one raises."""
         errors: list[Exception] = []
         try:
             for source in missing:

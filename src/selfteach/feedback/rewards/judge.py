@@ -114,18 +114,18 @@ def read_number(text: str, config: JudgeConfig) -> float | str:
     """Return the number in a judge's reply, or why there is none within the range."""
     text = text[-LONGEST_READ:]
     if config.json_field is not None:
-        found = _in_json(text, config.json_field)
-        if found is None:
+        value = _in_json(text, config.json_field)
+        if value is None:
             return f"no number in the JSON field {config.json_field!r}"
     else:
         matches = [match[1] for match in re.finditer(config.pattern, text) if match[1]]
         if not matches:
             return "no number where the pattern looks for one"
-        found = matches[-1]
+        value = matches[-1]
     try:
-        number = float(found)
+        number = float(value)
     except ValueError:
-        return f"{str(found)[:40]!r} is no number"
+        return f"{str(value)[:40]!r} is no number"
     low, high = config.range
     if not (math.isfinite(number) and low <= number <= high):
         return f"{number:g} is outside {low:g} to {high:g}"
@@ -134,7 +134,7 @@ def read_number(text: str, config: JudgeConfig) -> float | str:
 
 def _in_json(text: str, field: str) -> float | str | None:
     """Return the field of the last JSON object in a text that has it as a number."""
-    decoder, at, found = json.JSONDecoder(), 0, None
+    decoder, at, last = json.JSONDecoder(), 0, None
     while (at := text.find("{", at)) >= 0:
         try:
             value, end = decoder.raw_decode(text, at)
@@ -142,8 +142,8 @@ def _in_json(text: str, field: str) -> float | str | None:
             at += 1
             continue
         inner = _field(value, field)
-        found, at = (inner if inner is not None else found), end
-    return found
+        last, at = (last if inner is None else inner), end
+    return last
 
 
 def _field(value: Any, field: str) -> float | str | None:

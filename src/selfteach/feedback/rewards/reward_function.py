@@ -62,7 +62,7 @@ class RewardFunction:
         return self._checked(result, rollouts, log)
 
     def _taken(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments that the function takes. Raises `PartError` for a column that is not there."""
+        """Return the arguments that the function takes. Raises `PartError` for a missing column."""
         bound = self._function.keywords if isinstance(self._function, functools.partial) else {}
         taken = {name: value for name, value in arguments.items() if name not in bound}
         try:
@@ -104,8 +104,8 @@ class RewardFunction:
             raise PartError(f"{self._label}: returned {what} and not a list of rewards")
         if len(values) != len(rollouts):
             raise PartError(
-                f"{self._label}: returned {len(values)} rewards for {len(rollouts)} completions: return "
-                "one for each"
+                f"{self._label}: returned {len(values)} rewards for {len(rollouts)} completions: "
+                "return one for each"
             )
         numbers = [self._number(*pair) for pair in zip(values, rollouts, strict=True)]
         scores = [Score(number, extra=log.extra(i)) for i, number in enumerate(numbers)]
@@ -121,7 +121,8 @@ class RewardFunction:
         if not math.isfinite(number):
             raise PartError(
                 f"{self._label}: returned {str(value)[:60]!r} for sample {rollout.sample} of problem "
-                f"{rollout.problem.label!r}: a reward is a finite number, or None where it does not apply"
+                f"{rollout.problem.label!r}: a reward is a finite number, or None where it does not "
+                "apply"
             )
         return number
 

@@ -101,8 +101,8 @@ def problem_from(
     place = "" if id_ else row.name
     meta = _meta(row, columns.meta)
     id_ = id_ or content_id(question, answer, history)
-    kept = {**row.values, "prompt": _prompt(row, columns)} if keep_row else {}
-    return Problem(id_, question, answer, references, meta, place, columns=kept, history=history)
+    values = {**row.values, "prompt": _prompt(row, columns)} if keep_row else {}
+    return Problem(id_, question, answer, references, meta, place, columns=values, history=history)
 
 
 def _answer(row: Row, columns: Columns, needed: bool) -> str:
