@@ -21,7 +21,7 @@ from selfteach.trainer.build import Built, build
 from selfteach.trainer.loop import run_to_end
 
 Components = Mapping[str, Any]
-KEYS: Mapping[str, str] = {kind: key for key, kind in reversed(PART_KEYS.items())}
+KEYS: Mapping[str, str] = {kind: key for key, kind in reversed(list(PART_KEYS.items()))}
 """The key of a recipe that names a part, by its kind."""
 
 
