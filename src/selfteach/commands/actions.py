@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import TABLES, Study, load_study
 from selfteach.errors import RecipeError, RunStopped
+from selfteach.models.model_path import require_folders, resolve
 from selfteach.runtime import torchrun
+from selfteach.runtime.folder_start import holds_work
 
 PIPED_COLUMNS = 110
 """Width of output to a file or a pipe, in characters: wide enough for the tables."""
@@ -140,21 +142,30 @@ def run_selection(recipe: Recipe, config: SelectConfig, folder: Path) -> None:
     typer.echo(f"card:     {folder / 'README.md'}")
 
 
-def load(path: Path, settings: Sequence[str] | None, arm: str | None = None) -> Study:
+def load(
+    path_or_name: str | Path, settings: Sequence[str] | None, arm: str | None = None
+) -> Study:
     """Load a recipe by path or shipped name; with ``arm``, plain settings change that arm only."""
     if arm is not None:
         tables = tuple(f"{table}." for table in TABLES)
         settings = [s if s.startswith(tables) else f"arms.{arm}.{s}" for s in settings or ()]
-    shipped = {
-        file.stem: file for file in (Path(__file__).parent.parent / "recipes").glob("*.toml")
-    }
-    if not path.exists():
-        by_name = shipped.get(path.name.removesuffix(".toml")) if len(path.parts) == 1 else None
-        if by_name is None:
-            names = f", or one of {', '.join(sorted(shipped))}" if shipped else ""
-            raise RecipeError(f"{path}: no such recipe; name a TOML file by its path{names}")
-        path = by_name
-    return load_study(path, settings or ())
+    return load_study(path_or_name, settings or ())
+
+
+def require_models(
+    recipes: Iterable[Recipe], out: Path | None = None, *, packages: bool = True
+) -> None:
+    """Check that models named by folder are there, before torch is imported and ``out`` is written.
+
+    A folder that holds work already is left to the command: it may not need the model any more.
+    """
+    if out is None or not out.is_dir() or not holds_work(out):
+        require_folders(recipes, packages=packages)
+
+
+def require_model(name: str) -> None:
+    """Check that a model, run folder or checkpoint that a command names is there, if it is a folder."""
+    resolve(name, "MODEL")
 
 
 def one_run(loaded: Study, arm: str | None, seed: int, *, first: bool = False) -> Recipe:

@@ -15,7 +15,8 @@ from selfteach.errors import CheckpointError, RecipeError, RunStopped, Terminate
 from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
-from selfteach.models.loading import choose_device, dtypes_of, resolve
+from selfteach.models.loading import choose_device, dtypes_of
+from selfteach.models.model_path import resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.atomic_files import report_full_disk, sync_folder, sync_tree, write_json

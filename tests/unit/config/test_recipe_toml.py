@@ -11,7 +11,7 @@ from selfteach.config.recipe_toml import is_recipe, recipe_toml
 from selfteach.runtime.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[3]
-FILES = sorted([*ROOT.glob("recipes/**/*.toml"), *ROOT.glob("experiments/**/*.toml")])
+FILES = sorted([*ROOT.glob("src/selfteach/recipes/**/*.toml"), *ROOT.glob("experiments/**/*.toml")])
 RECIPES = [file for file in FILES if file.name not in ("published.toml", "gains.toml")]
 
 

@@ -36,9 +36,9 @@ from selfteach.models.loading import (
     context_length,
     dtypes_of,
     load_tokenizer,
-    resolve,
     weights_dtype_of,
 )
+from selfteach.models.model_path import resolve
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task, load_task
