@@ -116,6 +116,16 @@ def handle_interrupts() -> None:
 
 
 @contextmanager
+def keeping(progress: str) -> Iterator[None]:
+    """Say, if a signal ends the process within a block, what is on disk and how to go on."""
+    try:
+        yield
+    except Terminated as end:
+        end.progress = end.progress or progress
+        raise
+
+
+@contextmanager
 def blocked_interrupts() -> Iterator[None]:
     """Hold SIGINT back within a block, and for ever in processes that are started in it.
 

@@ -113,7 +113,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     task = _task(recipe, unchecked)
     renderer = None
     templates = Templates(model.templates or _template_set(recipe))
-    if shape is not None and _cached(model) is not None:
+    if shape is not None and cached_config(model) is not None:
         renderer = build_renderer(model, load_tokenizer(model), templates)
     window = (
         max_sequence_length(recipe, shape.positions) if shape else recipe.train.max_length or 4096
@@ -237,13 +237,18 @@ def _critic_prompt(templates: Templates, recipe: Recipe) -> str:
     return "\n".join(message["content"] for message in messages)
 
 
-def _cached(model: ModelConfig) -> PreTrainedConfig | None:
-    """Return a model's configuration from its folder or the cache; None if it is in neither."""
+def cached_config(model: ModelConfig, *, fetch: bool = False) -> PreTrainedConfig | None:
+    """Return a model's configuration from its folder or the cache; None if it is in neither.
+
+    ``fetch``: also from the hub.
+    """
     try:
         if model.gguf_file:
             return _gguf_config(resolve(model.path), model.gguf_file)
         return AutoConfig.from_pretrained(
-            resolve(model.path), local_files_only=True, trust_remote_code=model.trust_remote_code
+            resolve(model.path),
+            local_files_only=not fetch,
+            trust_remote_code=model.trust_remote_code,
         )
     except (OSError, ValueError):
         return None
@@ -260,7 +265,7 @@ def _size(model: ModelConfig, unchecked: list[str]) -> tuple[Shape | None, int]:
     if not _installed(model.path):
         unchecked.append(f"model {model.path}: the package is not installed; its size is unknown")
         return None, 0
-    config = _cached(model)
+    config = cached_config(model)
     if config is not None:
         unchecked.append(f"model {model.path}: its weights were not loaded; sizes from its config")
         with torch.device("meta"):
