@@ -22,6 +22,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.planning.plan_cli import plan
+from selfteach.runtime.signals import keeping
 
 app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
@@ -220,7 +221,8 @@ def inspect(
         recorded,  # type: ignore[arg-type]
     )
     chosen = actions.run_with_critic(actions.load(recipe, None), arm, seed) if recipe else None
-    with inspection_progress() as progress:
+    kept_nothing = f"nothing is kept in {out}: repeat the command"
+    with keeping(kept_nothing), inspection_progress() as progress:
         inspect_model(
             model, request, out, recipe=chosen, settings=settings or (), progress=progress
         )
@@ -306,7 +308,8 @@ def watch(
     """
     from selfteach.analysis.terminal.watch import watch as watch_folder
 
-    watch_folder(folder, actions.console(), once=once, every=every)
+    with keeping("the runs themselves go on"):
+        watch_folder(folder, actions.console(), once=once, every=every)
 
 
 @app.command()

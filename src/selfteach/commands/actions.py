@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,6 +20,9 @@ from selfteach.errors import RecipeError, RunStopped
 from selfteach.models.model_path import require_folders, resolve
 from selfteach.runtime import torchrun
 from selfteach.runtime.folder_start import holds_work
+from selfteach.runtime.signals import keeping
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 PIPED_COLUMNS = 110
 """Width of output to a file or a pipe, in characters: wide enough for the tables."""
@@ -29,6 +34,26 @@ def console() -> Console:
     return terminal if terminal.is_terminal else Console(width=PIPED_COLUMNS)
 
 
+def _says_what_is_kept(run: Callable[P, T]) -> Callable[P, T]:
+    """Let a command that works in ``folder`` say what is there if Ctrl-C or SIGTERM ends it anywhere."""
+    signature = inspect.signature(run)
+
+    @functools.wraps(run)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with keeping(lambda: progress_in(signature.bind(*args, **kwargs).arguments["folder"])):
+            return run(*args, **kwargs)
+
+    return wrapped
+
+
+def progress_in(folder: Path) -> str:
+    """Return what of a folder's work is on disk, and how to go on."""
+    from selfteach.runtime.run_folder import RunFolder
+
+    return RunFolder(folder).describe_progress()
+
+
+@_says_what_is_kept
 def run_study(loaded: Study, folder: Path, *, command: str) -> None:
     """Run or resume a study; print its tables and write its report."""
     from selfteach.analysis.critic_statistics import read_study_critics
@@ -82,6 +107,7 @@ def summarize_inspection(folder: Path, output: Console | None = None) -> None:
         output.print(f"inspection: {folder}", soft_wrap=True)
 
 
+@_says_what_is_kept
 def run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
     """Run or resume a sweep, print the learning rates it chose, and return its table."""
     from selfteach.commands.progress import study_progress
@@ -97,6 +123,7 @@ def run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
     return result
 
 
+@_says_what_is_kept
 def run_one(recipe: Recipe, folder: Path) -> None:
     """Run or resume one run, and write its report."""
     from selfteach.commands.check.describe_recipe import notes
@@ -126,6 +153,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
         typer.echo(f"health: {sanitized(line)}", err=True)
 
 
+@_says_what_is_kept
 def run_selection(recipe: Recipe, config: SelectConfig, folder: Path) -> None:
     """Run or resume a selection; print how many problems went in and came out."""
     from selfteach.commands.progress import selection_progress

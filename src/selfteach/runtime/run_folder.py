@@ -204,6 +204,8 @@ class RunFolder:
             return f"nothing was begun in {self.path}: repeat the command"
         elif "forecast" in self.config():
             return "kept: what was measured, if --out names its folder: repeat the command"
+        elif self.is_complete:
+            return f"kept: the run is complete; selfteach report {self.path} writes its report"
         elif saved := sorted(self.checkpoints.glob("step_*")):
             step = int(saved[-1].name.removeprefix("step_"))
             what = f"the checkpoint after step {step}, and what was sampled and critiqued since"

@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from selfteach.errors import Terminated
@@ -116,12 +116,12 @@ def handle_interrupts() -> None:
 
 
 @contextmanager
-def keeping(progress: str) -> Iterator[None]:
+def keeping(progress: str | Callable[[], str]) -> Iterator[None]:
     """Say, if a signal ends the process within a block, what is on disk and how to go on."""
     try:
         yield
     except Terminated as end:
-        end.progress = end.progress or progress
+        end.progress = end.progress or (progress if isinstance(progress, str) else progress())
         raise
 
 
