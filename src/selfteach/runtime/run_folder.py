@@ -85,8 +85,8 @@ LOCK_PATIENCE_S = 5.0
 class RunFolder:
     """Reads and writes the records of one run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
         self.metrics_path = path / "metrics.jsonl"
         self.result_path = path / "result.json"
         self.problems_path = path / "problems.json"
@@ -363,7 +363,7 @@ class RunFolder:
         write_text(self.metrics_path, "".join(line.decode() + "\n" for line in retained))
 
 
-def load_result(folder: Path) -> dict[str, Any]:
+def load_result(folder: str | Path) -> dict[str, Any]:
     """Return the result of a finished run: steps, seed, budget and learning curve."""
     return read_json(folder / "result.json")
 

@@ -56,7 +56,7 @@ Record = Callable[[Mapping[str, Any]], None]
 
 
 def train(
-    recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()
+    recipe: Recipe, folder: str | Path, same_start: Sequence[str | Path] = ()
 ) -> Iterator[dict[str, Any]]:
     """Run a recipe in a folder, or resume the run that the folder holds; yield each row of metrics.
 
@@ -70,6 +70,7 @@ def train(
     """
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
+    folder = run.path
     with _ranks(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
         if ranks.is_main:
             dtypes = dtypes_of(
@@ -104,7 +105,9 @@ def train(
                 _finish(run, recipe, built, record)
 
 
-def run_to_end(recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()) -> dict[str, Any]:
+def run_to_end(
+    recipe: Recipe, folder: str | Path, same_start: Sequence[str | Path] = ()
+) -> dict[str, Any]:
     """Run `train` to its end and return the result."""
     for _ in train(recipe, folder, same_start):
         pass

@@ -38,18 +38,18 @@ STEP_SCORE_COLUMNS = (
 )
 
 
-def summarize(folder: Path) -> dict[str, Any]:
+def summarize(folder: str | Path) -> dict[str, Any]:
     """Return localisation.json from an inspection's folder.
 
     Raises `CheckpointError` if it is missing, unfinished or of another format.
     """
-    inspection = read_inspection(folder)
+    inspection = read_inspection(Path(folder))
     return {"format": FORMAT, **localise(inspection), "step_scores": score_steps(inspection)}
 
 
-def save_figures(folder: Path, localisation: Mapping[str, Any]) -> list[Path]:
+def save_figures(folder: str | Path, localisation: Mapping[str, Any]) -> list[Path]:
     """Save the figures that have something to show, as SVG and PNG; return their paths."""
-    figures = {}
+    folder, figures = Path(folder), {}
     if localisation["with_first_error"]:
         figures["aligned_advantage"] = aligned_advantage(localisation)
         figures["mass_by_region"] = mass_by_region(localisation)

@@ -47,7 +47,7 @@ SCRIPTS = ("report.js", "browser.js", "answer.js")
 """Joined to one script in the page, in this order."""
 
 
-def write_report(*folders: Path, out: Path | None = None) -> Path:
+def write_report(*folders: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a study or a run, or of several side by side; return its path.
 
     By default folder/report.html, for several folders report.html in the working directory. Its
@@ -55,8 +55,9 @@ def write_report(*folders: Path, out: Path | None = None) -> Path:
     at all; the same input gives the same bytes. Raises `CheckpointError` if there is nothing to
     report, or if it is damaged or of another format.
     """
-    path = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
-    page, drawings = render(folders)
+    read = [Path(folder) for folder in folders]
+    path = Path(out or (read[0] / "report.html" if len(read) == 1 else "report.html"))
+    page, drawings = render(read)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_whole(path, page)
     for name, drawing in drawings.items():
