@@ -26,7 +26,7 @@ from selfteach.runtime.signals import keeping
 
 app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
-    "Start with:  selfteach init --model MODEL --data FILE   (writes a recipe; or: selfteach recipes)\n\n"
+    "Start with:  selfteach init --model MODEL --data FILE   (or choose one: selfteach recipes)\n\n"
     "then:        selfteach check RECIPE   (prints sizes, memory and cost; runs nothing)\n\n"
     "then:        selfteach study RECIPE --out DIR",
     rich_markup_mode=None,

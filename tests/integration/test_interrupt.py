@@ -167,8 +167,11 @@ def test_a_second_one_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_while_it_is_being_imported(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from selfteach.__main__ import main; main()"
+    (tmp_path / "typer.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+    )
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    script = f"{path}; from selfteach.__main__ import main; main()"
     with command("-c", script) as process:
         assert process.stdout is not None and process.stdout.readline() == "importing\n"
         interrupt(process)

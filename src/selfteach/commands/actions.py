@@ -35,7 +35,7 @@ def console() -> Console:
 
 
 def _says_what_is_kept(run: Callable[P, T]) -> Callable[P, T]:
-    """Let a command that works in ``folder`` say what is there if Ctrl-C or SIGTERM ends it anywhere."""
+    """Let a command that works in ``folder`` say what is there when a signal ends it, wherever it is."""
     signature = inspect.signature(run)
 
     @functools.wraps(run)
@@ -170,9 +170,7 @@ def run_selection(recipe: Recipe, config: SelectConfig, folder: Path) -> None:
     typer.echo(f"card:     {folder / 'README.md'}")
 
 
-def load(
-    path_or_name: str | Path, settings: Sequence[str] | None, arm: str | None = None
-) -> Study:
+def load(path_or_name: str | Path, settings: Sequence[str] | None, arm: str | None = None) -> Study:
     """Load a recipe by path or shipped name; with ``arm``, plain settings change that arm only."""
     if arm is not None:
         tables = tuple(f"{table}." for table in TABLES)

@@ -6,7 +6,8 @@ table of overrides per arm (``[arms.NAME]``), optionally per variant (``[variant
 written once.
 
 ``extends = "../base.toml"`` starts from the common sections of another file (a path relative to
-this one, or the name of a shipped recipe); that file's study, arms, variants and sweep are not inherited.
+this one, or the name of a shipped recipe); that file's study, arms, variants and sweep are not
+inherited.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def _complete(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def load_study(path_or_name: str | Path, settings: Sequence[str] = ()) -> Study:
     """Read a recipe file, or a shipped recipe by its name, as a study.
 
-    A file without arms is a study of one arm, named like the file. Raises `RecipeError`, in one line, if
-    anything is wrong with the file.
+    A file without arms is a study of one arm, named like the file. Raises `RecipeError`, in one line, if anything
+    is wrong with the file.
     """
     path = find_recipe(path_or_name)
     return study_from(_read(path), settings, where=str(path_or_name), default_arm=path.stem)

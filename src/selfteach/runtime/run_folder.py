@@ -43,7 +43,6 @@ from typing import Any, TextIO
 
 from selfteach.config.migrations import migrate_config, migrate_metrics, run_subfolder
 from selfteach.config.recipe_file import complete_config
-from selfteach.config.recipe_toml import is_recipe, recipe_toml
 from selfteach.errors import CheckpointError, Terminated
 from selfteach.runtime.atomic_files import (
     append_line,
@@ -57,7 +56,14 @@ from selfteach.runtime.atomic_files import (
     write_text,
 )
 from selfteach.runtime.checksums import Checksums
-from selfteach.runtime.folder_start import clear_start, holds_work, is_our_config, require_empty
+from selfteach.runtime.folder_start import (
+    clear_start,
+    holds_work,
+    is_our_config,
+    require_empty,
+    write_recipe,
+)
+from selfteach.runtime.kept_work import describe_progress
 from selfteach.runtime.stored_files import (
     Row,
     read_bytes,
@@ -120,6 +126,7 @@ class RunFolder:
         if (self.path / "config.json").exists():
             old, new = complete_config(self.config()), json.loads(json.dumps(config))
             if old | ignored == new | ignored:
+                write_recipe(self.path, config)  # a folder of an earlier version has none
                 return
             if holds_work(self.path) or not is_our_config(old):
                 raise CheckpointError(
@@ -132,8 +139,7 @@ class RunFolder:
             make_folder(self.path)
         write_json(self.path / "environment.json", environment)
         write_json(self.path / "config.json", config)
-        if is_recipe(config):
-            write_text(self.path / "recipe.toml", recipe_toml(config))
+        write_recipe(self.path, config)
 
     def config(self) -> Row:
         """Return the resolved recipe. Raises `CheckpointError` if there is none."""
@@ -198,20 +204,7 @@ class RunFolder:
 
     def describe_progress(self) -> str:
         """Return what of this folder's work is on disk, and how to continue, for a person."""
-        if (self.path / "study.json").exists():
-            what = "what each run has sampled, critiqued and saved"
-        elif not (self.path / "config.json").exists():
-            return f"nothing was begun in {self.path}: repeat the command"
-        elif "forecast" in self.config():
-            return "kept: what was measured, if --out names its folder: repeat the command"
-        elif self.is_complete:
-            return f"kept: the run is complete; selfteach report {self.path} writes its report"
-        elif saved := sorted(self.checkpoints.glob("step_*")):
-            step = int(saved[-1].name.removeprefix("step_"))
-            what = f"the checkpoint after step {step}, and what was sampled and critiqued since"
-        else:
-            what = "what was sampled and critiqued"
-        return f"kept: {what}; continue with selfteach resume {self.path}"
+        return describe_progress(self.path)
 
     # -- rollouts, critiques, samples --------------------------------------------------------
 
@@ -365,7 +358,7 @@ class RunFolder:
 
 def load_result(folder: str | Path) -> dict[str, Any]:
     """Return the result of a finished run: steps, seed, budget and learning curve."""
-    return read_json(folder / "result.json")
+    return read_json(Path(folder) / "result.json")
 
 
 @functools.lru_cache(maxsize=1)

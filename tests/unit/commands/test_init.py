@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from scripted_server import lists, serving
 from model_families import byte_level
+from scripted_server import lists, serving
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -155,7 +155,9 @@ def test_layers_of_another_name_get_the_adapters(
 
 def test_test_problems_and_columns_of_other_names(model: str, here: Path) -> None:
     rows = [{"body": f"{n} + {n}?", "gold": 2 * n} for n in range(12)]
-    (here / "own.csv").write_text("body,gold\n" + "".join(f"{r['body']},{r['gold']}\n" for r in rows))
+    (here / "own.csv").write_text(
+        "body,gold\n" + "".join(f"{r['body']},{r['gold']}\n" for r in rows)
+    )
     line = refused("--model", model, "--data", "own.csv", "--offline")
     assert "the columns are 'body', 'gold'" in line and "--column question=NAME" in line
     columns = ("--column", "question=body", "--column", "answer=gold")
@@ -163,7 +165,17 @@ def test_test_problems_and_columns_of_other_names(model: str, here: Path) -> Non
     data = written().recipe("grpo").data.model_dump()
     assert (data["columns"]["question"], data["verifier"]) == ("body", "math")
     (here / "test.csv").write_text("body,gold\n77 + 1?,78\n")
-    init("--model", model, "--data", "own.csv", "--test", "test.csv", *columns, "--offline", "--force")
+    init(
+        "--model",
+        model,
+        "--data",
+        "own.csv",
+        "--test",
+        "test.csv",
+        *columns,
+        "--offline",
+        "--force",
+    )
     data = written().recipe("grpo").data.model_dump()
     assert (data["test"], data["split"]["test"]) == ("test.csv", 0)
 

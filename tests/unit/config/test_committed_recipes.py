@@ -15,7 +15,9 @@ RECIPES = sorted(
     for path in [*ROOT.glob("src/selfteach/recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")]
     if path.name != "published.toml"  # figures, for scripts/reissue_tables.py
 )
-RECORDS = sorted([*ROOT.glob("src/selfteach/recipes/*.sweep.json"), *ROOT.glob("experiments/*/*.sweep.json")])
+RECORDS = sorted(
+    [*ROOT.glob("src/selfteach/recipes/*.sweep.json"), *ROOT.glob("experiments/*/*.sweep.json")]
+)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[-2:]))

@@ -1,4 +1,4 @@
-"""Rate and rollout length are the model's: a model of the lab is known by its folder, not by the data."""
+"""Rate and rollout length depend on the model alone: one of the lab is known by its folder."""
 
 from __future__ import annotations
 

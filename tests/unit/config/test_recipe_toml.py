@@ -28,6 +28,14 @@ def test_every_recipe_comes_back(file: Path, tmp_path: Path, monkeypatch) -> Non
         assert written.recipe("recipe", seed=3) == recipe
 
 
+def test_a_resumed_run_of_an_earlier_version_gets_one(tmp_path: Path) -> None:
+    recipe = load_study("paper").recipe("reference", seed=1)
+    RunFolder(tmp_path).create(recipe.model_dump(mode="json"), {"versions": {}})
+    (tmp_path / "recipe.toml").unlink()
+    RunFolder(tmp_path).create(recipe.model_dump(mode="json"), {"versions": {}})
+    assert load_study(tmp_path / "recipe.toml").recipe("recipe", seed=1) == recipe
+
+
 def test_a_selections_config_is_no_recipe() -> None:
     assert not is_recipe({"recipe": {}, "select": {}})
     assert recipe_toml({"seed": 4, "model": {"lora": None}}).startswith(

@@ -75,7 +75,9 @@ def test_a_hub_id_that_does_not_load_says_that_it_is_no_folder_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(EngineError, match="no such folder here, and it was not loaded from the hub"):
+    with pytest.raises(
+        EngineError, match="no such folder here, and it was not loaded from the hub"
+    ):
         load_tokenizer(ModelConfig(path="nobody-of-this-name/nowhere"))
 
 

@@ -33,8 +33,8 @@ def init(
     data: Annotated[
         str,
         typer.Option(
-            help="Problems: a .jsonl, .csv, .parquet, … file, a folder of save_to_disk, a hub data set, "
-            "a built-in mapping (gsm8k, …), lab or chain_sums."
+            help="Problems: a .jsonl, .csv, .parquet, … file, a folder of save_to_disk, a hub data "
+            "set, a built-in mapping (gsm8k, …), lab or chain_sums."
         ),
     ],
     critic: Annotated[
@@ -186,7 +186,7 @@ def _next_steps(out: Path, served: bool, offline: bool) -> Iterator[str]:
     yield f"recipe: {out}"
     yield "next:"
     if offline:
-        yield f"  selfteach check --offline {name}       sizes and budget; without --offline it loads the model"
+        yield f"  selfteach check --offline {name}       sizes and budget; loads nothing"
     else:
         yield f"  selfteach check {name}                 sizes, memory and budget; runs nothing"
     needs = ", with your critic" if served else ""

@@ -1,4 +1,4 @@
-"""Read off a model what its recipe depends on: size, context, chat template, layers for adapters."""
+"""Reads off a model what its recipe depends on: size, context, chat template, layers for adapters."""
 
 from __future__ import annotations
 
@@ -87,17 +87,19 @@ def _facts(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelFact
 
 
 def _linear_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the linear layers that repeat in every block: all but head and projections."""
+    """Return the names of the linear layers of the blocks; the head is none of them."""
     names = dict[str, int]()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and any(part.isdigit() for part in name.split(".")):
+        if isinstance(module, nn.Linear | Conv1D) and any(
+            part.isdigit() for part in name.split(".")
+        ):
             last = name.rpartition(".")[2]
             names[last] = names.get(last, 0) + 1
     return tuple(name for name in names if not name.isdigit())
 
 
 def _folder_and_file(path: str) -> tuple[str, str | None]:
-    """Return a model's folder, or id, and its GGUF file: the one that is named, or the folder's only one."""
+    """Return a model's folder or id, and its GGUF file: that named, or the folder's only one."""
     file = Path(path)
     if file.suffix == ".gguf" and file.is_file():
         return str(file.parent), file.name

@@ -1,4 +1,4 @@
-"""Choose the recipe's [data] for a file, a data set of the hub, or a generator, from what is in it."""
+"""Chooses the recipe's [data] for a file, a data set of the hub, or a generator, from what is in it."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def choose_problems(
 ) -> ProblemChoice:
     """Return the [data] section for what ``--data`` names, with its problems read.
 
-    ``named`` is a file or folder of problems, ``lab`` or ``chain_sums``, the name of a built-in mapping,
-    or the id of a hub data set; ``columns`` are ``question=COLUMN`` settings. Raises `DataError` or
+    ``named`` is a file or folder of problems, ``lab`` or ``chain_sums``, the name of a built-in
+    mapping, or the id of a hub data set; ``columns`` are ``question=COLUMN`` settings. Raises `DataError` or
     `RecipeError` in one line.
     """
     settings = _columns(columns)
@@ -86,7 +86,9 @@ def choose_problems(
             f"{generated}"
         )
     task = _read(section, model_folder)
-    verifier = getattr(_config(section), "verifier", None) or mappings.get(named, {}).get("verifier")
+    verifier = getattr(_config(section), "verifier", None) or mappings.get(named, {}).get(
+        "verifier"
+    )
     return ProblemChoice(section, task, is_math=verifier in ("math", "chain_sums"))
 
 

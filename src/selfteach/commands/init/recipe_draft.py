@@ -1,4 +1,4 @@
-"""Draft a first recipe: the values for a model and its problems, and the commented TOML that has them."""
+"""Drafts a first recipe: values for a model and its problems, and the commented TOML with them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Draft:
 def draft_recipe(
     command: str, model: ModelFacts, problems: ProblemChoice, critic: CriticChoice | None
 ) -> Draft:
-    """Choose the values of a first recipe. Raises `DataError` if no prompt leaves room for an answer."""
+    """Choose the values of a first recipe. Raises `DataError` if prompts leave no room for an answer."""
     generated = problems.section["type"] in ("lab", "chain_sums")
     is_small = model.parameters is None or model.parameters < SMALL
     templates = None
@@ -132,7 +132,9 @@ def _max_tokens(
         return LAB_TOKENS, "the lab's default"
     if problems.section["type"] == "chain_sums":
         return CHAIN_SUM_TOKENS, "a correct answer has about 45"
-    solutions = [p.references["reference"] for p in problems.task.train if "reference" in p.references]
+    solutions = [
+        p.references["reference"] for p in problems.task.train if "reference" in p.references
+    ]
     if model.tokenizer is not None and len(solutions) >= 2:
         lengths = [len(model.tokenizer(text)["input_ids"]) for text in solutions[:500]]
         usual = quantiles(lengths, n=20)[-1]
@@ -166,8 +168,8 @@ def _within_window(
         reason = f"prompt, context and answer share the model's {model.window:,} tokens"
     if tokens < 1:
         raise DataError(
-            f"--model {model.path}: its context of {model.window:,} tokens leaves no room behind prompts "
-            f"of {usual:,} tokens"
+            f"--model {model.path}: its context of {model.window:,} tokens leaves no room behind "
+            f"prompts of {usual:,} tokens"
         )
     can_drop = problems.section["type"] in ("files", "hub")
     if lengths[-1] + tokens > model.window and can_drop:

@@ -71,7 +71,12 @@ def try_model(recipe: Recipe, samples: int) -> Trial:
 def describe_trial(trial: Trial) -> Iterator[str]:
     """Yield lines for a person: one answer in full, form, lengths and solve rate, and advice."""
     shown = next(
-        (i for i, verdict in enumerate(trial.verdicts) if verdict.formatted and not verdict.correct), 0
+        (
+            i
+            for i, verdict in enumerate(trial.verdicts)
+            if verdict.formatted and not verdict.correct
+        ),
+        0,
     )
     rollout, verdict = trial.rollouts[shown], trial.verdicts[shown]
     yield f"# an answer to {rollout.problem.label}"
@@ -98,8 +103,8 @@ def advice(trial: Trial) -> Iterator[str]:
     """Yield what to change before training, a line each; nothing where all looks well."""
     if trial.cut >= MANY_CUT:
         yield (
-            f"note: {trial.cut:.0%} of the answers were cut: raise sampling.max_tokens, or ask for shorter "
-            "ones (model.templates)"
+            f"note: {trial.cut:.0%} of the answers were cut: raise sampling.max_tokens, or ask for "
+            "shorter ones (model.templates)"
         )
     if trial.in_form < FEW_IN_FORM and trial.cut < 1 - trial.in_form:
         yield (
@@ -109,11 +114,11 @@ def advice(trial: Trial) -> Iterator[str]:
         )
     if trial.solved >= TOO_EASY:
         yield (
-            "note: the model solves nearly all of them: there is little to learn; selfteach select keeps "
-            "the problems that are hard for it"
+            "note: the model solves nearly all of them: there is little to learn; selfteach select "
+            "keeps the problems that are hard for it"
         )
     elif trial.solved == 0:
         yield (
-            "note: none is solved: rewards alone (grpo) teach nothing until some are; use easier problems, "
-            "more answers each (train.group_size), or feedback"
+            "note: none is solved: rewards alone (grpo) teach nothing until some are; use easier "
+            "problems, more answers each (train.group_size), or feedback"
         )

@@ -85,9 +85,7 @@ class SelectionProgress:
     selected: int
 
 
-def select(
-    recipe: Recipe, config: SelectConfig, folder: str | Path
-) -> Iterator[SelectionProgress]:
+def select(recipe: Recipe, config: SelectConfig, folder: str | Path) -> Iterator[SelectionProgress]:
     """Select problems into a folder, resuming what is there; yield progress after each batch.
 
     Writes ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``, a data card ``README.md``, and
