@@ -35,7 +35,7 @@ def console() -> Console:
 
 
 def _says_what_is_kept(run: Callable[P, T]) -> Callable[P, T]:
-    """Let a command that works in ``folder`` say what is there when a signal ends it, wherever it is."""
+    """Let a command that works in ``folder`` say what is there when a signal ends it, anywhere."""
     signature = inspect.signature(run)
 
     @functools.wraps(run)

@@ -160,8 +160,8 @@ def _complete(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def load_study(path_or_name: str | Path, settings: Sequence[str] = ()) -> Study:
     """Read a recipe file, or a shipped recipe by its name, as a study.
 
-    A file without arms is a study of one arm, named like the file. Raises `RecipeError`, in one line, if anything
-    is wrong with the file.
+    A file without arms is a study of one arm, named like the file. Raises `RecipeError`, in one line,
+    if anything is wrong with the file.
     """
     path = find_recipe(path_or_name)
     return study_from(_read(path), settings, where=str(path_or_name), default_arm=path.stem)

@@ -63,8 +63,8 @@ def choose_problems(
     """Return the [data] section for what ``--data`` names, with its problems read.
 
     ``named`` is a file or folder of problems, ``lab`` or ``chain_sums``, the name of a built-in
-    mapping, or the id of a hub data set; ``columns`` are ``question=COLUMN`` settings. Raises `DataError` or
-    `RecipeError` in one line.
+    mapping, or the id of a hub data set; ``columns`` are ``question=COLUMN`` settings. Raises
+    `DataError` or `RecipeError` in one line.
     """
     settings = _columns(columns)
     if is_problem_source(path := Path(named).expanduser()) or path.exists():

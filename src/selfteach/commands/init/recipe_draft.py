@@ -84,7 +84,7 @@ class Draft:
 def draft_recipe(
     command: str, model: ModelFacts, problems: ProblemChoice, critic: CriticChoice | None
 ) -> Draft:
-    """Choose the values of a first recipe. Raises `DataError` if prompts leave no room for an answer."""
+    """Choose a first recipe's values. Raises `DataError` if prompts leave no room for an answer."""
     generated = problems.section["type"] in ("lab", "chain_sums")
     is_small = model.parameters is None or model.parameters < SMALL
     templates = None
