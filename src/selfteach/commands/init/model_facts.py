@@ -10,13 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from selfteach.commands.check.sizes import cached_config
 from selfteach.config.model_defaults import is_lab_model
 from selfteach.config.recipe import LoraConfig, ModelConfig
 from selfteach.errors import EngineError
 from selfteach.models.architectures import known_shapes
 from selfteach.models.loading import context_length, load_tokenizer
 from selfteach.models.model_path import resolve
+from selfteach.models.model_size import cached_config
 
 
 @dataclass(frozen=True, slots=True)
