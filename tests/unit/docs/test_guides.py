@@ -273,7 +273,7 @@ def test_links_and_named_files_exist(page: Path) -> None:
         if anchor and target.suffix == ".md" and target.exists():
             assert anchor in anchors(target), link
     for path in re.findall(
-        r"(?:recipes|experiments|scripts)/[\w/.]+\.(?:toml|sh|sbatch|yaml)", text
+        r"(?:src/selfteach/recipes|experiments|scripts)/[\w/.]+\.(?:toml|sh|sbatch|yaml)", text
     ):
         assert (ROOT / path).exists(), path
 
