@@ -34,7 +34,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -72,7 +72,7 @@ from selfteach.runtime.stored_records import (
     problems_fingerprint,
     rollout_row,
     rollouts_from,
-    sample_row,
+    sample_rows,
 )
 from selfteach.types import Critique, CritiqueFailure, Problem, Rollout, TrainingSample
 
@@ -302,11 +302,18 @@ class RunFolder:
         )
         self._write(self.path / "critiques" / f"{name}.jsonl", rows)
 
-    def save_samples(self, step: int, samples: Sequence[TrainingSample]) -> None:
-        """Save a step's training samples: verdict, critique and context of each rollout."""
-        self._write(
-            run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl", map(sample_row, samples)
-        )
+    def save_samples(
+        self,
+        step: int,
+        samples: Sequence[TrainingSample],
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        """Save a step's training samples: verdict, critique and context of each rollout.
+
+        With ``decode``, which makes text of token ids, the student's prompts as well.
+        """
+        path = run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl"
+        self._write(path, sample_rows(samples, decode))
 
     def load_critiques(self, step: int) -> SavedCritiques:
         """Return the critiques of a step's rollouts by `Rollout.key`; empty if none are saved.

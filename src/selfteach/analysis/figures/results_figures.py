@@ -42,6 +42,8 @@ LABELLED_TOKENS = 96
 LONGEST_NAME = 14
 """Characters of a token's name under the axis; longer ones are shortened there."""
 
+LONGEST_ARM, LONGEST_ON_PHONE = 26, 17
+"""Characters of an arm's name beside an interval; the table has the whole name."""
 MOST_PAIRS = 24
 """Up to this many differences are all in the forest plot; the table beside it always has all."""
 
@@ -117,7 +119,9 @@ def forest(results: Results, *, phone: bool = False) -> Figure:
     groups = [group for group in groups if group[2]]
     width, per_row = (PHONE_WIDTH, 0.42) if phone else (7.2, 0.24)
     heights = [per_row * len(names) + 0.1 for _, _, names in groups]
-    titles = [_lines(title, width - 0.2) for title, _, _ in groups] if len(groups) > 1 else []
+    named = [_pair_name(pair, LONGEST_ARM) for _, _, names in groups for pair in names]
+    left = 0.0 if phone else max(map(text_width, named))
+    titles = [_lines(title, width - left - 0.4) for title, _, _ in groups if len(groups) > 1]
     above = sum(0.17 * len(lines) + 0.15 for lines in titles)
     figure = Figure(figsize=(width, 0.6 + sum(heights) + above), layout="constrained")
     panels = figure.subplots(
@@ -140,7 +144,7 @@ def forest(results: Results, *, phone: bool = False) -> Figure:
 
 def _lines(title: str, width: float) -> list[str]:
     """Break a title into lines of at most so many inches."""
-    return wrap(title, max(12, int(width / text_width("x")))) or [""]
+    return wrap(title, max(12, int(width / text_width("x", 1.1 * SMALL)))) or [""]
 
 
 def _rows(
@@ -154,7 +158,7 @@ def _rows(
             _numbers(value), (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
             textcoords="offset points", va="center", color=INK, fontsize=SMALL,
         )  # fmt: skip
-    labels = [_pair_name(pair, 26) for pair in names]
+    labels = [_pair_name(pair, LONGEST_ARM) for pair in names]
     axes.set_yticks(range(len(labels)), labels, color=INK, fontsize=SMALL, parse_math=False)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -168,7 +172,7 @@ def _phone_rows(
     for row, (pair, value, style) in enumerate(zip(names, values, arms, strict=True)):
         axes.plot([0, 0], [row - 0.16, row + 0.3], color=INK, linewidth=0.9)
         _interval(axes, row, value, style)
-        for text, x, side in ((_pair_name(pair, 17), 0, "left"), (_numbers(value), 1, "right")):
+        for text, x, side in ((_pair_name(pair, LONGEST_ON_PHONE), 0, "left"), (_numbers(value), 1, "right")):
             axes.text(
                 x, row - 0.38, text, transform=axes.get_yaxis_transform(), ha=side, va="center",
                 color=INK, fontsize=TINY + 0.5, parse_math=False,

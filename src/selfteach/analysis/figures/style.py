@@ -54,9 +54,9 @@ class ArmStyle:
 
 DASHES: tuple[Dash, ...] = (
     "-", "--", "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (8, 2)), (0, (8, 2, 1, 2)),
-    (0, (4, 2, 1, 2, 1, 2)), (0, (2, 2)), (0, (6, 3, 2, 3)), (0, (10, 3)), (0, (3, 3, 1, 3)),
+    (0, (4, 2, 1, 2, 1, 2)), (0, (2, 2)), (0, (6, 3, 2, 3)),
 )  # fmt: skip
-MARKERS = ("o", "^", "s", "v", "D", "P", "X", "*", "<", ">", "p", "h", "d", "8", "H", "1", "2")
+MARKERS = ("o", "^", "s", "v", "D", "P", "X", "*", "<", ">", "p", "h", "d", "8", "H")
 NAMES = (
     "step_aligned", "reference", "grpo", "aligned_reference", "full_repetition", "omission",
     "holistic", "answer_only", "shuffled_lines", "other_answer", "other_reference", "peer",
@@ -66,7 +66,7 @@ NAMES = (
 
 
 def _style(number: int) -> ArmStyle:
-    """Return the style of a number: no two of the first 221 are equal, nor two colours of the first 20."""
+    """Return the style of a number: no two of the first 165 are equal, nor two colours of the first 20."""
     dash, marker = DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)]
     return ArmStyle(PALETTE[number % len(PALETTE)].light, dash, marker)
 
@@ -219,8 +219,10 @@ def _legend(parent: Figure | Axes, axes: Axes, columns: int, width: float) -> Le
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return None
-    labels = [shortened(label) for label in labels]
-    entry = max(map(text_width, labels)) + 0.75
+    handle = 0.8
+    most = min(LONGEST_NAME, int((width - handle) / text_width("x")))
+    labels = [shortened(label, most) for label in labels]
+    entry = max(map(text_width, labels)) + handle
     lines = -(-len(handles) // max(1, min(columns, int(width / entry))))
     figure = axes.get_figure(root=True)
     assert figure is not None
