@@ -51,12 +51,12 @@ CRITICS = {
 
 LAB = (
     "These problems are of the lab, a made-up world with exact answers. A question is six symbols, "
-    "x0 to x5. Its answer is found by five look-ups in a fixed table f: n0 = f(x0, x1), n1 = f(x2, x3), "
-    "n2 = f(n0, n1), n3 = f(x4, x5), n4 = f(n2, n3), and n4 is the answer. A step is one line, “0 + a b = c” "
-    "for n0 = f(a, b) = c: the number of the look-up, what goes in, and what comes out. The same step has "
-    "three spellings: “0 + a b = c”, “0 - a b > c”, and in references “0 < b a : c”, with its two inputs "
-    "swapped. “!” instead of “=”, “>” or “:” is where a critic has corrected the step. “# c” is the "
-    "final answer."
+    "x0 to x5. Its answer is found by five look-ups in a fixed table f: n0 = f(x0, x1), "
+    "n1 = f(x2, x3), n2 = f(n0, n1), n3 = f(x4, x5), n4 = f(n2, n3), and n4 is the answer. A step is "
+    "one line, “0 + a b = c” for n0 = f(a, b) = c: the number of the look-up, what goes in, and what "
+    "comes out. The same step has three spellings: “0 + a b = c”, “0 - a b > c”, and in references "
+    "“0 < b a : c”, with its two inputs swapped. “!” instead of “=”, “>” or “:” is where a critic has "
+    "corrected the step. “# c” is the final answer."
 )
 """The lab's notation (`tasks.lab.world`)."""
 LAB_QUESTION = re.compile(r"[a-p]( [a-p]){5}")
@@ -87,7 +87,9 @@ def _arm(name: str, config: Mapping[str, Any] | None, settings: Mapping[str, Any
     critic = ((config or {}).get("critic") or {}).get("type")
     context = (config or {}).get("context", {}).get("type") or (settings or {}).get("context")
     if objective == "grpo" or (objective is None and name == "grpo"):
-        return "GRPO: learns from the verdicts right and wrong alone, compared within a group of answers"
+        return (
+            "GRPO: learns from verdicts alone, right or wrong, compared within a group of answers"
+        )
     if context is None:
         return "trained; its recipe is not in this folder"
     reads = context_meaning(context) or f"the context “{context}”"

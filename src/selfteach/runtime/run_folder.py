@@ -34,7 +34,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -67,6 +67,7 @@ from selfteach.runtime.stored_files import (
     reading,
 )
 from selfteach.runtime.stored_records import (
+    Decode,
     SavedCritiques,
     critiques_by_key,
     problems_fingerprint,
@@ -303,15 +304,9 @@ class RunFolder:
         self._write(self.path / "critiques" / f"{name}.jsonl", rows)
 
     def save_samples(
-        self,
-        step: int,
-        samples: Sequence[TrainingSample],
-        decode: Callable[[Sequence[int]], str] | None = None,
+        self, step: int, samples: Sequence[TrainingSample], decode: Decode | None = None
     ) -> None:
-        """Save a step's training samples: verdict, critique and context of each rollout.
-
-        With ``decode``, which makes text of token ids, the student's prompts as well.
-        """
+        """Save a step's samples: verdict, critique, context; with ``decode`` the student's prompts."""
         path = run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl"
         self._write(path, sample_rows(samples, decode))
 

@@ -28,6 +28,10 @@ SavedCritiques = dict[tuple[str, int], Critique | CritiqueFailure | None]
 """Critiques by `Rollout.key`."""
 
 
+Decode = Callable[[Sequence[int]], str]
+"""Makes text of token ids."""
+
+
 def problem_digest(problem: Problem) -> str:
     """Return a hash of a problem's conversation and answer: which problem a rollout completes."""
     content = json.dumps([problem.question, problem.answer, *history_rows(problem)])
@@ -114,11 +118,11 @@ def sample_row(sample: TrainingSample, prompt: str | None = None) -> dict[str, A
 
 
 def sample_rows(
-    samples: Iterable[TrainingSample], decode: Callable[[Sequence[int]], str] | None
+    samples: Iterable[TrainingSample], decode: Decode | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of samples, the student's prompt in the first row of each prompt.
 
-    ``decode`` makes text of a prompt's tokens; without it no row has a prompt.
+    Without ``decode`` no row has a prompt.
     """
     decoded = set[tuple[int, ...]]()
     for sample in samples:

@@ -35,7 +35,11 @@ def run(folder: Path, steps: int, *, seed: int = 0, lr: float = 1e-3, **metrics:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     rows = [
-        {"step": s, "kind": "step", **{k: v[s - 1] if np.ndim(v) else v for k, v in metrics.items()}}
+        {
+            "step": s,
+            "kind": "step",
+            **{k: v[s - 1] if np.ndim(v) else v for k, v in metrics.items()},
+        }
         for s in range(1, steps + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -287,7 +291,9 @@ def test_nothing_crosses_the_headings_of_a_forest(phone: bool) -> None:
             for line in axes.get_lines():
                 at = line.get_window_extent()
                 is_across = at.x0 <= box.x1 and at.x1 >= box.x0
-                assert not (is_across and at.y0 < box.y1 - 1 and at.y1 > box.y0 + 1), text.get_text()
+                assert not (is_across and at.y0 < box.y1 - 1 and at.y1 > box.y0 + 1), (
+                    text.get_text()
+                )
 
 
 def test_a_forest_of_many_arms_without_a_base_is_not_empty() -> None:

@@ -22,7 +22,8 @@ def estimate(mean: float) -> dict:
 def arm(mean: float) -> dict:
     rates = dict.fromkeys(("avg", "pass", "maj", "length", "truncated", "format"), mean)
     measures = {
-        key: {**estimate(value), "per_seed": {"0": value, "1": value}} for key, value in rates.items()
+        key: {**estimate(value), "per_seed": {"0": value, "1": value}}
+        for key, value in rates.items()
     }
     curve = {"steps": [0, 1], "avg": {"0": [10.0, mean], "1": [10.0, mean]}}
     return {**measures, "budget": {"seconds": 1.0}, "curve": curve, "settings": {"optimizer.lr": 1}}
@@ -118,7 +119,11 @@ def test_the_forest_has_its_first_row_whole_on_a_phone(open_page, study):
     for text in ("grpo − base", "+5.0 [−15.0, 25.0]"):
         at = texts[text]
         assert at["x"] >= 0 and at["x"] + at["width"] <= 390
-    assert not [text for text in texts if text and text.startswith("an easy world with a rather long title: the truth within")]
+    assert not [
+        text
+        for text in texts
+        if text and text.startswith("an easy world with a rather long title: the truth within")
+    ]
 
 
 def test_a_wide_table_says_that_it_scrolls_sideways(open_page, study):
@@ -142,7 +147,9 @@ def test_the_warned_run_is_in_the_plot_under_its_warning(open_page, study):
     assert "easy/grpo" in check.locator(".lead.alert").inner_text()
     drawn = check.locator("svg text").all_text_contents()
     assert "easy/grpo" in drawn and "warning" in drawn
-    assert "easy/grpo seed 0 warns at step 1" in check.locator(".drawing").get_attribute("aria-label")
+    assert "easy/grpo seed 0 warns at step 1" in check.locator(".drawing").get_attribute(
+        "aria-label"
+    )
 
 
 def test_arms_and_measures_are_explained_under_the_table(open_page, study):

@@ -148,6 +148,6 @@ def _level(axes: Axes, name: str, value: Estimate, style: ArmStyle) -> None:
     axes.axhspan(low, high, color=style.colour, alpha=0.12, linewidth=0)
     axes.axhline(value["mean"], color=style.colour, linestyle=style.dash, linewidth=1.5)
     axes.annotate(
-        shortened(name, 24), (1, value["mean"]), xycoords=("axes fraction", "data"), xytext=(-4, 3), ha="right",
-        textcoords="offset points", color=INK, fontsize=TINY, parse_math=False,
+        shortened(name, 24), (1, value["mean"]), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+        ha="right", textcoords="offset points", color=INK, fontsize=TINY, parse_math=False,
     )  # fmt: skip

@@ -172,7 +172,10 @@ def _phone_rows(
     for row, (pair, value, style) in enumerate(zip(names, values, arms, strict=True)):
         axes.plot([0, 0], [row - 0.16, row + 0.3], color=INK, linewidth=0.9)
         _interval(axes, row, value, style)
-        for text, x, side in ((_pair_name(pair, LONGEST_ON_PHONE), 0, "left"), (_numbers(value), 1, "right")):
+        for text, x, side in (
+            (_pair_name(pair, LONGEST_ON_PHONE), 0, "left"),
+            (_numbers(value), 1, "right"),
+        ):
             axes.text(
                 x, row - 0.38, text, transform=axes.get_yaxis_transform(), ha=side, va="center",
                 color=INK, fontsize=TINY + 0.5, parse_math=False,

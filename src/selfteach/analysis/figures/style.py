@@ -66,7 +66,7 @@ NAMES = (
 
 
 def _style(number: int) -> ArmStyle:
-    """Return the style of a number: no two of the first 165 are equal, nor two colours of the first 20."""
+    """Return the style of a number; the first 165 differ, the first 20 in their colour too."""
     dash, marker = DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)]
     return ArmStyle(PALETTE[number % len(PALETTE)].light, dash, marker)
 
@@ -205,7 +205,9 @@ def legend(axes: Axes, columns: int = 4) -> None:
         figure_legend(figure, axes, columns)
         return
     grid = axes.get_subplotspec()
-    shown = _legend(axes, axes, columns, figure.get_figwidth() / (grid.get_gridspec().ncols if grid else 1))
+    shown = _legend(
+        axes, axes, columns, figure.get_figwidth() / (grid.get_gridspec().ncols if grid else 1)
+    )
     if shown is not None:
         shown.set_bbox_to_anchor((0, 1))
 

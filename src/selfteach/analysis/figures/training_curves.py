@@ -66,9 +66,7 @@ def over_seeds(
     return np.array(steps)[-values_SE.shape[1] :], values_SE
 
 
-def check_curve(
-    groups: Groups, check: HealthCheck, warned: Sequence[HealthWarning] = ()
-) -> Figure:
+def check_curve(groups: Groups, check: HealthCheck, warned: Sequence[HealthWarning] = ()) -> Figure:
     """Draw one failure mode's metric over training, with the threshold of its warning.
 
     Every warned run is drawn, also where its arm's mean hides it, with a ring where the warning is,
@@ -274,8 +272,8 @@ def _limit_zoom(axes: Axes) -> None:
 
 
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: ArmStyle, name: str) -> None:
+    marker = style.marker or ("." if len(x) == 1 else "")
     axes.plot(
-        x, _finite(y), color=style.colour, linestyle=style.dash, markersize=4.5,
-        marker=style.marker or ("." if len(x) == 1 else ""), markevery=max(1, len(x) // MARKERS), linewidth=1.8 if style is not OTHERS else 0.8,
-        label=name,
+        x, _finite(y), color=style.colour, linestyle=style.dash, marker=marker, markersize=4.5,
+        markevery=max(1, len(x) // MARKERS), linewidth=0.8 if style is OTHERS else 1.8, label=name,
     )  # fmt: skip
