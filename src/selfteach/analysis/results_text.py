@@ -216,8 +216,9 @@ def _many_comparisons(results: Results, pairs: Sequence[str]) -> dict[str, Any]:
         "numbers": f"{len(results['arms'])} rows make {len(pairs)} pairs; {best} has the highest "
         f"Avg@{results['k']}, {results['arms'][best]['avg']['mean']:.1f} %. "
         f"{len(decided)} of the differences have an interval that excludes 0.",
-        "conclusion": f"About {0.05 * len(pairs):.0f} of so many would exclude it by chance alone, and "
-        "the highest of many rows is a lucky one: compare the few pairs that a question was asked about.",
+        "conclusion": f"About {0.05 * len(pairs):.0f} of so many would exclude it by chance alone, "
+        "and the highest of many rows is a lucky one: compare the few pairs that a question was "
+        "asked about.",
         "decided": False,
     }
 
