@@ -210,9 +210,9 @@ def test_pass_at_k_needs_two_points(tmp_path: Path) -> None:
 
 
 def warned_curve(groups: dict[str, Any], metric: str) -> Figure:
-    found = [w for w in health_checks.health_warnings(groups) if w.check.metric == metric]
-    assert found
-    return training_curves.check_curve(groups, found[0].check, found)
+    warned = [w for w in health_checks.health_warnings(groups) if w.check.metric == metric]
+    assert warned
+    return training_curves.check_curve(groups, warned[0].check, warned)
 
 
 def lines_of(figure: Figure) -> dict[str, Any]:
@@ -319,10 +319,10 @@ def test_differing_settings_are_found_by_key(tmp_path: Path) -> None:
     config = json.loads((b / "config.json").read_text())
     config["critic"] = {"type": "oracle"}
     (b / "config.json").write_text(json.dumps(config))
-    found = recipe_differences.differences(groups_of(a, b))
-    assert found is not None and list(found.arms) == ["a", "b"]
-    assert found.rows["optimizer.lr"] == ["0.001", "0.5"]
-    assert found.rows["critic.type"] == ["–", "oracle"]
-    assert found.rows["made with torch"] == ["2.1", "2.2"]
-    assert not any(key.startswith(("context", "train", "seed")) for key in found.rows)
-    assert found.same >= 3
+    differing = recipe_differences.differences(groups_of(a, b))
+    assert differing is not None and list(differing.arms) == ["a", "b"]
+    assert differing.rows["optimizer.lr"] == ["0.001", "0.5"]
+    assert differing.rows["critic.type"] == ["–", "oracle"]
+    assert differing.rows["made with torch"] == ["2.1", "2.2"]
+    assert not any(key.startswith(("context", "train", "seed")) for key in differing.rows)
+    assert differing.same >= 3
