@@ -73,12 +73,13 @@ from selfteach.runtime.stored_files import (
     reading,
 )
 from selfteach.runtime.stored_records import (
+    Decode,
     SavedCritiques,
     critiques_by_key,
     problems_fingerprint,
     rollout_row,
     rollouts_from,
-    sample_row,
+    sample_rows,
 )
 from selfteach.types import Critique, CritiqueFailure, Problem, Rollout, TrainingSample
 
@@ -297,11 +298,12 @@ class RunFolder:
         )
         self._write(self.path / "critiques" / f"{name}.jsonl", rows)
 
-    def save_samples(self, step: int, samples: Sequence[TrainingSample]) -> None:
-        """Save a step's training samples: verdict, critique and context of each rollout."""
-        self._write(
-            run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl", map(sample_row, samples)
-        )
+    def save_samples(
+        self, step: int, samples: Sequence[TrainingSample], decode: Decode | None = None
+    ) -> None:
+        """Save a step's samples: verdict, critique, context; with ``decode`` the student's prompts."""
+        path = run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl"
+        self._write(path, sample_rows(samples, decode))
 
     def load_critiques(self, step: int) -> SavedCritiques:
         """Return the critiques of a step's rollouts by `Rollout.key`; empty if none are saved.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -49,7 +50,8 @@ def summarize(folder: str | Path) -> dict[str, Any]:
 
 def save_figures(folder: str | Path, localisation: Mapping[str, Any]) -> list[Path]:
     """Save the figures that have something to show, as SVG and PNG; return their paths."""
-    folder, figures = Path(folder), {}
+    folder = Path(folder)
+    figures: dict[str, Figure | None] = {}
     if localisation["with_first_error"]:
         figures["aligned_advantage"] = aligned_advantage(localisation)
         figures["mass_by_region"] = mass_by_region(localisation)
@@ -57,7 +59,7 @@ def save_figures(folder: str | Path, localisation: Mapping[str, Any]) -> list[Pa
         figures["judges"] = step_detection(localisation)
     if (answer := example(folder)) is not None:
         figures["token_advantages"] = token_advantages(answer)
-    return [path for name, figure in figures.items()
+    return [path for name, figure in figures.items() if figure is not None
             for path in style.save(figure, folder / "figures" / name)]  # fmt: skip
 
 
