@@ -214,3 +214,10 @@ def run_with_critic(loaded: Study, arm: str | None, seed: int) -> Recipe:
         return loaded.recipe(arm, seed=seed)
     arms = [loaded.recipe(name, seed=seed) for name in loaded.arms]
     return next((recipe for recipe in arms if recipe.critic is not None), arms[0])
+
+
+def accept_parts(folder: Path) -> None:
+    """Accept the source that the user's own parts have now, in a folder and in those below it."""
+    from selfteach.runtime.part_sources import accept_sources
+
+    accept_sources(folder)
