@@ -24,7 +24,7 @@ from selfteach.trainer.loop import run_to_end
 
 Components = Mapping[str, Any]
 KEYS: Mapping[str, str] = {
-    **{kind: key for key, kind in reversed(PART_KEYS.items())},
+    **{kind: key for key, kind in reversed(list(PART_KEYS.items()))},
     "reward": REWARDS,
 }
 """The key of a recipe that names a part, by its kind."""

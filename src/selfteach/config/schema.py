@@ -91,7 +91,7 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
             return f"unknown key {path!r}; arguments of a part of your own: {section}.options{more}"
         return f"unknown key {path!r}; {hint_for(key) or nearest(key, keys)}{more}"
     if first["type"] == "union_tag_invalid":
-        return f"{_unknown_type(path, first['ctx'])}{more}"
+        return f"{_unknown_type(path, first.get('ctx', {}))}{more}"
     message = first["msg"].removeprefix("Value error, ")
     if OURS in first["loc"] and first["type"] == "literal_error":
         message += f", or a part of your own, {SPELLING}"

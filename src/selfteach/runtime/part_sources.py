@@ -175,7 +175,8 @@ def _stored(folder: Path) -> dict[str, Any]:
     values = read_json(path)
     with reading(path):
         for row in values["parts"].values():
-            row["sha256"], row["name"]
+            if not {"sha256", "name"} <= row.keys():
+                raise KeyError("sha256")
     return values
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import date, time
 from decimal import Decimal
@@ -29,6 +29,10 @@ ROLLOUT_FIELDS = [field.name for field in fields(Rollout) if field.name != "prob
 
 SavedCritiques = dict[tuple[str, int], Critique | CritiqueFailure | None]
 """Critiques by `Rollout.key`."""
+
+
+Decode = Callable[[Sequence[int]], str]
+"""Makes text of token ids."""
 
 
 def problem_digest(problem: Problem) -> str:
@@ -102,14 +106,18 @@ def rollouts_from(
     return rollouts
 
 
-def sample_row(sample: TrainingSample) -> dict[str, Any]:
-    """Return a sample as one JSON object; joins the rollouts by problem_id and sample."""
+def sample_row(sample: TrainingSample, prompt: str | None = None) -> dict[str, Any]:
+    """Return a sample as one JSON object; joins the rollouts by problem_id and sample.
+
+    ``prompt`` is the student's prompt as text, control tokens included; no column without it.
+    """
     rollout, critique = sample.rollout, sample.critiqued.critique
     return {
         "problem_id": rollout.problem.id,
         "sample": rollout.sample,
         **history_column(rollout.problem),
         "question": rollout.problem.question,
+        **({} if prompt is None else {"prompt": prompt}),
         "answer": rollout.text,
         "finished": rollout.finished,
         **verdict_row(sample.critiqued.verdict),
@@ -131,6 +139,21 @@ def verdict_row(verdict: Verdict) -> dict[str, Any]:
         return row
     failures = {"reward_failures": dict(rewards.failures)} if rewards.failures else {}
     return {**row, "reward": rewards.total, "rewards": dict(rewards.values), **failures}
+
+
+def sample_rows(
+    samples: Iterable[TrainingSample], decode: Decode | None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of samples, the student's prompt in the first row of each prompt.
+
+    Without ``decode`` no row has a prompt.
+    """
+    decoded = set[tuple[int, ...]]()
+    for sample in samples:
+        ids = sample.rollout.prompt_ids
+        is_first = decode is not None and ids not in decoded
+        decoded.add(ids)
+        yield sample_row(sample, decode(ids) if decode is not None and is_first else None)
 
 
 def critiques_by_key(rows: Iterable[Mapping[str, Any]], path: Path) -> SavedCritiques:

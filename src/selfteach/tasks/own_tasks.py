@@ -86,17 +86,16 @@ def build_own_splitter(part: OwnPart, replaced: Splitter) -> Splitter:
 def own_functions(config: Any, functions: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a `Task` with the verifier and splitter that a section names."""
     changed = dict(functions)
+    verifier, steps = config.verifier, config.steps
     reading = config if isinstance(config, AnswerReading) else None
-    if isinstance(config.verifier, OwnPart):
+    if isinstance(verifier, OwnPart):
         usual = functions["answer_format"]
-        verify, form = build_own_verifier(
-            config.verifier, reading, functions["verify"], usual.equivalent
-        )
+        verify, form = build_own_verifier(verifier, reading, functions["verify"], usual.equivalent)
         if reading is None and not hasattr(verify, "write"):
             form = dataclasses.replace(form, write=usual.write)
         changed |= {"verify": verify, "answer_format": form}
-    if isinstance(config.steps, OwnPart):
-        changed["split_steps"] = build_own_splitter(config.steps, functions["split_steps"])
+    if isinstance(steps, OwnPart):
+        changed["split_steps"] = build_own_splitter(steps, functions["split_steps"])
     return changed
 
 

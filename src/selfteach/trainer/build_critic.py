@@ -140,6 +140,14 @@ def require_served_model(config: CriticConfig | JudgeConfig | None) -> None:
         require_server(config)
 
 
+def served_models(config: EndpointConfig) -> list[str]:
+    """Return the models that a critic's server lists. Raises `CriticError` if it cannot be reached."""
+    _require_openai("critic", config.type)
+    from selfteach.feedback.critics.critic_healthcheck import listed_models
+
+    return listed_models(config)
+
+
 def _require_openai(role: str, kind: str) -> None:
     try:
         import selfteach.feedback.critics.endpoint  # noqa: F401
