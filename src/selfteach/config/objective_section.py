@@ -75,8 +75,8 @@ class GrpoConfig(Section):
     """Group-relative policy optimisation."""
     loss_type: LossType | None = None
     """TRL's name of a ``surrogate`` with an ``aggregation``, which it sets: ``grpo`` is ``clipped``
-    with ``sequence_mean``, ``dapo`` (and ``bnpo``) with ``token_mean``, ``dr_grpo`` with ``max_tokens``;
-    ``cispo`` is ``cispo`` with ``token_mean``."""
+    with ``sequence_mean``, ``dapo`` (and ``bnpo``) with ``token_mean``, ``dr_grpo`` with
+    ``max_tokens``; ``cispo`` is ``cispo`` with ``token_mean``."""
     surrogate: Literal["clipped", "cispo"] = "clipped"
     """Loss of a token: PPO's ``clipped`` surrogate, or ``cispo``: −min(ratio, 1 + ``clip_high``) · A ·
     log π with a constant ratio, so that no token loses its gradient (``clip_low`` has no effect)."""
