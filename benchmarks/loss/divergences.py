@@ -31,7 +31,7 @@ from torch import Tensor
 
 from selfteach.losses.divergence import Divergence, per_token
 from selfteach.models.lm_head import Head, Scores, chunked_sum
-from selfteach.trainer.build import chunk_tokens
+from selfteach.trainer.device_memory import chunk_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ("forward_kl", "reverse_kl", "jsd", "top_k")

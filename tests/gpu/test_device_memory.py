@@ -13,11 +13,11 @@ import torch
 from runs_on_device import ALIGNED, recipe, training_samples
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfteach.commands.check.memory import gib, memory
 from selfteach.commands.check.sizes import device_load, measure
 from selfteach.runtime.torch_setup import configure_torch
 from selfteach.trainer import step
 from selfteach.trainer.build import build
+from selfteach.trainer.device_memory import gib, memory
 from selfteach.types import TrainingSample
 
 pytestmark = pytest.mark.gpu

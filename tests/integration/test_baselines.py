@@ -66,9 +66,9 @@ def twin(path: Path, arm: str | None = None, **changes: object) -> Recipe:
 @pytest.fixture(autouse=True)
 def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model of a hub is here, whatever this machine's cache holds."""
-    real = sizes._cached
+    real = sizes.cached_config
     monkeypatch.setattr(
-        sizes, "_cached", lambda m: None if loading.HUB_ID.fullmatch(m.path) else real(m)
+        sizes, "cached_config", lambda m: None if loading.HUB_ID.fullmatch(m.path) else real(m)
     )
 
 

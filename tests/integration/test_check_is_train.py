@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from selfteach.cli import app
 from selfteach.errors import SelfteachError
 from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer import build, device_load
 
 PARTS_ONLY = (
     "{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}"
@@ -112,6 +113,25 @@ def test_settings_that_do_not_fit(
     tmp_path: Path, model: Path, settings: list[str], line: str
 ) -> None:
     assert re.search(line, refused_alike(tmp_path, *recipe(tmp_path, model, *settings)))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_exceeds_the_memory_is_refused_before_it_is_loaded(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, lora: bool
+) -> None:
+    limit = tmp_path / "memory.max"
+    limit.write_text("50000\n")
+    monkeypatch.setattr(device_load, "CGROUP_LIMITS", (tmp_path / "absent", limit))
+    monkeypatch.setattr(build, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    words = recipe(tmp_path, model, *(["model.lora.rank=2"] if lora else []))
+    fix = "a smaller model" if lora else "train adapters"
+    assert re.search(
+        rf"need 0\.\d MiB, and this device has 0\.0 MiB: {fix}", refused_alike(tmp_path, *words)
+    )
+    limit.write_text("max\n")  # no limit
+    monkeypatch.undo()
+    monkeypatch.setattr(device_load, "CGROUP_LIMITS", (limit,))
+    assert CliRunner().invoke(app, ["check", *words]).exit_code == 0
 
 
 def test_a_split_without_a_pool_is_not_ignored(tmp_path: Path, model: Path) -> None:

@@ -75,7 +75,8 @@ class StudyConfig(Section):
     headline: tuple[str, ...] = ()
     """Differences of arms to print first, like ``step_aligned-grpo``."""
     workers: int | None = Field(default=None, ge=1)
-    """Runs at a time, one process each; unset: one per core, on a GPU one."""
+    """Runs at a time, one process each; unset: one per core, as far as they fit the memory;
+    on a GPU one."""
     axis: str = ""
     """Label of the quantity by which arms (or variants) differ, for a figure over it."""
     at: dict[str, float] = Field(default_factory=dict)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selfteach.commands.check.memory import FLOAT
 from selfteach.models.architectures import Shape
 from selfteach.planning.devices import Device
 from selfteach.planning.workload import StepWork
+from selfteach.trainer.device_memory import FLOAT
 
 SERVED_BYTES = 2
 """Bytes per weight, key or value in an engine: bfloat16."""

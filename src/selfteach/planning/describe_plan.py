@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from selfteach.commands.check.memory import gib
 from selfteach.planning import costs
 from selfteach.planning.costs import DecodingCost
 from selfteach.planning.estimate import Forecast
 from selfteach.planning.layout import Layout, window_warning
 from selfteach.planning.lengths import LengthDistribution
 from selfteach.planning.workload import CriticWork
+from selfteach.trainer.device_memory import gib
 
 MEANING = {
     "train_mfu": "of the device's operations in training",

@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from selfteach.commands.check.memory import DeviceLoad
 from selfteach.commands.check.sizes import RunSizes, device_load
 from selfteach.config.critic_section import (
     EndpointConfig,
@@ -19,6 +18,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.planning.lengths import ASSUMED_MEAN_SHARE, LengthDistribution
+from selfteach.trainer.device_memory import DeviceLoad
 
 CriticKind = Literal["none", "program", "in_process", "served", "latency"]
 """What writes critiques: no critic; a program; a model in the trainer's process; a served model of

@@ -58,15 +58,10 @@ from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
 from selfteach.trainer.build_objective import build_objective
+from selfteach.trainer.device_load import require_memory
+from selfteach.trainer.device_memory import chunk_tokens
 from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates, within_context
 from selfteach.trainer.step import Components
-
-CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**25}
-"""Logits (tokens × vocabulary) in memory at a time while a loss is computed: 4 and 128 MB each. With
-much smaller chunks a GPU waits for kernel launches."""
-CHUNK_TOKENS = 76
-"""Minimum tokens of a chunk: the head is read once per chunk, which dominates the time of smaller ones.
-Two buffers of their logits and what else a loss holds are a tenth of the logits of 2,048 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +81,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     objective, shard = build_objective(recipe), build_sharding(recipe, ranks)
     device = choose_device(recipe.model.device)
     configure_torch(device)
+    require_memory(recipe)
     task = load_task(recipe.data, resolve(recipe.model.path))
     templates = Templates(recipe.model.templates or task.templates)
     require_fitting_templates(recipe, templates)
@@ -137,12 +133,6 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         ranks=ranks,
     )
     return Built(components, task, loaded.tokenizer)
-
-
-def chunk_tokens(vocabulary: int, device: str) -> int:
-    """Return the number of tokens whose logits are in memory at a time on a kind of device."""
-    entries = CHUNK_ENTRIES.get(device, CHUNK_ENTRIES["cuda"])
-    return max(CHUNK_TOKENS, entries // vocabulary)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from selfteach.commands.study.run_study import jobs_of
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import study_from
 from selfteach.runtime import gc_pause
+from selfteach.trainer import device_load
+from selfteach.trainer.device_memory import memory
 
 
 def jobs(device: str) -> list[Job]:
@@ -39,6 +41,23 @@ def test_without_a_gpu_driver_torch_is_not_imported(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(study_jobs, "GPU_DRIVERS", ("/nowhere",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("called"))
     assert default_workers(jobs("auto")) == os.cpu_count()
+
+
+def test_runs_of_a_real_model_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "model": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct", "device": "cpu"},
+        "context": {"type": "reference"},
+        "train": {"steps": 1},
+    }
+    real = [Job(None, "arm", 0, Recipe.model_validate(values), Path("run"))]
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    peak = memory(device_load._load_by_config(real[0].recipe)).peak
+    for runs in (1, 3):
+        monkeypatch.setattr(device_load, "device_memory", lambda _, n=runs: n * peak + 1)
+        assert default_workers(real) == runs
+    assert default_workers(jobs("cpu")) == 64
+    monkeypatch.setattr(device_load, "device_memory", lambda _: peak // 2)
+    assert default_workers(real) == 1
 
 
 STUDY = {

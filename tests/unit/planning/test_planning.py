@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfteach.commands.check.memory import DeviceLoad, memory
 from selfteach.commands.check.sizes import measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
@@ -34,6 +33,7 @@ from selfteach.planning.pipeline import Pipeline
 from selfteach.planning.plan import PlanRequest, plan
 from selfteach.planning.simulation import simulate
 from selfteach.planning.workload import CriticWork, StepWork, work_of
+from selfteach.trainer.device_memory import DeviceLoad, memory
 
 PAPER = Path(__file__).parents[3] / "recipes" / "paper.toml"
 TINY = Shape("llama", 8, 16, 2, 2, 2, 4, 32, 512, True)

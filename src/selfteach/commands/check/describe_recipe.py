@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from selfteach.commands.check.fit_notes import fit_notes
-from selfteach.commands.check.memory import Item, Memory, gib, memory
 from selfteach.commands.check.sizes import RunSizes, device_load, measure, measure_offline
 from selfteach.commands.check.tokens import Budget, step_cost, step_tokens
 from selfteach.commands.study.run_study import inspection_of
@@ -20,6 +19,7 @@ from selfteach.models import matmul
 from selfteach.models.loading import choose_device
 from selfteach.tasks.task import describe_problems
 from selfteach.trainer.build import build
+from selfteach.trainer.device_memory import Item, Memory, gib, memory
 
 FEEDBACK_NOT_READ = (
     "note: the lab's base models do not read environment feedback: it teaches them almost nothing"

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 
-import torch
-
-from selfteach.commands.check.memory import gib, memory
 from selfteach.commands.check.sizes import RunSizes, device_load
 from selfteach.config.model_defaults import ADAPTERS_LR, ALL_WEIGHTS_LR
 from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
-from selfteach.errors import RecipeError
-from selfteach.models.loading import choose_device
+from selfteach.trainer.device_load import device_memory, require_fits
+from selfteach.trainer.device_memory import gib, memory
 from selfteach.trainer.fit_checks import REFERENCES, with_reference
 
 FAR = 30
@@ -30,7 +26,7 @@ def fit_notes(
     """Yield a line for each setting that looks wrong for its model and data.
 
     ``here``: the recipe will run on this machine, so its memory counts. Raises `RecipeError` if
-    weights, gradients and moments alone exceed the memory of the device.
+    weights and optimizer moments alone exceed the memory of the device.
     """
     lines = dict[str, None]()  # a note that arms share is printed once
     for arm, recipe in recipes.items():
@@ -102,23 +98,10 @@ def _memory(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
     load, available = device_load(recipe, sizes), device_memory(recipe.model.device)
     if load is None or recipe.distributed.shard != "none":
         return
-    needed = memory(load)
-    always = sum(item.bytes for item in needed.always)
-    if always > available:
-        raise RecipeError(
-            f"weights, gradients and moments need {gib(always)}, and this device has "
-            f"{gib(available)}: train adapters (model.lora), or shard (distributed.shard)"
-        )
-    if needed.peak > available:
+    require_fits(load, available, lora=recipe.model.lora is not None)
+    peak = memory(load).peak
+    if peak > available:
         yield (
-            f"note: the peak of {gib(needed.peak)} exceeds this device's {gib(available)}: lower "
+            f"note: the peak of {gib(peak)} exceeds this device's {gib(available)}: lower "
             "train.micro_batch_tokens or sampling.batch_size, or set model.gradient_checkpointing"
         )
-
-
-def device_memory(device: str) -> int:
-    """Return the memory in bytes of the device that a recipe names, here."""
-    chosen = choose_device(device)
-    if chosen.type == "cuda":
-        return torch.cuda.get_device_properties(chosen).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

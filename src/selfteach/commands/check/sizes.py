@@ -8,47 +8,38 @@ name stays an error: a model folder that does not exist, a file missing from a f
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-
-from selfteach.commands.check.memory import DeviceLoad, VllmMemory
 from selfteach.commands.check.tokens import Lengths
 from selfteach.config.critic_section import (
     EndpointConfig,
     LlmCriticConfig,
     LocalCriticConfig,
-    PolicyCriticConfig,
 )
 from selfteach.config.data_section import AnswerReading, FilesData, HubData
-from selfteach.config.engine_section import VllmProcessConfig, VllmServerConfig
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.models.loading import (
     build_renderer,
-    context_length,
-    dtypes_of,
     load_tokenizer,
     resolve,
-    weights_dtype_of,
 )
+from selfteach.models.model_size import cached_config, count_parameters, shape_of
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build import (
     Built,
-    chunk_tokens,
     max_sequence_length,
 )
 from selfteach.trainer.build_critic import build_critic
 from selfteach.trainer.build_objective import build_objective
+from selfteach.trainer.device_load import load_of
+from selfteach.trainer.device_memory import DeviceLoad
 from selfteach.trainer.fit_checks import (
     require_fitting_templates,
     require_references,
@@ -56,8 +47,6 @@ from selfteach.trainer.fit_checks import (
     within_context,
 )
 
-SIZES = {"float32": 4, "bfloat16": 2}
-"""Bytes per element, by dtype."""
 CHARACTERS_PER_TOKEN = 4
 """For English text, where no tokenizer is available to count."""
 
@@ -113,7 +102,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     task = _task(recipe, unchecked)
     renderer = None
     templates = Templates(model.templates or _template_set(recipe))
-    if shape is not None and _cached(model) is not None:
+    if shape is not None and cached_config(model) is not None:
         renderer = build_renderer(model, load_tokenizer(model), templates)
     window = (
         max_sequence_length(recipe, shape.positions) if shape else recipe.train.max_length or 4096
@@ -136,66 +125,16 @@ def measure_offline(recipe: Recipe) -> RunSizes:
 
 def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
     """Return what one device has to hold; None for a model whose architecture is unknown."""
-    shape, model, train = sizes.shape, recipe.model, recipe.train
-    if shape is None:
+    if sizes.shape is None:
         return None
-    dtypes = dtypes_of(model, sizes.device, all_weights_train=recipe.all_weights_train)
-    completion, lengths = recipe.sampling.max_tokens, sizes.lengths
-    prompt = lengths.longest_prompt
-    teacher = recipe.scoring_teacher.type
-    copies = int(teacher != "live" and (teacher == "ema" or model.lora is None))
-    copies += int(isinstance(recipe.critic, PolicyCriticConfig) and model.lora is None)
-    rows = min(recipe.sampling.batch_size, train.problems_per_step * train.group_size)
-    return DeviceLoad(
-        shape=shape,
+    return load_of(
+        recipe,
+        sizes.shape,
         parameters=sizes.parameters,
         trained=sizes.trained,
-        adapters=(model.lora.rank, len(model.lora.targets)) if model.lora else None,
-        weight_bytes=dtypes.weights.itemsize,
-        compute_bytes=dtypes.compute.itemsize,
-        recompute=model.gradient_checkpointing,
-        copies=copies,
-        # A sample longer than a micro-batch is a micro-batch of its own; the teacher's forward pass
-        # stores no activations.
-        micro_batch_tokens=max(train.micro_batch_tokens, prompt + completion),
-        chunk_entries=chunk_tokens(shape.vocabulary, sizes.device) * shape.vocabulary,
-        sample_rows=rows,
-        sample_length=min(lengths.window, prompt + completion),
-        sampler=_sampler(recipe, rows, sizes.device),
-    )
-
-
-def _sampler(
-    recipe: Recipe, rows: int, device: str
-) -> Literal["trainer", "elsewhere"] | VllmMemory:
-    match recipe.engine:
-        case VllmServerConfig():
-            return "elsewhere"
-        case VllmProcessConfig() as engine:
-            weights = weights_dtype_of(recipe.model, device)
-            dtype = weights if engine.dtype == "auto" else engine.dtype
-            sleeps = engine.sleep and not device.startswith("cpu")
-            rows = min(rows, engine.max_num_seqs)
-            return VllmMemory(SIZES[dtype], rows, engine.gpu_memory_utilization, sleeps)
-        case _:
-            return "trainer"
-
-
-def shape_of(config: PreTrainedConfig) -> Shape:
-    """Convert a transformers configuration to a `Shape`; missing fields take Llama's defaults."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    return Shape(
-        family=text.model_type,
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        layers=text.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocabulary=text.vocab_size,
-        positions=context_length(config),
-        tied=bool(config.tie_word_embeddings),
+        device=sizes.device,
+        longest_prompt=sizes.lengths.longest_prompt,
+        window=sizes.lengths.window,
     )
 
 
@@ -237,36 +176,15 @@ def _critic_prompt(templates: Templates, recipe: Recipe) -> str:
     return "\n".join(message["content"] for message in messages)
 
 
-def _cached(model: ModelConfig) -> PreTrainedConfig | None:
-    """Return a model's configuration from its folder or the cache; None if it is in neither."""
-    try:
-        if model.gguf_file:
-            return _gguf_config(resolve(model.path), model.gguf_file)
-        return AutoConfig.from_pretrained(
-            resolve(model.path), local_files_only=True, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError):
-        return None
-
-
-@functools.lru_cache(maxsize=2)
-def _gguf_config(path: str, gguf_file: str) -> PreTrainedConfig:
-    """Read the configuration from a GGUF file, once per process: it takes seconds."""
-    return AutoConfig.from_pretrained(path, gguf_file=gguf_file, local_files_only=True)
-
-
 def _size(model: ModelConfig, unchecked: list[str]) -> tuple[Shape | None, int]:
     """Return a model's shape and parameters from its folder, the cache, or the table of shapes."""
     if not _installed(model.path):
         unchecked.append(f"model {model.path}: the package is not installed; its size is unknown")
         return None, 0
-    config = _cached(model)
+    config = cached_config(model)
     if config is not None:
         unchecked.append(f"model {model.path}: its weights were not loaded; sizes from its config")
-        with torch.device("meta"):
-            model_on_meta = AutoModelForCausalLM.from_config(config)
-        assert isinstance(model_on_meta, PreTrainedModel)
-        return shape_of(config), sum(p.numel() for p in model_on_meta.parameters())
+        return shape_of(config), count_parameters(config)
     path = resolve(model.path)
     if Path(path).is_dir():
         raise EngineError(f"model.path = {model.path!r}: the folder has no config.json")

@@ -139,14 +139,29 @@ def _environment_variable(name: str, value: str) -> Iterator[None]:
 
 
 def default_workers(jobs: Sequence[Job]) -> int:
-    """Return how many runs go in parallel by default: one per core; on a GPU one, which may fill it."""
+    """Return how many runs go in parallel by default.
+
+    One per core, and no more than fit the memory at their peaks; on a GPU one, which may fill it.
+    """
     may_use_gpu = any(job.recipe.model.device in ("auto", "cuda") for job in jobs)
     if may_use_gpu and any(Path(driver).exists() for driver in GPU_DRIVERS):
         import torch  # takes seconds: only on machines that may have a GPU
 
         if torch.cuda.is_available():
             return 1
-    return os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    return min([cores, *_fitting_runs([job.recipe for job in jobs])])
+
+
+def _fitting_runs(recipes: Sequence[Recipe]) -> Iterator[int]:
+    """Yield how many runs of each kind the memory holds; nothing for the lab's models, all small."""
+    kinds = {recipe.model_dump_json(exclude={"seed"}): recipe for recipe in recipes}
+    for recipe in kinds.values():
+        if not recipe.model.path.startswith("lab:"):
+            from selfteach.trainer.device_load import fitting_runs  # imports torch
+
+            if (runs := fitting_runs(recipe)) is not None:
+                yield runs
 
 
 def _same_initial_rollouts(jobs: Sequence[Job]) -> dict[Path, list[Path]]:

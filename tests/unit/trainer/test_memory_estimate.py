@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selfteach.commands.check.memory import DeviceLoad, VllmMemory, layer_token_bytes, memory
 from selfteach.commands.check.sizes import device_load, measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.models.policy import add_adapters, recompute_activations
+from selfteach.trainer.device_memory import DeviceLoad, VllmMemory, layer_token_bytes, memory
 
 TOKENS = 56
 SHAPES = list(dict.fromkeys(known_shapes().values()))
@@ -240,3 +240,16 @@ def test_adamw_allocates_the_estimated_moments() -> None:
         device_load = load(tiny("llama"), lora=lora, weights=torch.float32, autocast=False)
         total = memory(dataclasses.replace(device_load, trained=count))
         assert {i.name: i.bytes for i in total.always}["AdamW moments"] == moments
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_a_critic_in_this_process_is_counted(dtype: str, width: int) -> None:
+    critic = {"type": "local", "path": "lab:two_styles", "weights_dtype": dtype}
+    values = {"critic": critic, "context": {"type": "step_aligned"}, "model": {"device": "cpu"}}
+    recipe = Recipe.model_validate(values)
+    sizes = measure_offline(recipe)
+    load = device_load(recipe, sizes)
+    assert load is not None
+    without = memory(dataclasses.replace(load, critic_bytes=0))
+    assert memory(load).peak - without.peak == width * sizes.parameters
+    assert {i.name: i.bytes for i in memory(load).always}["critic's weights"] == load.critic_bytes

@@ -19,6 +19,12 @@ FLOAT = 4
 CHUNK_BUFFERS = 8
 """float32 buffers of a chunk's logits that a divergence holds at a time: logits of student and teacher,
 the matmul results they are cast from, log-probabilities, mixture and terms, and the gradient."""
+CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**25}
+"""Logits (tokens × vocabulary) in memory at a time while a loss is computed: 4 and 128 MB each. With
+much smaller chunks a GPU waits for kernel launches."""
+CHUNK_TOKENS = 76
+"""Minimum tokens of a chunk: the head is read once per chunk, which dominates the time of smaller ones.
+Two buffers of their logits and what else a loss holds are a tenth of the logits of 2,048 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,8 @@ class DeviceLoad:
     """Prompt and completion, in tokens."""
     sampler: Literal["trainer", "elsewhere"] | VllmMemory = "trainer"
     """Where rollouts are sampled: with the model that trains, on other devices, or in a vLLM here."""
+    critic_bytes: int = 0
+    """Weights of a critic that runs in the trainer's process, on this device."""
     shards: int = 1
     """Ranks that shard weights, gradients and optimizer moments evenly (FSDP2); tokens are per rank."""
 
@@ -104,10 +112,15 @@ def memory(load: DeviceLoad) -> Memory:
         _moments(load, trained_total),
         *_copies(load, trained_total),
     )
+    critic = (Item("critic's weights", load.critic_bytes, "of a frozen model in this process"),)
     sampler = load.sampler
     awake = _vllm(load, sampler) if isinstance(sampler, VllmMemory) and not sampler.sleeps else ()
     return Memory(
-        (*(_shard(item, load.shards) for item in always), *awake),
+        (
+            *(_shard(item, load.shards) for item in always),
+            *(critic if load.critic_bytes else ()),
+            *awake,
+        ),
         (
             _shard(gradients, load.shards),
             *_gathered(load),
@@ -116,6 +129,12 @@ def memory(load: DeviceLoad) -> Memory:
         ),
         _sampling(load),
     )
+
+
+def chunk_tokens(vocabulary: int, device: str) -> int:
+    """Return the number of tokens whose logits are in memory at a time on a kind of device."""
+    entries = CHUNK_ENTRIES.get(device, CHUNK_ENTRIES["cuda"])
+    return max(CHUNK_TOKENS, entries // vocabulary)
 
 
 def layer_token_bytes(load: DeviceLoad) -> int:
