@@ -30,10 +30,10 @@ from selfteach.trainer.loop import run_to_end, train
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
     path
-    for path in [*ROOT.glob("recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")]
+    for path in [*ROOT.glob("src/selfteach/recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")]
     if path.name != "published.toml"
 )
-BASELINES = sorted(ROOT.glob("recipes/baselines/*.toml"))
+BASELINES = sorted(ROOT.glob("src/selfteach/recipes/baselines/*.toml"))
 PAPER = ROOT / "recipes" / "paper.toml"
 VARIED = {"extends", "critic", "context", "teacher", "objective", "train"}
 """What a baseline may set; everything else is inherited from the paper's recipe."""

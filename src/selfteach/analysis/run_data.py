@@ -68,8 +68,9 @@ class RunData:
         return steps_E, np.array([row[metric] for row in rows], dtype=float)
 
 
-def read_run(folder: Path, variant: str | None = None) -> RunData:
+def read_run(folder: str | Path, variant: str | None = None) -> RunData:
     """Read a run's folder. Raises `CheckpointError` if it holds none."""
+    folder = Path(folder)
     path = folder.resolve()
     inner = path.parent if SEED_FOLDER.fullmatch(path.name) else path
     arm = f"{inner.parent.name} {inner.name}" if RATE_FOLDER.fullmatch(inner.name) else inner.name
@@ -83,11 +84,12 @@ def read_run(folder: Path, variant: str | None = None) -> RunData:
     return RunData(folder, arm, variant, config, rows)
 
 
-def read_runs(folder: Path) -> list[RunData]:
+def read_runs(folder: str | Path) -> list[RunData]:
     """Read all runs that have begun in a study's folder, or the one run that the folder is.
 
     Raises `CheckpointError` if it is neither.
     """
+    folder = Path(folder)
     if (folder / "config.json").exists():
         return [read_run(folder)]
     if not (folder / "study.json").exists():

@@ -31,7 +31,8 @@ Every key of a recipe file, with its type, its default, the values it takes and 
 with several types lists the keys of each; its key `type` chooses one. A default of *unset* means that
 the key is left out; its meaning says what happens then. Unknown keys are refused.
 
-`extends = "../other/recipe.toml"` at the top of a file starts from the common sections of another file.
+`extends = "../other/recipe.toml"` at the top of a file starts from the common sections of another file,
+`extends = "paper"` from those of a shipped recipe (`selfteach recipes`).
 `--set KEY=VALUE` overrides a key of the common sections and of every arm; `--set arms.NAME.KEY=VALUE`
 overrides a key of one arm.
 """

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from selfteach.config.recipe_toml import is_recipe, recipe_toml
 from selfteach.errors import CheckpointError
+from selfteach.runtime.atomic_files import write_text
 from selfteach.runtime.stored_files import read_json
 
 START_FILES = {
@@ -50,6 +52,12 @@ def require_empty(path: Path) -> None:
 def is_our_config(config: Mapping[str, Any]) -> bool:
     """Return True for the config.json of a run, a selection or a forecast."""
     return "select" in config or "forecast" in config or {"model", "data", "train"} <= config.keys()
+
+
+def write_recipe(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write a run's recipe.toml unless it is there, or the folder is a selection's or a forecast's."""
+    if is_recipe(config) and not (folder / "recipe.toml").exists():
+        write_text(folder / "recipe.toml", recipe_toml(config))
 
 
 def clear_start(folder: Path) -> None:

@@ -118,7 +118,7 @@ def train_steps(
                     started.components(wait_for_started), started.request.problems
                 )
                 if components.ranks.is_main:
-                    run.save_samples(step, samples)
+                    run.save_samples(step, samples, components.renderer.shown)
             return samples, {**metrics, **started.row(), **clock.row(started.active)}
 
         def wait_for_rollouts(started: StartedStep) -> None:

@@ -41,8 +41,8 @@ from selfteach.models.loading import (
     embedded_tokens,
     load,
     load_tokenizer,
-    resolve,
 )
+from selfteach.models.model_path import resolve
 from selfteach.models.policy import Policy, Schedule, add_adapters, recompute_activations
 from selfteach.models.teacher import EmaTeacher, InitialTeacher, LiveTeacher, TrustRegionTeacher
 from selfteach.prompts.renderer import Renderer

@@ -128,6 +128,14 @@ def require_critic(config: CriticConfig | None) -> None:
         require_server(config)
 
 
+def served_models(config: EndpointConfig) -> list[str]:
+    """Return the models that a critic's server lists. Raises `CriticError` if it cannot be reached."""
+    _require_openai()
+    from selfteach.feedback.critics.critic_healthcheck import listed_models
+
+    return listed_models(config)
+
+
 def _require_openai() -> None:
     try:
         import selfteach.feedback.critics.endpoint  # noqa: F401

@@ -15,7 +15,8 @@ from selfteach.errors import CheckpointError, RecipeError, RunStopped, Terminate
 from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
-from selfteach.models.loading import choose_device, dtypes_of, resolve
+from selfteach.models.loading import choose_device, dtypes_of
+from selfteach.models.model_path import resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.rollout.sampling_settings import evaluation_sampling
 from selfteach.runtime import torchrun, tracking
@@ -57,7 +58,7 @@ Record = Callable[[Mapping[str, Any]], None]
 
 
 def train(
-    recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()
+    recipe: Recipe, folder: str | Path, same_start: Sequence[str | Path] = ()
 ) -> Iterator[dict[str, Any]]:
     """Run a recipe in a folder, or resume the run that the folder holds; yield each row of metrics.
 
@@ -71,6 +72,7 @@ def train(
     """
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
+    folder = run.path
     with _ranks(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
         if ranks.is_main:
             dtypes = dtypes_of(
@@ -105,7 +107,9 @@ def train(
                 _finish(run, recipe, built, record)
 
 
-def run_to_end(recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()) -> dict[str, Any]:
+def run_to_end(
+    recipe: Recipe, folder: str | Path, same_start: Sequence[str | Path] = ()
+) -> dict[str, Any]:
     """Run `train` to its end and return the result."""
     for _ in train(recipe, folder, same_start):
         pass

@@ -26,6 +26,7 @@ from selfteach import cli
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study, study_from
 from selfteach.config.schema import merge, validate
+from selfteach.config.shipped_recipes import shipped_file
 from selfteach.errors import RecipeError
 
 ROOT = Path(__file__).parents[3]
@@ -102,6 +103,12 @@ RUN = [
 ]
 
 
+def here_or_shipped(recipe: Path) -> Path | None:
+    """The file of a recipe in the repository, or of a shipped one; None if there is neither."""
+    file = ROOT / recipe
+    return file if file.is_file() else shipped_file(recipe)
+
+
 def ids(command: Command) -> str:
     return f"{command.page}: {command.text[:60]}"
 
@@ -116,12 +123,12 @@ def test_a_command_parses_and_its_recipe_and_settings_exist(command: Command) ->
     recipe, settings = given.get("recipe"), given.get("settings") or []
     if EXPECTED_TO_FAIL in command.text:
         with pytest.raises(RecipeError, match="unknown key"):
-            load_study(ROOT / recipe, settings)
+            load_study(here_or_shipped(recipe), settings)
     elif recipe is None:
         for setting in settings:  # of a run's own recipe, or of the lab's default
             study_from({"context": {"type": "reference"}}, [setting])
-    elif (ROOT / recipe).is_file():
-        load_study(ROOT / recipe, settings)
+    elif (file := here_or_shipped(recipe)) is not None:
+        load_study(file, settings)
     else:
         required = command.marker is None or MARKERS[command.marker] == "recipes exist"
         assert not required, f"{command.page}: {recipe} does not exist"
@@ -147,9 +154,8 @@ def test_make_targets_exist() -> None:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with copies of the repository's recipes, where a command may write."""
-    for name in ("recipes", "experiments"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+    """A folder with copies of the repository's experiments, where a command may write."""
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -267,7 +273,7 @@ def test_links_and_named_files_exist(page: Path) -> None:
         if anchor and target.suffix == ".md" and target.exists():
             assert anchor in anchors(target), link
     for path in re.findall(
-        r"(?:recipes|experiments|scripts)/[\w/.]+\.(?:toml|sh|sbatch|yaml)", text
+        r"(?:src/selfteach/recipes|experiments|scripts)/[\w/.]+\.(?:toml|sh|sbatch|yaml)", text
     ):
         assert (ROOT / path).exists(), path
 

@@ -26,8 +26,8 @@ from selfteach.models.architectures import Shape, known_shapes
 from selfteach.models.loading import (
     build_renderer,
     load_tokenizer,
-    resolve,
 )
+from selfteach.models.model_path import resolve
 from selfteach.models.model_size import cached_config, count_parameters, shape_of
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates

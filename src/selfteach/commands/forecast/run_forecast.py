@@ -48,7 +48,7 @@ MODEL_SECTIONS = {"model", "data", "sampling"}
 def forecast(
     recipes: Mapping[str, Recipe],
     request: ForecastRequest,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Return the forecast of some arms as ``forecast.json`` holds it (`docs/forecast.md`).
@@ -175,7 +175,7 @@ def _by_model(recipes: Mapping[str, Recipe]) -> list[list[str]]:
 
 @contextmanager
 def _folder_of(
-    folder: Path | None, recipes: Mapping[str, Recipe], request: ForecastRequest
+    folder: str | Path | None, recipes: Mapping[str, Recipe], request: ForecastRequest
 ) -> Iterator[RunFolder]:
     """Yield the folder, locked; a temporary one for None. Raises `CheckpointError` for another's."""
     with tempfile.TemporaryDirectory(prefix="selfteach-") as temporary:

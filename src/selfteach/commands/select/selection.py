@@ -85,7 +85,7 @@ class SelectionProgress:
     selected: int
 
 
-def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[SelectionProgress]:
+def select(recipe: Recipe, config: SelectConfig, folder: str | Path) -> Iterator[SelectionProgress]:
     """Select problems into a folder, resuming what is there; yield progress after each batch.
 
     Writes ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``, a data card ``README.md``, and
@@ -98,6 +98,7 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
         )
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
+    folder = run.path
     with run.lock():
         _replace_filters(run, as_config(recipe, config))
         run.create(as_config(recipe, config), collect_provenance())
@@ -149,14 +150,14 @@ def as_config(recipe: Recipe, config: SelectConfig) -> dict[str, Any]:
     return {"select": config.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json")}
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: str | Path) -> bool:
     """Return True if the selection in a folder has finished."""
-    return (folder / "card.json").exists()
+    return (Path(folder) / "card.json").exists()
 
 
-def card_of(folder: Path) -> dict[str, Any]:
+def card_of(folder: str | Path) -> dict[str, Any]:
     """Return the counts of a complete selection."""
-    return read_json(folder / "card.json")
+    return read_json(Path(folder) / "card.json")
 
 
 def candidates(built: Built, config: SelectConfig) -> tuple[list[Problem], int]:

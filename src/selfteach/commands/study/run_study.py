@@ -98,9 +98,10 @@ def jobs_of(study: Study, folder: Path) -> list[Job]:
 
 
 def run_study(
-    study: Study, folder: Path, *, command: str, progress: JobsProgress, summarize: Summarize
+    study: Study, folder: str | Path, *, command: str, progress: JobsProgress, summarize: Summarize
 ) -> dict[str, Any]:
     """Run every run that is not complete, then write and return results.json."""
+    folder = Path(folder)
     with RunFolder(folder).lock():
         create_study(study, folder, command, "study")
         started = time.monotonic()
@@ -199,9 +200,10 @@ def sweep_jobs(study: Study, folder: Path) -> list[Job]:
 
 
 def run_sweep(
-    study: Study, folder: Path, *, command: str, progress: JobsProgress
+    study: Study, folder: str | Path, *, command: str, progress: JobsProgress
 ) -> dict[str, Any]:
     """Run the sweep and choose each arm's lr by the mean validation Avg@k at the last step."""
+    folder = Path(folder)
     jobs = sweep_jobs(study, folder)
     with RunFolder(folder).lock():
         create_study(study, folder, command, "sweep")
