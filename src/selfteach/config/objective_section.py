@@ -59,7 +59,7 @@ class DistillationConfig(Section):
 
 
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"]
-LOSS_TYPES: Mapping[LossType, Mapping[str, str]] = {
+LOSS_TYPES: Mapping[str, Mapping[str, str]] = {
     "grpo": {"surrogate": "clipped", "aggregation": "sequence_mean"},
     "bnpo": {"surrogate": "clipped", "aggregation": "token_mean"},
     "dapo": {"surrogate": "clipped", "aggregation": "token_mean"},
@@ -113,8 +113,7 @@ class GrpoConfig(Section):
         """Set what ``loss_type`` stands for, where the recipe leaves it open."""
         if not isinstance(values, Mapping):
             return values
-        implied = LOSS_TYPES.get(values.get("loss_type"), {})  # pyright: ignore[reportArgumentType]
-        return {**implied, **values}
+        return {**LOSS_TYPES.get(str(values.get("loss_type")), {}), **values}
 
     @model_validator(mode="after")
     def _check_forms(self) -> GrpoConfig:

@@ -17,6 +17,8 @@ def check_sampling(recipe: Recipe) -> None:
     """
     distillation, grpo = terms(recipe.objective)
     _refuse_two_cuts(recipe)
+    if recipe.train.steps == 0:  # nothing is trained
+        return
     _check_cuts(recipe, distillation, grpo)
     if recipe.sampling.dynamic_rounds > 0:
         _check_dynamic(recipe, distillation, grpo)
@@ -30,7 +32,8 @@ def _check_cuts(
             name = "grpo" if grpo is not None else 'support = "sampled"'
             raise ValueError(
                 f"sampling.{cuts} cuts the distribution that rollouts come from, and the loss of "
-                f"{name} is of sampled tokens: its gradient would be biased. Remove it; evaluation has its own"
+                f"{name} is of sampled tokens: its gradient would be biased. Remove it; evaluation "
+                "has its own"
             )
         if distillation and distillation.importance_cap is not None:
             raise ValueError(

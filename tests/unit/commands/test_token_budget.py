@@ -99,7 +99,8 @@ def test_a_judge_counts_as_by_hand() -> None:
 
 def test_further_rounds_are_in_the_bounds() -> None:
     grpo = {"critic": None, "context": {"type": "none"}, "objective": {"type": "grpo"}}
-    plain, dynamic = rows(**grpo), rows(**grpo, sampling={"dynamic_rounds": 3})
+    plain = rows(COUNTED, **grpo)
+    dynamic = rows(COUNTED, **grpo, sampling={"dynamic_rounds": 3})
     for name in ("prompts sampled from", "sampled"):
         assert dynamic[name] == (4 * plain[name][0], None)
     assert dynamic["scored by the student"] == plain["scored by the student"]

@@ -434,3 +434,11 @@ def test_a_loss_type_sets_surrogate_and_aggregation(
             surrogate,
             aggregation,
         )
+
+
+def test_the_base_row_samples_for_no_objective_and_refuses_nothing() -> None:
+    """Its objective is the default; what training would refuse has no meaning for it."""
+    arms = "[sampling]\ndynamic_rounds = 2\n[arms.grpo]\nobjective = { type = 'grpo' }\n"
+    study = study_from(tomllib.loads(arms))
+    assert study.recipe("grpo", seed=0).sampling.dynamic_rounds == 2
+    assert study.base_recipe(seed=0).train.steps == 0

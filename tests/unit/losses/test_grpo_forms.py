@@ -140,7 +140,7 @@ def slow_loss(form: Grpo, made: Case) -> tuple[Tensor, Tensor]:
         weights = [
             (old_N[i] - made.sampled_N[i]).exp().clamp(max=form.importance_cap or 1) for i in at
         ]
-        mean_logratio = sum(logp_N[i] - old_N[i] for i in at) / len(at)
+        mean_logratio = torch.stack([logp_N[i] - old_N[i] for i in at]).mean()
         losses = []
         for i, weight in zip(at, weights, strict=True):
             by_token = form.importance_level == "token"

@@ -101,3 +101,12 @@ def test_greedy_takes_the_likeliest_token_whatever_is_cut() -> None:
     scores = logits(5, 60)
     token, logp = sample_token(scores, torch.rand(5), TokenDistribution(0.0, 0.5, 3, 0.2))
     assert torch.equal(token, scores.argmax(-1)) and not logp.any()
+
+
+@pytest.mark.parametrize("vocabulary", [40, BLOCK + 7])
+def test_logits_that_are_no_numbers_give_some_token(vocabulary: int) -> None:
+    """The trainer finds such weights by their loss and says so; sampling must not fail before."""
+    scores = torch.full((2, vocabulary), torch.nan)
+    for cut in CUTS:
+        token, logp = sample_token(scores, torch.tensor([0.1, 0.9]), cut)
+        assert (token < vocabulary).all() and logp.isnan().all()

@@ -94,4 +94,5 @@ def _first_above(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:
     last entry that adds to the sum: one of probability 0 is never sampled."""
     index_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True)
     last_B1 = torch.searchsorted(cumulative_BN, cumulative_BN[:, -1:].contiguous())
-    return torch.minimum(index_B1, last_B1)[:, 0]
+    index_B = torch.minimum(index_B1, last_B1)[:, 0]
+    return index_B.clamp(max=cumulative_BN.shape[1] - 1)  # sums of NaN have no entry
