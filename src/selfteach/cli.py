@@ -18,7 +18,7 @@ from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.planning.plan_cli import plan
+from selfteach.commands.planning.plan_cli import plan
 
 app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
