@@ -11,14 +11,15 @@ import typer
 
 from selfteach import __version__
 from selfteach.commands import actions
+from selfteach.commands.cache_cli import cache_app
 from selfteach.commands.console_script import run_console_script
 from selfteach.commands.export.export_cli import export
 from selfteach.commands.forecast.forecast_cli import forecast
+from selfteach.commands.planning.plan_cli import plan
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.commands.planning.plan_cli import plan
 
 app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
@@ -258,6 +259,7 @@ def check(
 app.command()(plan)
 app.command()(forecast)
 app.command()(export)
+app.add_typer(cache_app, name="cache")
 
 
 @app.command()

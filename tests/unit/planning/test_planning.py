@@ -11,10 +11,6 @@ import numpy as np
 import pytest
 
 from selfteach.commands.check.sizes import measure_offline
-from selfteach.config.recipe import Recipe
-from selfteach.config.recipe_file import load_study
-from selfteach.errors import CheckpointError, RecipeError
-from selfteach.models.architectures import Shape, known_shapes
 from selfteach.commands.planning import costs
 from selfteach.commands.planning.calibration import MeasuredRun, calibrate, read_run
 from selfteach.commands.planning.costs import DecodingCost, Efficiency
@@ -33,6 +29,10 @@ from selfteach.commands.planning.pipeline import Pipeline
 from selfteach.commands.planning.plan import PlanRequest, plan
 from selfteach.commands.planning.simulation import simulate
 from selfteach.commands.planning.workload import CriticWork, StepWork, work_of
+from selfteach.config.recipe import Recipe
+from selfteach.config.recipe_file import load_study
+from selfteach.errors import CheckpointError, RecipeError
+from selfteach.models.architectures import Shape, known_shapes
 from selfteach.trainer.device_memory import DeviceLoad, memory
 
 PAPER = Path(__file__).parents[3] / "recipes" / "paper.toml"

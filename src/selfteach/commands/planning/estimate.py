@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selfteach.errors import RecipeError
 from selfteach.commands.planning import costs
 from selfteach.commands.planning.costs import DecodingCost, Efficiency, TrainingCost
 from selfteach.commands.planning.devices import Device
@@ -24,6 +23,7 @@ from selfteach.commands.planning.layout import (
 )
 from selfteach.commands.planning.pipeline import Pipeline, Timeline
 from selfteach.commands.planning.workload import StepWork
+from selfteach.errors import RecipeError
 
 MAX_STEPS, MAX_ROLLOUTS = 8, 2048
 """Steps that are simulated once the pipeline is full, and rollouts; at least two steps."""

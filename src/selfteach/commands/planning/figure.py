@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from selfteach.analysis.figures.style import GRID, INK, SMALL, SPARE, TINY, bare, legend, save
-from selfteach.errors import RecipeError
 from selfteach.commands.planning.estimate import (
     Forecast,
     Hardware,
@@ -19,6 +18,7 @@ from selfteach.commands.planning.estimate import (
     with_full_concurrency,
 )
 from selfteach.commands.planning.workload import StepWork
+from selfteach.errors import RecipeError
 
 COUNTS = tuple(2**n for n in range(11))
 """1 to 1,024 devices."""

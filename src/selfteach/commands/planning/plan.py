@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selfteach.commands.check.sizes import measure_offline
-from selfteach.config.recipe import Recipe
-from selfteach.errors import RecipeError
-from selfteach.commands.planning.calibration import calibrate, measure_here, read_run, with_lengths_of
+from selfteach.commands.planning.calibration import (
+    calibrate,
+    measure_here,
+    read_run,
+    with_lengths_of,
+)
 from selfteach.commands.planning.costs import Efficiency
 from selfteach.commands.planning.describe_plan import describe
 from selfteach.commands.planning.devices import HERE, find_device
@@ -24,6 +27,8 @@ from selfteach.commands.planning.estimate import (
 )
 from selfteach.commands.planning.layout import Layout, critic_groups, sampler_groups
 from selfteach.commands.planning.workload import Overrides, StepWork, work_of
+from selfteach.config.recipe import Recipe
+from selfteach.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True)
