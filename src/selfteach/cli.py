@@ -13,6 +13,7 @@ from selfteach import __version__
 from selfteach.commands import actions
 from selfteach.commands.cache_cli import cache_app
 from selfteach.commands.console_script import run_console_script
+from selfteach.commands.export.dataset_cli import export_dataset
 from selfteach.commands.export.export_cli import export
 from selfteach.commands.forecast.forecast_cli import forecast
 from selfteach.commands.planning.plan_cli import plan
@@ -259,6 +260,7 @@ def check(
 app.command()(plan)
 app.command()(forecast)
 app.command()(export)
+app.command()(export_dataset)
 app.add_typer(cache_app, name="cache")
 
 
