@@ -111,7 +111,7 @@ def trainer(tmp_path: Path, url: str, tokenizer: Any, **changes: Any) -> tuple[A
     settings = {
         "include_environment_feedback": True, "max_steps": 3, "per_device_train_batch_size": 4,
         "num_generations": 2, "max_completion_length": 8, "learning_rate": 1e-2, "logging_steps": 1,
-        "teacher_model_kind": "base", "use_cpu": True, "bf16": False, "report_to": "none",
+        "teacher_model_kind": "live", "use_cpu": True, "bf16": False, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
     }  # fmt: skip
     seen = Seen(tokenizer)
@@ -156,7 +156,7 @@ def test_three_steps_show_the_teacher_problem_and_critique(tmp_path: Path, token
         assert logs(made, "critique/failed/unavailable") == [0.0] * 3
         assert made.teacher_context_builder.failures == {"malformed": 6}
         assert logs(made, "self_distillation/feedback_used_fraction") == [0.5] * 3
-        assert all(rate > 0 for rate in logs(made, "self_distillation/distillation_loss"))
+        assert 0.0 not in logs(made, "self_distillation/distillation_loss")
         paid = len(server.requests)
         assert paid == sum(logs(made, "critique/requests")) > 0 and set(questions(server)) == {
             CRITIQUED,

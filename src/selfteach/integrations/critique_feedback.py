@@ -29,9 +29,12 @@ from selfteach.types import (
     Usage,
 )
 
-KINDS: tuple[str, ...] = get_args(CritiqueFailureKind)
+TOO_LONG = "too_long"
+"""The reason of a context with which the teacher's prompt is longer than the trainer allows."""
 OTHER = "other"
-"""Counts failures of no kind of `KINDS`: a context needs what this rollout does not have."""
+"""Counts failures of no other kind: a context needs what this rollout does not have."""
+KINDS: tuple[str, ...] = (*get_args(CritiqueFailureKind), TOO_LONG, OTHER)
+"""The kinds by which failures are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ def critique_feedback(
 
 
 def failure_kind(failure: CritiqueFailure) -> str:
-    """Return a failure's kind, by which it is counted: one of `KINDS`, or `OTHER`."""
+    """Return a failure's kind: one of `KINDS`."""
     return failure.reason if failure.reason in KINDS else OTHER
 
 

@@ -22,7 +22,7 @@ from trl.experimental.sdpo.sdpo_trainer import (  # pyright: ignore[reportMissin
 from selfteach.errors import RecipeError, SelfteachError
 from selfteach.integrations.critique_feedback import (
     KINDS,
-    OTHER,
+    TOO_LONG,
     BatchFeedback,
     CritiqueFeedback,
     SampledCompletion,
@@ -30,10 +30,6 @@ from selfteach.integrations.critique_feedback import (
 )
 from selfteach.prompts.control_tokens import ControlTokenEscaper
 from selfteach.types import CritiqueFailure
-
-TOO_LONG = "too_long"
-"""Counts contexts with which the teacher's prompt is longer than ``max_reprompt_len``: TRL would cut
-off its beginning, the problem."""
 
 
 class CritiqueContextBuilder(SuccessfulRolloutTeacherContextBuilder):
@@ -92,7 +88,7 @@ class CritiqueContextBuilder(SuccessfulRolloutTeacherContextBuilder):
         return self._fitting(contexts, prompts)
 
     def _fitting(self, contexts: list[str | None], prompts: list[Any]) -> list[str | None]:
-        """Replace contexts with which the teacher's prompt would be truncated by None."""
+        """Replace contexts by None with which TRL would cut the problem off the teacher's prompt."""
         assert self.last_feedback is not None
         shown = [place for place, context in enumerate(contexts) if context is not None]
         if not shown:
@@ -134,7 +130,7 @@ class CritiqueContextBuilder(SuccessfulRolloutTeacherContextBuilder):
         measured: dict[str, float] = {
             "rollouts": rollouts,
             "failed": failed,
-            **{f"failed/{kind}": counts[kind] for kind in (*KINDS, TOO_LONG, OTHER)},
+            **{f"failed/{kind}": counts[kind] for kind in KINDS},
             "truncated_teacher_prompts": self._truncated,
             "requests": usage.requests,
             "cached": usage.cached,
