@@ -23,6 +23,7 @@ from selfteach.models.loading import build_renderer, load_tokenizer
 from selfteach.prompts.template_set import Templates
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.tasks import chain_sums
+from selfteach.trainer.loop import run_to_end
 from selfteach.types import Problem
 
 RUN = Path(__file__).parents[1] / "fixtures" / "run_folders" / "2885fa2"
@@ -176,6 +177,11 @@ def test_rollouts_without_a_context_are_counted_and_written_if_asked(
     _, printed, _ = call("export-dataset", run, "--format", "trl", "--all", "--out", whole)
     assert "without a teacher context: " in printed and "2 malformed" in printed
     assert len(loaded(whole)) == total and len(loaded(few)) < total - 2
+    swift = tmp_path / "swift.parquet"
+    assert call("export-dataset", run, "--format", "ms-swift", "--all", "--out", swift)[0] == 0
+    row = loaded(swift)[0]  # its batches hold rows that all have a teacher prompt, or none
+    assert row["privileged_context"] is None
+    assert row["teacher_prompt"] == messages(row["messages"])[-1]["content"]
     first = loaded(whole)[0]
     assert (first["privileged_context"], first["teacher_prompt"]) == (None, None)
     assert first["critique_failure"] == "malformed" and first["critique"] is None
@@ -199,6 +205,42 @@ def test_a_step_without_samples_is_read_from_rollouts_and_critiques(
     key = ("problem_id", "sample", "step", "correct", "parsed", "privileged_context", "completion")
     ours = sorted(str([row[name] for name in key]) for row in loaded(after))
     assert ours == sorted(str([row[name] for name in key]) for row in loaded(before))
+
+
+TINY = {
+    "model": {"path": "lab:two_styles"},
+    "data": {"type": "lab", "train": 6, "validation": 2, "test": 2},
+    "sampling": {"max_tokens": 40, "batch_size": 4},
+    "critic": {"type": "oracle"},
+    "context": {"type": "step_aligned"},
+    "train": {"steps": 2, "problems_per_step": 2, "group_size": 4, "threads": 1},
+    "evaluation": {"every": 2, "validation_k": 1, "test_k": 1},
+}
+
+
+def test_a_run_of_this_version_whole_killed_and_damaged(tmp_path: Path, call: Call) -> None:
+    run = tmp_path / "run"
+    run_to_end(validate(Recipe, TINY), run)
+    key = ("problem_id", "sample", "step", "correct", "privileged_context", "completion")
+
+    def exported(name: str) -> list[str]:
+        out = tmp_path / f"{name}.parquet"
+        status, _, errors = call("export-dataset", run, "--format", "trl", "--all", "--out", out)
+        assert status == 0, errors
+        return sorted(str([row[column] for column in key]) for row in loaded(out))
+
+    whole, path = exported("whole"), run / "samples" / "step_000002.jsonl"
+    assert len(whole) == 16  # two steps of eight rollouts; evaluations have more
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])  # cut off by a power cut
+    assert exported("cut_off") == whole and path.read_bytes() == content[: len(content) // 2]
+    path.unlink()  # killed between critique and training
+    assert exported("killed") == whole
+    path.write_bytes(content.replace(b'"sample": 1', b'"sample": 7', 1))
+    out = tmp_path / "damaged.parquet"
+    status, _, errors = call("export-dataset", run, "--format", "trl", "--out", out)
+    assert status == 2 and "step_000002.jsonl is damaged: its checksum" in errors
+    assert not out.exists()
 
 
 def test_another_context_is_rendered_from_the_same_critiques(

@@ -20,7 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from selfteach.integrations.critique_feedback import CritiqueFeedback, critique_feedback
-from selfteach.integrations.verifier_rewards import RewardFunction, reward_func
+from selfteach.integrations.verifier_rewards import VerifierReward, reward_func
 
 if TYPE_CHECKING:
     from selfteach.integrations.critique_sdpo import CritiqueContextBuilder, CritiqueSDPOTrainer
@@ -29,7 +29,7 @@ __all__ = [
     "CritiqueContextBuilder",
     "CritiqueFeedback",
     "CritiqueSDPOTrainer",
-    "RewardFunction",
+    "VerifierReward",
     "critique_feedback",
     "reward_func",
 ]

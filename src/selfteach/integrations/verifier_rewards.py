@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal
 
 from selfteach.config.data_section import Columns
 from selfteach.errors import RecipeError
@@ -16,10 +16,19 @@ VerifierName = Literal["exact", "math", "reasoning_gym", "chain_sums"]
 NAMES: tuple[VerifierName, ...] = ("exact", "math", "reasoning_gym", "chain_sums")
 
 
-class RewardFunction(Protocol):
-    """Scores the completions of a batch, as TRL calls it."""
+class VerifierReward:
+    """Scores completions with a verifier, as TRL calls a reward function; `reward_func` builds it.
 
-    __name__: str
+    It can be pickled, for trainers that score in processes: a named verifier is built again there, a
+    function is pickled itself.
+    """
+
+    def __init__(
+        self, verifier: VerifierName | Verifier, answer_in: AnswerIn, columns: Columns, name: str
+    ) -> None:
+        self._verifier, self._answer_in, self._columns = verifier, answer_in, columns
+        self._verify = _built(verifier, answer_in)
+        self.__name__ = name
 
     def __call__(
         self,
@@ -28,8 +37,18 @@ class RewardFunction(Protocol):
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """Return a score per completion; None where it does not apply."""
-        ...
+        """Return 1.0 or 0.0 per completion; None where the row has no answer to compare with."""
+        scores: list[float | None] = []
+        rows = rows_of(prompts, columns)
+        for number, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+            problem = problem_of(row, number, self._columns)
+            text = text_of(completion)
+            scores.append(None if problem is None else float(self._verify(problem, text).correct))
+        return scores
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (self._verifier, self._answer_in, self._columns, self.__name__)
+        return VerifierReward, values
 
 
 def reward_func(
@@ -39,7 +58,7 @@ def reward_func(
     question: str = "question",
     answer: str = "answer",
     name: str | None = None,
-) -> RewardFunction:
+) -> VerifierReward:
     """Return a verifier as a reward function: 1.0 for a right final answer, 0.0 for another one.
 
     ``verifier`` is a name, as ``data.verifier`` in a recipe, or an object. ``answer_in`` says where a
@@ -51,29 +70,12 @@ def reward_func(
     Raises `RecipeError` or `DataError` in one line: here for an unknown verifier or one whose package
     is not installed, and at the first batch for columns that are not there.
     """
-    verify = named_verifier(verifier, answer_in)
-    columns_read = Columns(question=question, answer=answer)
-
-    def reward(
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        scores: list[float | None] = []
-        rows = rows_of(prompts, columns)
-        for number, (row, completion) in enumerate(zip(rows, completions, strict=True)):
-            problem = problem_of(row, number, columns_read)
-            text = text_of(completion)
-            scores.append(None if problem is None else float(verify(problem, text).correct))
-        return scores
-
     kind = verifier if isinstance(verifier, str) else getattr(verifier, "__name__", "verifier")
-    reward.__name__ = name or f"{kind}_reward"
-    return cast(RewardFunction, reward)
+    columns = Columns(question=question, answer=answer)
+    return VerifierReward(verifier, answer_in, columns, name or f"{kind}_reward")
 
 
-def named_verifier(verifier: VerifierName | Verifier, answer_in: AnswerIn = "tag") -> Verifier:
+def _built(verifier: VerifierName | Verifier, answer_in: AnswerIn) -> Verifier:
     """Return a verifier by its name in a recipe; an object is returned as it is.
 
     Raises `RecipeError` for an unknown name, and `DataError` for a package that is not installed.

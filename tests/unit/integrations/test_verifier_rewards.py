@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -95,8 +96,19 @@ def test_wrong_use_is_one_line() -> None:
         reward_func()(PROMPTS[:1], [{"text": "5"}], answer=["5"])
 
 
+@pytest.mark.parametrize("verifier", ["exact", "math", "chain_sums", chain_sums.verify])
+def test_it_can_be_pickled_for_trainers_that_score_in_processes(verifier: Any) -> None:
+    if verifier == "math":
+        pytest.importorskip("math_verify")
+    copy = pickle.loads(pickle.dumps(reward_func(verifier, name="mine", answer="gold")))
+    assert copy.__name__ == "mine"
+    if isinstance(verifier, str) and verifier != "chain_sums":
+        assert copy(PROMPTS, TEXTS, gold=["5"] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
 def test_it_is_a_plain_function_which_trl_does_not_await() -> None:
     assert not asyncio.iscoroutinefunction(reward_func())
+    assert not asyncio.iscoroutinefunction(reward_func().__call__)
     names = list(inspect.signature(reward_func()).parameters)
     assert names == ["prompts", "completions", "completion_ids", "columns"]
 

@@ -6,7 +6,8 @@ What each of them reads:
   (null: none) and SDFT's demonstration (never null); other columns are keyword arguments of reward
   functions, and ``solution`` is what TRL's read.
 * ms-swift (OPSD under ``--rlhf_type gkd`` and ``grpo``): ``messages``; ``teacher_prompt`` replaces the
-  last user message (null: no teacher for this row); ``solution`` is what its rewards read.
+  last user message (never null: its batches are of rows that all have one, or none); ``solution`` is
+  what its rewards read.
 * verl: ``data_source``, ``prompt``, ``ability``, ``reward_model.ground_truth``, and ``extra_info``,
   which a reward function gets.
 """
@@ -134,7 +135,8 @@ def write_dataset(
 ) -> DatasetCounts:
     """Write rollouts to a new Parquet or JSON lines file; return counts.
 
-    Rollouts without a context are left out unless ``with_all``; their ``privileged_context`` is null.
+    Rollouts without a context are left out unless ``with_all``; their ``privileged_context`` is null,
+    and their ``teacher_prompt`` too, except for ms-swift, whose teacher is then shown the student's.
     Raises `DataError` if the file exists or has another suffix, or if no row is left.
     """
     require_new(file)
@@ -198,7 +200,7 @@ def _row(
         case "ms-swift":
             row = {
                 "messages": student,
-                "teacher_prompt": None if teacher is None else teacher[-1]["content"],
+                "teacher_prompt": (teacher or student)[-1]["content"],
                 "solution": problem.answer,
                 "completion": completion,
                 "privileged_context": context,
