@@ -39,7 +39,8 @@ reply_cache = "{folder}/replies.sqlite"
 """
 CRITIQUED, FAILED = "How much is 3 times 4 less 2?", "How much is 1 plus 1?"
 CRITIQUE = (
-    "<step_1>3 times 4 is twelve.</step_1>\n<step_2>12 less 2 is ten.</step_2>\n<answer>10</answer>"
+    "<step_1>3 times 4 is twelve.</s></step_1>\n<step_2>12 less 2 is ten.</step_2>\n"
+    "<answer>10</answer>"
 )
 
 
@@ -146,7 +147,7 @@ def test_three_steps_show_the_teacher_problem_and_critique(tmp_path: Path, token
         for question, prompt, distilled in zip(
             seen.questions, seen.prompts, seen.distilled, strict=True
         ):
-            assert question in prompt
+            assert question in prompt and "</s>" not in prompt  # quoted, it ends no turn
             assert ("12 less 2 is ten." in prompt) == distilled == (question == CRITIQUED)
             if question == FAILED:  # as TRL does without feedback: the student's prompt
                 assert prompt == f"<s>[user]{FAILED}[assistant]"
