@@ -11,17 +11,19 @@ import typer
 
 from selfteach import __version__
 from selfteach.commands import actions
+from selfteach.commands.cache_cli import cache_app
 from selfteach.commands.console_script import run_console_script
+from selfteach.commands.export.dataset_cli import export_dataset
 from selfteach.commands.export.export_cli import export
 from selfteach.commands.forecast.forecast_cli import forecast
 from selfteach.commands.init.init_cli import init
+from selfteach.commands.planning.plan_cli import plan
 from selfteach.commands.recipe_list import recipes
 from selfteach.commands.study.run_study import recipes_of
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.planning.plan_cli import plan
 from selfteach.runtime.signals import keeping
 
 app = typer.Typer(
@@ -272,6 +274,8 @@ app.command()(recipes)
 app.command()(plan)
 app.command()(forecast)
 app.command()(export)
+app.command()(export_dataset)
+app.add_typer(cache_app, name="cache")
 
 
 @app.command()
