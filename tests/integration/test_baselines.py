@@ -251,3 +251,14 @@ def test_a_processor_without_products_of_halves_is_told_of(
         assert not warned(model, here=False), "it may run elsewhere"
         assert not warned({**model, "device": "cuda"})
     assert not warned({"autocast": "auto"}) and not warned({})
+
+
+def test_check_says_what_fits_the_ratio_of_a_whole_rollout() -> None:
+    def described(**grpo: object) -> str:
+        few = {"train": 4, "validation": 1, "test": 1}
+        raw = {"objective": {"type": "grpo", "importance_level": "sequence", **grpo}, "data": few}
+        return "\n".join(describe_study(study_from(raw), offline=True))
+
+    assert "hardly ever clips" in (text := described()) and "weights the ratio" in text
+    gspo = described(loss_type="grpo", clip_low=3e-4, clip_high=4e-4)
+    assert "hardly ever clips" not in gspo and "weights the ratio" not in gspo

@@ -18,6 +18,8 @@ from selfteach.config.objective_section import (
     ObjectiveConfig,
     terms,
 )
+from selfteach.config.sampling_checks import check_sampling
+from selfteach.config.sampling_section import EvaluationConfig, SamplingConfig
 from selfteach.config.schema import Section
 from selfteach.config.teacher_section import InitialTeacherConfig, TeacherConfig
 
@@ -127,20 +129,6 @@ class ModelConfig(Section):
         return None if value is False else value
 
 
-class SamplingConfig(Section):
-    """Sets how training rollouts are sampled."""
-
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature."""
-    max_tokens: int = Field(default=64, ge=1)
-    """Longest rollout in tokens. The default is for the lab; for other models it is 1024."""
-    batch_size: int = Field(default=256, ge=1)
-    """Rollouts sampled in one batch; a batch is saved to the run folder before it is trained on."""
-    separate_copy: bool = False
-    """Sample with a second copy of the weights, so that sampling and training can overlap: for
-    ``train.staleness`` above 0, on a machine with cores or memory to spare."""
-
-
 class ContextConfig(Section):
     """Sets what the self-teacher is shown."""
 
@@ -187,9 +175,9 @@ class OptimizerConfig(Section):
     """Largest norm of the gradient; a larger gradient is scaled down."""
     warmup_steps: int = Field(default=0, ge=0)
     """Updates over which the learning rate grows linearly to ``lr``."""
-    decay: Literal["constant", "linear"] = "constant"
+    decay: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rate after the warm-up: ``linear`` falls from ``lr`` to 0 after the last
-    update."""
+    update, ``cosine`` along half a cosine."""
 
 
 class TrainConfig(Section):
@@ -237,23 +225,6 @@ class DistributedConfig(Section):
         if self.shard == "none" and (self.param_dtype or self.reduce_dtype):
             raise ValueError('param_dtype and reduce_dtype need shard = "full"')
         return self
-
-
-class EvaluationConfig(Section):
-    """Sets what is evaluated, and when. Nothing is ever selected on the test problems."""
-
-    every: int = Field(default=10, ge=1)
-    """Steps between evaluations on the validation problems."""
-    validation_k: int = Field(default=4, ge=1)
-    """Rollouts of each validation problem."""
-    test_k: int = Field(default=12, ge=1)
-    """Rollouts of each test problem: the k of Avg@k, Pass@k and Maj@k."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of evaluations."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Longest rollout in tokens; unset: that of ``sampling``."""
-    test: bool = True
-    """Evaluate on the test problems once, after the last step."""
 
 
 class TrackingConfig(Section):
@@ -328,6 +299,7 @@ class Recipe(Section):
             raise ValueError(f'grpo uses no context: remove context.type = "{self.context.type}"')
         if distillation is not None and self.train.steps > 0:
             _check_distillation(distillation, self)
+        check_sampling(self)
         comparing = "grpo" if grpo else 'context "peer"' if "peer" in self.context.names else None
         if comparing and self.train.group_size < 2:
             raise ValueError(f"{comparing} needs a train.group_size of at least 2")

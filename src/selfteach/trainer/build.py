@@ -50,6 +50,7 @@ from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context, Critic, Teacher
 from selfteach.rollout.gathered_weights import GatheringEngine
 from selfteach.rollout.journaled_engine import BatchedEngine
+from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.runtime import tracking
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.torch_setup import configure_torch
@@ -61,7 +62,6 @@ from selfteach.trainer.device_load import require_memory
 from selfteach.trainer.device_memory import chunk_tokens
 from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates, within_context
 from selfteach.trainer.step import Components
-from selfteach.types import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +121,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         policy=policy,
         renderer=renderer,
         split_steps=task.split_steps,
-        sampling=Sampling(
-            recipe.train.group_size,
-            recipe.sampling.temperature,
-            recipe.sampling.max_tokens,
-            recipe.seed,
-        ),
+        sampling=training_sampling(recipe, recipe.train.group_size, recipe.seed),
         critic_threads=critic_threads(recipe.critic),
         samples_in_background=_samples_in_background(recipe),
         num_iterations=recipe.train.num_iterations,

@@ -65,15 +65,16 @@ def summarize_tokens(stats: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metric
     if not stats:
         return {"loss": 0.0}
     joined = {name: torch.cat([part[name] for part in stats]) for name in stats[0]}
-    mismatch_N = joined["mismatch"].abs()
-    metrics = {
-        "loss": ranks.sum(joined["total"].sum().item()),
-        "mismatch_mean": ranks.mean(mismatch_N),
-        "mismatch_max": ranks.max(mismatch_N),
-        # KL(engine ‖ trainer), estimated by k3 on the sampled tokens.
-        "mismatch_kl": ranks.mean(joined["mismatch"].expm1() - joined["mismatch"]),
-        "clip_fraction": ranks.mean(joined["clipped"]),
-    }
+    metrics = {"loss": ranks.sum(joined["total"].sum().item())}
+    if "mismatch" in joined:
+        mismatch_N = joined["mismatch"].abs()
+        metrics |= {
+            "mismatch_mean": ranks.mean(mismatch_N),
+            "mismatch_max": ranks.max(mismatch_N),
+            # KL(engine ‖ trainer), estimated by k3 on the sampled tokens.
+            "mismatch_kl": ranks.mean(joined["mismatch"].expm1() - joined["mismatch"]),
+        }
+    metrics["clip_fraction"] = ranks.mean(joined["clipped"])
     if "teacher_logratio" in joined:
         metrics["teacher_logratio_abs"] = ranks.mean(joined["teacher_logratio"].abs())
     if "importance_capped" in joined:

@@ -118,7 +118,8 @@ def feedback_not_read(recipe: Recipe) -> bool:
 def stale_without_cap(recipe: Recipe) -> bool:
     """Return True where rollouts of older weights are trained on as if they were on-policy."""
     caps = [term.importance_cap for term in terms(recipe.objective) if term is not None]
-    return recipe.train.staleness > 0 and recipe.train.steps > 0 and None in caps
+    may_have_cap = not recipe.sampling.cuts  # under which a cap is refused
+    return recipe.train.staleness > 0 and recipe.train.steps > 0 and None in caps and may_have_cap
 
 
 def nothing_to_teach(recipe: Recipe) -> bool:
@@ -181,8 +182,9 @@ def _budget(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
     """Yield an arm's rollouts, critiques, optimizer steps and tokens."""
     if sizes.problems:
         budget = Budget.of(recipe, sizes.problems)
+        most = "up to " if recipe.sampling.dynamic_rounds else ""
         yield (
-            f"{budget.rollouts:,} rollouts (at most {budget.tokens:,} tokens), "
+            f"{most}{budget.rollouts:,} rollouts (at most {budget.tokens:,} tokens), "
             f"{budget.critiques:,} critiques, {budget.optimizer_steps:,} optimizer steps, "
             f"{budget.evaluation_rollouts:,} rollouts to evaluate"
         )

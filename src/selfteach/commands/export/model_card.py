@@ -80,9 +80,14 @@ def _results(run: RunFolder, recipe: Recipe, result: Mapping[str, Any]) -> Itera
     yield ""
     yield (
         f"Rollouts of at most {recipe.evaluation.max_tokens or recipe.sampling.max_tokens:,} tokens at "
-        f"temperature {recipe.evaluation.temperature:g}. Step 0 is the base model."
+        f"temperature {recipe.evaluation.temperature:g}{_cuts(recipe)}. Step 0 is the base model."
     )
     yield ""
+
+
+def _cuts(recipe: Recipe) -> str:
+    """Return what cuts the distribution of evaluations, after a comma; empty for nothing."""
+    return f", {recipe.evaluation.cuts}" if recipe.evaluation.cuts else ""
 
 
 def _evaluations(run: RunFolder, last: int) -> Iterator[Evaluation]:

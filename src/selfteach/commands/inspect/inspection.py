@@ -26,13 +26,14 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context
 from selfteach.rollout.journaled_engine import problems_by_id
+from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.runtime.folder_start import require_empty
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build_context
 from selfteach.trainer.open_model import named_problems, open_model
 from selfteach.trainer.step import verify_and_critique
-from selfteach.types import CritiquedRollout, Problem, Rollout, Sampling
+from selfteach.types import CritiquedRollout, Problem, Rollout
 
 TeacherWeights = Literal["given", "initial"]
 
@@ -101,9 +102,7 @@ def sample_rollouts(
     built: Built, recipe: Recipe, request: InspectionRequest, problems: Sequence[Problem]
 ) -> list[LocatedRollout]:
     """Sample and critique rollouts of the first problems, and locate their errors."""
-    sampling = Sampling(
-        request.k, recipe.sampling.temperature, recipe.sampling.max_tokens, request.seed
-    )
+    sampling = training_sampling(recipe, request.k, request.seed)
     critiqued = sample_and_critique(built, problems[: request.limit], sampling)
     return locate_errors(built, critiqued)
 

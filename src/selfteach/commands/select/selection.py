@@ -23,6 +23,7 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.feedback.critics.reply_cache import buying_for
 from selfteach.protocols import SolvingCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
+from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.runtime.atomic_files import write_json, write_lines, write_text
 from selfteach.runtime.futures import executor
 from selfteach.runtime.provenance import collect_provenance
@@ -40,7 +41,6 @@ from selfteach.types import (
     CritiquedRollout,
     Problem,
     Rollout,
-    Sampling,
     TrainingSample,
     Usage,
 )
@@ -190,11 +190,11 @@ def _tallies(
     run: RunFolder, recipe: Recipe, config: SelectConfig, built: Built, pool: Sequence[Problem]
 ) -> Iterator[list[Tally]]:
     """Yield tallies batch by batch; a served critic works on one batch while the next is sampled."""
-    sampling = Sampling(
-        config.samples,
-        config.temperature or recipe.sampling.temperature,
-        config.max_tokens or recipe.sampling.max_tokens,
-        config.seed,
+    settings = training_sampling(recipe, config.samples, config.seed)
+    sampling = dataclasses.replace(
+        settings,
+        temperature=config.temperature or settings.temperature,
+        max_tokens=config.max_tokens or settings.max_tokens,
     )
     batches = JournaledEngine(built.components.engine, run, "select").batches(pool, sampling)
     with executor(built.components.critic_threads) as submit:
