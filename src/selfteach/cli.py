@@ -51,6 +51,9 @@ Settings = Annotated[
     ),
 ]
 Arm = Annotated[str | None, typer.Option(help="Arm of the recipe; required if it has several.")]
+AcceptParts = Annotated[
+    bool, typer.Option("--accept-parts", help="Go on with the present source of your own parts.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the problem order and of sampling.")]
 
 
@@ -100,8 +103,11 @@ def resume(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a study, a sweep, a run or a selection.")
     ],
+    accept_parts: AcceptParts = False,
 ) -> None:
     """Resume a study, sweep, run or selection from what is on disk."""
+    if accept_parts:
+        actions.accept_parts(folder)
     if (folder / "study.json").exists():
         from selfteach.commands.study.run_study import load_existing
 

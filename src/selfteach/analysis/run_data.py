@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from selfteach.config.migrations import migrate_config, migrate_metrics
+from selfteach.config.part_names import unanchored
 from selfteach.errors import CheckpointError
 from selfteach.evaluation.evaluation_record import Evaluation
 from selfteach.runtime import stored_files
@@ -77,7 +78,7 @@ def read_run(folder: str | Path, variant: str | None = None) -> RunData:
     path = folder / "config.json"
     values = read_json(path)
     with reading(path):
-        config = migrate_config(values, str(path))
+        config = unanchored(migrate_config(values, str(path)))
         if not isinstance(config["seed"], int) or not isinstance(config["train"]["steps"], int):
             raise TypeError("seed or train.steps is no number")
     rows = [migrate_metrics(row) for _, row in read_metrics(folder / "metrics.jsonl")]

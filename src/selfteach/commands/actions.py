@@ -22,7 +22,8 @@ from selfteach.runtime import torchrun
 from selfteach.runtime.folder_start import holds_work
 from selfteach.runtime.signals import keeping
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PIPED_COLUMNS = 110
 """Width of output to a file or a pipe, in characters: wide enough for the tables."""
@@ -214,3 +215,10 @@ def run_with_critic(loaded: Study, arm: str | None, seed: int) -> Recipe:
         return loaded.recipe(arm, seed=seed)
     arms = [loaded.recipe(name, seed=seed) for name in loaded.arms]
     return next((recipe for recipe in arms if recipe.critic is not None), arms[0])
+
+
+def accept_parts(folder: Path) -> None:
+    """Accept the source that the user's own parts have now, in a folder and in those below it."""
+    from selfteach.runtime.part_sources import accept_sources
+
+    accept_sources(folder)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, Tag, field_validator, model_validator
 
+from selfteach.config.part_section import OWN, OwnPart, own_or
 from selfteach.config.schema import Section
 
 
@@ -175,14 +176,26 @@ class HybridConfig(Section):
         return self
 
 
+class OwnObjectiveConfig(OwnPart):
+    """Minimises what a class of one's own computes, an `Objective` of `selfteach.protocols`."""
+
+
 ObjectiveConfig = Annotated[
-    Union[DistillationConfig, GrpoConfig, HybridConfig],  # noqa: UP007
-    Field(discriminator="type"),
+    Union[  # noqa: UP007
+        Annotated[DistillationConfig, Tag("distillation")],
+        Annotated[GrpoConfig, Tag("grpo")],
+        Annotated[HybridConfig, Tag("hybrid")],
+        Annotated[OwnObjectiveConfig, Tag(OWN)],
+    ],
+    own_or("objective", ("distillation", "grpo", "hybrid")),
 ]
 
 
 def terms(objective: ObjectiveConfig) -> tuple[DistillationConfig | None, GrpoConfig | None]:
-    """Return the distillation and the GRPO section of an objective; None for one it lacks."""
+    """Return the distillation and the GRPO section of an objective; None for one it lacks.
+
+    An objective of one's own has neither.
+    """
     match objective:
         case HybridConfig():
             return objective.distillation, objective.grpo
@@ -190,3 +203,5 @@ def terms(objective: ObjectiveConfig) -> tuple[DistillationConfig | None, GrpoCo
             return objective, None
         case GrpoConfig():
             return None, objective
+        case OwnObjectiveConfig():
+            return None, None

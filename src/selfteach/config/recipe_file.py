@@ -23,6 +23,7 @@ from pydantic import Field
 
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.migrations import migrate_config, migrate_recipe_file, migrate_study
+from selfteach.config.part_names import anchored
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import Section, merge, nearest, parse_setting, validate
 from selfteach.config.shipped_recipes import find_recipe, shipped_file
@@ -189,7 +190,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _parse(path: Path) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        return migrate_recipe_file(tables, str(path))
+        return migrate_recipe_file(anchored(tables, path.parent), str(path))
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
     except FileNotFoundError:
@@ -216,7 +217,8 @@ def study_from(
     """
     overrides = [parse_setting(setting) for setting in settings]
     try:
-        values = _override(migrate_recipe_file(deepcopy(dict(raw)), where), overrides)
+        tables = anchored(deepcopy(dict(raw)), Path.cwd())
+        values = _override(migrate_recipe_file(tables, where), overrides)
         tables = {key: values.pop(key) for key in TABLES if key in values}
         tables.setdefault("arms", {default_arm: {}})
         study = validate(Study, {"common": values, **tables})

@@ -4,6 +4,7 @@
     recipe.toml            the same as a recipe file, for another run
     environment.json       commit, versions, machine
     problems.json          fingerprints of the problem sets
+    parts.json, parts/     hashes and copies of parts of one's own
     metrics.jsonl          one line per step, and per evaluation
     checksums.jsonl        checksums of the files of rollouts, critiques, samples and evaluations
     tracking.json          rows of metrics.jsonl that each sink has received; only with sinks
@@ -21,8 +22,7 @@ Files are written atomically (to a temporary file, flushed, renamed): a kill at 
 partial file, and what is in the folder is never sampled or requested again. Rollouts, critiques and
 samples are renamed first and flushed in the background, a few milliseconds each, before a row of
 metrics or a checkpoint is written that depends on them: a file that a power cut has truncated before
-that is recognised and made again. A file that was flushed has a checksum: if it differs, it is
-damaged, and the run is refused.
+that is recognised and made again. A flushed file has a checksum: if it differs, the run is refused.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from selfteach.config.migrations import migrate_config, migrate_metrics, run_subfolder
+from selfteach.config.part_names import unanchored
 from selfteach.config.recipe_file import complete_config
 from selfteach.errors import CheckpointError, Terminated
 from selfteach.runtime.atomic_files import (
@@ -120,13 +121,13 @@ class RunFolder:
         """Start a run in this folder, or continue the same one.
 
         The config of a folder that an earlier version has written is completed before the comparison.
-        Tracking and distributed settings may differ: they do not change what a run computes. A run that
-        has spent nothing yet is replaced. Raises `CheckpointError` if the folder holds something else.
+        Tracking, distributed settings and folders of parts may differ: they change no result. A run
+        that has spent nothing is replaced. Raises `CheckpointError` if the folder holds something else.
         """
         ignored = {"tracking": None, "distributed": None}
         if (self.path / "config.json").exists():
             old, new = complete_config(self.config()), json.loads(json.dumps(config))
-            if old | ignored == new | ignored:
+            if unanchored(old | ignored) == unanchored(new | ignored):
                 write_recipe(self.path, config)  # a folder of an earlier version has none
                 return
             if holds_work(self.path) or not is_our_config(old):

@@ -16,8 +16,10 @@ from selfteach.config.data_section import (
     GymData,
     HubData,
     LabData,
+    OwnData,
     SplitName,
 )
+from selfteach.config.part_section import OwnPart
 from selfteach.errors import DataError
 from selfteach.protocols import Verifier
 from selfteach.tasks import chain_sums, segmentation, verifiers
@@ -25,9 +27,10 @@ from selfteach.tasks.lab import lab_task as lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
 from selfteach.tasks.lab.world import World
 from selfteach.tasks.lab.worlds import WORLDS, world_of
+from selfteach.tasks.own_tasks import own_functions, own_problems
 from selfteach.tasks.sources.audit import Audit, audit
 from selfteach.tasks.sources.columns import with_mapping
-from selfteach.tasks.sources.load import read_problem_sets
+from selfteach.tasks.sources.load import combined, read_problem_sets
 from selfteach.tasks.sources.reasoning_gym import generate
 from selfteach.types import Critique, Problem, ReplaceSteps
 
@@ -94,10 +97,13 @@ def load_task(config: DataConfig, model_folder: str, *, allow_empty: bool = Fals
             splits, counts, columns = read_problem_sets(config, allow_no_source=allow_empty)
         case GymData():
             splits, counts, columns = generate(config), {}, ""
+        case OwnData():
+            splits, counts, columns = combined(*own_problems(config))
     world = config.world if isinstance(config, FilesData) else None
-    functions = _functions_of(config.verifier, config, world, model_folder)
+    verifier = "exact" if isinstance(config.verifier, OwnPart) else config.verifier
+    functions = own_functions(config, _functions_of(verifier, config, world, model_folder))
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
-    _check_meta(config.verifier, [*train, *validation, *test])
+    _check_meta(verifier, [*train, *validation, *test])
     task = Task(train, validation, test, counts=counts, columns=columns, **functions)
     return (
         task
@@ -162,7 +168,7 @@ def _lab(config: LabData, model_folder: str) -> Task:
         train=lab_task.problems(world, "train", config.train, max_solve_rate=limit),
         validation=lab_task.problems(world, "validation", config.validation, max_solve_rate=limit),
         test=lab_task.problems(world, "test", config.test, max_solve_rate=limit),
-        **_lab_functions(world),
+        **own_functions(config, _lab_functions(world)),
     )
 
 
@@ -201,7 +207,7 @@ def _chain_sums(config: ChainSumsData) -> Task:
         min_terms=config.min_terms, max_terms=config.max_terms, max_digits=config.max_digits,
         train=config.train, validation=config.validation, test=config.test,
     )  # fmt: skip
-    return Task(train, validation, test, **CHAIN_SUMS)
+    return Task(train, validation, test, **own_functions(config, CHAIN_SUMS))
 
 
 def _functions_of(
@@ -213,12 +219,13 @@ def _functions_of(
     if verifier == "chain_sums":
         return dict(CHAIN_SUMS)
     verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in)
+    steps = "lines" if isinstance(reading.steps, OwnPart) else reading.steps
     return {
         "verify": verify,
         "answer_format": answer_format,
-        "split_steps": segmentation.SPLITTERS[reading.steps],
+        "split_steps": segmentation.SPLITTERS[steps],
         "oracle": None,
-        "templates": "steps" if reading.steps == "tags" else "free",
+        "templates": "steps" if steps == "tags" else "free",
     }
 
 

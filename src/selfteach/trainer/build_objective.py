@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from selfteach.config.objective_section import DistillationConfig, GrpoConfig, HybridConfig
+from selfteach.config.objective_section import (
+    DistillationConfig,
+    GrpoConfig,
+    HybridConfig,
+    OwnObjectiveConfig,
+)
 from selfteach.config.recipe import Recipe, TrainConfig
 from selfteach.config.sampling_section import SamplingConfig
 from selfteach.errors import RecipeError
@@ -10,6 +15,7 @@ from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.losses.token_masks import TokenMask
 from selfteach.protocols import Objective
+from selfteach.trainer.own_components import build_own_objective
 
 
 def build_objective(recipe: Recipe) -> Objective:
@@ -32,6 +38,8 @@ def build_objective(recipe: Recipe) -> Objective:
                 config.grpo_weight,
                 config.grpo_tokens,
             )
+        case OwnObjectiveConfig() as config:
+            return build_own_objective(config, sampling_temperature=temperature, seed=recipe.seed)
 
 
 def _require_importance_weights(config: DistillationConfig, train: TrainConfig) -> None:

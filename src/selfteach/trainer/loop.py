@@ -22,6 +22,7 @@ from selfteach.rollout.sampling_settings import evaluation_sampling
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.atomic_files import report_full_disk, sync_folder, sync_tree, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
+from selfteach.runtime.part_sources import require_given, require_same_sources, with_copies
 from selfteach.runtime.provenance import collect_provenance, cpu_capability
 from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.runtime.seeds import hashed_rng
@@ -87,7 +88,8 @@ def train(
             run.create(recipe.model_dump(mode="json"), environment)
         if ranks.broadcast(run.is_complete):
             return
-        ranks.all_or_raise(lambda: preflight([recipe]) if ranks.is_main else None)
+        recipe = with_copies(recipe, folder, only_missing=True)
+        ranks.all_or_raise(lambda: _require(recipe, folder) if ranks.is_main else None)
         built = build(recipe, ranks)
         require_splits(recipe, built.task)
         require_references(recipe, built.task)
@@ -105,6 +107,13 @@ def train(
                     yield row
             with termination.interruptible():
                 _finish(run, recipe, built, record)
+
+
+def _require(recipe: Recipe, folder: Path) -> None:
+    """Check servers, packages and parts before anything is built; parts must be those of the run."""
+    require_given(folder, recipe)
+    preflight([recipe])
+    require_same_sources(folder, recipe)
 
 
 def run_to_end(

@@ -14,6 +14,12 @@ from selfteach.trainer import rollout_statistics
 from selfteach.types import CritiqueFailure, TokenWeights, TrainingSample, Usage
 
 Metrics = dict[str, float]
+TOKEN_VALUES = frozenset(
+    {"loss", "logp", "total", "mismatch", "clipped", "teacher_logratio", "importance_capped",
+     "distillation_share", "kl"}
+)  # fmt: skip
+"""Values of tokens that have a metric of their own; those of an objective of one's own are logged by
+their name."""
 
 
 def loss_coverage(samples: Sequence[TrainingSample], weights: Sequence[TokenWeights]) -> Metrics:
@@ -74,7 +80,8 @@ def summarize_tokens(stats: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metric
             # KL(engine ‖ trainer), estimated by k3 on the sampled tokens.
             "mismatch_kl": ranks.mean(joined["mismatch"].expm1() - joined["mismatch"]),
         }
-    metrics["clip_fraction"] = ranks.mean(joined["clipped"])
+    if "clipped" in joined:
+        metrics["clip_fraction"] = ranks.mean(joined["clipped"])
     if "teacher_logratio" in joined:
         metrics["teacher_logratio_abs"] = ranks.mean(joined["teacher_logratio"].abs())
     if "importance_capped" in joined:
@@ -83,4 +90,5 @@ def summarize_tokens(stats: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metric
         metrics["distillation_share"] = ranks.mean(joined["distillation_share"])
     if "kl" in joined:
         metrics["kl_initial"] = ranks.mean(joined["kl"])
-    return metrics
+    others = {f"objective/{name}": joined[name] for name in sorted(joined.keys() - TOKEN_VALUES)}
+    return {**metrics, **{name: ranks.mean(value_N.float()) for name, value_N in others.items()}}

@@ -126,7 +126,7 @@ def _teacher_tokens(recipe: Recipe, lengths: Lengths) -> tuple[int, float | None
     """Count what the teacher scores of one rollout: under a context, or under the student's prompt."""
     distillation, grpo = terms(recipe.objective)
     completion, mean = recipe.sampling.max_tokens, lengths.mean_prompt
-    if distillation is not None:
+    if distillation is not None or recipe.shows_context:
         by_reference = recipe.context.type in ("reference", "aligned_reference")
         context = lengths.mean_reference if by_reference else float(completion)
         return lengths.window, plus(mean, context, completion)

@@ -100,7 +100,8 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
     train, cap = recipe.train, recipe.sampling.max_tokens
     prompt = float(known.lengths.mean_prompt or known.lengths.longest_prompt)
     distilled, rewarded = terms(recipe.objective)
-    has_teacher = distilled is not None or (rewarded is not None and rewarded.kl_coef > 0)
+    distils = distilled is not None or recipe.shows_context
+    has_teacher = distils or (rewarded is not None and rewarded.kl_coef > 0)
     by_reference = recipe.context.type in ("reference", "aligned_reference")
     reference = known.lengths.mean_reference if by_reference else None
     mean_rollout = overrides.rollout_tokens or ASSUMED_MEAN_SHARE * cap
@@ -113,7 +114,7 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
         prompt=prompt,
         rollout_lengths=LengthDistribution.with_mean(mean_rollout, cap),
         teacher_prompt=prompt + (reference or 0.0) if has_teacher else 0.0,
-        context_has_trace=distilled is not None and reference is None,
+        context_has_trace=distils and reference is None,
         teacher_passes=(2 if recipe.scoring_teacher.type == "trust_region" else 1)
         if has_teacher
         else 0,

@@ -17,6 +17,7 @@ from typing import Any
 
 from selfteach.commands.select.data_card import card_text
 from selfteach.config.data_section import FilesData, HubData, SelectConfig
+from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import ContextConfig, Recipe
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
@@ -26,6 +27,7 @@ from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.runtime.atomic_files import write_json, write_lines, write_text
 from selfteach.runtime.futures import executor
+from selfteach.runtime.part_sources import portable, require_same_sources, with_copies
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_json
@@ -104,10 +106,12 @@ def select(recipe: Recipe, config: SelectConfig, folder: str | Path) -> Iterator
         run.create(as_config(recipe, config), collect_provenance())
         if is_complete(folder):
             return
+        recipe = with_copies(recipe, folder, only_missing=True)
         # A critic that is not used is not loaded: a local one may be larger than the policy.
         without = {"critic": None, "context": ContextConfig(type="none")}
         needed = recipe if config.critic else recipe.model_copy(update=without)
         preflight([needed])
+        require_same_sources(folder, needed)
         built = build(needed)
         if config.critic and config.critic_test == "solution":
             _require_solving_critic(built)
@@ -352,10 +356,13 @@ def make_card(
     data = recipe.data
     data = with_mapping(data) if isinstance(data, FilesData | HubData) else data
     source = data.model_dump(mode="json", exclude_defaults=True)
+    source = portable({"data": {"type": data.type, **source}})[
+        "data"
+    ]  # its parts are in the folder
     return {
-        "source": {"type": data.type, **source},
+        "source": source,
         "solver": recipe.model.path,
-        "critic": recipe.critic.model_dump(mode="json")
+        "critic": unanchored(recipe.critic.model_dump(mode="json"))
         if config.critic and recipe.critic
         else None,
         "select": config.model_dump(mode="json"),
