@@ -23,7 +23,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study, study_from
 from selfteach.config.schema import merge, validate
 from selfteach.errors import DataError, EngineError, RecipeError
-from selfteach.models import loading, matmul
+from selfteach.models import matmul, model_path
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.loop import run_to_end, train
 
@@ -68,7 +68,7 @@ def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model of a hub is here, whatever this machine's cache holds."""
     real = sizes.cached_config
     monkeypatch.setattr(
-        sizes, "cached_config", lambda m: None if loading.HUB_ID.fullmatch(m.path) else real(m)
+        sizes, "cached_config", lambda m: None if model_path.HUB_ID.fullmatch(m.path) else real(m)
     )
 
 
