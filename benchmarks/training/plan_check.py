@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from selfteach.commands.check.sizes import measure_offline
+from selfteach.commands.planning.calibration import PHASES, MeasuredRun, calibrate, with_lengths_of
+from selfteach.commands.planning.devices import HERE, measured_here
+from selfteach.commands.planning.estimate import Hardware, forecast
+from selfteach.commands.planning.layout import Layout
+from selfteach.commands.planning.workload import StepWork, work_of
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
 from selfteach.config.schema import merge, validate
-from selfteach.planning.calibration import PHASES, MeasuredRun, calibrate, with_lengths_of
-from selfteach.planning.devices import HERE, measured_here
-from selfteach.planning.estimate import Hardware, forecast
-from selfteach.planning.layout import Layout
-from selfteach.planning.workload import StepWork, work_of
 from selfteach.protocols import Critic
 from selfteach.runtime.atomic_files import write_json
 from selfteach.runtime.run_folder import RunFolder
@@ -37,7 +37,7 @@ from selfteach.trainer.build import build
 from selfteach.trainer.step import Components
 from selfteach.types import Critique, CritiqueFailure, Rollout, Verdict
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "paper_in_miniature.toml"
+RECIPE = Path(__file__).parents[2] / "src" / "selfteach" / "recipes" / "paper_in_miniature.toml"
 CALIBRATED = ("as it is", "a quarter of the problems")
 SETTINGS: dict[str, dict[str, dict[str, int]]] = {
     "as it is": {},

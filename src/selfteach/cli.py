@@ -11,17 +11,17 @@ import typer
 
 from selfteach import __version__
 from selfteach.commands import actions
+from selfteach.commands.cache_cli import cache_app
 from selfteach.commands.console_script import run_console_script
+from selfteach.commands.export.dataset_cli import export_dataset
 from selfteach.commands.export.export_cli import export
 from selfteach.commands.forecast.forecast_cli import forecast
 from selfteach.commands.init.init_cli import init
+from selfteach.commands.planning.plan_cli import plan
 from selfteach.commands.recipe_list import recipes
+from selfteach.commands.resume import resume_folder
 from selfteach.commands.study.run_study import recipes_of
-from selfteach.config.data_section import SelectConfig
-from selfteach.config.recipe import Recipe
-from selfteach.config.schema import validate
-from selfteach.errors import CheckpointError, RecipeError
-from selfteach.planning.plan_cli import plan
+from selfteach.errors import RecipeError
 from selfteach.runtime.signals import keeping
 
 app = typer.Typer(
@@ -104,31 +104,7 @@ def resume(
     accept_parts: AcceptParts = False,
 ) -> None:
     """Resume a study, sweep, run or selection from what is on disk."""
-    if accept_parts:
-        actions.accept_parts(folder)
-    if (folder / "study.json").exists():
-        from selfteach.commands.study.run_study import load_existing
-
-        existing, command, kind = load_existing(folder)
-        run = actions.run_sweep if kind == "sweep" else actions.run_study
-        run(existing, folder, command=command)
-    else:
-        from selfteach.runtime.run_folder import RunFolder
-
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
-        config = RunFolder(folder).config()
-        if "forecast" in config:
-            raise CheckpointError(
-                f"{folder} holds a forecast: repeat its selfteach forecast command to continue it"
-            )
-        if "select" in config:
-            select_config = validate(SelectConfig, config["select"], where=str(folder))
-            actions.run_selection(
-                validate(Recipe, config["recipe"], where=str(folder)), select_config, folder
-            )
-        else:
-            actions.run_one(validate(Recipe, config, where=str(folder)), folder)
+    resume_folder(folder, accept_parts=accept_parts)
 
 
 @app.command()
@@ -278,6 +254,8 @@ app.command()(recipes)
 app.command()(plan)
 app.command()(forecast)
 app.command()(export)
+app.command()(export_dataset)
+app.add_typer(cache_app, name="cache")
 
 
 @app.command()

@@ -22,7 +22,8 @@ from selfteach.runtime import torchrun
 from selfteach.runtime.folder_start import holds_work
 from selfteach.runtime.signals import keeping
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PIPED_COLUMNS = 110
 """Width of output to a file or a pipe, in characters: wide enough for the tables."""

@@ -273,3 +273,18 @@ def _only_valid(task: Task, *, drop: bool) -> Task:
         for name in ("train", "validation", "test")
     }
     return replace(task, **valid, counts={**task.counts, "invalid_problems": len(invalid)})
+
+
+def default_templates(config: DataConfig) -> str | None:
+    """Return the template set of a kind of data without loading it; None if it must be loaded."""
+    match config:
+        case LabData():
+            return "lab"
+        case ChainSumsData():
+            return "chain_sums"
+        case FilesData() | HubData() | GymData():
+            if config.verifier in ("lab", "chain_sums"):
+                return config.verifier
+            return "steps" if config.steps == "tags" else "free"
+        case _:
+            return None

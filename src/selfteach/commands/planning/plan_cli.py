@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from selfteach.commands import actions
-from selfteach.planning.devices import HERE
+from selfteach.commands.planning.devices import HERE
 
 
 def plan(
@@ -66,9 +66,9 @@ def plan(
 ) -> None:
     """Predict memory, step time and bottleneck on devices that are not here. Loads no weights, sends no
     request, except with `--calibrate here`."""
-    from selfteach.planning.plan import PlanRequest
-    from selfteach.planning.plan import plan as plan_lines
-    from selfteach.planning.workload import Overrides
+    from selfteach.commands.planning.plan import PlanRequest
+    from selfteach.commands.planning.plan import plan as plan_lines
+    from selfteach.commands.planning.workload import Overrides
 
     chosen = actions.run_with_critic(actions.load(recipe, settings, arm), arm, 0)
     request = PlanRequest(

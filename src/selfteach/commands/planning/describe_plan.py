@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from selfteach.planning import costs
-from selfteach.planning.costs import DecodingCost
-from selfteach.planning.estimate import Forecast
-from selfteach.planning.layout import Layout, window_warning
-from selfteach.planning.lengths import LengthDistribution
-from selfteach.planning.workload import CriticWork
+from selfteach.commands.planning import costs
+from selfteach.commands.planning.costs import DecodingCost
+from selfteach.commands.planning.estimate import Forecast
+from selfteach.commands.planning.layout import Layout, window_warning
+from selfteach.commands.planning.lengths import LengthDistribution
+from selfteach.commands.planning.workload import CriticWork
 from selfteach.trainer.device_memory import gib
 
 MEANING = {

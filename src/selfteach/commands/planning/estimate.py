@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selfteach.errors import RecipeError
-from selfteach.planning import costs
-from selfteach.planning.costs import DecodingCost, Efficiency, TrainingCost
-from selfteach.planning.devices import Device
-from selfteach.planning.layout import (
+from selfteach.commands.planning import costs
+from selfteach.commands.planning.costs import DecodingCost, Efficiency, TrainingCost
+from selfteach.commands.planning.devices import Device
+from selfteach.commands.planning.layout import (
     Layout,
     RoleMemory,
     critic_groups,
@@ -22,8 +21,9 @@ from selfteach.planning.layout import (
     sampler_groups,
     trainer_resident_bytes,
 )
-from selfteach.planning.pipeline import Pipeline, Timeline
-from selfteach.planning.workload import StepWork
+from selfteach.commands.planning.pipeline import Pipeline, Timeline
+from selfteach.commands.planning.workload import StepWork
+from selfteach.errors import RecipeError
 
 MAX_STEPS, MAX_ROLLOUTS = 8, 2048
 """Steps that are simulated once the pipeline is full, and rollouts; at least two steps."""
@@ -114,7 +114,7 @@ def forecast(work: StepWork, hardware: Hardware, layout: Layout) -> Forecast:
 def load_simulate() -> Callable[..., Timeline]:
     """Import `simulate`. Raises `RecipeError` without SimPy, which only plans need."""
     try:
-        from selfteach.planning.simulation import simulate
+        from selfteach.commands.planning.simulation import simulate
     except ModuleNotFoundError as error:
         if error.name != "simpy":
             raise

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selfteach.planning.costs import DecodingCost
-from selfteach.planning.lengths import LengthDistribution
-from selfteach.planning.workload import CriticKind
+from selfteach.commands.planning.costs import DecodingCost
+from selfteach.commands.planning.lengths import LengthDistribution
+from selfteach.commands.planning.workload import CriticKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from selfteach.commands.planning.devices import Device
+from selfteach.commands.planning.workload import StepWork
 from selfteach.models.architectures import Shape
-from selfteach.planning.devices import Device
-from selfteach.planning.workload import StepWork
 from selfteach.trainer.device_memory import FLOAT
 
 SERVED_BYTES = 2

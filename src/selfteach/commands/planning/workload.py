@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from selfteach.commands.check.sizes import RunSizes, device_load
+from selfteach.commands.planning.lengths import ASSUMED_MEAN_SHARE, LengthDistribution
 from selfteach.config.critic_section import (
     EndpointConfig,
     LlmCriticConfig,
@@ -17,7 +18,6 @@ from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.models.architectures import Shape, known_shapes
-from selfteach.planning.lengths import ASSUMED_MEAN_SHARE, LengthDistribution
 from selfteach.trainer.device_memory import DeviceLoad
 
 CriticKind = Literal["none", "program", "in_process", "served", "latency"]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import simpy
 
-from selfteach.planning.costs import DecodingCost
-from selfteach.planning.pipeline import Pipeline, StepTimes, Timeline
+from selfteach.commands.planning.costs import DecodingCost
+from selfteach.commands.planning.pipeline import Pipeline, StepTimes, Timeline
 
 Process = Generator[simpy.Event, Any, None]
 

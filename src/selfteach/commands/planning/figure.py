@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from selfteach.analysis.figures.style import GRID, INK, SMALL, SPARE, TINY, bare, legend, save
-from selfteach.errors import RecipeError
-from selfteach.planning.estimate import (
+from selfteach.commands.planning.estimate import (
     Forecast,
     Hardware,
     best_forecast,
     with_full_concurrency,
 )
-from selfteach.planning.workload import StepWork
+from selfteach.commands.planning.workload import StepWork
+from selfteach.errors import RecipeError
 
 COUNTS = tuple(2**n for n in range(11))
 """1 to 1,024 devices."""

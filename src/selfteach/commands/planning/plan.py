@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selfteach.commands.check.sizes import measure_offline
-from selfteach.config.recipe import Recipe
-from selfteach.errors import RecipeError
-from selfteach.planning.calibration import calibrate, measure_here, read_run, with_lengths_of
-from selfteach.planning.costs import Efficiency
-from selfteach.planning.describe_plan import describe
-from selfteach.planning.devices import HERE, find_device
-from selfteach.planning.estimate import (
+from selfteach.commands.planning.calibration import (
+    calibrate,
+    measure_here,
+    read_run,
+    with_lengths_of,
+)
+from selfteach.commands.planning.costs import Efficiency
+from selfteach.commands.planning.describe_plan import describe
+from selfteach.commands.planning.devices import HERE, find_device
+from selfteach.commands.planning.estimate import (
     Forecast,
     Hardware,
     best_forecast,
@@ -22,8 +25,10 @@ from selfteach.planning.estimate import (
     load_simulate,
     with_full_concurrency,
 )
-from selfteach.planning.layout import Layout, critic_groups, sampler_groups
-from selfteach.planning.workload import Overrides, StepWork, work_of
+from selfteach.commands.planning.layout import Layout, critic_groups, sampler_groups
+from selfteach.commands.planning.workload import Overrides, StepWork, work_of
+from selfteach.config.recipe import Recipe
+from selfteach.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ def plan(recipe: Recipe, request: PlanRequest) -> Iterator[str]:
     load_simulate()  # a missing SimPy is reported before a calibration spends minutes
     work, hardware = prepare(recipe, request)
     if request.figure is not None:
-        from selfteach.planning.figure import reasons, rows, scaling, write
+        from selfteach.commands.planning.figure import reasons, rows, scaling, write
 
         work = _for_many_devices(work)
         lines = scaling(work, hardware)

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 
 from selfteach.commands.check.sizes import measure_offline
+from selfteach.commands.planning import costs
+from selfteach.commands.planning.costs import Efficiency
+from selfteach.commands.planning.devices import Device
+from selfteach.commands.planning.layout import MAX_NUM_SEQS
+from selfteach.commands.planning.lengths import LengthDistribution
+from selfteach.commands.planning.workload import StepWork, with_lengths, work_of
 from selfteach.config.migrations import run_subfolder
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.planning import costs
-from selfteach.planning.costs import Efficiency
-from selfteach.planning.devices import Device
-from selfteach.planning.layout import MAX_NUM_SEQS
-from selfteach.planning.lengths import LengthDistribution
-from selfteach.planning.workload import StepWork, with_lengths, work_of
 
 STEPS_HERE = 4
 """Steps of each of the two runs that are made here; the first of each warms up."""

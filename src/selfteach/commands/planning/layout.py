@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from selfteach.commands.planning.costs import SERVED_BYTES, served_bytes
+from selfteach.commands.planning.devices import Device
+from selfteach.commands.planning.workload import StepWork, longest_teacher_sequence
 from selfteach.errors import RecipeError
 from selfteach.models.architectures import Shape
-from selfteach.planning.costs import SERVED_BYTES, served_bytes
-from selfteach.planning.devices import Device
-from selfteach.planning.workload import StepWork, longest_teacher_sequence
 from selfteach.trainer.device_memory import FLOAT, Item, gib, memory
 
 TRAINER_MEMORY_SHARE, ENGINE_MEMORY_SHARE = 0.92, 0.90
