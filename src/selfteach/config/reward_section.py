@@ -142,7 +142,7 @@ class OwnRewardConfig(OwnPart):
         return {**values, "name": re.split(r"[:.]", values["type"])[-1]}
 
 
-RewardFunction = Annotated[
+RewardFunctionConfig = Annotated[
     Union[  # noqa: UP007
         Annotated[VerifierRewardConfig, Tag("verifier")],
         Annotated[JudgeConfig, Tag("judge")],
@@ -159,7 +159,7 @@ class RewardConfig(Section):
     Without this section a rollout's reward is its verdict, 1 or 0.
     """
 
-    functions: tuple[RewardFunction, ...] = Field(min_length=1)
+    functions: tuple[RewardFunctionConfig, ...] = Field(min_length=1)
     """The rewards: ``[{ type = "verifier" }, { type = "./file.py:name", weight = 0.5 }]``."""
     success: float | None = Field(default=None, allow_inf_nan=False)
     """Total reward from which on a rollout is a success, which Avg@k, Pass@k, contexts and masks count;

@@ -11,14 +11,12 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.reward_section import (
     JudgeConfig,
     OwnRewardConfig,
+    RewardFunctionConfig,
     VerifierRewardConfig,
-)
-from selfteach.config.reward_section import (
-    RewardFunction as RewardFunctionConfig,
 )
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache, default_path
-from selfteach.feedback.rewards.combined_reward import CombinedReward, Source, VerifierReward
+from selfteach.feedback.rewards.combined_reward import CombinedReward, Source, VerdictReward
 from selfteach.feedback.rewards.judge import LlmJudge
 from selfteach.feedback.rewards.reward_function import RewardFunction
 from selfteach.prompts.renderer import Renderer
@@ -65,7 +63,7 @@ def trainer_states(recipe: Recipe, problems: int) -> Callable[[int], TrainerStat
 def _source(config: RewardFunctionConfig) -> Source:
     match config:
         case VerifierRewardConfig():
-            return VerifierReward(config.name, config.weight)
+            return VerdictReward(config.name, config.weight)
         case OwnRewardConfig():
             return RewardFunction.build(config)
         case JudgeConfig():

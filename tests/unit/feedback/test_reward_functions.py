@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerState
 
 from selfteach.errors import PartError
-from selfteach.feedback.rewards.combined_reward import CombinedReward, VerifierReward
+from selfteach.feedback.rewards.combined_reward import CombinedReward, VerdictReward
 from selfteach.feedback.rewards.reward_function import RewardFunction
 from selfteach.feedback.rewards.trl_arguments import columns_of, prompt_of
 from selfteach.losses.grpo import Grpo
@@ -181,7 +181,7 @@ def test_success_is_the_total_at_or_above_the_threshold() -> None:
 
 def test_the_verdict_is_a_reward_too() -> None:
     rollouts = group(PROBLEMS["texts"][0])
-    reward = combined(VerifierReward("verifier", 3.0))
+    reward = combined(VerdictReward("verifier", 3.0))
     assert totals(reward(judged(rollouts, correct=True))) == [3.0] * 3
 
 

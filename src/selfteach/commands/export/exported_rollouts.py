@@ -50,7 +50,10 @@ class ContextSource:
     @cached_property
     def task(self) -> Task:
         """The recipe's task, loaded when it is first needed."""
-        return load_task(self.recipe.data, resolve(self.recipe.model.path), allow_empty=True)
+        return load_task(
+            self.recipe.data, resolve(self.recipe.model.path), allow_empty=True,
+            reward=self.recipe.reward,
+        )  # fmt: skip
 
     @cached_property
     def templates(self) -> Templates:

@@ -27,7 +27,7 @@ Judged = Sequence[tuple[Rollout, Verdict]]
 
 
 @dataclass(frozen=True, slots=True)
-class VerifierReward:
+class VerdictReward:
     """Rewards a rollout with 1 if the verifier accepts it, else with 0."""
 
     name: str
@@ -38,7 +38,7 @@ class VerifierReward:
         return BatchScores([Score(float(verdict.correct)) for _, verdict in judged])
 
 
-Source = VerifierReward | LlmJudge | RewardFunction
+Source = VerdictReward | LlmJudge | RewardFunction
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class CombinedReward:
         errors: list[Exception] = []
         try:
             for source in missing:
-                if isinstance(source, VerifierReward):
+                if isinstance(source, VerdictReward):
                     keep(source.name, source.scores(judged))
                 elif isinstance(source, LlmJudge):
                     try:
