@@ -143,10 +143,15 @@ def with_names(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
         *path, last = key.split(".")
         table: Any = changed
         for step in path:
-            table = table[int(step)] if isinstance(table, list) else table[step]
-        at = int(last) if isinstance(table, list) else last
+            table = table[_index(table, step)]
+        at: Any = _index(table, last)
         if isinstance(table[at], dict):
             table[at]["type"] = name
         else:
             table[at] = name
     return changed
+
+
+def _index(table: Any, key: str) -> Any:
+    """Return what a table or a list is indexed with for one part of a key."""
+    return int(key) if isinstance(table, list) else key

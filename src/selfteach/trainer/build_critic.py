@@ -23,7 +23,7 @@ from selfteach.config.critic_section import (
     RecordedConfig,
 )
 from selfteach.config.recipe import ModelConfig, Recipe, ThinkingConfig
-from selfteach.config.reward_section import JudgeConfig
+from selfteach.config.schema import Section
 from selfteach.config.served_model import ServedModelConfig
 from selfteach.errors import CriticError, RecipeError
 from selfteach.feedback.critics.chat_model import ChatModel
@@ -128,13 +128,13 @@ def _chat_model(
             )
 
 
-def require_served_model(config: CriticConfig | JudgeConfig | None) -> None:
+def require_served_model(config: Section | None) -> None:
     """Check once that a served critic or judge is up; other critics are checked when they are built.
 
     Raises `CriticError` in one line.
     """
     if isinstance(config, ServedModelConfig) and config.healthcheck:
-        _require_openai(config.role, config.type)  # type: ignore[attr-defined]
+        _require_openai(config.role, "judge" if config.role == "judge" else "endpoint")
         from selfteach.feedback.critics.critic_healthcheck import require_server
 
         require_server(config)
