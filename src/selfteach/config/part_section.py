@@ -107,7 +107,7 @@ def named_parts(recipe: Any) -> dict[str, tuple[Kind, OwnPart]]:
         "objective": recipe.objective,
         "teacher": recipe.teacher,
     }
-    parts = {
+    parts: dict[str, tuple[Kind, OwnPart]] = {
         key: (PART_KEYS[key], part) for key, part in named.items() if isinstance(part, OwnPart)
     }
     rewards = enumerate(recipe.reward.functions if recipe.reward is not None else ())

@@ -62,7 +62,7 @@ def test_the_number_in_a_reply(text: str, settings: dict[str, Any], expected: fl
 def test_scores_and_costs_of_a_batch_with_a_cached_and_a_repeated_request(tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> str:
         prompt = body["messages"][-1]["content"]
-        return "<think>Score: 1</think>Score: 9" if "good" in prompt else "no idea"
+        return "Score: 9" if "good" in prompt else "<think>Score: 3</think>no idea"
 
     with serving(says(reply)) as server:
         llm_judge = judge(

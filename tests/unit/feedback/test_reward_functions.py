@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from selfteach.config.reward_section import OwnRewardConfig
 from selfteach.errors import PartError
 from selfteach.feedback.rewards.combined_reward import CombinedReward, VerdictReward
 from selfteach.feedback.rewards.reward_function import RewardFunction
@@ -155,6 +156,23 @@ def test_the_same_functions_give_the_numbers_that_trl_gets(
     torch.testing.assert_close(torch.tensor(ours), expected, equal_nan=True)
     weights = torch.tensor([weight for _, weight in FUNCTIONS])
     torch.testing.assert_close(torch.tensor(totals(verdicts)), (expected * weights).nansum(1))
+
+
+def test_a_recipe_can_name_the_rewards_that_trl_ships() -> None:
+    pytest.importorskip("trl.rewards", reason="TRL is not installed")
+    names = ["accuracy_reward", "think_format_reward"]
+    configs = [OwnRewardConfig.model_validate({"type": f"trl.rewards:{name}"}) for name in names]
+    chat = problem("a", CHAT, solution=r"\boxed{4}")
+    texts = {1: r"so \boxed{4}", 2: "<think>\nhm\n</think>\n" + r"\boxed{5}", 3: "none"}
+    rollouts = [rollout(chat, n, n + 1) for n in range(3)]
+    reward = CombinedReward(
+        [RewardFunction.build(config) for config in configs], None,
+        lambda ids: texts[ids[0]], lambda update: TrainerState(),
+    )  # fmt: skip
+    verdicts = reward(judged(rollouts))
+    values = [dict(v.rewards.values) for v in verdicts if v.rewards is not None]
+    assert [value["accuracy_reward"] for value in values] == [1.0, 0.0, 0.0]
+    assert [value["think_format_reward"] for value in values] == [0.0, 1.0, 0.0]
 
 
 def test_weights_and_functions_that_do_not_apply_by_hand() -> None:
