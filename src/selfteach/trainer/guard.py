@@ -132,9 +132,11 @@ def why_idle(rows: list[Row]) -> str:
     if not dropped:
         correct = _mean(rows, "correct")
         if all(row["optimizer_steps"] == 0 for row in rows):
+            rewarded = any("reward" in row for row in rows)
+            groups = "whose rewards differ" if rewarded else "with both right and wrong ones"
             reasons.append(
                 f"no token was in the loss ({correct:.0%} of the rollouts are right; GRPO learns from "
-                "groups with both right and wrong ones)"
+                f"groups {groups})"
             )
         else:
             reasons.append("the gradient is 0: the teacher says what the student says")
