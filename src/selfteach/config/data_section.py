@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, model_validator
 
+from selfteach.config.code_section import CodeConfig
 from selfteach.config.schema import Section
 
 SplitName = Literal["train", "validation", "test"]
@@ -131,9 +132,11 @@ class AnswerReading(Section):
 class RowsData(AnswerReading):
     """Holds what sources of rows (files and Hugging Face datasets) have in common."""
 
-    verifier: Literal["exact", "math", "reasoning_gym", "lab", "chain_sums"] = "exact"
-    """How final answers are compared; ``reasoning_gym``, ``lab`` and ``chain_sums`` are for problems
-    that were generated there."""
+    verifier: Literal["exact", "math", "code", "reasoning_gym", "lab", "chain_sums"] = "exact"
+    """How final answers are compared; ``code`` runs unit tests on the answer's code; ``reasoning_gym``,
+    ``lab`` and ``chain_sums`` are for problems that were generated there."""
+    code: CodeConfig = CodeConfig()
+    """Tests and limits of ``verifier = "code"``."""
     mapping: str | None = None
     """A built-in mapping of columns by name (``gsm8k``, ``math``, ``openmathreasoning``, …)."""
     columns: Columns | None = None
