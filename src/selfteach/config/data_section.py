@@ -70,7 +70,7 @@ class Columns(Section):
     answer: str = "answer"
     """Column of the final answer. Where rows have no ``answer``: ``final_answer``,
     ``expected_answer``, ``ground_truth``, ``reward_model.ground_truth`` or ``solution`` (the content
-    of its last ``\\boxed{}``, if it has one)."""
+    of its last ``\\boxed{}``, if it has one). Empty: there is none, and tests decide alone."""
     history: str | None = None
     """Column of messages before the question, a list with ``role`` and ``content``; unset: the column
     ``history``, where it holds such a list."""

@@ -9,6 +9,7 @@ from typing import Any
 from selfteach.evaluation.evaluation_record import Evaluation
 from selfteach.protocols import Engine, Verifier
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
+from selfteach.tasks.verifiers import verify_all
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
 
@@ -33,7 +34,8 @@ def evaluate(
 
     def verified() -> list[tuple[Rollout, Verdict]]:
         rollouts = engine.generate(problems, sampling)
-        return [(rollout, verify(rollout.problem, rollout.text)) for rollout in rollouts]
+        verdicts = verify_all(verify, [(rollout.problem, rollout.text) for rollout in rollouts])
+        return list(zip(rollouts, verdicts, strict=True))
 
     judged = ranks.gather(ranks.all_or_raise(verified))
     rollouts, verdicts = [rollout for rollout, _ in judged], [verdict for _, verdict in judged]

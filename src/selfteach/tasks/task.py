@@ -16,11 +16,14 @@ from selfteach.config.data_section import (
     GymData,
     HubData,
     LabData,
+    RowsData,
     SplitName,
 )
 from selfteach.errors import DataError
 from selfteach.protocols import Verifier
 from selfteach.tasks import chain_sums, segmentation, verifiers
+from selfteach.tasks.code.code_tests import KEY
+from selfteach.tasks.code.code_verifier import CodeVerifier
 from selfteach.tasks.lab import lab_task as lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
 from selfteach.tasks.lab.world import World
@@ -108,7 +111,8 @@ def load_task(config: DataConfig, model_folder: str, *, allow_empty: bool = Fals
 
 def check_answers(task: Task) -> Audit:
     """Check that the verifier accepts every problem's gold answer and rejects corruptions of it."""
-    return audit([*task.train, *task.validation, *task.test], task.verify, task.answer_format.write)
+    problems, form = [*task.train, *task.validation, *task.test], task.answer_format
+    return audit(problems, task.verify, form.write, form.corrupted)
 
 
 def describe_problems(task: Task, *, max_warnings: int = 5) -> Iterator[str]:
@@ -117,6 +121,8 @@ def describe_problems(task: Task, *, max_warnings: int = 5) -> Iterator[str]:
         yield "source: " + ", ".join(f"{count:,} {name}" for name, count in task.counts.items())
     if task.columns:
         yield f"columns: {task.columns}"
+    if isinstance(task.verify, CodeVerifier):
+        yield task.verify.description
     result = check_answers(task)
     without = f", {result.without_answer:,} have none" if result.without_answer else ""
     yield (
@@ -212,19 +218,21 @@ def _functions_of(
         return _lab_functions(_world(world, model_folder))
     if verifier == "chain_sums":
         return dict(CHAIN_SUMS)
-    verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in)
+    code = reading.code if isinstance(reading, RowsData) else None
+    verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in, code)
+    steps = "lines" if verifier == "code" and reading.steps == "tags" else reading.steps
     return {
         "verify": verify,
         "answer_format": answer_format,
-        "split_steps": segmentation.SPLITTERS[reading.steps],
+        "split_steps": segmentation.SPLITTERS[steps],
         "oracle": None,
-        "templates": "steps" if reading.steps == "tags" else "free",
+        "templates": "code" if verifier == "code" else "steps" if steps == "tags" else "free",
     }
 
 
 def _check_meta(verifier: str, problems: Sequence[Problem]) -> None:
     """Raise `DataError` for the first problem whose meta lacks what its verifier or oracle reads."""
-    needed = {"reasoning_gym": ("reasoning_gym",), "chain_sums": ("terms", "signs")}
+    needed = {"reasoning_gym": ("reasoning_gym",), "chain_sums": ("terms", "signs"), "code": (KEY,)}
     for problem in problems:
         for key in needed.get(verifier, ()):
             if key not in problem.meta:

@@ -20,6 +20,7 @@ from selfteach.protocols import Context, Critic, Engine, Objective, Teacher, Ver
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.torch_setup import seed_update
 from selfteach.tasks import segmentation
+from selfteach.tasks.verifiers import verify_all
 from selfteach.trainer.batching import collate
 from selfteach.trainer.metrics import Metrics, loss_coverage, summarize_samples, summarize_tokens
 from selfteach.trainer.nonfinite import require_finite
@@ -81,7 +82,8 @@ def verify_and_critique(
     components: Components, rollouts: Sequence[Rollout]
 ) -> list[CritiquedRollout]:
     """Verify each rollout, then have the critic write a critique of it."""
-    verdicts = [components.verify(rollout.problem, rollout.text) for rollout in rollouts]
+    answers = [(rollout.problem, rollout.text) for rollout in rollouts]
+    verdicts = verify_all(components.verify, answers)
     critiques: Sequence[Critique | CritiqueFailure | None] = [None] * len(rollouts)
     if components.critic is not None:
         critiques = components.critic(list(zip(rollouts, verdicts, strict=True)))

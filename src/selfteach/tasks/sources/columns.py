@@ -82,7 +82,7 @@ def problem_from(row: Row, columns: Columns, read: ColumnsRead | None = None) ->
     """
     columns = recognised(row, columns, read)
     history, question = _question(row, columns)
-    answer = _required(row, columns.answer, "answer")
+    answer = _required(row, columns.answer, "answer") if columns.answer else ""
     named = {name: getattr(columns, name) for name in REFERENCES}
     references = {
         name: text

@@ -11,6 +11,7 @@ from typing import Any
 
 from selfteach.config.data_section import Columns, FilesData, HubData, RowsData, Splitting
 from selfteach.errors import DataError, RecipeError
+from selfteach.tasks.code.code_tests import with_tests
 from selfteach.tasks.sources.columns import (
     SOURCES,
     bad_row,
@@ -124,7 +125,10 @@ def _problems(
     first_bad: DataError | None = None
     for row in islice(_filtered(config, source, split, counts), config.limit):
         try:
-            problems.append(problem_from(row, columns, read))
+            problem = problem_from(row, columns, read)
+            problems.append(
+                with_tests(problem, row, config.code) if config.verifier == "code" else problem
+            )
         except MissingValue as missing:
             first_bad = first_bad or bad_row(row, missing)
             if config.bad_rows == "stop":
