@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import operator
 import sys
 from collections.abc import Callable
@@ -43,12 +44,21 @@ class CheckedAsserts(ast.NodeTransformer):
             sign = ast.Constant(type(test.ops[0]).__name__)
             arguments = [left, sign, right, source, ast.Constant(is_left)]
             method = "compare"
+            if self._calls(left) and not self._calls(right):
+                # What is expected comes first, and as a copy: the call may change its arguments.
+                arguments = [_expected(right), left, sign, source]
+                method = "compare_with"
         function = ast.Attribute(ast.Name("__checks__", ast.Load()), method, ast.Load())
         call = ast.Expr(ast.Call(function, arguments, []))
         return ast.fix_missing_locations(ast.copy_location(call, node))
 
     def _calls(self, node: ast.AST) -> bool:
         return any(isinstance(n, ast.Name) and n.id in self._names for n in ast.walk(node))
+
+
+def _expected(node: ast.expr) -> ast.expr:
+    copied = ast.Attribute(ast.Name("__checks__", ast.Load()), "copied", ast.Load())
+    return ast.Call(copied, [node], [])
 
 
 class Checks:
@@ -66,6 +76,15 @@ class Checks:
             expected, got = (right, left) if is_left else (left, right)
             raise CheckFailed(SIGNS[sign] + shown(expected), shown(got))
         self.passed += 1
+
+    def compare_with(self, expected: Any, got: Any, sign: str, source: str) -> None:
+        """Raise `CheckFailed` unless a value compares so with one that was computed before it."""
+        self.compare(got, sign, expected, source, True)
+
+    @staticmethod
+    def copied(value: Any) -> Any:
+        """Return a copy of a plain value."""
+        return copy.deepcopy(value) if isinstance(value, list | dict | set | bytearray) else value
 
     def holds(self, value: Any, source: str) -> None:
         """Raise `CheckFailed` unless a value is true."""

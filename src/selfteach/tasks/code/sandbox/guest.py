@@ -45,9 +45,8 @@ def serve(requests_fd: int, replies_fd: int, refused: list[str]) -> None:
     guest = Guest(replies_fd)
     _prepare(refused)
     signal.signal(signal.SIGXCPU, guest.report_limit)
-    with os.fdopen(requests_fd, "rb", buffering=0) as pipe:
-        reader = os.fdopen(os.dup(pipe.fileno()), "rb")
-        while line := reader.readline():
+    with os.fdopen(requests_fd, "rb") as requests:
+        while line := requests.readline():
             guest.answer(json.loads(line))
     os._exit(0)
 
