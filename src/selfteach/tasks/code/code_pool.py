@@ -147,6 +147,9 @@ class CodePool:
                     return outcome
                 worker.close()
             return {"kind": "broken", "detail": (outcome or {}).get("detail", "no reply")}
+        except BaseException:  # an interrupt leaves a reply in the pipe, which is not the next one's
+            worker.close()
+            raise
         finally:
             self._idle.put(worker)
 
