@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Hostile answers: forgeries that want to pass a test, and attempts to get out of the process.
 
 A forgery must not pass ``assert f(3) == 1234577``. An escape returns what it could do; ``[]`` is nothing.
@@ -187,7 +188,7 @@ def f(x):
 """,
     "deep reply": "import os\ndef f(x): os.write(4, b'[' * 100000 + b'\\n')",
     "not a reply": "import os\ndef f(x): os.write(4, b'\\xff\\x00\\n')",
-    "bad value": "import os\ndef f(x): os.write(4, b'{\"n\": 3, \"value\": {\"#\": \"object\", \"v\": []}}\\n')",
+    "bad value": 'import os\ndef f(x): os.write(4, b\'{"n": 3, "value": {"#": "object", "v": []}}\\n\')',
 }
 
 ESCAPES: dict[str, str] = {
@@ -337,7 +338,8 @@ BOMBS: dict[str, tuple[str, set[str]]] = {
     ),
     "memory": ("def f(x): return [0] * 10**10", {"memory"}),
     "memory step by step": (
-        "def f(x):\n    a = []\n    while True: a.append(bytearray(10**6))", {"memory"}
+        "def f(x):\n    a = []\n    while True: a.append(bytearray(10**6))",
+        {"memory"},
     ),
     "memory that is caught": (
         "def f(x):\n    a = []\n    while True:\n        try: a.append(bytearray(10**7))\n"
@@ -349,7 +351,8 @@ BOMBS: dict[str, tuple[str, set[str]]] = {
     "endless read": ("import sys, os\ndef f(x): r, w = os.pipe(); os.read(r, 1)", {"timeout"}),
     "endless in C": ("def f(x): return sum(range(10**18))", {"timeout"}),
     "endless regular expression": (
-        "import re\ndef f(x): return re.match(r'(a+)+$', 'a' * 60 + 'b')", {"timeout"}
+        "import re\ndef f(x): return re.match(r'(a+)+$', 'a' * 60 + 'b')",
+        {"timeout"},
     ),
     "huge power": ("def f(x): return 10 ** 10 ** 10", {"timeout", "memory", "exception"}),
     "huge integer": ("def f(x): return 1 << 10**6", {"failed"}),
@@ -360,9 +363,13 @@ BOMBS: dict[str, tuple[str, set[str]]] = {
         {"exception", "memory", "exit", "timeout"},
     ),
     "deep value": (
-        "def f(x):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a", {"exception"}
+        "def f(x):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
+        {"exception"},
     ),
-    "value that contains itself": ("def f(x):\n    a = []\n    a.append(a)\n    return a", {"exception"}),
+    "value that contains itself": (
+        "def f(x):\n    a = []\n    a.append(a)\n    return a",
+        {"exception"},
+    ),
     "endless value": ("import itertools\ndef f(x): return itertools.count()", {"failed"}),
     "large value": ("def f(x): return 'x' * 10**8", {"output", "memory", "timeout"}),
     "endless output": ("def f(x):\n    while True: print('x' * 1000)", {"timeout"}),

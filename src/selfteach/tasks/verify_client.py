@@ -167,7 +167,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_keys(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the rows of the file of timeouts with their keys, without a line that a kill has truncated."""
+    """Return the rows of the file of timeouts with their keys, without a truncated line."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:

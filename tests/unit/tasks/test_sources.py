@@ -264,8 +264,8 @@ SAMPLES: dict[str, tuple[dict, tuple[str, str, str | None]]] = {
          "def f():\n    return 2", "def f():\n    return 2"),
     ),
     "livecodebench": (
-        {"question_id": "2", "question_content": "Print two.", "starter_code": "", "platform": "atcoder",
-         "difficulty": "easy", "contest_date": "2024-01-01", "metadata": "{}",
+        {"question_id": "2", "question_content": "Print two.", "starter_code": "",
+         "platform": "atcoder", "difficulty": "easy", "contest_date": "2024-01-01", "metadata": "{}",
          "public_test_cases": '[{"input": "", "output": "2", "testtype": "stdin"}]'},
         ("Print two.", "", None),
     ),

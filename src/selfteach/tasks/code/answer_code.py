@@ -49,9 +49,9 @@ class AnswerCode:
 def find_code(text: str, names: Sequence[str] = ()) -> AnswerCode | None:
     """Return an answer's code, or None if it has none.
 
-    It is in the last ``<answer>`` if that is closed and holds any, else before it: the last fenced block of Python that
-    defines one of ``names``, else the last one, else the whole of the text if a line of it begins like a
-    statement.
+    It is in the last ``<answer>`` if that is closed and holds any, else before it: the last fenced
+    block of Python that defines one of ``names``, else the last one, else the whole of the text if a
+    line of it begins like a statement.
     """
     begin, end = 0, len(text)
     if (span := tagged_span(text)) is not None:

@@ -39,8 +39,8 @@ class CodePool:
     """Runs tests on answers; thread-safe. Starting it proves that answers are isolated.
 
     Outcomes are held in memory, since verifier and critic's parser try the same answers. All processes
-    end with this one, however it ends. Raises `DataError`, in one line, if the isolation that the recipe
-    demands does not work here.
+    end with this one, however it ends. Raises `DataError`, in one line, if the isolation that the
+    recipe demands does not work here.
     """
 
     def __init__(self, config: CodeConfig) -> None:
@@ -147,7 +147,9 @@ class CodePool:
                     return outcome
                 worker.close()
             return {"kind": "broken", "detail": (outcome or {}).get("detail", "no reply")}
-        except BaseException:  # an interrupt leaves a reply in the pipe, which is not the next one's
+        except (
+            BaseException
+        ):  # an interrupt leaves a reply in the pipe, which is not the next one's
             worker.close()
             raise
         finally:

@@ -29,14 +29,21 @@ from selfteach.types import Problem
 Tests = dict[str, Any]
 KEY = "code_tests"
 """The key of a problem's ``meta`` that holds its tests."""
-TEST_COLUMNS = ("tests", "test_list", "test", "private_test_cases", "public_test_cases", "input_output")
+TEST_COLUMNS = (
+    "tests",
+    "test_list",
+    "test",
+    "private_test_cases",
+    "public_test_cases",
+    "input_output",
+)
 """Names of a column of tests, the first that a row has."""
 MAX_UNPACKED_BYTES = 256 << 20
 """Size of unpacked tests."""
 
 
 def with_tests(problem: Problem, row: Row, config: CodeConfig) -> Problem:
-    """Return a problem with the tests of its row. Raises `MissingValue` if there are none, or bad ones."""
+    """Return a problem with the tests of its row. Raises `MissingValue` if none can be read."""
     return replace(problem, meta={**problem.meta, KEY: read_tests(row.values, config)})
 
 
@@ -70,7 +77,9 @@ def _tests(column: str, value: Any, values: Mapping[str, Any], config: CodeConfi
     entry = _entry_point(values, config)
     if isinstance(value, str) and value.strip():
         if entry is None:
-            raise MissingValue(f"column {column!r} is test code, and no column names the entry point")
+            raise MissingValue(
+                f"column {column!r} is test code, and no column names the entry point"
+            )
         return {"shape": "check", "check": _python(value, column), "entry_point": entry}
     if isinstance(value, Sequence) and value and all(isinstance(one, str) for one in value):
         for one in value:
@@ -90,7 +99,9 @@ def _cases(
     """Return cases of calls or programs."""
     if isinstance(value, Mapping) and {"inputs", "outputs"} <= value.keys():
         if value.get("fn_name"):
-            raise UnreadableValue(f"column {column!r} calls a function by APPS' rules: not supported")
+            raise UnreadableValue(
+                f"column {column!r} calls a function by APPS' rules: not supported"
+            )
         pairs = zip(value["inputs"], value["outputs"], strict=False)
         value = [{"stdin": one, "stdout": other} for one, other in pairs]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -98,9 +109,7 @@ def _cases(
     return [_case(column, one, values, config) for one in value]
 
 
-def _case(
-    column: str, case: Any, values: Mapping[str, Any], config: CodeConfig
-) -> dict[str, Any]:
+def _case(column: str, case: Any, values: Mapping[str, Any], config: CodeConfig) -> dict[str, Any]:
     match case:
         case {"call": str(call), "expected": _}:
             return _call(column, call, case)

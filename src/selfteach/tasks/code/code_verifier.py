@@ -83,7 +83,7 @@ def _tests_of(problem: Problem) -> Tests:
 
 
 def wrong_code(problem: Problem) -> Iterator[str]:
-    """Yield code that no tests should accept: the functions return nothing, the program prints nothing."""
+    """Yield code that no tests should accept: functions that return nothing, or no program."""
     tests = problem.meta.get(KEY)
     names = entry_names(tests) if isinstance(tests, dict) else []
     names = names or re.findall(r"^def (\w+)", problem.answer, re.MULTILINE)

@@ -53,8 +53,8 @@ def candidates(requested: Isolation) -> tuple[Isolation, ...]:
     """Return the isolations to try. Raises `DataError`, in one line, where none can work."""
     if sys.platform != "linux" or platform.machine() not in MACHINES:
         raise DataError(
-            f'data.verifier = "code" needs Linux on {" or ".join(MACHINES)} to isolate answers; this is '
-            f"{sys.platform} on {platform.machine()}"
+            f'data.verifier = "code" needs Linux on {" or ".join(MACHINES)} to isolate answers; this '
+            f"is {sys.platform} on {platform.machine()}"
         )
     return AUTOMATIC if requested == "auto" else (requested,)
 

@@ -1,4 +1,4 @@
-"""Describes how an answer's tests ended: the text that the environment says, and evidence for critics."""
+"""Describes how an answer's tests ended: the environment's message, and evidence for critics."""
 
 from __future__ import annotations
 

@@ -27,7 +27,12 @@ def _fixed_seed() -> None:
 def pool(request: pytest.FixtureRequest) -> Iterator[CodePool]:
     """Yield a pool of one isolation, with short limits and no refused imports."""
     config = CodeConfig(
-        isolation=request.param, cpu_s=0.5, memory_mb=512, scratch_mb=2, workers=2, refused_imports=()
+        isolation=request.param,
+        cpu_s=0.5,
+        memory_mb=512,
+        scratch_mb=2,
+        workers=2,
+        refused_imports=(),
     )
     try:
         pool = CodePool(config)

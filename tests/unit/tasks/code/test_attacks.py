@@ -57,7 +57,9 @@ def test_an_answer_cannot_replace_what_a_test_calls(pool: CodePool, shadow: str)
     used = {"abs": "abs(f(3) - 5) < 1", "set": "set(f(3)) == {1}", "len": "len(f(3)) == 4",
             "sorted": "sorted(f(3)) == [1]", "math": "math.isclose(f(3), 5)",
             "isinstance": "isinstance(f(3), str)", "round": "round(f(3)) == 5"}  # fmt: skip
-    code = f"class T:\n    def __getattr__(self, n): return lambda *a: True\n{shadow} = lambda *a: 0\n"
+    code = (
+        f"class T:\n    def __getattr__(self, n): return lambda *a: True\n{shadow} = lambda *a: 0\n"
+    )
     code += "def f(x): return [2]"
     tests = {"shape": "asserts", "asserts": [f"assert {used[shadow]}"], "setup": ""}
     assert pool.run(tests, code)["kind"] == "failed"

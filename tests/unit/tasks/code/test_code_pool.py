@@ -1,4 +1,4 @@
-"""A pool's processes: proven isolation, refusals in one line, restarts, an end for sure, stored timeouts."""
+"""A pool's processes: proven isolation, refusals, restarts, an end for sure, stored timeouts."""
 
 from __future__ import annotations
 
@@ -131,7 +131,9 @@ def test_everything_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": source, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-    wait_until(lambda: len(children(process.pid)) >= 5)  # supervisor, zygote, judge, watchdog, answer
+    wait_until(
+        lambda: len(children(process.pid)) >= 5
+    )  # supervisor, zygote, judge, watchdog, answer
     pids = children(process.pid)
     process.kill()
     process.wait()
@@ -223,7 +225,17 @@ def test_the_filter_allows_what_is_listed_and_nothing_else(machine: str) -> None
     def run(number: int, *arguments: int, on: int = arch) -> int:
         return interpret(program, number, on, arguments)
 
-    special = {"clone", "clone3", "kill", "tgkill", "prlimit64", "ioctl", "fcntl", "sendmsg", "recvmsg"}
+    special = {
+        "clone",
+        "clone3",
+        "kill",
+        "tgkill",
+        "prlimit64",
+        "ioctl",
+        "fcntl",
+        "sendmsg",
+        "recvmsg",
+    }
     for number in range(600):
         names = {name for name, value in numbers.items() if value == number}
         if not names & special:

@@ -21,7 +21,7 @@ from selfteach.types import Problem
 
 MBPP = {
     "task_id": 601, "text": "Longest chain.", "test_setup_code": "",
-    "code": "class Pair(object):\n    def __init__(self, a, b):\n        self.a = a\n        self.b = b\n"
+    "code": "class Pair(object):\n    def __init__(self, a, b):\n        self.a, self.b = a, b\n"
             "def longest(arr, n):\n    return len([p for p in arr if p.a < p.b][:n])",
     "test_list": ["assert longest([Pair(5, 24), Pair(15, 25), Pair(27, 20)], 3) == 2",
                   "assert longest([Pair(1, 2)], 1) == 1"],
@@ -32,7 +32,7 @@ HUMANEVAL = {
               "def decode_cyclic(s: str):\n    \"\"\" Decodes. \"\"\"\n",
     "canonical_solution": "    return s[-1:] + s[:-1]\n",
     "test": "METADATA = {}\n\ndef check(candidate):\n    from random import randint\n"
-            "    for _ in range(20):\n        text = ''.join(chr(97 + randint(0, 25)) for _ in range(9))\n"
+            "    for _ in range(20):\n        text = ''.join(chr(randint(97, 122)) for _ in range(9))\n"
             "        assert candidate(encode_cyclic(text)) == text\n",
 }  # fmt: skip
 
@@ -52,7 +52,9 @@ STDIN = {
 FUNCTIONAL = STDIN | {
     "starter_code": "class Solution:\n    def add(self, a: int, b: List[int]) -> int:\n        ",
     "metadata": json.dumps({"func_name": "add"}),
-    "public_test_cases": json.dumps([{"input": "1\n[2, 3]", "output": "6", "testtype": "functional"}]),
+    "public_test_cases": json.dumps(
+        [{"input": "1\n[2, 3]", "output": "6", "testtype": "functional"}]
+    ),
     "private_test_cases": packed([{"input": "0\n[]", "output": "0", "testtype": "functional"}]),
 }
 OURS = {

@@ -84,7 +84,8 @@ def test_functions_that_change_their_arguments_and_objects_can_be_tested(
     any_pool: CodePool,
 ) -> None:
     code = "def f(x):\n    x.sort()\nclass Stack:\n    def __init__(self): self.items = []\n"
-    code += "    def push(self, x): self.items.append(x)\n    def __len__(self): return len(self.items)\n"
+    code += "    def push(self, x): self.items.append(x)\n"
+    code += "    def __len__(self): return len(self.items)\n"
     code += "def g(n):\n    for i in range(n): yield i\n"
     tests = ["x = [2, 1]\nf(x)\nassert x == [1, 2]", "s = Stack()\ns.push(4)\nassert s.items == [4]",
              "s = Stack()\ns.push(4)\nassert len(s) == 1", "assert list(g(3)) == [0, 1, 2]",
@@ -149,7 +150,12 @@ def test_written_code_is_found_again_and_hostile_text_takes_no_time() -> None:
     code = 'x = """\n```\n"""'
     found_code = find_code(write_code(code))
     assert found_code is not None and found_code.code.strip() == code
-    for hostile in ("```" * 50_000, "```\n" * 50_000, "<answer>x</answer>" * 5000, "~~~py\n" * 20_000):
+    for hostile in (
+        "```" * 50_000,
+        "```\n" * 50_000,
+        "<answer>x</answer>" * 5000,
+        "~~~py\n" * 20_000,
+    ):
         find_code(hostile, ["f"])
 
 
@@ -161,8 +167,8 @@ Point = namedtuple("Point", "x y")
 @pytest.mark.parametrize(
     "value",
     [None, True, 3, -1.5, "é\ud800\n", [1, [2]], (1, (2,)), {1: "a", (2, 3): [4]}, {1, 2}, b"\x00a",
-     frozenset([1]), pytest.param(10**5000, id="big"), 1j, range(3), Fraction(1, 3), Decimal("1.10"), bytearray(b"x"), 0.1,
-     math.inf, {}, {"#": "int", "v": "0x1"}],
+     frozenset([1]), pytest.param(10**5000, id="big"), 1j, range(3),
+     Fraction(1, 3), Decimal("1.10"), bytearray(b"x"), 0.1, math.inf, {}, {"#": "int", "v": "0x1"}],
 )  # fmt: skip
 def test_values_come_back_with_their_types(value: Any) -> None:
     sent = json.loads(json.dumps(encode(value, lambda _: 0)))

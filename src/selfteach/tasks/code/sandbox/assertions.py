@@ -123,7 +123,7 @@ def called_names(tree: ast.AST) -> list[str]:
 
 
 def answer_names(tests: list[ast.Module], setup: ast.Module, entry_point: str | None) -> list[str]:
-    """Return the names that tests take from the answer: the entry point, and those that nothing defines.
+    """Return the names that tests take from the answer: the entry point, and what nothing defines.
 
     A built-in name (some problems ask for a function ``sum``) is the answer's only where tests call
     nothing else; so an answer cannot replace the ``abs`` or ``set`` of a test.

@@ -54,9 +54,7 @@ def restrict_files(readable: Iterable[str], scratch: str | None) -> None:
     attributes = struct.pack("=QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 8 if abi < 4 else 16 if abi < 6 else 24
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    ruleset = check(
-        libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(size), 0), "Landlock"
-    )
+    ruleset = check(libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(size), 0), "Landlock")
     for path in readable:
         _permit(ruleset, path, READ & rights)
     _permit(ruleset, "/dev/null", (READ_FILE | WRITE_FILE) & rights)

@@ -60,8 +60,8 @@ def _prepare(refused: list[str]) -> None:
     sys.argv = ["answer.py"]
     random.seed(0)
     # New streams: those of the interpreter are on other files than these descriptors now.
-    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: PTH123, SIM115
-    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: PTH123, SIM115
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
 
 
 class Guest:

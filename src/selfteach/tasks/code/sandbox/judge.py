@@ -24,8 +24,8 @@ Outcome = dict[str, Any]
 def judge(request: dict[str, Any], zygote: socket.socket) -> Outcome:
     """Return the outcome of an answer's tests; ``kind`` is ``passed`` or says what went wrong.
 
-    ``request["tests"]`` has a ``shape``: ``asserts``, ``check``, ``cases`` or ``programs``. Testing stops
-    at the first test that fails.
+    ``request["tests"]`` has a ``shape``: ``asserts``, ``check``, ``cases`` or ``programs``. Testing
+    stops at the first test that fails.
     """
     progress: Outcome = {"passed": 0, "total": None}
     runs = {"asserts": _asserts, "check": _check, "cases": _cases, "programs": _programs}
@@ -93,7 +93,9 @@ def _check(request: dict[str, Any], zygote: socket.socket, progress: Outcome) ->
     """Run test code that defines ``check(candidate)``, and call it (HumanEval)."""
     tests = request["tests"]
     entry = tests["entry_point"]
-    code = [tests["check"], f"check({entry})"] if "def check" in tests["check"] else [tests["check"]]
+    code = (
+        [tests["check"], f"check({entry})"] if "def check" in tests["check"] else [tests["check"]]
+    )
     _run_code(request, zygote, progress, ["\n".join(code)], tests.get("prelude", ""), entry)
 
 
@@ -135,7 +137,7 @@ def _run_code(
 
 
 def _error_in_tests(error: Exception, trial: Trial) -> BaseException:
-    """Return what an exception in test code means: the answer's, a value of a wrong kind, or bad tests."""
+    """Return what an exception in test code means: the answer's, a wrong value, or bad tests."""
     described = getattr(error, "described", None)
     if described is not None:
         return error_outcome(described)

@@ -48,7 +48,7 @@ def enter_box(readable: Iterable[str]) -> None:
         _bind(path)
     for name in ("/lib", "/lib64"):  # links into /usr on most systems; the loader looks there
         if os.path.islink("/before" + name):  # noqa: PTH114
-            os.symlink(os.readlink("/before" + name), name)  # noqa: PTH115
+            os.symlink(os.readlink("/before" + name), name)  # noqa: PTH115, PTH211
     os.mkdir(SCRATCH)  # noqa: PTH102
     check(libc.umount2(b"/before", DETACH), "umount")
     os.rmdir("/before")  # noqa: PTH106
@@ -113,4 +113,3 @@ def _mount(
         encoded(source), target.encode(), encoded(kind), ctypes.c_ulong(flags), encoded(options)
     )
     check(result, f"mount of {target}")
-

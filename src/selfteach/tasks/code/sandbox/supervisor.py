@@ -105,7 +105,7 @@ class Supervisor:
         _, status = os.waitpid(pid, 0)
         if content and in_time:
             return json.loads(content)
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF or not in_time:
+        if (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF) or not in_time:
             return {"kind": "timeout", "detail": "comparison" if in_time else "wall"}
         return {"kind": "broken", "detail": f"the judge ended with status {status}"}
 

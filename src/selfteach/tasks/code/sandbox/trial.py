@@ -16,7 +16,7 @@ MAX_REPLY_BYTES = 8 << 20
 
 
 class TrialOver(BaseException):
-    """Signals that no more tests can be run; ``outcome`` says why. Test code cannot catch it by accident."""
+    """Signals that no more tests can be run; ``outcome`` says why. No test code catches it."""
 
     def __init__(self, kind: str, **details: Any) -> None:
         super().__init__(kind)
@@ -92,7 +92,9 @@ class Trial:
             self._buffer += chunk
             if len(self._buffer) > MAX_REPLY_BYTES:
                 self.close()
-                raise TrialOver("output", detail=f"a value of more than {MAX_REPLY_BYTES >> 20} MiB")
+                raise TrialOver(
+                    "output", detail=f"a value of more than {MAX_REPLY_BYTES >> 20} MiB"
+                )
         line, _, self._buffer = self._buffer.partition(b"\n")
         return self.read_reply(line)
 
@@ -106,7 +108,9 @@ class Trial:
                 over = self.over()
                 over.outcome["line"] = reply["stuck"] if isinstance(reply["stuck"], int) else None
                 raise over
-            if reply["n"] == self._number and ("value" in reply or isinstance(reply["error"], dict)):
+            if reply["n"] == self._number and (
+                "value" in reply or isinstance(reply["error"], dict)
+            ):
                 return reply
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
@@ -162,7 +166,9 @@ class Trial:
         for fd in (self.replies, self.stdin, self.stdout):
             if fd >= 0:
                 os.close(fd)
-        report = os.read(self._status, 1 << 16)  # ends with the watchdog, which outlives the process
+        report = os.read(
+            self._status, 1 << 16
+        )  # ends with the watchdog, which outlives the process
         os.close(self._status)
         self._status = self.stdin = self.stdout = -1
         self.end = json.loads(report) if report else {}
@@ -232,7 +238,9 @@ class Remote:
     def _refuse(self, *_: Any) -> Any:
         raise CheckFailed("a plain value", repr(self), f"{self!r} is no plain value")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __contains__ = __hash__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __contains__ = __hash__ = (
+        _refuse
+    )
 
 
 def named(value: Any, name: str) -> Any:
@@ -246,7 +254,9 @@ def _number_of(value: Any) -> int:
     """Return the number of an object of the answer; tests pass no other objects."""
     if isinstance(value, Remote):
         return object.__getattribute__(value, "_number")
-    raise TrialOver("tests", detail=f"a test passes {type(value).__name__}, which is no plain value")
+    raise TrialOver(
+        "tests", detail=f"a test passes {type(value).__name__}, which is no plain value"
+    )
 
 
 class AnswerError(Exception):
@@ -254,7 +264,7 @@ class AnswerError(Exception):
 
 
 def _exception(described: dict[str, Any]) -> BaseException:
-    """Return an exception to raise in the test: a built-in one of the same kind, with its description."""
+    """Return an exception to raise in the test, a built-in one of the same kind."""
     if "SystemExit" in (bases := list(described.get("bases", []))):
         return TrialOver("exit", detail="sys.exit", error=described)
     kind = next((k for b in bases if isinstance(k := getattr(builtins, str(b), None), type)), None)

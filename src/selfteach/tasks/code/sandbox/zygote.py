@@ -1,8 +1,8 @@
 """Starts isolated processes by forking a clean interpreter: it holds no test, no answer, no secret.
 
-A request is a line of limits with five file descriptors. For each, a watchdog is forked, and from it the
-process that runs the answer. The watchdog ends that process at its limits or as soon as nobody can send
-it requests any more, and then reports how it ended.
+A request is a line of limits with five file descriptors. For each, a watchdog is forked, and from it
+the process that runs the answer. The watchdog ends that process at its limits or as soon as nobody can
+send it requests any more, and then reports how it ended.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import Any
 from . import confinement, guest, namespaces, seccomp_filter
 
 PRELOADED = (
-    "abc array bisect cmath collections copy dataclasses datetime decimal enum fractions functools "
-    "heapq io itertools json math numbers operator queue random re statistics string textwrap time "
-    "typing"
-).split()
+    "abc", "array", "bisect", "cmath", "collections", "copy", "dataclasses", "datetime",
+    "decimal", "enum", "fractions", "functools", "heapq", "io", "itertools", "json",
+    "math", "numbers", "operator", "queue", "random", "re", "statistics", "string",
+    "textwrap", "time", "typing",
+)  # fmt: skip
 """Modules that answers import often; here once, and not in every process's CPU time."""
 GRACE_S = 0.1
 """Time in which a process may report the line that runs at its limit."""
@@ -121,7 +122,7 @@ def _become_guest(
             cpu_s=limits["cpu_s"], memory_bytes=limits["memory_bytes"],
             file_bytes=limits["scratch_bytes"], processes=MAX_THREADS,
         )  # fmt: skip
-        if isolation == "landlock" or confinement.landlock_abi() and isolation != "rlimits":
+        if isolation == "landlock" or (confinement.landlock_abi() and isolation != "rlimits"):
             confinement.restrict_files(readable, folder)
         try:
             confinement.drop_capabilities()
