@@ -31,6 +31,7 @@ from selfteach.runtime.stored_files import read_json
 from selfteach.runtime.stored_records import history_column
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.splits import split_pool, without_duplicates
+from selfteach.tasks.verifiers import verify_all
 from selfteach.trainer.build import Built, build, set_threads
 from selfteach.trainer.preflight import preflight
 from selfteach.trainer.problem_identity import same_problems
@@ -213,8 +214,9 @@ def _tally(
     verify = built.components.verify
     tallies: dict[str, Tally] = {}
     wrong: dict[str, list[Rollout]] = {}
-    for rollout in batch:
-        verdict, id_ = verify(rollout.problem, rollout.text), rollout.problem.id
+    verdicts = verify_all(verify, [(rollout.problem, rollout.text) for rollout in batch])
+    for rollout, verdict in zip(batch, verdicts, strict=True):
+        id_ = rollout.problem.id
         before = tallies.get(id_, Tally(rollout.problem, 0, 0, 0))
         tallies[id_] = Tally(
             rollout.problem,

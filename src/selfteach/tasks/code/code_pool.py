@@ -141,6 +141,7 @@ class CodePool:
     def _run(self, line: str) -> Outcome:
         worker = self._idle.get()
         try:
+            outcome = None
             for _ in range(ATTEMPTS):
                 outcome = worker.run(line, self._wall_s(line))
                 if outcome is not None and outcome["kind"] != "broken":
@@ -179,7 +180,7 @@ class CodeWorker:
     """Runs `sandbox.supervisor` in a subprocess, started on first use; one answer at a time."""
 
     def __init__(self, name: Isolation, scratch: str) -> None:
-        self.isolation = name
+        self.isolation: Isolation = name
         self._scratch = scratch
         self._process: subprocess.Popen[bytes] | None = None
 

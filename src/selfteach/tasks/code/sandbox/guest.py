@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from .values import allow_big_integers, decode, encode
@@ -176,7 +176,9 @@ def _mutable(arguments: list[Any], keep: Callable[[Any], int]) -> list[Any]:
 
 def _line_of(value: Any) -> int | None:
     code = getattr(value, "__code__", None)
-    return code.co_firstlineno if getattr(code, "co_filename", None) == ANSWER else None
+    if not isinstance(code, CodeType) or code.co_filename != ANSWER:
+        return None
+    return code.co_firstlineno
 
 
 def _described(error: BaseException) -> dict[str, Any]:
@@ -186,9 +188,9 @@ def _described(error: BaseException) -> dict[str, Any]:
         if trace.tb_frame.f_code.co_filename == ANSWER:
             line = trace.tb_lineno
         trace = trace.tb_next
-    syntax = isinstance(error, SyntaxError) and error.filename == ANSWER
-    if syntax:
-        line = error.lineno
+    syntax = False
+    if isinstance(error, SyntaxError) and error.filename == ANSWER:
+        syntax, line = True, error.lineno
     try:
         text = str(error)[:MAX_TEXT]
     except BaseException:

@@ -130,8 +130,7 @@ class Trial:
     def _take_changes(self, arguments: Any, changes: list[Any]) -> None:
         """Change arguments as the call has changed them in its process."""
         for argument, change in zip(arguments, changes, strict=False):
-            new = None if change is None else self._decoded(change)
-            if type(new) is not type(argument):
+            if change is None or type(new := self._decoded(change)) is not type(argument):
                 continue
             if isinstance(argument, list | bytearray):
                 argument[:] = new

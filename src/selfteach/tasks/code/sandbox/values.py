@@ -23,19 +23,18 @@ KEY = "#"
 def encode(value: Any, keep: Callable[[Any], int]) -> Any:
     """Return a JSON-able form of a value; tuples, sets, dicts, bytes and big integers are tagged.
 
-    Values of subclasses (named tuples, counters) become those of the built-in type. Raises
+    Values of subclasses (named tuples, counters, enumerations of integers) become those of the built-in type. Raises
     `RecursionError` for what contains itself.
     """
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return value
-    if isinstance(value, int) and kind.__module__ in ("builtins", "collections"):
-        small = int.bit_length(value) <= MAX_DECIMAL_BITS
-        return int(value) if small else {KEY: "int", "v": hex(value)}
-    if kind is float:
-        return value if math.isfinite(value) else {KEY: "float", "v": float.__repr__(value)}
-    if kind is list:
-        return [encode(one, keep) for one in list.__iter__(value)]
+    if isinstance(value, int):
+        plain = int.__int__(value)  # of an enumeration too
+        return plain if plain.bit_length() <= MAX_DECIMAL_BITS else {KEY: "int", "v": hex(plain)}
+    if isinstance(value, float):
+        plain = float.__float__(value)
+        return plain if math.isfinite(plain) else {KEY: "float", "v": repr(plain)}
     return _encode_tagged(value, keep)
 
 
