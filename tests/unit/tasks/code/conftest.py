@@ -24,7 +24,7 @@ def _fixed_seed() -> None:
 
 
 def started(config: CodeConfig) -> CodePool:
-    """Return a pool; skip the test where this machine lacks what isolation needs, not where it fails."""
+    """Return a pool; skip the test where this machine lacks what it needs, not where it fails."""
     try:
         return CodePool(config)
     except DataError as error:

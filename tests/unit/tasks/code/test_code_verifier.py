@@ -179,7 +179,8 @@ def test_values_come_back_with_their_types(value: Any) -> None:
 
 def test_values_of_subclasses_become_plain() -> None:
     for value, plain in (
-        (Counter("aa"), {"a": 2}), (IntFlag("F", "a b").b, 2), (OrderedDict(b=1), {"b": 1}), (Point(1, 2), (1, 2)),
+        (Counter("aa"), {"a": 2}), (OrderedDict(b=1), {"b": 1}), (Point(1, 2), (1, 2)),
+        (IntFlag("F", "a b").b, 2),
     ):  # fmt: skip
         back = decode(json.loads(json.dumps(encode(value, lambda _: 0))), lambda *_: None)
         assert back == plain and type(back) is type(plain)

@@ -23,8 +23,8 @@ KEY = "#"
 def encode(value: Any, keep: Callable[[Any], int]) -> Any:
     """Return a JSON-able form of a value; tuples, sets, dicts, bytes and big integers are tagged.
 
-    Values of subclasses (named tuples, counters, enumerations of integers) become those of the built-in type. Raises
-    `RecursionError` for what contains itself.
+    Values of subclasses (named tuples, counters, enumerations of integers) become those of the built-in
+    type. Raises `RecursionError` for what contains itself.
     """
     kind = type(value)
     if value is None or kind is bool or kind is str:
