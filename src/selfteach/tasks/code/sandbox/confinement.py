@@ -93,8 +93,14 @@ def hide_memory() -> None:
     check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
 
 
-def limit_resources(*, cpu_s: float, memory_bytes: int, file_bytes: int, processes: int) -> None:
-    """Limit CPU time, address space, size of a file, open files and processes of this process."""
+def limit_resources(
+    *, cpu_s: float, memory_bytes: int, file_bytes: int, processes: int | None
+) -> None:
+    """Limit CPU time, address space, size of a file, open files and processes of this process.
+
+    Outside of a user namespace the kernel counts all processes of the user, the trainer's threads too:
+    ``processes`` is then None, which limits nothing.
+    """
     seconds = int(cpu_s) + 2  # the watchdog ends it earlier, to the hundredth of a second
     for name, value in (
         (resource.RLIMIT_CPU, seconds),
@@ -106,5 +112,7 @@ def limit_resources(*, cpu_s: float, memory_bytes: int, file_bytes: int, process
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
+        if value is None:
+            continue
         with contextlib.suppress(ValueError):  # a limit that is lower already
             resource.setrlimit(name, (value, value))

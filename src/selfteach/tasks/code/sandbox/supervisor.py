@@ -153,7 +153,7 @@ class Supervisor:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, JUDGE_CPU_S)
         confinement.limit_resources(
-            cpu_s=2 * JUDGE_CPU_S, memory_bytes=JUDGE_MEMORY_BYTES, file_bytes=0, processes=64
+            cpu_s=2 * JUDGE_CPU_S, memory_bytes=JUDGE_MEMORY_BYTES, file_bytes=0, processes=None
         )
         if self._settings["isolation"] == "rlimits":
             return
