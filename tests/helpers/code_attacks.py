@@ -187,6 +187,8 @@ def f(x):
     while True: os.write(4, b"x" * 65536)
 """,
     "deep reply": "import os\ndef f(x): os.write(4, b'[' * 100000 + b'\\n')",
+    "claims that the runner is broken": 'import os\ndef f(x): os.write(4, b\'{"n": -1, "broken": "x"}\\n\')',
+    "claims a timeout": 'import os\ndef f(x): os.write(4, b\'{"n": 3, "stuck": 1}\\n\')',
     "not a reply": "import os\ndef f(x): os.write(4, b'\\xff\\x00\\n')",
     "bad value": 'import os\ndef f(x): os.write(4, b\'{"n": 3, "value": {"#": "object", "v": []}}\\n\')',
 }

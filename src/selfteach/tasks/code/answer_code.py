@@ -14,6 +14,8 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 """Matches a fenced block; one that is not closed ends with the text."""
+MAX_SHOWN = 300
+"""Characters of a line that messages show."""
 LANGUAGES = frozenset({"", "py", "python", "python3", "py3", "python2"})
 STATEMENT = re.compile(
     r"^(?:(?:async )?def |class |import |from \w[\w.]* import|for |while |if |try:|with |print\("
@@ -41,9 +43,10 @@ class AnswerCode:
         return begin + indent, begin + max(indent, len(text.rstrip()))
 
     def source_line(self, line: int) -> str:
-        """Return the text of a line, from 1; empty if there is none."""
+        """Return the text of a line, from 1, shortened; empty if there is none."""
         lines = self.code.split("\n")
-        return lines[line - 1].strip() if 1 <= line <= len(lines) else ""
+        text = lines[line - 1].strip() if 1 <= line <= len(lines) else ""
+        return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 
 def find_code(text: str, names: Sequence[str] = ()) -> AnswerCode | None:

@@ -51,6 +51,7 @@ class CodePool:
             "scratch_bytes": config.scratch_mb << 20,
             "refused_imports": list(config.refused_imports),
         }
+        isolation.candidates(config.isolation)  # refuses other systems before anything is started
         self.workers = config.workers or min(MAX_WORKERS, len(os.sched_getaffinity(0)))
         self._lock = threading.Lock()
         self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
@@ -145,9 +146,10 @@ class CodePool:
             for _ in range(ATTEMPTS):
                 outcome = worker.run(line, self._wall_s(line))
                 if outcome is not None and outcome["kind"] != "broken":
-                    return outcome
+                    break
                 worker.close()
-            return {"kind": "broken", "detail": (outcome or {}).get("detail", "no reply")}
+            outcome = outcome or {"kind": "broken", "detail": "no reply"}
+            return {name: _storable(value) for name, value in outcome.items()}
         except (
             BaseException
         ):  # an interrupt leaves a reply in the pipe, which is not the next one's
@@ -221,3 +223,8 @@ class CodeWorker:
             reason = (reply or {}).get("error", f"no reply within {START_S:.0f} s")
             raise DataError(str(reason))
         return process
+
+
+def _storable(value: Any) -> Any:
+    """Return a value; a text without halves of surrogate pairs, which no file takes."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

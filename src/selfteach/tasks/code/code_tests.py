@@ -38,6 +38,29 @@ TEST_COLUMNS = (
     "input_output",
 )
 """Names of a column of tests, the first that a row has."""
+LIVECODEBENCH_PRELUDE = """\
+import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator
+import random, re, statistics, string, sys, typing
+from string import *
+from re import *
+from datetime import *
+from collections import *
+from heapq import *
+from bisect import *
+from copy import *
+from math import *
+from random import *
+from statistics import *
+from itertools import *
+from functools import *
+from operator import *
+from io import *
+from sys import *
+from json import *
+from builtins import *
+from typing import *
+"""
+"""What LiveCodeBench imports before an answer: its starter code names ``List`` without importing it."""
 MAX_UNPACKED_BYTES = 256 << 20
 """Size of unpacked tests."""
 
@@ -63,6 +86,8 @@ def read_tests(values: Mapping[str, Any], config: CodeConfig) -> Tests:
         tests["cases"] = [*_cases("public_test_cases", public, values, config), *tests["cases"]]
     if prelude := _text(values, config.prelude):
         tests["prelude"] = _python(prelude, config.prelude or "")
+    elif column.endswith("_test_cases"):
+        tests["prelude"] = LIVECODEBENCH_PRELUDE
     return tests
 
 

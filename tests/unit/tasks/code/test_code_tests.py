@@ -84,7 +84,8 @@ CASES = {
     ),
     "functional": (
         problem_of(FUNCTIONAL, "livecodebench"),
-        "class Solution:\n    def add(self, a, b):\n        return a + sum(b)", "a + sum", "sum",
+        "class Solution:\n    def add(self, a: int, b: List[int]) -> int:\n"
+        "        return a + reduce(add, b, 0)", "a + ", "",
     ),
     "ours": (problem_of(OURS), OURS["answer"], "/ 2", "/ 3"),
 }  # fmt: skip

@@ -112,6 +112,23 @@ def test_tests_that_cannot_be_run_are_no_fault_of_the_answer(
     assert outcome["kind"] == "tests" and detail in outcome["detail"], outcome
 
 
+def test_an_answer_is_compiled_as_a_file_of_its_own(any_pool: CodePool) -> None:
+    """No future statement of the runner's holds for the answer or for tests."""
+    code = "def f(x: int): return f.__annotations__['x'] is int"
+    tests = {"shape": "asserts", "asserts": ["assert f(1)"], "setup": ""}
+    assert any_pool.run(tests, code)["kind"] == "passed"
+    program = {"shape": "programs", "cases": [{"stdin": "", "stdout": "True"}]}
+    assert any_pool.run(program, code + "\nprint(f(1))")["kind"] == "passed"
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\0", "\x1b[2J", "é" * 5000])
+def test_what_an_answer_says_can_be_stored(text: str, any_pool: CodePool) -> None:
+    for code in (f"def f(a, b): raise ValueError({text!r})", f"def f(a, b): return {text!r}"):
+        verdict = CodeVerifier(pool=any_pool)(problem(), f"```python\n{code}\n```")
+        json.dumps(verdict.evidence, ensure_ascii=False).encode()
+        assert len((verdict.feedback or "").encode()) < 10_000
+
+
 def test_verdicts_do_not_depend_on_hash_seeds_or_random_numbers(any_pool: CodePool) -> None:
     code = "import random\ndef f(): return [random.random(), list({'a', 'b', 'c', 'd', 'e'})]"
     tests = {"shape": "cases", "cases": [{"call": "f", "args": [], "expected": 0}]}

@@ -154,7 +154,7 @@ def namespace(trial: Trial, names: list[str], setup: ast.Module, checks: Checks)
     answers = {name: named(trial.request("get", name), name) for name in names}
     space: dict[str, Any] = {"__name__": "tests", "__checks__": checks, **answers}
     with_modules(space, [setup])
-    exec(compile(setup, "<setup>", "exec"), space)
+    exec(compile(setup, "<setup>", "exec", dont_inherit=True), space)
     space.update(answers)  # a stub of the entry point in the set-up is not the answer
     return space
 

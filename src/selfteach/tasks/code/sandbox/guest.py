@@ -19,7 +19,7 @@ from importlib.abc import MetaPathFinder
 from types import CodeType, ModuleType
 from typing import Any
 
-from .values import allow_big_integers, decode, encode
+from .values import decode, encode
 
 ANSWER, PRELUDE = "<answer>", "<prelude>"
 MAX_ITEMS = 1_000_000
@@ -52,7 +52,6 @@ def serve(requests_fd: int, replies_fd: int, refused: list[str]) -> None:
 
 
 def _prepare(refused: list[str]) -> None:
-    allow_big_integers()
     for name in [*sys.modules]:
         if name.partition(".")[0] in RUNNER_MODULES:
             del sys.modules[name]
@@ -121,9 +120,9 @@ class Guest:
         """Run the answer's module; return the line of each name that it defines."""
         sys.modules["answer"] = self._module
         space = self._module.__dict__
-        exec(compile(prelude, PRELUDE, "exec"), space)
+        exec(_compiled(prelude, PRELUDE), space)
         before = {name: space.get(name) for name in names}
-        exec(compile(code, ANSWER, "exec"), space)
+        exec(_compiled(code, ANSWER), space)
         return {
             name: _line_of(space[name])
             for name in names
@@ -136,8 +135,8 @@ class Guest:
         sys.modules["__main__"] = self._module
         space = self._module.__dict__
         try:
-            exec(compile(prelude, PRELUDE, "exec"), space)
-            exec(compile(code, ANSWER, "exec"), space)
+            exec(_compiled(prelude, PRELUDE), space)
+            exec(_compiled(code, ANSWER), space)
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise
@@ -172,6 +171,10 @@ def _mutable(arguments: list[Any], keep: Callable[[Any], int]) -> list[Any]:
     """Return the encoded arguments that a call can change; None in the place of others."""
     kinds = (list, dict, set, bytearray)
     return [encode(one, keep) if isinstance(one, kinds) else None for one in arguments]
+
+
+def _compiled(code: str, name: str) -> CodeType:
+    return compile(code, name, "exec", dont_inherit=True)  # not this module's future statements
 
 
 def _line_of(value: Any) -> int | None:

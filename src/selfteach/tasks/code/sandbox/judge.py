@@ -121,7 +121,7 @@ def _run_code(
         for index, tree in enumerate(trees):
             checks.source = sources[index]
             rewritten = assertions.CheckedAsserts({*names, "candidate"}).visit(tree)
-            exec(compile(rewritten, "<tests>", "exec"), space)
+            exec(compile(rewritten, "<tests>", "exec", dont_inherit=True), space)
             progress["passed"] = index + 1 if len(trees) > 1 else checks.passed
     except CheckFailed:
         progress["passed"] = max(progress["passed"], checks.passed if len(trees) == 1 else 0)

@@ -8,7 +8,6 @@ a number (`encode` calls ``keep``).
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -117,8 +116,3 @@ def shown(value: Any, limit: int = 300) -> str:
     except RecursionError:
         text = f"a {type(value).__name__} nested too deeply to show"
     return text if len(text) <= limit else text[:limit] + "…"
-
-
-def allow_big_integers() -> None:
-    """Read and write integers of any length that JSON holds; `encode` keeps those short."""
-    sys.set_int_max_str_digits(10_000)

@@ -120,7 +120,8 @@ def _become_guest(
         tempfile.tempdir = None
         confinement.limit_resources(
             cpu_s=limits["cpu_s"], memory_bytes=limits["memory_bytes"],
-            file_bytes=limits["scratch_bytes"], processes=None if isolation == "landlock" else MAX_THREADS,
+            file_bytes=limits["scratch_bytes"],
+            processes=None if isolation == "landlock" else MAX_THREADS,
         )  # fmt: skip
         if isolation == "landlock" or (confinement.landlock_abi() and isolation != "rlimits"):
             confinement.restrict_files(readable, folder)
