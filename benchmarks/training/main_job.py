@@ -3,7 +3,7 @@
     python benchmarks/training/main_job.py [--before COMMIT] [--parts phases growth whole] [--json FILE]
 
 Three tables: seconds per step of each arm in this tree and at an earlier commit (their runs alternate,
-one process and one thread each); the whole study of recipes/paper_in_miniature.toml, as `make lab` runs
+one process and one thread each); the whole study of paper_in_miniature, as `make lab` runs
 it; and the phases of a step as rollouts, their length and the vocabulary grow.
 """
 
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfteach.config.migrations import migrate_metrics
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
-from selfteach.models.loading import BASES
+from selfteach.models.model_path import BASES
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import build

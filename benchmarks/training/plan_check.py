@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from selfteach.commands.check.sizes import measure_offline
+from selfteach.commands.planning.calibration import PHASES, MeasuredRun, calibrate, with_lengths_of
+from selfteach.commands.planning.devices import HERE, measured_here
+from selfteach.commands.planning.estimate import Hardware, forecast
+from selfteach.commands.planning.layout import Layout
+from selfteach.commands.planning.workload import StepWork, work_of
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
 from selfteach.config.schema import merge, validate
-from selfteach.planning.calibration import PHASES, MeasuredRun, calibrate, with_lengths_of
-from selfteach.planning.devices import HERE, measured_here
-from selfteach.planning.estimate import Hardware, forecast
-from selfteach.planning.layout import Layout
-from selfteach.planning.workload import StepWork, work_of
 from selfteach.protocols import Critic
 from selfteach.runtime.atomic_files import write_json
 from selfteach.runtime.run_folder import RunFolder

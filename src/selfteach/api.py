@@ -3,6 +3,7 @@
 Each name is also public where it is defined. Paths may be `str` or `pathlib.Path`.
 
     recipe = load_recipe("recipe.toml", arm="step_aligned", settings=["train.steps=10"])
+    train(recipe, "runs/first", components={"critic": MyCritic()})["curve"]
     built = build(recipe)
     samples, metrics = train_step(built.components, built.task.train[:4])
     evaluate("runs/first", problems="test", k=12)["avg"]
@@ -21,8 +22,9 @@ from selfteach.commands.forecast.collection import ForecastRequest
 from selfteach.commands.forecast.run_forecast import forecast
 from selfteach.commands.inspect.inspection import InspectionRequest
 from selfteach.commands.inspect.inspection import inspect_model as inspect
+from selfteach.commands.train_with_parts import build_with as build
+from selfteach.commands.train_with_parts import train
 from selfteach.config.recipe import Recipe
-from selfteach.trainer.build import build
 from selfteach.trainer.step import train_step
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "forecast_recipe",
     "inspect",
     "load_recipe",
+    "train",
     "train_step",
 ]
 

@@ -11,25 +11,30 @@ import typer
 
 from selfteach import __version__
 from selfteach.commands import actions
+from selfteach.commands.cache_cli import cache_app
 from selfteach.commands.console_script import run_console_script
+from selfteach.commands.export.dataset_cli import export_dataset
 from selfteach.commands.export.export_cli import export
 from selfteach.commands.forecast.forecast_cli import forecast
-from selfteach.config.data_section import SelectConfig
-from selfteach.config.recipe import Recipe
-from selfteach.config.schema import validate
-from selfteach.errors import CheckpointError, RecipeError
-from selfteach.planning.plan_cli import plan
+from selfteach.commands.init.init_cli import init
+from selfteach.commands.planning.plan_cli import plan
+from selfteach.commands.recipe_list import recipes
+from selfteach.commands.resume import resume_folder
+from selfteach.commands.study.run_study import recipes_of
+from selfteach.errors import RecipeError
+from selfteach.runtime.signals import keeping
 
 app = typer.Typer(
     help="Train a language model on feedback about its own reasoning.\n\n"
-    "Start with:  selfteach check RECIPE   (prints sizes, memory and cost; runs nothing)\n\n"
+    "Start with:  selfteach init --model MODEL --data FILE   (or choose one: selfteach recipes)\n\n"
+    "then:        selfteach check RECIPE   (prints sizes, memory and cost; runs nothing)\n\n"
     "then:        selfteach study RECIPE --out DIR",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 RecipePath = Annotated[
-    Path, typer.Argument(help="TOML file, or the name of a recipe shipped with the package.")
+    Path, typer.Argument(help="TOML file, or the name of a shipped recipe (selfteach recipes).")
 ]
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Output folder; resumes if it holds the same run.")
@@ -44,6 +49,9 @@ Settings = Annotated[
     ),
 ]
 Arm = Annotated[str | None, typer.Option(help="Arm of the recipe; required if it has several.")]
+AcceptParts = Annotated[
+    bool, typer.Option("--accept-parts", help="Go on with the present source of your own parts.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the problem order and of sampling.")]
 
 
@@ -73,7 +81,9 @@ def study(recipe: RecipePath, out: Out, settings: Settings = None) -> None:
     Writes OUT/results.json and OUT/report.html. After an interruption, continue with
     `selfteach resume OUT`.
     """
-    actions.run_study(actions.load(recipe, settings), out, command=_command())
+    loaded = actions.load(recipe, settings)
+    actions.require_models(recipes_of(loaded), out)
+    actions.run_study(loaded, out, command=_command())
 
 
 @app.command()
@@ -81,7 +91,9 @@ def train(
     recipe: RecipePath, out: Out, arm: Arm = None, seed: Seed = 0, settings: Settings = None
 ) -> None:
     """Train one arm with one seed. Saves the model to OUT/model in Hugging Face format."""
-    actions.run_one(actions.one_run(actions.load(recipe, settings, arm), arm, seed), out)
+    chosen = actions.one_run(actions.load(recipe, settings, arm), arm, seed)
+    actions.require_models([chosen], out)
+    actions.run_one(chosen, out)
 
 
 @app.command()
@@ -89,31 +101,10 @@ def resume(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a study, a sweep, a run or a selection.")
     ],
+    accept_parts: AcceptParts = False,
 ) -> None:
     """Resume a study, sweep, run or selection from what is on disk."""
-    if (folder / "study.json").exists():
-        from selfteach.commands.study.run_study import load_existing
-
-        existing, command, kind = load_existing(folder)
-        run = actions.run_sweep if kind == "sweep" else actions.run_study
-        run(existing, folder, command=command)
-    else:
-        from selfteach.runtime.run_folder import RunFolder
-
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
-        config = RunFolder(folder).config()
-        if "forecast" in config:
-            raise CheckpointError(
-                f"{folder} holds a forecast: repeat its selfteach forecast command to continue it"
-            )
-        if "select" in config:
-            select_config = validate(SelectConfig, config["select"], where=str(folder))
-            actions.run_selection(
-                validate(Recipe, config["recipe"], where=str(folder)), select_config, folder
-            )
-        else:
-            actions.run_one(validate(Recipe, config, where=str(folder)), folder)
+    resume_folder(folder, accept_parts=accept_parts)
 
 
 @app.command()
@@ -135,6 +126,7 @@ def evaluate(
     settings: Settings = None,
 ) -> None:
     """Evaluate a model: Avg@k, Pass@k and Maj@k with 95 % intervals over problems."""
+    actions.require_model(model)
     from selfteach.commands.evaluate import evaluate_model
 
     chosen = (
@@ -190,6 +182,7 @@ def inspect(
 
     Writes OUT/tokens.parquet (a row per token), OUT/answers.jsonl and OUT/localisation.json.
     """
+    actions.require_model(model)
     from selfteach.commands.inspect.inspection import InspectionRequest, inspect_model
     from selfteach.commands.progress import inspection_progress
     from selfteach.config.recipe import CONTEXTS
@@ -210,7 +203,8 @@ def inspect(
         recorded,  # type: ignore[arg-type]
     )
     chosen = actions.run_with_critic(actions.load(recipe, None), arm, seed) if recipe else None
-    with inspection_progress() as progress:
+    kept_nothing = f"nothing is kept in {out}: repeat the command"
+    with keeping(kept_nothing), inspection_progress() as progress:
         inspect_model(
             model, request, out, recipe=chosen, settings=settings or (), progress=progress
         )
@@ -236,9 +230,10 @@ def check(
     settings: Settings = None,
 ) -> None:
     """Validate a recipe; print resolved values, sizes, memory and budget. Runs nothing."""
+    loaded = actions.load(recipe, settings)
+    actions.require_models(recipes_of(loaded), packages=not offline)
     from selfteach.commands.check.describe_recipe import describe_study
 
-    loaded = actions.load(recipe, settings)
     # Collected before printing: a recipe that fails prints its error line and nothing else.
     lines = list(describe_study(loaded, offline=offline))
     if show_prompts:
@@ -247,7 +242,6 @@ def check(
         seed = loaded.study.seeds[0]
         lines += shown_prompts({arm: loaded.recipe(arm, seed=seed) for arm in loaded.arms})
     if not offline:
-        from selfteach.commands.study.run_study import recipes_of
         from selfteach.trainer.preflight import preflight
 
         preflight(recipes_of(loaded))
@@ -255,9 +249,13 @@ def check(
         typer.echo(line)
 
 
+app.command()(init)
+app.command()(recipes)
 app.command()(plan)
 app.command()(forecast)
 app.command()(export)
+app.command()(export_dataset)
+app.add_typer(cache_app, name="cache")
 
 
 @app.command()
@@ -294,7 +292,8 @@ def watch(
     """
     from selfteach.analysis.terminal.watch import watch as watch_folder
 
-    watch_folder(folder, actions.console(), once=once, every=every)
+    with keeping("the runs themselves go on"):
+        watch_folder(folder, actions.console(), once=once, every=every)
 
 
 @app.command()
@@ -345,7 +344,9 @@ def select(recipe: RecipePath, out: Out, arm: Arm = None, settings: Settings = N
     the critic. Writes splits and a data card."""
     loaded = actions.load(recipe, settings, arm)
     # Arms share policy and problems, so any arm with a critic will do.
-    actions.run_selection(actions.run_with_critic(loaded, arm, seed=0), loaded.select, out)
+    chosen = actions.run_with_critic(loaded, arm, seed=0)
+    actions.require_models([chosen], out)
+    actions.run_selection(chosen, loaded.select, out)
 
 
 @app.command()
@@ -361,7 +362,9 @@ def sweep(
     """Run the recipe's [sweep]: choose each arm's learning rate by validation Avg@k."""
     from selfteach.runtime.atomic_files import write_json
 
-    result = actions.run_sweep(actions.load(recipe, settings), out, command=_command())
+    loaded = actions.load(recipe, settings)
+    actions.require_models(recipes_of(loaded), out)
+    result = actions.run_sweep(loaded, out, command=_command())
     if record is not None:
         write_json(record, result)
 

@@ -25,6 +25,10 @@ class CriticError(SelfteachError):
     """A critic is unreachable, misconfigured, or does not support these problems."""
 
 
+class PartError(SelfteachError):
+    """A part of the user's own cannot be imported or built, raised an error, or breaks its contract."""
+
+
 class EngineError(SelfteachError):
     """A model or tokenizer cannot be loaded, or an engine is unreachable or stale."""
 

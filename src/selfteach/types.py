@@ -100,13 +100,25 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Holds the sampling settings: group size, temperature, length and seed."""
+    """Holds the sampling settings: group size, temperature, length, seed, cuts of the distribution."""
 
     samples: int
     """Rollouts per problem (group size)."""
     temperature: float
+    """Divides the logits; 0 is greedy."""
     max_tokens: int
     seed: int
+    top_p: float = 1.0
+    """Smallest total probability of the likeliest tokens to sample from; 1: all tokens."""
+    top_k: int = 0
+    """Number of likeliest tokens to sample from; 0: all tokens."""
+    min_p: float = 0.0
+    """Smallest probability to sample, as a share of the likeliest token's; 0: all tokens."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Return True if some tokens cannot be sampled."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +351,10 @@ class Batch:
     """The trainer's log-probability before the first of several updates; None during the first."""
     share_N: Tensor | None = None
     """Distillation's share of each token's weight; None for a single objective."""
+    sequence_logratio_N: Tensor | None = None
+    """Mean log-ratio to the old policy over the tokens of each token's rollout; None: per token."""
+    sequence_weight_N: Tensor | None = None
+    """Mean importance weight over the tokens of each token's rollout; None: per token."""
 
     def to(self, device: torch.device) -> Batch:
         """Move the batch to another device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from selfteach.models.loading import BASES
+from selfteach.models.model_path import BASES
 from selfteach.tasks.lab import lab_oracle
 from selfteach.tasks.lab.worlds import world_of
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from runs_on_device import ALIGNED, recipe
 
-from selfteach.planning.devices import measured_here
-from selfteach.planning.plan import PlanRequest, plan, prepare
+from selfteach.commands.planning.devices import measured_here
+from selfteach.commands.planning.plan import PlanRequest, plan, prepare
 
 pytestmark = pytest.mark.gpu
 

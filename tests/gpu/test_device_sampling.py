@@ -23,7 +23,7 @@ from selfteach.models.sequences import sequences
 from selfteach.rollout.decoding import llama
 from selfteach.rollout.decoding.forward import PrefilledPrompts, TransformersDecoder
 from selfteach.rollout.decoding.llama import LlamaDecoder
-from selfteach.rollout.decoding.token_sampling import sample_token
+from selfteach.rollout.decoding.token_sampling import TokenDistribution, sample_token
 from selfteach.trainer.build import build
 
 pytestmark = pytest.mark.gpu
@@ -97,17 +97,21 @@ def test_a_device_samples_the_tokens_that_a_cpu_samples(vocabulary: int, device:
     logits_RV = 3 * torch.randn(16, vocabulary)
     uniform_B = torch.rand(64, dtype=torch.float64)
     row_B = torch.arange(64) % 16
-    for temperature in (0.7, 1.0):
-        token, logp = sample_token(logits_RV, uniform_B, temperature, row_B)
+    for distribution in (
+        TokenDistribution(0.7), TokenDistribution(1.0), TokenDistribution(1.0, 0.9, 40, 0.01),
+    ):  # fmt: skip
+        token, logp = sample_token(logits_RV, uniform_B, distribution, row_B)
         device_token, device_logp = sample_token(
-            logits_RV.to(device), uniform_B.to(device), temperature, row_B.to(device)
+            logits_RV.to(device), uniform_B.to(device), distribution, row_B.to(device)
         )
         same = device_token.cpu() == token
         assert same.float().mean() > 0.95, (
             "a number at the boundary of two tokens may fall on either side"
         )
         torch.testing.assert_close(device_logp.cpu()[same], logp[same], rtol=1e-5, atol=1e-5)
-    greedy, greedy_logp = sample_token(logits_RV.to(device), uniform_B.to(device), 0.0)
+    greedy, greedy_logp = sample_token(
+        logits_RV.to(device), uniform_B.to(device), TokenDistribution(0.0)
+    )
     assert torch.equal(greedy.cpu(), logits_RV.argmax(-1)) and not greedy_logp.any()
 
 

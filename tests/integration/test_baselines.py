@@ -23,17 +23,17 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study, study_from
 from selfteach.config.schema import merge, validate
 from selfteach.errors import DataError, EngineError, RecipeError
-from selfteach.models import loading, matmul
+from selfteach.models import matmul, model_path
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.loop import run_to_end, train
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
     path
-    for path in [*ROOT.glob("recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")]
+    for path in [*ROOT.glob("src/selfteach/recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")]
     if path.name != "published.toml"
 )
-BASELINES = sorted(ROOT.glob("recipes/baselines/*.toml"))
+BASELINES = sorted(ROOT.glob("src/selfteach/recipes/baselines/*.toml"))
 PAPER = ROOT / "recipes" / "paper.toml"
 VARIED = {"extends", "critic", "context", "teacher", "objective", "train"}
 """What a baseline may set; everything else is inherited from the paper's recipe."""
@@ -68,7 +68,7 @@ def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model of a hub is here, whatever this machine's cache holds."""
     real = sizes.cached_config
     monkeypatch.setattr(
-        sizes, "cached_config", lambda m: None if loading.HUB_ID.fullmatch(m.path) else real(m)
+        sizes, "cached_config", lambda m: None if model_path.HUB_ID.fullmatch(m.path) else real(m)
     )
 
 
@@ -251,3 +251,14 @@ def test_a_processor_without_products_of_halves_is_told_of(
         assert not warned(model, here=False), "it may run elsewhere"
         assert not warned({**model, "device": "cuda"})
     assert not warned({"autocast": "auto"}) and not warned({})
+
+
+def test_check_says_what_fits_the_ratio_of_a_whole_rollout() -> None:
+    def described(**grpo: object) -> str:
+        few = {"train": 4, "validation": 1, "test": 1}
+        raw = {"objective": {"type": "grpo", "importance_level": "sequence", **grpo}, "data": few}
+        return "\n".join(describe_study(study_from(raw), offline=True))
+
+    assert "hardly ever clips" in (text := described()) and "weights the ratio" in text
+    gspo = described(loss_type="grpo", clip_low=3e-4, clip_high=4e-4)
+    assert "hardly ever clips" not in gspo and "weights the ratio" not in gspo

@@ -17,7 +17,8 @@ from selfteach.commands.evaluate import evaluate_model
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, EngineError, SelfteachError
-from selfteach.models.loading import load_model, resolve
+from selfteach.models.loading import load_model
+from selfteach.models.model_path import resolve
 from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.trainer.loop import run_to_end, train
 

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from scripted_server import serving
 
+from selfteach.cli import app
+from selfteach.errors import Terminated
+
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 RECIPE = """
@@ -161,6 +164,49 @@ def test_a_second_one_ends_at_once(tmp_path: Path) -> None:
         interrupt(process)
         lines = ended(process, within=5)
     assert lines[-1].startswith("selfteach: interrupted")
+
+
+def test_while_it_is_being_imported(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+    )
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    script = f"{path}; from selfteach.__main__ import main; main()"
+    with command("-c", script) as process:
+        assert process.stdout is not None and process.stdout.readline() == "importing\n"
+        interrupt(process)
+        lines = ended(process, within=5)
+    assert lines == ["selfteach: interrupted; nothing was begun: repeat the command"]
+
+
+@pytest.mark.parametrize(
+    ("function", "words", "line"),
+    [
+        ("selfteach.analysis.report.page.write_report", ["train", "r.toml", "--out", "out"],
+         "kept: the run is complete; selfteach report out writes its report"),
+        ("selfteach.commands.check.describe_recipe.notes", ["train", "r.toml", "--out", "out"],
+         "nothing was begun in out: repeat the command"),
+        ("selfteach.commands.inspect.folder._write_tokens",
+         ["inspect", "lab:two_styles", "--contexts", "reference", "--limit", "1", "--out", "out"],
+         "nothing is kept in out: repeat the command"),
+        ("selfteach.analysis.terminal.watch.watch", ["watch", "out"], "the runs themselves go on"),
+    ],
+)  # fmt: skip
+def test_wherever_it_comes_the_line_says_what_is_kept(
+    function: str, words: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise Terminated(130)
+
+    monkeypatch.chdir(tmp_path)
+    text = RECIPE.replace("steps = 4000", "steps = 1") + GRPO
+    Path("r.toml").write_text(text + "[guard]\nidle_steps = 0\n")
+    monkeypatch.setattr(function, interrupted)
+    with pytest.raises(Terminated) as end:
+        app(words, standalone_mode=False)
+    assert end.value.progress == line
+    if words[0] == "inspect":  # so that the command can be repeated
+        assert not Path("out").exists() or not list(Path("out").iterdir())
 
 
 def test_a_command_that_writes_no_folder(tmp_path: Path) -> None:

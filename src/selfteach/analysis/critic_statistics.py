@@ -141,9 +141,9 @@ def count_critiques(rows: Iterable[Row]) -> CriticSummary:
     )
 
 
-def read_study_critics(folder: Path) -> dict[str, ArmCritic]:
+def read_study_critics(folder: str | Path) -> dict[str, ArmCritic]:
     """Summarize the critic of every arm of a study's main setting; arms without one are left out."""
-    arms = sorted((folder / "runs").glob("*/"))
+    arms = sorted((Path(folder) / "runs").glob("*/"))
     return read_critics({arm.name: sorted(arm.glob("seed_*/")) for arm in arms})
 
 

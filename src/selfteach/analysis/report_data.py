@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfteach.analysis.critic_statistics import ArmCritic
+from selfteach.analysis.explanations import arm_meanings, is_lab
 from selfteach.analysis.health_checks import (
     HealthCheck,
     HealthWarning,
@@ -14,7 +15,8 @@ from selfteach.analysis.health_checks import (
     is_logged,
     warnings_by_check,
 )
-from selfteach.analysis.results_text import Results, claims
+from selfteach.analysis.recipe_differences import Differences, differences
+from selfteach.analysis.results_text import Results, claims, ordered_pairs
 from selfteach.analysis.run_data import Groups, RunData
 
 
@@ -30,6 +32,8 @@ class ReportData:
     """All runs, those of variants too."""
     arms: Groups
     """Runs of the main setting by arm, in the order of the results."""
+    variant_arms: Groups
+    """Runs of the variants by arm."""
     budgets: Mapping[str, Mapping[str, float]]
     """What each arm spent, mean per run (`run_budget.arm_budget`)."""
     gains: Mapping[str, Mapping[str, Any] | None]
@@ -44,6 +48,28 @@ class ReportData:
     """Records of the answers in the browser (`report.answer_records`)."""
     num_answers: int
     """How many answers there are in all; ``answers`` may be a selection."""
+
+    @property
+    def pairs(self) -> list[str]:
+        """Return all pairs of the main setting, the headline's first."""
+        return ordered_pairs(self.results, self.results)
+
+    @property
+    def arm_meanings(self) -> dict[str, str]:
+        """Return what each row of the results learns from."""
+        return arm_meanings(self.results, self.arms)
+
+    @property
+    def differences(self) -> Differences | None:
+        """Return the settings in which the arms differ, without the untrained model."""
+        arms = {name: runs for name, runs in self.arms.items() if runs[0].steps > 0}
+        return differences(arms)
+
+    @property
+    def is_lab(self) -> bool:
+        """Return whether problems, answers and critiques are in the lab's notation."""
+        shown = [self.example["question"]] if self.example else []
+        return is_lab(self.arms, [*shown, *(answer["question"] for answer in self.answers[:1])])
 
     @property
     def claims(self) -> list[dict[str, Any]]:
@@ -68,4 +94,18 @@ class ReportData:
     @property
     def checks(self) -> list[tuple[HealthCheck, bool]]:
         """Return every health check, with whether its metric was logged."""
-        return [(check, is_logged(self.arms, check.metric)) for check in all_checks()]
+        groups = {**self.arms, **self.variant_arms}
+        return [(check, is_logged(groups, check.metric)) for check in all_checks()]
+
+    def drawn_for(self, check: HealthCheck) -> tuple[Groups, HealthCheck, list[HealthWarning]]:
+        """Return what the curve of a check shows: arms, the check, and the warnings among their runs.
+
+        The main setting's arms, and of the variants' those with a warning; all of these where the main
+        setting has not logged the metric.
+        """
+        warnings = [w for w in self.warnings if w.check.metric == check.metric]
+        arms = {w.arm for w in warnings}
+        if not is_logged(self.arms, check.metric):
+            arms.update(self.variant_arms)
+        more = {name: runs for name, runs in self.variant_arms.items() if name in arms}
+        return {**self.arms, **more}, check, warnings

@@ -100,6 +100,8 @@ TWO_SEEDS = (
     "Two seeds: the spread between training runs is known poorly, so intervals of differences are wide "
     "(Student's t with one degree of freedom)."
 )
+MOST_CLAIMS = 8
+"""Comparisons that are stated in a sentence each; of more, only how many are decided."""
 Decision = Literal["higher", "lower", "open", "one seed"]
 
 
@@ -176,7 +178,9 @@ def claims(results: Results, gains: Mapping[str, Mapping[str, Any] | None]) -> l
     The headline's pairs; where nothing is paired, what each arm's training changed
     (`run_comparison.training_gain`).
     """
-    if pairs := headline_pairs(results):
+    if (pairs := headline_pairs(results)) and len(pairs) > MOST_CLAIMS:
+        return [_many_comparisons(results, pairs)]
+    if pairs:
         return [_comparison(results, pair) for pair in pairs]
     return [_gain(name, gain) for name, gain in gains.items() if gain is not None]
 
@@ -203,6 +207,20 @@ def advantage_lines(example: Mapping[str, Any]) -> list[str]:
         f"{name} from {min(context['advantage']):+.1f} to {max(context['advantage']):+.1f} nats"
         for name, context in example["contexts"].items()
     ]
+
+
+def _many_comparisons(results: Results, pairs: Sequence[str]) -> dict[str, Any]:
+    decided = [p for p in pairs if decision(results["paired"][p]["avg"]) in ("higher", "lower")]
+    best = max(results["arms"], key=lambda name: results["arms"][name]["avg"]["mean"])
+    return {
+        "numbers": f"{len(results['arms'])} rows make {len(pairs)} pairs; {best} has the highest "
+        f"Avg@{results['k']}, {results['arms'][best]['avg']['mean']:.1f} %. "
+        f"{len(decided)} of the differences have an interval that excludes 0.",
+        "conclusion": f"About {0.05 * len(pairs):.0f} of so many would exclude it by chance alone, "
+        "and the highest of many rows is a lucky one: compare the few pairs that a question was "
+        "asked about.",
+        "decided": False,
+    }
 
 
 def _comparison(results: Results, pair: str) -> dict[str, Any]:

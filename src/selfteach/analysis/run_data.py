@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from selfteach.config.migrations import migrate_config, migrate_metrics
+from selfteach.config.part_names import unanchored
 from selfteach.errors import CheckpointError
 from selfteach.evaluation.evaluation_record import Evaluation
 from selfteach.runtime import stored_files
@@ -68,26 +69,28 @@ class RunData:
         return steps_E, np.array([row[metric] for row in rows], dtype=float)
 
 
-def read_run(folder: Path, variant: str | None = None) -> RunData:
+def read_run(folder: str | Path, variant: str | None = None) -> RunData:
     """Read a run's folder. Raises `CheckpointError` if it holds none."""
+    folder = Path(folder)
     path = folder.resolve()
     inner = path.parent if SEED_FOLDER.fullmatch(path.name) else path
     arm = f"{inner.parent.name} {inner.name}" if RATE_FOLDER.fullmatch(inner.name) else inner.name
     path = folder / "config.json"
     values = read_json(path)
     with reading(path):
-        config = migrate_config(values, str(path))
+        config = unanchored(migrate_config(values, str(path)))
         if not isinstance(config["seed"], int) or not isinstance(config["train"]["steps"], int):
             raise TypeError("seed or train.steps is no number")
     rows = [migrate_metrics(row) for _, row in read_metrics(folder / "metrics.jsonl")]
     return RunData(folder, arm, variant, config, rows)
 
 
-def read_runs(folder: Path) -> list[RunData]:
+def read_runs(folder: str | Path) -> list[RunData]:
     """Read all runs that have begun in a study's folder, or the one run that the folder is.
 
     Raises `CheckpointError` if it is neither.
     """
+    folder = Path(folder)
     if (folder / "config.json").exists():
         return [read_run(folder)]
     if not (folder / "study.json").exists():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,7 +17,13 @@ from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import TABLES, Study, load_study
 from selfteach.errors import RecipeError, RunStopped
+from selfteach.models.model_path import require_folders, resolve
 from selfteach.runtime import torchrun
+from selfteach.runtime.folder_start import holds_work
+from selfteach.runtime.signals import keeping
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PIPED_COLUMNS = 110
 """Width of output to a file or a pipe, in characters: wide enough for the tables."""
@@ -27,6 +35,26 @@ def console() -> Console:
     return terminal if terminal.is_terminal else Console(width=PIPED_COLUMNS)
 
 
+def _says_what_is_kept(run: Callable[P, T]) -> Callable[P, T]:
+    """Let a command that works in ``folder`` say what is there when a signal ends it, anywhere."""
+    signature = inspect.signature(run)
+
+    @functools.wraps(run)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with keeping(lambda: progress_in(signature.bind(*args, **kwargs).arguments["folder"])):
+            return run(*args, **kwargs)
+
+    return wrapped
+
+
+def progress_in(folder: Path) -> str:
+    """Return what of a folder's work is on disk, and how to go on."""
+    from selfteach.runtime.run_folder import RunFolder
+
+    return RunFolder(folder).describe_progress()
+
+
+@_says_what_is_kept
 def run_study(loaded: Study, folder: Path, *, command: str) -> None:
     """Run or resume a study; print its tables and write its report."""
     from selfteach.analysis.critic_statistics import read_study_critics
@@ -80,6 +108,7 @@ def summarize_inspection(folder: Path, output: Console | None = None) -> None:
         output.print(f"inspection: {folder}", soft_wrap=True)
 
 
+@_says_what_is_kept
 def run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
     """Run or resume a sweep, print the learning rates it chose, and return its table."""
     from selfteach.commands.progress import study_progress
@@ -95,6 +124,7 @@ def run_sweep(loaded: Study, folder: Path, *, command: str) -> dict[str, Any]:
     return result
 
 
+@_says_what_is_kept
 def run_one(recipe: Recipe, folder: Path) -> None:
     """Run or resume one run, and write its report."""
     from selfteach.commands.check.describe_recipe import notes
@@ -124,6 +154,7 @@ def run_one(recipe: Recipe, folder: Path) -> None:
         typer.echo(f"health: {sanitized(line)}", err=True)
 
 
+@_says_what_is_kept
 def run_selection(recipe: Recipe, config: SelectConfig, folder: Path) -> None:
     """Run or resume a selection; print how many problems went in and came out."""
     from selfteach.commands.progress import selection_progress
@@ -140,21 +171,28 @@ def run_selection(recipe: Recipe, config: SelectConfig, folder: Path) -> None:
     typer.echo(f"card:     {folder / 'README.md'}")
 
 
-def load(path: Path, settings: Sequence[str] | None, arm: str | None = None) -> Study:
+def load(path_or_name: str | Path, settings: Sequence[str] | None, arm: str | None = None) -> Study:
     """Load a recipe by path or shipped name; with ``arm``, plain settings change that arm only."""
     if arm is not None:
         tables = tuple(f"{table}." for table in TABLES)
         settings = [s if s.startswith(tables) else f"arms.{arm}.{s}" for s in settings or ()]
-    shipped = {
-        file.stem: file for file in (Path(__file__).parent.parent / "recipes").glob("*.toml")
-    }
-    if not path.exists():
-        by_name = shipped.get(path.name.removesuffix(".toml")) if len(path.parts) == 1 else None
-        if by_name is None:
-            names = f", or one of {', '.join(sorted(shipped))}" if shipped else ""
-            raise RecipeError(f"{path}: no such recipe; name a TOML file by its path{names}")
-        path = by_name
-    return load_study(path, settings or ())
+    return load_study(path_or_name, settings or ())
+
+
+def require_models(
+    recipes: Iterable[Recipe], out: Path | None = None, *, packages: bool = True
+) -> None:
+    """Check that models named by folder are there, before torch is imported and ``out`` is written.
+
+    A folder that holds work already is left to the command: it may not need the model any more.
+    """
+    if out is None or not out.is_dir() or not holds_work(out):
+        require_folders(recipes, packages=packages)
+
+
+def require_model(name: str) -> None:
+    """Check that a model, run folder or checkpoint that a command names is there, if it is a folder."""
+    resolve(name, "MODEL")
 
 
 def one_run(loaded: Study, arm: str | None, seed: int, *, first: bool = False) -> Recipe:
@@ -177,3 +215,10 @@ def run_with_critic(loaded: Study, arm: str | None, seed: int) -> Recipe:
         return loaded.recipe(arm, seed=seed)
     arms = [loaded.recipe(name, seed=seed) for name in loaded.arms]
     return next((recipe for recipe in arms if recipe.critic is not None), arms[0])
+
+
+def accept_parts(folder: Path) -> None:
+    """Accept the source that the user's own parts have now, in a folder and in those below it."""
+    from selfteach.runtime.part_sources import accept_sources
+
+    accept_sources(folder)

@@ -20,6 +20,7 @@ from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.alignment import first_change
 from selfteach.prompts.thinking import split_thinking
 from selfteach.rollout.journaled_engine import problems_by_id
+from selfteach.runtime.part_sources import with_copies
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_records import sample_row
 from selfteach.tasks import segmentation
@@ -79,7 +80,8 @@ def recipe_beside(path: Path, settings: Sequence[str] | None) -> Recipe:
             values: Mapping[str, Any] = RunFolder(folder).config()
             for setting in map(parse_setting, settings or ()):
                 values = merge(values, migrate_recipe(setting, "--set"))
-            return _with_critic(validate(Recipe, values, where=str(config)))
+            chosen = with_copies(validate(Recipe, values, where=str(config)), folder)
+            return _with_critic(chosen)
     raise RecipeError(
         f"{path} is not in a run folder: name a recipe with a critic, --recipe RECIPE"
     )

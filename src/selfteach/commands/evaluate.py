@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.config.recipe import Recipe
+from selfteach.errors import RecipeError
 from selfteach.evaluation.evaluation_record import Evaluation, bounds_of
 from selfteach.evaluation.evaluator import evaluate
 from selfteach.evaluation.intervals import mean_interval
+from selfteach.rollout.sampling_settings import evaluation_sampling
 from selfteach.trainer.open_model import named_problems, open_model
-from selfteach.types import Sampling
 
 
 def evaluate_model(
@@ -32,12 +33,12 @@ def evaluate_model(
     """
     built, resolved = open_model(Path(model), str(model), recipe)
     chosen, split = named_problems(built, str(problems), resolved)
-    sampling = Sampling(
-        samples=k or resolved.evaluation.test_k,
-        temperature=resolved.evaluation.temperature,
-        max_tokens=resolved.evaluation.max_tokens or resolved.sampling.max_tokens,
-        seed=seed,
-    )
+    if resolved.evaluation.temperature == 0 and (k or 1) > 1:
+        raise RecipeError(
+            f"k = {k}: evaluation.temperature = 0 is greedy, and all rollouts of a problem would be "
+            "the same: leave k out, or set a temperature"
+        )
+    sampling = evaluation_sampling(resolved, k or resolved.evaluation.test_k, seed)
     result = evaluate(
         built.components.engine, built.components.verify, chosen, sampling,
         split=split, same=built.task.answer_format.equivalent,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, Tag, field_validator, model_validator
 
+from selfteach.config.part_section import OWN, OwnPart, own_or
 from selfteach.config.schema import Section
 from selfteach.config.server_address import is_http, refuse_credentials
 from selfteach.errors import CriticError
@@ -210,7 +211,18 @@ class RecordedConfig(Section):
     """A run folder, or a study's folder, all of whose runs are read."""
 
 
+class OwnCriticConfig(OwnPart):
+    """Critiques with a class or function of one's own, a `Critic` of `selfteach.protocols`."""
+
+
 CriticConfig = Annotated[
-    Union[OracleConfig, EndpointConfig, LocalCriticConfig, PolicyCriticConfig, RecordedConfig],  # noqa: UP007
-    Field(discriminator="type"),
+    Union[  # noqa: UP007
+        Annotated[OracleConfig, Tag("oracle")],
+        Annotated[EndpointConfig, Tag("endpoint")],
+        Annotated[LocalCriticConfig, Tag("local")],
+        Annotated[PolicyCriticConfig, Tag("policy")],
+        Annotated[RecordedConfig, Tag("recorded")],
+        Annotated[OwnCriticConfig, Tag(OWN)],
+    ],
+    own_or("critic", ("oracle", "endpoint", "local", "policy", "recorded")),
 ]

@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 
 from selfteach.config.code_section import CodeConfig
+from selfteach.config.part_section import (
+    OURS,
+    OWN,
+    OwnPart,
+    OwnSplitter,
+    OwnVerifier,
+    own_name_or,
+    own_or,
+    spelled_out,
+)
 from selfteach.config.schema import Section
 
 SplitName = Literal["train", "validation", "test"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Steps = Literal["tags", "lines", "paragraphs", "sentences"]
+VerifierName = Literal["exact", "math", "code", "reasoning_gym", "lab", "chain_sums"]
+GymVerifierName = Literal["reasoning_gym", "exact", "math"]
+VERIFIERS: tuple[VerifierName, ...] = get_args(VerifierName)
+VerifierConfig = Annotated[
+    Annotated[VerifierName, Tag(OURS)] | Annotated[OwnPart, Tag(OWN)],
+    own_name_or("verifier", VERIFIERS),
+    spelled_out("verifier", VERIFIERS),
+]
+GymVerifierConfig = Annotated[
+    Annotated[GymVerifierName, Tag(OURS)] | Annotated[OwnPart, Tag(OWN)],
+    own_name_or("verifier", VERIFIERS),
+    spelled_out("verifier", VERIFIERS),
+]
+StepsConfig = Annotated[
+    Annotated[Steps, Tag(OURS)] | Annotated[OwnPart, Tag(OWN)],
+    own_name_or("splitter", get_args(Steps)),
+    spelled_out("splitter", get_args(Steps)),
+]
 
 
-class LabData(Section):
+class ProgramData(Section):
+    """Holds what problems have in common that bring a verifier and a splitter."""
+
+    verifier: OwnVerifier = None
+    """A verifier of one's own in place of the problems' own."""
+    steps: OwnSplitter = None
+    """A splitter into solution steps of one's own in place of the problems' own."""
+
+
+class LabData(ProgramData):
     """Takes problems from the lab, a synthetic world with a small pretrained model."""
 
     type: Literal["lab"] = "lab"
@@ -32,7 +70,7 @@ class LabData(Section):
     """Number of test problems."""
 
 
-class ChainSumsData(Section):
+class ChainSumsData(ProgramData):
     """Generates ``chain_sum`` of reasoning-gym: sums from left to right, one step per line."""
 
     type: Literal["chain_sums"] = "chain_sums"
@@ -115,9 +153,9 @@ class Splitting(Section):
 class AnswerReading(Section):
     """Sets how a rollout's text is parsed and verified."""
 
-    steps: Literal["tags", "lines", "paragraphs", "sentences"] = "tags"
+    steps: StepsConfig = "tags"
     """What a solution step is: a tag ``<step_1>…</step_1>``, or for models that do not write tags
-    (template set ``free``) a line, a paragraph or a sentence."""
+    (template set ``free``) a line, a paragraph or a sentence; or a splitter of one's own."""
     answer_in: Literal["tag", "boxed", "tag_or_boxed"] = "tag"
     """Where the final answer is: in ``<answer>…</answer>``, in the last ``\\boxed{…}``, or in the tag
     and, where there is none, in the box."""
@@ -132,9 +170,9 @@ class AnswerReading(Section):
 class RowsData(AnswerReading):
     """Holds what sources of rows (files and Hugging Face datasets) have in common."""
 
-    verifier: Literal["exact", "math", "code", "reasoning_gym", "lab", "chain_sums"] = "exact"
+    verifier: VerifierConfig = "exact"
     """How final answers are compared; ``code`` runs unit tests on the answer's code; ``reasoning_gym``,
-    ``lab`` and ``chain_sums`` are for problems that were generated there."""
+    ``lab`` and ``chain_sums`` are for problems that were generated there; or a verifier of one's own."""
     code: CodeConfig = CodeConfig()
     """Tests and limits of ``verifier = "code"``."""
     mapping: str | None = None
@@ -210,8 +248,9 @@ class GymData(AnswerReading):
     split_by: str | None = None
     """Dotted path in the generator's metadata: no two splits share a value of it, as ``template`` of
     ``gsm_symbolic`` (85 templates of questions); unset: no two splits share a question."""
-    verifier: Literal["reasoning_gym", "exact", "math"] = "reasoning_gym"
-    """How final answers are compared; ``reasoning_gym`` is the task's scorer."""
+    verifier: GymVerifierConfig = "reasoning_gym"
+    """How final answers are compared; ``reasoning_gym`` is the task's scorer; or a verifier of one's
+    own."""
     train: int = Field(default=512, ge=1)
     """Number of training problems."""
     validation: int = Field(default=32, ge=1)
@@ -220,9 +259,30 @@ class GymData(AnswerReading):
     """Number of test problems."""
 
 
+class OwnData(AnswerReading, OwnPart):
+    """Takes problems from a function or class of one's own, called with the name of each split.
+
+    It returns `Problem` records, or rows with the columns of a file.
+    """
+
+    verifier: VerifierConfig = "exact"
+    """How final answers are compared, as for files."""
+    code: CodeConfig = CodeConfig()
+    """Tests and limits of ``verifier = "code"``."""
+    columns: Columns | None = None
+    """Columns of a row, where the part returns rows."""
+
+
 DataConfig = Annotated[
-    Union[LabData, ChainSumsData, FilesData, HubData, GymData],  # noqa: UP007
-    Field(discriminator="type"),
+    Union[  # noqa: UP007
+        Annotated[LabData, Tag("lab")],
+        Annotated[ChainSumsData, Tag("chain_sums")],
+        Annotated[FilesData, Tag("files")],
+        Annotated[HubData, Tag("hub")],
+        Annotated[GymData, Tag("reasoning_gym")],
+        Annotated[OwnData, Tag(OWN)],
+    ],
+    own_or("problems", ("lab", "chain_sums", "files", "hub", "reasoning_gym")),
 ]
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 ADAPTERS_LR, ALL_WEIGHTS_LR, MAX_TOKENS = 1e-4, 1e-5, 1024
-"""Defaults for models and problems that are not the lab's."""
+"""Defaults for models that are not the lab's."""
+LAB_MODEL = "lab:"
+"""Begins the name of a base model of the lab."""
+WORLD_FILE = "world.json"
+"""File in the folder of a model of the lab, also of one that was trained or exported from it."""
 
 
 def with_model_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's values with defaults for its model, unless model or problems are the lab's."""
-    model, data = values.get("model", {}), values.get("data", {})
-    if not isinstance(model, Mapping) or not isinstance(data, Mapping):
-        return values
-    in_lab = str(model.get("path", "lab:")).startswith("lab:") or data.get("type", "lab") == "lab"
-    if in_lab:
+    """Return a recipe's values with defaults for its model, unless that is a model of the lab."""
+    model = values.get("model", {})
+    if not isinstance(model, Mapping) or is_lab_model(str(model.get("path", LAB_MODEL))):
         return values
     defaults = {
         "optimizer": {"lr": ADAPTERS_LR if model.get("lora") else ALL_WEIGHTS_LR},
@@ -26,3 +28,13 @@ def with_model_defaults(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(given, Mapping):
             values[section] = {**usual, **given}
     return values
+
+
+def is_lab_model(path: str) -> bool:
+    """Return True for a base model of the lab, and for a folder with a model trained from one."""
+    if path.startswith(LAB_MODEL):
+        return True
+    try:
+        return (Path(path).expanduser() / WORLD_FILE).is_file()
+    except (OSError, RuntimeError):  # a name that no folder can have, a user that does not exist
+        return False

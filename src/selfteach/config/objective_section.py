@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, Tag, field_validator, model_validator
 
+from selfteach.config.part_section import OWN, OwnPart, own_or
 from selfteach.config.schema import Section
 
 
@@ -56,24 +58,79 @@ class DistillationConfig(Section):
         return self.from_first_error or self.changed_steps_fraction is not None
 
 
+LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"]
+LOSS_TYPES: Mapping[str, Mapping[str, str]] = {
+    "grpo": {"surrogate": "clipped", "aggregation": "sequence_mean"},
+    "bnpo": {"surrogate": "clipped", "aggregation": "token_mean"},
+    "dapo": {"surrogate": "clipped", "aggregation": "token_mean"},
+    "dr_grpo": {"surrogate": "clipped", "aggregation": "max_tokens"},
+    "cispo": {"surrogate": "cispo", "aggregation": "token_mean"},
+}
+"""What each of TRL's loss types sets. A step is one batch here, so ``bnpo`` is ``dapo``."""
+
+
 class GrpoConfig(Section):
     """Minimises the clipped surrogate of GRPO with the binary verdict as reward."""
 
     type: Literal["grpo"] = "grpo"
     """Group-relative policy optimisation."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """Divide advantages by the standard deviation of the group's rewards (``group``), or do not."""
+    loss_type: LossType | None = None
+    """TRL's name of a ``surrogate`` with an ``aggregation``, which it sets: ``grpo`` is ``clipped``
+    with ``sequence_mean``, ``dapo`` (and ``bnpo``) with ``token_mean``, ``dr_grpo`` with
+    ``max_tokens``; ``cispo`` is ``cispo`` with ``token_mean``."""
+    surrogate: Literal["clipped", "cispo"] = "clipped"
+    """Loss of a token: PPO's ``clipped`` surrogate, or ``cispo``: −min(ratio, 1 + ``clip_high``) · A ·
+    log π with a constant ratio, so that no token loses its gradient (``clip_low`` has no effect)."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Policy ratio that is clipped: each token's, or of a rollout the geometric mean over its tokens
+    (``sequence``: GSPO, with ``loss_type = "grpo"`` and clip ranges of about 3e-4)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of the group's rewards (``group``), of all rewards
+    of the step (``batch``), or do not."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """Lower clip range: the policy ratio is clipped at 1 − this."""
     clip_high: float = Field(default=0.2, ge=0)
     """Upper clip range: the policy ratio is clipped at 1 + this."""
+    clip_delta: float | None = Field(default=None, gt=1)
+    """Largest policy ratio of a token with a negative advantage, above 1 + ``clip_high`` (TRL's
+    ``delta``, verl's ``clip_ratio_c``); unset: no bound."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the k3 estimate of KL(policy ‖ initial policy), whatever ``[teacher]`` names."""
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    aggregation: Literal["token_mean", "sequence_mean", "max_tokens"] = "token_mean"
     """Loss of a batch: ``token_mean`` is the mean over all its tokens, ``sequence_mean`` the mean over
-    rollouts of each rollout's token mean."""
+    rollouts of each rollout's token mean, ``max_tokens`` the sum over tokens divided by the number of
+    rollouts times ``sampling.max_tokens`` (Dr. GRPO)."""
+    mask_truncated: bool = False
+    """Leave rollouts that the token limit cut out of the loss; their rewards still count in the
+    advantages of their group."""
     importance_cap: float | None = Field(default=None, gt=0)
-    """Truncated importance weight min(π_train/π_engine, cap) on every token; unset: no weight."""
+    """Truncated importance weight min(π_train/π_engine, cap) on every token; unset: no weight. The
+    ``clipped`` surrogate of a whole rollout (``importance_level = "sequence"``) gets their mean."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_loss_type(cls, values: Any) -> Any:
+        """Set what ``loss_type`` stands for, where the recipe leaves it open."""
+        if not isinstance(values, Mapping):
+            return values
+        return {**LOSS_TYPES.get(str(values.get("loss_type")), {}), **values}
+
+    @model_validator(mode="after")
+    def _check_forms(self) -> GrpoConfig:
+        for key, value in (LOSS_TYPES[self.loss_type] if self.loss_type else {}).items():
+            if getattr(self, key) != value:
+                raise ValueError(
+                    f'loss_type = "{self.loss_type}" stands for {key} = "{value}", and {key} = '
+                    f'"{getattr(self, key)}" is set too: remove one of them'
+                )
+        if self.clip_delta is not None and self.surrogate == "cispo":
+            raise ValueError("clip_delta bounds the clipped surrogate; cispo has clip_high alone")
+        if self.clip_delta is not None and self.clip_delta <= 1 + self.clip_high:
+            raise ValueError(
+                f"clip_delta = {self.clip_delta:g} must be above 1 + clip_high = "
+                f"{1 + self.clip_high:g}"
+            )
+        return self
 
 
 class WeightConfig(Section):
@@ -119,14 +176,26 @@ class HybridConfig(Section):
         return self
 
 
+class OwnObjectiveConfig(OwnPart):
+    """Minimises what a class of one's own computes, an `Objective` of `selfteach.protocols`."""
+
+
 ObjectiveConfig = Annotated[
-    Union[DistillationConfig, GrpoConfig, HybridConfig],  # noqa: UP007
-    Field(discriminator="type"),
+    Union[  # noqa: UP007
+        Annotated[DistillationConfig, Tag("distillation")],
+        Annotated[GrpoConfig, Tag("grpo")],
+        Annotated[HybridConfig, Tag("hybrid")],
+        Annotated[OwnObjectiveConfig, Tag(OWN)],
+    ],
+    own_or("objective", ("distillation", "grpo", "hybrid")),
 ]
 
 
 def terms(objective: ObjectiveConfig) -> tuple[DistillationConfig | None, GrpoConfig | None]:
-    """Return the distillation and the GRPO section of an objective; None for one it lacks."""
+    """Return the distillation and the GRPO section of an objective; None for one it lacks.
+
+    An objective of one's own has neither.
+    """
     match objective:
         case HybridConfig():
             return objective.distillation, objective.grpo
@@ -134,3 +203,5 @@ def terms(objective: ObjectiveConfig) -> tuple[DistillationConfig | None, GrpoCo
             return objective, None
         case GrpoConfig():
             return None, objective
+        case OwnObjectiveConfig():
+            return None, None

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from selfteach.config.context_section import (
+    CONTEXTS,
+    CRITIC_CONTEXTS,
+    PARTLY_ALIGNED,
+    ContextConfig,
+    ContextName,
+)
 from selfteach.config.critic_section import CriticConfig
 from selfteach.config.data_section import DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
@@ -18,28 +25,20 @@ from selfteach.config.objective_section import (
     ObjectiveConfig,
     terms,
 )
+from selfteach.config.part_section import OwnPart
+from selfteach.config.sampling_checks import check_sampling
+from selfteach.config.sampling_section import EvaluationConfig, SamplingConfig
 from selfteach.config.schema import Section
 from selfteach.config.teacher_section import InitialTeacherConfig, TeacherConfig
 
-ContextName = Literal[
-    "none",
-    "reference",
-    "aligned_reference",
-    "step_aligned",
-    "partly_aligned",
-    "full_repetition",
-    "omission",
-    "holistic",
-    "answer_only",
-    "shuffled_lines",
-    "other_answer",
-    "other_reference",
-    "peer",
-    "environment",
+__all__ = [
+    "CONTEXTS",
+    "CRITIC_CONTEXTS",
+    "PARTLY_ALIGNED",
+    "ContextConfig",
+    "ContextName",
+    "Recipe",
 ]
-CONTEXTS: tuple[ContextName, ...] = get_args(ContextName)
-PARTLY_ALIGNED = "partly_aligned"
-"""The context with a degree of alignment, from the reference (0) to the critique (1)."""
 
 
 class LoraConfig(Section):
@@ -127,50 +126,6 @@ class ModelConfig(Section):
         return None if value is False else value
 
 
-class SamplingConfig(Section):
-    """Sets how training rollouts are sampled."""
-
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature."""
-    max_tokens: int = Field(default=64, ge=1)
-    """Longest rollout in tokens. The default is for the lab; for other models it is 1024."""
-    batch_size: int = Field(default=256, ge=1)
-    """Rollouts sampled in one batch; a batch is saved to the run folder before it is trained on."""
-    separate_copy: bool = False
-    """Sample with a second copy of the weights, so that sampling and training can overlap: for
-    ``train.staleness`` above 0, on a machine with cores or memory to spare."""
-
-
-class ContextConfig(Section):
-    """Sets what the self-teacher is shown."""
-
-    type: ContextName = "step_aligned"
-    """What the teacher's prompt holds besides the question; ``none``: nothing, a control."""
-    fallback: ContextName | None = None
-    """Context of rollouts for which ``type`` cannot be built (SDPO: ``environment`` where no ``peer``
-    is correct)."""
-    alignment: float = Field(default=0.5, ge=0, le=1)
-    """For ``partly_aligned`` (the lab): share of the critique's steps that keep the rollout's words and
-    order; the others take the reference's. 1 is ``step_aligned``, 0 the reference."""
-
-    @property
-    def label(self) -> str:
-        """Return the type, with its degree where it has one: ``partly_aligned@0.6``."""
-        partly = self.type == PARTLY_ALIGNED
-        return f"{PARTLY_ALIGNED}@{self.alignment:g}" if partly else self.type
-
-    @property
-    def names(self) -> tuple[ContextName, ...]:
-        """Return all types that may be shown."""
-        return (self.type,) if self.fallback is None else (self.type, self.fallback)
-
-    @model_validator(mode="after")
-    def _check_fallback(self) -> ContextConfig:
-        if self.fallback is not None and self.fallback in (self.type, "none"):
-            raise ValueError('fallback must differ from type and from "none"')
-        return self
-
-
 class OptimizerConfig(Section):
     """Sets AdamW and its learning rate."""
 
@@ -187,9 +142,9 @@ class OptimizerConfig(Section):
     """Largest norm of the gradient; a larger gradient is scaled down."""
     warmup_steps: int = Field(default=0, ge=0)
     """Updates over which the learning rate grows linearly to ``lr``."""
-    decay: Literal["constant", "linear"] = "constant"
+    decay: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rate after the warm-up: ``linear`` falls from ``lr`` to 0 after the last
-    update."""
+    update, ``cosine`` along half a cosine."""
 
 
 class TrainConfig(Section):
@@ -237,23 +192,6 @@ class DistributedConfig(Section):
         if self.shard == "none" and (self.param_dtype or self.reduce_dtype):
             raise ValueError('param_dtype and reduce_dtype need shard = "full"')
         return self
-
-
-class EvaluationConfig(Section):
-    """Sets what is evaluated, and when. Nothing is ever selected on the test problems."""
-
-    every: int = Field(default=10, ge=1)
-    """Steps between evaluations on the validation problems."""
-    validation_k: int = Field(default=4, ge=1)
-    """Rollouts of each validation problem."""
-    test_k: int = Field(default=12, ge=1)
-    """Rollouts of each test problem: the k of Avg@k, Pass@k and Maj@k."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of evaluations."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Longest rollout in tokens; unset: that of ``sampling``."""
-    test: bool = True
-    """Evaluate on the test problems once, after the last step."""
 
 
 class TrackingConfig(Section):
@@ -324,10 +262,11 @@ class Recipe(Section):
         for name in self.context.names:
             if name in CRITIC_CONTEXTS and self.critic is None:
                 raise ValueError(f'context "{name}" needs a critic: add [critic] type = "oracle"')
-        if distillation is None and self.context.type != "none":
+        if grpo and distillation is None and self.context.type != "none":
             raise ValueError(f'grpo uses no context: remove context.type = "{self.context.type}"')
         if distillation is not None and self.train.steps > 0:
             _check_distillation(distillation, self)
+        check_sampling(self)
         comparing = "grpo" if grpo else 'context "peer"' if "peer" in self.context.names else None
         if comparing and self.train.group_size < 2:
             raise ValueError(f"{comparing} needs a train.group_size of at least 2")
@@ -347,6 +286,14 @@ class Recipe(Section):
     def all_weights_train(self) -> bool:
         """Return True if the model's weights train, and not adapters."""
         return self.model.lora is None and self.train.steps > 0
+
+    @property
+    def shows_context(self) -> bool:
+        """Return True if the teacher's prompts are built: in distillation, and where an objective of
+        one's own is named with a context."""
+        if isinstance(self.objective, OwnPart):
+            return self.context.type != "none"
+        return terms(self.objective)[0] is not None
 
     @property
     def can_score_initial(self) -> bool:
@@ -380,12 +327,3 @@ def _check_distillation(distillation: DistillationConfig, recipe: Recipe) -> Non
     if distillation.needs_critique and recipe.critic is None:
         key = "from_first_error" if distillation.from_first_error else "changed_steps_fraction"
         raise ValueError(f"{key} needs a critic that locates the first error")
-
-
-CRITIC_CONTEXTS = frozenset(
-    name
-    for name in CONTEXTS
-    if name
-    not in ("none", "reference", "aligned_reference", "other_reference", "peer", "environment")
-)
-"""Contexts that are made from a critique."""

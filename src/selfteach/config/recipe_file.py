@@ -5,8 +5,9 @@ table of overrides per arm (``[arms.NAME]``), optionally per variant (``[variant
 ``[sweep]`` and a ``[select]``. What differs between arms is written in the arms; everything else is
 written once.
 
-``extends = "../paper.toml"`` starts from the common sections of another file (a path relative to
-this one); that file's study, arms, variants and sweep are not inherited.
+``extends = "../base.toml"`` starts from the common sections of another file (a path relative to
+this one, or the name of a shipped recipe); that file's study, arms, variants and sweep are not
+inherited.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from pydantic import Field
 
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.migrations import migrate_config, migrate_recipe_file, migrate_study
+from selfteach.config.part_names import anchored
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import Section, merge, nearest, parse_setting, validate
+from selfteach.config.shipped_recipes import find_recipe, shipped_file
 from selfteach.errors import RecipeError
 
 BASE = "base"
@@ -156,12 +159,14 @@ def _complete(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return validate(Recipe, recipe, where="config.json").model_dump(mode="json")
 
 
-def load_study(path: Path, settings: Sequence[str] = ()) -> Study:
-    """Read a recipe file as a study; a file without arms is a study of one arm, named like the file.
+def load_study(path_or_name: str | Path, settings: Sequence[str] = ()) -> Study:
+    """Read a recipe file, or a shipped recipe by its name, as a study.
 
-    Raises `RecipeError`, in one line, if anything is wrong with the file.
+    A file without arms is a study of one arm, named like the file. Raises `RecipeError`, in one line,
+    if anything is wrong with the file.
     """
-    return study_from(_read(path), settings, where=str(path), default_arm=path.stem)
+    path = find_recipe(path_or_name)
+    return study_from(_read(path), settings, where=str(path_or_name), default_arm=path.stem)
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -174,6 +179,8 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path}: extends must name another recipe file, found {base!r}")
     chain = (*extending, path.resolve())
     extended = path.parent / base
+    if not extended.is_file():
+        extended = shipped_file(Path(base)) or extended
     if extended.resolve() in chain:
         raise RecipeError(f"{path}: extends = {base!r} leads back to itself")
     inherited = _read(extended, chain)
@@ -183,7 +190,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _parse(path: Path) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        return migrate_recipe_file(tables, str(path))
+        return migrate_recipe_file(anchored(tables, path.parent), str(path))
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
     except FileNotFoundError:
@@ -210,7 +217,8 @@ def study_from(
     """
     overrides = [parse_setting(setting) for setting in settings]
     try:
-        values = _override(migrate_recipe_file(deepcopy(dict(raw)), where), overrides)
+        tables = anchored(deepcopy(dict(raw)), Path.cwd())
+        values = _override(migrate_recipe_file(tables, where), overrides)
         tables = {key: values.pop(key) for key in TABLES if key in values}
         tables.setdefault("arms", {default_arm: {}})
         study = validate(Study, {"common": values, **tables})

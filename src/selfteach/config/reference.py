@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.migrations import RECIPE_KEYS, RECIPE_VALUES, SELECT_KEYS, RenamedKey
+from selfteach.config.part_section import OwnPart
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import StudyConfig, SweepConfig, VariantConfig
 from selfteach.config.schema import Section
@@ -31,7 +32,8 @@ Every key of a recipe file, with its type, its default, the values it takes and 
 with several types lists the keys of each; its key `type` chooses one. A default of *unset* means that
 the key is left out; its meaning says what happens then. Unknown keys are refused.
 
-`extends = "../other/recipe.toml"` at the top of a file starts from the common sections of another file.
+`extends = "../other/recipe.toml"` at the top of a file starts from the common sections of another file,
+`extends = "paper"` from those of a shipped recipe (`selfteach recipes`).
 `--set KEY=VALUE` overrides a key of the common sections and of every arm; `--set arms.NAME.KEY=VALUE`
 overrides a key of one arm.
 """
@@ -110,6 +112,8 @@ def _tables(path: str, section: type[Section], headings: dict[type[Section], str
     ``headings`` holds the sections that have a table already, and gets those of this call.
     """
     kind = _single_type(section)
+    if issubclass(section, OwnPart):
+        kind = "package.module:name"
     heading = f"`[{path}]`" + (f', `type = "{kind}"`' if kind and "." not in path else "")
     if section in headings:
         same = f"## {heading}\n\nHas the keys of {headings[section]}.\n"
@@ -207,8 +211,6 @@ def _values(field: FieldInfo) -> str:
 def _literals(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [f"`{_toml(value)}`" for value in get_args(annotation)]
-    if sections_of(annotation):
-        return []
     return [text for part in get_args(annotation) for text in _literals(part)]
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from selfteach.config.foreign_names import hint_for
 from selfteach.config.migrations import migrate_recipe_file
+from selfteach.config.part_names import OURS, OWN, SPELLING, anchored
 from selfteach.errors import RecipeError
 
 M = TypeVar("M", bound=BaseModel)
@@ -40,7 +43,8 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 def parse_setting(setting: str) -> dict[str, Any]:
     """Parse ``a.b=3`` into nested tables; the value is TOML, or a string if it is not valid TOML.
 
-    Keys with an old name get the new one. Raises `RecipeError` for a setting without key or value.
+    The file of a part is relative to the working directory. Keys with an old name get the
+    new one. Raises `RecipeError` for a setting without key or value.
     """
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
@@ -54,7 +58,7 @@ def parse_setting(setting: str) -> dict[str, Any]:
     first, *inner = key.strip().split(".")
     for part in reversed(inner):
         value = {part: value}
-    return migrate_recipe_file({first: value}, "--set")
+    return migrate_recipe_file(anchored({first: value}, Path.cwd()), "--set")
 
 
 def validate(model: type[M], values: Mapping[str, Any], *, where: str = "") -> M:
@@ -82,10 +86,26 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
     more = f" (and {count - 1} more)" if count > 1 else ""
     if first["type"] == "extra_forbidden":
         keys, key = [name for owner in owners for name in owner.model_fields], str(first["loc"][-1])
+        if keys == ["type", "options"]:
+            section = path.rpartition(".")[0]
+            return f"unknown key {path!r}; arguments of a part of your own: {section}.options{more}"
         return f"unknown key {path!r}; {hint_for(key) or nearest(key, keys)}{more}"
+    if first["type"] == "union_tag_invalid":
+        return f"{_unknown_type(path, first.get('ctx', {}))}{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if OURS in first["loc"] and first["type"] == "literal_error":
+        message += f", or a part of your own, {SPELLING}"
     value = "" if isinstance(first["input"], dict | BaseModel) else f", found {first['input']!r}"
     return f"{path + ': ' if path else ''}{message[0].lower() + message[1:]}{value}{more}"
+
+
+def _unknown_type(path: str, context: Mapping[str, Any]) -> str:
+    """Return the line for a ``type`` that is none of ours, and names no part of the user's."""
+    tag = str(context["tag"])
+    ours = [name for name in re.findall(r"'([^']*)'", context["expected_tags"]) if name != OWN]
+    close = difflib.get_close_matches(tag, ours, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, ours))}"
+    return f"{path}.type = {tag!r}: {hint}; a part of your own is {SPELLING}"
 
 
 def _walk(
@@ -99,8 +119,8 @@ def _walk(
     written: list[str] = []
     for at, part in enumerate(loc):
         tagged = [owner for owner in owners if _tag(owner) == part]
-        if tagged and at > 0:
-            owners = tagged
+        if at > 0 and (tagged or part in (OURS, OWN)):
+            owners = tagged or owners
             continue
         written.append(str(part))
         fields = [owner.model_fields[str(part)] for owner in owners if part in owner.model_fields]
@@ -117,4 +137,6 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _tag(model: type[BaseModel]) -> object:
     field = model.model_fields.get("type")
+    if field is not None and field.annotation is str:
+        return OWN
     return getattr(field.annotation, "__args__", (None,))[0] if field else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Union
 
-from pydantic import Field
+from pydantic import Field, Tag
 
+from selfteach.config.part_section import OWN, OwnPart, own_or
 from selfteach.config.schema import Section
 
 
@@ -41,7 +42,17 @@ class TrustRegionTeacherConfig(Section):
     """Weight of the current policy's logits; the initial policy's have the rest."""
 
 
+class OwnTeacherConfig(OwnPart):
+    """Teaches with a class of one's own, a `Teacher` of `selfteach.protocols`."""
+
+
 TeacherConfig = Annotated[
-    Union[InitialTeacherConfig, LiveTeacherConfig, EmaTeacherConfig, TrustRegionTeacherConfig],  # noqa: UP007
-    Field(discriminator="type"),
+    Union[  # noqa: UP007
+        Annotated[InitialTeacherConfig, Tag("initial")],
+        Annotated[LiveTeacherConfig, Tag("live")],
+        Annotated[EmaTeacherConfig, Tag("ema")],
+        Annotated[TrustRegionTeacherConfig, Tag("trust_region")],
+        Annotated[OwnTeacherConfig, Tag(OWN)],
+    ],
+    own_or("teacher", ("initial", "live", "ema", "trust_region")),
 ]

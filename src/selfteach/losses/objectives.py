@@ -15,21 +15,13 @@ import torch
 from torch import Tensor
 
 from selfteach.losses import divergence, fused
-from selfteach.losses.policy_gradient import (
-    clipped_surrogate,
-    group_advantages,
-    importance_weight,
-    k3,
-    token_logp,
-)
+from selfteach.losses.aggregation import Aggregation, Masks, normalize, num_counted
+from selfteach.losses.grpo import Grpo
+from selfteach.losses.policy_gradient import importance_weight, token_logp
 from selfteach.losses.token_masks import TokenMask
 from selfteach.models.lm_head import Scores
 from selfteach.protocols import chunked_loss
 from selfteach.types import Batch, TokenWeights, TrainingSample
-
-Aggregation = Literal["token_mean", "sequence_mean"]
-Masks = Sequence[Sequence[float]]
-"""One number per token of each sample: 1 where it is in the loss, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,88 +128,6 @@ class Distillation:
 
 
 @dataclass(frozen=True, slots=True)
-class Grpo:
-    """Minimises the loss of group-relative policy optimisation (arXiv:2402.03300).
-
-    Every rollout of the step is in the denominator, also those of groups with equal rewards, which
-    have no gradient. With ``kl_coef`` the teacher is the initial policy, on the student's prompt.
-    """
-
-    sampling_temperature: float
-    scale_rewards: Literal["group", "none"] = "group"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.0
-    aggregation: Aggregation = "token_mean"
-    importance_cap: float | None = None
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Return whether there is a KL penalty towards the initial policy."""
-        return self.kl_coef > 0
-
-    def masks(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
-        """Return 1 for each scored token, also in groups with equal rewards."""
-        return [
-            [float(i >= sample.scored_from) for i in range(len(sample.rollout.token_ids))]
-            for sample in samples
-        ]
-
-    def advantages(self, samples: Sequence[TrainingSample]) -> list[float]:
-        """Compute each rollout's advantage within the group of its problem."""
-        return group_advantages(
-            [float(sample.critiqued.verdict.correct) for sample in samples],
-            [sample.rollout.problem.id for sample in samples],
-            scale_rewards=self.scale_rewards,
-        )
-
-    def denominators(self, samples: Sequence[TrainingSample]) -> tuple[float, ...]:
-        """Return the number of all scored tokens (or rollouts)."""
-        return (num_counted(self.masks(samples), self.aggregation),)
-
-    def token_weights(
-        self, samples: Sequence[TrainingSample], counts: Sequence[float], update: int = 0
-    ) -> list[TokenWeights]:
-        """Return weights and group advantages; weights are 0 with neither advantage nor penalty."""
-        weights = normalize(self.masks(samples), counts[0], self.aggregation)
-        return [
-            TokenWeights(
-                tuple(row) if advantage or self.needs_teacher else (0.0,) * len(row), advantage
-            )
-            for row, advantage in zip(weights, self.advantages(samples), strict=True)
-        ]
-
-    def per_token(
-        self, logits_CV: Tensor, teacher_logits_CV: Tensor | None, batch: Batch, rows: slice
-    ) -> Mapping[str, Tensor]:
-        """Compute the clipped surrogate (and KL penalty) of each token."""
-        ids_C = batch.ids_N[rows]
-        logp_C = token_logp(logits_CV, ids_C, self.sampling_temperature)
-        sampled_C = batch.sampled_logp_N[rows]
-        old_C = logp_C.detach() if batch.old_logp_N is None else batch.old_logp_N[rows]
-        loss_C, clipped_C = clipped_surrogate(
-            logp_C, old_C, batch.advantage_N[rows], clip_low=self.clip_low, clip_high=self.clip_high
-        )
-        values = {"logp": logp_C.detach(), "clipped": clipped_C}
-        if self.importance_cap is not None:
-            weight_C = importance_weight(old_C, sampled_C, self.importance_cap)
-            loss_C = loss_C * weight_C
-            values["importance_capped"] = (weight_C >= self.importance_cap).float()
-        if self.needs_teacher:
-            assert teacher_logits_CV is not None
-            reference_C = token_logp(teacher_logits_CV, ids_C, self.sampling_temperature)
-            values["kl"] = k3(logp_C, reference_C)
-            loss_C = loss_C + self.kl_coef * values["kl"]
-        return {"loss": loss_C, **values}
-
-    def loss(
-        self, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Sum weight times loss over a micro-batch, chunk by chunk."""
-        return chunked_loss(self, student, teacher, batch, chunk_tokens)
-
-
-@dataclass(frozen=True, slots=True)
 class Anneal:
     """Anneals a weight linearly from ``start`` to ``end``, where it stays.
 
@@ -261,7 +171,7 @@ class Hybrid:
         distilled, rewarded = self._masks(samples)
         return (
             num_counted(distilled, self.distillation.aggregation),
-            num_counted(rewarded, self.grpo.aggregation),
+            self.grpo.count(samples, rewarded),
         )
 
     def token_weights(
@@ -272,7 +182,7 @@ class Hybrid:
         v = 1 - w if self.grpo_weight is None else self.grpo_weight
         distilled, rewarded = self._masks(samples)
         a = normalize(distilled, counts[0], self.distillation.aggregation)
-        b = normalize(rewarded, counts[1], self.grpo.aggregation)
+        b = self.grpo.normalize(rewarded, counts[1])
         return [
             _mixed([w * x for x in row_a], [v * x if advantage else 0.0 for x in row_b], advantage)
             for row_a, row_b, advantage in zip(a, b, self.grpo.advantages(samples), strict=True)
@@ -311,6 +221,7 @@ class Hybrid:
         self, student: Scores, teacher: Scores | None, batch: Batch, chunk_tokens: int
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Sum weight times loss over a micro-batch, chunk by chunk."""
+        batch = self.grpo.with_sequence_ratios(student, batch, chunk_tokens)
         return chunked_loss(self, student, teacher, batch, chunk_tokens)
 
     def _with_cap(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -327,21 +238,6 @@ class Hybrid:
                 for row_r, row_d in zip(rewarded, distilled, strict=True)
             ]
         return distilled, rewarded
-
-
-def num_counted(masks: Masks, aggregation: Aggregation) -> float:
-    """Return the denominator of a mean over tokens, or over rollouts that have a token in the loss."""
-    counted = (sum(mask) if aggregation == "token_mean" else any(mask) for mask in masks)
-    return float(sum(counted))
-
-
-def normalize(masks: Masks, count: float, aggregation: Aggregation) -> list[list[float]]:
-    """Return weights with which the sum over tokens is the mean; all 0 for a count of 0."""
-    weights = []
-    for mask in masks:
-        denominator = count * (sum(mask) if aggregation == "sequence_mean" else 1)
-        weights.append([value / denominator if denominator else 0.0 for value in mask])
-    return weights
 
 
 def _mixed(a: Sequence[float], b: Sequence[float], advantage: float) -> TokenWeights:

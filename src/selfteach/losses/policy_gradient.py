@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,45 +24,54 @@ GRPO_EPSILON = 1e-4
 """Added to a group's standard deviation; the constant of TRL 1.16's GRPOTrainer."""
 
 
+RewardScale = Literal["group", "batch", "none"]
+"""What divides advantages: the standard deviation of the group's or of all rewards, or nothing."""
+
+
 def group_advantages(
     rewards: Sequence[float],
     groups: Sequence[Hashable],
     *,
-    scale_rewards: Literal["group", "none"],
+    scale_rewards: RewardScale,
     eps: float = GRPO_EPSILON,
 ) -> list[float]:
     """Compute how much better each rollout did than the other rollouts of its problem.
 
-    ``A_i = (r_i - mean) / (std + eps)`` within each group, with the unbiased standard deviation
-    (divided by n - 1, as TRL does); ``scale_rewards="none"`` leaves out the division (Dr. GRPO,
-    arXiv:2503.20783). Exactly 0 where all rewards of a group are equal, a group of one included.
-    Groups may come in any order; the result is in the order of ``rewards``.
+    ``A_i = (r_i - mean) / (std + eps)`` with the mean of its group and the unbiased standard deviation
+    (divided by n - 1, as TRL does) of its group, or with ``scale_rewards="batch"`` of all rewards
+    (REINFORCE++, arXiv:2501.03262); ``"none"`` leaves out the division (Dr. GRPO, arXiv:2503.20783).
+    Exactly 0 where all rewards of a group are equal, a group of one included. Groups may come in any
+    order; the result is in the order of ``rewards``.
 
     Raises ValueError when ``rewards`` and ``groups`` differ in length.
     """
     members: defaultdict[Hashable, list[float]] = defaultdict(list)
     for reward, group in zip(rewards, groups, strict=True):
         members[group].append(reward)
-    centre_scale = {
-        group: _centre_and_scale(values, scale_rewards, eps) for group, values in members.items()
-    }
+    batch_std = _deviation(rewards) if scale_rewards == "batch" else 0.0
+    centre_scale: dict[Hashable, tuple[float, float]] = {}
+    for group, values in members.items():
+        std = _deviation(values) if scale_rewards == "group" else batch_std
+        divisor = 1.0 if scale_rewards == "none" else std + eps
+        centre_scale[group] = _mean(values), divisor
     return [
         (reward - centre_scale[group][0]) / centre_scale[group][1]
         for reward, group in zip(rewards, groups, strict=True)
     ]
 
 
-def _centre_and_scale(
-    rewards: Sequence[float], scale_rewards: Literal["group", "none"], eps: float
-) -> tuple[float, float]:
-    """Return what to subtract from one group's rewards, and what to divide them by."""
-    if max(rewards) == min(rewards):  # a rounded mean could differ from them by an ulp
-        return rewards[0], 1.0
-    mean = math.fsum(rewards) / len(rewards)
-    if scale_rewards == "none":
-        return mean, 1.0
-    variance = math.fsum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)
-    return mean, math.sqrt(variance) + eps
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean; of equal values exactly that value, which a rounded mean could miss."""
+    equal = max(values) == min(values)
+    return values[0] if equal else math.fsum(values) / len(values)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Return the unbiased standard deviation; 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def clipped_surrogate(
@@ -72,20 +81,54 @@ def clipped_surrogate(
     *,
     clip_low: float,
     clip_high: float,
+    delta: float | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Compute PPO's clipped surrogate per token, as a loss, and 1 where the clip removes the gradient.
 
-    ``-min(r A, clip(r, 1 - low, 1 + high) A)`` with ``r = exp(logp - old_logp)``. A token is
-    clipped when its ratio has already left the range in the direction of its advantage;
-    it then has no gradient. ``old_logp_N`` and ``advantage_N`` are constants.
+    ``-min(min(r, delta) A, clip(r, 1 - low, 1 + high) A)`` with ``r = exp(logp - old_logp)``. A token
+    is clipped when its ratio has already left the range in the direction of its advantage; it then
+    has no gradient. ``delta``, above 1 + high, bounds what a token with a negative advantage costs
+    (dual clip, arXiv:1912.09729). ``old_logp_N`` and ``advantage_N`` are constants.
     """
     advantage_N = advantage_N.detach()
     ratio_N = (logp_N - old_logp_N.detach()).exp()
     bounded_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
+    lost_N = (ratio_N > 1 + clip_high) & (advantage_N > 0)
+    lost_N |= (ratio_N < 1 - clip_low) & (advantage_N < 0)
+    if delta is not None:
+        lost_N |= (ratio_N > delta) & (advantage_N < 0)
+        ratio_N = ratio_N.clamp(max=delta)
     loss_N = -torch.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
-    too_high_N = (ratio_N > 1 + clip_high) & (advantage_N > 0)
-    too_low_N = (ratio_N < 1 - clip_low) & (advantage_N < 0)
-    return loss_N, (too_high_N | too_low_N).to(loss_N.dtype)
+    return loss_N, lost_N.to(loss_N.dtype)
+
+
+def cispo_surrogate(
+    logp_N: Float[Tensor, " N"],
+    old_logp_N: Float[Tensor, " N"],
+    advantage_N: Float[Tensor, " N"],
+    *,
+    cap: float,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Compute CISPO's surrogate per token, as a loss, and 1 where the ratio is above its cap.
+
+    ``-min(r, cap) A logp`` with ``r = exp(logp - old_logp)`` as a constant (MiniMax-M1,
+    arXiv:2506.13585): REINFORCE with a truncated importance weight, so every token keeps a gradient.
+    """
+    ratio_N = (logp_N - old_logp_N).detach().exp()
+    loss_N = -ratio_N.clamp(max=cap) * advantage_N.detach() * logp_N
+    return loss_N, (ratio_N > cap).to(loss_N.dtype)
+
+
+def sequence_means(
+    value_N: Float[Tensor, " N"], row_N: Int[Tensor, " N"], counted_N: Bool[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """Return for each token the mean over the counted tokens of its row; 0 for a row without any."""
+    rows = int(row_N.max()) + 1 if len(row_N) else 0
+    share_N = counted_N.to(value_N.dtype)
+    sum_B, count_B = value_N.new_zeros(2, rows)
+    sum_B.index_add_(0, row_N, torch.where(counted_N, value_N, 0.0))
+    count_B.index_add_(0, row_N, share_N)
+    return (sum_B / count_B.clamp(min=1))[row_N]
 
 
 def k3(logp_N: Float[Tensor, " N"], reference_logp_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

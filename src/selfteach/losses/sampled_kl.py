@@ -1,4 +1,4 @@
-"""Estimate the KL between two models from the tokens that one of them sampled."""
+"""Score sampled tokens without gradient, and estimate the KL between two models from them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,19 @@ def sampled_kl(
     ``logp_N`` are the policy's log-probabilities of ``ids_N`` at ``temperature``; the reference's are
     taken at the same, ``chunk_tokens`` tokens' logits at a time.
     """
-    reference_logp_N = torch.cat([
-        token_logp(reference.logits(rows), ids_N[rows], temperature)
-        for start in range(0, len(ids_N), chunk_tokens)
+    reference_logp_N = sampled_logp(
+        reference, ids_N, temperature=temperature, chunk_tokens=chunk_tokens
+    )
+    return k3(logp_N, reference_logp_N)
+
+
+@torch.no_grad()
+def sampled_logp(
+    scores: Scores, ids_N: Int[Tensor, " N"], *, temperature: float, chunk_tokens: int
+) -> Float[Tensor, " N"]:
+    """Compute sampled tokens' log-probabilities (nats), ``chunk_tokens`` tokens' logits at a time."""
+    return torch.cat([
+        token_logp(scores.logits(rows), ids_N[rows], temperature)
+        for start in range(0, max(1, len(ids_N)), chunk_tokens)  # no tokens are one empty chunk
         for rows in [slice(start, min(start + chunk_tokens, len(ids_N)))]
     ])  # fmt: skip
-    return k3(logp_N, reference_logp_N)

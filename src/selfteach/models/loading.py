@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib.util
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,16 +22,12 @@ from transformers.utils import logging
 from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.models import matmul
+from selfteach.models.model_path import may_be_hub_id, resolve
 from selfteach.models.weight_files import no_pickle, require_whole
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
 
-BASES = Path(__file__).parents[1] / "tasks" / "lab" / "bases"
-"""The shipped base models, one folder per world, in Hugging Face format."""
-
-HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-"""What may be the id of a hub model; anything else (``./x``, ``~/x``, ``a/b/c``) is a folder."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -97,36 +90,6 @@ def build_renderer(
         teacher_system=config.teacher_system,
         thinking=thinking,
     )
-
-
-def resolve(path: str) -> str:
-    """Resolve a model's name in a recipe to something that transformers can load.
-
-    ``lab:WORLD`` is a base model in this package, ``package:NAME`` the folder of an installed Python
-    package (``package:NAME/sub/folder`` inside it); anything else is a folder or a hub id.
-    Raises `EngineError` if there is no such base or package.
-    """
-    scheme, _, rest = path.partition(":")
-    if scheme == "lab":
-        folder = BASES / rest
-        if not (folder / "config.json").exists():
-            shipped = ", ".join(f"lab:{p.name}" for p in sorted(BASES.iterdir()) if p.is_dir())
-            raise EngineError(f"model.path = {path!r}: no such base model; shipped: {shipped}")
-        return str(folder)
-    if scheme == "package":
-        name, _, inside = rest.partition("/")
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
-            raise EngineError(
-                f"model.path = {path!r}: the Python package {name!r} is not installed"
-            )
-        return str(Path(next(iter(spec.submodule_search_locations))) / inside)
-    if Path(path).expanduser().is_dir():
-        return str(Path(path).expanduser())
-    inside, _, _ = path.partition("/")
-    if not HUB_ID.fullmatch(path) or ("/" in path and Path(inside).is_dir()):
-        raise EngineError(f"model.path = {path!r}: no such folder")
-    return path
 
 
 def autocast_of(config: ModelConfig, device: str) -> torch.dtype | None:
@@ -309,8 +272,11 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
+    missing = ""
+    if may_be_hub_id(config.path) and resolve(config.path) == config.path:
+        missing = "no such folder here, and it was not loaded from the hub: "
     if "trust_remote_code" in reason and not config.trust_remote_code:
         reason = "the model has custom code, which runs only with model.trust_remote_code = true"
     if len(reason) > 200:
         reason = reason[:200] + "…"
-    return f"model.path = {config.path!r}: cannot load the {what}: {reason}"
+    return f"model.path = {config.path!r}: {missing}cannot load the {what}: {reason}"

@@ -9,16 +9,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from selfteach.config.recipe import ModelConfig
 from selfteach.models.architectures import Shape
-from selfteach.models.loading import context_length, resolve
+from selfteach.models.loading import context_length
+from selfteach.models.model_path import resolve
 
 
-def cached_config(model: ModelConfig) -> PreTrainedConfig | None:
-    """Return a model's configuration from its folder or the cache; None if it is in neither."""
+def cached_config(model: ModelConfig, *, fetch: bool = False) -> PreTrainedConfig | None:
+    """Return a model's configuration from its folder or the cache; None if it is in neither.
+
+    ``fetch``: also from the hub.
+    """
     try:
         if model.gguf_file:
             return _gguf_config(resolve(model.path), model.gguf_file)
         return AutoConfig.from_pretrained(
-            resolve(model.path), local_files_only=True, trust_remote_code=model.trust_remote_code
+            resolve(model.path),
+            local_files_only=not fetch,
+            trust_remote_code=model.trust_remote_code,
         )
     except (OSError, ValueError):
         return None

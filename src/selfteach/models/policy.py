@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ class Schedule:
 
     lr: float
     warmup_steps: int = 0
-    decay: Literal["constant", "linear"] = "constant"
+    decay: Literal["constant", "linear", "cosine"] = "constant"
     total_steps: int = 1
 
     def __call__(self, update: int) -> float:
@@ -47,7 +48,10 @@ class Schedule:
         if self.decay == "constant":
             return self.lr
         left, decaying = self.total_steps - update, self.total_steps - self.warmup_steps
-        return self.lr * max(0.0, left / max(1, decaying))
+        share = max(0.0, left / max(1, decaying))
+        if self.decay == "cosine":
+            share = 0.5 * (1 - math.cos(math.pi * share))
+        return self.lr * share
 
 
 class Policy:

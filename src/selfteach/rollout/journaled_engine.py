@@ -48,6 +48,10 @@ class BatchedEngine:
         batches = [(number, problems[at : at + size]) for number, at in enumerate(starts)]
         return self.ranks.share(batches)
 
+    def count(self, problems: Sequence[Problem], group_size: int) -> int:
+        """Return the number of batches of all ranks."""
+        return -(-len(problems) // max(1, self.batch_size // group_size))
+
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """Sample ``sampling.samples`` rollouts of each problem of this rank's batches."""
         batches = self.split(problems, sampling.samples)
@@ -67,7 +71,8 @@ class JournaledEngine:
     so its rollouts are bitwise the same. Of a batch in which the engine failed
     (`SamplingInterrupted`) the complete groups are saved and are not sampled again.
 
-    ``name`` begins the names of the batches' files, like ``step_000012``. With ``version`` every
+    ``name`` begins the names of the batches' files, like ``step_000012``, and their numbers begin with
+    ``first_batch``. With ``version`` every
     rollout must be of that policy version. ``weights_lost``: the weights that should sample no longer
     exist (a resumed asynchronous run), so every batch must be in the folder. ``on_batch`` gets each
     batch's number and rollouts when they are complete.
@@ -79,13 +84,14 @@ class JournaledEngine:
         run: RunFolder,
         name: str,
         *,
+        first_batch: int = 0,
         version: int | None = None,
         weights_lost: bool = False,
         on_batch: Callable[[int, list[Rollout]], None] | None = None,
     ) -> None:
         batched = isinstance(engine, BatchedEngine)
         self._engine = engine if batched else BatchedEngine(engine, ONE_BATCH)
-        self._run, self._name = run, name
+        self._run, self._name, self._first_batch = run, name, first_batch
         self._version, self._weights_lost, self._on_batch = version, weights_lost, on_batch
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
@@ -94,12 +100,17 @@ class JournaledEngine:
 
     def batches(self, problems: Sequence[Problem], sampling: Sampling) -> Iterator[list[Rollout]]:
         """Yield this rank's rollouts batch by batch."""
-        for number, batch in self._engine.split(problems, sampling.samples):
+        for index, batch in self._engine.split(problems, sampling.samples):
+            number = self._first_batch + index
             rollouts = self._read_or_sample(f"{self._name}.{number:03d}", batch, sampling)
             self._check_version(rollouts)
             if self._on_batch is not None:
                 self._on_batch(number, rollouts)
             yield rollouts
+
+    def next_batch(self, problems: Sequence[Problem], sampling: Sampling) -> int:
+        """Return the number after the batches of these problems."""
+        return self._first_batch + self._engine.count(problems, sampling.samples)
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load the weights into the engine."""

@@ -16,7 +16,7 @@ from selfteach.prompts.renderer import Renderer
 from selfteach.rollout.decoding.forward import Layout
 from selfteach.rollout.decoding.generate import sample_completions
 from selfteach.rollout.decoding.prompt_layout import proven_layout
-from selfteach.rollout.decoding.token_sampling import uniforms
+from selfteach.rollout.decoding.token_sampling import TokenDistribution, uniforms
 from selfteach.runtime.seeds import stream_key
 from selfteach.types import Problem, Rollout, Sampling
 
@@ -99,10 +99,13 @@ class TransformersEngine:
         keys = [(request, sample) for request in requests for sample in request.samples]
         streams = (stream_key(r.problem, sample, sampling, self._version) for r, sample in keys)
         uniforms_BT = np.stack([uniforms(stream, sampling.max_tokens) for stream in streams])
+        distribution = TokenDistribution(
+            sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p
+        )
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
             ids, logps = sample_completions(
                 self._causal, [request.prompt_ids for request in requests], uniforms_BT,
-                temperature=sampling.temperature, end_ids=self._end_ids, pad_id=self._pad_id,
+                distribution=distribution, end_ids=self._end_ids, pad_id=self._pad_id,
                 max_length=self._max_length, layout=self._layout,
             )  # fmt: skip
         return [

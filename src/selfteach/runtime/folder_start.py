@@ -7,25 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from selfteach.config.recipe_toml import is_recipe, recipe_toml
 from selfteach.errors import CheckpointError
+from selfteach.runtime.atomic_files import write_text
+from selfteach.runtime.part_sources import portable
 from selfteach.runtime.stored_files import read_json
 
 START_FILES = {
     ".lock", ".identity", "config.json", "recipe.toml", "environment.json", "study.json",
-    "problems.json", "tracking.json", "checksums.jsonl",
+    "problems.json", "tracking.json", "checksums.jsonl", "parts.json",
 }  # fmt: skip
 """Files that are written before anything is sampled."""
 BEFORE_CONFIG = {".lock", "environment.json"}
 """Files that may be in a folder whose start was killed before its config.json or study.json."""
-SINK_FOLDERS = {"tensorboard", "wandb"}
-"""Folders of tracking sinks, which are opened before anything is sampled."""
+START_FOLDERS = {"tensorboard", "wandb", "parts"}
+"""Folders of tracking sinks and of copies of parts, written before anything is sampled."""
 
 
 def holds_work(folder: Path) -> bool:
     """Return True if a folder or one below it holds more than what a start writes."""
     for child in folder.iterdir():
         if child.is_dir():
-            if child.name not in SINK_FOLDERS and holds_work(child):
+            if child.name not in START_FOLDERS and holds_work(child):
                 return True
         elif child.name == "metrics.jsonl":
             if child.stat().st_size > 0:
@@ -50,6 +53,12 @@ def require_empty(path: Path) -> None:
 def is_our_config(config: Mapping[str, Any]) -> bool:
     """Return True for the config.json of a run, a selection or a forecast."""
     return "select" in config or "forecast" in config or {"model", "data", "train"} <= config.keys()
+
+
+def write_recipe(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write a run's recipe.toml unless it is there, or the folder is a selection's or a forecast's."""
+    if is_recipe(config) and not (folder / "recipe.toml").exists():
+        write_text(folder / "recipe.toml", recipe_toml(portable(config)))
 
 
 def clear_start(folder: Path) -> None:

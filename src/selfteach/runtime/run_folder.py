@@ -4,6 +4,7 @@
     recipe.toml            the same as a recipe file, for another run
     environment.json       commit, versions, machine
     problems.json          fingerprints of the problem sets
+    parts.json, parts/     hashes and copies of parts of one's own
     metrics.jsonl          one line per step, and per evaluation
     checksums.jsonl        checksums of the files of rollouts, critiques, samples and evaluations
     tracking.json          rows of metrics.jsonl that each sink has received; only with sinks
@@ -21,8 +22,7 @@ Files are written atomically (to a temporary file, flushed, renamed): a kill at 
 partial file, and what is in the folder is never sampled or requested again. Rollouts, critiques and
 samples are renamed first and flushed in the background, a few milliseconds each, before a row of
 metrics or a checkpoint is written that depends on them: a file that a power cut has truncated before
-that is recognised and made again. A file that was flushed has a checksum: if it differs, it is
-damaged, and the run is refused.
+that is recognised and made again. A flushed file has a checksum: if it differs, the run is refused.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from selfteach.config.migrations import migrate_config, migrate_metrics, run_subfolder
+from selfteach.config.part_names import unanchored
 from selfteach.config.recipe_file import complete_config
-from selfteach.config.recipe_toml import is_recipe, recipe_toml
 from selfteach.errors import CheckpointError, Terminated
 from selfteach.runtime.atomic_files import (
     append_line,
@@ -57,7 +57,14 @@ from selfteach.runtime.atomic_files import (
     write_text,
 )
 from selfteach.runtime.checksums import Checksums
-from selfteach.runtime.folder_start import clear_start, holds_work, is_our_config, require_empty
+from selfteach.runtime.folder_start import (
+    clear_start,
+    holds_work,
+    is_our_config,
+    require_empty,
+    write_recipe,
+)
+from selfteach.runtime.kept_work import describe_progress
 from selfteach.runtime.stored_files import (
     Row,
     read_bytes,
@@ -67,12 +74,13 @@ from selfteach.runtime.stored_files import (
     reading,
 )
 from selfteach.runtime.stored_records import (
+    Decode,
     SavedCritiques,
     critiques_by_key,
     problems_fingerprint,
     rollout_row,
     rollouts_from,
-    sample_row,
+    sample_rows,
 )
 from selfteach.types import Critique, CritiqueFailure, Problem, Rollout, TrainingSample
 
@@ -85,8 +93,8 @@ LOCK_PATIENCE_S = 5.0
 class RunFolder:
     """Reads and writes the records of one run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
         self.metrics_path = path / "metrics.jsonl"
         self.result_path = path / "result.json"
         self.problems_path = path / "problems.json"
@@ -113,13 +121,14 @@ class RunFolder:
         """Start a run in this folder, or continue the same one.
 
         The config of a folder that an earlier version has written is completed before the comparison.
-        Tracking and distributed settings may differ: they do not change what a run computes. A run that
-        has spent nothing yet is replaced. Raises `CheckpointError` if the folder holds something else.
+        Tracking, distributed settings and folders of parts may differ: they change no result. A run
+        that has spent nothing is replaced. Raises `CheckpointError` if the folder holds something else.
         """
         ignored = {"tracking": None, "distributed": None}
         if (self.path / "config.json").exists():
             old, new = complete_config(self.config()), json.loads(json.dumps(config))
-            if old | ignored == new | ignored:
+            if unanchored(old | ignored) == unanchored(new | ignored):
+                write_recipe(self.path, config)  # a folder of an earlier version has none
                 return
             if holds_work(self.path) or not is_our_config(old):
                 raise CheckpointError(
@@ -132,8 +141,7 @@ class RunFolder:
             make_folder(self.path)
         write_json(self.path / "environment.json", environment)
         write_json(self.path / "config.json", config)
-        if is_recipe(config):
-            write_text(self.path / "recipe.toml", recipe_toml(config))
+        write_recipe(self.path, config)
 
     def config(self) -> Row:
         """Return the resolved recipe. Raises `CheckpointError` if there is none."""
@@ -198,18 +206,7 @@ class RunFolder:
 
     def describe_progress(self) -> str:
         """Return what of this folder's work is on disk, and how to continue, for a person."""
-        if (self.path / "study.json").exists():
-            what = "what each run has sampled, critiqued and saved"
-        elif not (self.path / "config.json").exists():
-            return f"nothing was begun in {self.path}: repeat the command"
-        elif "forecast" in self.config():
-            return "kept: what was measured, if --out names its folder: repeat the command"
-        elif saved := sorted(self.checkpoints.glob("step_*")):
-            step = int(saved[-1].name.removeprefix("step_"))
-            what = f"the checkpoint after step {step}, and what was sampled and critiqued since"
-        else:
-            what = "what was sampled and critiqued"
-        return f"kept: {what}; continue with selfteach resume {self.path}"
+        return describe_progress(self.path)
 
     # -- rollouts, critiques, samples --------------------------------------------------------
 
@@ -302,11 +299,12 @@ class RunFolder:
         )
         self._write(self.path / "critiques" / f"{name}.jsonl", rows)
 
-    def save_samples(self, step: int, samples: Sequence[TrainingSample]) -> None:
-        """Save a step's training samples: verdict, critique and context of each rollout."""
-        self._write(
-            run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl", map(sample_row, samples)
-        )
+    def save_samples(
+        self, step: int, samples: Sequence[TrainingSample], decode: Decode | None = None
+    ) -> None:
+        """Save a step's samples: verdict, critique, context; with ``decode`` the student's prompts."""
+        path = run_subfolder(self.path, "samples") / f"step_{step:06d}.jsonl"
+        self._write(path, sample_rows(samples, decode))
 
     def load_critiques(self, step: int) -> SavedCritiques:
         """Return the critiques of a step's rollouts by `Rollout.key`; empty if none are saved.
@@ -361,9 +359,9 @@ class RunFolder:
         write_text(self.metrics_path, "".join(line.decode() + "\n" for line in retained))
 
 
-def load_result(folder: Path) -> dict[str, Any]:
+def load_result(folder: str | Path) -> dict[str, Any]:
     """Return the result of a finished run: steps, seed, budget and learning curve."""
-    return read_json(folder / "result.json")
+    return read_json(Path(folder) / "result.json")
 
 
 @functools.lru_cache(maxsize=1)

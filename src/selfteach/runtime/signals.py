@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from selfteach.errors import Terminated
@@ -113,6 +113,16 @@ def handle_interrupts() -> None:
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading,), name="interrupts", daemon=True).start()
+
+
+@contextmanager
+def keeping(progress: str | Callable[[], str]) -> Iterator[None]:
+    """Say, if a signal ends the process within a block, what is on disk and how to go on."""
+    try:
+        yield
+    except Terminated as end:
+        end.progress = end.progress or (progress if isinstance(progress, str) else progress())
+        raise
 
 
 @contextmanager

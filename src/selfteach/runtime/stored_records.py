@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ ROLLOUT_FIELDS = [field.name for field in fields(Rollout) if field.name != "prob
 
 SavedCritiques = dict[tuple[str, int], Critique | CritiqueFailure | None]
 """Critiques by `Rollout.key`."""
+
+
+Decode = Callable[[Sequence[int]], str]
+"""Makes text of token ids."""
 
 
 def problem_digest(problem: Problem) -> str:
@@ -88,14 +92,18 @@ def rollouts_from(
     return rollouts
 
 
-def sample_row(sample: TrainingSample) -> dict[str, Any]:
-    """Return a sample as one JSON object; joins the rollouts by problem_id and sample."""
+def sample_row(sample: TrainingSample, prompt: str | None = None) -> dict[str, Any]:
+    """Return a sample as one JSON object; joins the rollouts by problem_id and sample.
+
+    ``prompt`` is the student's prompt as text, control tokens included; no column without it.
+    """
     rollout, critique = sample.rollout, sample.critiqued.critique
     return {
         "problem_id": rollout.problem.id,
         "sample": rollout.sample,
         **history_column(rollout.problem),
         "question": rollout.problem.question,
+        **({} if prompt is None else {"prompt": prompt}),
         "answer": rollout.text,
         "finished": rollout.finished,
         **asdict(sample.critiqued.verdict),
@@ -107,6 +115,21 @@ def sample_row(sample: TrainingSample) -> dict[str, Any]:
         "first_error_token": sample.first_error_token,
         "first_change": None if sample.change is None else asdict(sample.change),
     }
+
+
+def sample_rows(
+    samples: Iterable[TrainingSample], decode: Decode | None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of samples, the student's prompt in the first row of each prompt.
+
+    Without ``decode`` no row has a prompt.
+    """
+    decoded = set[tuple[int, ...]]()
+    for sample in samples:
+        ids = sample.rollout.prompt_ids
+        is_first = decode is not None and ids not in decoded
+        decoded.add(ids)
+        yield sample_row(sample, decode(ids) if decode is not None and is_first else None)
 
 
 def critiques_by_key(rows: Iterable[Mapping[str, Any]], path: Path) -> SavedCritiques:

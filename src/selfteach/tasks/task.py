@@ -16,9 +16,11 @@ from selfteach.config.data_section import (
     GymData,
     HubData,
     LabData,
+    OwnData,
     RowsData,
     SplitName,
 )
+from selfteach.config.part_section import OwnPart
 from selfteach.errors import DataError
 from selfteach.protocols import Verifier
 from selfteach.tasks import chain_sums, segmentation, verifiers
@@ -28,9 +30,10 @@ from selfteach.tasks.lab import lab_task as lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
 from selfteach.tasks.lab.world import World
 from selfteach.tasks.lab.worlds import WORLDS, world_of
+from selfteach.tasks.own_tasks import own_functions, own_problems
 from selfteach.tasks.sources.audit import Audit, audit
 from selfteach.tasks.sources.columns import with_mapping
-from selfteach.tasks.sources.load import read_problem_sets
+from selfteach.tasks.sources.load import combined, read_problem_sets
 from selfteach.tasks.sources.reasoning_gym import generate
 from selfteach.types import Critique, Problem, ReplaceSteps
 
@@ -97,10 +100,13 @@ def load_task(config: DataConfig, model_folder: str, *, allow_empty: bool = Fals
             splits, counts, columns = read_problem_sets(config, allow_no_source=allow_empty)
         case GymData():
             splits, counts, columns = generate(config), {}, ""
+        case OwnData():
+            splits, counts, columns = combined(*own_problems(config))
     world = config.world if isinstance(config, FilesData) else None
-    functions = _functions_of(config.verifier, config, world, model_folder)
+    verifier = "exact" if isinstance(config.verifier, OwnPart) else config.verifier
+    functions = own_functions(config, _functions_of(verifier, config, world, model_folder))
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
-    _check_meta(config.verifier, [*train, *validation, *test])
+    _check_meta(verifier, [*train, *validation, *test])
     task = Task(train, validation, test, counts=counts, columns=columns, **functions)
     return (
         task
@@ -168,7 +174,7 @@ def _lab(config: LabData, model_folder: str) -> Task:
         train=lab_task.problems(world, "train", config.train, max_solve_rate=limit),
         validation=lab_task.problems(world, "validation", config.validation, max_solve_rate=limit),
         test=lab_task.problems(world, "test", config.test, max_solve_rate=limit),
-        **_lab_functions(world),
+        **own_functions(config, _lab_functions(world)),
     )
 
 
@@ -207,7 +213,7 @@ def _chain_sums(config: ChainSumsData) -> Task:
         min_terms=config.min_terms, max_terms=config.max_terms, max_digits=config.max_digits,
         train=config.train, validation=config.validation, test=config.test,
     )  # fmt: skip
-    return Task(train, validation, test, **CHAIN_SUMS)
+    return Task(train, validation, test, **own_functions(config, CHAIN_SUMS))
 
 
 def _functions_of(
@@ -218,9 +224,12 @@ def _functions_of(
         return _lab_functions(_world(world, model_folder))
     if verifier == "chain_sums":
         return dict(CHAIN_SUMS)
-    code = reading.code if isinstance(reading, RowsData) else None
+    code = reading.code if isinstance(reading, RowsData | OwnData) else None
     verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in, code)
-    steps = "lines" if verifier == "code" and reading.steps == "tags" else reading.steps
+    by_lines = isinstance(reading.steps, OwnPart) or (
+        verifier == "code" and reading.steps == "tags"
+    )
+    steps = "lines" if by_lines else reading.steps
     return {
         "verify": verify,
         "answer_format": answer_format,
@@ -258,3 +267,18 @@ def _only_valid(task: Task, *, drop: bool) -> Task:
         for name in ("train", "validation", "test")
     }
     return replace(task, **valid, counts={**task.counts, "invalid_problems": len(invalid)})
+
+
+def default_templates(config: DataConfig) -> str | None:
+    """Return the template set of a kind of data without loading it; None if it must be loaded."""
+    match config:
+        case LabData():
+            return "lab"
+        case ChainSumsData():
+            return "chain_sums"
+        case FilesData() | HubData() | GymData():
+            if config.verifier in ("lab", "chain_sums"):
+                return config.verifier
+            return "steps" if config.steps == "tags" else "free"
+        case _:
+            return None

@@ -16,6 +16,12 @@ Every step is a call of `step.train_step`, whatever the staleness: its component
 returns the rollouts whose sampling was started earlier (`StartedEngine`), and a verifier and a critic
 that return the results of work started batch by batch (`StartedCritiques`).
 
+A step may sample in rounds (`RolloutRequest.rounds`, DAPO's dynamic sampling): while groups with mixed
+verdicts are missing, as many further problems are sampled, by the same weights and in batches that
+follow the others of the step. What is sampled next is a function of the verdicts on disk, so a resume
+takes the same rounds; every rollout of every round is a sample of the step, and counts in its budget.
+It needs ``staleness = 0``: a later round would be sampled by other weights than the first.
+
 An engine that samples with the module that trains samples in this thread, between two updates; only
 critiques run in the background. An engine with its own weights samples in the background, too.
 
@@ -27,10 +33,11 @@ result is awaited.
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import TypeVar
 
@@ -73,6 +80,10 @@ class RolloutRequest:
     """Optimizer updates of the weights that sample."""
     weights_lost: bool = False
     """True if these weights no longer exist: the rollouts must be in the resumed run's folder."""
+    rounds: int = 0
+    """Most further rounds of sampling, while groups with mixed verdicts are missing."""
+    further: Sequence[Problem] = ()
+    """Problems of the further rounds, in order; none of ``problems``."""
 
 
 def train_steps(
@@ -107,8 +118,8 @@ def train_steps(
                     started.components(wait_for_started), started.request.problems
                 )
                 if components.ranks.is_main:
-                    run.save_samples(step, samples)
-            return samples, {**metrics, **clock.row(started.active)}
+                    run.save_samples(step, samples, components.renderer.shown)
+            return samples, {**metrics, **started.row(), **clock.row(started.active)}
 
         def wait_for_rollouts(started: StartedStep) -> None:
             started.rollouts()
@@ -157,20 +168,29 @@ class StartedStep:
     ) -> None:
         self.request, self.active = request, ActiveSpans()
         self.clock, self.interruptible = clock, interruptible
-        self._components = components
+        self._components, self._run, self._submit_rollouts = components, run, submit_rollouts
         self._critiques = StartedCritiques(components, run, request.step, submit_critique, self)
-        engine = JournaledEngine(
-            components.engine, run, f"step_{request.step:06d}", version=request.version,
-            weights_lost=request.weights_lost, on_batch=self._critiques.start,
-        )  # fmt: skip
-        with clock("rollout"), interruptible():
-            self._wait = components.ranks.all_or_raise(
-                lambda: submit_rollouts(
-                    timed_call, engine.generate, self.active.rollout, request.problems,
-                    components.sampling,
-                )
-            )  # fmt: skip
+        self._next_batch = 0
+        with interruptible():
+            self._wait = self._start_sampling(request.problems)
         self._rollouts: list[Rollout] | None = None
+        self._rounds, self._mixed = 1, 0
+
+    def _start_sampling(self, problems: Sequence[Problem]) -> Callable[[], list[Rollout]]:
+        """Start to sample problems; return what waits for this rank's rollouts."""
+        sampling = self._components.sampling
+        engine = JournaledEngine(
+            self._components.engine, self._run, f"step_{self.request.step:06d}",
+            first_batch=self._next_batch, version=self.request.version,
+            weights_lost=self.request.weights_lost, on_batch=self._critiques.start,
+        )  # fmt: skip
+        self._next_batch = engine.next_batch(problems, sampling)
+        with self.clock("rollout"):
+            return self._components.ranks.all_or_raise(
+                lambda: self._submit_rollouts(
+                    timed_call, engine.generate, self.active.rollout, problems, sampling
+                )
+            )
 
     def rollouts(self) -> list[Rollout]:
         """Wait for this rank's rollouts."""
@@ -178,7 +198,31 @@ class StartedStep:
             waits = self._components.samples_in_background
             with self.clock("rollout", waits=waits):
                 self._rollouts = self._components.ranks.all_or_raise(self._wait)
+            self._rollouts += self._further_rollouts()
         return self._rollouts
+
+    def _further_rollouts(self) -> list[Rollout]:
+        """Sample further rounds while groups with mixed verdicts are missing; return their rollouts."""
+        rollouts: list[Rollout] = []
+        further = list(self.request.further)
+        for _ in range(self.request.rounds):
+            self._mixed = self._critiques.mixed_groups()
+            missing = len(self.request.problems) - self._mixed
+            problems, further = further[:missing], further[missing:]
+            if not problems:
+                return rollouts
+            self._critiques.reopen()
+            rollouts += self._components.ranks.all_or_raise(self._start_sampling(problems))
+            self._rounds += 1
+        if self.request.rounds:
+            self._mixed = self._critiques.mixed_groups()
+        return rollouts
+
+    def row(self) -> Metrics:
+        """Return the metrics of a step that samples in rounds; empty for another one."""
+        if not self.request.rounds:
+            return {}
+        return {"sampling_rounds": self._rounds, "mixed_groups": self._mixed}
 
     def components(self, wait_for_started: Callable[[], None]) -> Components:
         """Return components for `train_step` that wait for this step's rollouts and critiques."""
@@ -233,9 +277,20 @@ class StartedCritiques:
         """Start to verify and critique one batch of rollouts."""
         spans = self._started.active.critique
         components = self._journaled(f"step_{self._step:06d}.{number:03d}")
-        self._batches.append(
-            self._submit(timed_call, verify_and_critique, spans, components, rollouts)
-        )
+        submitted = self._submit(timed_call, verify_and_critique, spans, components, rollouts)
+        self._batches.append(cache(submitted))
+
+    def reopen(self) -> None:
+        """Expect further batches of the step, on all ranks."""
+        self._results = None
+
+    def mixed_groups(self) -> int:
+        """Return the number of groups, of all ranks, with both right and wrong rollouts."""
+        verdicts: defaultdict[str, set[bool]] = defaultdict(set)
+        for critiqued in self._collect().values():
+            verdicts[critiqued.rollout.problem.id].add(critiqued.verdict.correct)
+        mixed = sum(len(outcomes) > 1 for outcomes in verdicts.values())
+        return self._components.ranks.sum(mixed)
 
     def verify(self, problem: Problem, text: str) -> Verdict:
         """Return the verdict of one of the step's rollouts."""

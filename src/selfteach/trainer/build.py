@@ -14,14 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfteach.config.critic_section import LlmCriticConfig, PolicyCriticConfig
-from selfteach.config.objective_section import (
-    terms,
-)
+from selfteach.config.part_section import OwnPart
 from selfteach.config.recipe import Recipe, TrackingConfig
 from selfteach.config.teacher_section import (
     EmaTeacherConfig,
     InitialTeacherConfig,
     LiveTeacherConfig,
+    OwnTeacherConfig,
     TeacherConfig,
     TrustRegionTeacherConfig,
 )
@@ -41,8 +40,8 @@ from selfteach.models.loading import (
     embedded_tokens,
     load,
     load_tokenizer,
-    resolve,
 )
+from selfteach.models.model_path import resolve
 from selfteach.models.policy import Policy, Schedule, add_adapters, recompute_activations
 from selfteach.models.teacher import EmaTeacher, InitialTeacher, LiveTeacher, TrustRegionTeacher
 from selfteach.prompts.renderer import Renderer
@@ -50,6 +49,7 @@ from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context, Critic, Teacher
 from selfteach.rollout.gathered_weights import GatheringEngine
 from selfteach.rollout.journaled_engine import BatchedEngine
+from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.runtime import tracking
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.torch_setup import configure_torch
@@ -60,8 +60,8 @@ from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.device_load import require_memory
 from selfteach.trainer.device_memory import chunk_tokens
 from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates, within_context
+from selfteach.trainer.own_components import build_own_context, build_own_teacher
 from selfteach.trainer.step import Components
-from selfteach.types import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +121,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         policy=policy,
         renderer=renderer,
         split_steps=task.split_steps,
-        sampling=Sampling(
-            recipe.train.group_size,
-            recipe.sampling.temperature,
-            recipe.sampling.max_tokens,
-            recipe.seed,
-        ),
+        sampling=training_sampling(recipe, recipe.train.group_size, recipe.seed),
         critic_threads=critic_threads(recipe.critic),
         samples_in_background=_samples_in_background(recipe),
         num_iterations=recipe.train.num_iterations,
@@ -177,6 +172,8 @@ def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
             return EmaTeacher(policy, config.rate)
         case TrustRegionTeacherConfig():
             return TrustRegionTeacher(policy, config.student_mix)
+        case OwnTeacherConfig():
+            return build_own_teacher(config, policy)
 
 
 def _watched_initial(recipe: Recipe, teacher: Teacher, policy: Policy) -> Teacher | None:
@@ -312,21 +309,23 @@ def build_context(
 def build_arm_context(recipe: Recipe, task: Task, templates: Templates) -> Context | None:
     """Build what the recipe's teacher is shown, with its fallbacks; None without distillation."""
     name, fallback, critic = recipe.context.type, recipe.context.fallback, recipe.critic
-    if terms(recipe.objective)[0] is None:
+    if not recipe.shows_context:
         return None
 
-    def named(name: str) -> Context:
+    def named(name: str, part: OwnPart | None = None) -> Context:
+        if part is not None:
+            return build_own_context(part, task, templates, seed=recipe.seed)
         alignment = recipe.context.alignment
         return build_context(name, task, templates, seed=recipe.seed, alignment=alignment)
 
-    context = named(name)
+    context = named(name, recipe.context.own_part)
     if isinstance(critic, LlmCriticConfig):
         policies = critic.on_failure.model_dump()
         reasons = {reason for reason, policy in policies.items() if policy == "fallback"}
         other = named(critic.fallback)
         context = FallbackContext(context, other, frozenset(reasons)) if reasons else context
     if fallback is not None:
-        context = FallbackContext(context, named(fallback))
+        context = FallbackContext(context, named(fallback, recipe.context.own_fallback))
     return context
 
 

@@ -18,6 +18,7 @@ from selfteach.config.critic_section import (
     EndpointConfig,
     LocalCriticConfig,
     OracleConfig,
+    OwnCriticConfig,
     PolicyCriticConfig,
     RecordedConfig,
 )
@@ -36,6 +37,7 @@ from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Critic
 from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task
+from selfteach.trainer.own_components import build_own_critic
 
 FINGERPRINT_ENTRIES = 2**24
 """Weights whose bits are summed at a time."""
@@ -62,6 +64,8 @@ def build_critic(
             return OracleCritic(task.oracle, error_rate=config.error_rate, seed=seed)
         case RecordedConfig():
             return RecordedCritic(Path(config.run))
+        case OwnCriticConfig():
+            return build_own_critic(config, task, templates, seed=seed)
         case _:
             if not templates.has("critic"):
                 raise RecipeError(
@@ -126,6 +130,14 @@ def require_critic(config: CriticConfig | None) -> None:
         from selfteach.feedback.critics.critic_healthcheck import require_server
 
         require_server(config)
+
+
+def served_models(config: EndpointConfig) -> list[str]:
+    """Return the models that a critic's server lists. Raises `CriticError` if it cannot be reached."""
+    _require_openai()
+    from selfteach.feedback.critics.critic_healthcheck import listed_models
+
+    return listed_models(config)
 
 
 def _require_openai() -> None:

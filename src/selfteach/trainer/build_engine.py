@@ -23,7 +23,8 @@ from selfteach.config.engine_section import (
 )
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import EngineError, RecipeError
-from selfteach.models.loading import LoadedModel, load_tokenizer, resolve
+from selfteach.models.loading import LoadedModel, load_tokenizer
+from selfteach.models.model_path import resolve
 from selfteach.models.policy import Policy
 from selfteach.protocols import Engine
 from selfteach.rollout.transformers_engine import TransformersEngine

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from selfteach.config.objective_section import DistillationConfig, GrpoConfig, HybridConfig
+from selfteach.config.objective_section import (
+    DistillationConfig,
+    GrpoConfig,
+    HybridConfig,
+    OwnObjectiveConfig,
+)
 from selfteach.config.recipe import Recipe, TrainConfig
+from selfteach.config.sampling_section import SamplingConfig
 from selfteach.errors import RecipeError
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.losses.token_masks import TokenMask
 from selfteach.protocols import Objective
+from selfteach.trainer.own_components import build_own_objective
 
 
 def build_objective(recipe: Recipe) -> Objective:
@@ -19,18 +26,20 @@ def build_objective(recipe: Recipe) -> Objective:
             _require_importance_weights(config, recipe.train)
             return _distillation(config, temperature)
         case GrpoConfig() as config:
-            return _grpo(config, temperature)
+            return _grpo(config, recipe.sampling)
         case HybridConfig() as config:
             _require_importance_weights(config.distillation, recipe.train)
             weight, train = config.weight, recipe.train
             steps = weight.steps or train.steps
             return Hybrid(
                 _distillation(config.distillation, temperature),
-                _grpo(config.grpo, temperature),
+                _grpo(config.grpo, recipe.sampling),
                 Anneal(weight.start, weight.end, max(0, steps - 1) * train.num_iterations),
                 config.grpo_weight,
                 config.grpo_tokens,
             )
+        case OwnObjectiveConfig() as config:
+            return build_own_objective(config, sampling_temperature=temperature, seed=recipe.seed)
 
 
 def _require_importance_weights(config: DistillationConfig, train: TrainConfig) -> None:
@@ -70,5 +79,10 @@ def _distillation(config: DistillationConfig, sampling_temperature: float) -> Di
     )
 
 
-def _grpo(config: GrpoConfig, sampling_temperature: float) -> Grpo:
-    return Grpo(sampling_temperature, **config.model_dump(exclude={"type"}))
+def _grpo(config: GrpoConfig, sampling: SamplingConfig) -> Grpo:
+    return Grpo(
+        sampling.temperature,
+        **config.model_dump(exclude={"type", "loss_type"}),
+        max_tokens=sampling.max_tokens,
+        mixed_groups_only=sampling.dynamic_rounds > 0,
+    )

@@ -16,7 +16,8 @@ from selfteach.config.engine_section import VllmProcessConfig, VllmServerConfig
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import EngineError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
-from selfteach.models.loading import choose_device, dtypes_of, resolve, weights_dtype_of
+from selfteach.models.loading import choose_device, dtypes_of, weights_dtype_of
+from selfteach.models.model_path import resolve
 from selfteach.models.model_size import cached_config, count_parameters, shape_of
 from selfteach.trainer.device_memory import DeviceLoad, VllmMemory, chunk_tokens, gib, memory
 

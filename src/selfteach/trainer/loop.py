@@ -15,13 +15,17 @@ from selfteach.errors import CheckpointError, RecipeError, RunStopped, Terminate
 from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
-from selfteach.models.loading import choose_device, dtypes_of, resolve
+from selfteach.models.loading import choose_device, dtypes_of
+from selfteach.models.model_path import resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
+from selfteach.rollout.sampling_settings import evaluation_sampling
 from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.atomic_files import report_full_disk, sync_folder, sync_tree, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
+from selfteach.runtime.part_sources import require_given, require_same_sources, with_copies
 from selfteach.runtime.provenance import collect_provenance, cpu_capability
 from selfteach.runtime.run_folder import RunFolder, load_result
+from selfteach.runtime.seeds import hashed_rng
 from selfteach.runtime.signals import Termination, handle_termination
 from selfteach.tasks.task import SplitName, training_order
 from selfteach.tasks.verifiers import keep_timeouts
@@ -33,7 +37,7 @@ from selfteach.trainer.guard import Guard
 from selfteach.trainer.preflight import preflight
 from selfteach.trainer.problem_identity import has_uneven_epochs, same_problems
 from selfteach.trainer.step import publish_weights
-from selfteach.types import Sampling
+from selfteach.types import Problem
 
 BUDGET = (
     "rollouts_sampled",
@@ -55,7 +59,7 @@ Record = Callable[[Mapping[str, Any]], None]
 
 
 def train(
-    recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()
+    recipe: Recipe, folder: str | Path, same_start: Sequence[str | Path] = ()
 ) -> Iterator[dict[str, Any]]:
     """Run a recipe in a folder, or resume the run that the folder holds; yield each row of metrics.
 
@@ -69,6 +73,7 @@ def train(
     """
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
+    folder = run.path
     with _ranks(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
         if ranks.is_main:
             dtypes = dtypes_of(
@@ -83,7 +88,8 @@ def train(
             run.create(recipe.model_dump(mode="json"), environment)
         if ranks.broadcast(run.is_complete):
             return
-        ranks.all_or_raise(lambda: preflight([recipe]) if ranks.is_main else None)
+        recipe = with_copies(recipe, folder, only_missing=True)
+        ranks.all_or_raise(lambda: _require(recipe, folder) if ranks.is_main else None)
         built = build(recipe, ranks)
         require_splits(recipe, built.task)
         require_references(recipe, built.task)
@@ -103,7 +109,16 @@ def train(
                 _finish(run, recipe, built, record)
 
 
-def run_to_end(recipe: Recipe, folder: Path, same_start: Sequence[Path] = ()) -> dict[str, Any]:
+def _require(recipe: Recipe, folder: Path) -> None:
+    """Check servers, packages and parts before anything is built; parts must be those of the run."""
+    require_given(folder, recipe)
+    preflight([recipe])
+    require_same_sources(folder, recipe)
+
+
+def run_to_end(
+    recipe: Recipe, folder: str | Path, same_start: Sequence[str | Path] = ()
+) -> dict[str, Any]:
     """Run `train` to its end and return the result."""
     for _ in train(recipe, folder, same_start):
         pass
@@ -265,9 +280,23 @@ def _rollout_requests(
     def request(step: int) -> RolloutRequest:
         version = max(0, step - 1 - train.staleness) * train.num_iterations
         weights_lost = version != built.components.policy.version
-        return RolloutRequest(step, of_step[step - 1], version, weights_lost)
+        further = _further_problems(recipe, problems, of_step[step - 1], step)
+        rounds = recipe.sampling.dynamic_rounds
+        return RolloutRequest(step, of_step[step - 1], version, weights_lost, rounds, further)
 
     return request
+
+
+def _further_problems(
+    recipe: Recipe, problems: Sequence[Problem], chosen: Sequence[Problem], step: int
+) -> list[Problem]:
+    """Return a step's problems for further rounds: a function of seed and step, none of ``chosen``."""
+    most = recipe.sampling.dynamic_rounds * len(chosen)
+    if not most:
+        return []
+    ids = {problem.id for problem in chosen}
+    order = hashed_rng("further problems", recipe.seed, step).permutation(len(problems))
+    return [problems[i] for i in order if problems[i].id not in ids][:most]
 
 
 def _due(run: RunFolder, recipe: Recipe, step: int) -> bool:
@@ -284,12 +313,8 @@ def _measure(
 ) -> dict[str, Any]:
     """Evaluate on a split and record the result."""
     settings, started = recipe.evaluation, time.monotonic()
-    sampling = Sampling(
-        samples=settings.test_k if split == "test" else settings.validation_k,
-        temperature=settings.temperature,
-        max_tokens=settings.max_tokens or recipe.sampling.max_tokens,
-        seed=recipe.seed,
-    )
+    k = settings.test_k if split == "test" else settings.validation_k
+    sampling = evaluation_sampling(recipe, k, recipe.seed)
     engine = JournaledEngine(built.components.engine, run, rollouts_name(split, step))
     evaluation = evaluate(
         engine, built.components.verify, built.task.problems(split), sampling,

@@ -14,6 +14,12 @@ from selfteach.trainer import rollout_statistics
 from selfteach.types import CritiqueFailure, TokenWeights, TrainingSample, Usage
 
 Metrics = dict[str, float]
+TOKEN_VALUES = frozenset(
+    {"loss", "logp", "total", "mismatch", "clipped", "teacher_logratio", "importance_capped",
+     "distillation_share", "kl"}
+)  # fmt: skip
+"""Values of tokens that have a metric of their own; those of an objective of one's own are logged by
+their name."""
 
 
 def loss_coverage(samples: Sequence[TrainingSample], weights: Sequence[TokenWeights]) -> Metrics:
@@ -65,15 +71,17 @@ def summarize_tokens(stats: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metric
     if not stats:
         return {"loss": 0.0}
     joined = {name: torch.cat([part[name] for part in stats]) for name in stats[0]}
-    mismatch_N = joined["mismatch"].abs()
-    metrics = {
-        "loss": ranks.sum(joined["total"].sum().item()),
-        "mismatch_mean": ranks.mean(mismatch_N),
-        "mismatch_max": ranks.max(mismatch_N),
-        # KL(engine ‖ trainer), estimated by k3 on the sampled tokens.
-        "mismatch_kl": ranks.mean(joined["mismatch"].expm1() - joined["mismatch"]),
-        "clip_fraction": ranks.mean(joined["clipped"]),
-    }
+    metrics = {"loss": ranks.sum(joined["total"].sum().item())}
+    if "mismatch" in joined:
+        mismatch_N = joined["mismatch"].abs()
+        metrics |= {
+            "mismatch_mean": ranks.mean(mismatch_N),
+            "mismatch_max": ranks.max(mismatch_N),
+            # KL(engine ‖ trainer), estimated by k3 on the sampled tokens.
+            "mismatch_kl": ranks.mean(joined["mismatch"].expm1() - joined["mismatch"]),
+        }
+    if "clipped" in joined:
+        metrics["clip_fraction"] = ranks.mean(joined["clipped"])
     if "teacher_logratio" in joined:
         metrics["teacher_logratio_abs"] = ranks.mean(joined["teacher_logratio"].abs())
     if "importance_capped" in joined:
@@ -82,4 +90,5 @@ def summarize_tokens(stats: Sequence[dict[str, Tensor]], ranks: Ranks) -> Metric
         metrics["distillation_share"] = ranks.mean(joined["distillation_share"])
     if "kl" in joined:
         metrics["kl_initial"] = ranks.mean(joined["kl"])
-    return metrics
+    others = {f"objective/{name}": joined[name] for name in sorted(joined.keys() - TOKEN_VALUES)}
+    return {**metrics, **{name: ranks.mean(value_N.float()) for name, value_N in others.items()}}

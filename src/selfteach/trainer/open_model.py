@@ -9,6 +9,7 @@ from pathlib import Path
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, DataError
+from selfteach.runtime.part_sources import with_copies
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.tasks.sources.load import read_file
 from selfteach.tasks.sources.rows import KINDS, is_problem_source
@@ -41,7 +42,7 @@ def open_model(
 def _from_checkpoint(
     saved: Path, run: Path, recipe: Recipe | None, adapt: Callable[[Recipe], Recipe]
 ) -> tuple[Built, Recipe]:
-    trained = validate(Recipe, RunFolder(run).config(), where=str(run))
+    trained = with_copies(validate(Recipe, RunFolder(run).config(), where=str(run)), run)
     resolved = adapt(recipe.model_copy(update={"model": trained.model}) if recipe else trained)
     built = build(resolved)
     checkpoint.verify(saved)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from selfteach.config.critic_section import CriticConfig, EndpointConfig, RecordedConfig
 from selfteach.config.engine_section import VllmServerConfig
+from selfteach.config.part_section import named_parts
 from selfteach.config.recipe import Recipe
 from selfteach.errors import CriticError
 from selfteach.runtime import tracking
@@ -29,12 +30,14 @@ def preflight(
 ) -> None:
     """Check servers, folders and packages that runs need, each server once for all runs.
 
-    In this order: the packages of tracking sinks, the folders of recorded critics, critic servers
+    In this order: parts of the user's own, which are imported, the packages of tracking sinks, the
+    folders of recorded critics, critic servers
     (unless ``critic.healthcheck = false``), vLLM servers that sample. With ``critic_only`` just what
     the critics need. ``output_folders`` are those that these runs write: a recorded critic may
     replay one before it exists. Raises `RecipeError`, `CriticError` or `EngineError` in one line.
     """
     checked = list(recipes)
+    _require_parts(checked)
     if not critic_only:
         for recipe in checked:
             tracking.require_packages(recipe.tracking.sinks)
@@ -45,6 +48,17 @@ def preflight(
     _require_critics(critics)
     if not critic_only:
         _require_engines(checked)
+
+
+def _require_parts(recipes: Iterable[Recipe]) -> None:
+    """Import each distinct part of a user's own, and check its options. Raises `PartError`."""
+    parts = [part for recipe in recipes for part in named_parts(recipe).values()]
+    distinct = {(kind, part.type, repr(part.options)): part for kind, part in parts}
+    if distinct:
+        from selfteach.runtime.parts import require_part  # imports the part, which may import torch
+
+        for (kind, *_), part in distinct.items():
+            require_part(kind, part)
 
 
 def _require_recording(critic: RecordedConfig, output_folders: Iterable[Path]) -> None:

@@ -166,11 +166,9 @@ def _backward(components: Components, batch: Batch) -> dict[str, Tensor]:
             initial, stats["logp"], batch.ids_N, temperature=temperature,
             chunk_tokens=components.chunk_tokens,
         )  # fmt: skip
-    return {
-        **stats,
-        "total": loss.detach()[None],
-        "mismatch": stats["logp"] - batch.sampled_logp_N,
-    }
+    if not components.sampling.is_cut:  # else the engine's are of a distribution that is cut
+        stats["mismatch"] = stats["logp"] - batch.sampled_logp_N
+    return {**stats, "total": loss.detach()[None]}
 
 
 def _without_context(components: Components, critiqued: CritiquedRollout) -> TrainingSample:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -17,15 +15,7 @@ import pytest
 from selfteach.analysis.report.page import render
 from selfteach.commands.inspect.token_table import SCHEMA
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe = pytest.importorskip("axe_core_python.sync_playwright", reason="axe is not installed")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium: put one on the PATH or name it in CHROMIUM"
-)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 ANSWERS, PER_PROBLEM = 5_000, 8
@@ -133,43 +123,12 @@ def written(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     """Write the report of a run with an inspection of 5,000 answers."""
     folder = tmp_path_factory.mktemp("inspected") / "first"
     write_run(folder, samples=0)
     write_inspection(folder / "inspection", ANSWERS)
     return written(folder)
-
-
-@pytest.fixture
-def open_page(browser):
-    """Open a file in a fresh context; fail if the page logs an error or requests anything else."""
-    contexts, errors, requests = [], [], []
-
-    def open_one(path: Path, page_name: str = "overview", **options):
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else 0)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("dialog", lambda dialog: errors.append("a dialog"))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(f"{path.as_uri()}#{page_name}")
-        return page
-
-    yield open_one
-    assert errors == []
-    assert all(url.startswith("file:") for url in requests), requests
-    for context in contexts:
-        context.close()
 
 
 @pytest.fixture

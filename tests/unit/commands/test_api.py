@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from selfteach import api
-from selfteach.errors import RecipeError
+from selfteach.analysis.critic_statistics import read_study_critics
+from selfteach.analysis.inspection.inspection_summary import save_figures, summarize
+from selfteach.analysis.report.page import write_report
+from selfteach.analysis.run_data import read_run, read_runs
+from selfteach.commands.select.selection import card_of, is_complete, select
+from selfteach.commands.study.run_study import run_study
+from selfteach.config.data_section import SelectConfig, Splitting
+from selfteach.config.recipe_file import load_study
+from selfteach.errors import CheckpointError, RecipeError
+from selfteach.runtime.run_folder import load_result
+from selfteach.trainer.loop import train
 
 TWO_ARMS = """
 [data]
@@ -60,3 +70,28 @@ def test_a_notebook_builds_trains_evaluates_and_inspects(path: Path, tmp_path: P
     for folder in (tmp_path / "path", str(tmp_path / "str")):
         inspection = api.inspect(Path("lab:two_styles"), request, folder)
         assert json.loads((Path(folder) / "inspection.json").read_text()) == inspection
+        assert summarize(folder)["with_first_error"] >= 0
+    save_figures(str(tmp_path / "str"), summarize(str(tmp_path / "str")))
+
+
+def test_a_folder_may_be_a_text_everywhere(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["evaluation.test_k=1", "evaluation.validation_k=1", "guard.idle_steps=0"]
+    rows = list(train(api.load_recipe("recipe.toml", "distilled", settings=settings), "run"))
+    assert rows and load_result("run")
+    assert read_run("run").arm == "run" and len(read_runs("run")) == 1
+    assert write_report("run", out="page.html") == Path("page.html")
+    assert api.evaluate("run", k=1)["problems"] == 2
+    quiet = {"command": "", "progress": lambda jobs: None, "summarize": lambda folder: None}
+    with pytest.raises(CheckpointError, match="run is not empty"):
+        run_study(load_study("recipe.toml"), "run", **quiet)
+    assert read_study_critics("run") == {}
+    lab = api.load_recipe("recipe.toml", "distilled")
+    few = SelectConfig(samples=1, critic=False, max_solve_rate=1.0, min_format_rate=0.0)
+    few = few.model_copy(update={"split": Splitting(validation=1, test=1)})
+    list(select(lab, few, "selected"))
+    assert is_complete("selected") and card_of("selected")["in"] == 4
+    forecast = api.forecast_recipe("recipe.toml", api.ForecastRequest(1, 2), arms=["grpo"], out="f")
+    assert set(forecast["arms"]) == {"grpo"} and Path("f/forecast.json").exists()

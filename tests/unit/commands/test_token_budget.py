@@ -71,3 +71,12 @@ def test_critic_counts_equal_those_by_hand(sees: bool) -> None:
     assert counts[-3].expected == 12 * (50 + 100 + 100), "a trace is as long as the rollout"
     assert step_cost(critiqued, counts) == pytest.approx((2 * read + 8 * 24_000) / 1e6)
     assert step_cost(recipe(), step_tokens(recipe(), COUNTED)) == 0
+
+
+def test_further_rounds_are_in_the_bounds() -> None:
+    grpo = {"critic": None, "context": {"type": "none"}, "objective": {"type": "grpo"}}
+    plain = rows(COUNTED, **grpo)
+    dynamic = rows(COUNTED, **grpo, sampling={"dynamic_rounds": 3})
+    for name in ("prompts sampled from", "sampled"):
+        assert dynamic[name] == (4 * plain[name][0], None)
+    assert dynamic["scored by the student"] == plain["scored by the student"]

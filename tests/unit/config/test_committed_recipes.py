@@ -12,10 +12,12 @@ from selfteach.config.recipe_file import load_study
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted(
     path
-    for path in [*ROOT.glob("recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")]
+    for path in [*ROOT.glob("src/selfteach/recipes/**/*.toml"), *ROOT.glob("experiments/*/*.toml")]
     if path.name != "published.toml"  # figures, for scripts/reissue_tables.py
 )
-RECORDS = sorted([*ROOT.glob("recipes/*.sweep.json"), *ROOT.glob("experiments/*/*.sweep.json")])
+RECORDS = sorted(
+    [*ROOT.glob("src/selfteach/recipes/*.sweep.json"), *ROOT.glob("experiments/*/*.sweep.json")]
+)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[-2:]))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from selfteach.config.critic_section import LocalCriticConfig
+from selfteach.config.objective_section import GrpoConfig
 from selfteach.config.recipe import CONTEXTS, CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import load_study, pairs, study_from
 from selfteach.config.schema import merge, parse_setting, validate
@@ -31,6 +32,10 @@ def error_of(toml: str, *settings: str) -> str:
     return message
 
 
+GRPO = "[objective]\ntype = 'grpo'\n"
+SAMPLED = "[context]\ntype = 'reference'\n[objective]\nsupport = 'sampled'\n"
+
+
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
@@ -44,7 +49,10 @@ def error_of(toml: str, *settings: str) -> str:
         ("[teacher]\ntype = 'ema'\nrat = 0.1", "did you mean 'rate'?"),
         ("[data]\ntype = 'lab'\nmax_solve_ratee = 0.1", "did you mean 'max_solve_rate'?"),
         ("[critic]\ntype = 'oracle'\nerror = 0.1", "did you mean 'error_rate'?"),
-        ("[sampling]\ntop_p = 0.9", "known: temperature, max_tokens, batch_size"),
+        (
+            "[sampling]\nbeams = 4",
+            "known: top_p, top_k, min_p, temperature, max_tokens, batch_size",
+        ),
         # A wrong value: the key, what is allowed, the value.
         ("[optimizer]\nlr = -1", "optimizer.lr: input should be greater than 0, found -1"),
         ("[optimizer]\nlr = 'fast'", "optimizer.lr: "),
@@ -54,7 +62,31 @@ def error_of(toml: str, *settings: str) -> str:
         ("[teacher]\ntype = 'frozen'", "'initial'"),
         ("[data]\ntype = 'math'", "'files'"),
         ("[sampling]\ntemperature = 0", "sampling.temperature: "),
+        ("[evaluation]\ntemperature = -1", "evaluation.temperature: "),
+        ("[sampling]\ntop_p = 0", "sampling.top_p: "),
+        ("[optimizer]\ndecay = 'cos'", "'cosine'"),
         # Combinations that make no sense.
+        (
+            "[evaluation]\ntemperature = 0",
+            "set evaluation.validation_k = 1 and evaluation.test_k = 1",
+        ),
+        (GRPO + "loss_type = 'dr_grpo'\naggregation = 'token_mean'", "remove one of them"),
+        (GRPO + "surrogate = 'cispo'\nclip_delta = 4.0", "cispo has clip_high alone"),
+        (GRPO + "clip_high = 0.5\nclip_delta = 1.5", "must be above 1 + clip_high = 1.5"),
+        (GRPO + "[sampling]\ntop_k = 20", "sampling.top_k = 20 cuts the distribution"),
+        (SAMPLED + "[sampling]\ntop_p = 0.9\nmin_p = 0.1", "top_p = 0.9, min_p = 0.1 cuts"),
+        (
+            "[context]\ntype = 'reference'\n[objective]\nimportance_cap = 2.0\n[sampling]\nmin_p = 0.1",
+            "importance_cap compares whole distributions",
+        ),
+        (
+            "[context]\ntype = 'reference'\n[evaluation]\ntop_p = 0.9\nmin_p = 0.1\n"
+            "[engine]\ntype = 'vllm'",
+            "evaluation.top_p and evaluation.min_p together keep other tokens in vLLM",
+        ),
+        ("[context]\ntype = 'reference'\n[sampling]\ndynamic_rounds = 2", "needs objective.type"),
+        (GRPO + "[sampling]\ndynamic_rounds = 2\n[train]\nstaleness = 1", "train.staleness = 0"),
+        (GRPO + "[sampling]\ndynamic_rounds = 2\n[critic]\ntype = 'oracle'", "critic = false"),
         ("[context]\ntype = 'step_aligned'", 'needs a critic: add [critic] type = "oracle"'),
         ("[train]\nsteps = 1", "distillation without a context has nothing to teach"),
         ("[context]\ntype = 'reference'\n[objective]\ntype = 'grpo'", "grpo uses no context"),
@@ -380,3 +412,33 @@ def test_the_base_row_of_a_study_with_token_masks_needs_no_critic() -> None:
     toml = ALIGNED + "[objective]\nfrom_first_error = true\nchanged_steps_fraction = 0.5\n"
     base = study_from(tomllib.loads(toml)).base_recipe(seed=0)
     assert base.critic is None and base.train.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "surrogate", "aggregation"),
+    [
+        ("grpo", "clipped", "sequence_mean"),
+        ("bnpo", "clipped", "token_mean"),
+        ("dapo", "clipped", "token_mean"),
+        ("dr_grpo", "clipped", "max_tokens"),
+        ("cispo", "cispo", "token_mean"),
+    ],
+)
+def test_a_loss_type_sets_surrogate_and_aggregation(
+    loss_type: str, surrogate: str, aggregation: str
+) -> None:
+    recipe = Recipe.model_validate({"objective": {"type": "grpo", "loss_type": loss_type}})
+    for reread in (recipe, Recipe.model_validate(recipe.model_dump(mode="json"))):
+        assert isinstance(reread.objective, GrpoConfig)
+        assert (reread.objective.surrogate, reread.objective.aggregation) == (
+            surrogate,
+            aggregation,
+        )
+
+
+def test_the_base_row_samples_for_no_objective_and_refuses_nothing() -> None:
+    """Its objective is the default; what training would refuse has no meaning for it."""
+    arms = "[sampling]\ndynamic_rounds = 2\n[arms.grpo]\nobjective = { type = 'grpo' }\n"
+    study = study_from(tomllib.loads(arms))
+    assert study.recipe("grpo", seed=0).sampling.dynamic_rounds == 2
+    assert study.base_recipe(seed=0).train.steps == 0

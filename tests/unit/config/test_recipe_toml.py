@@ -11,7 +11,7 @@ from selfteach.config.recipe_toml import is_recipe, recipe_toml
 from selfteach.runtime.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[3]
-FILES = sorted([*ROOT.glob("recipes/**/*.toml"), *ROOT.glob("experiments/**/*.toml")])
+FILES = sorted([*ROOT.glob("src/selfteach/recipes/**/*.toml"), *ROOT.glob("experiments/**/*.toml")])
 RECIPES = [file for file in FILES if file.name not in ("published.toml", "gains.toml")]
 
 
@@ -26,6 +26,14 @@ def test_every_recipe_comes_back(file: Path, tmp_path: Path, monkeypatch) -> Non
         written = load_study(folder / "recipe.toml")
         assert list(written.arms) == ["recipe"]
         assert written.recipe("recipe", seed=3) == recipe
+
+
+def test_a_resumed_run_of_an_earlier_version_gets_one(tmp_path: Path) -> None:
+    recipe = load_study("paper").recipe("reference", seed=1)
+    RunFolder(tmp_path).create(recipe.model_dump(mode="json"), {"versions": {}})
+    (tmp_path / "recipe.toml").unlink()
+    RunFolder(tmp_path).create(recipe.model_dump(mode="json"), {"versions": {}})
+    assert load_study(tmp_path / "recipe.toml").recipe("recipe", seed=1) == recipe
 
 
 def test_a_selections_config_is_no_recipe() -> None:

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from selfteach.config.recipe import Recipe
 from selfteach.errors import CheckpointError, EngineError, RecipeError
 from selfteach.models import fsdp
-from selfteach.models.loading import load_model, resolve
+from selfteach.models.loading import load_model
+from selfteach.models.model_path import resolve
 from selfteach.prompts.template_set import Templates
 
 

@@ -11,28 +11,28 @@ import numpy as np
 import pytest
 
 from selfteach.commands.check.sizes import measure_offline
-from selfteach.config.recipe import Recipe
-from selfteach.config.recipe_file import load_study
-from selfteach.errors import CheckpointError, RecipeError
-from selfteach.models.architectures import Shape, known_shapes
-from selfteach.planning import costs
-from selfteach.planning.calibration import MeasuredRun, calibrate, read_run
-from selfteach.planning.costs import DecodingCost, Efficiency
-from selfteach.planning.describe_plan import describe
-from selfteach.planning.devices import Device, find_device, known_devices
-from selfteach.planning.estimate import (
+from selfteach.commands.planning import costs
+from selfteach.commands.planning.calibration import MeasuredRun, calibrate, read_run
+from selfteach.commands.planning.costs import DecodingCost, Efficiency
+from selfteach.commands.planning.describe_plan import describe
+from selfteach.commands.planning.devices import Device, find_device, known_devices
+from selfteach.commands.planning.estimate import (
     Hardware,
     best_forecast,
     estimate,
     forecast,
     with_full_concurrency,
 )
-from selfteach.planning.layout import Layout, fewest_trainers, require_memory
-from selfteach.planning.lengths import LengthDistribution
-from selfteach.planning.pipeline import Pipeline
-from selfteach.planning.plan import PlanRequest, plan
-from selfteach.planning.simulation import simulate
-from selfteach.planning.workload import CriticWork, StepWork, work_of
+from selfteach.commands.planning.layout import Layout, fewest_trainers, require_memory
+from selfteach.commands.planning.lengths import LengthDistribution
+from selfteach.commands.planning.pipeline import Pipeline
+from selfteach.commands.planning.plan import PlanRequest, plan
+from selfteach.commands.planning.simulation import simulate
+from selfteach.commands.planning.workload import CriticWork, StepWork, work_of
+from selfteach.config.recipe import Recipe
+from selfteach.config.recipe_file import load_study
+from selfteach.errors import CheckpointError, RecipeError
+from selfteach.models.architectures import Shape, known_shapes
 from selfteach.trainer.device_memory import DeviceLoad, memory
 
 PAPER = Path(__file__).parents[3] / "recipes" / "paper.toml"
@@ -261,7 +261,7 @@ def test_invalid_input_is_reported_in_one_line(tmp_path: Path) -> None:
 
 def test_a_missing_simpy_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "simpy", None)
-    monkeypatch.delitem(sys.modules, "selfteach.planning.simulation", raising=False)
+    monkeypatch.delitem(sys.modules, "selfteach.commands.planning.simulation", raising=False)
     recipe = load_study(PAPER).recipe("step_aligned", seed=0)
     with pytest.raises(RecipeError) as caught:
         list(plan(recipe, PlanRequest("h100-sxm")))

@@ -22,6 +22,7 @@ from selfteach.models.sequences import sequences
 from selfteach.rollout.decoding.forward import Layout
 from selfteach.rollout.decoding.generate import sample_completions
 from selfteach.rollout.decoding.prompt_layout import proven_layout
+from selfteach.rollout.decoding.token_sampling import TokenDistribution
 
 EXPECTED: dict[str, Layout] = {
     "llama": "shared_prefix",
@@ -55,7 +56,7 @@ def largest_error(model: PreTrainedModel, layout: Layout) -> float:
     spread = float(plain_logits(model, PROMPTS[1]).std())  # so that no token is certain
     with torch.no_grad():
         ids, logps = sample_completions(
-            model, PROMPTS, uniforms_BT, temperature=spread, end_ids=[2], pad_id=0,
+            model, PROMPTS, uniforms_BT, distribution=TokenDistribution(spread), end_ids=[2], pad_id=0,
             max_length=CONTEXT, layout=layout,
         )  # fmt: skip
         errors = []

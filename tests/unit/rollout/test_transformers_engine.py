@@ -9,7 +9,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.errors import EngineError
 from selfteach.losses.policy_gradient import token_logp
 from selfteach.models.sequences import sequences
-from selfteach.rollout.decoding.token_sampling import BLOCK, sample_token
+from selfteach.rollout.decoding.token_sampling import BLOCK, TokenDistribution, sample_token
 from selfteach.rollout.transformers_engine import TransformersEngine
 from selfteach.trainer.build import build
 from selfteach.types import Problem, Sampling
@@ -20,6 +20,7 @@ RECIPE = Recipe.model_validate(
         "train": {"steps": 0},
     }
 )
+FULL = TokenDistribution(1.0)
 SAMPLING = Sampling(samples=3, temperature=1.0, max_tokens=40, seed=5)
 
 
@@ -127,11 +128,11 @@ def test_a_prompt_without_room_for_a_rollout_is_an_error(built) -> None:
 def test_sample_token_inverts_the_distribution() -> None:
     # Probabilities .5 .25 .25: cumulative .5 .75 1.
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(5, 3)
-    token, logp = sample_token(logits, torch.tensor([0.0, 0.499, 0.501, 0.751, 0.999]), 1.0)
+    token, logp = sample_token(logits, torch.tensor([0.0, 0.499, 0.501, 0.751, 0.999]), FULL)
     assert token.tolist() == [0, 0, 1, 2, 2]
     assert logp.exp().tolist() == pytest.approx([0.5, 0.5, 0.25, 0.25, 0.25])
     # At temperature ½ probabilities are squared: 4 1 1 of 6.
-    token, logp = sample_token(logits[:2], torch.tensor([0.66, 0.67]), 0.5)
+    token, logp = sample_token(logits[:2], torch.tensor([0.66, 0.67]), TokenDistribution(0.5))
     assert token.tolist() == [0, 1]
     assert logp.exp().tolist() == pytest.approx([4 / 6, 1 / 6])
 
@@ -143,14 +144,14 @@ def test_sample_token_of_a_large_vocabulary_inverts_the_whole_sum(vocabulary: in
     expected = torch.multinomial(share, 200, replacement=True).T.flatten()
     # In the middle of a token's share no rounding decides.
     middle = (share.cumsum(-1) - share / 2)[row, expected]
-    token, logp = sample_token(logits, middle, 1.0, row)
+    token, logp = sample_token(logits, middle, FULL, row)
     assert token.tolist() == expected.tolist()
     torch.testing.assert_close(logp.double(), share[row, expected].log(), rtol=0, atol=1e-5)
 
 
 def test_sample_token_never_returns_an_impossible_token() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(1001, 5)
-    token, _ = sample_token(logits, torch.linspace(0, 1 - 1e-9, 1001, dtype=torch.float64), 1.0)
+    token, _ = sample_token(logits, torch.linspace(0, 1 - 1e-9, 1001, dtype=torch.float64), FULL)
     assert set(token.tolist()) == {1, 3}
 
 

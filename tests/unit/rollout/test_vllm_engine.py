@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_prompts_are_sent_as_ids_and_every_rollout_has_its_own_seed(server: Scri
     assert {tuple(body["prompt"]) for body in bodies} == prompts
     assert len({body["seed"] for body in bodies}) == len(rollouts) == 8
     assert all(0 <= body["seed"] < 2**63 and body["temperature"] == 0.7 for body in bodies)
+
+
+def test_a_request_names_the_whole_distribution(server: ScriptedVllm) -> None:
+    built = build(recipe(server))
+    cut = dataclasses.replace(SAMPLING, top_p=0.9, top_k=20, min_p=0.1)
+    keys = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    for sampling, want in ((SAMPLING, (0.7, 1.0, 0, 0.0, 1.0)), (cut, (0.7, 0.9, 20, 0.1, 1.0))):
+        built.components.engine.generate(built.task.train[:1], sampling)
+        assert tuple(server.requests[-1][key] for key in keys) == want
+        assert server.requests[-1]["ignore_eos"] is True
+    probes = [body for body in server.requests if body["max_tokens"] == 1]
+    assert probes and all(body["top_p"] == 1 and body["top_k"] == 0 for body in probes)
 
 
 def test_another_version_of_the_same_weights_samples_other_rollouts(server: ScriptedVllm) -> None:

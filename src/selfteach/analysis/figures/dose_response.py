@@ -13,19 +13,32 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from selfteach.analysis.figures.style import INK, SMALL, TINY, ArmStyle, bare, legend, styles
+from selfteach.analysis.figures.palette import PALETTE
+from selfteach.analysis.figures.style import (
+    INK,
+    PHONE_WIDTH,
+    SMALL,
+    TINY,
+    ArmStyle,
+    bare,
+    legend,
+    shortened,
+    styles,
+)
 from selfteach.analysis.results_text import Estimate, Results, headline_pairs, pair_title
 
 MAIN = "main"
 """The main setting among variants."""
-LINE = ArmStyle("#0072B2", "-", "o")
+LINE = ArmStyle(PALETTE[1].light, "-", "o")
 """Style of the line through the arms on the axis."""
 
 Point = tuple[float, Estimate]
 """A position and the estimate there."""
 
 
-def along_axis(results: Results, localisation: Mapping[str, Any] | None) -> Figure | None:
+def along_axis(
+    results: Results, localisation: Mapping[str, Any] | None, *, phone: bool = False
+) -> Figure | None:
     """Draw measures against position; None without an axis or with fewer than two positions."""
     axis = results.get("axis")
     if not axis or len(axis["at"]) < 2:
@@ -33,8 +46,10 @@ def along_axis(results: Results, localisation: Mapping[str, Any] | None) -> Figu
     at = dict(sorted(axis["at"].items(), key=lambda item: item[1]))
     of_arms = at.keys() <= results["arms"].keys()
     right = _concentration(results, at, localisation) if of_arms else _differences(results, at)
-    figure = Figure(figsize=(9.2, 3.5), layout="constrained")
-    panels = list(figure.subplots(1, 1 + bool(right), squeeze=False)[0])
+    count = 1 + bool(right)
+    size = (PHONE_WIDTH, 3.2 * count) if phone else (4.6 * count, 3.5)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(*((count, 1) if phone else (1, count)), squeeze=False).flat)
     look = styles(results["arms"])
     if of_arms:
         _line(panels[0], [(x, results["arms"][arm]["avg"]) for arm, x in at.items()], LINE, "")
@@ -133,6 +148,6 @@ def _level(axes: Axes, name: str, value: Estimate, style: ArmStyle) -> None:
     axes.axhspan(low, high, color=style.colour, alpha=0.12, linewidth=0)
     axes.axhline(value["mean"], color=style.colour, linestyle=style.dash, linewidth=1.5)
     axes.annotate(
-        name, (1, value["mean"]), xycoords=("axes fraction", "data"), xytext=(-4, 3), ha="right",
-        textcoords="offset points", color=INK, fontsize=TINY, parse_math=False,
+        shortened(name, 24), (1, value["mean"]), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+        ha="right", textcoords="offset points", color=INK, fontsize=TINY, parse_math=False,
     )  # fmt: skip

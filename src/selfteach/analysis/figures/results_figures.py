@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,20 @@ from selfteach.analysis.figures.style import (
     ALERT,
     GRID,
     INK,
+    PHONE_WIDTH,
     SMALL,
     SPARE,
     TINY,
     ArmStyle,
     bare,
     legend,
+    shortened,
+    step_axis,
     styles,
+    text_width,
 )
 from selfteach.analysis.results_text import (
+    Estimate,
     Results,
     Setting,
     arms_of,
@@ -36,18 +42,20 @@ LABELLED_TOKENS = 96
 LONGEST_NAME = 14
 """Characters of a token's name under the axis; longer ones are shortened there."""
 
+LONGEST_ARM, LONGEST_ON_PHONE = 26, 17
+"""Characters of an arm's name beside an interval; the table has the whole name."""
 MOST_PAIRS = 24
 """Up to this many differences are all in the forest plot; the table beside it always has all."""
 
 
-def learning_curves(results: Results) -> Figure:
+def learning_curves(results: Results, *, phone: bool = False) -> Figure:
     """Draw validation Avg@k (percent) against training step, one line per arm.
 
     The line is the mean over seeds, the band reaches from the worst seed to the best. The dotted
     line is the base: the mean of all curves before the first step (absent without that point).
     """
     arms = {name: arm for name, arm in results["arms"].items() if "curve" in arm}
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(PHONE_WIDTH, 3.2) if phone else (7.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     bare(axes)
     look = styles(results["arms"])
@@ -68,7 +76,7 @@ def learning_curves(results: Results) -> Figure:
         axes.axhline(
             float(np.mean(at_start)), color=INK, linestyle=":", linewidth=1.6, label="base"
         )
-    axes.set_xlabel("training step", color=INK, fontsize=SMALL)
+    step_axis(axes, "training step")
     axes.set_ylabel("Avg@k on validation, %", color=INK, fontsize=SMALL)
     legend(axes)
     return figure
@@ -98,47 +106,106 @@ def token_advantages(example: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def forest(results: Results) -> Figure:
+def forest(results: Results, *, phone: bool = False) -> Figure:
     """Draw paired differences in Avg@k (points) with 95 % intervals, main setting first.
 
-    A filled marker's interval excludes 0 and is over two seeds or more.
+    A filled marker's interval excludes 0 and is over two seeds or more. Each setting has a panel, with
+    its title above it. On a phone names and numbers stand above their intervals.
     """
-    shown = settings(results)
     groups = [
-        (title, setting["paired"], _shown_pairs(results, setting)) for title, setting in shown
+        (title, setting["paired"], _shown_pairs(results, setting))
+        for title, setting in settings(results)
     ]
-    num_rows = sum(len(names) + (len(groups) > 1) for _, _, names in groups)
-    figure = Figure(figsize=(7.2, 0.8 + 0.24 * num_rows), layout="constrained")
-    axes = figure.add_subplot()
-    bare(axes, grid="x")
-    axes.axvline(0, color=INK, linewidth=0.9)
-    look, labels, heads = styles(results["arms"]), [], []
-    for title, paired, names in groups:
-        if len(groups) > 1:
-            heads.append((len(labels), title))
-            labels.append("")
-        for pair in names:
-            style = look.get(arms_of(pair)[0], SPARE[0])
-            _interval(axes, len(labels), paired[pair]["avg"], style)
-            labels.append(" − ".join(arms_of(pair)))
-    axes.set_yticks(range(len(labels)), labels, color=INK, fontsize=SMALL, parse_math=False)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    for row, title in heads:  # inside the axes: as a tick label a long title would leave no room
-        axes.text(
-            0.0, row, title, transform=axes.get_yaxis_transform(), va="center", color=INK,
-            fontsize=SMALL, fontweight="bold", parse_math=False,
-        )  # fmt: skip
-    axes.set_xlabel(f"difference in Avg@{results['k']}, points", color=INK, fontsize=SMALL)
+    groups = [group for group in groups if group[2]]
+    width, per_row = (PHONE_WIDTH, 0.42) if phone else (7.2, 0.24)
+    heights = [per_row * len(names) + 0.1 for _, _, names in groups]
+    named = [_pair_name(pair, LONGEST_ARM) for _, _, names in groups for pair in names]
+    left = 0.0 if phone else max(map(text_width, named))
+    titles = [_lines(title, width - left - 0.4) for title, _, _ in groups if len(groups) > 1]
+    above = sum(0.17 * len(lines) + 0.15 for lines in titles)
+    figure = Figure(figsize=(width, 0.6 + sum(heights) + above), layout="constrained")
+    panels = figure.subplots(
+        len(groups), 1, sharex=True, squeeze=False, height_ratios=heights
+    )[:, 0]  # fmt: skip
+    look = styles(results["arms"])
+    for number, (axes, (_, paired, names)) in enumerate(zip(panels, groups, strict=True)):
+        bare(axes, grid="x")
+        if titles:
+            axes.set_title(
+                "\n".join(titles[number]), loc="left", color=INK, fontsize=SMALL, x=0,
+                fontweight="bold", parse_math=False,
+            )  # fmt: skip
+        arms = [look.get(arms_of(pair)[0], SPARE[0]) for pair in names]
+        values = [paired[pair]["avg"] for pair in names]
+        (_phone_rows if phone else _rows)(axes, names, values, arms)
+    panels[-1].set_xlabel(f"difference in Avg@{results['k']}, points", color=INK, fontsize=SMALL)
     return figure
 
 
+def _lines(title: str, width: float) -> list[str]:
+    """Break a title into lines of at most so many inches."""
+    return wrap(title, max(12, int(width / text_width("x", 1.1 * SMALL)))) or [""]
+
+
+def _rows(
+    axes: Axes, names: Sequence[str], values: Sequence[Estimate], arms: Sequence[ArmStyle]
+) -> None:
+    """Draw a panel's intervals, names to the left of them and numbers to the right."""
+    axes.axvline(0, color=INK, linewidth=0.9)
+    for row, (value, style) in enumerate(zip(values, arms, strict=True)):
+        _interval(axes, row, value, style)
+        axes.annotate(
+            _numbers(value), (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
+            textcoords="offset points", va="center", color=INK, fontsize=SMALL,
+        )  # fmt: skip
+    labels = [_pair_name(pair, LONGEST_ARM) for pair in names]
+    axes.set_yticks(range(len(labels)), labels, color=INK, fontsize=SMALL, parse_math=False)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def _phone_rows(
+    axes: Axes, names: Sequence[str], values: Sequence[Estimate], arms: Sequence[ArmStyle]
+) -> None:
+    """Draw a panel's intervals, each below its name and its numbers; the zero line leaves them free."""
+    axes.grid(visible=False)
+    for row, (pair, value, style) in enumerate(zip(names, values, arms, strict=True)):
+        axes.plot([0, 0], [row - 0.16, row + 0.3], color=INK, linewidth=0.9)
+        _interval(axes, row, value, style)
+        for text, x, side in (
+            (_pair_name(pair, LONGEST_ON_PHONE), 0, "left"),
+            (_numbers(value), 1, "right"),
+        ):
+            axes.text(
+                x, row - 0.38, text, transform=axes.get_yaxis_transform(), ha=side, va="center",
+                color=INK, fontsize=TINY + 0.5, parse_math=False,
+            )  # fmt: skip
+    axes.spines["left"].set_visible(False)
+    axes.set_yticks([])
+    axes.set_ylim(len(names) - 0.5, -0.7)
+
+
+def _pair_name(pair: str, most: int) -> str:
+    """Return the two arms of a pair as a subtraction, each name with at most ``most`` characters."""
+    return " − ".join(shortened(arm, most) for arm in arms_of(pair))
+
+
+def _numbers(value: Estimate) -> str:
+    return difference(value).replace("-", "−")
+
+
 def _shown_pairs(results: Results, setting: Setting) -> list[str]:
-    """Return a setting's pairs; of more than `MOST_PAIRS` the headline's and those with the base."""
+    """Return a setting's pairs; of more than `MOST_PAIRS` the headline's and those with the base.
+
+    Without a base: those with the first arm.
+    """
     names = ordered_pairs(results, setting)
     if len(names) <= MOST_PAIRS:
         return names
-    return [name for name in names if name in results["headline"] or arms_of(name)[1] == "base"]
+    arms = results["arms"]
+    anchor = "base" if "base" in arms else next(iter(arms))
+    named = [name for name in names if name in results["headline"] or anchor in arms_of(name)]
+    return named or names[:MOST_PAIRS]
 
 
 def visible(token: str) -> str:
@@ -180,8 +247,4 @@ def _interval(axes: Axes, row: int, value: Mapping[str, Any], style: ArmStyle) -
     axes.plot(
         [mean], [row], marker=style.marker, markersize=6, color=style.colour,
         markerfacecolor=filled, linestyle="none",
-    )  # fmt: skip
-    axes.annotate(
-        difference(value).replace("-", "−"), (1, row), xycoords=("axes fraction", "data"),
-        xytext=(6, 0), textcoords="offset points", va="center", color=INK, fontsize=SMALL,
     )  # fmt: skip

@@ -5,15 +5,27 @@ A line is the mean over an arm's seeds, its band reaches from the worst seed to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from selfteach.analysis.figures.style import ALERT, INK, SMALL, ArmStyle, bare, legend, styles
-from selfteach.analysis.health_checks import WINDOW, HealthCheck, smoothed
+from selfteach.analysis.figures.palette import PALETTE
+from selfteach.analysis.figures.style import (
+    ALERT,
+    INK,
+    PHONE_WIDTH,
+    SMALL,
+    ArmStyle,
+    bare,
+    figure_legend,
+    legend,
+    shortened,
+    step_axis,
+    styles,
+)
+from selfteach.analysis.health_checks import WINDOW, HealthCheck, HealthWarning, is_logged, smoothed
 from selfteach.analysis.run_data import Groups, RunData, evaluations
 from selfteach.evaluation.intervals import PERCENT, mean_interval
 from selfteach.evaluation.statistics import pass_at_k
@@ -29,11 +41,17 @@ PHASE_STYLES = {
     "time/evaluate": ("evaluation", "xx"),
 }
 """Phases of a run: names and hatches (colour alone does not tell them apart)."""
-SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+SHADES = tuple(PALETTE[i].light for i in (1, 15, 0, 10))
+MOST_NAMED = 12
+"""Arms in a small figure's legend; of more, only those with a warning are named there."""
+OTHERS = ArmStyle("#8a8f98", "-", "")
+"""Style of the arms that are not named."""
 
 
-def over_seeds(runs: Sequence[RunData], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return steps [E] that every run has logged, and values [S, E], averaged over `WINDOW` steps.
+def over_seeds(
+    runs: Sequence[RunData], metric: str, width: int = WINDOW
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return steps [E] that every run has logged, and values [S, E], averaged over ``width`` steps.
 
     Runs without the metric are left out; None if no step is left.
     """
@@ -42,49 +60,89 @@ def over_seeds(runs: Sequence[RunData], metric: str) -> tuple[np.ndarray, np.nda
     steps = sorted(set.intersection(*map(set, series))) if series else []
     if not steps:
         return None
-    values_SE = np.stack([smoothed(np.array([by_step[s] for s in steps])) for by_step in series])
+    values_SE = np.stack(
+        [smoothed(np.array([by_step[s] for s in steps]), width) for by_step in series]
+    )
     return np.array(steps)[-values_SE.shape[1] :], values_SE
 
 
-def check_curve(groups: Groups, check: HealthCheck) -> Figure:
-    """Draw one failure mode's metric over training, with the threshold of its warning."""
-    figure = Figure(figsize=(5.2, 2.5), layout="constrained")
+def check_curve(groups: Groups, check: HealthCheck, warned: Sequence[HealthWarning] = ()) -> Figure:
+    """Draw one failure mode's metric over training, with the threshold of its warning.
+
+    Every warned run is drawn, also where its arm's mean hides it, with a ring where the warning is,
+    or a dashed line where its values are no numbers.
+    """
+    figure = Figure(figsize=(4.4, 2.5), layout="constrained")
     axes = figure.add_subplot()
-    _panel(axes, groups, check.metric, check.unit)
+    arms = {warning.arm for warning in warned}
+    width = _panel(axes, groups, check.metric, check.unit, warned=arms)
+    look = styles(groups)
+    for warning in warned:
+        _warned_run(axes, groups[warning.arm], warning, look[warning.arm], width)
     if check.limit is not None:
         axes.axhline(
-            check.limit, color=ALERT, linestyle=(0, (1, 2)), linewidth=1.4, label="warning"
+            check.limit, color=ALERT, linestyle=(0, (1, 2)), linewidth=1.4, label="threshold"
         )
-        axes.relim()
-        axes.autoscale(axis="y")
-        _limit_zoom(axes)
+    axes.relim()
+    axes.autoscale()
+    step_axis(axes, axes.get_xlabel())
+    _limit_zoom(axes)
     legend(axes, columns=3)
     return figure
 
 
-def training(groups: Groups) -> Figure:
+def _warned_run(
+    axes: Axes, runs: Sequence[RunData], warning: HealthWarning, style: ArmStyle, width: int
+) -> None:
+    """Draw the run of a warning, if it is not its arm's line already, and where the warning is."""
+    for run in (run for run in runs if run.seed == warning.seed):
+        steps_E, values_E = run.series(warning.check.metric)
+        values_E = smoothed(values_E, width)
+        steps_E = steps_E[-len(values_E) :]
+        if len(runs) > 1:
+            name = f"{shortened(warning.arm)}, seed {warning.seed}"
+            axes.plot(
+                steps_E, _finite(values_E), color=style.colour, linewidth=1.0, label=name,
+                marker="." if len(steps_E) == 1 else None,
+            )  # fmt: skip
+        at = int(np.abs(steps_E - warning.step).argmin())
+        titled = axes.get_legend_handles_labels()[1]
+        if np.isfinite(values_E[at]):
+            axes.plot(
+                [steps_E[at]], [values_E[at]], marker="o", markersize=10, markerfacecolor="none",
+                markeredgecolor=ALERT, markeredgewidth=1.6, linestyle="none",
+                label="" if "warning" in titled else "warning",
+            )  # fmt: skip
+        else:
+            title = f"{shortened(warning.arm)}: no number"
+            axes.axvline(warning.step, color=ALERT, linestyle="--", linewidth=1.4, label=title)
+
+
+def training(groups: Groups, *, phone: bool = False) -> Figure:
     """Draw the share of correct rollouts and the loss, which does not compare across objectives."""
-    return _panels(groups, {"correct": "share right", "loss": "loss"})
+    return _panels(groups, {"correct": "share right", "loss": "loss"}, phone)
 
 
-def length_and_entropy(groups: Groups) -> Figure:
+def length_and_entropy(groups: Groups, *, phone: bool = False) -> Figure:
     """Draw mean length (tokens) and entropy (nats per token) of the training rollouts."""
-    return _panels(groups, {"length": "length, tokens", "entropy": "entropy, nats per token"})
+    titles = {"length": "length, tokens", "entropy": "entropy, nats per token"}
+    return _panels(groups, titles, phone)
 
 
-def pass_at_each_k(groups: Groups) -> Figure | None:
+def pass_at_each_k(groups: Groups, *, phone: bool = False) -> Figure | None:
     """Draw unbiased Pass@k on test problems (percent) against k < n, with 95 % bands.
 
-    At k = n it would be plain any-correct, so n itself is left out. None without test evaluations.
+    At k = n it would be plain any-correct, so n itself is left out. None without test evaluations, and
+    with two answers per problem or fewer, which give a single point.
     """
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(PHONE_WIDTH, 3.2) if phone else (7.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     bare(axes)
     look, drawn = styles(groups), False
     for name, runs in groups.items():
         tables = [saved[max(saved)] for run in runs if (saved := evaluations(run, "test"))]
         shapes = {(e.k, len(e.problem_ids)) for e in tables}
-        if len(shapes) != 1 or (n := tables[0].k) < 2:
+        if len(shapes) != 1 or (n := tables[0].k) < 3:
             continue
         ks = range(1, n)
         estimates = [
@@ -98,29 +156,43 @@ def pass_at_each_k(groups: Groups) -> Figure | None:
         low, high = [e.low for e in estimates], [e.high for e in estimates]
         axes.fill_between(ks, low, high, color=look[name].colour, alpha=0.12, linewidth=0)
         drawn = True
-    axes.set_xlabel("k", color=INK, fontsize=SMALL)
+    step_axis(axes, "k")
     axes.set_ylabel("Pass@k on test, %", color=INK, fontsize=SMALL)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend(axes)
     return figure if drawn else None
 
 
-def seconds_by_phase(budgets: Mapping[str, Mapping[str, float]]) -> Figure | None:
+def timed_phases(budgets: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[str, str]]:
+    """Return the phases in which some arm spent time, with their names and hatches."""
+    return {
+        key: names
+        for key, names in PHASE_STYLES.items()
+        if any(budget.get(key) for budget in budgets.values())
+    }
+
+
+def seconds_by_phase(
+    budgets: Mapping[str, Mapping[str, float]], *, phone: bool = False
+) -> Figure | None:
     """Draw each arm's seconds by phase, from `run_budget.arm_budget`. None if nothing was timed."""
-    if not any(budget["seconds"] for budget in budgets.values()):
+    phases = timed_phases(budgets)
+    if not phases:
         return None
-    figure = Figure(figsize=(7.2, 0.9 + 0.34 * len(budgets)), layout="constrained")
+    width = PHONE_WIDTH if phone else 7.2
+    figure = Figure(figsize=(width, 0.9 + 0.34 * len(budgets)), layout="constrained")
     axes = figure.add_subplot()
     bare(axes, grid="x")
     left = np.zeros(len(budgets))
-    for (key, (label, hatch)), shade in zip(PHASE_STYLES.items(), SHADES, strict=True):
+    shades = dict(zip(PHASE_STYLES, SHADES, strict=True))
+    for key, (label, hatch) in phases.items():
         width = np.array([budget.get(key, 0.0) for budget in budgets.values()])
         axes.barh(
-            range(len(budgets)), width, left=left, height=0.62, label=label, color=shade,
-            hatch=hatch, edgecolor="#ffffff", linewidth=0.6,
+            range(len(budgets)), width, left=left, height=0.62, label=label, color=shades[key],
+            hatch=hatch, edgecolor=INK, linewidth=0.6,
         )  # fmt: skip
         left += width
-    axes.set_yticks(range(len(budgets)), list(budgets), color=INK, fontsize=SMALL, parse_math=False)
+    names = [shortened(name, 20 if phone else 44) for name in budgets]
+    axes.set_yticks(range(len(budgets)), names, color=INK, fontsize=SMALL, parse_math=False)
     axes.set_ylim(len(budgets) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("seconds per run", color=INK, fontsize=SMALL)
@@ -128,39 +200,61 @@ def seconds_by_phase(budgets: Mapping[str, Mapping[str, float]]) -> Figure | Non
     return figure
 
 
-def _panels(groups: Groups, metrics: dict[str, str]) -> Figure:
-    figure = Figure(figsize=(7.2, 3.1), layout="constrained")
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+def _panels(groups: Groups, metrics: Mapping[str, str], phone: bool) -> Figure:
+    """Draw a panel per metric that some run has logged, side by side, on a phone one above another."""
+    metrics = {metric: label for metric, label in metrics.items() if is_logged(groups, metric)}
+    count = len(metrics)
+    size = (PHONE_WIDTH, 0.6 + 2.2 * count) if phone else (3.6 * count, 3.1)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(*((count, 1) if phone else (1, count)), squeeze=False).flat
+    panels = list(panels)
     for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
         _panel(axes, groups, metric, label)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        lines = -(-len(handles) // 4)
-        shown = figure.legend(
-            handles, labels, loc="outside upper left", ncols=-(-len(handles) // lines),
-            frameon=False, fontsize=SMALL, labelcolor=INK, handlelength=3.4,
-        )  # fmt: skip
-        for text in shown.get_texts():
-            text.set_parse_math(False)
+    named = max(panels, key=lambda axes: len(axes.get_lines()))
+    figure_legend(figure, named)
     return figure
 
 
-def _panel(axes: Axes, groups: Groups, metric: str, label: str) -> None:
+def _panel(
+    axes: Axes, groups: Groups, metric: str, label: str, warned: Collection[str] | None = None
+) -> int:
+    """Draw a metric of all arms; return over how many steps the values are averaged.
+
+    Short runs are drawn step by step: the mean over all their steps would be a single point. With
+    ``warned``, of more than `MOST_NAMED` arms only these are named.
+    """
     bare(axes)
-    look = styles(groups)
+    look, width = styles(groups), _width(groups, metric)
+    if warned is not None and len(groups) > MOST_NAMED:
+        look = {name: look[name] if name in warned else OTHERS for name in groups}
+    has_others = False
     for name, runs in groups.items():
-        if (series := over_seeds(runs, metric)) is None:
+        if (series := over_seeds(runs, metric, width)) is None:
             continue
-        steps_E, values_SE = series
-        _line(axes, steps_E, values_SE.mean(0), look[name], name)
-        if len(values_SE) > 1:
+        (steps_E, values_SE), style = series, look[name]
+        title = name if style is not OTHERS else "" if has_others else "other arms"
+        has_others |= style is OTHERS
+        _line(axes, steps_E, values_SE.mean(0), style, title)
+        if len(values_SE) > 1 and style is not OTHERS:
             axes.fill_between(
-                steps_E, values_SE.min(0), values_SE.max(0), color=look[name].colour,
+                steps_E, values_SE.min(0), values_SE.max(0), color=style.colour,
                 alpha=0.14, linewidth=0,
             )  # fmt: skip
-    axes.set_xlabel(f"training step (means of {WINDOW})", color=INK, fontsize=SMALL)
+    step_axis(axes, "training step" if width == 1 else f"training step (means of {width})")
     axes.set_ylabel(label, color=INK, fontsize=SMALL)
     _limit_zoom(axes)
+    return width
+
+
+def _width(groups: Groups, metric: str) -> int:
+    """Return `WINDOW`, or 1 where it would leave fewer than `WINDOW` points of some run."""
+    lengths = [len(run.series(metric)[1]) for runs in groups.values() for run in runs]
+    return WINDOW if all(not n or n >= 2 * WINDOW - 1 for n in lengths) else 1
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Return values with NaN, which is not drawn, for infinities."""
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _limit_zoom(axes: Axes) -> None:
@@ -178,7 +272,8 @@ def _limit_zoom(axes: Axes) -> None:
 
 
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: ArmStyle, name: str) -> None:
+    marker = style.marker or ("." if len(x) == 1 else "")
     axes.plot(
-        x, y, color=style.colour, linestyle=style.dash, marker=style.marker, markersize=4.5,
-        markevery=max(1, len(x) // MARKERS), linewidth=1.8, label=name,
+        x, _finite(y), color=style.colour, linestyle=style.dash, marker=marker, markersize=4.5,
+        markevery=max(1, len(x) // MARKERS), linewidth=0.8 if style is OTHERS else 1.8, label=name,
     )  # fmt: skip

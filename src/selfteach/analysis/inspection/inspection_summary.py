@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -38,18 +39,19 @@ STEP_SCORE_COLUMNS = (
 )
 
 
-def summarize(folder: Path) -> dict[str, Any]:
+def summarize(folder: str | Path) -> dict[str, Any]:
     """Return localisation.json from an inspection's folder.
 
     Raises `CheckpointError` if it is missing, unfinished or of another format.
     """
-    inspection = read_inspection(folder)
+    inspection = read_inspection(Path(folder))
     return {"format": FORMAT, **localise(inspection), "step_scores": score_steps(inspection)}
 
 
-def save_figures(folder: Path, localisation: Mapping[str, Any]) -> list[Path]:
+def save_figures(folder: str | Path, localisation: Mapping[str, Any]) -> list[Path]:
     """Save the figures that have something to show, as SVG and PNG; return their paths."""
-    figures = {}
+    folder = Path(folder)
+    figures: dict[str, Figure | None] = {}
     if localisation["with_first_error"]:
         figures["aligned_advantage"] = aligned_advantage(localisation)
         figures["mass_by_region"] = mass_by_region(localisation)
@@ -57,7 +59,7 @@ def save_figures(folder: Path, localisation: Mapping[str, Any]) -> list[Path]:
         figures["judges"] = step_detection(localisation)
     if (answer := example(folder)) is not None:
         figures["token_advantages"] = token_advantages(answer)
-    return [path for name, figure in figures.items()
+    return [path for name, figure in figures.items() if figure is not None
             for path in style.save(figure, folder / "figures" / name)]  # fmt: skip
 
 

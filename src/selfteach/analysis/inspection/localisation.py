@@ -35,7 +35,10 @@ REVEALS = {
     "answer_only": "answer",
     "reference": "solution",
     "aligned_reference": "solution",
+    "peer": "solution",
+    "environment": "whether",
     "other_answer": "nothing",
+    "other_reference": "nothing",
 }
 """What a context reveals of an answer's errors: ``where`` the first one is, ``whether`` there is one
 (from an oracle that is the label itself), or only the right ``answer`` or ``solution``."""

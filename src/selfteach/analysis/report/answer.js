@@ -12,7 +12,7 @@ async function showAnswer(row) {
   history.replaceState(null, "", `#answers/${row}`);
   hideTip();
   byId("answer").replaceChildren(heading(), facts(), node("h3", {}, "Question"),
-    node("pre", { class: "question" }, record.question), contextChoice(names), tools(),
+    node("pre", { class: "question", tabindex: 0 }, record.question), ...promptOf(record), contextChoice(names), tools(),
     node("div", { id: "strip" }), stepTable(), node("div", { id: "read" }));
   paint();
 }
@@ -37,6 +37,22 @@ function facts() {
   fact("fidelity", record.fidelity === null ? null : `${(100 * record.fidelity).toFixed(0)} % repeated before the first change`);
   if (!record.finished) fact("truncated", "at the token limit");
   return list;
+}
+
+const SHORT_PROMPT = 700; // characters; longer prompts are folded until someone opens one
+let promptsOpen = null; // the reader's choice for all answers, once made
+
+/** Return the prompt as the student saw it; where it is not stored, the messages before the question. */
+function promptOf({ prompt, history }) {
+  if (prompt === null) {
+    const turns = history.map(({ role, content }) => node("pre", {}, `${role}: ${content}`));
+    return [...(turns.length ? [node("h3", {}, "Messages before the question"), ...turns] : []),
+      node("p", { class: "quiet" }, "The student's whole prompt is not stored in this folder.")];
+  }
+  const text = node("pre", { class: "prompt", tabindex: 0 }, prompt);
+  const summary = node("summary", {}, `Prompt as the student saw it (${count(prompt.length)} characters)`);
+  summary.addEventListener("click", () => { promptsOpen = !summary.parentNode.open; });
+  return [node("details", { class: "prompt-of-student", open: promptsOpen ?? prompt.length <= SHORT_PROMPT }, summary, text)];
 }
 
 function contextChoice(names) {

@@ -4,6 +4,8 @@ A record holds everything about one answer, as plain JSON:
 
     problem, sample, source, step    which answer; ``step`` is the training step, or null
     question, gold, text, parsed, correct, finished
+    prompt        the prompt as the student saw it, control tokens included, or null if it is not stored
+    history       messages before the question: [{role, content}]
     spans         the text's solution steps as [begin, end) in characters, the final answer last
     first_error   index of the first wrong step, or null
     critique      {case, answer, steps: [{text, status}]}, or {reason, detail}, or null
@@ -63,7 +65,9 @@ def training_answers(groups: Groups, most: int = MOST) -> tuple[list[AnswerRecor
         total += len(first) * len(files)
         for i in _evenly(len(files), share // max(1, len(first))):
             step = int(files[i].stem.rpartition("_")[2])
-            records += [_training_record(row, run, name, step) for row in read_rows(files[i])]
+            rows = read_rows(files[i])
+            prompts = {row["problem_id"]: row["prompt"] for row in rows if "prompt" in row}
+            records += [_training_record(row, run, name, step, prompts) for row in rows]
     return records, total
 
 
@@ -87,7 +91,7 @@ def example_answer(example: Mapping[str, Any]) -> AnswerRecord:
     return {
         "problem": example["problem"], "sample": 0, "source": "one answer of the base", "step": None,
         "question": example["question"], "gold": None, "text": "".join(tokens), "parsed": None,
-        "correct": example["correct"], "finished": True, "spans": spans,
+        "correct": example["correct"], "finished": True, "spans": spans, "prompt": None, "history": [],
         "first_error": None if at is None else example["steps"][at],
         "critique": None, "fidelity": None, "tokens": {
             "text": tokens, "step": example["steps"], "kind": None, "logp": None,
@@ -116,6 +120,7 @@ def _inspected_record(row: Mapping[str, Any], tokens: Mapping[str, Any]) -> Answ
     return {
         "problem": row["problem_id"], "sample": row["sample"], "source": "inspection", "step": None,
         "question": row["question"], "gold": row["gold_answer"], "text": row["text"],
+        "prompt": row.get("prompt"), "history": row.get("history", []),
         "parsed": row["parsed"], "correct": row["correct"], "finished": row["finished"],
         "spans": row["step_spans"]["characters"], "first_error": row["first_error"],
         "critique": _critique(row["critique"]), "fidelity": row["fidelity"],
@@ -123,13 +128,17 @@ def _inspected_record(row: Mapping[str, Any], tokens: Mapping[str, Any]) -> Answ
     }  # fmt: skip
 
 
-def _training_record(row: Mapping[str, Any], run: RunData, name: str, step: int) -> AnswerRecord:
+def _training_record(
+    row: Mapping[str, Any], run: RunData, name: str, step: int, prompts: Mapping[str, str]
+) -> AnswerRecord:
+    """Return a record from a sample; a problem's prompt stands in its first row (`sample_rows`)."""
     critique, change = row["critique"], row.get("first_change")
     context = run.config["context"]["type"]
     shown_context = {"text": row["context"], "dropped": row["dropped"], "advantage": None}
     return {
         "problem": row["problem_id"], "sample": row["sample"], "source": name, "step": step,
         "question": row["question"], "gold": row.get("gold"), "text": row["answer"],
+        "prompt": prompts.get(row["problem_id"]), "history": row.get("history", []),
         "parsed": row["parsed"], "correct": row["correct"], "finished": row.get("finished", True),
         "spans": row.get("steps") or [[0, len(row["answer"])]],
         "first_error": critique.get("first_error") if critique else None,

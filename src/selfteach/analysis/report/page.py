@@ -18,10 +18,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from selfteach.analysis import critic_statistics, results_text
+from selfteach.analysis import critic_statistics, explanations, results_text
 from selfteach.analysis.figures import style
 from selfteach.analysis.figures.catalogue import Drawing, draw_figures
-from selfteach.analysis.figures.training_curves import PHASE_STYLES
+from selfteach.analysis.figures.localisation_figures import with_curve
+from selfteach.analysis.figures.results_figures import MOST_PAIRS
+from selfteach.analysis.figures.training_curves import timed_phases
 from selfteach.analysis.health_checks import health_warnings
 from selfteach.analysis.inspection import inspection_data
 from selfteach.analysis.report import answer_records
@@ -47,7 +49,7 @@ SCRIPTS = ("report.js", "browser.js", "answer.js")
 """Joined to one script in the page, in this order."""
 
 
-def write_report(*folders: Path, out: Path | None = None) -> Path:
+def write_report(*folders: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a study or a run, or of several side by side; return its path.
 
     By default folder/report.html, for several folders report.html in the working directory. Its
@@ -55,8 +57,9 @@ def write_report(*folders: Path, out: Path | None = None) -> Path:
     at all; the same input gives the same bytes. Raises `CheckpointError` if there is nothing to
     report, or if it is damaged or of another format.
     """
-    path = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
-    page, drawings = render(folders)
+    read = [Path(folder) for folder in folders]
+    path = Path(out or (read[0] / "report.html" if len(read) == 1 else "report.html"))
+    page, drawings = render(read)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_whole(path, page)
     for name, drawing in drawings.items():
@@ -75,11 +78,14 @@ def render(folders: Sequence[Path]) -> tuple[str, dict[str, Drawing]]:
         data=data,
         text=results_text,
         critic_statistics=critic_statistics,
-        phases=PHASE_STYLES,
+        explanations=explanations,
+        most_pairs=MOST_PAIRS,
+        with_curve=with_curve,
+        phases=timed_phases(data.budgets),
         overlap=overlap,
         figures={name: drawing.inline(name) for name, drawing in drawings.items()},
         answers=compress_records(data.answers) if data.answers else None,
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        style=Markup(style.theme_colours() + "\n" + (HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
@@ -91,15 +97,17 @@ def read_report_data(folders: Sequence[Path]) -> ReportData:
     runs = [run for folder in folders if _has_runs(folder) for run in read_runs(folder)]
     results = _results(folders, runs)
     arms = _in_order(group_runs([run for run in runs if run.variant is None]), results)
+    variant_arms = group_runs([run for run in runs if run.variant is not None])
     example = _example(folders)
     answers, num_answers = _answers(folders, arms, example)
     return ReportData(
         results=results,
         runs=runs,
         arms=arms,
+        variant_arms=variant_arms,
         budgets={name: arm_budget(arm) for name, arm in arms.items()},
         gains={} if results["paired"] else {n: training_gain(arm) for n, arm in arms.items()},
-        warnings=health_warnings(group_runs(runs)),
+        warnings=health_warnings({**arms, **variant_arms}),
         critics=critic_statistics.read_critics(
             {name: [run.folder for run in arm] for name, arm in arms.items()}
         ),

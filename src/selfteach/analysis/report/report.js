@@ -38,6 +38,25 @@ function turnPage() {
   if (page.id === "answers") openAnswers(detail === undefined ? 0 : Number(detail));
 }
 
+/** Say below each wide table and figure that there is more to the side, while that is so. */
+function watchSideways() {
+  const watcher = new ResizeObserver((entries) => entries.forEach(({ target }) => showSideways(target)));
+  for (const box of document.querySelectorAll(".scroll, .drawing")) {
+    box.after(node("p", { class: "sideways", "aria-hidden": "true", hidden: true }, "There is more: scroll sideways →"));
+    box.addEventListener("scroll", () => showSideways(box), { passive: true });
+    watcher.observe(box);
+  }
+}
+
+function showSideways(box) {
+  const isWide = box.scrollWidth > box.clientWidth + 1;
+  const sign = box.nextElementSibling;
+  sign.hidden = !isWide;
+  if (isWide) box.tabIndex = 0; // reached by keyboard
+  const atEnd = box.scrollLeft + box.clientWidth >= box.scrollWidth - 2;
+  sign.textContent = atEnd ? "← There is more: scroll sideways" : "There is more: scroll sideways →";
+}
+
 const THEMES = ["system", "light", "dark"];
 
 function setTheme(theme) {
@@ -65,6 +84,7 @@ addEventListener("DOMContentLoaded", () => {
     setTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
   });
   setTheme(savedTheme());
+  watchSideways();
   if (byId("index")) listen();
   addEventListener("hashchange", turnPage);
   turnPage();

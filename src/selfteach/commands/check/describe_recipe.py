@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from selfteach.commands.check.fit_notes import fit_notes
+from selfteach.commands.check.part_contracts import Critiqued, check_parts
 from selfteach.commands.check.sizes import RunSizes, device_load, measure, measure_offline
 from selfteach.commands.check.tokens import Budget, step_cost, step_tokens
 from selfteach.commands.study.run_study import inspection_of
@@ -60,8 +62,12 @@ def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
     for arm in list(recipes)[1:]:
         yield f"# {arm}: what differs from {first}"
         yield json.dumps(differences(plain[first], plain[arm]), indent=2)
-    sizes = {arm: _measure(recipe, offline) for arm, recipe in recipes.items()}
+    critiqued = Critiqued()
+    sizes = {arm: _measure(recipe, offline, critiqued) for arm, recipe in recipes.items()}
     yield from _unchecked(sizes)
+    if parts := dict.fromkeys(line for of_arm in sizes.values() for line in of_arm.parts):
+        yield "# parts of your own"
+        yield from parts
     yield from notes(recipes.values(), here=not offline)
     yield from fit_notes(recipes, sizes, here=not offline)
     yield "# sizes"
@@ -77,7 +83,8 @@ def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
             yield from _memory(arm, memory(load), described)
     for name, variant in study.variants.items():
         for arm in variant.arms or study.arms:
-            _measure(study.recipe(arm, seed=variant.seeds[0], variant=name), offline)
+            recipe = study.recipe(arm, seed=variant.seeds[0], variant=name)
+            _measure(recipe, offline, critiqued)
         yield f"variant {name}: {variant.title}; {len(variant.seeds)} seeds"
     if (inspection := inspection_of(study)) is not None:
         _, request = inspection
@@ -118,7 +125,8 @@ def feedback_not_read(recipe: Recipe) -> bool:
 def stale_without_cap(recipe: Recipe) -> bool:
     """Return True where rollouts of older weights are trained on as if they were on-policy."""
     caps = [term.importance_cap for term in terms(recipe.objective) if term is not None]
-    return recipe.train.staleness > 0 and recipe.train.steps > 0 and None in caps
+    may_have_cap = not recipe.sampling.cuts  # under which a cap is refused
+    return recipe.train.staleness > 0 and recipe.train.steps > 0 and None in caps and may_have_cap
 
 
 def nothing_to_teach(recipe: Recipe) -> bool:
@@ -148,8 +156,12 @@ def slow_bf16(recipe: Recipe) -> bool:
     return on_cpu and not matmul.has_fast_bf16("cpu")
 
 
-def _measure(recipe: Recipe, offline: bool) -> RunSizes:
-    return measure_offline(recipe) if offline else measure(recipe, build(recipe))
+def _measure(recipe: Recipe, offline: bool, critiqued: Critiqued) -> RunSizes:
+    if offline:
+        return measure_offline(recipe)
+    built = build(recipe)
+    sizes = measure(recipe, built)
+    return dataclasses.replace(sizes, parts=tuple(check_parts(recipe, built, critiqued)))
 
 
 def _unchecked(sizes: Mapping[str, RunSizes]) -> Iterator[str]:
@@ -181,8 +193,9 @@ def _budget(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
     """Yield an arm's rollouts, critiques, optimizer steps and tokens."""
     if sizes.problems:
         budget = Budget.of(recipe, sizes.problems)
+        most = "up to " if recipe.sampling.dynamic_rounds else ""
         yield (
-            f"{budget.rollouts:,} rollouts (at most {budget.tokens:,} tokens), "
+            f"{most}{budget.rollouts:,} rollouts (at most {budget.tokens:,} tokens), "
             f"{budget.critiques:,} critiques, {budget.optimizer_steps:,} optimizer steps, "
             f"{budget.evaluation_rollouts:,} rollouts to evaluate"
         )

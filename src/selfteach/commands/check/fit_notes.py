@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from selfteach.commands.check.sizes import RunSizes, device_load
 from selfteach.config.model_defaults import ADAPTERS_LR, ALL_WEIGHTS_LR
+from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
 from selfteach.trainer.device_load import device_memory, require_fits
 from selfteach.trainer.device_memory import gib, memory
@@ -13,6 +14,8 @@ from selfteach.trainer.fit_checks import REFERENCES, with_reference
 
 FAR = 30
 """Factor from the usual learning rate at which one is named."""
+WIDE_FOR_ROLLOUTS = 0.05
+"""Clip range above which a geometric mean over a rollout's tokens is nearly never clipped."""
 SMALL_MODEL = 30_000_000
 """Parameters below which a model is a toy, for which no rate is usual."""
 
@@ -35,6 +38,7 @@ def _of_run(recipe: Recipe, sizes: RunSizes, here: bool) -> Iterator[str]:
     yield from _rate(recipe, sizes)
     yield from _length(recipe, sizes)
     yield from _references(recipe, sizes)
+    yield from _rollout_ratios(recipe)
     if here:
         yield from _memory(recipe, sizes)
 
@@ -70,6 +74,23 @@ def _references(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
         yield (
             f"note: {without:,} of {len(task.train):,} training problems have no {name}: their "
             f'rollouts are dropped under context "{recipe.context.type}"'
+        )
+
+
+def _rollout_ratios(recipe: Recipe) -> Iterator[str]:
+    grpo = terms(recipe.objective)[1]
+    if grpo is None or grpo.importance_level != "sequence":
+        return
+    if max(grpo.clip_low, grpo.clip_high) > WIDE_FOR_ROLLOUTS:
+        yield (
+            f"note: a clip range of {grpo.clip_low:g} and {grpo.clip_high:g} hardly ever clips a mean "
+            "over whole rollouts (objective.importance_level): GSPO takes clip_low = 3e-4 and "
+            "clip_high = 4e-4"
+        )
+    if grpo.aggregation != "sequence_mean":
+        yield (
+            f'note: objective.aggregation = "{grpo.aggregation}" weights the ratio of a whole rollout '
+            'by its length: GSPO takes "sequence_mean" (loss_type = "grpo")'
         )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from selfteach.config.critic_section import LlmCriticConfig
 from selfteach.config.recipe import Recipe
-from selfteach.models.loading import build_renderer, load_tokenizer, resolve
+from selfteach.models.loading import build_renderer, load_tokenizer
+from selfteach.models.model_path import resolve
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task, load_task

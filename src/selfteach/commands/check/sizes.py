@@ -20,17 +20,19 @@ from selfteach.config.critic_section import (
     LocalCriticConfig,
 )
 from selfteach.config.data_section import AnswerReading, FilesData, HubData
+from selfteach.config.part_section import OwnPart, named_parts
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.models.loading import (
     build_renderer,
     load_tokenizer,
-    resolve,
 )
+from selfteach.models.model_path import resolve
 from selfteach.models.model_size import cached_config, count_parameters, shape_of
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
+from selfteach.runtime.parts import require_part
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build import (
     Built,
@@ -69,6 +71,8 @@ class RunSizes:
     """What was not loaded and why, one line each."""
     task: Task | None = None
     """The problems; None if they could not be read."""
+    parts: tuple[str, ...] = ()
+    """A line for each part of one's own whose contract was checked."""
 
 
 def measure(recipe: Recipe, built: Built) -> RunSizes:
@@ -95,7 +99,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
 
     Raises what `build` would raise about the components that are available.
     """
-    unchecked: list[str] = []
+    unchecked = list(_own_parts(recipe))
     build_objective(recipe)
     model, lora = recipe.model, recipe.model.lora
     shape, parameters = _size(model, unchecked)
@@ -204,6 +208,13 @@ def _installed(path: str) -> bool:
         raise
 
 
+def _own_parts(recipe: Recipe) -> Iterator[str]:
+    """Import parts of one's own and check their options; yield that nothing else was checked."""
+    for key, (kind, part) in named_parts(recipe).items():
+        require_part(kind, part)
+        yield f"{key} {part.label}: imported, its options fit; its contract was not checked"
+
+
 def _task(recipe: Recipe, unchecked: list[str]) -> Task | None:
     """Load the problems; None if their files do not exist yet or the hub cannot be reached."""
     data, path = recipe.data, recipe.model.path
@@ -233,6 +244,7 @@ def _template_set(recipe: Recipe) -> str:
     data = recipe.data
     if isinstance(data, AnswerReading):
         return "steps" if data.steps == "tags" else "free"
+    assert not isinstance(data, OwnPart)
     return data.type  # the lab's and chain sums' sets are named like them
 
 

@@ -46,7 +46,7 @@ class Budget:
     def of(cls, recipe: Recipe, problems: dict[str, int]) -> Budget:
         """Compute the budget of a recipe; ``problems`` is the number of problems by split."""
         train, evaluation = recipe.train, recipe.evaluation
-        per_step = min(train.problems_per_step, problems["train"]) * train.group_size
+        per_step = min(most_problems(recipe), problems["train"]) * train.group_size
         rollouts = train.steps * per_step
         evaluations = 0
         if train.steps:
@@ -61,6 +61,11 @@ class Budget:
             optimizer_steps=train.steps * train.num_iterations,
             evaluation_rollouts=evaluated,
         )
+
+
+def most_problems(recipe: Recipe) -> int:
+    """Return the number of problems that one step samples at most, in all its rounds."""
+    return recipe.train.problems_per_step * (1 + recipe.sampling.dynamic_rounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +87,10 @@ def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
     def row(name: str, times: int, at_most: int, expected: float | None) -> Tokens:
         return Tokens(name, times * at_most, None if expected is None else round(times * expected))
 
+    problems, in_rounds = most_problems(recipe), recipe.sampling.dynamic_rounds > 0
     rows = [
-        row("prompts sampled from", train.problems_per_step, prompt, mean),
-        row("sampled", rollouts, completion, None),
+        row("prompts sampled from", problems, prompt, None if in_rounds else mean),
+        row("sampled", problems * train.group_size, completion, None),
         row("scored by the student", scored, prompt + completion, plus(mean, completion)),
     ]
     teacher_tokens = _teacher_tokens(recipe, lengths)
@@ -120,7 +126,7 @@ def _teacher_tokens(recipe: Recipe, lengths: Lengths) -> tuple[int, float | None
     """Count what the teacher scores of one rollout: under a context, or under the student's prompt."""
     distillation, grpo = terms(recipe.objective)
     completion, mean = recipe.sampling.max_tokens, lengths.mean_prompt
-    if distillation is not None:
+    if distillation is not None or recipe.shows_context:
         by_reference = recipe.context.type in ("reference", "aligned_reference")
         context = lengths.mean_reference if by_reference else float(completion)
         return lengths.window, plus(mean, context, completion)

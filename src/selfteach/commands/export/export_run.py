@@ -14,7 +14,8 @@ from selfteach.commands.export.model_card import model_card
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.models.loading import HUB_ID, load_model, load_tokenizer
+from selfteach.models.loading import load_model, load_tokenizer
+from selfteach.models.model_path import HUB_ID
 from selfteach.models.policy import without_peft_warnings
 from selfteach.runtime.atomic_files import report_full_disk
 from selfteach.runtime.run_folder import RunFolder

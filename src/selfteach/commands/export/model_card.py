@@ -8,6 +8,7 @@ from typing import Any
 
 from selfteach import __version__
 from selfteach.commands.evaluate import summary
+from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import Recipe
 from selfteach.errors import CheckpointError
 from selfteach.evaluation.evaluation_record import Evaluation, load_evaluation
@@ -55,11 +56,12 @@ def _lines(run: RunFolder, recipe: Recipe, base: str | None, is_adapter: bool) -
 
 
 def _method(recipe: Recipe) -> str:
-    objective, context = recipe.objective.type, recipe.context.type
+    names = unanchored(recipe.model_dump(mode="json", include={"objective", "context", "critic"}))
+    objective, context = names["objective"]["type"], names["context"]["type"]
     steps = f"{recipe.train.steps:,} steps, seed {recipe.seed}"
     if objective == "grpo":
         return f"GRPO with a binary reward, {steps}."
-    critic = f", critic `{recipe.critic.type}`" if recipe.critic is not None else ""
+    critic = f", critic `{names['critic']['type']}`" if recipe.critic is not None else ""
     return f"{objective} from a self-teacher that is shown `{context}`{critic}, {steps}."
 
 
@@ -80,9 +82,14 @@ def _results(run: RunFolder, recipe: Recipe, result: Mapping[str, Any]) -> Itera
     yield ""
     yield (
         f"Rollouts of at most {recipe.evaluation.max_tokens or recipe.sampling.max_tokens:,} tokens at "
-        f"temperature {recipe.evaluation.temperature:g}. Step 0 is the base model."
+        f"temperature {recipe.evaluation.temperature:g}{_cuts(recipe)}. Step 0 is the base model."
     )
     yield ""
+
+
+def _cuts(recipe: Recipe) -> str:
+    """Return what cuts the distribution of evaluations, after a comma; empty for nothing."""
+    return f", {recipe.evaluation.cuts}" if recipe.evaluation.cuts else ""
 
 
 def _evaluations(run: RunFolder, last: int) -> Iterator[Evaluation]:
@@ -132,4 +139,4 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
         if isinstance(values.get(section), dict):
             values[section] = {k: v for k, v in values[section].items() if k not in keys}
     values.pop("tracking", None)
-    return values
+    return unanchored(values)

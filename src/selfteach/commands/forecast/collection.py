@@ -36,13 +36,14 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context, Critic
 from selfteach.rollout.journaled_engine import BatchedEngine, JournaledEngine
+from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.rollout.transformers_engine import TransformersEngine
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_json
 from selfteach.trainer.build import build, build_arm_context
 from selfteach.trainer.build_critic import build_critic
 from selfteach.trainer.step import verify_and_critique
-from selfteach.types import CritiquedRollout, CritiqueFailure, Rollout, Sampling
+from selfteach.types import CritiquedRollout, CritiqueFailure, Rollout
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how many of how many are done."""
@@ -105,9 +106,7 @@ class Collector:
         engine = self._built.components.engine
         assert isinstance(engine, BatchedEngine) and isinstance(engine.engine, TransformersEngine)
         self._engine = engine.engine
-        self._sampling = Sampling(
-            request.k, self._base.sampling.temperature, self._base.sampling.max_tokens, request.seed
-        )
+        self._sampling = training_sampling(self._base, request.k, request.seed)
 
     def collect(self) -> ModelData:
         """Sample, critique, score, sample the teacher, and measure a learning pass."""

@@ -12,7 +12,7 @@ from selfteach.commands import actions
 
 def forecast(
     recipe: Annotated[
-        Path, typer.Argument(help="TOML file, or the name of a recipe shipped with the package.")
+        Path, typer.Argument(help="TOML file, or the name of a shipped recipe (selfteach recipes).")
     ],
     k: Annotated[
         int, typer.Option("--answers", "-k", min=2, help="Rollouts per validation problem.")
@@ -52,6 +52,7 @@ def forecast(
     """
     loaded = actions.load(recipe, settings)
     recipes = {name: loaded.recipe(name, seed=seed) for name in arm or loaded.arms}
+    actions.require_models(recipes.values(), out)
 
     from selfteach.analysis.terminal.forecast_tables import print_forecast
     from selfteach.commands.forecast.collection import ForecastRequest

@@ -33,6 +33,7 @@ from selfteach.errors import CheckpointError, RecipeError
 from selfteach.evaluation.statistics import Interval
 from selfteach.runtime.atomic_files import write_json
 from selfteach.runtime.folder_start import require_empty
+from selfteach.runtime.part_sources import require_same_sources_of_all
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_json
@@ -48,7 +49,7 @@ MODEL_SECTIONS = {"model", "data", "sampling"}
 def forecast(
     recipes: Mapping[str, Recipe],
     request: ForecastRequest,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Return the forecast of some arms as ``forecast.json`` holds it (`docs/forecast.md`).
@@ -67,6 +68,7 @@ def forecast(
     preflight(recipes.values(), critic_only=True)
     set_threads(next(iter(recipes.values())).train.threads)
     with _folder_of(folder, recipes, request) as run:
+        require_same_sources_of_all(run.path, recipes.values())
         rates, forecasts = RateFile(run.path / "rates.json"), dict[str, Any]()
         for number, names in enumerate(_by_model(recipes)):
             arms = {name: recipes[name] for name in names}
@@ -87,14 +89,14 @@ def forecast(
 
 def forecast_arm(data: ModelData, arm: ArmData) -> dict[str, Any]:
     """Measure one arm, decide about it, and compute what its step costs."""
-    distillation, grpo = terms(arm.recipe.objective)
+    _, grpo = terms(arm.recipe.objective)
     measured = measure_arm(data, arm)
     absent = dropped(data.prepared, arm.view) if arm.view else {}
     obstacle = next(iter(absent), "")
     if obstacle in failures(arm.critiqued):
         obstacle = f"the critic's reply is {obstacle}"
     outcome, reasons = decide(
-        measured, distills=distillation is not None, rewards=grpo is not None, obstacle=obstacle
+        measured, distills=arm.recipe.shows_context, rewards=grpo is not None, obstacle=obstacle
     )
     is_unbiased = measures.is_unbiased(data.k, arm.recipe.train.group_size)
     return {
@@ -175,7 +177,7 @@ def _by_model(recipes: Mapping[str, Recipe]) -> list[list[str]]:
 
 @contextmanager
 def _folder_of(
-    folder: Path | None, recipes: Mapping[str, Recipe], request: ForecastRequest
+    folder: str | Path | None, recipes: Mapping[str, Recipe], request: ForecastRequest
 ) -> Iterator[RunFolder]:
     """Yield the folder, locked; a temporary one for None. Raises `CheckpointError` for another's."""
     with tempfile.TemporaryDirectory(prefix="selfteach-") as temporary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from selfteach.rollout.journaled_engine import problems_by_id
 from selfteach.rollout.transformers_engine import PromptRequest, TransformersEngine
@@ -33,9 +34,7 @@ def sample_teacher(
     Rollouts of a problem with the same prompt share its prefill. Batches that are in the folder are
     read instead.
     """
-    teacher = Sampling(
-        sampling.samples, sampling.temperature, sampling.max_tokens, sampling.seed + TEACHER_STREAM
-    )
+    teacher = replace(sampling, seed=sampling.seed + TEACHER_STREAM)
     completions: dict[tuple[str, int], list[Rollout]] = defaultdict(list)
     batches = list(_batches(_requests(rollouts, prompts, teacher.samples), batch_size))
     for number, batch in enumerate(batches):

@@ -54,6 +54,8 @@ class PreparedRollout:
     teacher_prompts: Mapping[str, tuple[int, ...]]
     change: FirstChange | None
     kinds: tuple[TokenKind, ...]
+    prompt: str
+    """The student's prompt as text, control tokens included."""
 
     @property
     def score_request(self) -> ScoreRequest:
@@ -172,6 +174,7 @@ def _prepare(
         if _has_steps(located.critiqued)
         else None,
         kinds=tuple(token_kinds(rollout.text, ends, language)),
+        prompt=renderer.shown(rollout.prompt_ids),
     )
 
 
@@ -213,6 +216,7 @@ def answer_row(prepared: PreparedRollout) -> dict[str, Any]:
         "policy_version": rollout.policy_version,
         **history_column(rollout.problem),
         "question": rollout.problem.question,
+        "prompt": prepared.prompt,
         "gold_answer": rollout.problem.answer,
         "text": rollout.text,
         "correct": verdict.correct,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from selfteach.commands.inspect.folder import (
 from selfteach.commands.inspect.labelled import located_rollouts, read_labelled, require_critic
 from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_recipe, run_subfolder
+from selfteach.config.part_names import anchored, is_own
+from selfteach.config.part_section import OwnPart
 from selfteach.config.recipe import PARTLY_ALIGNED, Recipe
 from selfteach.config.schema import merge, parse_setting, validate
 from selfteach.errors import CheckpointError
@@ -26,13 +28,15 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context
 from selfteach.rollout.journaled_engine import problems_by_id
+from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.runtime.folder_start import require_empty
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build_context
 from selfteach.trainer.open_model import named_problems, open_model
+from selfteach.trainer.own_components import build_own_context
 from selfteach.trainer.step import verify_and_critique
-from selfteach.types import CritiquedRollout, Problem, Rollout, Sampling
+from selfteach.types import CritiquedRollout, Problem, Rollout
 
 TeacherWeights = Literal["given", "initial"]
 
@@ -55,6 +59,9 @@ class InspectionRequest:
     """Read rollouts with labelled steps from this file instead of sampling."""
     recorded: str | None = None
     """Read a run's recorded rollouts of this name, like ``step_000010`` or ``validation_000000``."""
+    parts: Mapping[str, OwnPart] = field(default_factory=dict)
+    """Contexts of one's own with their options, by a name in ``contexts``; a name that is not here is
+    imported without options, or with those that the recipe gives it."""
 
 
 def inspect(
@@ -70,10 +77,15 @@ def inspect(
     """Score rollouts under the requested contexts and write the folder; return its inspection.json."""
     templates = Templates(recipe.model.templates or built.task.templates)
     alignment = recipe.context.alignment
-    contexts = {
-        name: _context(name, built, templates, seed=request.seed, alignment=alignment)
-        for name in check_contexts(request.contexts)
-    }
+    parts = _own_contexts(recipe, request)
+    contexts = dict[str, Context]()
+    for name in check_contexts(request.contexts, parts):
+        part = parts.get(name)
+        contexts[name if part is None else part.label] = (
+            _context(name, built, templates, seed=request.seed, alignment=alignment)
+            if part is None
+            else build_own_context(part, built.task, templates, seed=request.seed)
+        )
     language = "lab" if recipe.data.type == "lab" else "english"
     prepared = prepare(built, rollouts, contexts, language=language)
     sources = sorted({rollout.source for rollout in rollouts if rollout.source})
@@ -101,9 +113,7 @@ def sample_rollouts(
     built: Built, recipe: Recipe, request: InspectionRequest, problems: Sequence[Problem]
 ) -> list[LocatedRollout]:
     """Sample and critique rollouts of the first problems, and locate their errors."""
-    sampling = Sampling(
-        request.k, recipe.sampling.temperature, recipe.sampling.max_tokens, request.seed
-    )
+    sampling = training_sampling(recipe, request.k, request.seed)
     critiqued = sample_and_critique(built, problems[: request.limit], sampling)
     return locate_errors(built, critiqued)
 
@@ -153,6 +163,20 @@ def _context(
     return build_context(kind, built.task, templates, seed=seed, alignment=alignment)
 
 
+def _own_contexts(recipe: Recipe | None, request: InspectionRequest) -> dict[str, OwnPart]:
+    """Return the requested contexts of one's own by their name in the request."""
+    parts = dict(request.parts)
+    of_recipe = None if recipe is None else recipe.context.own_part
+    for name in request.contexts:
+        if of_recipe is not None and name in (of_recipe.label, of_recipe.type):
+            parts.setdefault(name, of_recipe)
+        elif name not in parts and is_own("context", name):
+            part = OwnPart.model_validate(anchored({"type": name}, Path.cwd()))
+            same = of_recipe is not None and part.type == of_recipe.type
+            parts[name] = of_recipe if same and of_recipe is not None else part
+    return parts
+
+
 def _origin(request: InspectionRequest) -> str:
     if request.labelled:
         return "labelled"
@@ -176,12 +200,14 @@ def inspect_model(
     `selfteach.errors`.
     """
     model_path, folder = Path(model), Path(folder)
-    check_contexts(request.contexts)
+    labels = [name for name in request.contexts if ":" in name]  # a run's recipe may have them
+    check_contexts(request.contexts, [*_own_contexts(recipe, request), *labels])
     require_empty(folder)
     rows = read_labelled(Path(request.labelled))[: request.limit] if request.labelled else []
     built, resolved = open_model(
         model_path, str(model), recipe, lambda base: _for_inspection(base, request, settings)
     )
+    check_contexts(request.contexts, _own_contexts(resolved, request))
     lost: dict[str, int] = {}
     if request.labelled:
         rollouts, lost = located_rollouts(built, rows)

@@ -108,5 +108,16 @@ def _section(card: Mapping[str, Any]) -> str:
     lines += [f'{name} = "{name}.jsonl"' for name, count in card["out"].items() if count]
     settings = {"verifier": source.get("verifier", VERIFIER_OF_TYPE.get(source["type"]))}
     settings |= {key: source.get(key) for key in ("steps", "answer_in", "world")}
-    lines += [f'{key} = "{value}"' for key, value in settings.items() if value]
+    lines += [f"{key} = {_inline(value)}" for key, value in settings.items() if value]
     return "\n".join(lines)
+
+
+def _inline(value: Any) -> str:
+    """Return a value of a recipe on one line of TOML; a part without options by its name."""
+    if isinstance(value, Mapping) and not value.get("options", True):
+        value = value["type"]
+    if isinstance(value, Mapping):
+        return (
+            "{ " + ", ".join(f"{name} = {_inline(inner)}" for name, inner in value.items()) + " }"
+        )
+    return json.dumps(value, ensure_ascii=False)

@@ -17,14 +17,17 @@ from typing import Any
 
 from selfteach.commands.select.data_card import card_text
 from selfteach.config.data_section import FilesData, HubData, SelectConfig
+from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import ContextConfig, Recipe
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.feedback.critics.reply_cache import buying_for
 from selfteach.protocols import SolvingCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
+from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.runtime.atomic_files import write_json, write_lines, write_text
 from selfteach.runtime.futures import executor
+from selfteach.runtime.part_sources import portable, require_same_sources, with_copies
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_json
@@ -41,7 +44,6 @@ from selfteach.types import (
     CritiquedRollout,
     Problem,
     Rollout,
-    Sampling,
     TrainingSample,
     Usage,
 )
@@ -86,7 +88,7 @@ class SelectionProgress:
     selected: int
 
 
-def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[SelectionProgress]:
+def select(recipe: Recipe, config: SelectConfig, folder: str | Path) -> Iterator[SelectionProgress]:
     """Select problems into a folder, resuming what is there; yield progress after each batch.
 
     Writes ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``, a data card ``README.md``, and
@@ -99,15 +101,18 @@ def select(recipe: Recipe, config: SelectConfig, folder: Path) -> Iterator[Selec
         )
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
+    folder = run.path
     with run.lock():
         _replace_filters(run, as_config(recipe, config))
         run.create(as_config(recipe, config), collect_provenance())
         if is_complete(folder):
             return
+        recipe = with_copies(recipe, folder, only_missing=True)
         # A critic that is not used is not loaded: a local one may be larger than the policy.
         without = {"critic": None, "context": ContextConfig(type="none")}
         needed = recipe if config.critic else recipe.model_copy(update=without)
         preflight([needed])
+        require_same_sources(folder, needed)
         built = build(needed)
         if config.critic and config.critic_test == "solution":
             _require_solving_critic(built)
@@ -150,14 +155,14 @@ def as_config(recipe: Recipe, config: SelectConfig) -> dict[str, Any]:
     return {"select": config.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json")}
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: str | Path) -> bool:
     """Return True if the selection in a folder has finished."""
-    return (folder / "card.json").exists()
+    return (Path(folder) / "card.json").exists()
 
 
-def card_of(folder: Path) -> dict[str, Any]:
+def card_of(folder: str | Path) -> dict[str, Any]:
     """Return the counts of a complete selection."""
-    return read_json(folder / "card.json")
+    return read_json(Path(folder) / "card.json")
 
 
 def candidates(built: Built, config: SelectConfig) -> tuple[list[Problem], int]:
@@ -190,11 +195,11 @@ def _tallies(
     run: RunFolder, recipe: Recipe, config: SelectConfig, built: Built, pool: Sequence[Problem]
 ) -> Iterator[list[Tally]]:
     """Yield tallies batch by batch; a served critic works on one batch while the next is sampled."""
-    sampling = Sampling(
-        config.samples,
-        config.temperature or recipe.sampling.temperature,
-        config.max_tokens or recipe.sampling.max_tokens,
-        config.seed,
+    settings = training_sampling(recipe, config.samples, config.seed)
+    sampling = dataclasses.replace(
+        settings,
+        temperature=config.temperature or settings.temperature,
+        max_tokens=config.max_tokens or settings.max_tokens,
     )
     batches = JournaledEngine(built.components.engine, run, "select").batches(pool, sampling)
     with executor(built.components.critic_threads) as submit:
@@ -353,10 +358,13 @@ def make_card(
     data = recipe.data
     data = with_mapping(data) if isinstance(data, FilesData | HubData) else data
     source = data.model_dump(mode="json", exclude_defaults=True)
+    source = portable({"data": {"type": data.type, **source}})[
+        "data"
+    ]  # its parts are in the folder
     return {
-        "source": {"type": data.type, **source},
+        "source": source,
         "solver": recipe.model.path,
-        "critic": recipe.critic.model_dump(mode="json")
+        "critic": unanchored(recipe.critic.model_dump(mode="json"))
         if config.critic and recipe.critic
         else None,
         "select": config.model_dump(mode="json"),

@@ -21,6 +21,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RunStopped, Terminated
 from selfteach.runtime import gc_pause
+from selfteach.runtime.part_sources import require_same_sources_of_all, with_copies
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.signals import blocked_interrupts, handle_termination
 from selfteach.trainer.preflight import preflight
@@ -62,16 +63,21 @@ def run_jobs(
     workers: int | None,
     progress: JobsProgress,
     also: Callable[[], None] | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Run the incomplete jobs in parallel, each in a process with its recipe's threads (default: one).
 
+    ``folder`` is the study's, where the sources of the user's own parts are recorded, or required.
     ``also`` is called first, in one of these processes. Raises the first error of a run once the runs
     in progress have ended; an error of ``also``, and `RunStopped` of a run that stopped itself, are
     raised after all jobs. First of all `preflight`
     checks servers and packages for the incomplete jobs.
     """
     waiting = [job for job in jobs if not RunFolder(job.folder).is_complete]
-    preflight((job.recipe for job in waiting), output_folders=[job.folder for job in waiting])
+    recipes = [with_copies(job.recipe, job.folder, only_missing=True) for job in waiting]
+    preflight(recipes, output_folders=[job.folder for job in waiting])
+    if folder is not None:
+        require_same_sources_of_all(folder, recipes)
     workers = min(workers or default_workers(waiting), len(waiting) + 1)
     with (
         _environment_variable(*HUGE_PAGES),

@@ -19,6 +19,7 @@ from selfteach.commands.study.jobs import Job, JobsProgress, one_thread, run_job
 from selfteach.commands.study.results import gather
 from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_study
+from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
 from selfteach.config.recipe_file import BASE, Study, complete_study
 from selfteach.config.schema import merge, validate
@@ -49,7 +50,8 @@ def create_study(study: Study, folder: Path, command: str, kind: FolderKind) -> 
     if path.exists():
         saved = read_json(path)
         with reading(path):
-            same = (complete_study(saved["study"]), saved.get("kind")) == (plain, kind)
+            existing = unanchored(complete_study(saved["study"]))
+            same = (existing, saved.get("kind")) == (unanchored(plain), kind)
         if same:
             return
         if holds_work(folder):
@@ -98,9 +100,10 @@ def jobs_of(study: Study, folder: Path) -> list[Job]:
 
 
 def run_study(
-    study: Study, folder: Path, *, command: str, progress: JobsProgress, summarize: Summarize
+    study: Study, folder: str | Path, *, command: str, progress: JobsProgress, summarize: Summarize
 ) -> dict[str, Any]:
     """Run every run that is not complete, then write and return results.json."""
+    folder = Path(folder)
     with RunFolder(folder).lock():
         create_study(study, folder, command, "study")
         started = time.monotonic()
@@ -108,7 +111,7 @@ def run_study(
         # The recorded environment is that of the start of the study, not that of this resume.
         start = read_json(folder / "study.json")
         inspection = partial(inspect_base, study, folder, start["commit"], summarize)
-        run_jobs(jobs, study.study.workers, progress, also=inspection)
+        run_jobs(jobs, study.study.workers, progress, also=inspection, folder=folder)
         made = {name: value for name, value in start.items() if name not in ("study", "kind")}
         machine = read_json(jobs[0].folder / "environment.json")  # written by a process with torch
         made |= {name: machine[name] for name in ("processor", "weights_dtype") if name in machine}
@@ -156,7 +159,14 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
         name for name in CONTROLS if recipe.critic is not None or name not in CRITIC_CONTEXTS
     ]
     contexts = tuple(sorted({*arm_contexts, *possible}))
-    return recipe, InspectionRequest(contexts, k=k, limit=problems, seed=study.study.seeds[0])
+    parts = {
+        recipe.context.label: part
+        for recipe in arms
+        if (part := recipe.context.own_part) is not None
+    }
+    return recipe, InspectionRequest(
+        contexts, k=k, limit=problems, seed=study.study.seeds[0], parts=parts
+    )
 
 
 def inspect_base(study: Study, folder: Path, commit: str | None, summarize: Summarize) -> None:
@@ -199,13 +209,14 @@ def sweep_jobs(study: Study, folder: Path) -> list[Job]:
 
 
 def run_sweep(
-    study: Study, folder: Path, *, command: str, progress: JobsProgress
+    study: Study, folder: str | Path, *, command: str, progress: JobsProgress
 ) -> dict[str, Any]:
     """Run the sweep and choose each arm's lr by the mean validation Avg@k at the last step."""
+    folder = Path(folder)
     jobs = sweep_jobs(study, folder)
     with RunFolder(folder).lock():
         create_study(study, folder, command, "sweep")
-        run_jobs(jobs, study.study.workers, progress)
+        run_jobs(jobs, study.study.workers, progress, folder=folder)
     chosen: dict[str, Any] = {}
     for job in jobs:
         table = chosen.setdefault(job.variant or "main", {}).setdefault(job.arm, {"avg": {}})

@@ -38,10 +38,26 @@ def require_server(config: EndpointConfig) -> None:
     except openai.APIConnectionError as error:
         if is_too_slow(error):
             return
-        raise CriticError(
-            f"critic: no server at {config.base_url} "
-            f"({api.words(error)}): start the server, or fix critic.base_url"
-        ) from None
+        raise CriticError(_unreachable(api, error, config)) from None
+
+
+def listed_models(config: EndpointConfig) -> list[str]:
+    """Return the models that a server lists; empty if it has no list or no time.
+
+    Raises `CriticError` if there is no server, or it refuses the key.
+    """
+    api = served_api(config, min(config.timeout_seconds, PATIENCE_S), retries=0)
+    try:
+        return _listed(api, config) or []
+    except _Busy:
+        return []
+    except openai.APIConnectionError as error:
+        raise CriticError(_unreachable(api, error, config)) from None
+
+
+def _unreachable(api: ServedApi, error: openai.APIConnectionError, config: EndpointConfig) -> str:
+    words = f"no server at {config.base_url} ({api.words(error)})"
+    return f"critic: {words}: start the server, or fix critic.base_url"
 
 
 class _Busy(Exception):

@@ -26,7 +26,7 @@ from selfteach.prompts.renderer import Renderer
 from selfteach.rollout.decoding.forward import Layout
 from selfteach.rollout.decoding.generate import sample_completions
 from selfteach.rollout.decoding.prompt_layout import proven_layout
-from selfteach.rollout.decoding.token_sampling import uniforms
+from selfteach.rollout.decoding.token_sampling import TokenDistribution, uniforms
 
 
 class LocalModel:
@@ -112,7 +112,7 @@ class LocalModel:
         streams = (int(request_key("seed", request)[:32], 16) for request in requests)
         return sample_completions(
             self._causal, prompts, np.stack([uniforms(s, max_tokens) for s in streams]),
-            temperature=temperature, end_ids=self._end_ids, pad_id=self._pad_id,
+            distribution=TokenDistribution(temperature), end_ids=self._end_ids, pad_id=self._pad_id,
             max_length=self._max_length, layout=self._layout,
         )[0]  # fmt: skip
 

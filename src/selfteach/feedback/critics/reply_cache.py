@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from selfteach.errors import CriticError
@@ -49,6 +49,8 @@ CREATE TABLE IF NOT EXISTS leases (
 );
 """
 # Earlier versions, which may share the file, write eight columns of `replies`: the rest is elsewhere.
+PAGE = 500
+"""Replies read at a time by `ReplyCache.stored`, so that no writer waits long."""
 
 _BUYER: ContextVar[str] = ContextVar("buyer", default="")
 
@@ -73,6 +75,24 @@ def default_path() -> Path:
     return Path(cache) / "selfteach" / "critiques.sqlite"
 
 
+@dataclass(frozen=True, slots=True)
+class StoredReply:
+    """Holds a reply with all that the cache knows of it, except for whom it was bought."""
+
+    key: str
+    model: str
+    """`ChatModel.identity` of the model that wrote it."""
+    request: str
+    """The request as JSON."""
+    text: str
+    finished: bool
+    prompt_tokens: int
+    completion_tokens: int
+    created: float
+    """Seconds since 1970."""
+    refusal: str
+
+
 class ReplyCache:
     """Maps request keys to replies in a SQLite file. Raises `CriticError` if it cannot be used."""
 
@@ -88,6 +108,17 @@ class ReplyCache:
             raise CriticError(f"critic.reply_cache = {str(path)!r}: {error}") from None
         with self._open() as database:
             database.executescript(SCHEMA)
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Return True if a file is a SQLite file with a table of replies; reads only."""
+        try:
+            uri = f"{path.resolve().as_uri()}?mode=ro"
+            with closing(sqlite3.connect(uri, uri=True)) as database:
+                columns = {row[1] for row in database.execute("PRAGMA table_info(replies)")}
+        except sqlite3.Error:
+            return False
+        return {"key", "model", "request", "text"} <= columns
 
     def get(self, key: str) -> Reply | None:
         """Return the reply of a key, or None."""
@@ -118,6 +149,53 @@ class ReplyCache:
             purchase = (key, buyer, reply.refusal)
             database.execute("INSERT OR REPLACE INTO purchases VALUES (?, ?, ?)", purchase)
             database.execute("DELETE FROM leases WHERE key = ?", (key,))
+
+    def stored(self) -> Iterator[StoredReply]:
+        """Yield all replies by key, as the file has them: damage may be values of any type."""
+        columns = (
+            "key, model, request, text, finished, prompt_tokens, completion_tokens, created, "
+            "COALESCE(refusal, '')"
+        )
+        last = ""
+        while True:
+            with self._open() as database:
+                page = database.execute(
+                    f"SELECT {columns} FROM replies LEFT JOIN purchases USING (key) "
+                    "WHERE key > ? ORDER BY key LIMIT ?",
+                    (last, PAGE),
+                ).fetchall()
+            if not page:
+                return
+            yield from (StoredReply(*row) for row in page)
+            last = page[-1][0]
+
+    def add(self, replies: Sequence[StoredReply]) -> tuple[int, int, int]:
+        """Add replies of another cache; return how many are new, are here already, and differ.
+
+        A reply that is here already stays, also where another one differs from it.
+        """
+        new = same = differing = 0
+        with self._open() as database:
+            database.execute("BEGIN IMMEDIATE")
+            for reply in replies:
+                here = database.execute(
+                    "SELECT text, finished, COALESCE(refusal, '') FROM replies "
+                    "LEFT JOIN purchases USING (key) WHERE key = ?",
+                    (reply.key,),
+                ).fetchone()
+                if here is not None:
+                    equal = here == (reply.text, int(reply.finished), reply.refusal)
+                    same, differing = same + equal, differing + (not equal)
+                    continue
+                row = (
+                    reply.key, reply.model, reply.request, reply.text, int(reply.finished),
+                    reply.prompt_tokens, reply.completion_tokens, reply.created,
+                )  # fmt: skip
+                database.execute("INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+                purchase = (reply.key, "", reply.refusal)
+                database.execute("INSERT OR REPLACE INTO purchases VALUES (?, ?, ?)", purchase)
+                new += 1
+        return new, same, differing
 
     def claim(self, key: str) -> bool:
         """Return True if this process may send the request: no reply, and no other process waits."""

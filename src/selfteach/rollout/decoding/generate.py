@@ -17,7 +17,7 @@ from selfteach.rollout.decoding.forward import (
     UncachedDecoder,
 )
 from selfteach.rollout.decoding.llama import LlamaDecoder
-from selfteach.rollout.decoding.token_sampling import sample_token
+from selfteach.rollout.decoding.token_sampling import TokenDistribution, sample_token
 
 
 def sample_completions(
@@ -25,7 +25,7 @@ def sample_completions(
     prompts: Sequence[Sequence[int]],
     uniforms_BT: np.ndarray,
     *,
-    temperature: float,
+    distribution: TokenDistribution,
     end_ids: Sequence[int],
     pad_id: int,
     max_length: int,
@@ -51,7 +51,7 @@ def sample_completions(
         completions = [row * per_prompt + sample for row in rows for sample in range(per_prompt)]
         batch = _sample_batch(
             causal, [prompts[row] for row in rows], uniforms_BT[completions],
-            temperature=temperature, end_ids=end_ids, pad_id=pad_id, max_length=max_length,
+            distribution=distribution, end_ids=end_ids, pad_id=pad_id, max_length=max_length,
             layout=layout, least_shared=least_shared,
         )  # fmt: skip
         sampled.update(zip(completions, zip(*batch, strict=True), strict=True))
@@ -64,7 +64,7 @@ def _sample_batch(
     prompts: Sequence[Sequence[int]],
     uniforms_BT: np.ndarray,
     *,
-    temperature: float,
+    distribution: TokenDistribution,
     end_ids: Sequence[int],
     pad_id: int,
     max_length: int,
@@ -90,7 +90,7 @@ def _sample_batch(
     row_L = live_L // per_prompt  # the row of the batch that each of them is
     for t in range(max_tokens):
         token, logp = sample_token(
-            logits_RV, torch.from_numpy(uniforms_BT[live_L, t]).to(device), temperature,
+            logits_RV, torch.from_numpy(uniforms_BT[live_L, t]).to(device), distribution,
             torch.from_numpy(row_L).to(device),
         )  # fmt: skip
         token_L = token.cpu().numpy()

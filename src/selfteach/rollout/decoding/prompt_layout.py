@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from selfteach.models import plain_pass
 from selfteach.rollout.decoding.forward import Layout
 from selfteach.rollout.decoding.generate import sample_completions
+from selfteach.rollout.decoding.token_sampling import TokenDistribution
 
 _log = logging.getLogger(__name__)
 _SLOWER = {
@@ -62,8 +63,9 @@ def _is_exact(
     uniforms_BT = np.random.default_rng(0).random((2 * len(prompts), plain_pass.PROBE_COMPLETION))
     try:
         ids, logps = sample_completions(
-            causal, prompts, uniforms_BT, temperature=temperature, end_ids=(), pad_id=pad_id,
-            max_length=sys.maxsize, layout=layout, least_shared=plain_pass.PROBE_SHARED,
+            causal, prompts, uniforms_BT, distribution=TokenDistribution(temperature), end_ids=(),
+            pad_id=pad_id, max_length=sys.maxsize, layout=layout,
+            least_shared=plain_pass.PROBE_SHARED,
         )  # fmt: skip
     except Exception:  # a model's code raises anything for a cache that it does not know
         return False

@@ -24,11 +24,6 @@ from selfteach.rollout.vllm.weight_sync import WeightFolder
 TOP_LOGPROBS = 20
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of max_lora_rank that vLLM accepts."""
-FULL_DISTRIBUTION: Mapping[str, Any] = {
-    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True,
-    "detokenize": False,
-}  # fmt: skip
-"""Sample from the full distribution, end at our end tokens only, and return ids instead of text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +130,9 @@ class VllmProcess:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         params = [
-            SamplingParams(
-                max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
-                stop_token_ids=list(request.end_ids), logprobs=logprobs, **FULL_DISTRIBUTION,
-            )
+            SamplingParams(logprobs=logprobs, detokenize=False, **request.parameters())
             for request in requests
-        ]  # fmt: skip
+        ]
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         with self._awake():
             replies = self._llm.generate(

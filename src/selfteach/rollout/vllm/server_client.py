@@ -36,11 +36,6 @@ FAILED = ("abort", "error")
 """Values of ``finish_reason`` of a request that the server did not finish."""
 CACHE_RESET_ATTEMPTS = 3
 """A reset of the prefix cache is refused while a request is just ending."""
-FULL_DISTRIBUTION: Mapping[str, Any] = {
-    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True,
-}  # fmt: skip
-"""Sample from the full distribution, whatever the model's generation config says; and end at our end
-tokens only."""
 
 
 class VllmServer:
@@ -136,9 +131,8 @@ class VllmServer:
         """Return the one choice of a completion, after checking that the right model wrote it."""
         model = label if self._weight_folder.holds_adapters else self._config.model
         body = {
-            "model": model, "prompt": list(request.prompt_ids), "max_tokens": request.max_tokens,
-            "temperature": request.temperature, "seed": request.seed, "return_token_ids": True,
-            "stop_token_ids": list(request.end_ids), **FULL_DISTRIBUTION, **extra,
+            "model": model, "prompt": list(request.prompt_ids), "return_token_ids": True,
+            **request.parameters(), **extra,
         }  # fmt: skip
         try:
             reply = self._http.post("/v1/completions", body, transient_5xx=True)

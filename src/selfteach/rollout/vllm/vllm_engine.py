@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -46,6 +46,20 @@ class CompletionRequest:
     max_tokens: int
     temperature: float
     end_ids: tuple[int, ...]
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def parameters(self) -> dict[str, Any]:
+        """Return vLLM's sampling parameters, whatever the model's generation config says.
+
+        A completion ends at our end tokens only.
+        """
+        return {
+            "max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed,
+            "stop_token_ids": list(self.end_ids), "top_p": self.top_p, "top_k": self.top_k,
+            "min_p": self.min_p, "repetition_penalty": 1.0, "ignore_eos": True,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +240,10 @@ class VllmEngine:
     ) -> CompletionRequest:
         seed = stream_key(problem, sample, sampling, self._version) % 2**63
         max_tokens = min(sampling.max_tokens, self._max_length - len(prompt))
-        return CompletionRequest(prompt, seed, max_tokens, sampling.temperature, self._end_ids)
+        return CompletionRequest(
+            prompt, seed, max_tokens, sampling.temperature, self._end_ids,
+            top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
+        )  # fmt: skip
 
     def _collect(
         self, requests: Sequence[CompletionRequest], completions: dict[int, Completion]

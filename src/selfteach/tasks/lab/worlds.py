@@ -1,4 +1,4 @@
-"""Names the worlds of the lab; those with a folder in `models.loading.BASES` ship a base model."""
+"""Names the worlds of the lab; those with a folder in `models.model_path.BASES` ship a base model."""
 
 from __future__ import annotations
 

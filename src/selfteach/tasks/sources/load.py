@@ -63,19 +63,34 @@ def read_problem_sets(
             _check_ids(unique, file)
             counts["duplicates"] += duplicates
             problems += unique
-        read[name], duplicates = without_duplicates(problems)
-        counts["duplicates"] += duplicates
-    splits, counts["in two sources"] = disjoint(read)
-    splits, counts["ids that name two problems"] = _with_distinct_ids(splits)
-    counts["in train and spelled alike in validation or test"] = spelled_alike(splits)
-    pool = splits.pop("pool")
+        read[name] = problems
+    splits, counts, described_columns = combined(read, columns, counts)
+    pool = splits.pop("pool", [])
     if "pool" in sources:
         splits |= {
             name: problems
             for name, problems in split_pool(pool, config.split, named=sources).items()
             if name not in sources
         }
-    return splits, +counts, described(columns)
+    return splits, counts, described_columns
+
+
+def combined(
+    read: Splits, columns: ColumnsRead, counts: Counter[str] | None = None
+) -> tuple[Splits, Counter[str], str]:
+    """Return splits without a question that is in two, and with ids that name one problem each.
+
+    Also what is left out, added to ``counts``, and in one line which columns were read for what.
+    """
+    unique: Splits = {}
+    counted = Counter(counts or {})
+    for name, problems in read.items():
+        unique[name], duplicates = without_duplicates(problems)
+        counted["duplicates"] += duplicates
+    splits, counted["in two sources"] = disjoint(unique)
+    splits, counted["ids that name two problems"] = _with_distinct_ids(splits)
+    counted["in train and spelled alike in validation or test"] = spelled_alike(splits)
+    return splits, +counted, described(columns)
 
 
 def read_file(path: Path) -> tuple[Problem, ...]:

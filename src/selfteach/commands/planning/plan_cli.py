@@ -1,0 +1,80 @@
+"""Define the options of `selfteach plan`; the planner is imported when the command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfteach.commands import actions
+from selfteach.commands.planning.devices import HERE
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped one.")],
+    device: Annotated[
+        str, typer.Option(help="A device of devices.toml; `here` measures this machine.")
+    ] = HERE,
+    trainers: Annotated[
+        int | None, typer.Option(min=1, help="Devices that train; default 1.")
+    ] = None,
+    samplers: Annotated[
+        int, typer.Option(min=0, help="Devices that sample with vLLM; 0: trainers also sample.")
+    ] = 0,
+    critics: Annotated[int, typer.Option(min=0, help="Devices that serve the critic.")] = 0,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Find the fastest split of at most this many devices.")
+    ] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN|here",
+            help="Fit efficiencies to measured steps: a run folder (repeatable; two sizes are better), "
+            "or `here`: run a few steps on this machine now.",
+        ),
+    ] = None,
+    staleness: Annotated[
+        int | None, typer.Option(min=0, help="Replaces train.staleness; 0 is synchronous.")
+    ] = None,
+    answer_tokens: Annotated[
+        float | None,
+        typer.Option(min=1, help="Mean length of a rollout; default half the limit."),
+    ] = None,
+    critique_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Mean length of a critique; default half the limit.")
+    ] = None,
+    critic_seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds per reply of a critic whose size is unknown."),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="Plot step time on 1 to 1,024 devices to this file (.svg and .png)."),
+    ] = None,
+    device_file: Annotated[
+        Path | None, typer.Option(help="More devices, in the form of devices.toml.")
+    ] = None,
+    arm: Annotated[
+        str | None, typer.Option(help="Default: the first arm that has a critic.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
+    ] = None,
+) -> None:
+    """Predict memory, step time and bottleneck on devices that are not here. Loads no weights, sends no
+    request, except with `--calibrate here`."""
+    from selfteach.commands.planning.plan import PlanRequest
+    from selfteach.commands.planning.plan import plan as plan_lines
+    from selfteach.commands.planning.workload import Overrides
+
+    chosen = actions.run_with_critic(actions.load(recipe, settings, arm), arm, 0)
+    request = PlanRequest(
+        device, device_file, trainers, samplers, critics, devices, tuple(calibrate or ()),
+        Overrides(staleness, answer_tokens, critique_tokens, critic_seconds), explain, figure,
+    )  # fmt: skip
+    # Complete the plan before printing: an error prints its one line and nothing else.
+    for line in list(plan_lines(chosen, request)):
+        typer.echo(line)

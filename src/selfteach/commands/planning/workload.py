@@ -1,0 +1,190 @@
+"""Describe the work of one step, from recipe, model shape and problems; independent of hardware."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from selfteach.commands.check.sizes import RunSizes, device_load
+from selfteach.commands.planning.lengths import ASSUMED_MEAN_SHARE, LengthDistribution
+from selfteach.config.critic_section import (
+    EndpointConfig,
+    LlmCriticConfig,
+    LocalCriticConfig,
+    PolicyCriticConfig,
+)
+from selfteach.config.objective_section import terms
+from selfteach.config.recipe import Recipe
+from selfteach.errors import RecipeError
+from selfteach.models.architectures import Shape, known_shapes
+from selfteach.trainer.device_memory import DeviceLoad
+
+CriticKind = Literal["none", "program", "in_process", "served", "latency"]
+"""What writes critiques: no critic; a program; a model in the trainer's process; a served model of
+known shape; a server of which only the seconds per reply are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class CriticWork:
+    """Describes what the critic does for one rollout."""
+
+    kind: CriticKind
+    shape: Shape | None = None
+    prompt: float = 0.0
+    """Tokens before the rollout in the critic's prompt."""
+    critique_lengths: LengthDistribution | None = None
+    concurrency: int = 1
+    """Requests in flight at most."""
+    latency: float = 0.0
+    """Seconds per reply (``latency``) or per rollout (``program``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """Describes the work of one step."""
+
+    load: DeviceLoad
+    """Shape of the policy, and what a trainer holds in memory."""
+    steps: int
+    problems: int
+    group_size: int
+    """Rollouts per problem."""
+    batch_size: int
+    """Rollouts that are sampled together, and passed on together."""
+    prompt: float
+    rollout_lengths: LengthDistribution
+    teacher_prompt: float
+    """Tokens before the rollout in the teacher's sequence; 0 without a teacher."""
+    context_has_trace: bool
+    """True if the teacher's prompt also holds a critique as long as the rollout."""
+    teacher_passes: int
+    """Forward passes of the teacher per update."""
+    updates: int
+    micro_batch_tokens: int
+    critic: CriticWork
+    staleness: int
+    engine: str
+    """``transformers`` or ``vllm``: the engine where trainers also sample."""
+
+    @property
+    def rollouts(self) -> int:
+        """Return the number of rollouts in a step."""
+        return self.problems * self.group_size
+
+    @property
+    def batches(self) -> int:
+        """Return the number of sampling batches in a step; a batch holds whole groups."""
+        per_batch = max(1, self.batch_size // self.group_size)
+        return -(-self.problems // per_batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """Holds what the command line sets in place of the recipe; None keeps the recipe's value."""
+
+    staleness: int | None = None
+    rollout_tokens: float | None = None
+    critique_tokens: float | None = None
+    critic_seconds: float | None = None
+
+
+def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides()) -> StepWork:
+    """Return the work of one step. Raises `RecipeError` for a model of unknown size."""
+    load = device_load(recipe, known)
+    if load is None:
+        raise RecipeError(
+            f"model.path = {recipe.model.path!r}: its size is not known here; name a folder or a "
+            "model of architectures.json"
+        )
+    train, cap = recipe.train, recipe.sampling.max_tokens
+    prompt = float(known.lengths.mean_prompt or known.lengths.longest_prompt)
+    distilled, rewarded = terms(recipe.objective)
+    distils = distilled is not None or recipe.shows_context
+    has_teacher = distils or (rewarded is not None and rewarded.kl_coef > 0)
+    by_reference = recipe.context.type in ("reference", "aligned_reference")
+    reference = known.lengths.mean_reference if by_reference else None
+    mean_rollout = overrides.rollout_tokens or ASSUMED_MEAN_SHARE * cap
+    return StepWork(
+        load=dataclasses.replace(load, sampler="trainer"),  # the layout adds other samplers
+        steps=train.steps,
+        problems=train.problems_per_step,
+        group_size=train.group_size,
+        batch_size=recipe.sampling.batch_size,
+        prompt=prompt,
+        rollout_lengths=LengthDistribution.with_mean(mean_rollout, cap),
+        teacher_prompt=prompt + (reference or 0.0) if has_teacher else 0.0,
+        context_has_trace=distils and reference is None,
+        teacher_passes=(2 if recipe.scoring_teacher.type == "trust_region" else 1)
+        if has_teacher
+        else 0,
+        updates=train.num_iterations,
+        micro_batch_tokens=train.micro_batch_tokens,
+        critic=critic_work_of(recipe, known, overrides),
+        staleness=train.staleness if overrides.staleness is None else overrides.staleness,
+        engine=engine_of(recipe),
+    )
+
+
+def critic_work_of(recipe: Recipe, known: RunSizes, overrides: Overrides) -> CriticWork:
+    """Return the critic's work per rollout. Raises `RecipeError` for a server of unknown size."""
+    critic = recipe.critic
+    if critic is None:
+        return CriticWork("none")
+    served = isinstance(critic, EndpointConfig)
+    concurrency = critic.concurrency if served else getattr(critic, "batch_size", 1)
+    if overrides.critic_seconds is not None:
+        return CriticWork("latency", concurrency=concurrency, latency=overrides.critic_seconds)
+    if not isinstance(critic, LlmCriticConfig):
+        return CriticWork("program")
+    shape = _critic_shape(critic, known)
+    if shape is None:
+        name = critic.model if isinstance(critic, EndpointConfig) else "the critic"
+        raise RecipeError(
+            f"critic {name!r}: its size is not known; pass the seconds of a reply: --critic-seconds"
+        )
+    prompt = known.lengths.critic_template + float(
+        known.lengths.mean_prompt or known.lengths.longest_prompt
+    )
+    if critic.sees_reference:
+        prompt += known.lengths.mean_reference or 0.0
+    mean_critique = overrides.critique_tokens or ASSUMED_MEAN_SHARE * critic.max_tokens
+    if critic.solves_first:  # its solutions are requested once per problem and are left out
+        prompt += mean_critique
+    lengths = LengthDistribution.with_mean(mean_critique, critic.max_tokens)
+    return CriticWork("served" if served else "in_process", shape, prompt, lengths, concurrency)
+
+
+def longest_teacher_sequence(work: StepWork) -> int:
+    """Return the tokens of the longest teacher sequence: rollout and critique at their limits."""
+    trace = work.rollout_lengths.cap if work.context_has_trace else 0
+    return int(work.teacher_prompt + trace + work.rollout_lengths.cap)
+
+
+def with_lengths(
+    work: StepWork,
+    rollout_lengths: LengthDistribution,
+    critique_lengths: LengthDistribution | None,
+) -> StepWork:
+    """Return the same work with measured lengths."""
+    critic = work.critic
+    if critique_lengths is not None and critic.critique_lengths is not None:
+        critic = dataclasses.replace(critic, critique_lengths=critique_lengths)
+    return dataclasses.replace(work, rollout_lengths=rollout_lengths, critic=critic)
+
+
+def engine_of(recipe: Recipe) -> str:
+    """Return ``vllm`` for a served or in-process vLLM engine, else ``transformers``."""
+    return "vllm" if recipe.engine.type.startswith("vllm") else "transformers"
+
+
+def _critic_shape(critic: LlmCriticConfig, known: RunSizes) -> Shape | None:
+    match critic:
+        case PolicyCriticConfig():
+            return known.shape
+        case LocalCriticConfig():
+            return known_shapes().get(critic.path)
+        case EndpointConfig():
+            return known_shapes().get(critic.model)
+        case _:
+            return None

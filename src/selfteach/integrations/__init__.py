@@ -1,0 +1,1 @@
+"""Use verifiers, critics and contexts inside other trainers, one module per trainer."""
