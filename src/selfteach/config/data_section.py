@@ -171,8 +171,8 @@ class RowsData(AnswerReading):
     """Holds what sources of rows (files and Hugging Face datasets) have in common."""
 
     verifier: VerifierConfig = "exact"
-    """How final answers are compared; ``code`` runs unit tests on the answer's code; ``reasoning_gym``,
-    ``lab`` and ``chain_sums`` are for problems that were generated there; or a verifier of one's own."""
+    """How final answers are compared; ``code`` runs unit tests on an answer's code; ``reasoning_gym``,
+    ``lab`` and ``chain_sums`` are for problems that were generated there; or one's own verifier."""
     code: CodeConfig = CodeConfig()
     """Tests and limits of ``verifier = "code"``."""
     mapping: str | None = None

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .trial import CheckFailed, Trial, named
+from .guest_process import CheckFailed, GuestProcess, named
 from .values import shown
 
 COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -149,9 +149,11 @@ def _defined_by(node: ast.AST) -> list[str]:
     return []
 
 
-def namespace(trial: Trial, names: list[str], setup: ast.Module, checks: Checks) -> dict[str, Any]:
+def namespace(
+    guest: GuestProcess, names: list[str], setup: ast.Module, checks: Checks
+) -> dict[str, Any]:
     """Return the globals of test code: what the set-up defines, and the answer's names."""
-    answers = {name: named(trial.request("get", name), name) for name in names}
+    answers = {name: named(guest.request("get", name), name) for name in names}
     space: dict[str, Any] = {"__name__": "tests", "__checks__": checks, **answers}
     with_modules(space, [setup])
     exec(compile(setup, "<setup>", "exec", dont_inherit=True), space)

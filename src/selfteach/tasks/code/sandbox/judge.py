@@ -15,7 +15,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from . import assertions
-from .trial import MAX_REPLY_BYTES, CheckFailed, Trial, TrialOver, named
+from .guest_process import MAX_REPLY_BYTES, CheckFailed, GuestProcess, TestingOver, named
 from .values import shown
 
 Outcome = dict[str, Any]
@@ -32,7 +32,7 @@ def judge(request: dict[str, Any], zygote: socket.socket) -> Outcome:
     try:
         runs[request["tests"]["shape"]](request, zygote, progress)
         kind: Outcome = {"kind": "passed"}
-    except TrialOver as over:
+    except TestingOver as over:
         kind = _with_error(over.outcome)
     except CheckFailed as failed:
         kind = {"kind": "failed", "expected": failed.expected, "got": failed.got}
@@ -50,7 +50,7 @@ def _with_error(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def error_outcome(described: dict[str, Any]) -> TrialOver:
+def error_outcome(described: dict[str, Any]) -> TestingOver:
     """Return the outcome of an exception of the answer's code."""
     bases = described.get("bases", [])
     kind = (
@@ -61,26 +61,28 @@ def error_outcome(described: dict[str, Any]) -> TrialOver:
         else "exception"
     )  # fmt: skip
     detail = str(described["module"])[:80] if kind == "import_refused" else None
-    return TrialOver(kind, error=described, detail=detail)
+    return TestingOver(kind, error=described, detail=detail)
 
 
-def _start(request: dict[str, Any], zygote: socket.socket, names: list[str]) -> tuple[Trial, Any]:
+def _start(
+    request: dict[str, Any], zygote: socket.socket, names: list[str]
+) -> tuple[GuestProcess, Any]:
     """Load the answer's code in a new process; return it with the lines of the names."""
-    trial = Trial(zygote, request["limits"], streams=False)
+    guest = GuestProcess(zygote, request["limits"], streams=False)
     try:
-        lines = trial.request("load", request["tests"].get("prelude", ""), request["code"], names)
+        lines = guest.request("load", request["tests"].get("prelude", ""), request["code"], names)
     except Exception as error:
         raise error_outcome(getattr(error, "described", {})) from None
     if not isinstance(lines, dict):
-        raise TrialOver("exit", detail="wrote to the runner's pipe")
-    return trial, {name: line for name, line in lines.items() if isinstance(line, int | None)}
+        raise TestingOver("exit", detail="wrote to the runner's pipe")
+    return guest, {name: line for name, line in lines.items() if isinstance(line, int | None)}
 
 
-def _record(progress: Outcome, trial: Trial, test: str) -> None:
+def _record(progress: Outcome, guest: GuestProcess, test: str) -> None:
     """Record what was being tested: the test, and the last call with its value."""
     progress["test"] = test[:400]
-    if trial.last_call is not None:
-        progress["call"], progress["value"] = (text[:400] for text in trial.last_call)
+    if guest.last_call is not None:
+        progress["call"], progress["value"] = (text[:400] for text in guest.last_call)
 
 
 def _asserts(request: dict[str, Any], zygote: socket.socket, progress: Outcome) -> None:
@@ -108,15 +110,15 @@ def _run_code(
         entry_point = entry_point or request["tests"].get("entry_point")
         names = assertions.answer_names(trees, setup, entry_point)
     except (SyntaxError, ValueError, RecursionError) as error:
-        raise TrialOver("tests", detail=f"the tests are no valid Python: {error}") from None
+        raise TestingOver("tests", detail=f"the tests are no valid Python: {error}") from None
     progress["total"] = len(sources) if len(sources) > 1 else None
-    trial, lines = _start(request, zygote, names)
+    guest, lines = _start(request, zygote, names)
     progress["entry_line"] = next(iter(lines.values()), None)
     if missing := [name for name in names if name not in lines]:
-        raise TrialOver("missing", detail=", ".join(missing))
+        raise TestingOver("missing", detail=", ".join(missing))
     checks = assertions.Checks()
     try:
-        space = assertions.namespace(trial, names, setup, checks)
+        space = assertions.namespace(guest, names, setup, checks)
         assertions.with_modules(space, trees)
         for index, tree in enumerate(trees):
             checks.source = sources[index]
@@ -127,23 +129,23 @@ def _run_code(
         progress["passed"] = max(progress["passed"], checks.passed if len(trees) == 1 else 0)
         raise
     except Exception as error:
-        raise _error_in_tests(error, trial) from None
+        raise _error_in_tests(error, guest) from None
     finally:
-        _record(progress, trial, checks.source)
-        trial.close()
-    if trial.last_call is None:
-        raise TrialOver("tests", detail="the tests call nothing of the answer")
+        _record(progress, guest, checks.source)
+        guest.close()
+    if guest.last_call is None:
+        raise TestingOver("tests", detail="the tests call nothing of the answer")
     progress["total"] = progress["passed"]
 
 
-def _error_in_tests(error: Exception, trial: Trial) -> BaseException:
+def _error_in_tests(error: Exception, guest: GuestProcess) -> BaseException:
     """Return what an exception in test code means: the answer's, a wrong value, or bad tests."""
     described = getattr(error, "described", None)
     if described is not None:
         return error_outcome(described)
-    if trial.last_call is None or isinstance(error, SyntaxError | ImportError | NameError):
-        return TrialOver("tests", detail=f"the tests fail: {type(error).__name__}: {error}"[:300])
-    got = trial.last_call[1] or "no value"
+    if guest.last_call is None or isinstance(error, SyntaxError | ImportError | NameError):
+        return TestingOver("tests", detail=f"the tests fail: {type(error).__name__}: {error}"[:300])
+    got = guest.last_call[1] or "no value"
     return CheckFailed("a value that the test can use", got, f"{type(error).__name__}: {error}")
 
 
@@ -152,15 +154,15 @@ def _cases(request: dict[str, Any], zygote: socket.socket, progress: Outcome) ->
     cases = request["tests"]["cases"]
     progress["total"] = len(cases)
     names = list(dict.fromkeys(case["call"].partition(".")[0] for case in cases))
-    trial, lines = _start(request, zygote, names)
+    guest, lines = _start(request, zygote, names)
     progress["entry_line"] = next(iter(lines.values()), None)
     if missing := [name for name in names if name not in lines]:
-        raise TrialOver("missing", detail=", ".join(missing))
+        raise TestingOver("missing", detail=", ".join(missing))
     try:
         for case in cases:
-            _record(progress, trial, _written(case))
-            value = _called(trial, case)
-            _record(progress, trial, _written(case))
+            _record(progress, guest, _written(case))
+            value = _called(guest, case)
+            _record(progress, guest, _written(case))
             if not equal(case["expected"], _as_json(value), case.get("tolerance")):
                 raise CheckFailed(shown(case["expected"]), shown(value))
             progress["passed"] += 1
@@ -169,7 +171,7 @@ def _cases(request: dict[str, Any], zygote: socket.socket, progress: Outcome) ->
     except Exception as error:
         raise error_outcome(getattr(error, "described", {"type": str(error)})) from None
     finally:
-        trial.close()
+        guest.close()
 
 
 def _written(case: dict[str, Any]) -> str:
@@ -178,10 +180,10 @@ def _written(case: dict[str, Any]) -> str:
     return f"{case['call']}({', '.join(arguments)})"
 
 
-def _called(trial: Trial, case: dict[str, Any]) -> Any:
+def _called(guest: GuestProcess, case: dict[str, Any]) -> Any:
     """Call ``f``, or ``Class.method`` of a new object."""
     name, _, method = case["call"].partition(".")
-    function = named(trial.request("get", name), name)
+    function = named(guest.request("get", name), name)
     if method:
         function = getattr(function(), method)
     return function(*case.get("args", []), **case.get("kwargs", {}))
@@ -228,54 +230,54 @@ def _programs(request: dict[str, Any], zygote: socket.socket, progress: Outcome)
     progress["total"] = len(cases)
     for case in cases:
         progress |= {"test": f"stdin: {shown(case['stdin'], 360)}"}
-        trial = Trial(zygote, request["limits"], streams=True)
+        guest = GuestProcess(zygote, request["limits"], streams=True)
         arguments = (request["tests"].get("prelude", ""), request["code"])
-        trial.send("program", arguments)
-        output, reply = communicate(trial, case["stdin"].encode())
+        guest.send("program", arguments)
+        output, reply = communicate(guest, case["stdin"].encode())
         text = output.decode("utf-8", "replace")
         progress["value"] = shown(text)
-        if reply and (error := trial.read_reply(reply).get("error")):
+        if reply and (error := guest.read_reply(reply).get("error")):
             raise error_outcome(error)
-        over = trial.over() if not reply else None
-        trial.close()
-        if over is not None and trial.end.get("code") != 0:
+        over = guest.over() if not reply else None
+        guest.close()
+        if over is not None and guest.end.get("code") != 0:
             raise over
         if not same_output(case["stdout"], text):
             raise CheckFailed(shown(case["stdout"]), shown(text))
         progress["passed"] += 1
 
 
-def communicate(trial: Trial, data: bytes) -> tuple[bytes, bytes]:
+def communicate(guest: GuestProcess, data: bytes) -> tuple[bytes, bytes]:
     """Give a program its input; return its output and its report, empty if it ended without one."""
     output, reply, waiting = bytearray(), bytearray(), memoryview(data)
     poll = select.poll()
-    os.set_blocking(trial.stdin, False)
-    for fd, events in ((trial.stdin, select.POLLOUT), (trial.stdout, select.POLLIN)):
+    os.set_blocking(guest.stdin, False)
+    for fd, events in ((guest.stdin, select.POLLOUT), (guest.stdout, select.POLLIN)):
         poll.register(fd, events)
-    poll.register(trial.replies, select.POLLIN)
-    open_ends = {trial.stdout, trial.replies}
+    poll.register(guest.replies, select.POLLIN)
+    open_ends = {guest.stdout, guest.replies}
     while open_ends:
         for fd, _ in poll.poll():
-            if fd == trial.stdin:
+            if fd == guest.stdin:
                 try:
                     waiting = waiting[os.write(fd, waiting[: 1 << 16]) :]
                 except BrokenPipeError:
                     waiting = waiting[:0]
                 if not waiting:
                     poll.unregister(fd)
-                    trial.close_stdin()
+                    guest.close_stdin()
                 continue
             chunk = os.read(fd, 1 << 16)
-            (output if fd == trial.stdout else reply).extend(chunk)
+            (output if fd == guest.stdout else reply).extend(chunk)
             if not chunk:
                 poll.unregister(fd)
                 open_ends.discard(fd)
             if len(output) + len(reply) > MAX_REPLY_BYTES:
-                trial.close()
+                guest.close()
                 limit = f"output of more than {MAX_REPLY_BYTES >> 20} MiB"
-                raise TrialOver("output", detail=limit)
+                raise TestingOver("output", detail=limit)
         if b"\n" in reply:  # the program is over; what it wrote is in the pipe
-            trial.finish()
+            guest.finish()
     return bytes(output), bytes(reply).partition(b"\n")[0]
 
 

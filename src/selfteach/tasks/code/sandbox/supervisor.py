@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from . import confinement, judge, seccomp_filter
-from .trial import TrialOver
+from .guest_process import TestingOver
 
 JUDGE_MEMORY_BYTES = 2 << 30
 JUDGE_CPU_S = 20.0
@@ -139,7 +139,7 @@ class Supervisor:
             self._restrict_judge()
             try:
                 outcome = judge.judge(request, self._channel)
-            except TrialOver as over:
+            except TestingOver as over:
                 outcome = over.outcome
         except BaseException as error:
             outcome = {"kind": "tests", "detail": f"{type(error).__name__}: {error}"[:300]}

@@ -12,10 +12,10 @@ from typing import Any
 from .values import decode, encode, shown
 
 MAX_REPLY_BYTES = 8 << 20
-"""Longest reply or output that is read; a longer one ends the trial."""
+"""Longest reply or output that is read; a longer one ends the process."""
 
 
-class TrialOver(BaseException):
+class TestingOver(BaseException):
     """Signals that no more tests can be run; ``outcome`` says why. No test code catches it."""
 
     def __init__(self, kind: str, **details: Any) -> None:
@@ -31,7 +31,7 @@ class CheckFailed(AssertionError):
         self.expected, self.got = expected, got
 
 
-class Trial:
+class GuestProcess:
     """Holds one process that runs an answer, and the last call made there."""
 
     def __init__(self, zygote: socket.socket, limits: dict[str, Any], *, streams: bool) -> None:
@@ -59,7 +59,7 @@ class Trial:
         """Carry out an operation of `guest.Guest` and return its value.
 
         Raises the exception of the answer's code if it is a built-in one (or its built-in base), and
-        `TrialOver` if the process has ended or its reply is none.
+        `TestingOver` if the process has ended or its reply is none.
         """
         self.send(operation, arguments, keywords)
         reply = self._reply()
@@ -70,7 +70,7 @@ class Trial:
         return value
 
     def send(self, operation: str, arguments: Any = (), keywords: Any = None) -> None:
-        """Send a request. Raises `TrialOver` if nobody reads it."""
+        """Send a request. Raises `TestingOver` if nobody reads it."""
         self._number += 1
         request = {
             "n": self._number, "op": operation,
@@ -92,18 +92,18 @@ class Trial:
             self._buffer += chunk
             if len(self._buffer) > MAX_REPLY_BYTES:
                 self.close()
-                raise TrialOver(
+                raise TestingOver(
                     "output", detail=f"a value of more than {MAX_REPLY_BYTES >> 20} MiB"
                 )
         line, _, self._buffer = self._buffer.partition(b"\n")
         return self.read_reply(line)
 
     def read_reply(self, line: bytes) -> dict[str, Any]:
-        """Return a line as a reply. Raises `TrialOver` if it is none, or reports the limit's line."""
+        """Return a line as a reply. Raises `TestingOver` if it is none, or reports the limit's line."""
         try:
             reply = json.loads(line)
             if "broken" in reply and self._number == 1:  # later it would be the answer's own word
-                raise TrialOver("broken", detail=str(reply["broken"])[:300])
+                raise TestingOver("broken", detail=str(reply["broken"])[:300])
             if "stuck" in reply:
                 over = self.over()
                 over.outcome["line"] = reply["stuck"] if isinstance(reply["stuck"], int) else None
@@ -115,7 +115,7 @@ class Trial:
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
         self.close()
-        raise TrialOver("exit", detail="wrote to the runner's pipe")
+        raise TestingOver("exit", detail="wrote to the runner's pipe")
 
     def _decoded(self, data: Any) -> Any:
         def revive(number: int, kind: str) -> Remote:
@@ -125,7 +125,7 @@ class Trial:
             return decode(data, revive)
         except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             self.close()
-            raise TrialOver("exit", detail="wrote to the runner's pipe") from None
+            raise TestingOver("exit", detail="wrote to the runner's pipe") from None
 
     def _take_changes(self, arguments: Any, changes: list[Any]) -> None:
         """Change arguments as the call has changed them in its process."""
@@ -138,21 +138,21 @@ class Trial:
                 argument.clear()
                 argument.update(new)
 
-    def over(self) -> TrialOver:
+    def over(self) -> TestingOver:
         """Wait for the process to end, and return why."""
         self.close(patience_s=1.0)
         why, code = self.end.get("why"), self.end.get("code")
         if why in ("cpu", "idle", "wall") or code == -24:  # SIGXCPU
-            return TrialOver("timeout", detail=why or "cpu")
+            return TestingOver("timeout", detail=why or "cpu")
         if why in ("threads", "files"):
-            return TrialOver("exit", detail=f"too many {why}")
+            return TestingOver("exit", detail=f"too many {why}")
         if why == "abandoned":
-            return TrialOver("exit", detail="closed the runner's pipe")
+            return TestingOver("exit", detail="closed the runner's pipe")
         if why == "broken" or code is None:
-            return TrialOver("broken", detail=str(self.end.get("detail", "no report"))[:300])
+            return TestingOver("broken", detail=str(self.end.get("detail", "no report"))[:300])
         if code == -9:
-            return TrialOver("memory", detail="killed by the system")
-        return TrialOver("exit", detail=f"exit status {code}" if code >= 0 else f"signal {-code}")
+            return TestingOver("memory", detail="killed by the system")
+        return TestingOver("exit", detail=f"exit status {code}" if code >= 0 else f"signal {-code}")
 
     def close(self, patience_s: float = 0.0) -> None:
         """Have the process ended if it does not end by itself, and wait until it has."""
@@ -190,10 +190,10 @@ class Remote:
     Whether it equals something would be the answer's own word.
     """
 
-    __slots__ = ("_kind", "_number", "_trial")
+    __slots__ = ("_guest", "_kind", "_number")
 
-    def __init__(self, trial: Trial, number: int, kind: str) -> None:
-        object.__setattr__(self, "_trial", trial)
+    def __init__(self, guest: GuestProcess, number: int, kind: str) -> None:
+        object.__setattr__(self, "_guest", guest)
         object.__setattr__(self, "_number", number)
         object.__setattr__(self, "_kind", kind)
 
@@ -202,34 +202,34 @@ class Remote:
         written = [shown(one, 120) for one in arguments]
         written += [f"{name}={shown(value, 120)}" for name, value in keywords.items()]
         label = f"{self._kind}({', '.join(written)})"
-        self._trial.last_call = (label, "")
-        value = self._trial.request("call", self, *arguments, **keywords)
-        self._trial.last_call = (label, shown(value))
+        self._guest.last_call = (label, "")
+        value = self._guest.request("call", self, *arguments, **keywords)
+        self._guest.last_call = (label, shown(value))
         return value
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = self._trial.request("attribute", self, name)
+        value = self._guest.request("attribute", self, name)
         return named(value, f"{self._kind}.{name}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._trial.request("set", self, name, value)
+        self._guest.request("set", self, name, value)
 
     def __iter__(self) -> Any:
-        return iter(self._trial.request("items", self))
+        return iter(self._guest.request("items", self))
 
     def __len__(self) -> int:
-        return self._trial.request("len", self)
+        return self._guest.request("len", self)
 
     def __getitem__(self, key: Any) -> Any:
-        return self._trial.request("item", self, key)
+        return self._guest.request("item", self, key)
 
     def __next__(self) -> Any:
-        return self._trial.request("next", self)
+        return self._guest.request("next", self)
 
     def __str__(self) -> str:
-        return str(self._trial.request("text", self))
+        return str(self._guest.request("text", self))
 
     def __repr__(self) -> str:
         return f"<an object of type {self._kind}>"
@@ -253,7 +253,7 @@ def _number_of(value: Any) -> int:
     """Return the number of an object of the answer; tests pass no other objects."""
     if isinstance(value, Remote):
         return object.__getattribute__(value, "_number")
-    raise TrialOver(
+    raise TestingOver(
         "tests", detail=f"a test passes {type(value).__name__}, which is no plain value"
     )
 
@@ -265,7 +265,7 @@ class AnswerError(Exception):
 def _exception(described: dict[str, Any]) -> BaseException:
     """Return an exception to raise in the test, a built-in one of the same kind."""
     if "SystemExit" in (bases := list(described.get("bases", []))):
-        return TrialOver("exit", detail="sys.exit", error=described)
+        return TestingOver("exit", detail="sys.exit", error=described)
     kind = next((k for b in bases if isinstance(k := getattr(builtins, str(b), None), type)), None)
     plain = kind is not None and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
     error = (kind if plain and kind is not None else AnswerError)(str(described.get("text", "")))
