@@ -37,7 +37,7 @@ from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import build
 
 ROOT = Path(__file__).resolve().parents[2]
-LAB = ROOT / "recipes" / "paper_in_miniature.toml"
+LAB = ROOT / "src" / "selfteach" / "recipes" / "paper_in_miniature.toml"
 LAB_BEFORE = Path("experiments", "paper_in_miniature", "recipe.toml")
 """Where the same recipe was in earlier commits, with their keys."""
 ARMS = ("grpo", "reference", "step_aligned")

@@ -37,7 +37,7 @@ from selfteach.trainer.build import build
 from selfteach.trainer.step import Components
 from selfteach.types import Critique, CritiqueFailure, Rollout, Verdict
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "paper_in_miniature.toml"
+RECIPE = Path(__file__).parents[2] / "src" / "selfteach" / "recipes" / "paper_in_miniature.toml"
 CALIBRATED = ("as it is", "a quarter of the problems")
 SETTINGS: dict[str, dict[str, dict[str, int]]] = {
     "as it is": {},

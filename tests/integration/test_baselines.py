@@ -34,7 +34,7 @@ RECIPES = sorted(
     if path.name != "published.toml"
 )
 BASELINES = sorted(ROOT.glob("src/selfteach/recipes/baselines/*.toml"))
-PAPER = ROOT / "recipes" / "paper.toml"
+PAPER = ROOT / "src/selfteach/recipes/paper.toml"
 VARIED = {"extends", "critic", "context", "teacher", "objective", "train"}
 """What a baseline may set; everything else is inherited from the paper's recipe."""
 
@@ -141,7 +141,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 def test_the_weight_of_an_annealed_run_falls_and_a_resume_repeats_it(tmp_path: Path) -> None:
     weight = {"start": 1.0, "end": 0.0, "steps": 2}
-    path = ROOT / "recipes" / "baselines" / "trace.toml"
+    path = ROOT / "src" / "selfteach" / "recipes" / "baselines" / "trace.toml"
     recipe = twin(path, objective={"weight": weight, "distillation": {"changed_steps_fraction": 1.0}},
                   data={"max_solve_rate": 1.0}, train={"num_iterations": 2})  # fmt: skip
     run_to_end(recipe, tmp_path / "whole")
@@ -160,7 +160,10 @@ def test_the_weight_of_an_annealed_run_falls_and_a_resume_repeats_it(tmp_path: P
 
 
 def test_sdpo_shows_peers_and_what_the_environment_says(tmp_path: Path) -> None:
-    recipe = twin(ROOT / "recipes" / "baselines" / "sdpo.toml", data={"max_solve_rate": 1.0})
+    recipe = twin(
+        ROOT / "src" / "selfteach" / "recipes" / "baselines" / "sdpo.toml",
+        data={"max_solve_rate": 1.0},
+    )
     run_to_end(recipe, tmp_path)
     samples = [
         json.loads(line)

@@ -241,7 +241,7 @@ def test_the_sweep_never_scores_test_and_records_its_choice(
         ("modell.path=x", "did you mean 'model'?"),
         ("optimizer.lr=-1", "greater than 0"),
         ("train.group_size=1", "train.group_size of at least 2"),
-        ("data.type=labb", "expected tags"),
+        ("data.type=labb", "'labb': did you mean 'lab'?"),
         ("model.path=lab:nowhere", "no such base model"),
         ("model.path=/no/such/model", "/no/such/model"),
         ("model.path=package:no_such_package", "not installed"),

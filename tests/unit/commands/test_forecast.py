@@ -41,7 +41,9 @@ TABLES: dict[str, Any] = {
         },
     },
 }
-RECIPE = str(Path(__file__).parents[3] / "recipes" / "paper_in_miniature.toml")
+RECIPE = str(
+    Path(__file__).parents[3] / "src" / "selfteach" / "recipes" / "paper_in_miniature.toml"
+)
 REQUEST = ForecastRequest(problems=12, k=2)
 
 

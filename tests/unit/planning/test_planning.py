@@ -35,7 +35,7 @@ from selfteach.errors import CheckpointError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.trainer.device_memory import DeviceLoad, memory
 
-PAPER = Path(__file__).parents[3] / "recipes" / "paper.toml"
+PAPER = Path(__file__).parents[3] / "src" / "selfteach" / "recipes" / "paper.toml"
 TINY = Shape("llama", 8, 16, 2, 2, 2, 4, 32, 512, True)
 DEVICE = Device(
     memory_gib=1, tflops=1e-6, memory_gb_per_s=1e-3, link_gb_per_s=1e-3, devices_per_node=8,

@@ -109,7 +109,7 @@ def test_a_switch_without_effect_is_refused(student: bool | None, teacher: bool)
 
 
 def test_in_the_papers_recipe_the_teacher_s_switch_changes_the_token_ids() -> None:
-    path = Path(__file__).parents[3] / "recipes" / "paper.toml"
+    path = Path(__file__).parents[3] / "src" / "selfteach" / "recipes" / "paper.toml"
     thinking = load_study(path).recipe("step_aligned", seed=0).model.thinking
     assert (thinking.student, thinking.teacher) == (False, True)
     thinks = renderer_with(**thinking.model_dump())
