@@ -226,10 +226,9 @@ def _functions_of(
         return dict(CHAIN_SUMS)
     code = reading.code if isinstance(reading, RowsData | OwnData) else None
     verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in, code)
-    by_lines = isinstance(reading.steps, OwnPart) or (
-        verifier == "code" and reading.steps == "tags"
-    )
-    steps = "lines" if by_lines else reading.steps
+    steps = "lines" if isinstance(reading.steps, OwnPart) else reading.steps
+    if verifier == "code" and steps == "tags":
+        steps = "lines"
     return {
         "verify": verify,
         "answer_format": answer_format,
@@ -277,8 +276,8 @@ def default_templates(config: DataConfig) -> str | None:
         case ChainSumsData():
             return "chain_sums"
         case FilesData() | HubData() | GymData():
-            if config.verifier in ("lab", "chain_sums"):
-                return config.verifier
+            if config.verifier in ("lab", "chain_sums", "code"):
+                return str(config.verifier)
             return "steps" if config.steps == "tags" else "free"
         case _:
             return None

@@ -69,7 +69,11 @@ class VerifierProcess:
         key = hashlib.blake2b(line.encode(), digest_size=16).hexdigest()
         with self._lock:
             if key not in self._replies:
-                self._replies[key] = reply = self._reply(library, line)
+                try:
+                    self._replies[key] = reply = self._reply(library, line)
+                except BaseException:  # an interrupt: the late reply would be the next request's
+                    self.close()
+                    raise
                 if reply == TIMED_OUT and self._journal is not None:
                     append_row(self._journal, {"timed_out": key})
             return self._replies[key]
@@ -132,7 +136,10 @@ class VerifierProcess:
 
 
 def exchange(process: subprocess.Popen[bytes], line: str, limit_s: float) -> dict[str, Any] | None:
-    """Send a line and return the reply; None if it timed out or the worker died."""
+    """Send a line and return the reply; None if it timed out or the worker died.
+
+    A caller that is interrupted meanwhile must end the process: its reply would answer the next line.
+    """
     try:
         assert process.stdin is not None
         process.stdin.write(line.encode() + b"\n")
