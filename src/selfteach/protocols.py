@@ -62,12 +62,6 @@ class Reward(Protocol):
         ...
 
 
-def judge(rollouts: Sequence[Rollout], verify: Verifier, reward: Reward | None) -> list[Verdict]:
-    """Return the verdict of each rollout: the verifier's, with the rewards if there are any."""
-    verdicts = [verify(rollout.problem, rollout.text) for rollout in rollouts]
-    return reward(list(zip(rollouts, verdicts, strict=True))) if reward is not None else verdicts
-
-
 @runtime_checkable
 class Critic(Protocol):
     """Critiques rollouts step by step: a frozen model or a program, not a value function."""

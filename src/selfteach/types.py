@@ -138,6 +138,8 @@ class Verdict:
     an environment without messages."""
     timed_out: bool = False
     """True if the verifier gave up on the comparison, which then counts as wrong."""
+    evidence: Mapping[str, object] | None = None
+    """What a run of the answer has shown, for critics: which test, which line; JSON-serialisable."""
     rewards: Rewards | None = None
     """The rewards of the recipe; None without ``[reward]``."""
 

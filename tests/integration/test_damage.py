@@ -144,7 +144,7 @@ def test_every_file_with_every_damage(
                 failures.append(f"{name}, {kind}: {type(error).__name__}: {error}"[:300])
             shutil.rmtree(folder)
     assert not failures, "\n".join(failures)
-    assert counts["refused"] > counts["the same end"] > 0, counts
+    assert min(counts.values()) > 0, counts
     record_property("damaged files", str(counts))
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, Tag, model_validator
 
+from selfteach.config.code_section import CodeConfig
 from selfteach.config.part_section import (
     OURS,
     OWN,
@@ -22,7 +23,7 @@ SplitName = Literal["train", "validation", "test"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Steps = Literal["tags", "lines", "paragraphs", "sentences"]
-VerifierName = Literal["exact", "math", "reasoning_gym", "lab", "chain_sums"]
+VerifierName = Literal["exact", "math", "code", "reasoning_gym", "lab", "chain_sums"]
 GymVerifierName = Literal["reasoning_gym", "exact", "math"]
 VERIFIERS: tuple[VerifierName, ...] = get_args(VerifierName)
 VerifierConfig = Annotated[
@@ -107,7 +108,7 @@ class Columns(Section):
     answer: str = "answer"
     """Column of the final answer. Where rows have no ``answer``: ``final_answer``,
     ``expected_answer``, ``ground_truth``, ``reward_model.ground_truth`` or ``solution`` (the content
-    of its last ``\\boxed{}``, if it has one)."""
+    of its last ``\\boxed{}``, if it has one). Empty: there is none, and tests decide alone."""
     history: str | None = None
     """Column of messages before the question, a list with ``role`` and ``content``; unset: the column
     ``history``, where it holds such a list."""
@@ -170,8 +171,10 @@ class RowsData(AnswerReading):
     """Holds what sources of rows (files and Hugging Face datasets) have in common."""
 
     verifier: VerifierConfig = "exact"
-    """How final answers are compared; ``reasoning_gym``, ``lab`` and ``chain_sums`` are for problems
-    that were generated there; or a verifier of one's own."""
+    """How final answers are compared; ``code`` runs unit tests on an answer's code; ``reasoning_gym``,
+    ``lab`` and ``chain_sums`` are for problems that were generated there; or one's own verifier."""
+    code: CodeConfig = CodeConfig()
+    """Tests and limits of ``verifier = "code"``."""
     mapping: str | None = None
     """A built-in mapping of columns by name (``gsm8k``, ``math``, ``openmathreasoning``, …)."""
     columns: Columns | None = None
@@ -264,6 +267,8 @@ class OwnData(AnswerReading, OwnPart):
 
     verifier: VerifierConfig = "exact"
     """How final answers are compared, as for files."""
+    code: CodeConfig = CodeConfig()
+    """Tests and limits of ``verifier = "code"``."""
     columns: Columns | None = None
     """Columns of a row, where the part returns rows."""
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from selfteach.evaluation.evaluation_record import Evaluation
-from selfteach.protocols import Engine, Reward, Verifier, judge
+from selfteach.protocols import Engine, Reward, Verifier
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
+from selfteach.tasks.verifiers import judge
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
 

@@ -6,8 +6,7 @@ import dataclasses
 import json
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from selfteach.config.data_section import AnswerReading, Columns, OwnData
@@ -15,6 +14,7 @@ from selfteach.config.part_section import OwnPart
 from selfteach.errors import DataError, PartError
 from selfteach.runtime.parts import Offered, build_part, shown
 from selfteach.tasks import verifiers
+from selfteach.tasks.code.code_tests import with_tests
 from selfteach.tasks.segmentation import Splitter
 from selfteach.tasks.sources.columns import SOURCES, problem_from
 from selfteach.tasks.sources.recognised import ColumnsRead
@@ -109,22 +109,21 @@ def own_problems(
     part = OwnPart(type=config.type, options=config.options)
     make = build_part("problems", part, offered)
     label, read = f"problems {shown(config.type)}", ColumnsRead()
-    read_row = partial(
-        problem_from, columns=config.columns or Columns(), read=read, keep_row=True,
-        need_answer=need_answers,
-    )  # fmt: skip
-    return {name: _problems(make, label, name, read_row) for name in SPLITS}, read
+    return {name: _problems(make, label, name, config, read, need_answers) for name in SPLITS}, read
 
 
 def _problems(
-    make: Any, label: str, split: str, read_row: Callable[[Row], Problem]
+    make: Any, label: str, split: str, config: OwnData, read: ColumnsRead, need_answers: bool
 ) -> list[Problem]:
     made = make(split)
     if not isinstance(made, Iterable) or isinstance(made, str | Mapping):
         raise PartError(
             f"{label}: its call({split!r}) returned {_named(made)} and not a list of problems or rows"
         )
-    problems = [_problem(one, label, f"{split}-{i}", read_row) for i, one in enumerate(made)]
+    problems = [
+        _problem(one, label, f"{split}-{i}", config, read, need_answers)
+        for i, one in enumerate(made)
+    ]
     id_, count = Counter(p.id for p in problems).most_common(1)[0] if problems else ("", 1)
     if count > 1:
         raise PartError(
@@ -133,10 +132,16 @@ def _problems(
     return problems
 
 
-def _problem(value: Any, label: str, place: str, read_row: Callable[[Row], Problem]) -> Problem:
+def _problem(
+    value: Any, label: str, place: str, config: OwnData, read: ColumnsRead, need_answers: bool
+) -> Problem:
     if isinstance(value, Mapping):
+        row = Row(dict(value), place, place)
         try:
-            return read_row(Row(dict(value), place, place))
+            problem = problem_from(
+                row, config.columns or Columns(), read, keep_row=True, need_answer=need_answers
+            )
+            return with_tests(problem, row, config.code) if config.verifier == "code" else problem
         except MissingValue as missing:
             raise DataError(f"{label}: {place}: {missing}") from None
     if not isinstance(value, Problem):

@@ -17,6 +17,7 @@ from selfteach.config.data_section import (
     HubData,
     LabData,
     OwnData,
+    RowsData,
     SplitName,
 )
 from selfteach.config.part_section import OwnPart
@@ -24,6 +25,8 @@ from selfteach.config.reward_section import RewardConfig
 from selfteach.errors import DataError
 from selfteach.protocols import Verifier
 from selfteach.tasks import chain_sums, segmentation, verifiers
+from selfteach.tasks.code.code_tests import KEY
+from selfteach.tasks.code.code_verifier import CodeVerifier
 from selfteach.tasks.lab import lab_task as lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
 from selfteach.tasks.lab.world import World
@@ -116,7 +119,7 @@ def load_task(
     world = config.world if isinstance(config, FilesData) else None
     verifier = "exact" if isinstance(config.verifier, OwnPart) else config.verifier
     functions = own_functions(config, _functions_of(verifier, config, world, model_folder))
-    if not need_answers:
+    if not need_answers and verifier != "code":
         functions["verify"] = verifiers.WithoutAnswers(functions["verify"])
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
     _check_meta(verifier, [*train, *validation, *test])
@@ -130,7 +133,8 @@ def load_task(
 
 def check_answers(task: Task) -> Audit:
     """Check that the verifier accepts every problem's gold answer and rejects corruptions of it."""
-    return audit([*task.train, *task.validation, *task.test], task.verify, task.answer_format.write)
+    problems, form = [*task.train, *task.validation, *task.test], task.answer_format
+    return audit(problems, task.verify, form.write, form.corrupted)
 
 
 def describe_problems(task: Task, *, max_warnings: int = 5) -> Iterator[str]:
@@ -139,6 +143,8 @@ def describe_problems(task: Task, *, max_warnings: int = 5) -> Iterator[str]:
         yield "source: " + ", ".join(f"{count:,} {name}" for name, count in task.counts.items())
     if task.columns:
         yield f"columns: {task.columns}"
+    if isinstance(task.verify, CodeVerifier):
+        yield task.verify.description
     result = check_answers(task)
     without = f", {result.without_answer:,} have none" if result.without_answer else ""
     yield (
@@ -234,20 +240,23 @@ def _functions_of(
         return _lab_functions(_world(world, model_folder))
     if verifier == "chain_sums":
         return dict(CHAIN_SUMS)
-    verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in)
+    code = reading.code if isinstance(reading, RowsData | OwnData) else None
+    verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in, code)
     steps = "lines" if isinstance(reading.steps, OwnPart) else reading.steps
+    if verifier == "code" and steps == "tags":
+        steps = "lines"
     return {
         "verify": verify,
         "answer_format": answer_format,
         "split_steps": segmentation.SPLITTERS[steps],
         "oracle": None,
-        "templates": "steps" if steps == "tags" else "free",
+        "templates": "code" if verifier == "code" else "steps" if steps == "tags" else "free",
     }
 
 
 def _check_meta(verifier: str, problems: Sequence[Problem]) -> None:
     """Raise `DataError` for the first problem whose meta lacks what its verifier or oracle reads."""
-    needed = {"reasoning_gym": ("reasoning_gym",), "chain_sums": ("terms", "signs")}
+    needed = {"reasoning_gym": ("reasoning_gym",), "chain_sums": ("terms", "signs"), "code": (KEY,)}
     for problem in problems:
         for key in needed.get(verifier, ()):
             if key not in problem.meta:
@@ -283,8 +292,8 @@ def default_templates(config: DataConfig) -> str | None:
         case ChainSumsData():
             return "chain_sums"
         case FilesData() | HubData() | GymData():
-            if config.verifier in ("lab", "chain_sums"):
-                return config.verifier
+            if config.verifier in ("lab", "chain_sums", "code"):
+                return str(config.verifier)
             return "steps" if config.steps == "tags" else "free"
         case _:
             return None

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from selfteach.config.code_section import CodeConfig
 from selfteach.errors import DataError
-from selfteach.protocols import Verifier
+from selfteach.protocols import Reward, Verifier
 from selfteach.tasks import math_answers
+from selfteach.tasks.code.answer_code import write_code
+from selfteach.tasks.code.code_pool import CodePool
+from selfteach.tasks.code.code_verifier import CodeVerifier, wrong_code
 from selfteach.tasks.final_answers import final_answer, last_boxed, tag_or_boxed, unwrapped
 from selfteach.tasks.verify_client import VerifierProcess
-from selfteach.types import Problem, Verdict
+from selfteach.types import Problem, Rollout, Verdict
 
 AnswerIn = Literal["tag", "boxed", "tag_or_boxed"]
 
@@ -149,8 +153,21 @@ class WithoutAnswers:
 def keep_timeouts(verify: Verifier, path: Path) -> None:
     """Store a verifier's timed-out comparisons in a file, so that a resume judges as before."""
     process = getattr(verify, "process", None)
-    if isinstance(process, VerifierProcess):
+    if isinstance(process, VerifierProcess | CodePool):
         process.keep_timeouts(path)
+
+
+def verify_all(verify: Verifier, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+    """Return the verdicts on many answers, in order; side by side where the verifier can."""
+    if isinstance(verify, CodeVerifier):
+        return verify.verify_all(answers)
+    return [verify(problem, text) for problem, text in answers]
+
+
+def judge(rollouts: Sequence[Rollout], verify: Verifier, reward: Reward | None) -> list[Verdict]:
+    """Return the verdict of each rollout: the verifier's, with the rewards if there are any."""
+    verdicts = verify_all(verify, [(rollout.problem, rollout.text) for rollout in rollouts])
+    return reward(list(zip(rollouts, verdicts, strict=True))) if reward is not None else verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +178,14 @@ class AnswerFormat:
     """Returns the shortest text that states an answer."""
     equivalent: Callable[[str, str], bool] = operator.eq
     """Compares two answers in the verifier's canonical form."""
+    corrupted: Callable[[Problem], Iterable[str]] | None = None
+    """Returns wrong answers to a problem, which the verifier must reject; None: `audit.corruptions`."""
 
 
-def build_verifier(name: str, answer_in: AnswerIn) -> tuple[Any, AnswerFormat]:
-    """Build a verifier of tagged or boxed answers by its name in a recipe, with the answers' format."""
+def build_verifier(
+    name: str, answer_in: AnswerIn, code: CodeConfig | None = None
+) -> tuple[Any, AnswerFormat]:
+    """Build a verifier of answers by its name in a recipe, with the answers' format."""
 
     def write(answer: str) -> str:
         return write_answer(answer, answer_in)
@@ -173,6 +194,8 @@ def build_verifier(name: str, answer_in: AnswerIn) -> tuple[Any, AnswerFormat]:
         case "math":
             verifier = MathVerifier(answer_in)
             return verifier, AnswerFormat(write, verifier.equivalent)
+        case "code":
+            return CodeVerifier(code), AnswerFormat(write_code, corrupted=wrong_code)
         case "reasoning_gym":
             return ReasoningGymVerifier(answer_in), AnswerFormat(write)
         case _:

@@ -57,8 +57,7 @@ class VerifierProcess:
         """
         with self._lock:
             self._journal = path
-            lines = path.read_bytes().splitlines() if path.exists() else []
-            self._replies |= {key: dict(TIMED_OUT) for line in lines if (key := _key_of(line))}
+            self._replies |= {key: dict(TIMED_OUT) for key, _ in read_keys(path)}
 
     def request(self, library: str, **arguments: Any) -> dict[str, Any]:
         """Return the worker's reply; ``{"error": …}`` if it failed, ``timed_out`` if killed.
@@ -70,15 +69,19 @@ class VerifierProcess:
         key = hashlib.blake2b(line.encode(), digest_size=16).hexdigest()
         with self._lock:
             if key not in self._replies:
-                self._replies[key] = reply = self._reply(library, line)
+                try:
+                    self._replies[key] = reply = self._reply(library, line)
+                except BaseException:  # an interrupt: the late reply would be the next request's
+                    self.close()
+                    raise
                 if reply == TIMED_OUT and self._journal is not None:
-                    _append(self._journal, {"timed_out": key})
+                    append_row(self._journal, {"timed_out": key})
             return self._replies[key]
 
     def _reply(self, library: str, line: str) -> dict[str, Any]:
         for _ in range(ATTEMPTS):
             process = self._running(library)
-            reply = _exchange(process, line, STALL_FACTOR * self._timeout_s)
+            reply = exchange(process, line, STALL_FACTOR * self._timeout_s)
             if reply is not None:
                 return reply
             self.close()
@@ -97,7 +100,7 @@ class VerifierProcess:
             if library in self._imported:
                 return self._process
             request = json.dumps({"kind": "import", "library": library})
-            reply = _exchange(self._process, request, START_S)
+            reply = exchange(self._process, request, START_S)
             if reply is not None and "error" in reply:
                 raise DataError(f"the verifier cannot import its library: {reply['error']}")
             if reply is not None:
@@ -122,18 +125,21 @@ class VerifierProcess:
         )  # fmt: skip
         os.close(reader)
         self._life = os.fdopen(writer, "wb")
-        weakref.finalize(self, _end, process, self._life)
+        weakref.finalize(self, end_process, process, self._life)
         return process
 
     def close(self) -> None:
         """Kill the worker; the next request starts another."""
         if self._process is not None:
-            _end(self._process, self._life)
+            end_process(self._process, self._life)
             self._process = None
 
 
-def _exchange(process: subprocess.Popen[bytes], line: str, limit_s: float) -> dict[str, Any] | None:
-    """Send a line and return the reply; None if it timed out or the worker died."""
+def exchange(process: subprocess.Popen[bytes], line: str, limit_s: float) -> dict[str, Any] | None:
+    """Send a line and return the reply; None if it timed out or the worker died.
+
+    A caller that is interrupted meanwhile must end the process: its reply would answer the next line.
+    """
     try:
         assert process.stdin is not None
         process.stdin.write(line.encode() + b"\n")
@@ -160,23 +166,29 @@ def _read_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
     return line
 
 
-def _append(path: Path, row: dict[str, str]) -> None:
+def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append a line to a file, on disk before it counts; several processes may append to one file."""
     with path.open("ab", buffering=0) as handle:
         handle.write(json.dumps(row).encode() + b"\n")
         os.fsync(handle.fileno())
 
 
-def _key_of(line: bytes) -> str | None:
-    """Return the key of a line of the file of timeouts; None if a kill has truncated the line."""
-    try:
-        key = json.loads(line)["timed_out"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return key if isinstance(key, str) else None
+def read_keys(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rows of the file of timeouts with their keys, without a truncated line."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            key = row["timed_out"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(key, str):
+            rows.append((key, row))
+    return rows
 
 
-def _end(process: subprocess.Popen[bytes], life: IO[bytes] | None = None) -> None:
+def end_process(process: subprocess.Popen[bytes], life: IO[bytes] | None = None) -> None:
+    """Kill a process, and close its pipes."""
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout, life):

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from selfteach.feedback.rewards.combined_reward import CombinedReward
 from selfteach.feedback.rewards.reward_journal import RewardJournal
-from selfteach.protocols import judge
+from selfteach.protocols import Verifier
 from selfteach.runtime.run_folder import RunFolder
+from selfteach.tasks.verifiers import judge, verify_all
 from selfteach.trainer.build import Built
 from selfteach.trainer.reward_metrics import mean_rewards
 from selfteach.types import Problem, Rollout, Verdict
@@ -63,14 +64,19 @@ class BatchwiseReward:
             return
         buyer = f"{self._run.identity}/{components.ranks.rank}"
         journal = RewardJournal(self._run, f"{self._name}.{number:03d}", buyer)
-        verdicts = judge(rollouts, self.verify, reward.at(self._update, journal))
-        for rollout, verdict in zip(rollouts, verdicts, strict=True):
+        answers = [(rollout.problem, rollout.text) for rollout in rollouts]
+        verified = verify_all(components.verify, answers)
+        rewarded = reward.at(self._update, journal)(list(zip(rollouts, verified, strict=True)))
+        for rollout, first, verdict in zip(rollouts, verified, rewarded, strict=True):
             self._verdicts[rollout.key] = verdict
+            self._by_text[rollout.problem.id, rollout.text] = first
 
-    def verify(self, problem: Problem, text: str) -> Verdict:
-        """Return the verifier's verdict, once for equal texts."""
-        if (problem.id, text) not in self._by_text:
-            self._by_text[problem.id, text] = self._built.components.verify(problem, text)
+    @property
+    def verifier(self) -> Verifier:
+        """Return the verifier; what `start` has verified is not verified again."""
+        return self._verified if self.decides else self._built.components.verify
+
+    def _verified(self, problem: Problem, text: str) -> Verdict:
         return self._by_text[problem.id, text]
 
     def __call__(self, judged: Sequence[tuple[Rollout, Verdict]]) -> list[Verdict]:

@@ -325,7 +325,7 @@ def _measure(
         built.components.engine, run, rollouts_name(split, step), on_batch=scored.start
     )
     evaluation = evaluate(
-        engine, scored.verify, built.task.problems(split), sampling,
+        engine, scored.verifier, built.task.problems(split), sampling,
         split=split, step=step, same=built.task.answer_format.equivalent, ranks=built.components.ranks,
         reward=scored if scored.decides else None,
     )  # fmt: skip

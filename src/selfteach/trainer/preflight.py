@@ -56,11 +56,11 @@ def preflight(
 def _require_parts(recipes: Iterable[Recipe]) -> None:
     """Import each distinct part of a user's own, and check its options. Raises `PartError`."""
     parts = [part for recipe in recipes for part in named_parts(recipe).values()]
-    distinct = {(kind, part.type, repr(part.options)): part for kind, part in parts}
+    distinct = {(pair[0], pair[1].type, repr(pair[1].options)): pair for pair in parts}
     if distinct:
         from selfteach.runtime.parts import require_part  # imports the part, which may import torch
 
-        for (kind, *_), part in distinct.items():
+        for kind, part in distinct.values():
             require_part(kind, part)
 
 

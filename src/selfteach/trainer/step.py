@@ -24,11 +24,11 @@ from selfteach.protocols import (
     Reward,
     Teacher,
     Verifier,
-    judge,
 )
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.torch_setup import seed_update
 from selfteach.tasks import segmentation
+from selfteach.tasks.verifiers import judge
 from selfteach.trainer.batching import collate
 from selfteach.trainer.metrics import Metrics, loss_coverage, summarize_samples, summarize_tokens
 from selfteach.trainer.nonfinite import require_finite

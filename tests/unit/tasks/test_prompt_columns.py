@@ -67,6 +67,18 @@ def test_a_row_of_verl_is_recognised() -> None:
     assert problem.history == (("system", "Be brief."),)
 
 
+def test_a_solution_beside_an_answer_is_the_reference() -> None:
+    worked = "3 * 4 = 12. 12 - 5 = 7."
+    problem = read({"prompt": "q", "solution": worked, "answer": "7"})
+    assert problem.answer == "7" and problem.references == {"reference": worked}
+    for row in ({"solution": " 7", "answer": "7"}, {"solution": 7, "answer": 7}, {"solution": ""}):
+        problem = read({"prompt": "q", "answer": "7", **row})
+        assert problem.answer == "7" and not problem.references
+    assert not read({"prompt": "q", "solution": "7"}, answer="solution").references
+    named = read({"prompt": "q", "solution": worked, "answer": "7", "reference": "r"})
+    assert named.references == {"reference": "r"}
+
+
 def test_a_worked_solution_gives_the_content_of_its_box_and_is_the_reference() -> None:
     worked = r"One and one make two, so $\boxed{1}$, no: $\boxed{2}$."
     problem = read({"prompt": "q", "solution": worked})

@@ -245,6 +245,30 @@ SAMPLES: dict[str, tuple[dict, tuple[str, str, str | None]]] = {
          "is_multiple_answer": False, "subfield": "A", "answer_type": "Numerical"},
         ("What is 1 + 1?", "2", "Two."),
     ),
+    "mbpp": (
+        {"task_id": 2, "text": "Write two.", "code": "def f(): return 2", "test_setup_code": "",
+         "test_list": ["assert f() == 2"], "challenge_test_list": []},
+        ("Write two.\n\nYour code should pass this test:\nassert f() == 2", "def f(): return 2",
+         "def f(): return 2"),
+    ),
+    "mbpp_sanitized": (
+        {"task_id": 2, "prompt": "Write two.", "code": "def f(): return 2", "test_imports": [],
+         "test_list": ["assert f() == 2"]},
+        ("Write two.\n\nYour code should pass this test:\nassert f() == 2", "def f(): return 2",
+         "def f(): return 2"),
+    ),
+    "humaneval": (
+        {"task_id": "HumanEval/2", "prompt": "def f():\n", "canonical_solution": "    return 2",
+         "test": "def check(candidate):\n    assert candidate() == 2", "entry_point": "f"},
+        ("Complete this function; write all of it.\n\n```python\ndef f():\n\n```",
+         "def f():\n    return 2", "def f():\n    return 2"),
+    ),
+    "livecodebench": (
+        {"question_id": "2", "question_content": "Print two.", "starter_code": "",
+         "platform": "atcoder", "difficulty": "easy", "contest_date": "2024-01-01", "metadata": "{}",
+         "public_test_cases": '[{"input": "", "output": "2", "testtype": "stdin"}]'},
+        ("Print two.", "", None),
+    ),
 }  # fmt: skip
 
 

@@ -180,9 +180,26 @@ def test_the_worker_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_worker_that_cannot_import_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_client, "_exchange", lambda *_: {"error": "ImportError: no sympy"})
+    monkeypatch.setattr(verify_client, "exchange", lambda *_: {"error": "ImportError: no sympy"})
     with pytest.raises(DataError, match="cannot import its library: ImportError: no sympy"):
         VerifierProcess().request("math", gold="1", answer="1")
+
+
+def test_an_interrupted_request_leaves_no_reply_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = VerifierProcess()
+    assert process.request("math", gold="1", answer="1")["equal"]
+    read = verify_client._read_line
+
+    def interrupted(*_: object) -> bytes:
+        monkeypatch.setattr(verify_client, "_read_line", read)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify_client, "_read_line", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        process.request("math", gold="2", answer="2")
+    assert not process.request("math", gold="3", answer="4")["equal"]
 
 
 def test_threads_share_a_process(math: verifiers.MathVerifier) -> None:

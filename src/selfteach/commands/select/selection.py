@@ -22,7 +22,7 @@ from selfteach.config.recipe import ContextConfig, Recipe
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.feedback.critics.reply_cache import buying_for
-from selfteach.protocols import SolvingCritic, judge
+from selfteach.protocols import SolvingCritic
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.rollout.sampling_settings import training_sampling
 from selfteach.runtime.atomic_files import write_json, write_lines, write_text
@@ -35,6 +35,7 @@ from selfteach.runtime.stored_records import history_column, plain_columns
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.conversations import is_conversation
 from selfteach.tasks.sources.splits import split_pool, without_duplicates
+from selfteach.tasks.verifiers import judge
 from selfteach.trainer.build import Built, build, set_threads
 from selfteach.trainer.evaluation_reward import with_stored_rewards
 from selfteach.trainer.preflight import preflight

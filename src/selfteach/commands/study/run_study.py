@@ -17,7 +17,7 @@ import numpy as np
 
 from selfteach.commands.study.jobs import Job, JobsProgress, one_thread, run_jobs
 from selfteach.commands.study.results import gather
-from selfteach.config.data_section import ORACLE_DATA
+from selfteach.config.data_section import ORACLE_DATA, LabData
 from selfteach.config.migrations import migrate_study
 from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
@@ -152,7 +152,7 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
     changes: dict[str, Any] = {"train": {"steps": 0}, "teacher": {"type": "live"}}
     if programs:
         changes["critic"] = {"type": "oracle"}
-    if model.data.type == "lab":  # enough problems; the first are those of the arms
+    if isinstance(model.data, LabData):  # enough problems; the first are those of the arms
         changes["data"] = {"validation": max(model.data.validation, problems)}
     recipe = validate(Recipe, merge(model.model_dump(mode="json"), changes), where="inspection")
     possible = [

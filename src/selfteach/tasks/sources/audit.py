@@ -53,10 +53,16 @@ class Audit:
         return frozenset(finding.problem.transcript for finding in self.findings)
 
 
-def audit(problems: Iterable[Problem], verify: Verifier, write: Callable[[str], str]) -> Audit:
+def audit(
+    problems: Iterable[Problem],
+    verify: Verifier,
+    write: Callable[[str], str],
+    corrupted: Callable[[Problem], Iterable[str]] | None = None,
+) -> Audit:
     """Verify every problem's gold answer and `corruptions` of it, until the first that is accepted.
 
-    ``write`` turns an answer into a text that the verifier can read.
+    ``write`` turns an answer into a text that the verifier can read; ``corrupted`` returns other wrong
+    answers to a problem.
     """
     checked = without = 0
     findings: list[MisjudgedAnswer] = []
@@ -67,7 +73,7 @@ def audit(problems: Iterable[Problem], verify: Verifier, write: Callable[[str], 
         checked += 1
         if not verify(problem, write(problem.answer)).correct:
             findings.append(MisjudgedAnswer(problem, "rejected", problem.answer))
-        for wrong in corruptions(problem.answer):
+        for wrong in corrupted(problem) if corrupted else corruptions(problem.answer):
             if verify(problem, write(wrong)).correct:
                 findings.append(MisjudgedAnswer(problem, "accepted", wrong))
                 break

@@ -11,6 +11,7 @@ from typing import Any
 
 from selfteach.config.data_section import Columns, FilesData, HubData, RowsData, Splitting
 from selfteach.errors import DataError, RecipeError
+from selfteach.tasks.code.code_tests import with_tests
 from selfteach.tasks.sources.columns import (
     SOURCES,
     bad_row,
@@ -155,7 +156,9 @@ def _problems(
     for row in islice(_filtered(config, source, split, counts), config.limit):
         try:
             problem = problem_from(row, columns, read, keep_row=keep_rows, need_answer=need_answers)
-            problems.append(problem)
+            problems.append(
+                with_tests(problem, row, config.code) if config.verifier == "code" else problem
+            )
         except MissingValue as missing:
             first_bad = first_bad or bad_row(row, missing)
             if config.bad_rows == "stop":

@@ -34,14 +34,21 @@ def recognised(
         if getattr(columns, name) == usual[0] and usual[0] not in row.values:
             is_needed = need_answer or name != "answer" or any(_has(row.values, c) for c in usual)
             changed[name] = _first(row.values, usual, name) if is_needed else ""
+    named = "solution" in columns.answer  # the recipe reads answers from it
+    worked = None if named else row.values.get("solution")
     if changed.get("answer") == "solution":
-        text = row.values["solution"]
-        boxed = last_boxed(text) if isinstance(text, str) else None
+        boxed = last_boxed(worked) if isinstance(worked, str) else None
         if boxed is not None:
             changed["answer"] = "solution | boxed"
-            is_worked = len(text.strip()) > len(boxed) + len(r"$$\boxed{}$$.")
-            if is_worked and columns.reference is None and "reference" not in row.values:
-                changed["reference"] = "solution"
+            if len(worked.strip()) <= len(boxed) + len(r"$$\boxed{}$$."):
+                worked = None  # the answer alone
+        else:
+            worked = None
+    elif isinstance(worked, str) and worked.strip() == str(row.values.get("answer")).strip():
+        worked = None
+    has_reference = columns.reference is not None or "reference" in row.values
+    if isinstance(worked, str) and worked.strip() and not has_reference:
+        changed["reference"] = "solution"
     if read is not None:
         for name in ("question", "answer", "reference"):
             column = changed.get(name, getattr(columns, name))

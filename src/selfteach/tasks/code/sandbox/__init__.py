@@ -1,0 +1,1 @@
+"""Runs untrusted Python: plain scripts of the standard library alone, which import nothing else."""

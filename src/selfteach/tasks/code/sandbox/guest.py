@@ -1,0 +1,209 @@
+"""Runs an answer's code in the isolated process: carries out requests, and returns values as data.
+
+Nothing here decides whether a test is passed, and nothing secret is in this process: it gets inputs,
+never what is expected. Whatever the answer does to this module changes only what it returns.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import json
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
+from types import CodeType, ModuleType
+from typing import Any
+
+from .values import decode, encode
+
+ANSWER, PRELUDE = "<answer>", "<prelude>"
+MAX_ITEMS = 1_000_000
+"""Elements that are read from an iterator."""
+MAX_TEXT = 500
+RUNNER_MODULES = ("ctypes", "_ctypes", "sandbox", "resource", "socket", "_socket")
+
+
+class RefusedImports(MetaPathFinder):
+    """Refuses imports by name, for a message that says so; the kernel refuses what they would do."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = set(names)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        """Raise `ModuleNotFoundError` for a refused module; leave others to Python's finders."""
+        if fullname in self._names or fullname.partition(".")[0] in self._names:
+            raise ModuleNotFoundError(f"import of {fullname!r} is refused here", name=fullname)
+
+
+def serve(requests_fd: int, replies_fd: int, refused: list[str]) -> None:
+    """Carry out requests until the pipe ends; never returns."""
+    guest = Guest(replies_fd)
+    _prepare(refused)
+    signal.signal(signal.SIGXCPU, guest.report_limit)
+    with os.fdopen(requests_fd, "rb") as requests:
+        while line := requests.readline():
+            guest.answer(json.loads(line))
+    os._exit(0)
+
+
+def _prepare(refused: list[str]) -> None:
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in RUNNER_MODULES:
+            del sys.modules[name]
+    sys.meta_path.insert(0, RefusedImports(refused))
+    sys.argv = ["answer.py"]
+    random.seed(0)
+    # New streams: those of the interpreter are on other files than these descriptors now.
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+
+
+class Guest:
+    """Holds the answer's module, and the objects that requests name by number."""
+
+    def __init__(self, replies_fd: int) -> None:
+        self._fd = replies_fd
+        self._objects: list[Any] = []
+        self._number = 0
+        self._module = ModuleType("answer")
+        self._operations: dict[str, Callable[..., Any]] = {
+            "load": self._load, "program": self._program, "get": self._get, "call": self._call,
+            "attribute": getattr, "set": setattr, "items": self._items, "len": len,
+            "item": lambda value, key: value[key], "text": str, "next": next,
+        }  # fmt: skip
+
+    def answer(self, request: dict[str, Any]) -> None:
+        """Carry out one request, and write one line with its value or its exception."""
+        self._number = request.pop("n")
+        operation = self._operations[request.pop("op")]
+        arguments = [decode(one, self._revive) for one in request.pop("args", [])]
+        named = {k: decode(v, self._revive) for k, v in request.pop("kwargs", {}).items()}
+        before = json.dumps(_mutable(arguments, self._keep))
+        try:
+            value = operation(*arguments, **named)
+            reply = {"value": encode(value, self._keep)}
+            after = _mutable(arguments, self._keep)
+            if json.dumps(after) != before:
+                reply["changed"] = after
+            self._write(reply)
+        except BaseException as error:  # SystemExit and the answer's own included
+            reply = {"error": _described(error)}
+            del error
+            self._write(reply)
+
+    def report_limit(self, signal_number: int, frame: Any) -> None:
+        """Report the line of the answer that runs when the CPU time is used up, and end."""
+        while frame is not None and frame.f_code.co_filename != ANSWER:
+            frame = frame.f_back
+        self._write({"stuck": frame.f_lineno if frame else None})
+        os._exit(1)
+
+    def _write(self, reply: dict[str, Any]) -> None:
+        line = json.dumps({"n": self._number, **reply}).encode() + b"\n"
+        view = memoryview(line)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def _keep(self, value: Any) -> int:
+        self._objects.append(value)
+        return len(self._objects) - 1
+
+    def _revive(self, number: int, _: str) -> Any:
+        return self._objects[number]
+
+    def _load(self, prelude: str, code: str, names: list[str]) -> dict[str, int | None]:
+        """Run the answer's module; return the line of each name that it defines."""
+        sys.modules["answer"] = self._module
+        space = self._module.__dict__
+        exec(_compiled(prelude, PRELUDE), space)
+        before = {name: space.get(name) for name in names}
+        exec(_compiled(code, ANSWER), space)
+        return {
+            name: _line_of(space[name])
+            for name in names
+            if name in space and space[name] is not before[name]
+        }
+
+    def _program(self, prelude: str, code: str) -> None:
+        """Run the answer's code as a program, with its threads and exit functions."""
+        self._module.__name__ = "__main__"
+        sys.modules["__main__"] = self._module
+        space = self._module.__dict__
+        try:
+            exec(_compiled(prelude, PRELUDE), space)
+            exec(_compiled(code, ANSWER), space)
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+
+    def _get(self, name: str) -> Any:
+        space = self._module.__dict__
+        if name in space:
+            return space[name]
+        return getattr(builtins, name)
+
+    def _call(self, function: Any, *arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    def _items(self, value: Any) -> list[Any]:
+        def bounded(iterator: Iterator[Any]) -> Iterator[Any]:
+            for _ in range(MAX_ITEMS):
+                try:
+                    yield next(iterator)
+                except StopIteration:
+                    return
+            raise MemoryError(f"more than {MAX_ITEMS:,} elements")
+
+        return list(bounded(iter(value)))
+
+
+def _mutable(arguments: list[Any], keep: Callable[[Any], int]) -> list[Any]:
+    """Return the encoded arguments that a call can change; None in the place of others."""
+    kinds = (list, dict, set, bytearray)
+    return [encode(one, keep) if isinstance(one, kinds) else None for one in arguments]
+
+
+def _compiled(code: str, name: str) -> CodeType:
+    return compile(code, name, "exec", dont_inherit=True)  # not this module's future statements
+
+
+def _line_of(value: Any) -> int | None:
+    code = getattr(value, "__code__", None)
+    if not isinstance(code, CodeType) or code.co_filename != ANSWER:
+        return None
+    return code.co_firstlineno
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    """Return an exception's type, text, and the last line of the answer's code that it passed."""
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == ANSWER:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    syntax = False
+    if isinstance(error, SyntaxError) and error.filename == ANSWER:
+        syntax, line = True, error.lineno
+    try:
+        text = str(error)[:MAX_TEXT]
+    except BaseException:
+        text = ""
+    bases = [base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins"]
+    return {
+        "type": type(error).__name__[:80],
+        "bases": bases,
+        "text": text,
+        "line": line,
+        "syntax": syntax,
+        "module": getattr(error, "name", None) if isinstance(error, ImportError) else None,
+    }

@@ -1,0 +1,273 @@
+"""Drives one isolated process from the judge: sends requests, and receives values or its end."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import select
+import socket
+from typing import Any
+
+from .values import decode, encode, shown
+
+MAX_REPLY_BYTES = 8 << 20
+"""Longest reply or output that is read; a longer one ends the process."""
+
+
+class TestingOver(BaseException):
+    """Signals that no more tests can be run; ``outcome`` says why. No test code catches it."""
+
+    def __init__(self, kind: str, **details: Any) -> None:
+        super().__init__(kind)
+        self.outcome = {"kind": kind, **details}
+
+
+class CheckFailed(AssertionError):
+    """Signals that a value is not the expected one."""
+
+    def __init__(self, expected: str, got: str, detail: str = "") -> None:
+        super().__init__(detail or f"expected {expected}, got {got}")
+        self.expected, self.got = expected, got
+
+
+class GuestProcess:
+    """Holds one process that runs an answer, and the last call made there."""
+
+    def __init__(self, zygote: socket.socket, limits: dict[str, Any], *, streams: bool) -> None:
+        requests, self._requests = os.pipe()
+        self.replies, replies = os.pipe()
+        self._status, status = os.pipe()
+        self.stdin = self.stdout = -1
+        if streams:
+            stdin, self.stdin = os.pipe()
+            self.stdout, stdout = os.pipe()
+        else:
+            stdin, stdout = os.open("/dev/null", os.O_RDONLY), os.open("/dev/null", os.O_WRONLY)
+        theirs = [requests, replies, status, stdin, stdout]
+        socket.send_fds(zygote, [json.dumps(limits).encode()], theirs)
+        for fd in theirs:
+            os.close(fd)
+        self._buffer = b""
+        self._number = 0
+        self.last_call: tuple[str, str] | None = None
+        """The last call and its value, as text."""
+        self.end: dict[str, Any] = {}
+        """How the process ended, once it has."""
+
+    def request(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
+        """Carry out an operation of `guest.Guest` and return its value.
+
+        Raises the exception of the answer's code if it is a built-in one (or its built-in base), and
+        `TestingOver` if the process has ended or its reply is none.
+        """
+        self.send(operation, arguments, keywords)
+        reply = self._reply()
+        if error := reply.get("error"):
+            raise _exception(error)
+        value = self._decoded(reply["value"])
+        self._take_changes(arguments, reply.get("changed", []))
+        return value
+
+    def send(self, operation: str, arguments: Any = (), keywords: Any = None) -> None:
+        """Send a request. Raises `TestingOver` if nobody reads it."""
+        self._number += 1
+        request = {
+            "n": self._number, "op": operation,
+            "args": [encode(one, _number_of) for one in arguments],
+            "kwargs": {name: encode(one, _number_of) for name, one in (keywords or {}).items()},
+        }  # fmt: skip
+        try:
+            view = memoryview(json.dumps(request).encode() + b"\n")
+            while view:
+                view = view[os.write(self._requests, view) :]
+        except BrokenPipeError:
+            raise self.over() from None
+
+    def _reply(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            chunk = os.read(self.replies, 1 << 16)
+            if not chunk:
+                raise self.over()
+            self._buffer += chunk
+            if len(self._buffer) > MAX_REPLY_BYTES:
+                self.close()
+                raise TestingOver(
+                    "output", detail=f"a value of more than {MAX_REPLY_BYTES >> 20} MiB"
+                )
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return self.read_reply(line)
+
+    def read_reply(self, line: bytes) -> dict[str, Any]:
+        """Return a line as a reply. Raises `TestingOver` if it is none, or reports the limit's line."""
+        try:
+            reply = json.loads(line)
+            if "broken" in reply and self._number == 1:  # later it would be the answer's own word
+                raise TestingOver("broken", detail=str(reply["broken"])[:300])
+            if "stuck" in reply:
+                over = self.over()
+                over.outcome["line"] = reply["stuck"] if isinstance(reply["stuck"], int) else None
+                raise over
+            if reply["n"] == self._number and (
+                "value" in reply or isinstance(reply["error"], dict)
+            ):
+                return reply
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        self.close()
+        raise TestingOver("exit", detail="wrote to the runner's pipe")
+
+    def _decoded(self, data: Any) -> Any:
+        def revive(number: int, kind: str) -> Remote:
+            return Remote(self, number, kind)
+
+        try:
+            return decode(data, revive)
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
+            self.close()
+            raise TestingOver("exit", detail="wrote to the runner's pipe") from None
+
+    def _take_changes(self, arguments: Any, changes: list[Any]) -> None:
+        """Change arguments as the call has changed them in its process."""
+        for argument, change in zip(arguments, changes, strict=False):
+            if change is None or type(new := self._decoded(change)) is not type(argument):
+                continue
+            if isinstance(argument, list | bytearray):
+                argument[:] = new
+            elif isinstance(argument, dict | set):
+                argument.clear()
+                argument.update(new)
+
+    def over(self) -> TestingOver:
+        """Wait for the process to end, and return why."""
+        self.close(patience_s=1.0)
+        why, code = self.end.get("why"), self.end.get("code")
+        if why in ("cpu", "idle", "wall") or code == -24:  # SIGXCPU
+            return TestingOver("timeout", detail=why or "cpu")
+        if why in ("threads", "files"):
+            return TestingOver("exit", detail=f"too many {why}")
+        if why == "abandoned":
+            return TestingOver("exit", detail="closed the runner's pipe")
+        if why == "broken" or code is None:
+            return TestingOver("broken", detail=str(self.end.get("detail", "no report"))[:300])
+        if code == -9:
+            return TestingOver("memory", detail="killed by the system")
+        return TestingOver("exit", detail=f"exit status {code}" if code >= 0 else f"signal {-code}")
+
+    def close(self, patience_s: float = 0.0) -> None:
+        """Have the process ended if it does not end by itself, and wait until it has."""
+        if self._status < 0:
+            return
+        poll = select.poll()
+        poll.register(self._status, select.POLLIN)
+        poll.poll(patience_s * 1000)
+        self.finish()
+        for fd in (self.replies, self.stdin, self.stdout):
+            if fd >= 0:
+                os.close(fd)
+        report = os.read(
+            self._status, 1 << 16
+        )  # ends with the watchdog, which outlives the process
+        os.close(self._status)
+        self._status = self.stdin = self.stdout = -1
+        self.end = json.loads(report) if report else {}
+
+    def finish(self) -> None:
+        """Send no more requests: the process ends, and what it has written can be read."""
+        if self._requests >= 0:
+            os.close(self._requests)
+            self._requests = -1
+
+    def close_stdin(self) -> None:
+        """End the program's input."""
+        os.close(self.stdin)
+        self.stdin = -1
+
+
+class Remote:
+    """Stands for an object in the answer's process: it may be called and read, never compared.
+
+    Whether it equals something would be the answer's own word.
+    """
+
+    __slots__ = ("_guest", "_kind", "_number")
+
+    def __init__(self, guest: GuestProcess, number: int, kind: str) -> None:
+        object.__setattr__(self, "_guest", guest)
+        object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_kind", kind)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Call it there; the call and its value are recorded."""
+        written = [shown(one, 120) for one in arguments]
+        written += [f"{name}={shown(value, 120)}" for name, value in keywords.items()]
+        label = f"{self._kind}({', '.join(written)})"
+        self._guest.last_call = (label, "")
+        value = self._guest.request("call", self, *arguments, **keywords)
+        self._guest.last_call = (label, shown(value))
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = self._guest.request("attribute", self, name)
+        return named(value, f"{self._kind}.{name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._guest.request("set", self, name, value)
+
+    def __iter__(self) -> Any:
+        return iter(self._guest.request("items", self))
+
+    def __len__(self) -> int:
+        return self._guest.request("len", self)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._guest.request("item", self, key)
+
+    def __next__(self) -> Any:
+        return self._guest.request("next", self)
+
+    def __str__(self) -> str:
+        return str(self._guest.request("text", self))
+
+    def __repr__(self) -> str:
+        return f"<an object of type {self._kind}>"
+
+    def _refuse(self, *_: Any) -> Any:
+        raise CheckFailed("a plain value", repr(self), f"{self!r} is no plain value")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __contains__ = __hash__ = (
+        _refuse
+    )
+
+
+def named(value: Any, name: str) -> Any:
+    """Give an object of the answer the name that messages show; return it."""
+    if isinstance(value, Remote):
+        object.__setattr__(value, "_kind", name)
+    return value
+
+
+def _number_of(value: Any) -> int:
+    """Return the number of an object of the answer; tests pass no other objects."""
+    if isinstance(value, Remote):
+        return object.__getattribute__(value, "_number")
+    raise TestingOver(
+        "tests", detail=f"a test passes {type(value).__name__}, which is no plain value"
+    )
+
+
+class AnswerError(Exception):
+    """Holds an exception of the answer's code that no built-in exception stands for."""
+
+
+def _exception(described: dict[str, Any]) -> BaseException:
+    """Return an exception to raise in the test, a built-in one of the same kind."""
+    if "SystemExit" in (bases := list(described.get("bases", []))):
+        return TestingOver("exit", detail="sys.exit", error=described)
+    kind = next((k for b in bases if isinstance(k := getattr(builtins, str(b), None), type)), None)
+    plain = kind is not None and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
+    error = (kind if plain and kind is not None else AnswerError)(str(described.get("text", "")))
+    error.described = described  # type: ignore[attr-defined]
+    return error

@@ -1,0 +1,118 @@
+"""Encodes plain values as JSON that keeps Python's types, and decodes them to exact built-in types.
+
+What crosses between the answer's process and the judge is data: a decoded value has the methods of a
+built-in type, whatever the answer did to its own. Other objects stay where they are and are named by
+a number (`encode` calls ``keep``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+MAX_DECIMAL_BITS = 10_000
+"""Integers with more bits are written in hexadecimal, which takes linear time."""
+KEY = "#"
+"""The key that marks an encoded value of another type than JSON's."""
+
+
+def encode(value: Any, keep: Callable[[Any], int]) -> Any:
+    """Return a JSON-able form of a value; tuples, sets, dicts, bytes and big integers are tagged.
+
+    Values of subclasses (named tuples, counters, enumerations of integers) become those of the built-in
+    type. Raises `RecursionError` for what contains itself.
+    """
+    kind = type(value)
+    if value is None or kind is bool or kind is str:
+        return value
+    if isinstance(value, int):
+        plain = int.__int__(value)  # of an enumeration too
+        return plain if plain.bit_length() <= MAX_DECIMAL_BITS else {KEY: "int", "v": hex(plain)}
+    if isinstance(value, float):
+        plain = float.__float__(value)
+        return plain if math.isfinite(plain) else {KEY: "float", "v": repr(plain)}
+    return _encode_tagged(value, keep)
+
+
+def _encode_tagged(value: Any, keep: Callable[[Any], int]) -> Any:
+    def each(iterator: Any) -> list[Any]:
+        return [encode(one, keep) for one in iterator]
+
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, list):
+        return each(list.__iter__(value))
+    if isinstance(value, tuple):
+        return {KEY: "tuple", "v": each(tuple.__iter__(value))}
+    if isinstance(value, dict):
+        pairs = dict.items(value)
+        return {KEY: "dict", "v": [[encode(k, keep), encode(v, keep)] for k, v in pairs]}
+    if isinstance(value, set):
+        return {KEY: "set", "v": each(set.__iter__(value))}
+    if isinstance(value, frozenset):
+        return {KEY: "frozenset", "v": each(frozenset.__iter__(value))}
+    if isinstance(value, bytes | bytearray):
+        return {KEY: "bytes" if isinstance(value, bytes) else "bytearray", "v": value.hex()}
+    if type(value) is complex:
+        return {KEY: "complex", "v": [each([value.real]), each([value.imag])]}
+    if type(value) is range:
+        return {KEY: "range", "v": [value.start, value.stop, value.step]}
+    if type(value) is Fraction:
+        return {KEY: "fraction", "v": [value.numerator, value.denominator]}
+    if type(value) is Decimal:
+        return {KEY: "decimal", "v": str(value)}
+    return {KEY: "object", "v": keep(value), "type": _name_of(value)}
+
+
+def _name_of(value: Any) -> str:
+    name = type.__dict__["__name__"].__get__(type(value))
+    return str(name)[:80]
+
+
+def decode(data: Any, revive: Callable[[int, str], Any]) -> Any:
+    """Return the value of an encoded form; ``revive`` makes a stand-in for an object's number and type.
+
+    Raises `ValueError`, `TypeError` or `KeyError` for what `encode` does not write.
+    """
+    if isinstance(data, list):
+        return [decode(one, revive) for one in data]
+    if not isinstance(data, dict):
+        return data
+    kind, content = data[KEY], data["v"]
+    if kind == "object":
+        return revive(int(content), str(data["type"]))
+    if kind == "dict":
+        return {decode(key, revive): decode(value, revive) for key, value in content}
+    if kind in COLLECTIONS:
+        return COLLECTIONS[kind](decode(one, revive) for one in content)
+    if kind == "complex":
+        (real,), (imaginary,) = content
+        return complex(decode(real, revive), decode(imaginary, revive))
+    return ATOMS[kind](content)
+
+
+COLLECTIONS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+ATOMS: dict[str, Callable[[Any], Any]] = {
+    "int": lambda text: int(text, 16),
+    "float": float,
+    "bytes": bytes.fromhex,
+    "bytearray": bytearray.fromhex,
+    "range": lambda ends: range(*ends),
+    "fraction": lambda pair: Fraction(*pair),
+    "decimal": Decimal,
+}
+
+
+def shown(value: Any, limit: int = 300) -> str:
+    """Return a value as a person would write it, shortened; of a big integer its number of bits."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        bits = value.bit_length() if isinstance(value, int) else 0
+        text = f"an integer of {bits} bits" if bits else f"a {type(value).__name__} of big integers"
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply to show"
+    return text if len(text) <= limit else text[:limit] + "…"
