@@ -17,7 +17,7 @@ from selfteach.config.reward_section import (
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache, default_path
 from selfteach.feedback.rewards.combined_reward import CombinedReward, Source, VerdictReward
-from selfteach.feedback.rewards.judge import LlmJudge
+from selfteach.feedback.rewards.llm_judge import LlmJudge
 from selfteach.feedback.rewards.reward_function import RewardFunction
 from selfteach.prompts.renderer import Renderer
 from selfteach.tasks.task import Task

@@ -15,7 +15,7 @@ from selfteach.config.schema import validate
 from selfteach.errors import CriticError, RecipeError
 from selfteach.feedback.critics.endpoint import EndpointModel
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache
-from selfteach.feedback.rewards.judge import LlmJudge, read_number
+from selfteach.feedback.rewards.llm_judge import LlmJudge, read_number
 from selfteach.trainer.preflight import preflight
 from selfteach.types import Problem, Rollout, Usage
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from selfteach.errors import PartError
-from selfteach.feedback.rewards.judge import LlmJudge
+from selfteach.feedback.rewards.llm_judge import LlmJudge
 from selfteach.feedback.rewards.reward_function import RewardFunction
 from selfteach.feedback.rewards.reward_journal import RewardJournal
 from selfteach.feedback.rewards.scored import BatchScores, Score
