@@ -9,7 +9,7 @@ from typing import Any
 from selfteach.evaluation.evaluation_record import Evaluation
 from selfteach.protocols import Engine, Reward, Verifier
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
-from selfteach.tasks.verifiers import judge
+from selfteach.tasks.verifiers import verdicts_of
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
 
@@ -35,7 +35,7 @@ def evaluate(
 
     def verified() -> list[tuple[Rollout, Verdict]]:
         rollouts = engine.generate(problems, sampling)
-        return list(zip(rollouts, judge(rollouts, verify, reward), strict=True))
+        return list(zip(rollouts, verdicts_of(rollouts, verify, reward), strict=True))
 
     judged = ranks.gather(ranks.all_or_raise(verified))
     rollouts, verdicts = [rollout for rollout, _ in judged], [verdict for _, verdict in judged]

@@ -164,7 +164,9 @@ def verify_all(verify: Verifier, answers: Sequence[tuple[Problem, str]]) -> list
     return [verify(problem, text) for problem, text in answers]
 
 
-def judge(rollouts: Sequence[Rollout], verify: Verifier, reward: Reward | None) -> list[Verdict]:
+def verdicts_of(
+    rollouts: Sequence[Rollout], verify: Verifier, reward: Reward | None
+) -> list[Verdict]:
     """Return the verdict of each rollout: the verifier's, with the rewards if there are any."""
     verdicts = verify_all(verify, [(rollout.problem, rollout.text) for rollout in rollouts])
     return reward(list(zip(rollouts, verdicts, strict=True))) if reward is not None else verdicts

@@ -9,7 +9,7 @@ from selfteach.feedback.rewards.combined_reward import CombinedReward
 from selfteach.feedback.rewards.reward_journal import RewardJournal
 from selfteach.protocols import Verifier
 from selfteach.runtime.run_folder import RunFolder
-from selfteach.tasks.verifiers import judge, verify_all
+from selfteach.tasks.verifiers import verdicts_of, verify_all
 from selfteach.trainer.build import Built
 from selfteach.trainer.reward_metrics import mean_rewards
 from selfteach.types import Problem, Rollout, Verdict
@@ -41,7 +41,7 @@ def stored_verdicts(
     reward = built.components.reward
     if isinstance(reward, CombinedReward):
         reward = reward.at(0, RewardJournal(run, name, run.identity))
-    return judge(rollouts, built.components.verify, reward)
+    return verdicts_of(rollouts, built.components.verify, reward)
 
 
 class BatchwiseReward:

@@ -28,7 +28,7 @@ from selfteach.protocols import (
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.torch_setup import seed_update
 from selfteach.tasks import segmentation
-from selfteach.tasks.verifiers import judge
+from selfteach.tasks.verifiers import verdicts_of
 from selfteach.trainer.batching import collate
 from selfteach.trainer.metrics import Metrics, loss_coverage, summarize_samples, summarize_tokens
 from selfteach.trainer.nonfinite import require_finite
@@ -92,7 +92,7 @@ def verify_and_critique(
     components: Components, rollouts: Sequence[Rollout]
 ) -> list[CritiquedRollout]:
     """Verify and reward each rollout, then have the critic write a critique of it."""
-    verdicts = judge(rollouts, components.verify, components.reward)
+    verdicts = verdicts_of(rollouts, components.verify, components.reward)
     critiques: Sequence[Critique | CritiqueFailure | None] = [None] * len(rollouts)
     if components.critic is not None:
         critiques = components.critic(list(zip(rollouts, verdicts, strict=True)))

@@ -35,7 +35,7 @@ from selfteach.runtime.stored_records import history_column, plain_columns
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.conversations import is_conversation
 from selfteach.tasks.sources.splits import split_pool, without_duplicates
-from selfteach.tasks.verifiers import judge
+from selfteach.tasks.verifiers import verdicts_of
 from selfteach.trainer.build import Built, build, set_threads
 from selfteach.trainer.evaluation_reward import with_stored_rewards
 from selfteach.trainer.preflight import preflight
@@ -219,7 +219,7 @@ def _tally(
 ) -> list[Tally]:
     """Count correct and parsable rollouts, then critique incorrect ones of problems that are hard."""
     built = with_stored_rewards(built, run, f"select.{number:03d}", batch)
-    verdicts = judge(batch, built.components.verify, built.components.reward)
+    verdicts = verdicts_of(batch, built.components.verify, built.components.reward)
     tallies: dict[str, Tally] = {}
     wrong: dict[str, list[Rollout]] = {}
     for rollout, verdict in zip(batch, verdicts, strict=True):

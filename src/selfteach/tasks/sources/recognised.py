@@ -34,20 +34,13 @@ def recognised(
         if getattr(columns, name) == usual[0] and usual[0] not in row.values:
             is_needed = need_answer or name != "answer" or any(_has(row.values, c) for c in usual)
             changed[name] = _first(row.values, usual, name) if is_needed else ""
-    named = "solution" in columns.answer  # the recipe reads answers from it
-    worked = None if named else row.values.get("solution")
-    if changed.get("answer") == "solution":
-        boxed = last_boxed(worked) if isinstance(worked, str) else None
-        if boxed is not None:
-            changed["answer"] = "solution | boxed"
-            if len(worked.strip()) <= len(boxed) + len(r"$$\boxed{}$$."):
-                worked = None  # the answer alone
-        else:
-            worked = None
-    elif isinstance(worked, str) and worked.strip() == str(row.values.get("answer")).strip():
-        worked = None
-    has_reference = columns.reference is not None or "reference" in row.values
-    if isinstance(worked, str) and worked.strip() and not has_reference:
+    if changed.get("answer") == "solution" and _boxed(row) is not None:
+        changed["answer"] = "solution | boxed"
+    if (
+        columns.reference is None
+        and "reference" not in row.values
+        and _is_worked(row, changed.get("answer", columns.answer))
+    ):
         changed["reference"] = "solution"
     if read is not None:
         for name in ("question", "answer", "reference"):
@@ -64,6 +57,22 @@ def described(read: ColumnsRead) -> str:
     line = ", ".join(f"{name} from {columns}" for name, columns in named.items())
     others = read.get("not read")
     return f"{line}; not read: {', '.join(others)}" if others else line
+
+
+def _boxed(row: Row) -> str | None:
+    """Return the content of the last box of a row's solution."""
+    text = row.values.get("solution")
+    return last_boxed(text) if isinstance(text, str) else None
+
+
+def _is_worked(row: Row, answer: str) -> bool:
+    """Return True if a row's solution says more than its answer, which is read from column ``answer``."""
+    text = row.values.get("solution")
+    if not isinstance(text, str) or not text.strip():
+        return False
+    if answer == "solution | boxed":
+        return len(text.strip()) > len(_boxed(row) or text) + len(r"$$\boxed{}$$.")
+    return "solution" not in answer and text.strip() != str(row.values.get(answer)).strip()
 
 
 def _record_other_prompts(
