@@ -66,7 +66,7 @@ def _boxed(row: Row) -> str | None:
 
 
 def _is_worked(row: Row, answer: str) -> bool:
-    """Return True if a row's solution says more than its answer, which is read from column ``answer``."""
+    """Return True if a row's solution says more than its answer, of column ``answer``."""
     text = row.values.get("solution")
     if not isinstance(text, str) or not text.strip():
         return False
