@@ -195,7 +195,7 @@ def test_offline_forgives_what_is_absent_and_not_what_is_named_wrongly(tmp_path:
             list(describe_study(study(*settings), offline=True))
     described = "\n".join(describe_study(study("model.path=acme/unheard-of"), offline=True))
     assert "model acme/unheard-of: not in the local cache; its size is unknown" in described
-    assert "memory" not in described and "sampled: 65,536" in described
+    assert "memory of one device" not in described and "sampled: 65,536" in described
     with pytest.raises((EngineError, DataError)):
         list(describe_study(study()))
 

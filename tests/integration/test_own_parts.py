@@ -45,7 +45,16 @@ def parts(tmp_path: Path) -> Path:
     return tmp_path / "parts"
 
 
-@pytest.mark.parametrize(("recipe", "arm"), ARMS, ids=[f"{path.stem}:{arm}" for path, arm in ARMS])
+@pytest.mark.parametrize(
+    ("recipe", "arm"),
+    [
+        pytest.param(
+            path, arm, id=f"{path.stem}:{arm}",
+            marks=() if arm in ("critic", "reward", "objective", "own_context") else pytest.mark.slow,
+        )
+        for path, arm in ARMS
+    ],
+)  # fmt: skip
 def test_an_example_of_each_kind_trains_and_resumes(
     recipe: Path, arm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

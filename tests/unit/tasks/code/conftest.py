@@ -33,7 +33,13 @@ def started(config: CodeConfig) -> CodePool:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session", params=LEVELS)
+@pytest.fixture(
+    scope="session",
+    params=[
+        *LEVELS[:-1],
+        pytest.param(LEVELS[-1], marks=pytest.mark.slow),
+    ],
+)
 def pool(request: pytest.FixtureRequest) -> Iterator[CodePool]:
     """Yield a pool of one isolation, with short limits and no refused imports."""
     config = CodeConfig(
