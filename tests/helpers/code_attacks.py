@@ -341,7 +341,7 @@ BOMBS: dict[str, tuple[str, set[str]]] = {
     "memory": ("def f(x): return [0] * 10**10", {"memory"}),
     "memory step by step": (
         "def f(x):\n    a = []\n    while True: a.append(bytearray(10**6))",
-        {"memory"},
+        {"memory", "timeout"},
     ),
     "memory that is caught": (
         "def f(x):\n    a = []\n    while True:\n        try: a.append(bytearray(10**7))\n"

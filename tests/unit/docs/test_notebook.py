@@ -47,6 +47,7 @@ def test_its_links_exist_and_its_api_is_public() -> None:
     assert used <= set(api.__all__)
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

@@ -11,6 +11,8 @@ from selfteach.errors import DataError
 from selfteach.tasks.code.code_pool import CodePool
 
 LEVELS: tuple[Isolation, ...] = ("bubblewrap", "namespaces", "landlock")
+QUICK: Isolation = "namespaces"
+"""The level of the tests that are not slow: most machines have it."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,10 +37,7 @@ def started(config: CodeConfig) -> CodePool:
 
 @pytest.fixture(
     scope="session",
-    params=[
-        *LEVELS[:-1],
-        pytest.param(LEVELS[-1], marks=pytest.mark.slow),
-    ],
+    params=[pytest.param(n, marks=() if n == QUICK else pytest.mark.slow) for n in LEVELS],
 )
 def pool(request: pytest.FixtureRequest) -> Iterator[CodePool]:
     """Yield a pool of one isolation, with short limits and no refused imports."""
