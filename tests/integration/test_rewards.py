@@ -303,6 +303,16 @@ def test_functions_from_python_and_their_sources(folder: Path) -> None:
         selfteach.train(plain, folder / "b", components={"reward": [lambda **_: 1, lambda **_: 2]})
 
 
+def test_a_step_from_python_has_the_rewards_and_an_evaluation_pays_for_none(folder: Path) -> None:
+    built = api.build(recipe(folder, [LENGTH]))
+    samples, _ = api.train_step(built.components, built.task.train[:2])
+    rewards = [sample.critiqued.verdict.reward for sample in samples]
+    assert rewards == [sum(sample.rollout.token_ids) % 7 / 10 for sample in samples]
+    assert built.for_measuring().components.reward is None
+    decided = api.build(recipe(folder, [LENGTH], success=0.6))
+    assert decided.for_measuring().components.reward is decided.components.reward is not None
+
+
 def test_a_changed_function_is_refused_by_a_resume(folder: Path) -> None:
     made = recipe(folder, [LENGTH])
     run_to_end(made, folder / "run")

@@ -73,9 +73,16 @@ class Built:
     components: Components
     task: Task
     tokenizer: PreTrainedTokenizerBase
-    reward: CombinedReward | None = None
-    """What a training rollout is worth. The components have it too where it decides success: only then
-    is it computed outside of training."""
+
+    def for_measuring(self) -> Built:
+        """Return this without rewards that only training uses: they may cost money.
+
+        Rewards that decide success (``reward.success``) stay: evaluations need them.
+        """
+        reward = self.components.reward
+        if isinstance(reward, CombinedReward) and reward.success is None:
+            return replace(self, components=replace(self.components, reward=None))
+        return self
 
 
 def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
@@ -136,10 +143,10 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         max_length=loaded.max_length,
         pad_id=loaded.pad_id,
         initial=_watched_initial(recipe, teacher, policy),
-        reward=reward if reward is not None and reward.success is not None else None,
+        reward=reward,
         ranks=ranks,
     )
-    return Built(components, task, loaded.tokenizer, reward)
+    return Built(components, task, loaded.tokenizer)
 
 
 @dataclass(frozen=True, slots=True)

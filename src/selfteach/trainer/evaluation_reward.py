@@ -59,8 +59,9 @@ class BatchwiseReward:
 
     def start(self, number: int, rollouts: Sequence[Rollout]) -> None:
         """Reward one batch; nothing happens where rewards do not decide success."""
-        reward, components = self._built.reward, self._built.components
-        if not self.decides or reward is None:
+        components = self._built.components
+        reward = components.reward
+        if not isinstance(reward, CombinedReward):
             return
         buyer = f"{self._run.identity}/{components.ranks.rank}"
         journal = RewardJournal(self._run, f"{self._name}.{number:03d}", buyer)

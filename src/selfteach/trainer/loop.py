@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -195,7 +194,7 @@ def _steps(
     run: RunFolder, recipe: Recipe, built: Built, done: int, record: Record, end: Termination
 ) -> Iterator[dict[str, Any]]:
     """Train step by step. A row is written before its step's checkpoint, so that none is missing."""
-    components, last = replace(built.components, reward=built.reward), recipe.train.steps
+    components, last = built.components, recipe.train.steps
     publish_weights(components)
     training = train_steps(
         components, _rollout_requests(run, recipe, built), range(done + 1, last + 1), run,
@@ -315,7 +314,7 @@ def _measure(
     run: RunFolder, recipe: Recipe, built: Built, split: SplitName, step: int, record: Record
 ) -> dict[str, Any]:
     """Evaluate on a split and record the result."""
-    settings, started = recipe.evaluation, time.monotonic()
+    settings, started, built = recipe.evaluation, time.monotonic(), built.for_measuring()
     k = settings.test_k if split == "test" else settings.validation_k
     sampling = evaluation_sampling(recipe, k, recipe.seed)
     scored = BatchwiseReward(

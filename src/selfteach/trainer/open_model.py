@@ -36,7 +36,7 @@ def open_model(
     changed = {"model": {"path": what}, "train": {"steps": 0}}
     resolved = validate(Recipe, merge(resolved.model_dump(mode="json"), changed), where="recipe")
     resolved = adapt(resolved)
-    return build(resolved), resolved
+    return build(resolved).for_measuring(), resolved
 
 
 def _from_checkpoint(
@@ -44,7 +44,7 @@ def _from_checkpoint(
 ) -> tuple[Built, Recipe]:
     trained = with_copies(validate(Recipe, RunFolder(run).config(), where=str(run)), run)
     resolved = adapt(recipe.model_copy(update={"model": trained.model}) if recipe else trained)
-    built = build(resolved)
+    built = build(resolved).for_measuring()
     checkpoint.verify(saved)
     checkpoint.load_weights(saved, built.components.policy)
     return built, resolved

@@ -23,6 +23,7 @@ from selfteach.config.data_section import OwnData
 from selfteach.config.part_section import named_parts
 from selfteach.config.recipe import Recipe
 from selfteach.errors import PartError
+from selfteach.feedback.rewards.combined_reward import CombinedReward
 from selfteach.runtime.part_sources import source_of
 from selfteach.runtime.parts import shown
 from selfteach.tasks.own_tasks import own_problems
@@ -168,8 +169,8 @@ def _check_context(
 
 def _check_reward(built: Built, key: str, critiqued: Sequence[CritiquedRollout]) -> None:
     """Call a reward function once: it may cost money, and may return others the next time."""
-    reward = built.reward
-    assert reward is not None
+    reward = built.components.reward
+    assert isinstance(reward, CombinedReward)
     source = reward.sources[int(key.rpartition(".")[2])]
     alone = replace(reward, sources=[source], success=None)
     judged = [(one.rollout, replace(one.verdict, rewards=None)) for one in critiqued]

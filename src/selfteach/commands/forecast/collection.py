@@ -103,7 +103,7 @@ class Collector:
         self._recipes, self._request, self._run = recipes, request, run
         self._rates, self._name, self._progress = rates, name, progress
         self._base = untrained(recipes)
-        self._built = build(self._base)
+        self._built = build(self._base).for_measuring()
         engine = self._built.components.engine
         assert isinstance(engine, BatchedEngine) and isinstance(engine.engine, TransformersEngine)
         self._engine = engine.engine

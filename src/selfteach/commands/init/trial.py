@@ -8,6 +8,7 @@ from statistics import fmean
 
 from selfteach.commands.init.recipe_draft import trained_alike
 from selfteach.config.recipe import Recipe
+from selfteach.tasks.verifiers import verdicts_of
 from selfteach.trainer.build import build, set_threads
 from selfteach.types import Rollout, Sampling, Verdict
 
@@ -64,7 +65,7 @@ def try_model(recipe: Recipe, samples: int) -> Trial:
         samples, recipe.sampling.temperature, recipe.sampling.max_tokens, recipe.seed
     )
     rollouts = built.components.engine.generate(built.task.train[:PROBLEMS], sampling)
-    verdicts = [built.components.verify(rollout.problem, rollout.text) for rollout in rollouts]
+    verdicts = verdicts_of(rollouts, built.components.verify, None)
     return Trial(rollouts, verdicts, recipe.sampling.max_tokens)
 
 

@@ -115,7 +115,7 @@ def select(recipe: Recipe, config: SelectConfig, folder: str | Path) -> Iterator
         needed = recipe if config.critic else recipe.model_copy(update=without)
         preflight([needed])
         require_same_sources(folder, needed)
-        built = build(needed)
+        built = build(needed).for_measuring()
         if config.critic and config.critic_test == "solution":
             _require_solving_critic(built)
         built = same_problems(run, built)

@@ -186,7 +186,7 @@ def _inspect(recipe: Recipe, request: InspectionRequest, target: Path, commit: s
     from selfteach.trainer.build import build, set_threads
 
     set_threads(one_thread(recipe).train.threads)
-    built = build(recipe)
+    built = build(recipe).for_measuring()
     rollouts = sample_rollouts(built, recipe, request, built.task.problems("validation"))
     made = {**collect_provenance(), "model": recipe.model.path, "commit": commit}
     inspect(built, recipe, request, rollouts, target, made=made)
