@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from selfteach.commands.actions import load, one_run
-from selfteach.config.part_names import Kind, is_own
+from selfteach.config.part_names import Kind, is_custom
 from selfteach.config.part_section import PART_KEYS, REWARDS
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, nearest, validate
@@ -111,7 +111,7 @@ def _name_of(part: Any) -> str:
         part = part.func
     target = part if inspect.isroutine(part) or inspect.isclass(part) else type(part)
     module, name = str(target.__module__), re.sub(r"\W", "_", target.__name__)
-    return f"{module}:{name}" if is_own("critic", f"{module}:{name}") else f"given:{name}"
+    return f"{module}:{name}" if is_custom("critic", f"{module}:{name}") else f"given:{name}"
 
 
 def _callable_problems(part: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, Tag, model_validator
 
-from selfteach.config.part_section import OURS, OWN, OwnPart, own_name_or
+from selfteach.config.part_section import BUILT_IN, CUSTOM, CustomPart, custom_name_or
 from selfteach.config.schema import Section
 
 ContextName = Literal[
@@ -27,7 +27,8 @@ ContextName = Literal[
 ]
 CONTEXTS: tuple[ContextName, ...] = get_args(ContextName)
 ContextType = Annotated[
-    Annotated[ContextName, Tag(OURS)] | Annotated[str, Tag(OWN)], own_name_or("context", CONTEXTS)
+    Annotated[ContextName, Tag(BUILT_IN)] | Annotated[str, Tag(CUSTOM)],
+    custom_name_or("context", CONTEXTS),
 ]
 """One of our contexts, or the name of one's own."""
 PARTLY_ALIGNED = "partly_aligned"
@@ -62,21 +63,21 @@ class ContextConfig(Section):
 
         Of one's own, the file's or module's name with the options: ``context.py:shown(lines=3)``.
         """
-        if self.own_part is not None:
-            return self.own_part.label
+        if self.custom_part is not None:
+            return self.custom_part.label
         partly = self.type == PARTLY_ALIGNED
         return f"{PARTLY_ALIGNED}@{self.alignment:g}" if partly else self.type
 
     @property
-    def own_part(self) -> OwnPart | None:
+    def custom_part(self) -> CustomPart | None:
         """Return the context of one's own; None for one of ours."""
-        return None if self.type in CONTEXTS else OwnPart(type=self.type, options=self.options)
+        return None if self.type in CONTEXTS else CustomPart(type=self.type, options=self.options)
 
     @property
-    def own_fallback(self) -> OwnPart | None:
+    def custom_fallback(self) -> CustomPart | None:
         """Return the fallback of one's own, which has no options; None for one of ours, or none."""
         ours = self.fallback is None or self.fallback in CONTEXTS
-        return None if ours or self.fallback is None else OwnPart(type=self.fallback)
+        return None if ours or self.fallback is None else CustomPart(type=self.fallback)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,6 +88,6 @@ class ContextConfig(Section):
     def _check_fallback(self) -> ContextConfig:
         if self.fallback is not None and self.fallback in (self.type, "none"):
             raise ValueError('fallback must differ from type and from "none"')
-        if self.options and self.own_part is None:
+        if self.options and self.custom_part is None:
             raise ValueError(f'options are for a context of your own; "{self.type}" takes none')
         return self

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self, Union
 
 from pydantic import Field, Tag, model_validator
 
-from selfteach.config.part_section import OWN, OwnPart, own_or
+from selfteach.config.part_section import CUSTOM, CustomPart, custom_or
 from selfteach.config.schema import Section
 from selfteach.config.served_model import ChatModelConfig, ServedModelConfig
 
@@ -131,7 +131,7 @@ class RecordedConfig(Section):
     """A run folder, or a study's folder, all of whose runs are read."""
 
 
-class OwnCriticConfig(OwnPart):
+class CustomCriticConfig(CustomPart):
     """Critiques with a class or function of one's own, a `Critic` of `selfteach.protocols`."""
 
 
@@ -142,7 +142,7 @@ CriticConfig = Annotated[
         Annotated[LocalCriticConfig, Tag("local")],
         Annotated[PolicyCriticConfig, Tag("policy")],
         Annotated[RecordedConfig, Tag("recorded")],
-        Annotated[OwnCriticConfig, Tag(OWN)],
+        Annotated[CustomCriticConfig, Tag(CUSTOM)],
     ],
-    own_or("critic", ("oracle", "endpoint", "local", "policy", "recorded")),
+    custom_or("critic", ("oracle", "endpoint", "local", "policy", "recorded")),
 ]

@@ -8,13 +8,13 @@ from pydantic import Field, Tag, model_validator
 
 from selfteach.config.code_section import CodeConfig
 from selfteach.config.part_section import (
-    OURS,
-    OWN,
-    OwnPart,
-    OwnSplitter,
-    OwnVerifier,
-    own_name_or,
-    own_or,
+    BUILT_IN,
+    CUSTOM,
+    CustomPart,
+    CustomSplitter,
+    CustomVerifier,
+    custom_name_or,
+    custom_or,
     spelled_out,
 )
 from selfteach.config.schema import Section
@@ -27,18 +27,18 @@ VerifierName = Literal["exact", "math", "code", "reasoning_gym", "lab", "chain_s
 GymVerifierName = Literal["reasoning_gym", "exact", "math"]
 VERIFIERS: tuple[VerifierName, ...] = get_args(VerifierName)
 VerifierConfig = Annotated[
-    Annotated[VerifierName, Tag(OURS)] | Annotated[OwnPart, Tag(OWN)],
-    own_name_or("verifier", VERIFIERS),
+    Annotated[VerifierName, Tag(BUILT_IN)] | Annotated[CustomPart, Tag(CUSTOM)],
+    custom_name_or("verifier", VERIFIERS),
     spelled_out("verifier", VERIFIERS),
 ]
 GymVerifierConfig = Annotated[
-    Annotated[GymVerifierName, Tag(OURS)] | Annotated[OwnPart, Tag(OWN)],
-    own_name_or("verifier", VERIFIERS),
+    Annotated[GymVerifierName, Tag(BUILT_IN)] | Annotated[CustomPart, Tag(CUSTOM)],
+    custom_name_or("verifier", VERIFIERS),
     spelled_out("verifier", VERIFIERS),
 ]
 StepsConfig = Annotated[
-    Annotated[Steps, Tag(OURS)] | Annotated[OwnPart, Tag(OWN)],
-    own_name_or("splitter", get_args(Steps)),
+    Annotated[Steps, Tag(BUILT_IN)] | Annotated[CustomPart, Tag(CUSTOM)],
+    custom_name_or("splitter", get_args(Steps)),
     spelled_out("splitter", get_args(Steps)),
 ]
 
@@ -46,9 +46,9 @@ StepsConfig = Annotated[
 class ProgramData(Section):
     """Holds what problems have in common that bring a verifier and a splitter."""
 
-    verifier: OwnVerifier = None
+    verifier: CustomVerifier = None
     """A verifier of one's own in place of the problems' own."""
-    steps: OwnSplitter = None
+    steps: CustomSplitter = None
     """A splitter into solution steps of one's own in place of the problems' own."""
 
 
@@ -259,7 +259,7 @@ class GymData(AnswerReading):
     """Number of test problems."""
 
 
-class OwnData(AnswerReading, OwnPart):
+class CustomData(AnswerReading, CustomPart):
     """Takes problems from a function or class of one's own, called with the name of each split.
 
     It returns `Problem` records, or rows with the columns of a file.
@@ -280,9 +280,9 @@ DataConfig = Annotated[
         Annotated[FilesData, Tag("files")],
         Annotated[HubData, Tag("hub")],
         Annotated[GymData, Tag("reasoning_gym")],
-        Annotated[OwnData, Tag(OWN)],
+        Annotated[CustomData, Tag(CUSTOM)],
     ],
-    own_or("problems", ("lab", "chain_sums", "files", "hub", "reasoning_gym")),
+    custom_or("problems", ("lab", "chain_sums", "files", "hub", "reasoning_gym")),
 ]
 
 

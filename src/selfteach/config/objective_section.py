@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, Tag, field_validator, model_validator
 
-from selfteach.config.part_section import OWN, OwnPart, own_or
+from selfteach.config.part_section import CUSTOM, CustomPart, custom_or
 from selfteach.config.schema import Section
 
 
@@ -176,7 +176,7 @@ class HybridConfig(Section):
         return self
 
 
-class OwnObjectiveConfig(OwnPart):
+class CustomObjectiveConfig(CustomPart):
     """Minimises what a class of one's own computes, an `Objective` of `selfteach.protocols`."""
 
 
@@ -185,9 +185,9 @@ ObjectiveConfig = Annotated[
         Annotated[DistillationConfig, Tag("distillation")],
         Annotated[GrpoConfig, Tag("grpo")],
         Annotated[HybridConfig, Tag("hybrid")],
-        Annotated[OwnObjectiveConfig, Tag(OWN)],
+        Annotated[CustomObjectiveConfig, Tag(CUSTOM)],
     ],
-    own_or("objective", ("distillation", "grpo", "hybrid")),
+    custom_or("objective", ("distillation", "grpo", "hybrid")),
 ]
 
 
@@ -203,5 +203,5 @@ def terms(objective: ObjectiveConfig) -> tuple[DistillationConfig | None, GrpoCo
             return objective, None
         case GrpoConfig():
             return None, objective
-        case OwnObjectiveConfig():
+        case CustomObjectiveConfig():
             return None, None

@@ -34,15 +34,15 @@ IN_MODULE = re.compile(
 )
 """Matches ``package.module:name``."""
 SPELLING = "package.module:name or ./file.py:name"
-OURS, OWN = "ours", "own"
-"""Tags of the two alternatives: one of ours, or one of the user's own."""
+BUILT_IN, CUSTOM = "built in", "custom"
+"""Tags of the two alternatives: one of ours, or a part of the user's."""
 NAMING_KEYS = frozenset({"type", "fallback", "verifier", "steps"})
 """Keys of a recipe whose value may name a part."""
 NAMES_KEY = "functions"
 """Key of a recipe whose value is a list of parts: ``reward.functions``."""
 
 
-def is_own(kind: Kind, name: object) -> bool:
+def is_custom(kind: Kind, name: object) -> bool:
     """Return True for the spelling of a part of one's own, or the name of an installed plug-in's."""
     if not isinstance(name, str):
         return False

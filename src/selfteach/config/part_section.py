@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field
 
-from selfteach.config.part_names import OURS, OWN, SPELLING, Kind, is_own, unanchored
+from selfteach.config.part_names import BUILT_IN, CUSTOM, SPELLING, Kind, is_custom, unanchored
 from selfteach.config.schema import Section
 
 
-class OwnPart(Section):
+class CustomPart(Section):
     """Names a part of one's own."""
 
     type: str
@@ -32,25 +32,25 @@ class OwnPart(Section):
         return f"{name}({options})" if options else name
 
 
-def own_or(kind: Kind, ours: Sequence[str]) -> Discriminator:
-    """Return the discriminator of a section: by its ``type`` if it is one of ours, else `OWN`."""
+def custom_or(kind: Kind, ours: Sequence[str]) -> Discriminator:
+    """Return the discriminator of a section: by its ``type`` if it is one of ours, else `CUSTOM`."""
 
     def tag(section: object) -> object:
         name = (
             section.get("type") if isinstance(section, Mapping) else getattr(section, "type", None)
         )
-        return OWN if name not in ours and is_own(kind, name) else name
+        return CUSTOM if name not in ours and is_custom(kind, name) else name
 
     return Discriminator(tag)  # type: ignore[arg-type]
 
 
-def own_name_or(kind: Kind, ours: Sequence[str]) -> Discriminator:
+def custom_name_or(kind: Kind, ours: Sequence[str]) -> Discriminator:
     """Return the discriminator of a value that is one of our names, or names a part of one's own."""
 
     def tag(value: object) -> str:
         name = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", value)
-        is_table = isinstance(value, OwnPart | Mapping)
-        return OWN if is_table or (name not in ours and is_own(kind, name)) else OURS
+        is_table = isinstance(value, CustomPart | Mapping)
+        return CUSTOM if is_table or (name not in ours and is_custom(kind, name)) else BUILT_IN
 
     return Discriminator(tag)
 
@@ -59,25 +59,25 @@ def spelled_out(kind: Kind, ours: Sequence[str]) -> BeforeValidator:
     """Return the validator that reads the bare name of a part as a table without options."""
 
     def check(value: object) -> object:
-        is_name = isinstance(value, str) and value not in ours and is_own(kind, value)
+        is_name = isinstance(value, str) and value not in ours and is_custom(kind, value)
         return {"type": value} if is_name else value
 
     return BeforeValidator(check)
 
 
-def only_own(kind: Kind) -> BeforeValidator:
+def only_custom(kind: Kind) -> BeforeValidator:
     """Return the validator of a key that takes no name of ours: the problems have a part already."""
 
     def check(value: object) -> object:
-        if isinstance(value, str) and not is_own(kind, value):
+        if isinstance(value, str) and not is_custom(kind, value):
             raise ValueError(f"these problems have their {kind}; one of your own is {SPELLING}")
         return {"type": value} if isinstance(value, str) else value
 
     return BeforeValidator(check)
 
 
-OwnVerifier = Annotated[OwnPart | None, only_own("verifier")]
-OwnSplitter = Annotated[OwnPart | None, only_own("splitter")]
+CustomVerifier = Annotated[CustomPart | None, only_custom("verifier")]
+CustomSplitter = Annotated[CustomPart | None, only_custom("splitter")]
 
 
 PART_KEYS: Mapping[str, Kind] = {
@@ -95,24 +95,24 @@ REWARDS = "reward.functions"
 """The key of a recipe that may name several parts; ``reward.functions.0`` is the first of them."""
 
 
-def named_parts(recipe: Any) -> dict[str, tuple[Kind, OwnPart]]:
+def named_parts(recipe: Any) -> dict[str, tuple[Kind, CustomPart]]:
     """Return the parts of one's own that a recipe names, by their key, like ``data.verifier``."""
     named: Mapping[str, Any] = {
         "data": recipe.data,
         "data.verifier": getattr(recipe.data, "verifier", None),
         "data.steps": getattr(recipe.data, "steps", None),
         "critic": recipe.critic,
-        "context": recipe.context.own_part,
-        "context.fallback": recipe.context.own_fallback,
+        "context": recipe.context.custom_part,
+        "context.fallback": recipe.context.custom_fallback,
         "objective": recipe.objective,
         "teacher": recipe.teacher,
     }
-    parts: dict[str, tuple[Kind, OwnPart]] = {
-        key: (PART_KEYS[key], part) for key, part in named.items() if isinstance(part, OwnPart)
+    parts: dict[str, tuple[Kind, CustomPart]] = {
+        key: (PART_KEYS[key], part) for key, part in named.items() if isinstance(part, CustomPart)
     }
     rewards = enumerate(recipe.reward.functions if recipe.reward is not None else ())
-    functions: dict[str, tuple[Kind, OwnPart]] = {
-        f"{REWARDS}.{i}": ("reward", part) for i, part in rewards if isinstance(part, OwnPart)
+    functions: dict[str, tuple[Kind, CustomPart]] = {
+        f"{REWARDS}.{i}": ("reward", part) for i, part in rewards if isinstance(part, CustomPart)
     }
     return {**parts, **functions}
 

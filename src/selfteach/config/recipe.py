@@ -25,7 +25,7 @@ from selfteach.config.objective_section import (
     ObjectiveConfig,
     terms,
 )
-from selfteach.config.part_section import OwnPart
+from selfteach.config.part_section import CustomPart
 from selfteach.config.reward_section import RewardConfig
 from selfteach.config.sampling_checks import check_sampling
 from selfteach.config.sampling_section import EvaluationConfig, SamplingConfig
@@ -295,7 +295,7 @@ class Recipe(Section):
     def shows_context(self) -> bool:
         """Return True if the teacher's prompts are built: in distillation, and where an objective of
         one's own is named with a context."""
-        if isinstance(self.objective, OwnPart):
+        if isinstance(self.objective, CustomPart):
             return self.context.type != "none"
         return terms(self.objective)[0] is not None
 

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.migrations import RECIPE_KEYS, RECIPE_VALUES, SELECT_KEYS, RenamedKey
-from selfteach.config.part_section import OwnPart
+from selfteach.config.part_section import CustomPart
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import StudyConfig, SweepConfig, VariantConfig
 from selfteach.config.schema import Section
@@ -112,7 +112,7 @@ def _tables(path: str, section: type[Section], headings: dict[type[Section], str
     ``headings`` holds the sections that have a table already, and gets those of this call.
     """
     kind = _single_type(section)
-    if issubclass(section, OwnPart):
+    if issubclass(section, CustomPart):
         kind = "package.module:name"
     is_chosen = "." not in path or path.startswith("[")
     heading = f"`[{path}]`" + (f', `type = "{kind}"`' if kind and is_chosen else "")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, Union
 
 from pydantic import BeforeValidator, Field, Tag, field_validator, model_validator
 
-from selfteach.config.part_section import OWN, OwnPart, own_or
+from selfteach.config.part_section import CUSTOM, CustomPart, custom_or
 from selfteach.config.schema import Section
 from selfteach.config.served_model import ServedModelConfig
 
@@ -122,7 +122,7 @@ class JudgeConfig(ServedModelConfig):
         return values
 
 
-class OwnRewardConfig(OwnPart):
+class CustomRewardConfig(CustomPart):
     """Rewards rollouts with a function of one's own, of TRL's signature."""
 
     weight: Weight = 1.0
@@ -146,9 +146,9 @@ RewardFunctionConfig = Annotated[
     Union[  # noqa: UP007
         Annotated[VerifierRewardConfig, Tag("verifier")],
         Annotated[JudgeConfig, Tag("judge")],
-        Annotated[OwnRewardConfig, Tag(OWN)],
+        Annotated[CustomRewardConfig, Tag(CUSTOM)],
     ],
-    own_or("reward", ("verifier", "judge")),
+    custom_or("reward", ("verifier", "judge")),
     BeforeValidator(lambda value: {"type": value} if isinstance(value, str) else value),
 ]
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from selfteach.config.foreign_names import hint_for
 from selfteach.config.migrations import migrate_recipe_file
-from selfteach.config.part_names import OURS, OWN, SPELLING, anchored
+from selfteach.config.part_names import BUILT_IN, CUSTOM, SPELLING, anchored
 from selfteach.errors import RecipeError
 
 M = TypeVar("M", bound=BaseModel)
@@ -93,7 +93,7 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "union_tag_invalid":
         return f"{_unknown_type(path, first.get('ctx', {}))}{more}"
     message = first["msg"].removeprefix("Value error, ")
-    if OURS in first["loc"] and first["type"] == "literal_error":
+    if BUILT_IN in first["loc"] and first["type"] == "literal_error":
         message += f", or a part of your own, {SPELLING}"
     value = "" if isinstance(first["input"], dict | BaseModel) else f", found {first['input']!r}"
     return f"{path + ': ' if path else ''}{message[0].lower() + message[1:]}{value}{more}"
@@ -102,7 +102,7 @@ def _one_line(model: type[BaseModel], error: ValidationError) -> str:
 def _unknown_type(path: str, context: Mapping[str, Any]) -> str:
     """Return the line for a ``type`` that is none of ours, and names no part of the user's."""
     tag = str(context["tag"])
-    ours = [name for name in re.findall(r"'([^']*)'", context["expected_tags"]) if name != OWN]
+    ours = [name for name in re.findall(r"'([^']*)'", context["expected_tags"]) if name != CUSTOM]
     close = difflib.get_close_matches(tag, ours, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, ours))}"
     return f"{path}.type = {tag!r}: {hint}; a part of your own is {SPELLING}"
@@ -119,7 +119,7 @@ def _walk(
     written: list[str] = []
     for at, part in enumerate(loc):
         tagged = [owner for owner in owners if _tag(owner) == part]
-        if at > 0 and (tagged or part in (OURS, OWN)):
+        if at > 0 and (tagged or part in (BUILT_IN, CUSTOM)):
             owners = tagged or owners
             continue
         written.append(str(part))
@@ -138,5 +138,5 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 def _tag(model: type[BaseModel]) -> object:
     field = model.model_fields.get("type")
     if field is not None and field.annotation is str:
-        return OWN
+        return CUSTOM
     return getattr(field.annotation, "__args__", (None,))[0] if field else None

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Union
 
 from pydantic import Field, Tag
 
-from selfteach.config.part_section import OWN, OwnPart, own_or
+from selfteach.config.part_section import CUSTOM, CustomPart, custom_or
 from selfteach.config.schema import Section
 
 
@@ -42,7 +42,7 @@ class TrustRegionTeacherConfig(Section):
     """Weight of the current policy's logits; the initial policy's have the rest."""
 
 
-class OwnTeacherConfig(OwnPart):
+class CustomTeacherConfig(CustomPart):
     """Teaches with a class of one's own, a `Teacher` of `selfteach.protocols`."""
 
 
@@ -52,7 +52,7 @@ TeacherConfig = Annotated[
         Annotated[LiveTeacherConfig, Tag("live")],
         Annotated[EmaTeacherConfig, Tag("ema")],
         Annotated[TrustRegionTeacherConfig, Tag("trust_region")],
-        Annotated[OwnTeacherConfig, Tag(OWN)],
+        Annotated[CustomTeacherConfig, Tag(CUSTOM)],
     ],
-    own_or("teacher", ("initial", "live", "ema", "trust_region")),
+    custom_or("teacher", ("initial", "live", "ema", "trust_region")),
 ]

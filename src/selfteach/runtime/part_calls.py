@@ -15,7 +15,7 @@ Check = Callable[..., str | None]
 """Gets a method's result, then its arguments; returns what is broken, or None."""
 Checks = Mapping[str, Check]
 """The check of each method's result, by the method's name; of a function, by ``__call__``."""
-OURS = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
 """Folder of this package."""
 
 
@@ -69,7 +69,7 @@ def place_of(error: BaseException, part: Any = None) -> str:
         return f" ({Path(error.filename).name}:{error.lineno})"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "<frozen" not in f.filename]
     source = getattr(sys.modules.get(type(part).__module__), "__file__", None)
-    others = [f for f in frames if not Path(f.filename).is_relative_to(OURS)]
+    others = [f for f in frames if not Path(f.filename).is_relative_to(PACKAGE)]
     users = [f for f in frames if f.filename == source and f in others]
     users = users or [f for f in others if "site-packages" not in f.filename]
     return f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.config.part_names import IN_FILE, Kind, unanchored
-from selfteach.config.part_section import OwnPart, named_parts, part_keys, part_name, with_names
+from selfteach.config.part_section import CustomPart, named_parts, part_keys, part_name, with_names
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError
@@ -67,7 +67,7 @@ class PartSource:
         return {**row, GIVEN: True} if self.given else row
 
 
-def source_of(kind: Kind, part: OwnPart) -> PartSource:
+def source_of(kind: Kind, part: CustomPart) -> PartSource:
     """Return the source of a part that a recipe names. Raises `PartError` if it cannot be imported."""
     imported = import_part(kind, part.type)
     if imported.given:

@@ -33,7 +33,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from selfteach.config.part_names import GROUPS, IN_FILE, IN_MODULE, Kind
-from selfteach.config.part_section import OwnPart
+from selfteach.config.part_section import CustomPart
 from selfteach.config.schema import nearest
 from selfteach.errors import PartError
 from selfteach.runtime.part_calls import Checks, place_of, reported
@@ -119,7 +119,7 @@ def import_part(kind: Kind, name: str) -> ImportedPart:
 
 
 def build_part(
-    kind: Kind, part: OwnPart, offered: Offered | None = None, checks: Checks | None = None
+    kind: Kind, part: CustomPart, offered: Offered | None = None, checks: Checks | None = None
 ) -> Any:
     """Import and build a part; its errors are reported under its name, its results checked.
 
@@ -128,7 +128,7 @@ def build_part(
     return reported(*construct_part(kind, part, offered), checks or {})
 
 
-def construct_part(kind: Kind, part: OwnPart, offered: Offered | None = None) -> tuple[Any, str]:
+def construct_part(kind: Kind, part: CustomPart, offered: Offered | None = None) -> tuple[Any, str]:
     """Import and build a part as it is; also return its label, for errors. Raises `PartError`."""
     imported = import_part(kind, part.type)
     built = _construct(imported, bound_options(imported, part.options, offered or {}))
@@ -148,7 +148,7 @@ OFFERED_BY_KIND: Mapping[Kind, frozenset[str]] = {
 """Names of the values of the run that a part of each kind may ask for."""
 
 
-def require_part(kind: Kind, part: OwnPart) -> None:
+def require_part(kind: Kind, part: CustomPart) -> None:
     """Import a part and check its options, without building it. Raises `PartError` in one line."""
     offered = dict.fromkeys(OFFERED_BY_KIND[kind])
     bound_options(import_part(kind, part.type), part.options, offered)

@@ -11,27 +11,27 @@ import numpy as np
 from selfteach.config.data_section import (
     AnswerReading,
     ChainSumsData,
+    CustomData,
     DataConfig,
     FilesData,
     GymData,
     HubData,
     LabData,
-    OwnData,
     RowsData,
     SplitName,
 )
-from selfteach.config.part_section import OwnPart
+from selfteach.config.part_section import CustomPart
 from selfteach.config.reward_section import RewardConfig
 from selfteach.errors import DataError
 from selfteach.protocols import Verifier
 from selfteach.tasks import chain_sums, segmentation, verifiers
 from selfteach.tasks.code.code_tests import KEY
 from selfteach.tasks.code.code_verifier import CodeVerifier
+from selfteach.tasks.custom_tasks import custom_functions, custom_problems
 from selfteach.tasks.lab import lab_task as lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
 from selfteach.tasks.lab.world import World
 from selfteach.tasks.lab.worlds import WORLDS, world_of
-from selfteach.tasks.own_tasks import own_functions, own_problems
 from selfteach.tasks.sources.audit import Audit, audit
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.load import combined, read_problem_sets
@@ -114,11 +114,11 @@ def load_task(
             )
         case GymData():
             splits, counts, columns = generate(config), {}, ""
-        case OwnData():
-            splits, counts, columns = combined(*own_problems(config, need_answers=need_answers))
+        case CustomData():
+            splits, counts, columns = combined(*custom_problems(config, need_answers=need_answers))
     world = config.world if isinstance(config, FilesData) else None
-    verifier = "exact" if isinstance(config.verifier, OwnPart) else config.verifier
-    functions = own_functions(config, _functions_of(verifier, config, world, model_folder))
+    verifier = "exact" if isinstance(config.verifier, CustomPart) else config.verifier
+    functions = custom_functions(config, _functions_of(verifier, config, world, model_folder))
     if not need_answers and verifier != "code":
         functions["verify"] = verifiers.WithoutAnswers(functions["verify"])
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
@@ -190,7 +190,7 @@ def _lab(config: LabData, model_folder: str) -> Task:
         train=lab_task.problems(world, "train", config.train, max_solve_rate=limit),
         validation=lab_task.problems(world, "validation", config.validation, max_solve_rate=limit),
         test=lab_task.problems(world, "test", config.test, max_solve_rate=limit),
-        **own_functions(config, _lab_functions(world)),
+        **custom_functions(config, _lab_functions(world)),
     )
 
 
@@ -229,7 +229,7 @@ def _chain_sums(config: ChainSumsData) -> Task:
         min_terms=config.min_terms, max_terms=config.max_terms, max_digits=config.max_digits,
         train=config.train, validation=config.validation, test=config.test,
     )  # fmt: skip
-    return Task(train, validation, test, **own_functions(config, CHAIN_SUMS))
+    return Task(train, validation, test, **custom_functions(config, CHAIN_SUMS))
 
 
 def _functions_of(
@@ -240,9 +240,9 @@ def _functions_of(
         return _lab_functions(_world(world, model_folder))
     if verifier == "chain_sums":
         return dict(CHAIN_SUMS)
-    code = reading.code if isinstance(reading, RowsData | OwnData) else None
+    code = reading.code if isinstance(reading, RowsData | CustomData) else None
     verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in, code)
-    steps = "lines" if isinstance(reading.steps, OwnPart) else reading.steps
+    steps = "lines" if isinstance(reading.steps, CustomPart) else reading.steps
     if verifier == "code" and steps == "tags":
         steps = "lines"
     return {

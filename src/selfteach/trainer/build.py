@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfteach.config.critic_section import LlmCriticConfig, PolicyCriticConfig
-from selfteach.config.part_section import OwnPart
+from selfteach.config.part_section import CustomPart
 from selfteach.config.recipe import Recipe, TrackingConfig
 from selfteach.config.teacher_section import (
+    CustomTeacherConfig,
     EmaTeacherConfig,
     InitialTeacherConfig,
     LiveTeacherConfig,
-    OwnTeacherConfig,
     TeacherConfig,
     TrustRegionTeacherConfig,
 )
@@ -59,10 +59,10 @@ from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
 from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.build_reward import build_reward
+from selfteach.trainer.custom_components import build_custom_context, build_custom_teacher
 from selfteach.trainer.device_load import require_memory
 from selfteach.trainer.device_memory import chunk_tokens
 from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates, within_context
-from selfteach.trainer.own_components import build_own_context, build_own_teacher
 from selfteach.trainer.step import Components
 
 
@@ -188,8 +188,8 @@ def build_teacher(config: TeacherConfig, policy: Policy) -> Teacher:
             return EmaTeacher(policy, config.rate)
         case TrustRegionTeacherConfig():
             return TrustRegionTeacher(policy, config.student_mix)
-        case OwnTeacherConfig():
-            return build_own_teacher(config, policy)
+        case CustomTeacherConfig():
+            return build_custom_teacher(config, policy)
 
 
 def _watched_initial(recipe: Recipe, teacher: Teacher, policy: Policy) -> Teacher | None:
@@ -328,20 +328,20 @@ def build_arm_context(recipe: Recipe, task: Task, templates: Templates) -> Conte
     if not recipe.shows_context:
         return None
 
-    def named(name: str, part: OwnPart | None = None) -> Context:
+    def named(name: str, part: CustomPart | None = None) -> Context:
         if part is not None:
-            return build_own_context(part, task, templates, seed=recipe.seed)
+            return build_custom_context(part, task, templates, seed=recipe.seed)
         alignment = recipe.context.alignment
         return build_context(name, task, templates, seed=recipe.seed, alignment=alignment)
 
-    context = named(name, recipe.context.own_part)
+    context = named(name, recipe.context.custom_part)
     if isinstance(critic, LlmCriticConfig):
         policies = critic.on_failure.model_dump()
         reasons = {reason for reason, policy in policies.items() if policy == "fallback"}
         other = named(critic.fallback)
         context = FallbackContext(context, other, frozenset(reasons)) if reasons else context
     if fallback is not None:
-        context = FallbackContext(context, named(fallback, recipe.context.own_fallback))
+        context = FallbackContext(context, named(fallback, recipe.context.custom_fallback))
     return context
 
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from selfteach.config.critic_section import (
     CriticConfig,
+    CustomCriticConfig,
     EndpointConfig,
     LocalCriticConfig,
     OracleConfig,
-    OwnCriticConfig,
     PolicyCriticConfig,
     RecordedConfig,
 )
@@ -39,7 +39,7 @@ from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Critic
 from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task
-from selfteach.trainer.own_components import build_own_critic
+from selfteach.trainer.custom_components import build_custom_critic
 
 FINGERPRINT_ENTRIES = 2**24
 """Weights whose bits are summed at a time."""
@@ -66,8 +66,8 @@ def build_critic(
             return OracleCritic(task.oracle, error_rate=config.error_rate, seed=seed)
         case RecordedConfig():
             return RecordedCritic(Path(config.run))
-        case OwnCriticConfig():
-            return build_own_critic(config, task, templates, seed=seed)
+        case CustomCriticConfig():
+            return build_custom_critic(config, task, templates, seed=seed)
         case _:
             if not templates.has("critic"):
                 raise RecipeError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from selfteach.config.objective_section import (
+    CustomObjectiveConfig,
     DistillationConfig,
     GrpoConfig,
     HybridConfig,
-    OwnObjectiveConfig,
 )
 from selfteach.config.recipe import Recipe, TrainConfig
 from selfteach.config.sampling_section import SamplingConfig
@@ -15,7 +15,7 @@ from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
 from selfteach.losses.token_masks import TokenMask
 from selfteach.protocols import Objective
-from selfteach.trainer.own_components import build_own_objective
+from selfteach.trainer.custom_components import build_custom_objective
 
 
 def build_objective(recipe: Recipe) -> Objective:
@@ -38,8 +38,10 @@ def build_objective(recipe: Recipe) -> Objective:
                 config.grpo_weight,
                 config.grpo_tokens,
             )
-        case OwnObjectiveConfig() as config:
-            return build_own_objective(config, sampling_temperature=temperature, seed=recipe.seed)
+        case CustomObjectiveConfig() as config:
+            return build_custom_objective(
+                config, sampling_temperature=temperature, seed=recipe.seed
+            )
 
 
 def _require_importance_weights(config: DistillationConfig, train: TrainConfig) -> None:

@@ -9,8 +9,8 @@ from transformers import TrainerState
 
 from selfteach.config.recipe import Recipe
 from selfteach.config.reward_section import (
+    CustomRewardConfig,
     JudgeConfig,
-    OwnRewardConfig,
     RewardFunctionConfig,
     VerifierRewardConfig,
 )
@@ -64,7 +64,7 @@ def _source(config: RewardFunctionConfig) -> Source:
     match config:
         case VerifierRewardConfig():
             return VerdictReward(config.name, config.weight)
-        case OwnRewardConfig():
+        case CustomRewardConfig():
             return RewardFunction.build(config)
         case JudgeConfig():
             return LlmJudge(_judge_model(config), config)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from selfteach.config.reward_section import OwnRewardConfig
+from selfteach.config.reward_section import CustomRewardConfig
 from selfteach.errors import PartError
 from selfteach.feedback.rewards.combined_reward import CombinedReward, VerdictReward
 from selfteach.feedback.rewards.reward_function import RewardFunction
@@ -161,7 +161,7 @@ def test_the_same_functions_give_the_numbers_that_trl_gets(
 def test_a_recipe_can_name_the_rewards_that_trl_ships() -> None:
     pytest.importorskip("trl.rewards", reason="TRL is not installed")
     names = ["accuracy_reward", "think_format_reward"]
-    configs = [OwnRewardConfig.model_validate({"type": f"trl.rewards:{name}"}) for name in names]
+    configs = [CustomRewardConfig.model_validate({"type": f"trl.rewards:{name}"}) for name in names]
     chat = problem("a", CHAT, solution=r"\boxed{4}")
     texts = {1: r"so \boxed{4}", 2: "<think>\nhm\n</think>\n" + r"\boxed{5}", 3: "none"}
     rollouts = [rollout(chat, n, n + 1) for n in range(3)]

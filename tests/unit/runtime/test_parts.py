@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from selfteach.config.part_section import OwnPart
+from selfteach.config.part_section import CustomPart
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import study_from
 from selfteach.errors import CheckpointError, PartError, RunStopped
@@ -67,8 +67,8 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "parts.py"
 
 
-def part(file: Path, name: str, **options: Any) -> OwnPart:
-    return OwnPart(type=f"{file}:{name}", options=options)
+def part(file: Path, name: str, **options: Any) -> CustomPart:
+    return CustomPart(type=f"{file}:{name}", options=options)
 
 
 def test_classes_are_constructed_functions_are_bound_and_objects_are_as_they_are(
@@ -116,7 +116,7 @@ def test_a_module_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
         ("nobodys", "no installed package offers it in the group selfteach.critics"),
     ):
         with pytest.raises(PartError, match=r"^critic ") as error:
-            require_part(CRITIC, OwnPart(type=name))
+            require_part(CRITIC, CustomPart(type=name))
         assert line in str(error.value)
 
 
@@ -166,7 +166,7 @@ def test_a_plugin_offers_a_part_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     recipe = study_from({"context": {"type": "step_aligned"}, "critic": {"type": "terse"}}).recipe(
         "run"
     )
-    assert isinstance(recipe.critic, OwnPart)
+    assert isinstance(recipe.critic, CustomPart)
     assert build_part(CRITIC, recipe.critic)([]) == []
     assert list(source_of(CRITIC, recipe.critic).files) == ["someones_parts.py"]
     sys.modules.pop("someones_parts")
@@ -237,7 +237,7 @@ def test_an_object_from_python_is_required_again(tmp_path: Path) -> None:
     with given_parts({(CRITIC, recipe.critic.type): Mine()}):
         require_same_sources(tmp_path, recipe)
         require_given(tmp_path, recipe)
-        assert build_part(CRITIC, OwnPart(type=recipe.critic.type))([1]) == [1]
+        assert build_part(CRITIC, CustomPart(type=recipe.critic.type))([1]) == [1]
     with pytest.raises(
         CheckpointError, match=r"began with a critic from Python.*components=\{\"critic\": …\}"
     ):

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from selfteach.config.critic_section import LlmCriticConfig
-from selfteach.config.data_section import OwnData
+from selfteach.config.data_section import CustomData
 from selfteach.config.part_section import named_parts
 from selfteach.config.recipe import Recipe
 from selfteach.errors import PartError
 from selfteach.feedback.rewards.combined_reward import CombinedReward
 from selfteach.runtime.part_sources import source_of
 from selfteach.runtime.parts import shown
-from selfteach.tasks.own_tasks import own_problems
+from selfteach.tasks.custom_tasks import custom_problems
 from selfteach.trainer.batching import collate
 from selfteach.trainer.build import Built
 from selfteach.trainer.step import Components, build_samples, verify_and_critique
@@ -126,8 +126,8 @@ def _made_up_critique(problem: Problem, text: str) -> Critique:
 
 
 def _check_problems(label: str, recipe: Recipe) -> None:
-    assert isinstance(recipe.data, OwnData)
-    first, second = (own_problems(recipe.data)[0] for _ in range(2))
+    assert isinstance(recipe.data, CustomData)
+    first, second = (custom_problems(recipe.data)[0] for _ in range(2))
     for split, problems in first.items():
         if problems != second[split]:
             raise PartError(

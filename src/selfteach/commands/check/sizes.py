@@ -20,7 +20,7 @@ from selfteach.config.critic_section import (
     LocalCriticConfig,
 )
 from selfteach.config.data_section import AnswerReading, FilesData, HubData
-from selfteach.config.part_section import OwnPart, named_parts
+from selfteach.config.part_section import CustomPart, named_parts
 from selfteach.config.recipe import ModelConfig, Recipe
 from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.models.architectures import Shape, known_shapes
@@ -99,7 +99,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
 
     Raises what `build` would raise about the components that are available.
     """
-    unchecked = list(_own_parts(recipe))
+    unchecked = list(_custom_parts(recipe))
     build_objective(recipe)
     model, lora = recipe.model, recipe.model.lora
     shape, parameters = _size(model, unchecked)
@@ -208,7 +208,7 @@ def _installed(path: str) -> bool:
         raise
 
 
-def _own_parts(recipe: Recipe) -> Iterator[str]:
+def _custom_parts(recipe: Recipe) -> Iterator[str]:
     """Import parts of one's own and check their options; yield that nothing else was checked."""
     for key, (kind, part) in named_parts(recipe).items():
         require_part(kind, part)
@@ -244,7 +244,7 @@ def _template_set(recipe: Recipe) -> str:
     data = recipe.data
     if isinstance(data, AnswerReading):
         return "steps" if data.steps == "tags" else "free"
-    assert not isinstance(data, OwnPart)
+    assert not isinstance(data, CustomPart)
     return data.type  # the lab's and chain sums' sets are named like them
 
 

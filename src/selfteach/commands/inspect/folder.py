@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from selfteach.commands.inspect.answer_rows import PreparedRollout, answer_row
 from selfteach.commands.inspect.token_table import SCHEMA, rows
-from selfteach.config.part_names import is_own
+from selfteach.config.part_names import is_custom
 from selfteach.config.recipe import CONTEXTS, PARTLY_ALIGNED, ContextName
 from selfteach.config.schema import nearest
 from selfteach.errors import DataError, RecipeError
@@ -46,20 +46,20 @@ def check_contexts(names: Sequence[str], labels: Container[str] = ()) -> tuple[s
 
     Raises `RecipeError` for an unknown name.
     """
-    own_names = dict.fromkeys(n for n in names if n in labels or is_own("context", n))
-    names = [name for name in names if name not in own_names]
+    custom_names = dict.fromkeys(n for n in names if n in labels or is_custom("context", n))
+    names = [name for name in names if name not in custom_names]
     all_names: list[ContextName] = [name for name in CONTEXTS if name != "none"]
     for name in names:
         if name == "none":
             raise RecipeError('context "none" shows nothing: the advantage would be 0')
         if position(name) is None and name not in all_names:
             raise RecipeError(f"no context {name!r}; {nearest(name, all_names)}")
-    if not names and not own_names:
+    if not names and not custom_names:
         raise RecipeError(f"name at least one context; known: {', '.join(all_names)}")
     dial = sorted(
         (name for name in set(names) if "@" in name), key=lambda name: position(name) or 0.0
     )
-    return (*(name for name in all_names if name in names), *dial, *own_names)
+    return (*(name for name in all_names if name in names), *dial, *custom_names)
 
 
 def position(name: str) -> float | None:

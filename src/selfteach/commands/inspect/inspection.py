@@ -19,8 +19,8 @@ from selfteach.commands.inspect.folder import (
 from selfteach.commands.inspect.labelled import located_rollouts, read_labelled, require_critic
 from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_recipe, run_subfolder
-from selfteach.config.part_names import anchored, is_own
-from selfteach.config.part_section import OwnPart
+from selfteach.config.part_names import anchored, is_custom
+from selfteach.config.part_section import CustomPart
 from selfteach.config.recipe import PARTLY_ALIGNED, Recipe
 from selfteach.config.schema import merge, parse_setting, validate
 from selfteach.errors import CheckpointError
@@ -33,8 +33,8 @@ from selfteach.runtime.folder_start import require_empty
 from selfteach.runtime.provenance import collect_provenance
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build_context
+from selfteach.trainer.custom_components import build_custom_context
 from selfteach.trainer.open_model import named_problems, open_model
-from selfteach.trainer.own_components import build_own_context
 from selfteach.trainer.step import verify_and_critique
 from selfteach.types import CritiquedRollout, Problem, Rollout
 
@@ -59,7 +59,7 @@ class InspectionRequest:
     """Read rollouts with labelled steps from this file instead of sampling."""
     recorded: str | None = None
     """Read a run's recorded rollouts of this name, like ``step_000010`` or ``validation_000000``."""
-    parts: Mapping[str, OwnPart] = field(default_factory=dict)
+    parts: Mapping[str, CustomPart] = field(default_factory=dict)
     """Contexts of one's own with their options, by a name in ``contexts``; a name that is not here is
     imported without options, or with those that the recipe gives it."""
 
@@ -77,14 +77,14 @@ def inspect(
     """Score rollouts under the requested contexts and write the folder; return its inspection.json."""
     templates = Templates(recipe.model.templates or built.task.templates)
     alignment = recipe.context.alignment
-    parts = _own_contexts(recipe, request)
+    parts = _custom_contexts(recipe, request)
     contexts = dict[str, Context]()
     for name in check_contexts(request.contexts, parts):
         part = parts.get(name)
         contexts[name if part is None else part.label] = (
             _context(name, built, templates, seed=request.seed, alignment=alignment)
             if part is None
-            else build_own_context(part, built.task, templates, seed=request.seed)
+            else build_custom_context(part, built.task, templates, seed=request.seed)
         )
     language = "lab" if recipe.data.type == "lab" else "english"
     prepared = prepare(built, rollouts, contexts, language=language)
@@ -163,15 +163,15 @@ def _context(
     return build_context(kind, built.task, templates, seed=seed, alignment=alignment)
 
 
-def _own_contexts(recipe: Recipe | None, request: InspectionRequest) -> dict[str, OwnPart]:
+def _custom_contexts(recipe: Recipe | None, request: InspectionRequest) -> dict[str, CustomPart]:
     """Return the requested contexts of one's own by their name in the request."""
     parts = dict(request.parts)
-    of_recipe = None if recipe is None else recipe.context.own_part
+    of_recipe = None if recipe is None else recipe.context.custom_part
     for name in request.contexts:
         if of_recipe is not None and name in (of_recipe.label, of_recipe.type):
             parts.setdefault(name, of_recipe)
-        elif name not in parts and is_own("context", name):
-            part = OwnPart.model_validate(anchored({"type": name}, Path.cwd()))
+        elif name not in parts and is_custom("context", name):
+            part = CustomPart.model_validate(anchored({"type": name}, Path.cwd()))
             same = of_recipe is not None and part.type == of_recipe.type
             parts[name] = of_recipe if same and of_recipe is not None else part
     return parts
@@ -201,13 +201,13 @@ def inspect_model(
     """
     model_path, folder = Path(model), Path(folder)
     labels = [name for name in request.contexts if ":" in name]  # a run's recipe may have them
-    check_contexts(request.contexts, [*_own_contexts(recipe, request), *labels])
+    check_contexts(request.contexts, [*_custom_contexts(recipe, request), *labels])
     require_empty(folder)
     rows = read_labelled(Path(request.labelled))[: request.limit] if request.labelled else []
     built, resolved = open_model(
         model_path, str(model), recipe, lambda base: _for_inspection(base, request, settings)
     )
-    check_contexts(request.contexts, _own_contexts(resolved, request))
+    check_contexts(request.contexts, _custom_contexts(resolved, request))
     lost: dict[str, int] = {}
     if request.labelled:
         rollouts, lost = located_rollouts(built, rows)

@@ -162,7 +162,7 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
     parts = {
         recipe.context.label: part
         for recipe in arms
-        if (part := recipe.context.own_part) is not None
+        if (part := recipe.context.custom_part) is not None
     }
     return recipe, InspectionRequest(
         contexts, k=k, limit=problems, seed=study.study.seeds[0], parts=parts

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
-from selfteach.config.reward_section import OwnRewardConfig
+from selfteach.config.reward_section import CustomRewardConfig
 from selfteach.errors import PartError, SelfteachError
 from selfteach.feedback.rewards.scored import BatchScores, Score
 from selfteach.feedback.rewards.trl_arguments import Log
@@ -34,7 +34,7 @@ class RewardFunction:
         self.is_async = _is_async(function)
 
     @classmethod
-    def build(cls, config: OwnRewardConfig) -> Self:
+    def build(cls, config: CustomRewardConfig) -> Self:
         """Import and build the function that a recipe names. Raises `PartError`."""
         built, label = construct_part("reward", config)
         return cls(built, label, config.name, config.weight)

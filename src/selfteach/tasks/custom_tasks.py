@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from selfteach.config.data_section import AnswerReading, Columns, OwnData
-from selfteach.config.part_section import OwnPart
+from selfteach.config.data_section import AnswerReading, Columns, CustomData
+from selfteach.config.part_section import CustomPart
 from selfteach.errors import DataError, PartError
 from selfteach.runtime.parts import Offered, build_part, shown
 from selfteach.tasks import verifiers
@@ -54,8 +54,8 @@ def broken_spans(result: object, text: str, *_: object) -> str | None:
     return None
 
 
-def build_own_verifier(
-    part: OwnPart, reading: AnswerReading | None, replaced: Any, equivalent: Any = operator.eq
+def build_custom_verifier(
+    part: CustomPart, reading: AnswerReading | None, replaced: Any, equivalent: Any = operator.eq
 ) -> tuple[Any, verifiers.AnswerFormat]:
     """Build a verifier, and the format of its answers.
 
@@ -77,43 +77,45 @@ def build_own_verifier(
     )
 
 
-def build_own_splitter(part: OwnPart, replaced: Splitter) -> Splitter:
+def build_custom_splitter(part: CustomPart, replaced: Splitter) -> Splitter:
     """Build a splitter; it may ask for ``split_steps``, the splitter in whose place it is."""
     offered = {"split_steps": replaced}
     return build_part("splitter", part, offered, {"__call__": broken_spans})
 
 
-def own_functions(config: Any, functions: Mapping[str, Any]) -> dict[str, Any]:
+def custom_functions(config: Any, functions: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a `Task` with the verifier and splitter that a section names."""
     changed = dict(functions)
     verifier, steps = config.verifier, config.steps
     reading = config if isinstance(config, AnswerReading) else None
-    if isinstance(verifier, OwnPart):
+    if isinstance(verifier, CustomPart):
         usual = functions["answer_format"]
-        verify, form = build_own_verifier(verifier, reading, functions["verify"], usual.equivalent)
+        verify, form = build_custom_verifier(
+            verifier, reading, functions["verify"], usual.equivalent
+        )
         if reading is None and not hasattr(verify, "write"):
             form = dataclasses.replace(form, write=usual.write)
         changed |= {"verify": verify, "answer_format": form}
-    if isinstance(steps, OwnPart):
-        changed["split_steps"] = build_own_splitter(steps, functions["split_steps"])
+    if isinstance(steps, CustomPart):
+        changed["split_steps"] = build_custom_splitter(steps, functions["split_steps"])
     return changed
 
 
-def own_problems(
-    config: OwnData, offered: Offered | None = None, *, need_answers: bool = True
+def custom_problems(
+    config: CustomData, offered: Offered | None = None, *, need_answers: bool = True
 ) -> tuple[Splits, ColumnsRead]:
     """Call the part with the name of each split; rows are read like those of a file.
 
     Raises `PartError` or `DataError`, in one line, for what is neither a problem nor a row of one.
     """
-    part = OwnPart(type=config.type, options=config.options)
+    part = CustomPart(type=config.type, options=config.options)
     make = build_part("problems", part, offered)
     label, read = f"problems {shown(config.type)}", ColumnsRead()
     return {name: _problems(make, label, name, config, read, need_answers) for name in SPLITS}, read
 
 
 def _problems(
-    make: Any, label: str, split: str, config: OwnData, read: ColumnsRead, need_answers: bool
+    make: Any, label: str, split: str, config: CustomData, read: ColumnsRead, need_answers: bool
 ) -> list[Problem]:
     made = make(split)
     if not isinstance(made, Iterable) or isinstance(made, str | Mapping):
@@ -133,7 +135,7 @@ def _problems(
 
 
 def _problem(
-    value: Any, label: str, place: str, config: OwnData, read: ColumnsRead, need_answers: bool
+    value: Any, label: str, place: str, config: CustomData, read: ColumnsRead, need_answers: bool
 ) -> Problem:
     if isinstance(value, Mapping):
         row = Row(dict(value), place, place)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from selfteach.config.part_section import OwnPart
+from selfteach.config.part_section import CustomPart
 from selfteach.errors import PartError
 from selfteach.models.lm_head import Scores
 from selfteach.models.policy import Policy
@@ -35,7 +35,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 """Methods without which an object is no objective, or no teacher."""
 
 
-def build_own_critic(part: OwnPart, task: Task, templates: Templates, *, seed: int) -> Critic:
+def build_custom_critic(part: CustomPart, task: Task, templates: Templates, *, seed: int) -> Critic:
     """Build a critic; it may ask for ``task``, ``templates``, ``seed``, ``verify``, ``split_steps``."""
     offered = {
         "task": task, "templates": templates, "seed": seed, "verify": task.verify,
@@ -44,13 +44,17 @@ def build_own_critic(part: OwnPart, task: Task, templates: Templates, *, seed: i
     return build_part("critic", part, offered, CRITIC_CHECKS)
 
 
-def build_own_context(part: OwnPart, task: Task, templates: Templates, *, seed: int) -> Context:
+def build_custom_context(
+    part: CustomPart, task: Task, templates: Templates, *, seed: int
+) -> Context:
     """Build a context; it may ask for ``task``, ``templates`` and ``seed``."""
     offered = {"task": task, "templates": templates, "seed": seed}
     return build_part("context", part, offered, CONTEXT_CHECKS)
 
 
-def build_own_objective(part: OwnPart, *, sampling_temperature: float, seed: int) -> Objective:
+def build_custom_objective(
+    part: CustomPart, *, sampling_temperature: float, seed: int
+) -> Objective:
     """Build an objective; it may ask for ``sampling_temperature`` and ``seed``."""
     offered = {"sampling_temperature": sampling_temperature, "seed": seed}
     return _with_methods(
@@ -58,14 +62,14 @@ def build_own_objective(part: OwnPart, *, sampling_temperature: float, seed: int
     )
 
 
-def build_own_teacher(part: OwnPart, policy: Policy) -> Teacher:
+def build_custom_teacher(part: CustomPart, policy: Policy) -> Teacher:
     """Build a teacher; it may ask for ``policy``, which has its initial weights now."""
     return _with_methods(
         "teacher", part, build_part("teacher", part, {"policy": policy}, TEACHER_CHECKS)
     )
 
 
-def _with_methods(kind: str, part: OwnPart, built: Any) -> Any:
+def _with_methods(kind: str, part: CustomPart, built: Any) -> Any:
     missing = [name for name in METHODS[kind] if not callable(getattr(built, name, None))]
     if kind == "objective" and not hasattr(built, "needs_teacher"):
         missing.append("needs_teacher")
