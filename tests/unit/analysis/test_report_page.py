@@ -235,6 +235,16 @@ def test_pointing_at_a_token_shows_exact_values(answers):
     assert page.locator("#tip").is_hidden()
 
 
+def test_a_scroll_that_ends_late_leaves_the_values_of_the_token_under_the_pointer(answers):
+    page = answers
+    token(page, 3).hover()
+    assert "token 3" in tip(page)
+    page.evaluate("dispatchEvent(new Event('scroll'))")
+    assert page.locator("#tip").is_visible()
+    page.mouse.move(0, 0)
+    assert page.locator("#tip").is_hidden()
+
+
 def test_the_keyboard_shows_the_same_values(answers):
     page = answers
     page.locator(".row").nth(1).click()

@@ -239,10 +239,10 @@ function hideTip() {
   byId("tip").hidden = true;
 }
 
-/** Keep the tip at a token with the keyboard's focus, which scrolls into view; hide it otherwise. */
+/** Keep the tip at a token with the keyboard's focus or the pointer, when it has scrolled; else hide it. */
 function moveTip() {
   if (byId("tip").hidden) return;
-  if (tipToken === document.activeElement) showTip(tipToken);
+  if (tipToken === document.activeElement || tipToken.matches(":hover")) showTip(tipToken);
   else hideTip();
 }
 
