@@ -307,7 +307,8 @@ def test_a_step_from_python_has_the_rewards_and_an_evaluation_pays_for_none(fold
     built = api.build(recipe(folder, [LENGTH]))
     samples, _ = api.train_step(built.components, built.task.train[:2])
     rewards = [sample.critiqued.verdict.reward for sample in samples]
-    assert rewards == [sum(sample.rollout.token_ids) % 7 / 10 for sample in samples]
+    lengths = [sum(sample.rollout.token_ids) % 7 / 10 for sample in samples]
+    assert rewards == [LENGTH["weight"] * length for length in lengths]
     assert built.for_measuring().components.reward is None
     decided = api.build(recipe(folder, [LENGTH], success=0.6))
     assert decided.for_measuring().components.reward is decided.components.reward is not None
