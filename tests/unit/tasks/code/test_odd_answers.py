@@ -1,4 +1,5 @@
-"""Odd answers: right ones pass whatever types and streams they use, wrong ones fail for what they did."""
+# ruff: noqa: E501
+"""Odd answers: right ones pass, whatever types and streams they use; wrong ones fail for what they did."""
 
 from __future__ import annotations
 
