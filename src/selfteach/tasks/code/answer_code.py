@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from selfteach.tasks.final_answers import CLOSE, OPEN, Span, tagged_span
 
 FENCE = re.compile(
-    r"^[ \t]{0,3}(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[\w+.-]*)[^\n`]*\n"
+    r"^[ \t]{0,3}(?P<fence>`{3,}+|~{3,}+)[ \t]*+(?P<language>[\w+.-]*+)[^\n`]*+\n"
     r"(?P<code>.*?)(?:^[ \t]{0,3}(?P=fence)[`~]*[ \t]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
-"""Matches a fenced block; one that is not closed ends with the text."""
+"""Matches a fenced block; one that is not closed ends with the text. Possessive, so that it takes
+time linear in the text."""
 MAX_SHOWN = 300
 """Characters of a line that messages show."""
 LANGUAGES = frozenset({"", "py", "python", "python3", "py3", "python2"})
@@ -78,7 +79,12 @@ def _blocks(region: str) -> list[re.Match[str]]:
 
 
 def _defines(code: str, name: str) -> bool:
-    return re.search(rf"^\s*(?:def|class)\s+{re.escape(name)}\b", code, re.MULTILINE) is not None
+    return (
+        re.search(
+            rf"^[ \t]*+(?:async[ \t]+)?(?:def|class)[ \t]+{re.escape(name)}\b", code, re.MULTILINE
+        )
+        is not None
+    )
 
 
 def write_code(code: str) -> str:

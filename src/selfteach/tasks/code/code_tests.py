@@ -15,6 +15,7 @@ import base64
 import binascii
 import io
 import json
+import math
 import pickle
 import zlib
 from collections.abc import Mapping, Sequence
@@ -127,7 +128,12 @@ def _cases(
             raise UnreadableValue(
                 f"column {column!r} calls a function by APPS' rules: not supported"
             )
-        pairs = zip(value["inputs"], value["outputs"], strict=False)
+        given, wanted = value["inputs"], value["outputs"]
+        if not isinstance(given, list) or not isinstance(wanted, list) or len(given) != len(wanted):
+            raise UnreadableValue(
+                f"column {column!r}: inputs and outputs are no lists of one length"
+            )
+        pairs = zip(given, wanted, strict=True)
         value = [{"stdin": one, "stdout": other} for one, other in pairs]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise UnreadableValue(f"column {column!r} is no list of tests")
@@ -157,9 +163,16 @@ def _call(column: str, call: str, case: Mapping[str, Any]) -> dict[str, Any]:
     arguments, named = case.get("args") or [], case.get("kwargs") or {}
     if not isinstance(arguments, Sequence) or isinstance(arguments, str):
         raise UnreadableValue(f"column {column!r}: args is no list")
-    tolerance = {"tolerance": case["tolerance"]} if case.get("tolerance") else {}
+    if not isinstance(named, Mapping):
+        raise UnreadableValue(f"column {column!r}: kwargs is no table")
+    tolerance = case.get("tolerance") or 0.0
+    if type(tolerance) not in (int, float) or not 0 <= tolerance < math.inf:
+        raise UnreadableValue(f"column {column!r}: tolerance {tolerance!r} is no number from 0 on")
     plain = {"call": call, "args": [*arguments], "kwargs": {**named}, "expected": case["expected"]}
-    return json.loads(json.dumps({**plain, **tolerance}))
+    try:
+        return json.loads(json.dumps({**plain, **({"tolerance": tolerance} if tolerance else {})}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UnreadableValue(f"column {column!r}: a test is not JSON: {error}") from None
 
 
 def _functional(

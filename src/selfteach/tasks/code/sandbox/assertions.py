@@ -122,6 +122,13 @@ def called_names(tree: ast.AST) -> list[str]:
     ]
 
 
+def called(trees: list[ast.Module], entry_point: str | None) -> set[str]:
+    """Return the names that tests call, or hand to ``check``."""
+    calls = (n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call))
+    names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+    return names | ({entry_point} if entry_point else set())
+
+
 def answer_names(tests: list[ast.Module], setup: ast.Module, entry_point: str | None) -> list[str]:
     """Return the names that tests take from the answer: the entry point, and what nothing defines.
 
@@ -129,7 +136,9 @@ def answer_names(tests: list[ast.Module], setup: ast.Module, entry_point: str | 
     nothing else; so an answer cannot replace the ``abs`` or ``set`` of a test.
     """
     defined = {name for node in ast.walk(setup) for name in _defined_by(node)}
-    defined |= {*dir(builtins), *sys.stdlib_module_names}
+    # A name that is called is no module: a function may be called ``copy`` or ``calendar``.
+    modules = {*sys.stdlib_module_names} - called(tests, None)
+    defined |= {*dir(builtins), *modules}
     names = dict.fromkeys([entry_point] if entry_point else [])
     for tree in [setup, *tests]:
         names |= dict.fromkeys(sorted(free_names(tree) - defined))

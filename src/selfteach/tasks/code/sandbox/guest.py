@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import gc
 import json
 import os
 import random
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from types import CodeType, ModuleType
@@ -61,6 +63,8 @@ def _prepare(refused: list[str]) -> None:
     # New streams: those of the interpreter are on other files than these descriptors now.
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    sys.__stdin__, sys.__stdout__ = sys.stdin, sys.stdout  # pyright: ignore[reportAttributeAccessIssue]
+    builtins.exit = builtins.quit = sys.exit  # what `site`, which is not imported, defines
 
 
 class Guest:
@@ -83,11 +87,12 @@ class Guest:
         operation = self._operations[request.pop("op")]
         arguments = [decode(one, self._revive) for one in request.pop("args", [])]
         named = {k: decode(v, self._revive) for k, v in request.pop("kwargs", {}).items()}
-        before = json.dumps(_mutable(arguments, self._keep))
+        changeable = [*arguments, *named.values()]
+        before = json.dumps(_mutable(changeable, self._keep))
         try:
             value = operation(*arguments, **named)
             reply = {"value": encode(value, self._keep)}
-            after = _mutable(arguments, self._keep)
+            after = _mutable(changeable, self._keep)
             if json.dumps(after) != before:
                 reply["changed"] = after
             self._write(reply)
@@ -144,7 +149,14 @@ class Guest:
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
+        for stream in (sys.stdout, sys.__stdout__):  # the program may have replaced one
+            if stream is not None and not stream.closed:
+                stream.flush()
+        sys.stdout = sys.__stdout__
+        space.clear()  # open files are written, and objects deleted, as where Python ends
+        gc.collect()
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
 
     def _get(self, name: str) -> Any:
         space = self._module.__dict__
@@ -169,12 +181,13 @@ class Guest:
 
 def _mutable(arguments: list[Any], keep: Callable[[Any], int]) -> list[Any]:
     """Return the encoded arguments that a call can change; None in the place of others."""
-    kinds = (list, dict, set, bytearray)
+    kinds = (list, dict, set, bytearray, deque)
     return [encode(one, keep) if isinstance(one, kinds) else None for one in arguments]
 
 
 def _compiled(code: str, name: str) -> CodeType:
-    return compile(code, name, "exec", dont_inherit=True)  # not this module's future statements
+    # A file may begin with a byte order mark; and not this module's future statements.
+    return compile(code.removeprefix("\ufeff"), name, "exec", dont_inherit=True)
 
 
 def _line_of(value: Any) -> int | None:
@@ -198,11 +211,13 @@ def _described(error: BaseException) -> dict[str, Any]:
         text = str(error)[:MAX_TEXT]
     except BaseException:
         text = ""
+    alone = error.args[0] if len(error.args) == 1 else None
     bases = [base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins"]
     return {
         "type": type(error).__name__[:80],
         "bases": bases,
         "text": text,
+        "argument": alone if type(alone) in (str, int, float) else text,
         "line": line,
         "syntax": syntax,
         "module": getattr(error, "name", None) if isinstance(error, ImportError) else None,

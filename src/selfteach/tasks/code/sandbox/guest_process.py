@@ -7,6 +7,7 @@ import json
 import os
 import select
 import socket
+from collections import deque
 from typing import Any
 
 from .values import decode, encode, shown
@@ -16,7 +17,10 @@ MAX_REPLY_BYTES = 8 << 20
 
 
 class TestingOver(BaseException):
-    """Signals that no more tests can be run; ``outcome`` says why. No test code catches it."""
+    """Signals that no more tests can be run; ``outcome`` says why.
+
+    Test code that catches everything changes nothing: `GuestProcess.lost` is raised after it.
+    """
 
     def __init__(self, kind: str, **details: Any) -> None:
         super().__init__(kind)
@@ -54,6 +58,8 @@ class GuestProcess:
         """The last call and its value, as text."""
         self.end: dict[str, Any] = {}
         """How the process ended, once it has."""
+        self.lost: TestingOver | None = None
+        """Why no more tests can be run, also if a test caught the exception that said so."""
 
     def request(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
         """Carry out an operation of `guest.Guest` and return its value.
@@ -61,12 +67,19 @@ class GuestProcess:
         Raises the exception of the answer's code if it is a built-in one (or its built-in base), and
         `TestingOver` if the process has ended or its reply is none.
         """
-        self.send(operation, arguments, keywords)
-        reply = self._reply()
-        if error := reply.get("error"):
-            raise _exception(error)
-        value = self._decoded(reply["value"])
-        self._take_changes(arguments, reply.get("changed", []))
+        if self.lost is not None:
+            raise self.lost
+        try:
+            self.send(operation, arguments, keywords)
+            reply = self._reply()
+            if error := reply.get("error"):
+                raise _exception(error)
+            value = self._decoded(reply["value"])
+            changeable = [*arguments, *keywords.values()]
+            self._take_changes(changeable, reply.get("changed", []))
+        except TestingOver as over:
+            self.lost = over
+            raise
         return value
 
     def send(self, operation: str, arguments: Any = (), keywords: Any = None) -> None:
@@ -108,9 +121,7 @@ class GuestProcess:
                 over = self.over()
                 over.outcome["line"] = reply["stuck"] if isinstance(reply["stuck"], int) else None
                 raise over
-            if reply["n"] == self._number and (
-                "value" in reply or isinstance(reply["error"], dict)
-            ):
+            if reply["n"] == self._number and ("value" in reply or _describes(reply["error"])):
                 return reply
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
@@ -130,10 +141,15 @@ class GuestProcess:
     def _take_changes(self, arguments: Any, changes: list[Any]) -> None:
         """Change arguments as the call has changed them in its process."""
         for argument, change in zip(arguments, changes, strict=False):
-            if change is None or type(new := self._decoded(change)) is not type(argument):
+            if not isinstance(change, list | dict) or type(
+                new := self._decoded(change)
+            ) is not type(argument):
                 continue
             if isinstance(argument, list | bytearray):
                 argument[:] = new
+            elif isinstance(argument, deque):
+                argument.clear()
+                argument.extend(new)
             elif isinstance(argument, dict | set):
                 argument.clear()
                 argument.update(new)
@@ -262,12 +278,23 @@ class AnswerError(Exception):
     """Holds an exception of the answer's code that no built-in exception stands for."""
 
 
+def _describes(error: Any) -> bool:
+    """Return whether a reply's ``error`` is one that `guest` writes."""
+    return isinstance(error, dict) and isinstance(error.get("bases"), list)
+
+
 def _exception(described: dict[str, Any]) -> BaseException:
     """Return an exception to raise in the test, a built-in one of the same kind."""
-    if "SystemExit" in (bases := list(described.get("bases", []))):
+    bases, text = [str(base) for base in described["bases"]], str(described.get("text", ""))
+    if "SystemExit" in bases:
         return TestingOver("exit", detail="sys.exit", error=described)
-    kind = next((k for b in bases if isinstance(k := getattr(builtins, str(b), None), type)), None)
-    plain = kind is not None and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
-    error = (kind if plain and kind is not None else AnswerError)(str(described.get("text", "")))
+    kind = next((k for b in bases if isinstance(k := getattr(builtins, b, None), type)), None)
+    if kind is None or not issubclass(kind, Exception):
+        kind = AnswerError
+    argument = described.get("argument", text)
+    if issubclass(kind, BaseExceptionGroup):
+        error = kind(text, [AnswerError(text)])
+    else:  # some kinds cannot be initialised with a text
+        error = kind.__new__(kind, argument if isinstance(argument, str | int | float) else text)
     error.described = described  # type: ignore[attr-defined]
     return error

@@ -9,16 +9,21 @@ import ast
 import json
 import math
 import os
+import re
 import select
 import socket
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from . import assertions
-from .guest_process import MAX_REPLY_BYTES, CheckFailed, GuestProcess, TestingOver, named
+from .guest_process import MAX_REPLY_BYTES, CheckFailed, GuestProcess, Remote, TestingOver, named
 from .values import shown
 
 Outcome = dict[str, Any]
+NUMBER = re.compile(
+    r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?(?:inf(?:inity)?)", re.I
+)
+"""Matches a number as programs print it: no digits of other scripts, and no underscores."""
 
 
 def judge(request: dict[str, Any], zygote: socket.socket) -> Outcome:
@@ -78,6 +83,14 @@ def _start(
     return guest, {name: line for name, line in lines.items() if isinstance(line, int | None)}
 
 
+def require_callable(value: Any) -> Any:
+    """Return what tests call. Raises `TestingOver` if the answer defines a plain value by that name."""
+    if isinstance(value, Remote):
+        return value
+    text = f"{type(value).__name__!r} object is not callable"
+    raise error_outcome({"type": "TypeError", "text": text})
+
+
 def _record(progress: Outcome, guest: GuestProcess, test: str) -> None:
     """Record what was being tested: the test, and the last call with its value."""
     progress["test"] = test[:400]
@@ -119,6 +132,8 @@ def _run_code(
     checks = assertions.Checks()
     try:
         space = assertions.namespace(guest, names, setup, checks)
+        for name in assertions.called(trees, entry_point) & {*names}:
+            require_callable(space[name])
         assertions.with_modules(space, trees)
         for index, tree in enumerate(trees):
             checks.source = sources[index]
@@ -133,6 +148,8 @@ def _run_code(
     finally:
         _record(progress, guest, checks.source)
         guest.close()
+    if guest.lost is not None:  # a test went on without the process
+        raise guest.lost
     if guest.last_call is None:
         raise TestingOver("tests", detail="the tests call nothing of the answer")
     progress["total"] = progress["passed"]
@@ -183,18 +200,22 @@ def _written(case: dict[str, Any]) -> str:
 def _called(guest: GuestProcess, case: dict[str, Any]) -> Any:
     """Call ``f``, or ``Class.method`` of a new object."""
     name, _, method = case["call"].partition(".")
-    function = named(guest.request("get", name), name)
+    function = require_callable(named(guest.request("get", name), name))
     if method:
         function = getattr(function(), method)
     return function(*case.get("args", []), **case.get("kwargs", {}))
 
 
 def _as_json(value: Any) -> Any:
-    """Return a value as JSON would write it: tuples are lists, keys are texts."""
+    """Return a value as JSON would write it: tuples are lists, keys are texts.
+
+    A dictionary in which two keys would be the same text stays as it is.
+    """
     if isinstance(value, list | tuple):
         return [_as_json(one) for one in value]
     if isinstance(value, dict):
-        return {_as_key(key): _as_json(one) for key, one in value.items()}
+        written = {_as_key(key): _as_json(one) for key, one in value.items()}
+        return written if len(written) == len(value) else value
     return value
 
 
@@ -206,7 +227,7 @@ def _as_key(key: Any) -> Any:
 def equal(expected: Any, got: Any, tolerance: float | None = None) -> bool:
     """Return whether a value is the expected one: Python's ``==``, and no number is a truth value.
 
-    With ``tolerance`` floats may differ by it, absolutely or relatively.
+    NaN is NaN. With ``tolerance`` numbers may differ by it, absolutely or relatively.
     """
     if isinstance(expected, list) and isinstance(got, list):
         pairs = zip(expected, got, strict=False)
@@ -221,6 +242,8 @@ def equal(expected: Any, got: Any, tolerance: float | None = None) -> bool:
             return math.isclose(expected, got, rel_tol=tolerance, abs_tol=tolerance)
         except OverflowError:
             return False
+    if isinstance(expected, float) and isinstance(got, float) and math.isnan(expected):
+        return math.isnan(got)
     return bool(expected == got)
 
 
@@ -283,7 +306,9 @@ def communicate(guest: GuestProcess, data: bytes) -> tuple[bytes, bytes]:
 
 def same_output(expected: str, got: str) -> bool:
     """Return whether two outputs are equal, line by line without outer space; numbers by value."""
-    lines, other = ([s.strip() for s in text.strip().splitlines()] for text in (expected, got))
+    lines, other = (
+        [line.strip() for line in re.split(r"\r\n|\n|\r", text.strip())] for text in (expected, got)
+    )
     return len(lines) == len(other) and all(map(_same_line, lines, other))
 
 
@@ -295,7 +320,8 @@ def _same_line(expected: str, got: str) -> bool:
 def _same_word(expected: str, got: str) -> bool:
     if expected == got:
         return True
+    numbers = len(got) < 1000 and NUMBER.fullmatch(expected) and NUMBER.fullmatch(got)
     try:
-        return len(got) < 1000 and Decimal(expected) == Decimal(got)
-    except InvalidOperation:
+        return bool(numbers) and Decimal(expected) == Decimal(got)
+    except InvalidOperation:  # an exponent beyond all numbers
         return False

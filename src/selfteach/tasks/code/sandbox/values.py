@@ -7,7 +7,9 @@ a number (`encode` calls ``keep``).
 
 from __future__ import annotations
 
+import datetime
 import math
+from collections import deque
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -15,6 +17,15 @@ from typing import Any
 
 MAX_DECIMAL_BITS = 10_000
 """Integers with more bits are written in hexadecimal, which takes linear time."""
+KEYS = type({}.keys())
+DAY, CLOCK = ("year", "month", "day"), ("hour", "minute", "second", "microsecond")
+MOMENTS: dict[type, tuple[str, ...]] = {
+    datetime.date: DAY,
+    datetime.time: CLOCK,
+    datetime.datetime: DAY + CLOCK,
+    datetime.timedelta: ("days", "seconds", "microseconds"),
+}
+"""Types of dates and times, and the attributes that make one anew."""
 KEY = "#"
 """The key that marks an encoded value of another type than JSON's."""
 
@@ -56,15 +67,28 @@ def _encode_tagged(value: Any, keep: Callable[[Any], int]) -> Any:
         return {KEY: "frozenset", "v": each(frozenset.__iter__(value))}
     if isinstance(value, bytes | bytearray):
         return {KEY: "bytes" if isinstance(value, bytes) else "bytearray", "v": value.hex()}
+    if isinstance(value, deque):
+        return {KEY: "deque", "v": [each(deque.__iter__(value)), deque.maxlen.__get__(value)]}
+    if type(value) is KEYS:
+        return {KEY: "keys", "v": each(value)}
+    if type(value) in MOMENTS:
+        return _encode_moment(value, keep)
     if type(value) is complex:
         return {KEY: "complex", "v": [each([value.real]), each([value.imag])]}
     if type(value) is range:
-        return {KEY: "range", "v": [value.start, value.stop, value.step]}
+        return {KEY: "range", "v": each([value.start, value.stop, value.step])}
     if type(value) is Fraction:
-        return {KEY: "fraction", "v": [value.numerator, value.denominator]}
+        return {KEY: "fraction", "v": each([value.numerator, value.denominator])}
     if type(value) is Decimal:
         return {KEY: "decimal", "v": str(value)}
     return {KEY: "object", "v": keep(value), "type": _name_of(value)}
+
+
+def _encode_moment(value: Any, keep: Callable[[Any], int]) -> Any:
+    """Encode a date, time or difference of times; one with a time zone stays an object."""
+    if getattr(value, "tzinfo", None) is not None:
+        return {KEY: "object", "v": keep(value), "type": _name_of(value)}
+    return {KEY: type(value).__name__, "v": [getattr(value, name) for name in MOMENTS[type(value)]]}
 
 
 def _name_of(value: Any) -> str:
@@ -91,17 +115,26 @@ def decode(data: Any, revive: Callable[[int, str], Any]) -> Any:
     if kind == "complex":
         (real,), (imaginary,) = content
         return complex(decode(real, revive), decode(imaginary, revive))
+    if kind in TUPLES:
+        return TUPLES[kind](*(decode(one, revive) for one in content))
     return ATOMS[kind](content)
 
 
-COLLECTIONS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+TUPLES: dict[str, Callable[..., Any]] = {
+    "range": range,
+    "fraction": Fraction,
+    "deque": lambda elements, longest: deque(elements, longest),
+    **{kind.__name__: kind for kind in MOMENTS},
+}
+COLLECTIONS: dict[str, Any] = {
+    "tuple": tuple, "set": set, "frozenset": frozenset,
+    "keys": lambda keys: dict.fromkeys(keys).keys(),
+}  # fmt: skip
 ATOMS: dict[str, Callable[[Any], Any]] = {
     "int": lambda text: int(text, 16),
     "float": float,
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
-    "range": lambda ends: range(*ends),
-    "fraction": lambda pair: Fraction(*pair),
     "decimal": Decimal,
 }
 
