@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from selfteach.config.schema import Section
-from selfteach.config.server_address import is_http, refuse_credentials
+from selfteach.config.server_address import (
+    is_http,
+    refuse_credentials,
+    require_distinct,
+    require_list,
+)
 from selfteach.errors import EngineError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class TransformersEngineConfig(Section):
@@ -27,12 +35,15 @@ class VllmEngineConfig(Section):
 
 
 class VllmServerConfig(VllmEngineConfig):
-    """Samples with a vLLM server over HTTP, on this machine or another."""
+    """Samples with vLLM servers over HTTP, on this machine or others."""
 
     type: Literal["vllm_server"]
     """A vLLM server."""
-    url: str = "http://127.0.0.1:8000"
+    url: str | None = DEFAULT_URL
     """Address of the server, without ``/v1``."""
+    urls: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Addresses of several servers, instead of ``url``: each rollout is sampled by the least loaded of
+    them, if possible by one that has its prompt in its cache. All get each update's weights."""
     model: str
     """Name of the model at the server (``--served-model-name``)."""
     api_key_env: str | None = None
@@ -41,21 +52,66 @@ class VllmServerConfig(VllmEngineConfig):
     """Folder through which new weights reach the server, which must see it under the same path; unset:
     a folder for temporary files on this machine."""
     concurrency: int = Field(default=64, ge=1)
-    """Requests in flight at a time."""
+    """Requests in flight at a time, at each address."""
     timeout_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for one rollout, or for a weight sync."""
     patience_seconds: float = Field(default=120.0, ge=0)
-    """Longest time that the server may be unreachable during a batch before the run ends."""
+    """Longest time that the server, or every server of ``urls``, may be unavailable during a batch
+    before the run ends."""
 
-    @field_validator("url")
+    @model_validator(mode="before")
     @classmethod
-    def _check_url(cls, url: str) -> str:
-        refuse_credentials(url, "engine.url", EngineError)
-        if not is_http(url):
-            raise ValueError("write it like http://127.0.0.1:8000")
-        if url.rstrip("/").endswith("/v1"):
-            raise ValueError("leave out /v1: the weight sync uses other paths of the server")
-        return url.rstrip("/")
+    def _no_default_beside_urls(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("urls") is not None:
+            return {"url": None, **values}
+        return values
+
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _is_list(cls, urls: Any) -> Any:
+        require_list(urls, "engine.urls", EngineError)
+        return urls
+
+    @field_validator("url", "urls")
+    @classmethod
+    def _no_slash_at_the_end(cls, urls: str | tuple[str, ...] | None) -> Any:
+        if isinstance(urls, tuple):
+            return tuple(url.rstrip("/") for url in urls)
+        return urls if urls is None else urls.rstrip("/")
+
+    @model_validator(mode="after")
+    def _check_urls(self) -> Self:
+        pairs = [("engine.url", self.url), *(("engine.urls", url) for url in self.urls or ())]
+        for setting, url in pairs:
+            if url is not None:
+                _check_url(setting, url)
+        if (self.url is None) == (self.urls is None):
+            has = "neither is set" if self.url is None else "both are set"
+            raise ValueError(f"{has}: set engine.url for one server, or engine.urls for several")
+        require_distinct(self.urls or (), "engine.urls")
+        return self
+
+    @property
+    def members(self) -> tuple[VllmServerConfig, ...]:
+        """Return the settings of each server: these, with one address."""
+        if self.urls is None:
+            return (self,)
+        return tuple(self.model_copy(update={"url": url, "urls": None}) for url in self.urls)
+
+    @property
+    def address(self) -> str:
+        """Return the address of the server, or all of them, for messages."""
+        return self.url or ", ".join(self.urls or ())
+
+
+def _check_url(setting: str, url: str) -> None:
+    refuse_credentials(url, setting, EngineError)
+    if not is_http(url):
+        raise ValueError(f"{setting} = {url!r}: write it like {DEFAULT_URL}")
+    if url.endswith("/v1"):
+        raise ValueError(
+            f"{setting} = {url!r}: leave out /v1: the weight sync uses other paths of the server"
+        )
 
 
 class VllmProcessConfig(VllmEngineConfig):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from selfteach.config.schema import Section
-from selfteach.config.server_address import is_http, refuse_credentials
+from selfteach.config.server_address import (
+    is_http,
+    refuse_credentials,
+    require_distinct,
+    require_list,
+)
 from selfteach.errors import CriticError
 
 ParameterName = Annotated[str, Field(min_length=1)] | Literal[False]
@@ -59,31 +64,43 @@ class ServedModelConfig(ChatModelConfig):
     role: ClassVar[str] = "critic"
     """What the model is to the run, for error messages."""
 
-    base_url: str
+    base_url: str | None = None
     """Address of the server, like ``http://localhost:8000/v1``; ``?api-version=`` may follow."""
+    base_urls: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Addresses of several servers of the same model, instead of ``base_url``: each request goes to the
+    least loaded of them, if possible to one that has the beginning of its prompt in its cache."""
     model: str
     """Name of the model at the server."""
     api_key_env: str | None = None
     """Environment variable that holds the key; the key itself is never written anywhere."""
+    api_key_envs: tuple[str, ...] | None = None
+    """With ``base_urls``: a variable for each address, in their order, instead of ``api_key_env``. The
+    same address may be listed with several keys."""
     api_key_header: str = Field(default="Authorization", pattern=r"^[A-Za-z0-9-]+$")
     """Header of the key; ``Authorization`` carries it as a bearer token, any other alone, like Azure's
     ``api-key``."""
     concurrency: int = Field(default=16, ge=1)
-    """Requests in flight at a time."""
+    """Requests in flight at a time, at each address."""
     timeout_seconds: float = Field(default=600.0, gt=0)
     """Longest time for one exchange: connection, headers and body of one reply, whatever its status."""
     http_retries: int = Field(default=16, ge=0)
     """Retries of an HTTP request that found no server, timed out, was cut off, or got 408, 409, 429 or
     5xx; pauses grow from half a second to eight (76 to 104 s in all by default) or follow
-    Retry-After."""
+    Retry-After. With ``base_urls`` the retries go to other members."""
+    patience_seconds: float = Field(default=120.0, ge=0)
+    """With ``base_urls``: longest time that a request waits while no member is available; then it has
+    no reply."""
+    hedge_after: float | None = Field(default=None, gt=1)
+    """With ``base_urls``: a request that takes longer than so many times the median is sent to a second
+    member too; the first reply counts, and both are paid for. Unset: never."""
     healthcheck: bool = True
     """Check at the start that the server is up and takes the request that runs send, with a prompt of a
     few tokens; false for a run whose replies are all cached."""
     requests_per_minute: float | None = Field(default=None, gt=0)
-    """Most requests per minute, evenly spaced; unset: no limit."""
+    """Most requests per minute, evenly spaced, at each address; unset: no limit."""
     tokens_per_minute: float | None = Field(default=None, gt=0)
-    """Most tokens per minute, prompt and reply; ``max_tokens`` of a reply count until it is there.
-    Unset: no limit."""
+    """Most tokens per minute, prompt and reply, at each address; ``max_tokens`` of a reply count until
+    it is there. Unset: no limit."""
     price_prompt: float = Field(default=0.0, ge=0)
     """Price per million prompt tokens, for the cost in the budget."""
     price_completion: float = Field(default=0.0, ge=0)
@@ -96,15 +113,64 @@ class ServedModelConfig(ChatModelConfig):
     """Control tokens of the served model beyond those of the common families (``<|…|>``, ``[INST]``,
     ``<start_of_turn>``, …): where a rollout quotes one, it is escaped with a zero-width character."""
 
-    @field_validator("base_url")
+    @field_validator("base_urls", mode="before")
     @classmethod
-    def _no_credentials(cls, url: str) -> str:
-        refuse_credentials(url, f"{cls.role}.base_url", CriticError)
-        if not is_http(url):
-            raise CriticError(
-                f"{cls.role}.base_url = {url!r}: write it like http://localhost:8000/v1"
-            )
-        return url
+    def _is_list(cls, urls: Any) -> Any:
+        require_list(urls, f"{cls.role}.base_urls", CriticError)
+        return urls
+
+    @model_validator(mode="after")
+    def _addresses(self) -> Self:
+        one, several = f"{self.role}.base_url", f"{self.role}.base_urls"
+        for setting, url in [
+            (one, self.base_url),
+            *((several, url) for url in self.base_urls or ()),
+        ]:
+            if url is not None:
+                refuse_credentials(url, setting, CriticError)
+                if not is_http(url):
+                    raise CriticError(
+                        f"{setting} = {url!r}: write it like http://localhost:8000/v1"
+                    )
+        if (self.base_url is None) == (self.base_urls is None):
+            has = "neither is set" if self.base_url is None else "both are set"
+            raise ValueError(f"{has}: set {one} for one server, or {several} for several")
+        if self.base_urls is None:
+            for key in ("api_key_envs", "hedge_after"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"{self.role}.{key} is for several servers: it needs {several}"
+                    )
+            return self
+        if self.api_key_envs is not None:
+            if self.api_key_env is not None:
+                raise ValueError(
+                    f"set {self.role}.api_key_env or {self.role}.api_key_envs, not both"
+                )
+            if len(self.api_key_envs) != len(self.base_urls):
+                raise ValueError(
+                    f"{self.role}.api_key_envs has {len(self.api_key_envs)} variables for "
+                    f"{len(self.base_urls)} addresses in {several}: name one for each"
+                )
+        require_distinct(self.base_urls, several, keys=self.api_key_envs)
+        return self
+
+    @property
+    def members(self) -> tuple[Self, ...]:
+        """Return the settings of each server: these, with one address and its key."""
+        if self.base_urls is None:
+            return (self,)
+        keys = self.api_key_envs or (self.api_key_env,) * len(self.base_urls)
+        one = {"base_urls": None, "api_key_envs": None, "hedge_after": None}
+        return tuple(
+            self.model_copy(update={**one, "base_url": url, "api_key_env": key})
+            for url, key in zip(self.base_urls, keys, strict=True)
+        )
+
+    @property
+    def address(self) -> str:
+        """Return the address of the server, or all of them, for messages."""
+        return self.base_url or ", ".join(self.base_urls or ())
 
     @property
     def request_extras(self) -> dict[str, Any]:

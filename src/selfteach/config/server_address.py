@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from urllib.parse import parse_qsl, urlsplit
 
 from selfteach.errors import SelfteachError
@@ -36,6 +37,24 @@ def is_http(url: str) -> bool:
     parts = urlsplit(url)
     printable = all(letter.isprintable() and not letter.isspace() for letter in url)
     return parts.scheme in ("http", "https") and bool(parts.hostname) and printable
+
+
+def require_list(urls: object, setting: str, error: type[SelfteachError]) -> None:
+    """Raise ``error`` or ValueError if addresses are written as one text, which may hold a key."""
+    if isinstance(urls, str):
+        refuse_credentials(urls, setting, error)
+        raise ValueError(f"{setting} is a list of addresses: write {setting} = [{urls!r}]")
+
+
+def require_distinct(
+    urls: Sequence[str], setting: str, *, keys: Sequence[str] | None = None
+) -> None:
+    """Raise ValueError if two members of a fleet are the same server (and use the same key)."""
+    members = [url.rstrip("/") for url in urls]
+    pairs = list(zip(members, keys or [""] * len(members), strict=True))
+    for pair in pairs:
+        if pairs.count(pair) > 1:
+            raise ValueError(f"{setting} lists {pair[0]} twice: name each server once")
 
 
 def split_address(url: str) -> tuple[str, dict[str, str]]:

@@ -13,6 +13,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Coroutine, Mapping
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import openai
@@ -111,12 +112,20 @@ class ServedApi:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Await work in this server's thread, from any other thread."""
-        result = asyncio.run_coroutine_threadsafe(work, self._loop)
+        result = self.start(work)
         try:
             return result.result()
         except BaseException:
             result.cancel()  # a caller that is interrupted leaves nothing behind
             raise
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start work in this server's thread; the future returned has its result, and cancels it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def call_async(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await work in this server's thread, from an event loop of another thread, or from its."""
+        return await asyncio.wrap_future(self.start(work))
 
     def words(self, error: BaseException) -> str:
         """Return what a server or the connection says about an error: one line, without the key."""
@@ -162,6 +171,8 @@ def _shut_down(loop: asyncio.AbstractEventLoop, client: openai.AsyncOpenAI) -> N
     """Close the connections and end the thread of a server that is used no more."""
 
     async def close() -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()  # nobody waits for its result
         await client.close()
         loop.stop()
 

@@ -8,7 +8,6 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -29,14 +28,12 @@ from selfteach.models.policy import Policy
 from selfteach.protocols import Engine
 from selfteach.rollout.transformers_engine import TransformersEngine
 from selfteach.rollout.vllm.in_process import ServedModel, VllmProcess
-from selfteach.rollout.vllm.vllm_engine import TrainableWeights, VllmBackend, VllmEngine
+from selfteach.rollout.vllm.synced_backend import SyncedBackend
+from selfteach.rollout.vllm.vllm_engine import SyncedSampler, TrainableWeights, VllmEngine
 from selfteach.rollout.vllm.weight_check import Probe, WeightCheck
 from selfteach.rollout.vllm.weight_sync import WeightFolder
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.types import Sequences
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 PROBE_TOKENS = 256
 """Length of the prompt whose logprobs engine and trainer compare: some blocks of a prefix cache."""
@@ -75,9 +72,9 @@ def build_engine(
         trainer_logits(policy, ids),
     )
     return VllmEngine(
-        _backend(recipe, config, loaded, policy, ranks),
+        _sampler(recipe, config, probe, loaded, policy, ranks),
         loaded.renderer,
-        WeightCheck(probe, config.tolerance),
+        probe.logits,
         TrainableWeights(policy.trainable.items, tied_weights(policy)),
         run_id=ranks.broadcast(uuid.uuid4().hex[:8]),
         end_ids=loaded.end_ids,
@@ -86,27 +83,28 @@ def build_engine(
     )
 
 
-def require_engine(recipe: Recipe) -> None:
-    """Check once that a served engine is reachable and can do what this recipe needs.
+def require_engine(recipe: Recipe) -> list[str]:
+    """Check once that served engines are reachable and can do what this recipe needs.
 
-    Raises `EngineError` in one line.
+    Returns the state of each server. Raises `EngineError` in one line.
     """
-    if isinstance(recipe.engine, VllmServerConfig):
-        _server_client()  # raises if OpenAI's client is not installed
-        from selfteach.rollout.vllm.engine_healthcheck import (
-            EngineRequirements,
-            require_engine_server,
-        )
+    if not isinstance(recipe.engine, VllmServerConfig):
+        return []
+    _require_openai()
+    from selfteach.rollout.vllm.engine_healthcheck import (
+        EngineRequirements,
+        require_engine_server,
+    )
 
-        tokenizer = load_tokenizer(recipe.model)
-        require_engine_server(
-            recipe.engine,
-            EngineRequirements(
-                adapters=recipe.model.lora is not None,
-                max_tokens=recipe.sampling.max_tokens,
-                encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-            ),
-        )
+    tokenizer = load_tokenizer(recipe.model)
+    return require_engine_server(
+        recipe.engine,
+        EngineRequirements(
+            adapters=recipe.model.lora is not None,
+            max_tokens=recipe.sampling.max_tokens,
+            encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        ),
+    )
 
 
 def probe_ids(prompts: Iterable[tuple[int, ...]], longest: int) -> tuple[int, ...]:
@@ -139,9 +137,14 @@ def trainer_logits(policy: Policy, ids: Sequence[int]) -> Callable[[], Tensor]:
     return logits
 
 
-def _backend(
-    recipe: Recipe, config: EngineConfig, loaded: LoadedModel, policy: Policy, ranks: Ranks
-) -> VllmBackend:
+def _sampler(
+    recipe: Recipe,
+    config: EngineConfig,
+    probe: Probe,
+    loaded: LoadedModel,
+    policy: Policy,
+    ranks: Ranks,
+) -> SyncedSampler:
     model = policy.model
     adapter = model.peft_config["default"] if isinstance(model, PeftModel) else None
     match config:
@@ -149,22 +152,48 @@ def _backend(
             # Rank 0 writes there; the others need only its path.
             folder = ranks.all_or_raise(lambda: _folder(config.folder) if ranks.is_main else None)
             weight_folder = WeightFolder(ranks.broadcast(folder) or Path(), adapter)
-            return _server_client().VllmServer(config, weight_folder)
+            return _served(config, probe, weight_folder, ranks)
         case VllmProcessConfig():
             weight_folder = WeightFolder(_folder(None), adapter)
-            return VllmProcess(config, _served_model(recipe, loaded), weight_folder)
+            process = VllmProcess(config, _served_model(recipe, loaded), weight_folder)
+            return SyncedBackend(process, WeightCheck(probe, config.tolerance), ranks)
         case _:
             raise AssertionError(config)
 
 
-def _server_client() -> ModuleType:
+def _served(
+    config: VllmServerConfig, probe: Probe, weight_folder: WeightFolder, ranks: Ranks
+) -> SyncedSampler:
+    """Return the server of an engine, or its fleet of them."""
+    _require_openai()
+    from selfteach.rollout.vllm.server_client import VllmServer
+    from selfteach.rollout.vllm.synced_server import SyncedServer
+    from selfteach.rollout.vllm.vllm_fleet import VllmFleet
+
+    if len(config.members) == 1:
+        server = VllmServer(config.members[0], weight_folder)
+        return SyncedBackend(server, WeightCheck(probe, config.tolerance), ranks)
+    servers = [
+        SyncedServer(
+            VllmServer(member, weight_folder),
+            weight_folder,
+            WeightCheck(probe, config.tolerance),
+            ranks,
+        )
+        for member in config.members
+    ]
+    return VllmFleet(
+        servers, weight_folder, concurrency=config.concurrency, patience_s=config.patience_seconds
+    )
+
+
+def _require_openai() -> None:
     try:
-        from selfteach.rollout.vllm import server_client
+        import selfteach.rollout.vllm.server_client  # noqa: F401
     except ImportError:
         raise EngineError(
             'engine.type = "vllm_server" needs OpenAI\'s client: pip install "selfteach[endpoint]"'
         ) from None
-    return server_client
 
 
 def _served_model(recipe: Recipe, loaded: LoadedModel) -> ServedModel:

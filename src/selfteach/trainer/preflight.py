@@ -19,8 +19,8 @@ from selfteach.errors import CriticError
 from selfteach.runtime import tracking
 
 CRITIC_IDENTITY = {
-    "base_url", "model", "api_key_env", "api_key_header", "thinking", "extra_body", "parameters",
-    "temperature", "retry_temperature",
+    "base_url", "base_urls", "model", "api_key_env", "api_key_envs", "api_key_header", "thinking",
+    "extra_body", "parameters", "temperature", "retry_temperature",
 }  # fmt: skip
 """Settings of a served critic or judge on which its healthcheck depends."""
 ENGINE_IDENTITY = {"engine", "model"}

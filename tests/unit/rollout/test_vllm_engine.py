@@ -19,7 +19,7 @@ from selfteach.errors import EngineError, RecipeError
 from selfteach.losses.policy_gradient import token_logp
 from selfteach.models.sequences import sequences
 from selfteach.rollout.journaled_engine import JournaledEngine, SamplingInterrupted
-from selfteach.rollout.vllm import vllm_engine
+from selfteach.rollout.vllm import synced_backend, vllm_engine
 from selfteach.rollout.vllm.in_process import ServedModel, llm_arguments
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build
@@ -164,7 +164,7 @@ def test_a_reload_by_another_rank_is_noticed(
     move(built)
     publish(built, 1)
     expected = built.components.engine.generate(built.task.train, SAMPLING)
-    backend = built.components.engine.engine._backend  # type: ignore[attr-defined]
+    backend = built.components.engine.engine._sampler._backend  # type: ignore[attr-defined]
     complete, label, restarts = backend.complete, server.label.partition("+")[0], [True]
 
     def restart_and_complete(requests: list[Any], expected_label: str) -> Iterator[Any]:
@@ -260,7 +260,7 @@ def test_a_restarted_server_gets_its_weights_again(
 def test_rollouts_received_before_an_engine_dies_are_saved(
     server: ScriptedVllm, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_engine, "LABEL_CHECK_INTERVAL_S", -1.0)  # after each completion
+    monkeypatch.setattr(synced_backend, "LABEL_CHECK_INTERVAL_S", -1.0)  # after each completion
     built = build(recipe(server, more))
     engine, problems = built.components.engine, built.task.train
     publish(built, 0)

@@ -260,7 +260,7 @@ def _critic(recipe: Recipe, task: Task | None, templates: Templates, unchecked: 
             )
         match critic:
             case EndpointConfig():
-                unchecked.append(f"critic {critic.model} at {critic.base_url}: not contacted")
+                unchecked.append(f"critic {critic.model} at {critic.address}: not contacted")
             case LocalCriticConfig():
                 _size(ModelConfig(path=critic.path), unchecked)
             case _:

@@ -133,8 +133,16 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
     values.setdefault("optimizer", {})["lr"] = recipe.optimizer.lr
     values.setdefault("sampling", {})["max_tokens"] = recipe.sampling.max_tokens
     for section, keys in {
-        "critic": ("reply_cache", "base_url", "api_key_env", "api_key_header", "extra_body"),
-        "engine": ("url", "folder", "api_key_env"),
+        "critic": (
+            "reply_cache",
+            "base_url",
+            "base_urls",
+            "api_key_env",
+            "api_key_envs",
+            "api_key_header",
+            "extra_body",
+        ),
+        "engine": ("url", "urls", "folder", "api_key_env"),
     }.items():
         if isinstance(values.get(section), dict):
             values[section] = {k: v for k, v in values[section].items() if k not in keys}

@@ -157,9 +157,9 @@ def _critic(address: EndpointConfig, name: str | None, offline: bool) -> CriticC
             served = served_models(address)
         if len(served) != 1:
             names = f"it serves {', '.join(served[:8])}" if served else "it lists no models"
-            raise RecipeError(f"--critic {address.base_url}: {names}; name one with --critic-model")
+            raise RecipeError(f"--critic {address.address}: {names}; name one with --critic-model")
         name = served[0]
-    return CriticChoice(address.base_url, name, address.api_key_env)
+    return CriticChoice(address.address, name, address.api_key_env)
 
 
 def _prompts(recipes: Mapping[str, Recipe], with_tokenizer: bool) -> Iterator[str]:

@@ -37,6 +37,10 @@ class Reply:
     completion_tokens: int
     refusal: str = ""
     """Why the provider withheld a reply, or a part of it, that was paid for."""
+    hedge_prompt_tokens: int = 0
+    """Prompt tokens of the same request at a second server, whose reply was not used."""
+    hedge_completion_tokens: int = 0
+    """Its completion tokens: at most as many as this reply's if it was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,33 +12,58 @@ from selfteach.config.served_model import ServedModelConfig
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import Request
 from selfteach.feedback.critics.completion_reader import is_refusal
-from selfteach.feedback.critics.endpoint import post_completion, redirected, served_api
+from selfteach.feedback.critics.endpoint_member import (
+    PROMPT,
+    post_completion,
+    redirected,
+    served_api,
+)
 from selfteach.runtime.bounded_http import ServedApi, is_too_slow
 
 PATIENCE_S = 10.0
 """A server that has not replied within this time counts as slow, not as down."""
-PROMPT = "Reply with the digit 1 and nothing else."
-"""The cheapest prompt: what is checked is whether the server takes the parameters."""
 
 
-def require_server(config: ServedModelConfig) -> None:
-    """Check once that a server is up, serves the model, accepts the key and takes what runs send.
+def require_server(config: ServedModelConfig) -> list[str]:
+    """Check once that servers are up, serve the model, accept the key and take what runs send.
 
-    Requests its list of models, and then a reply with all parameters of the run's requests (also those
-    of repeated requests, where a policy is ``retry``). A slow or busy server (time-out, 429, 5xx)
-    passes. Raises `CriticError` in one line, with the server's words.
+    Requests each server's list of models, and then a reply with all parameters of the run's requests
+    (also those of repeated requests, where a policy is ``retry``). A slow or busy server (time-out,
+    429, 5xx) passes, and so does a member of a fleet that is down, if another one is not. Returns the state
+    of each server. Raises `CriticError` in one line, with the servers' words.
     """
+    states, down, unfit = [], [], []
+    for member in config.members:
+        try:
+            states.append(f"{member.address}: {_state(member)}")
+        except Unreachable as error:
+            down.append(str(error))
+            states.append(f"{member.address}: down, left out until it replies")
+        except CriticError as error:
+            unfit.append(str(error))
+    if unfit or len(down) == len(states):
+        raise CriticError("; ".join(unfit or down))
+    return states
+
+
+def _state(config: ServedModelConfig) -> str:
+    """Return the state of one server. Raises `CriticError`, `Unreachable` if there is none."""
     api = served_api(config, min(config.timeout_seconds, PATIENCE_S), retries=0)
     try:
         listed = _listed(api, config)
         for attempt, temperature in _temperatures(config):
             _request(api, config, listed, attempt, temperature)
     except _Busy:
-        return
+        return "busy"
     except openai.APIConnectionError as error:
         if is_too_slow(error):
-            return
-        raise CriticError(_unreachable(api, error, config)) from None
+            return "slow"
+        raise Unreachable(_unreachable(api, error, config)) from None
+    return "replies"
+
+
+class Unreachable(CriticError):
+    """Is raised when there is no server at an address."""
 
 
 def listed_models(config: ServedModelConfig) -> list[str]:
@@ -58,7 +83,7 @@ def listed_models(config: ServedModelConfig) -> list[str]:
 def _unreachable(
     api: ServedApi, error: openai.APIConnectionError, config: ServedModelConfig
 ) -> str:
-    words = f"no server at {config.base_url} ({api.words(error)})"
+    words = f"no server at {config.address} ({api.words(error)})"
     return f"{config.role}: {words}: start the server, or fix {config.role}.base_url"
 
 
@@ -112,12 +137,12 @@ def _request(
         unknown = listed is not None and config.model not in listed
         if status in (404, 405) or (status == 400 and unknown and listed):
             raise CriticError(
-                f"{config.role}.model = {config.model!r}: {config.base_url} does not serve it "
+                f"{config.role}.model = {config.model!r}: {config.address} does not serve it "
                 f"(HTTP {status}){_hint(config, listed)} ({words})"
             ) from None
         if is_refusal(status, words) or status < 400 or (status < 500 and not _is_busy(error)):
             raise CriticError(
-                f"{config.role}: {config.base_url} refuses the request that runs send (HTTP {status}: "
+                f"{config.role}: {config.address} refuses the request that runs send (HTTP {status}: "
                 f"{words}): change that setting, or rename the parameter, or leave it out, in "
                 f"[{config.role}.parameters]"
             ) from None
@@ -136,7 +161,7 @@ def _refuse_a_wrong_key(
             else f"name a key in {config.role}.api_key_env"
         )
         raise CriticError(
-            f"{config.role}: {config.base_url} denied access (HTTP {error.status_code}): {fix} "
+            f"{config.role}: {config.address} denied access (HTTP {error.status_code}): {fix} "
             f"({api.words(error)})"
         ) from None
 

@@ -1,60 +1,72 @@
-"""Requests replies from an OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, hosted APIs."""
+"""Requests replies from OpenAI-compatible servers: vLLM, SGLang, llama.cpp, Ollama, hosted APIs.
+
+Several servers of the same model are a fleet (`critic.base_urls`). Which of them replies changes no
+result: requests, the reply cache's keys and retries of useless replies are those of one server.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import time
+import weakref
 from collections.abc import Sequence
-from typing import Any
-
-import openai
+from contextlib import suppress
+from dataclasses import replace
 
 from selfteach.config.served_model import ServedModelConfig
-from selfteach.config.server_address import split_address
 from selfteach.errors import CriticError
-from selfteach.feedback.critics.chat_model import NoReply, OnReply, Reply, Request, as_dicts
-from selfteach.feedback.critics.completion_reader import (
-    UnusableBody,
-    clean,
-    is_refusal,
-    read_completion,
-)
-from selfteach.feedback.critics.rate_limit import RateLimit
-from selfteach.runtime.api_keys import read_key, redact
-from selfteach.runtime.bounded_http import ServedApi, is_too_slow
-from selfteach.runtime.futures import active_span
+from selfteach.feedback.critics.chat_model import NoReply, OnReply, Reply, Request
+from selfteach.feedback.critics.endpoint_member import EndpointMember, MemberFailure
+from selfteach.runtime.dispatcher import Dispatcher, prefix_blocks
 
-MAX_BODY_BYTES = 2_000_000
-"""A longer response is no critique: the connection is closed, and the reply counts as truncated, of
-unknown length."""
-EXCERPT_BYTES = 2_000
-"""Bytes of such a response that are saved, for a person to see what it was."""
-UNREADABLE_RETRIES = 2
-"""Retries of a request whose reply is no JSON, not a completion, or a provider's failure."""
-PAUSE_S = 0.2
-"""Pause before the first of these retries; each pause is twice the one before."""
-BYTES_PER_TOKEN = 4
-"""Of a prompt, to estimate its tokens before the server counts them."""
+log = logging.getLogger("selfteach")
+
+BLOCK_LETTERS = 256
+"""Letters of a prompt that are compared at a time to find who has its beginning cached."""
+PROBE_INTERVAL_S = 1.0
+"""Before the first probe of a member that was taken out; each further pause is twice the one before."""
+MAX_PROBE_INTERVAL_S = 30.0
+PAUSE_S = 0.5
+"""Before a request is repeated that failed at two members, or found them busy; doubled each time."""
+MAX_PAUSE_S = 8.0
+NAP_S = 0.25
+"""Longest sleep between looks for a free member."""
+MIN_HEDGE_S = 0.05
+"""A request is not hedged earlier, however fast the median."""
+LOST_HEDGES = 3
+"""Requests in a row in which a second member was faster, before the first is taken out."""
+
+Tasks = dict[int, asyncio.Task[Reply | NoReply]]
+"""Copies of one request by member."""
 
 
 class EndpointModel:
-    """Requests replies from a served chat model through OpenAI's client.
+    """Requests replies from a served chat model, at one address or several.
 
-    Raises `CriticError` if the API key is missing.
+    Raises `CriticError` if an API key is missing.
     """
 
     remote = True
 
     def __init__(self, config: ServedModelConfig) -> None:
-        self._config = config
-        self._api = served_api(config, config.timeout_seconds, retries=config.http_retries)
-        self._slots = asyncio.Semaphore(config.concurrency)
-        self._requests = RateLimit(config.requests_per_minute)
-        self._tokens = RateLimit(config.tokens_per_minute)
+        self._config, alone = config, len(config.members) == 1
+        # One server's failures are retried by its HTTP client; a fleet's requests go elsewhere.
+        retries = config.http_retries if alone else 0
+        self._members = [EndpointMember(one, retries=retries) for one in config.members]
+        self._attempts = 1 if alone else max(len(self._members), 1 + config.http_retries)
+        names = [one.address for one in config.members]
+        self.fleet = Dispatcher(names, config.concurrency)
+        self._slots = asyncio.Semaphore(config.concurrency * len(names))
+        self._changed = asyncio.Event()
+        self._lost_hedges, self._relapses = [0] * len(names), [0] * len(names)
+        self._unfit: dict[int, str] = {}
+        self._probes: set[asyncio.Task[None]] = set()
 
     @property
     def identity(self) -> str:
-        """Return model name and request parameters that change replies; not the address."""
+        """Return model name and request parameters that change replies; no address."""
         extra = json.dumps(self._config.request_extras, sort_keys=True)
         names = self._config.parameters
         left_out = [name for name in type(names).model_fields if getattr(names, name) is False]
@@ -65,7 +77,7 @@ class EndpointModel:
 
         If one raises, those in flight end and their replies are stored before the error is raised.
         """
-        return self._api.call(self._complete(requests, on_reply))
+        return self._members[0].api.call(self._complete(requests, on_reply))
 
     async def _complete(
         self, requests: Sequence[Request], on_reply: OnReply
@@ -77,7 +89,7 @@ class EndpointModel:
                 if errors:
                     return NoReply("not sent, since another request failed")
                 try:
-                    reply = await self._within_limits(request)
+                    reply = await self._request(request)
                     if isinstance(reply, Reply):  # on disk before the next request is sent
                         await asyncio.to_thread(on_reply, index, reply)
                     return reply
@@ -90,100 +102,204 @@ class EndpointModel:
             raise errors[0]
         return list(replies)
 
-    async def _within_limits(self, request: Request) -> Reply | NoReply:
-        """Send one request when the limits allow it; its tokens are settled when they are known."""
-        size = sum(len(content.encode(errors="replace")) for _, content in request.messages)
-        estimated = size / BYTES_PER_TOKEN + request.max_tokens
-        await self._requests.acquire(1)
-        await self._tokens.acquire(estimated)
-        with active_span():  # not while it waits for a free slot
-            reply = await self._request(request)
-        used = reply.prompt_tokens + reply.completion_tokens if isinstance(reply, Reply) else 0
-        self._tokens.settle(used - estimated if used else 0)
-        return reply
-
     async def _request(self, request: Request) -> Reply | NoReply:
-        reason = ""
-        for attempt in range(1 + UNREADABLE_RETRIES):
+        """Send a request to one member after the other until there is a reply.
+
+        Raises `CriticError` for what holds for every request at every member.
+        """
+        text = "\0".join(f"{role}\0{content}" for role, content in request.messages)
+        prefix, failed_at = prefix_blocks(text, BLOCK_LETTERS), set[int]()
+        for attempt in range(self._attempts):
+            member = await self._free_member(prefix, failed_at)
+            if member is None:
+                return NoReply(self._nobody())
             try:
-                return await self._send(request)
-            except openai.APIStatusError as error:
-                return self._typed(error)
-            except openai.APIConnectionError as error:
-                if is_too_slow(error):
-                    return NoReply(f"no reply within {self._config.timeout_seconds:g} s")
-                return NoReply(f"{self._config.base_url}: {self._api.words(error)}")
-            except (UnusableBody, openai.OpenAIError, ValueError) as error:
-                reason = f"the reply cannot be parsed: {self._api.words(error)}"
-            if attempt < UNREADABLE_RETRIES:
-                await asyncio.sleep(PAUSE_S * 2**attempt)
-        return NoReply(reason)
+                return await self._hedged(request, prefix, member)
+            except MemberFailure as error:
+                if attempt + 1 == self._attempts:
+                    self._after_failure(member, error)
+                    self._raise_if_all_unfit()
+                    return NoReply(error.reason)
+                pause_s = min(PAUSE_S * 2**attempt, MAX_PAUSE_S)
+                if error.kind == "busy":
+                    self.fleet.rest(member, error.retry_after_s or pause_s)
+                elif failed_at - {member} and error.kind in ("slow", "error"):
+                    # It has failed elsewhere too, and may be the cause: the member stays.
+                    await asyncio.sleep(pause_s)
+                else:
+                    failed_at.add(member)
+                    self._after_failure(member, error)
+        raise AssertionError("unreachable")
 
-    def _typed(self, error: openai.APIStatusError) -> NoReply:
-        """Return what an HTTP error means; raises `CriticError` if it holds for every request."""
-        config, status, words = self._config, error.status_code, self._api.words(error)
-        if is_refusal(status, words):
-            return NoReply(f"the server refused the request (HTTP {status}): {words}", True)
-        if status in (401, 403, 404, 405, 410) or 300 <= status < 400:
-            raise CriticError(
-                f"{config.role}: {config.base_url} returned HTTP {status} for model {config.model!r} "
-                f"({redirected(error) or words}): check {config.role}.model, {config.role}.base_url "
-                "and the key"
-            )
-        return NoReply(f"the server returned HTTP {status}: {words}")
+    def _after_failure(self, member: int, error: MemberFailure) -> None:
+        """Take a member of a fleet out, unless it is only busy."""
+        if error.kind == "unfit":
+            self._unfit[member] = error.reason
+        if len(self._members) > 1 and error.kind != "busy":
+            self._take_out(member, error.reason)
 
-    async def _send(self, request: Request) -> Reply | NoReply:
-        body = await post_completion(self._api, self._config, request)
-        if len(body) > MAX_BODY_BYTES:
-            text = body[:EXCERPT_BYTES].decode(errors="replace")
-            return Reply(redact(text, self._api.key), False, 0, 0)
-        reply = read_completion(body)
-        if isinstance(reply, NoReply):
-            return NoReply(self._api.one_line(reply.reason), reply.permanent)
-        return Reply(
-            redact(reply.text, self._api.key), reply.finished, reply.prompt_tokens,
-            reply.completion_tokens, self._api.one_line(reply.refusal),
-        )  # fmt: skip
+    def _raise_if_all_unfit(self) -> None:
+        """Raise `CriticError` if no member can take any request of this recipe."""
+        if len(self._unfit) == len(self._members):
+            raise CriticError("; ".join(self._unfit.values()))
+
+    async def _free_member(self, prefix: Sequence[int], avoid: set[int]) -> int | None:
+        """Wait for a member that may take a request; None if none is available for too long.
+
+        Raises `CriticError` if none can take any request of this recipe.
+        """
+        deadline: float | None = None
+        while (member := self.fleet.assign(prefix, avoid)) is None:
+            if self.fleet.any_available:
+                deadline = None
+            else:
+                self._raise_if_all_unfit()
+                deadline = deadline or time.monotonic() + self._config.patience_seconds
+                if time.monotonic() >= deadline:
+                    return None
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), NAP_S)
+        return member
+
+    async def _hedged(self, request: Request, prefix: Sequence[int], first: int) -> Reply | NoReply:
+        """Send a request to a member, and if it is slow to a second one; return the first reply.
+
+        Raises `MemberFailure` if the first has failed, and the second too.
+        """
+        if (wait_s := self._hedge_after()) is None:
+            return await self._at(first, request)
+        admitted = asyncio.Event()
+        tasks = {first: asyncio.create_task(self._at(first, request, admitted))}
+        limits = asyncio.create_task(admitted.wait())
+        try:
+            await asyncio.wait((tasks[first], limits), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((tasks[first],), timeout=wait_s)
+            if not tasks[first].done():
+                second = self.fleet.assign(prefix, {first}, strictly=True)
+                if second is not None:
+                    tasks[second] = asyncio.create_task(self._at(second, request))
+            return await self._first_reply(tasks, first)
+        finally:
+            for task in (limits, *tasks.values()):
+                task.cancel()
+
+    async def _first_reply(self, tasks: Tasks, first: int) -> Reply | NoReply:
+        """Return the first reply, with the tokens of the request's other copy."""
+        running, failures = dict(tasks), dict[int, MemberFailure]()
+        while running:
+            await asyncio.wait(running.values(), return_when=asyncio.FIRST_COMPLETED)
+            for member in [i for i, task in running.items() if task.done()]:
+                task = running.pop(member)
+                if isinstance(error := task.exception(), MemberFailure):
+                    failures[member] = error
+                elif isinstance(reply := task.result(), Reply):
+                    for other, error in failures.items():
+                        self._after_failure(other, error)
+                    self._count_lost_hedge(first, lost=member != first)
+                    return with_hedge(reply, [tasks[i] for i in tasks if i != member])
+        for other in failures.keys() - {first}:  # the first one's is raised
+            self._after_failure(other, failures[other])
+        return tasks[first].result()
+
+    def _count_lost_hedge(self, member: int, *, lost: bool) -> None:
+        """Take a member out that was slower than a second one several times in a row."""
+        self._lost_hedges[member] = self._lost_hedges[member] + 1 if lost else 0
+        if self._lost_hedges[member] >= LOST_HEDGES:
+            self._lost_hedges[member] = 0
+            self._take_out(member, f"{LOST_HEDGES} requests in a row were faster elsewhere")
+
+    def _hedge_after(self) -> float | None:
+        """Return the seconds after which a request is sent to a second member; None for never."""
+        multiple, median = self._config.hedge_after, self.fleet.median_seconds
+        if multiple is None or median is None:
+            return None
+        return max(multiple * median, MIN_HEDGE_S)
+
+    async def _at(
+        self, member: int, request: Request, admitted: asyncio.Event | None = None
+    ) -> Reply | NoReply:
+        """Send a request to a member that was assigned to it. Raises `MemberFailure`."""
+        began, failed, unused = time.monotonic(), False, True
+        try:
+            reserved = await self._members[member].admit(request)
+            began = time.monotonic()
+            if admitted is not None:
+                admitted.set()
+            reply = await self._members[member].reply(request, reserved)
+            unused = not isinstance(reply, Reply)
+            self._relapses[member] *= unused
+            self._unfit.pop(member, None)
+            return reply
+        except MemberFailure:
+            failed = True
+            raise
+        finally:
+            self.fleet.finish(member, time.monotonic() - began, failed=failed, unused=unused)
+            self._notify()
+
+    def _take_out(self, member: int, reason: str) -> None:
+        """Send a member nothing until a probe of it succeeds."""
+        if self.fleet.take_out(member, reason):
+            name = f"{self._config.role}: {self.fleet.name(member)}"
+            log.warning("%s is taken out until it replies again (%s)", name, reason)
+            pause_s = min(PROBE_INTERVAL_S * 2 ** self._relapses[member], MAX_PROBE_INTERVAL_S)
+            self._relapses[member] += 1
+            probe = asyncio.create_task(_probed(weakref.ref(self), member, pause_s))
+            self._probes.add(probe)
+            probe.add_done_callback(self._probes.discard)
+
+    async def probe(self, member: int) -> bool:
+        """Put a member back if it replies; return True if it did."""
+        try:
+            await self._members[member].probe()
+        except MemberFailure as error:
+            if error.kind == "unfit":
+                self._unfit[member] = error.reason
+            return False
+        self._unfit.pop(member, None)
+        self.fleet.put_back(member)
+        self._notify()
+        log.warning("%s: %s is back", self._config.role, self.fleet.name(member))
+        return True
+
+    def _notify(self) -> None:
+        """Wake all requests that wait for a member."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _nobody(self) -> str:
+        reasons = [f"{self.fleet.name(i)}: {why}" for i, why in self.fleet.out.items()]
+        return f"no server for {self._config.patience_seconds:g} s ({'; '.join(reasons)})"
 
 
-def served_api(config: ServedModelConfig, timeout_s: float, *, retries: int) -> ServedApi:
-    """Return the client of a critic's server. Raises `CriticError` if its key is missing or no key."""
-    url, query = split_address(config.base_url)
-    key = read_key(config.api_key_env, f"{config.role}.api_key_env", CriticError)
-    return ServedApi(
-        url, key, timeout_s=timeout_s, max_bytes=MAX_BODY_BYTES, retries=retries,
-        key_header=config.api_key_header, query=query,
-    )  # fmt: skip
+async def _probed(model: weakref.ReferenceType[EndpointModel], member: int, pause_s: float) -> None:
+    """Probe a member until it is back, or the model is used no more."""
+    while True:
+        await asyncio.sleep(pause_s)
+        held = model()
+        if held is None or await held.probe(member):
+            return
+        del held
+        pause_s = min(2 * pause_s, MAX_PROBE_INTERVAL_S)
 
 
-async def post_completion(api: ServedApi, config: ServedModelConfig, request: Request) -> bytes:
-    """Send one request, as all requests of this critic are sent; return the body of its reply.
+def with_hedge(reply: Reply, others: Sequence[asyncio.Task[Reply | NoReply]]) -> Reply:
+    """Return a reply with the tokens of other copies of its request.
 
-    Raises the errors of OpenAI's client.
+    What a copy that is cut off has cost is not reported by servers: it counts as much as the reply,
+    which it had not reached. One that has failed costs nothing.
     """
-    body = request_body(config, request)
-    response = await api.client.chat.completions.with_raw_response.create(
-        model=body.pop("model"), messages=body.pop("messages"), extra_body=body
-    )
-    return response.content
-
-
-def request_body(config: ServedModelConfig, request: Request) -> dict[str, Any]:
-    """Return the body of a request, its parameters named as the server knows them."""
-    names, values = config.parameters, {}
-    for name, value in (
-        ("temperature", request.temperature),
-        ("max_tokens", request.max_tokens),
-        ("seed", request.attempt),
-    ):
-        if (parameter := getattr(names, name)) is not False:
-            values[parameter] = value
-    messages = [{**m, "content": clean(m["content"])} for m in as_dicts(request.messages)]
-    return {"model": config.model, "messages": messages, **values, **config.request_extras}
-
-
-def redirected(error: openai.APIStatusError) -> str:
-    """Return where a server sends its clients; empty if it does not."""
-    if not 300 <= error.status_code < 400:
-        return ""
-    return f"it redirects to {error.response.headers.get('location', 'nowhere')[:200]}"
+    for other in others:
+        if not other.done():
+            copy: Reply | NoReply = reply
+        elif other.exception() is None:
+            copy = other.result()
+        else:
+            continue
+        if isinstance(copy, Reply):
+            reply = replace(
+                reply,
+                hedge_prompt_tokens=copy.prompt_tokens,
+                hedge_completion_tokens=copy.completion_tokens,
+            )
+    return reply

@@ -165,8 +165,10 @@ def usage_of(reply: Reply | NoReply, cached: bool, config: ChatModelConfig) -> U
         return Usage()
     if cached:
         return Usage(cached=1)
+    prompt = reply.prompt_tokens + reply.hedge_prompt_tokens
+    completion = reply.completion_tokens + reply.hedge_completion_tokens
     cost = 0.0
     if isinstance(config, ServedModelConfig):
-        cost += reply.prompt_tokens * config.price_prompt
-        cost += reply.completion_tokens * config.price_completion
-    return Usage(1, 0, reply.prompt_tokens, reply.completion_tokens, cost / 1e6)
+        cost += prompt * config.price_prompt
+        cost += completion * config.price_completion
+    return Usage(1, 0, prompt, completion, cost / 1e6)

@@ -44,6 +44,9 @@ CREATE TABLE IF NOT EXISTS replies (
 CREATE TABLE IF NOT EXISTS purchases (
     key TEXT PRIMARY KEY, buyer TEXT NOT NULL, refusal TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS hedges (
+    key TEXT PRIMARY KEY, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL
+);
 CREATE TABLE IF NOT EXISTS leases (
     key TEXT PRIMARY KEY, owner TEXT NOT NULL, kernel TEXT NOT NULL, renewals INTEGER NOT NULL
 );
@@ -127,15 +130,20 @@ class ReplyCache:
 
     def bought(self, key: str) -> tuple[Reply, str] | None:
         """Return the reply of a key and its buyer, or None; replies of earlier versions have none."""
-        columns = "text, finished, prompt_tokens, completion_tokens, refusal, buyer"
+        columns = (
+            "text, finished, replies.prompt_tokens, replies.completion_tokens, "
+            "COALESCE(refusal, ''), COALESCE(hedges.prompt_tokens, 0), "
+            "COALESCE(hedges.completion_tokens, 0), COALESCE(buyer, '')"
+        )
         with self._open() as database:
             row = database.execute(
-                f"SELECT {columns} FROM replies LEFT JOIN purchases USING (key) WHERE key = ?",
+                f"SELECT {columns} FROM replies LEFT JOIN purchases USING (key) "
+                "LEFT JOIN hedges USING (key) WHERE key = ?",
                 (key,),
             ).fetchone()
         if row is None:
             return None
-        return Reply(row[0], bool(row[1]), row[2], row[3], row[4] or ""), row[5] or ""
+        return Reply(row[0], bool(row[1]), *row[2:7]), row[7]
 
     def put(self, key: str, model: str, request: Request, reply: Reply, buyer: str = "") -> None:
         """Save a reply and release the claim on it."""
@@ -148,6 +156,9 @@ class ReplyCache:
             database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             purchase = (key, buyer, reply.refusal)
             database.execute("INSERT OR REPLACE INTO purchases VALUES (?, ?, ?)", purchase)
+            hedge = (key, reply.hedge_prompt_tokens, reply.hedge_completion_tokens)
+            if any(hedge[1:]):
+                database.execute("INSERT OR REPLACE INTO hedges VALUES (?, ?, ?)", hedge)
             database.execute("DELETE FROM leases WHERE key = ?", (key,))
 
     def stored(self) -> Iterator[StoredReply]:

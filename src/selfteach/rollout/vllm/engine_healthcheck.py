@@ -33,24 +33,39 @@ class EngineRequirements:
     """The trainer's tokenizer."""
 
 
-def require_engine_server(config: VllmServerConfig, requirements: EngineRequirements) -> None:
-    """Check the server's model, its tokenizer, and that it accepts new weights.
+def require_engine_server(config: VllmServerConfig, requirements: EngineRequirements) -> list[str]:
+    """Check each server's model, its tokenizer, and that it accepts new weights; return their states.
 
-    Raises `EngineError` in one line: what is wrong, and how to start the server.
+    A member of a fleet that is down passes if another one is not. Raises `EngineError` in one line:
+    what is wrong, and how to start the server.
     """
+    states, down, unfit = [], [], []
+    for member in config.members:
+        try:
+            _require_member(member, requirements)
+            states.append(f"{member.address}: replies")
+        except EngineUnavailable as error:
+            down.append(
+                f"engine: no server replies at {member.address} ({error}): start the server "
+                "(docs/vllm.md), or correct engine.url"
+            )
+            states.append(f"{member.address}: down, left out until it replies")
+        except EngineError as error:
+            unfit.append(str(error))
+    if unfit or len(down) == len(states):
+        raise EngineError("; ".join(unfit or down))
+    return states
+
+
+def _require_member(config: VllmServerConfig, requirements: EngineRequirements) -> None:
+    """Check one server. Raises `EngineError`, `EngineUnavailable` if there is none."""
     http = HttpClient(config, min(TIMEOUT_S, config.timeout_seconds))
-    try:
-        _require_model(http, config, requirements)
-        _require_tokenizer(http, config, requirements)
-        if requirements.adapters:
-            _require_adapters(http)
-        else:
-            _require_developer_mode(http)
-    except EngineUnavailable as error:
-        raise EngineError(
-            f"engine: no server replies at {config.url} ({error}): start the server (docs/vllm.md), or "
-            "correct engine.url"
-        ) from None
+    _require_model(http, config, requirements)
+    _require_tokenizer(http, config, requirements)
+    if requirements.adapters:
+        _require_adapters(http)
+    else:
+        _require_developer_mode(http)
 
 
 def _require_model(
@@ -60,18 +75,18 @@ def _require_model(
         cards: list[dict[str, Any]] = http.get("/v1/models")["data"]
         served = {str(card["id"]): card.get("max_model_len") for card in cards}
     except (NotFound, AttributeError, KeyError, TypeError, ValueError):
-        raise EngineError(f"engine: the server at {config.url} is not vLLM") from None
+        raise EngineError(f"engine: the server at {config.address} is not vLLM") from None
     if config.model not in served:
         close = difflib.get_close_matches(config.model, list(served), n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(list(served)[:5])}"
         raise EngineError(
-            f"engine.model = {config.model!r}: {config.url} does not serve it; {hint}"
+            f"engine.model = {config.model!r}: {config.address} does not serve it; {hint}"
         )
     context = served[config.model]
     if isinstance(context, int) and context <= requirements.max_tokens:
         raise EngineError(
-            f"engine: {config.url} has a context of {context} tokens, which is no more than a rollout "
-            f"of {requirements.max_tokens} (sampling.max_tokens): start it with a larger "
+            f"engine: {config.address} has a context of {context} tokens, which is no more than a "
+            f"rollout of {requirements.max_tokens} (sampling.max_tokens): start it with a larger "
             "--max-model-len"
         )
 
@@ -86,7 +101,7 @@ def _require_tokenizer(
         return  # started without a tokenizer: the weight check decides
     if server_ids != list(requirements.encode(TEXT)):
         raise EngineError(
-            f"engine: {config.url} tokenizes text differently from model.path: it serves another "
+            f"engine: {config.address} tokenizes text differently from model.path: it serves another "
             "model; ids would mean something else there"
         )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import openai
 
@@ -14,6 +15,8 @@ from selfteach.errors import EngineError
 from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
 from selfteach.runtime.api_keys import read_key
 from selfteach.runtime.bounded_http import ServedApi, is_too_slow
+
+T = TypeVar("T")
 
 BUSY = (408, 409, 429)
 """Statuses of a server that may accept the same request soon after."""
@@ -28,30 +31,39 @@ class HttpClient:
     """
 
     def __init__(self, config: VllmServerConfig, timeout_s: float | None = None) -> None:
-        self.url, self._key_env = config.url, config.api_key_env
+        self.url, self._key_env = config.address, config.api_key_env
         self._timeout_s = timeout_s or config.timeout_seconds
         key = read_key(config.api_key_env, "engine.api_key_env", EngineError)
-        address, query = split_address(config.url)
+        address, query = split_address(config.address)
         self._api = ServedApi(
             address, key, timeout_s=self._timeout_s, max_bytes=MAX_BODY_BYTES, query=query
         )
 
     def get(self, path: str) -> Any:
         """Return the parsed reply. Raises what `post` raises, server errors as transient."""
-        return self._request(path, None, transient_5xx=True)
+        return self.call(self.send(path, None, transient_5xx=True))
 
     def post(self, path: str, body: Mapping[str, Any], *, transient_5xx: bool = False) -> Any:
-        """Return the parsed reply to this body.
+        """Return the parsed reply to this body. Raises what `send` raises."""
+        return self.call(self.send(path, body, transient_5xx=transient_5xx))
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await a coroutine that uses `send`."""
+        return self._api.call(work)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine that uses `send`; the future has its result, and cancels it."""
+        return self._api.start(work)
+
+    async def send(self, path: str, body: Mapping[str, Any] | None, *, transient_5xx: bool) -> Any:
+        """Return the parsed reply to a body, or without one to a request for an address.
 
         Raises `EngineUnavailable` if there is no reply in time, if the server is busy and, with
         ``transient_5xx``, for server errors; `NotFound` for a missing address or model; `EngineError`
         for anything else.
         """
-        return self._request(path, body, transient_5xx=transient_5xx)
-
-    def _request(self, path: str, body: Mapping[str, Any] | None, *, transient_5xx: bool) -> Any:
         try:
-            return json.loads(self._api.call(self._exchange(path, body)))
+            return json.loads(await self._exchange(path, body))
         except openai.APIConnectionError as error:
             if is_too_slow(error):
                 raise EngineUnavailable(f"no reply within {self._timeout_s:g} s") from None

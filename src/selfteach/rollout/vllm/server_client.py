@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import operator
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +52,7 @@ class VllmServer:
     @property
     def name(self) -> str:
         """Return the server's address."""
-        return self._config.url
+        return self._config.address
 
     @property
     def patience_s(self) -> float:
@@ -87,37 +88,52 @@ class VllmServer:
 
     def current_label(self, expected: str) -> str | None:
         """Return ``expected`` if it is a loaded adapter; with full weights, their version."""
-        if self._weight_folder.holds_adapters:
-            return expected if expected in self._model_names() else None
-        with _well_formed():
-            label = str(self._http.get("/weight_info")["weight_version"])
-        return None if label in (INITIAL_WEIGHT_VERSION, _loading(expected)) else label
+        return self._http.call(self._label(expected))
+
+    def start_label(self, expected: str) -> Future[str | None]:
+        """Start to read the label; the future has what `current_label` returns or raises."""
+        return self._http.start(self._label(expected))
+
+    def start_completion(self, request: CompletionRequest, label: str) -> Future[Completion]:
+        """Start one request; the future has its completion, or raises what `HttpClient` raises."""
+        return self._http.start(self._completion(request, label))
 
     def complete(
         self, requests: Sequence[CompletionRequest], label: str
     ) -> Iterator[tuple[int, Completion]]:
         """Send as many requests at a time as engine.concurrency allows."""
-        with ThreadPoolExecutor(self._config.concurrency, "engine") as pool:
-            running = {
-                pool.submit(self._complete_one, request, label): i
-                for i, request in enumerate(requests)
-            }
-            try:
-                for done in as_completed(running):
-                    yield running[done], done.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        waiting = deque(enumerate(requests))
+        running: dict[Future[Completion], int] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self._config.concurrency:
+                    index, request = waiting.popleft()
+                    running[self.start_completion(request, label)] = index
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+        finally:
+            for future in running:
+                future.cancel()
 
     def top_logprobs(self, request: CompletionRequest, label: str) -> Mapping[int, float]:
         """Return the log-probabilities of the twenty most likely first tokens, by id."""
         extra = {"logprobs": TOP_LOGPROBS, "return_tokens_as_token_ids": True}
-        choice = self._post(request, label, extra)
+        choice = self._http.call(self._choice(request, label, extra))
         with _well_formed():
             logprobs: Mapping[str, float] = choice["logprobs"]["top_logprobs"][0]
             return {int(name.removeprefix("token_id:")): float(p) for name, p in logprobs.items()}
 
-    def _complete_one(self, request: CompletionRequest, label: str) -> Completion:
-        choice = self._post(request, label, {"logprobs": 0})
+    async def _label(self, expected: str) -> str | None:
+        if self._weight_folder.holds_adapters:
+            reply = await self._http.send("/v1/models", None, transient_5xx=True)
+            return expected if expected in _model_names(reply) else None
+        reply = await self._http.send("/weight_info", None, transient_5xx=True)
+        with _well_formed():
+            label = str(reply["weight_version"])
+        return None if label in (INITIAL_WEIGHT_VERSION, _loading(expected)) else label
+
+    async def _completion(self, request: CompletionRequest, label: str) -> Completion:
+        choice = await self._choice(request, label, {"logprobs": 0})
         with _well_formed():
             ids = tuple(operator.index(i) for i in choice["token_ids"])
             logps = tuple(float(logp) for logp in choice["logprobs"]["token_logprobs"])
@@ -125,7 +141,7 @@ class VllmServer:
                 raise ValueError("token ids and log-probabilities that do not match")
             return Completion(ids, logps)
 
-    def _post(
+    async def _choice(
         self, request: CompletionRequest, label: str, extra: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the one choice of a completion, after checking that the right model wrote it."""
@@ -135,7 +151,7 @@ class VllmServer:
             **request.parameters(), **extra,
         }  # fmt: skip
         try:
-            reply = self._http.post("/v1/completions", body, transient_5xx=True)
+            reply = await self._http.send("/v1/completions", body, transient_5xx=True)
         except NotFound as error:
             if self._weight_folder.holds_adapters:  # it was loaded a moment ago
                 raise EngineUnavailable(str(error)) from None
@@ -159,14 +175,10 @@ class VllmServer:
 
     def _load_adapter(self, path: str, label: str) -> None:
         run_prefix = "-".join(label.split("-")[:2])
-        for name in self._model_names():
+        for name in _model_names(self._http.get("/v1/models")):
             if name.startswith(run_prefix):
                 self._http.post("/v1/unload_lora_adapter", {"lora_name": name})
         self._http.post("/v1/load_lora_adapter", {"lora_name": label, "lora_path": path})
-
-    def _model_names(self) -> list[str]:
-        with _well_formed():
-            return [str(card["id"]) for card in self._http.get("/v1/models")["data"]]
 
     def _set_weight_version(self, label: str) -> None:
         self._http.post("/update_weight_version", {"new_version": label})
@@ -180,6 +192,12 @@ def _well_formed() -> Iterator[None]:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         name = type(error).__name__
         raise EngineUnavailable(f"a reply that is not vLLM's ({name}: {error})"[:200]) from None
+
+
+def _model_names(reply: Any) -> list[str]:
+    """Return the names in a server's list of models."""
+    with _well_formed():
+        return [str(card["id"]) for card in reply["data"]]
 
 
 def _loading(label: str) -> str:

@@ -1,13 +1,8 @@
 """Samples rollouts with vLLM, in this process or behind an address, and survives server restarts.
 
-A completion counts only if the engine's weight label was read before and after it, and both times was
-the label that this run set with its last weights. Another run that loads weights changes the label
-first, and an engine that was restarted has none: so no completion can come from weights other than
-those of its version. That the weights behind the label are the trainer's is what `WeightCheck` tests.
-
-Several ranks may sample from one engine, each its share of the rollouts: rank 0 sends new weights while
-no rank samples, and every rank runs the weight check. The first rank that notices a restart reloads the
-weights, under a mutex and with a new suffix of the label, so that the other ranks notice it too.
+What samples is a `SyncedSampler`: one vLLM, or a fleet of servers. It returns completions of the
+newest weights alone. Several ranks may sample from it, each its share of the rollouts: rank 0 sends
+new weights while no rank samples, and every rank runs the weight check.
 """
 
 from __future__ import annotations
@@ -23,18 +18,16 @@ from torch import Tensor
 from selfteach.errors import EngineError
 from selfteach.prompts.renderer import Renderer
 from selfteach.rollout.journaled_engine import SamplingInterrupted
-from selfteach.rollout.vllm.weight_check import WeightCheck
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.seeds import stream_key
 from selfteach.types import Problem, Rollout, Sampling
 
-LABEL_CHECK_INTERVAL_S = 2.0
-"""Between reads of the label while completions arrive; what arrived since the last read is sampled
-again when a server dies."""
 RETRY_INTERVAL_S = 1.0
 """Between attempts to reach a server that is unavailable."""
 RELOAD_SEPARATOR = "+"
 """In a label, between the name of the weights and the id of one load of them."""
+LABEL_PREFIX = "selfteach"
+"""Begins all labels; the run's id follows, then the number of the load and the version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +120,44 @@ class VllmBackend(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class SentWeights:
+    """Describes the newest weights: their label, and the trainer's logits [V] of the probe."""
+
+    label: str
+    logits_V: Tensor
+
+
+@runtime_checkable
+class SyncedSampler(Protocol):
+    """Samples with the weights that were sent last, and with no others.
+
+    Any method may raise `EngineUnavailable`, or `EngineError` if waiting is of no use.
+    """
+
+    @property
+    def name(self) -> str:
+        """Return the engine's name in messages."""
+        ...
+
+    @property
+    def patience_s(self) -> float:
+        """Return how long the engine may be unavailable, in seconds."""
+        ...
+
+    def send(self, named_weights: Sequence[tuple[str, Tensor]], weights: SentWeights) -> None:
+        """Load new weights; rank 0 alone calls this, again if the engine was unavailable."""
+        ...
+
+    def verify(self, weights: SentWeights) -> None:
+        """Check that the engine uses the weights that were sent; every rank calls this."""
+        ...
+
+    def complete(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[int, Completion]]:
+        """Yield (index of the request, completion of the newest weights) in any order."""
+        ...
+
+
 class RetryWindow:
     """Limits how long an engine may be unavailable without interruption."""
 
@@ -146,13 +177,16 @@ class RetryWindow:
 
 
 class VllmEngine:
-    """Implements `Engine` on a `VllmBackend`; ``run_id`` is unique to this run, equal on all ranks."""
+    """Implements `Engine` on a `SyncedSampler`; ``run_id`` is unique to this run, equal on all ranks.
+
+    ``logits`` returns the trainer's present logits [V] of the probe (`WeightCheck`).
+    """
 
     def __init__(
         self,
-        backend: VllmBackend,
+        sampler: SyncedSampler,
         renderer: Renderer,
-        weight_check: WeightCheck,
+        logits: Callable[[], Tensor],
         weights: TrainableWeights,
         *,
         run_id: str,
@@ -160,12 +194,11 @@ class VllmEngine:
         max_length: int,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
-        self._backend, self._renderer, self._weight_check = backend, renderer, weight_check
-        self._weights, self._patience_s = weights, backend.patience_s
+        self._sampler, self._renderer, self._logits = sampler, renderer, logits
+        self._weights = weights
         self._end_ids, self._max_length = tuple(end_ids), max_length
         self._run_id, self._ranks = run_id, ranks
-        self._version, self._label, self._loads = 0, "", 0
-        self._label_before: str | None = None
+        self._version, self._loads = 0, 0
         # A whole batch or a whole update holds it: no batch is sampled from two versions.
         self._lock = threading.RLock()
 
@@ -177,13 +210,13 @@ class VllmEngine:
         with self._lock:
             self._ranks.barrier()  # no rank samples with the old weights
             self._loads += 1
-            label = f"selfteach-{self._run_id}-{self._loads}-v{version}"
+            label = f"{LABEL_PREFIX}-{self._run_id}-{self._loads}-v{version}"
             named = self._gather(named_weights)
-            self._ranks.all_or_raise(lambda: self._send(named, label))
-            self._version, self._label = version, label
             # A forward pass of all ranks where the weights are sharded.
-            logits_V = self._weight_check.probe.logits()
-            self._ranks.all_or_raise(lambda: self._retry(lambda: self._check_weights(logits_V)))
+            weights = SentWeights(label, self._logits())
+            self._ranks.all_or_raise(lambda: self._send(named, weights))
+            self._version = version
+            self._ranks.all_or_raise(lambda: self._retry(lambda: self._sampler.verify(weights)))
 
     def _gather(self, named_weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         """Return the weights under all their names on rank 0; other ranks help to gather them."""
@@ -198,9 +231,9 @@ class VllmEngine:
         }
         return [*weights.items(), *tied.items()]
 
-    def _send(self, named: list[tuple[str, Tensor]], label: str) -> None:
+    def _send(self, named: list[tuple[str, Tensor]], weights: SentWeights) -> None:
         if self._ranks.is_main:
-            self._retry(lambda: self._backend.load_weights(named, label))
+            self._retry(lambda: self._sampler.send(named, weights))
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """Sample with one request per rollout, each with its own seed; the engine's prefix cache
@@ -210,7 +243,7 @@ class VllmEngine:
         `SamplingInterrupted` with the finished problems if the engine is unavailable for too long.
         """
         with self._lock:
-            if not self._label:  # nothing trains here: use the weights as they were loaded
+            if not self._loads:  # nothing trains here: use the weights as they were loaded
                 self.load_weights(self._weights.named(), 0)
             keys = [(problem, sample) for problem in problems for sample in range(sampling.samples)]
             prompts = {problem.id: self._prompt(problem) for problem in problems}
@@ -252,69 +285,19 @@ class VllmEngine:
 
         Raises `EngineUnavailable` if nothing arrives for a whole retry window.
         """
-        window = RetryWindow(self._patience_s)
+        window = RetryWindow(self._sampler.patience_s)
         while len(completions) < len(requests):
             missing = [i for i in range(len(requests)) if i not in completions]
             try:
-                if self._reload_if_restarted():
-                    self._weight_check.verify_restart(self._probe_engine(), self._backend.name)
-                for index, completion in self._complete([requests[i] for i in missing]):
+                for index, completion in self._sampler.complete([requests[i] for i in missing]):
                     completions[missing[index]] = completion
                     window.restart()
             except EngineUnavailable as error:
                 window.wait(error)
 
-    def _complete(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[int, Completion]]:
-        """Yield completions after which the label was still the same."""
-        unchecked: list[tuple[int, Completion]] = []
-        checked_at = time.monotonic()
-        for indexed in self._backend.complete(requests, self._label):
-            unchecked.append(indexed)
-            if time.monotonic() > checked_at + LABEL_CHECK_INTERVAL_S:
-                self._require_same_label()
-                yield from unchecked
-                unchecked, checked_at = [], time.monotonic()
-        self._require_same_label()
-        yield from unchecked
-
-    def _reload_if_restarted(self) -> bool:
-        """Reload the weights of an engine that was restarted, which has none; True if it was."""
-        label = self._read_label()
-        if label is None:
-            with self._ranks.mutex():
-                if self._read_label() is None:  # no other rank was faster
-                    self._backend.reload_weights(self._label)
-        self._label_before = label or self._read_label()
-        return label is None
-
-    def _check_weights(self, logits_V: Tensor) -> None:
-        self._reload_if_restarted()
-        self._weight_check.compare(self._probe_engine(), logits_V, self._backend.name)
-
-    def _require_same_label(self) -> None:
-        # Another suffix: another rank reloaded our weights in between, before which the engine had
-        # others.
-        if self._read_label() != self._label_before or self._label_before is None:
-            raise EngineUnavailable("it was restarted")
-
-    def _read_label(self) -> str | None:
-        label = self._backend.current_label(self._label)
-        if label is not None and label.partition(RELOAD_SEPARATOR)[0] != self._label:
-            raise EngineError(
-                f"engine: {self._backend.name} is stale: it has the weights {label!r} where this run "
-                f"loaded {self._label!r}; another run uses it. Its rollouts are discarded and nothing "
-                "was trained on them: give each run its own engine"
-            )
-        return label
-
-    def _probe_engine(self) -> Mapping[int, float]:
-        probe = self._weight_check.probe
-        request = CompletionRequest(probe.prompt_ids, 0, 1, probe.temperature, ())
-        return self._backend.top_logprobs(request, self._label)
-
     def _retry(self, call: Callable[[], None]) -> None:
         """Call until the engine is available; `EngineError` when the retry window is over."""
-        window = RetryWindow(self._patience_s)
+        window = RetryWindow(self._sampler.patience_s)
         while True:
             try:
                 return call()
@@ -327,7 +310,7 @@ class VllmEngine:
     def _unavailable(self, error: EngineUnavailable, received: str | None = None) -> str:
         saved = f"; {received} rollouts of this batch are saved" if received else ""
         return (
-            f"engine: {self._backend.name} is unavailable ({error}){saved}: restart it, "
+            f"engine: {self._sampler.name} is unavailable ({error}){saved}: restart it, "
             "then call selfteach resume"
         )
 

@@ -78,6 +78,16 @@ class WeightCheck:
                 f"engine: {name} was restarted with another model: restart it with model.path"
             )
 
+    def restarted(self, engine_logps: Mapping[int, float], logits_V: Tensor) -> None:
+        """Remember the weights with which an engine was restarted: `compare` tells if it keeps them.
+
+        ``logits_V`` are the trainer's of the run's first weights. A difference from these that the
+        present weights have, the engine's numbers must show too.
+        """
+        if engine_logps != self._engine:
+            trainer_V = _logp(logits_V, self.probe.temperature)
+            self._engine, self._trainer = dict(engine_logps), trainer_V
+
     def _reason(
         self, difference: float, logits_V: Tensor, engine_logps: Mapping[int, float], name: str
     ) -> str:

@@ -1,0 +1,77 @@
+"""Drives one vLLM server of a fleet: it can miss new weights, and gets them when it is back."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+from torch import Tensor
+
+from selfteach.rollout.vllm.server_client import VllmServer
+from selfteach.rollout.vllm.synced_backend import SyncedBackend
+from selfteach.rollout.vllm.vllm_engine import (
+    RELOAD_SEPARATOR,
+    Completion,
+    CompletionRequest,
+    SentWeights,
+)
+from selfteach.rollout.vllm.weight_check import WeightCheck
+from selfteach.rollout.vllm.weight_sync import WeightFolder
+from selfteach.runtime.distributed import Ranks
+
+
+class SyncedServer(SyncedBackend):
+    """Is a `SyncedBackend` that reads weights from disk and processes requests in the background."""
+
+    def __init__(
+        self, server: VllmServer, folder: WeightFolder, weight_check: WeightCheck, ranks: Ranks
+    ) -> None:
+        super().__init__(server, weight_check, ranks)
+        self._server, self._folder = server, folder
+        self.loading = threading.Lock()
+        """Held while weights are loaded: by an update, or by the thread that restores the server."""
+
+    def load_from_disk(self, weights: SentWeights) -> None:
+        """Load new weights, which are on disk."""
+        with self.loading:
+            self._server.reload_weights(weights.label)
+            self._label = weights.label
+
+    def prove(self, weights: SentWeights) -> None:
+        """Do what `verify` does, at a time when no weights are being loaded."""
+        with self.loading:
+            self.verify(weights)
+
+    def restore(self, weights: SentWeights, first_V: Tensor) -> None:
+        """Load the newest weights into a server that was away, and prove that it uses them.
+
+        ``first_V`` are the trainer's logits of the first weights that this run has sent: a server that
+        was restarted has those with which it was started.
+        """
+        with self.loading:
+            self._label = weights.label
+            label = self._server.current_label(self._label)
+            if label is None and not self._folder.holds_adapters:
+                self._weight_check.restarted(self._probe_engine(), first_V)
+            if label is None or self._is_earlier(label):
+                self._reload(label)
+            self._label_before = self.read_label()
+            self.require_same_label(self._label_before)
+            self._weight_check.compare(self._probe_engine(), weights.logits_V, self.name)
+
+    def start_completion(self, request: CompletionRequest) -> Future[Completion]:
+        """Start one request."""
+        return self._server.start_completion(request, self._label)
+
+    def start_label(self) -> Future[str | None]:
+        """Start to read the label, which `require_unchanged` takes."""
+        return self._server.start_label(self._label)
+
+    def require_unchanged(self, label: str | None) -> None:
+        """Raise `EngineUnavailable` or `EngineError` unless the label is that of before."""
+        self.require_same_label(self.checked_label(label))
+
+    def _is_earlier(self, label: str) -> bool:
+        """Return True for a label of weights that this run has sent before the newest."""
+        name = label.partition(RELOAD_SEPARATOR)[0]
+        return name != self._label and name.split("-")[:2] == self._label.split("-")[:2]
