@@ -244,7 +244,7 @@ def check(
     if not offline:
         from selfteach.trainer.preflight import preflight
 
-        preflight(recipes_of(loaded))
+        lines += preflight(recipes_of(loaded))
     for line in lines:
         typer.echo(line)
 

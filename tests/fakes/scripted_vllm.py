@@ -9,6 +9,7 @@ import copy
 import json
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,8 +49,12 @@ class ScriptedVllm:
         """Completions left until every connection is cut."""
         self.restarts_after: int | None = None
         """Completions left until the server restarts, with its initial weights."""
+        self.rejects: Callable[[Body], bool] = lambda _: False
+        """Which completions get HTTP 400."""
         self.other_run_loads_after: int | None = None
         """Completions left until another run loads its weights."""
+        self.delay_s = 0.0
+        """Before the reply to each completion."""
         self.requests: list[Body] = []
         self.loads = 0
         self.errors: list[BaseException | None] = []
@@ -106,6 +111,8 @@ class ScriptedVllm:
                 reply, status = self._route(address)(body), 200
             except HttpError as error:
                 reply, status = {"error": {"message": str(error)}}, error.status
+        if body.get("max_tokens", 0) > 1:
+            time.sleep(self.delay_s)
         send(handler, status, json.dumps(reply).encode())
 
     def _route(self, address: str) -> Callable[[Body], Any]:
@@ -175,6 +182,8 @@ class ScriptedVllm:
         model = {"tiny": self.model, **self.adapters}.get(body["model"])
         if model is None:
             raise HttpError(404, f"The model `{body['model']}` does not exist.")
+        if self.rejects(body):
+            raise HttpError(400, "This request cannot be processed.")
         choice = self._choice(model, body)
         if body["max_tokens"] > 1:  # a rollout, not the probe of the weights
             self._count_completion()
@@ -212,6 +221,21 @@ class ScriptedVllm:
             "index": 0, "text": "", "token_ids": sampled, "prompt_token_ids": body["prompt"],
             "logprobs": {"token_logprobs": logps, "top_logprobs": top},
         }  # fmt: skip
+
+
+@contextmanager
+def serving_fleet(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int
+) -> Iterator[list[ScriptedVllm]]:
+    """Run several servers within a block."""
+    servers = [ScriptedVllm(model, tokenizer) for _ in range(size)]
+    for server in servers:
+        server.start()
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()
 
 
 @contextmanager

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from selfteach.errors import SelfteachError
 
 PUBLIC_PARAMETERS = re.compile(r"(?:.*[-_])?version|deployment|region|location|beta|preview", re.I)
 """Names of parameters of an address that hold no secret, like Azure's ``api-version``."""
+SERVED_TYPES = ("endpoint", "judge", "vllm_server")
+"""Values of ``type`` of sections that name servers."""
+ADDRESS_KEYS = {
+    "url", "urls", "base_url", "base_urls", "api_key_env", "api_key_envs", "patience_seconds",
+    "hedge_after",
+}  # fmt: skip
+"""Keys of these sections that say which servers are used, and for how long they are waited for."""
 MAX_PUBLIC_VALUE = 40
 """Characters of such a parameter's value; longer ones may be keys."""
 
@@ -61,6 +69,21 @@ def split_address(url: str) -> tuple[str, dict[str, str]]:
     """Return a URL without its parameters, and the parameters, which every request gets."""
     parts = urlsplit(url)
     return parts._replace(query="").geturl(), dict(parse_qsl(parts.query, keep_blank_values=True))
+
+
+def without_addresses(values: Any) -> Any:
+    """Return a recipe without the addresses of its servers and the variables of their keys.
+
+    Which servers of a model reply changes no result.
+    """
+    if isinstance(values, Mapping):
+        served = values.get("type") in SERVED_TYPES
+        return {
+            key: without_addresses(value)
+            for key, value in values.items()
+            if not (served and key in ADDRESS_KEYS)
+        }
+    return [without_addresses(one) for one in values] if isinstance(values, list) else values
 
 
 def _holds_a_key(url: str) -> bool:

@@ -14,7 +14,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 AFFINITY_FACTOR, AFFINITY_SLACK = 1.5, 4
 """A member is preferred for what it has in its prefix cache up to a load of so many times the least
@@ -101,21 +100,21 @@ class Dispatcher:
         return len(self._members)
 
     def assign(
-        self, prefix: Sequence[int] = (), avoid: Collection[int] = (), *, strictly: bool = False
+        self, prefix: Sequence[int] = (), avoid: Collection[int] = (), *, hedge: bool = False
     ) -> int | None:
         """Return the member that gets a request, which is in flight there from now on.
 
-        Members to ``avoid`` get it only if no other one is available, and never ``strictly``. None if
-        all have as many requests as they may have, rest, or are out.
+        Members to ``avoid`` get it only if no other one is available, and no ``hedge``, for which a
+        member may have one request more. None if all have as many as they may have, rest, or are out.
         """
         with self._lock:
             available = [i for i, member in enumerate(self._members) if member.out is None]
             preferred = [i for i in available if i not in avoid]
-            candidates = preferred if preferred or strictly else available
+            candidates = preferred if preferred or hedge else available
             now, members = self._clock(), self._members
             free = [
                 i for i in candidates
-                if members[i].in_flight < self._capacity and members[i].rests_until <= now
+                if members[i].in_flight < self._capacity + hedge and members[i].rests_until <= now
             ]  # fmt: skip
             if not free:
                 return None
@@ -218,11 +217,11 @@ class Dispatcher:
             return counts
 
 
-def member_metrics(role: str, counts: Sequence[MemberCounts]) -> dict[str, Any]:
-    """Return the metrics of a fleet's members, named by their place in the recipe."""
-    metrics: dict[str, Any] = {}
+def member_metrics(prefix: str, counts: Sequence[MemberCounts]) -> dict[str, float]:
+    """Return the metrics of a fleet's members, numbered by their place in the recipe."""
+    metrics: dict[str, float] = {}
     for index, member in enumerate(counts):
-        metrics[f"{role}_member/{index}/requests"] = member.requests
-        metrics[f"{role}_member/{index}/seconds"] = member.seconds
-        metrics[f"{role}_member/{index}/failures"] = member.failures
+        metrics[f"{prefix}/{index}/requests"] = member.requests
+        metrics[f"{prefix}/{index}/seconds"] = member.seconds
+        metrics[f"{prefix}/{index}/failures"] = member.failures
     return metrics

@@ -43,6 +43,7 @@ from typing import Any, TextIO
 from selfteach.config.migrations import migrate_config, migrate_metrics, run_subfolder
 from selfteach.config.part_names import unanchored
 from selfteach.config.recipe_file import complete_config
+from selfteach.config.server_address import without_addresses
 from selfteach.errors import CheckpointError, Terminated
 from selfteach.runtime.atomic_files import (
     append_line,
@@ -119,13 +120,15 @@ class RunFolder:
         """Start a run in this folder, or continue the same one.
 
         The config of a folder that an earlier version has written is completed before the comparison.
-        Tracking, distributed settings and folders of parts may differ: they change no result. A run
-        that has spent nothing is replaced. Raises `CheckpointError` if the folder holds something else.
+        Tracking, distributed settings, folders of parts and addresses of servers may differ: they
+        change no result. A run that has spent nothing is replaced. Raises `CheckpointError` if the
+        folder holds something else.
         """
         ignored = {"tracking": None, "distributed": None}
         if (self.path / "config.json").exists():
             old, new = complete_config(self.config()), json.loads(json.dumps(config))
-            if unanchored(old | ignored) == unanchored(new | ignored):
+            before, now = (without_addresses(unanchored(c | ignored)) for c in (old, new))
+            if before == now:
                 write_recipe(self.path, config)  # a folder of an earlier version has none
                 return
             if holds_work(self.path) or not is_our_config(old):

@@ -63,6 +63,7 @@ from selfteach.trainer.custom_components import build_custom_context, build_cust
 from selfteach.trainer.device_load import require_memory
 from selfteach.trainer.device_memory import chunk_tokens
 from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates, within_context
+from selfteach.trainer.fleet_metrics import fleets_of
 from selfteach.trainer.step import Components
 
 
@@ -120,14 +121,17 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     prompts = (renderer.solver_prompt(p) for p in problems)
     engine = build_engine(recipe, loaded, policy, prompts, sampler, ranks)
     teacher = build_teacher(recipe.scoring_teacher, policy)
+    critic = (
+        build_critic(recipe.critic, task, templates, loaded, policy, seed=recipe.seed)
+        if recipe.critic
+        else None
+    )
     components = Components(
         engine=BatchedEngine(
             GatheringEngine(engine) if shard else engine, recipe.sampling.batch_size, ranks
         ),
         verify=task.verify,
-        critic=build_critic(recipe.critic, task, templates, loaded, policy, seed=recipe.seed)
-        if recipe.critic
-        else None,
+        critic=critic,
         context=build_arm_context(recipe, task, templates),
         teacher=teacher,
         objective=objective,
@@ -144,6 +148,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         pad_id=loaded.pad_id,
         initial=_watched_initial(recipe, teacher, policy),
         reward=reward,
+        fleets=fleets_of(engine, critic, reward),
         ranks=ranks,
     )
     return Built(components, task, loaded.tokenizer)

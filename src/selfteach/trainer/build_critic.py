@@ -128,16 +128,17 @@ def _chat_model(
             )
 
 
-def require_served_model(config: Section | None) -> None:
+def require_served_model(config: Section | None) -> list[str]:
     """Check once that a served critic or judge is up; other critics are checked when they are built.
 
-    Raises `CriticError` in one line.
+    Returns the state of each server. Raises `CriticError` in one line.
     """
-    if isinstance(config, ServedModelConfig) and config.healthcheck:
-        _require_openai(config.role, "judge" if config.role == "judge" else "endpoint")
-        from selfteach.feedback.critics.critic_healthcheck import require_server
+    if not isinstance(config, ServedModelConfig) or not config.healthcheck:
+        return []
+    _require_openai(config.role, "judge" if config.role == "judge" else "endpoint")
+    from selfteach.feedback.critics.critic_healthcheck import require_server
 
-        require_server(config)
+    return require_server(config)
 
 
 def served_models(config: EndpointConfig) -> list[str]:

@@ -34,6 +34,7 @@ from selfteach.trainer.async_training import RolloutRequest, train_steps
 from selfteach.trainer.build import Built, build, build_sinks, set_threads
 from selfteach.trainer.evaluation_reward import BatchwiseReward
 from selfteach.trainer.fit_checks import require_references, require_splits
+from selfteach.trainer.fleet_metrics import fleet_metrics
 from selfteach.trainer.guard import Guard
 from selfteach.trainer.preflight import preflight
 from selfteach.trainer.problem_identity import has_uneven_epochs, same_problems
@@ -223,7 +224,8 @@ def _steps(
             yield row
         for step, (_, metrics) in training:
             ranks = {"ranks": components.ranks.size} if components.ranks.size > 1 else {}
-            row = {"step": step, "kind": "step", **ranks, **metrics}
+            members = fleet_metrics(components.fleets, components.ranks)
+            row = {"step": step, "kind": "step", **ranks, **metrics, **members}
             components.ranks.all_or_raise(run.flushed)  # a row stands for the files of all ranks
             record(row)
             done = step

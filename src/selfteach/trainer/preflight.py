@@ -6,6 +6,7 @@ of the servers) is imported only where a recipe names a server.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from selfteach.config.served_model import ServedModelConfig
 from selfteach.errors import CriticError
 from selfteach.runtime import tracking
 
+log = logging.getLogger("selfteach")
+
 CRITIC_IDENTITY = {
     "base_url", "base_urls", "model", "api_key_env", "api_key_envs", "api_key_header", "thinking",
     "extra_body", "parameters", "temperature", "retry_temperature",
@@ -29,14 +32,15 @@ ENGINE_IDENTITY = {"engine", "model"}
 
 def preflight(
     recipes: Iterable[Recipe], *, critic_only: bool = False, output_folders: Iterable[Path] = ()
-) -> None:
+) -> list[str]:
     """Check servers, folders and packages that runs need, each server once for all runs.
 
     In this order: parts of the user's own, which are imported, the packages of tracking sinks, the
     folders of recorded critics, critic servers
     (unless ``critic.healthcheck = false``), vLLM servers that sample. With ``critic_only`` just what
     the critics need. ``output_folders`` are those that these runs write: a recorded critic may
-    replay one before it exists. Raises `RecipeError`, `CriticError` or `EngineError` in one line.
+    replay one before it exists. Returns a line with the state of each member of a fleet. Raises
+    `RecipeError`, `CriticError` or `EngineError` in one line.
     """
     checked = list(recipes)
     _require_parts(checked)
@@ -48,9 +52,8 @@ def preflight(
     for critic in critics:
         if isinstance(critic, RecordedConfig):
             _require_recording(critic, list(output_folders))
-    _require_served([*critics, *([] if critic_only else judges)])
-    if not critic_only:
-        _require_engines(checked)
+    states = _require_served([*critics, *([] if critic_only else judges)])
+    return states if critic_only else [*states, *_require_engines(checked)]
 
 
 def _require_parts(recipes: Iterable[Recipe]) -> None:
@@ -76,7 +79,7 @@ def _require_recording(critic: RecordedConfig, output_folders: Iterable[Path]) -
         )
 
 
-def _require_served(models: Iterable[CriticConfig | JudgeConfig]) -> None:
+def _require_served(models: Iterable[CriticConfig | JudgeConfig]) -> list[str]:
     """Check each distinct server once, for the longest replies that any recipe requests."""
     servers: dict[str, ServedModelConfig] = {}
     for model in models:
@@ -85,14 +88,26 @@ def _require_served(models: Iterable[CriticConfig | JudgeConfig]) -> None:
             longest = servers.setdefault(key, model)
             if model.max_tokens > longest.max_tokens:
                 servers[key] = model
-    if servers:
-        from selfteach.trainer.build_critic import require_served_model  # imports torch
+    if not servers:
+        return []
+    from selfteach.trainer.build_critic import require_served_model  # imports torch
 
-        for model in servers.values():
-            require_served_model(model)
+    return [
+        f"{model.role} {model.model} at {state}"
+        for model in servers.values()
+        for state in _of_fleet(require_served_model(model))
+    ]
 
 
-def _require_engines(recipes: Iterable[Recipe]) -> None:
+def _of_fleet(states: list[str]) -> list[str]:
+    """Return the states of servers that are members of a fleet, and report those that are down."""
+    for state in states:
+        if len(states) > 1 and not state.endswith(": replies"):
+            log.warning("%s", state)
+    return states if len(states) > 1 else []
+
+
+def _require_engines(recipes: Iterable[Recipe]) -> list[str]:
     """Check each distinct vLLM server once, for the longest completions that any recipe samples."""
     servers: dict[str, Recipe] = {}
     for recipe in recipes:
@@ -101,8 +116,9 @@ def _require_engines(recipes: Iterable[Recipe]) -> None:
             longest = servers.setdefault(key, recipe)
             if recipe.sampling.max_tokens > longest.sampling.max_tokens:
                 servers[key] = recipe
-    if servers:
-        from selfteach.trainer.build_engine import require_engine  # imports torch
+    if not servers:
+        return []
+    from selfteach.trainer.build_engine import require_engine  # imports torch
 
-        for recipe in servers.values():
-            require_engine(recipe)
+    states = [_of_fleet(require_engine(recipe)) for recipe in servers.values()]
+    return [f"engine at {state}" for fleet in states for state in fleet]

@@ -7,8 +7,8 @@ training (`trainer.async_training`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from selfteach.protocols import (
     Teacher,
     Verifier,
 )
+from selfteach.runtime.dispatcher import Dispatcher
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.torch_setup import seed_update
 from selfteach.tasks import segmentation
@@ -72,6 +73,8 @@ class Components:
     """Scores with the initial policy, to log how far the policy is from it; None: not logged."""
     reward: Reward | None = None
     """Says what rollouts are worth; None: their verdicts."""
+    fleets: Mapping[str, Dispatcher] = field(default_factory=dict)
+    """Dispatchers of components with several servers, by the prefix of their metrics."""
     ranks: Ranks = SINGLE_PROCESS
     """The processes that take this step together; each trains on its share of the samples."""
 

@@ -29,8 +29,8 @@ def require_server(config: ServedModelConfig) -> list[str]:
 
     Requests each server's list of models, and then a reply with all parameters of the run's requests
     (also those of repeated requests, where a policy is ``retry``). A slow or busy server (time-out,
-    429, 5xx) passes, and so does a member of a fleet that is down, if another one is not. Returns the state
-    of each server. Raises `CriticError` in one line, with the servers' words.
+    429, 5xx) passes, and so does a member of a fleet that is down, if another one is not. Returns the
+    state of each server. Raises `CriticError` in one line, with the servers' words.
     """
     states, down, unfit = [], [], []
     for member in config.members:

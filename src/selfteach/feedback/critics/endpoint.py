@@ -175,7 +175,7 @@ class EndpointModel:
             await asyncio.wait((tasks[first], limits), return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait((tasks[first],), timeout=wait_s)
             if not tasks[first].done():
-                second = self.fleet.assign(prefix, {first}, strictly=True)
+                second = self.fleet.assign(prefix, {first}, hedge=True)
                 if second is not None:
                     tasks[second] = asyncio.create_task(self._at(second, request))
             return await self._first_reply(tasks, first)

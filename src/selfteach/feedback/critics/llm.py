@@ -41,6 +41,7 @@ class LlmCritic:
         config: LlmCriticConfig,
     ) -> None:
         self._model, self._templates, self._parser = model, templates, parser
+        self.fleet = model.fleet
         self._config = config
         # A served model's tokenizer is not available here; a local model's renderer escapes them.
         served = isinstance(config, EndpointConfig)

@@ -26,6 +26,7 @@ from pathlib import Path
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import ChatModel, NoReply, Reply, Request, request_key
 from selfteach.feedback.critics.claim_owner import ClaimOwner, forget, has_ended
+from selfteach.runtime.dispatcher import Dispatcher
 
 LEASE_S = 120.0
 """A claim that was not renewed for so long can be taken over. It is measured with the waiting process's
@@ -295,6 +296,8 @@ class CachedModel:
     def __init__(self, model: ChatModel, cache: ReplyCache) -> None:
         self._model, self._cache = model, cache
         self.remote = model.remote
+        self.fleet: Dispatcher | None = getattr(model, "fleet", None)
+        """The dispatcher of a served model's members; None for a model in this process."""
 
     def complete(self, requests: Sequence[Request]) -> list[tuple[Reply | NoReply, bool]]:
         """Return a reply per request, or why there is none, and whether it cost nothing.

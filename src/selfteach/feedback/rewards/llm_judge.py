@@ -34,7 +34,7 @@ class LlmJudge:
 
     def __init__(self, model: CachedModel, config: JudgeConfig) -> None:
         self.name, self.weight = config.name, config.weight
-        self._model, self._config = model, config
+        self._model, self._config, self.fleet = model, config, model.fleet
         environment = BoundedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
         environment.filters["fence"] = fence
         self._escaper = ControlTokenEscaper(config.control_tokens)

@@ -30,6 +30,8 @@ class SyncedServer(SyncedBackend):
         self._server, self._folder = server, folder
         self.loading = threading.Lock()
         """Held while weights are loaded: by an update, or by the thread that restores the server."""
+        self._proved = True
+        """False after weights that the server does not use, whatever its label says."""
 
     def load_from_disk(self, weights: SentWeights) -> None:
         """Load new weights, which are on disk."""
@@ -40,7 +42,9 @@ class SyncedServer(SyncedBackend):
     def prove(self, weights: SentWeights) -> None:
         """Do what `verify` does, at a time when no weights are being loaded."""
         with self.loading:
+            self._proved = False
             self.verify(weights)
+            self._proved = True
 
     def restore(self, weights: SentWeights, first_V: Tensor) -> None:
         """Load the newest weights into a server that was away, and prove that it uses them.
@@ -53,11 +57,13 @@ class SyncedServer(SyncedBackend):
             label = self._server.current_label(self._label)
             if label is None and not self._folder.holds_adapters:
                 self._weight_check.restarted(self._probe_engine(), first_V)
-            if label is None or self._is_earlier(label):
+            if label is None or self._is_earlier(label) or not self._proved:
                 self._reload(label)
+            self._proved = False
             self._label_before = self.read_label()
             self.require_same_label(self._label_before)
             self._weight_check.compare(self._probe_engine(), weights.logits_V, self.name)
+            self._proved = True
 
     def start_completion(self, request: CompletionRequest) -> Future[Completion]:
         """Start one request."""

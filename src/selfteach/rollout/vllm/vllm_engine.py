@@ -18,6 +18,7 @@ from torch import Tensor
 from selfteach.errors import EngineError
 from selfteach.prompts.renderer import Renderer
 from selfteach.rollout.journaled_engine import SamplingInterrupted
+from selfteach.runtime.dispatcher import Dispatcher
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.seeds import stream_key
 from selfteach.types import Problem, Rollout, Sampling
@@ -201,6 +202,11 @@ class VllmEngine:
         self._version, self._loads = 0, 0
         # A whole batch or a whole update holds it: no batch is sampled from two versions.
         self._lock = threading.RLock()
+
+    @property
+    def fleet(self) -> Dispatcher | None:
+        """Return the dispatcher of several servers; None for one engine."""
+        return getattr(self._sampler, "fleet", None)
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Send the engine new weights and check that it uses them; all ranks call this together.
