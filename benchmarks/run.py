@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, tuple[str, str, list[str]]] = {
     "divergences": (".venv-bench", "loss/divergences", []),
     "training_step": (".venv-bench", "training/training_step", []),
     "sampling": (".venv-bench", "rollout/sampling", []),
+    "fleet": (".venv", "rollout/fleet", ["--rounds", "3"]),
     "main_job": (".venv", "training/main_job", []),
     "limit": (".venv", "training/roofline", []),
     "critics": (".venv", "critic/critics", []),

@@ -12,14 +12,17 @@ import statistics
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 
 AFFINITY_FACTOR, AFFINITY_SLACK = 1.5, 4
 """A member is preferred for what it has in its prefix cache up to a load of so many times the least
 loaded one's, and so many requests more."""
 MAX_BLOCKS = 2**15
 """Blocks of prompts that are remembered of each member."""
+WINDOW = 128
+"""Requests that wait, the first ones, among which a member finds one whose prompt it has."""
 RECENT = 64
 """Replies whose seconds make up the median."""
 MIN_RECENT = 5
@@ -85,7 +88,7 @@ class FleetMember:
 class Dispatcher:
     """Assigns requests to members, by index; may be used from any thread.
 
-    Every `assign` that returns a member is followed by one `finish` of that member.
+    Every `assign_one` that returns a member is followed by one `finish` of that member.
     """
 
     def __init__(
@@ -94,6 +97,8 @@ class Dispatcher:
         self._members = [FleetMember(name) for name in names]
         self._capacity, self._clock = capacity, clock
         self._recent: deque[float] = deque(maxlen=RECENT)
+        self._common: tuple[int, ...] | None = None
+        """Blocks with which all prompts begin."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -102,41 +107,74 @@ class Dispatcher:
     def assign(
         self, prefix: Sequence[int] = (), avoid: Collection[int] = (), *, hedge: bool = False
     ) -> int | None:
-        """Return the member that gets a request, which is in flight there from now on.
+        """Return the member that gets a request, or None: `assign_one` with one request that waits."""
+        assigned = self.assign_one([(prefix, avoid)], hedge=hedge)
+        return None if assigned is None else assigned[1]
 
-        Members to ``avoid`` get it only if no other one is available, and no ``hedge``, for which a
-        member may have one request more. None if all have as many as they may have, rest, or are out.
+    def assign_one(
+        self, waiting: Iterable[tuple[Sequence[int], Collection[int]]], *, hedge: bool = False
+    ) -> tuple[int, int] | None:
+        """Return which of the requests that wait is sent now, and to which member.
+
+        It is in flight there from now on. Each has a prefix and members to avoid, which get it only if
+        no other one is available, and no ``hedge``, for which a member may have one request more. A
+        request waits for a busy member that has its prefix while there is another for who is free. None
+        if all members have as many requests as they may have, rest, or are out.
         """
         with self._lock:
-            available = [i for i, member in enumerate(self._members) if member.out is None]
-            preferred = [i for i in available if i not in avoid]
-            candidates = preferred if preferred or hedge else available
-            now, members = self._clock(), self._members
-            free = [
-                i for i in candidates
-                if members[i].in_flight < self._capacity + hedge and members[i].rests_until <= now
-            ]  # fmt: skip
-            if not free:
-                return None
-            chosen = self._choose(free, prefix)
-            members[chosen].in_flight += 1
-            members[chosen].remember(prefix)
-            return chosen
+            first: tuple[int, int] | None = None
+            for position, (prefix, avoid) in enumerate(islice(waiting, WINDOW)):
+                wish, free = self._wish(prefix, avoid, hedge)
+                if wish is not None and wish == free:
+                    return self._sent(position, wish, prefix)
+                if free is not None and first is None:
+                    first = position, free
+                    first_prefix = prefix
+            return None if first is None else self._sent(*first, first_prefix)
 
-    def _choose(self, free: Sequence[int], prefix: Sequence[int]) -> int:
-        """Return the member with the longest known beginning of the prompt, or the least loaded one.
+    def expect(self, prefix: Sequence[int]) -> None:
+        """Note a prompt that will be sent: what all prompts begin with says nothing of a member."""
+        with self._lock:
+            if self._common is None:
+                self._common = tuple(prefix)
+            pairs = zip(self._common, prefix, strict=False)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            self._common = self._common[:same]
+
+    def _sent(self, position: int, index: int, prefix: Sequence[int]) -> tuple[int, int]:
+        self._members[index].in_flight += 1
+        self._members[index].remember(prefix)
+        return position, index
+
+    def _wish(
+        self, prefix: Sequence[int], avoid: Collection[int], hedge: bool
+    ) -> tuple[int | None, int | None]:
+        """Return the member that a request should go to, and the one of those with room.
 
         Load is requests in flight, this one included, times how slow a member's replies are.
         """
-        members = self._members
+        members, now = self._members, self._clock()
+        available = [i for i, member in enumerate(members) if member.out is None]
+        preferred = [i for i in available if i not in avoid]
+        candidates = [
+            i for i in (preferred if preferred or hedge else available)
+            if members[i].rests_until <= now
+        ]  # fmt: skip
+        free = [i for i in candidates if members[i].in_flight < self._capacity + hedge]
+        if not free:
+            return None, None
         fastest = min((m.mean_seconds for m in members if m.mean_seconds), default=1.0)
-        load = {i: (members[i].in_flight + 1) * (members[i].mean_seconds or fastest) for i in free}
-        matches = {i: members[i].matches(prefix) for i in free}
+        load = {
+            i: (members[i].in_flight + 1) * (members[i].mean_seconds or fastest) for i in candidates
+        }
+        common = len(self._common or ())
+        matches = {i: max(0, members[i].matches(prefix) - common) for i in candidates}
         least = min(free, key=lambda i: (load[i], i))
-        longest = min(free, key=lambda i: (-matches[i], load[i], i))
+        longest = min(candidates, key=lambda i: (-matches[i], load[i], i))
         most = AFFINITY_FACTOR * load[least] + AFFINITY_SLACK * fastest
-        fits = matches[longest] > matches[least] and load[longest] <= most
-        return longest if fits else least
+        if matches[longest] <= matches[least] or load[longest] > most:
+            longest = least
+        return longest, longest if longest in free else least
 
     def finish(
         self, index: int, seconds: float, *, failed: bool = False, unused: bool = False

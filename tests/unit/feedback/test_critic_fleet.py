@@ -27,7 +27,7 @@ ECHO = says(lambda body: f"reply to {body['messages'][-1]['content']}")
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {
-        "PROBE_INTERVAL_S": 0.02, "MAX_PROBE_INTERVAL_S": 0.05, "PAUSE_S": 0.01, "NAP_S": 0.02
+        "PROBE_INTERVAL_S": 0.02, "MAX_PROBE_INTERVAL_S": 0.05, "PAUSE_S": 0.01
     }.items():  # fmt: skip
         monkeypatch.setattr(endpoint, name, seconds)
 

@@ -11,9 +11,10 @@ import json
 import logging
 import time
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from selfteach.config.served_model import ServedModelConfig
 from selfteach.errors import CriticError
@@ -31,12 +32,20 @@ MAX_PROBE_INTERVAL_S = 30.0
 PAUSE_S = 0.5
 """Before a request is repeated that failed at two members, or found them busy; doubled each time."""
 MAX_PAUSE_S = 8.0
-NAP_S = 0.25
-"""Longest sleep between looks for a free member."""
 MIN_HEDGE_S = 0.05
 """A request is not hedged earlier, however fast the median."""
 LOST_HEDGES = 3
 """Requests in a row in which a second member was faster, before the first is taken out."""
+
+
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """Holds a request that waits for a member."""
+
+    prefix: Sequence[int]
+    avoid: set[int]
+    member: asyncio.Future[int | None]
+
 
 Tasks = dict[int, asyncio.Task[Reply | NoReply]]
 """Copies of one request by member."""
@@ -58,8 +67,10 @@ class EndpointModel:
         self._attempts = 1 if alone else max(len(self._members), 1 + config.http_retries)
         names = [one.address for one in config.members]
         self.fleet = Dispatcher(names, config.concurrency)
-        self._slots = asyncio.Semaphore(config.concurrency * len(names))
-        self._changed = asyncio.Event()
+        self._unsaved = asyncio.Semaphore(config.concurrency * len(names))
+        self._waiting: deque[Waiting] = deque()
+        self._sending_soon = False
+        self._giving_up: asyncio.TimerHandle | None = None
         self._lost_hedges, self._relapses = [0] * len(names), [0] * len(names)
         self._unfit: dict[int, str] = {}
         self._probes: set[asyncio.Task[None]] = set()
@@ -85,50 +96,60 @@ class EndpointModel:
         errors: list[BaseException] = []
 
         async def one(index: int, request: Request) -> Reply | NoReply:
-            async with self._slots:
-                if errors:
-                    return NoReply("not sent, since another request failed")
-                try:
-                    reply = await self._request(request)
-                    if isinstance(reply, Reply):  # on disk before the next request is sent
-                        await asyncio.to_thread(on_reply, index, reply)
-                    return reply
-                except Exception as error:
-                    errors.append(error)
-                    return NoReply("an error")
+            try:
+                return await self._request(request, partial(on_reply, index), errors)
+            except Exception as error:
+                errors.append(error)
+                return NoReply("an error")
 
         replies = await asyncio.gather(*(one(i, r) for i, r in enumerate(requests)))
         if errors:
             raise errors[0]
         return list(replies)
 
-    async def _request(self, request: Request) -> Reply | NoReply:
-        """Send a request to one member after the other until there is a reply.
+    async def _request(
+        self, request: Request, save: Callable[[Reply], None], errors: Sequence[BaseException]
+    ) -> Reply | NoReply:
+        """Send a request to one member after the other until there is a reply, and save that.
 
-        Raises `CriticError` for what holds for every request at every member.
+        It is not sent if another one has had an error before its turn. Raises `CriticError` for what
+        holds for every request at every member.
         """
         text = "\0".join(f"{role}\0{content}" for role, content in request.messages)
         prefix, failed_at = prefix_blocks(text, BLOCK_LETTERS), set[int]()
+        self.fleet.expect(prefix)
         for attempt in range(self._attempts):
             member = await self._free_member(prefix, failed_at)
             if member is None:
                 return NoReply(self._nobody())
+            if errors:
+                self._finish(member, 0.0, unused=True)
+                return NoReply("not sent, since another request failed")
             try:
-                return await self._hedged(request, prefix, member)
+                async with self._unsaved:  # on disk before the next request is sent
+                    reply = await self._hedged(request, prefix, member)
+                    if isinstance(reply, Reply):
+                        await asyncio.to_thread(save, reply)
+                    return reply
             except MemberFailure as error:
                 if attempt + 1 == self._attempts:
                     self._after_failure(member, error)
-                    self._raise_if_all_unfit()
+                    if (unfit := self._all_unfit()) is not None:
+                        raise unfit from None
                     return NoReply(error.reason)
                 pause_s = min(PAUSE_S * 2**attempt, MAX_PAUSE_S)
                 if error.kind == "busy":
-                    self.fleet.rest(member, error.retry_after_s or pause_s)
+                    rest_s = error.retry_after_s or pause_s
+                    self.fleet.rest(member, rest_s)
+                    asyncio.get_running_loop().call_later(rest_s, self._send_waiting)
                 elif failed_at - {member} and error.kind in ("slow", "error"):
                     # It has failed elsewhere too, and may be the cause: the member stays.
+                    self._send_soon()
                     await asyncio.sleep(pause_s)
                 else:
                     failed_at.add(member)
                     self._after_failure(member, error)
+                self._send_soon()
         raise AssertionError("unreachable")
 
     def _after_failure(self, member: int, error: MemberFailure) -> None:
@@ -137,29 +158,66 @@ class EndpointModel:
             self._unfit[member] = error.reason
         if len(self._members) > 1 and error.kind != "busy":
             self._take_out(member, error.reason)
+        self._send_soon()
 
-    def _raise_if_all_unfit(self) -> None:
-        """Raise `CriticError` if no member can take any request of this recipe."""
-        if len(self._unfit) == len(self._members):
-            raise CriticError("; ".join(self._unfit.values()))
+    def _all_unfit(self) -> CriticError | None:
+        """Return the error of a fleet of which no member can take any request of this recipe."""
+        if len(self._unfit) < len(self._members):
+            return None
+        return CriticError("; ".join(self._unfit.values()))
 
     async def _free_member(self, prefix: Sequence[int], avoid: set[int]) -> int | None:
         """Wait for a member that may take a request; None if none is available for too long.
 
         Raises `CriticError` if none can take any request of this recipe.
         """
-        deadline: float | None = None
-        while (member := self.fleet.assign(prefix, avoid)) is None:
-            if self.fleet.any_available:
-                deadline = None
-            else:
-                self._raise_if_all_unfit()
-                deadline = deadline or time.monotonic() + self._config.patience_seconds
-                if time.monotonic() >= deadline:
-                    return None
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), NAP_S)
-        return member
+        loop = asyncio.get_running_loop()
+        waiting = Waiting(prefix, avoid, loop.create_future())
+        self._waiting.append(waiting)
+        self._send_soon()
+        try:
+            return await waiting.member
+        except asyncio.CancelledError:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+            elif waiting.member.done() and not waiting.member.cancelled():
+                self._finish(waiting.member.result(), 0.0, unused=True)
+            raise
+
+    def _send_soon(self) -> None:
+        """Give members to requests when all of a batch wait, so that equal prompts share one."""
+        if not self._sending_soon:
+            self._sending_soon = True
+            asyncio.get_running_loop().call_soon(self._send_waiting)
+
+    def _send_waiting(self) -> None:
+        """Give members to requests that wait for one."""
+        self._sending_soon = False
+        self._waiting = deque(one for one in self._waiting if not one.member.done())
+        if self._waiting and not self.fleet.any_available:
+            if (unfit := self._all_unfit()) is not None:
+                for waiting in self._waiting:
+                    waiting.member.set_exception(unfit)
+                self._waiting.clear()
+            elif self._giving_up is None:
+                loop = asyncio.get_running_loop()
+                self._giving_up = loop.call_later(self._config.patience_seconds, self._give_up)
+            return
+        while self._waiting:
+            assigned = self.fleet.assign_one((one.prefix, one.avoid) for one in self._waiting)
+            if assigned is None:
+                return
+            position, member = assigned
+            self._waiting[position].member.set_result(member)
+            del self._waiting[position]
+
+    def _give_up(self) -> None:
+        """End the requests that wait: no member was available for too long."""
+        self._giving_up = None
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.member.done():
+                waiting.member.set_result(None)
 
     async def _hedged(self, request: Request, prefix: Sequence[int], first: int) -> Reply | NoReply:
         """Send a request to a member, and if it is slow to a second one; return the first reply.
@@ -234,12 +292,21 @@ class EndpointModel:
             failed = True
             raise
         finally:
-            self.fleet.finish(member, time.monotonic() - began, failed=failed, unused=unused)
-            self._notify()
+            self._finish(member, time.monotonic() - began, failed=failed, unused=unused)
+
+    def _finish(
+        self, member: int | None, seconds: float, *, failed: bool = False, unused: bool = False
+    ) -> None:
+        """Note that a member has room for another request."""
+        if member is not None:
+            self.fleet.finish(member, seconds, failed=failed, unused=unused)
+            if not failed:  # else when it is decided whether the member stays
+                self._send_waiting()
 
     def _take_out(self, member: int, reason: str) -> None:
         """Send a member nothing until a probe of it succeeds."""
         if self.fleet.take_out(member, reason):
+            self._send_soon()
             name = f"{self._config.role}: {self.fleet.name(member)}"
             log.warning("%s is taken out until it replies again (%s)", name, reason)
             pause_s = min(PROBE_INTERVAL_S * 2 ** self._relapses[member], MAX_PROBE_INTERVAL_S)
@@ -258,14 +325,12 @@ class EndpointModel:
             return False
         self._unfit.pop(member, None)
         self.fleet.put_back(member)
-        self._notify()
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+        self._send_waiting()
         log.warning("%s: %s is back", self._config.role, self.fleet.name(member))
         return True
-
-    def _notify(self) -> None:
-        """Wake all requests that wait for a member."""
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     def _nobody(self) -> str:
         reasons = [f"{self.fleet.name(i)}: {why}" for i, why in self.fleet.out.items()]

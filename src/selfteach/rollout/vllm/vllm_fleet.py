@@ -28,12 +28,10 @@ from selfteach.rollout.vllm.vllm_engine import (
     SentWeights,
 )
 from selfteach.rollout.vllm.weight_sync import WeightFolder
-from selfteach.runtime.dispatcher import Dispatcher, prefix_blocks
+from selfteach.runtime.dispatcher import Dispatcher
 
 log = logging.getLogger("selfteach")
 
-BLOCK_TOKENS = 64
-"""Tokens of a prompt that are compared at a time to find who has its beginning cached."""
 RESTORE_INTERVAL_S = 1.0
 """Before the first attempt to restore a member; each further pause is twice the one before."""
 MAX_RESTORE_INTERVAL_S = 10.0
@@ -170,7 +168,10 @@ class FleetBatch:
         self._checks: dict[Future[str | None], tuple[int, list[tuple[int, Completion]]]] = {}
         self._checked_at: defaultdict[int, float] = defaultdict(time.monotonic)
         self._failures: Counter[int] = Counter()
-        self._prefixes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._prefixes = [(hash(request.prompt_ids),) for request in requests]
+        """What identifies the prompts: rollouts of one problem have all of theirs in common."""
+        for prefix in dict.fromkeys(self._prefixes):
+            fleet.fleet.expect(prefix)
 
     def completions(self) -> Iterator[tuple[int, Completion]]:
         """Yield (index of the request, completion) after the label was seen behind it.
@@ -199,15 +200,14 @@ class FleetBatch:
     def _send(self) -> None:
         """Send as many waiting requests as members may take."""
         while self._waiting:
-            request = self._requests[self._waiting[0]]
-            ids = request.prompt_ids
-            if ids not in self._prefixes:
-                self._prefixes[ids] = prefix_blocks(ids, BLOCK_TOKENS)
-            member = self._fleet.fleet.assign(self._prefixes[ids])
-            if member is None:
+            waiting = ((self._prefixes[index], ()) for index in self._waiting)
+            assigned = self._fleet.fleet.assign_one(waiting)
+            if assigned is None:
                 return
-            index, began = self._waiting.popleft(), time.monotonic()
-            future = self._fleet.servers[member].start_completion(request)
+            position, member = assigned
+            index, began = self._waiting[position], time.monotonic()
+            del self._waiting[position]
+            future = self._fleet.servers[member].start_completion(self._requests[index])
             self._running[future] = SentRequest(member, index, began)
 
     def _receive(self, future: Future[Completion]) -> None:
