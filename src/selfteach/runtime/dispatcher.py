@@ -122,15 +122,14 @@ class Dispatcher:
         if all members have as many requests as they may have, rest, or are out.
         """
         with self._lock:
-            first: tuple[int, int] | None = None
+            first: tuple[int, int, Sequence[int]] | None = None
             for position, (prefix, avoid) in enumerate(islice(waiting, WINDOW)):
                 wish, free = self._wish(prefix, avoid, hedge)
                 if wish is not None and wish == free:
                     return self._sent(position, wish, prefix)
                 if free is not None and first is None:
-                    first = position, free
-                    first_prefix = prefix
-            return None if first is None else self._sent(*first, first_prefix)
+                    first = position, free, prefix
+            return None if first is None else self._sent(*first)
 
     def expect(self, prefix: Sequence[int]) -> None:
         """Note a prompt that will be sent: what all prompts begin with says nothing of a member."""

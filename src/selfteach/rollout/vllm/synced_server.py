@@ -10,7 +10,7 @@ from torch import Tensor
 from selfteach.rollout.vllm.server_client import VllmServer
 from selfteach.rollout.vllm.synced_backend import SyncedBackend
 from selfteach.rollout.vllm.vllm_engine import (
-    RELOAD_SEPARATOR,
+    LABEL_PREFIX,
     Completion,
     CompletionRequest,
     SentWeights,
@@ -79,5 +79,15 @@ class SyncedServer(SyncedBackend):
 
     def _is_earlier(self, label: str) -> bool:
         """Return True for a label of weights that this run has sent before the newest."""
-        name = label.partition(RELOAD_SEPARATOR)[0]
-        return name != self._label and name.split("-")[:2] == self._label.split("-")[:2]
+        run, load, _ = _label_parts(self._label)
+        other_run, other_load, _ = _label_parts(label)
+        return other_run == run and other_load < load
+
+
+def _label_parts(label: str) -> tuple[str, int, str]:
+    """Return a label's run, the number of its load, and the rest; load 0 for labels of others."""
+    prefix, _, rest = label.partition("-")
+    run, _, rest = rest.partition("-")
+    load, _, rest = rest.partition("-")
+    is_ours = prefix == LABEL_PREFIX and load.isdecimal()
+    return (run, int(load), rest) if is_ours else (label, 0, "")

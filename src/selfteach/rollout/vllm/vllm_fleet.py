@@ -14,7 +14,7 @@ import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -149,7 +149,8 @@ class VllmFleet:
             raise self.nobody()
 
 
-class SentRequest(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SentRequest:
     """Describes a request in flight."""
 
     member: int
