@@ -59,6 +59,10 @@ class VllmServerConfig(VllmEngineConfig):
     """Longest time that the server, or every server of ``urls``, may be unavailable during a batch
     before the run ends."""
 
+    hedge_after: float | None = Field(default=None, gt=1)
+    """With ``urls``: when nothing else waits, a rollout that takes longer than so many times the median
+    is sampled by a second member too, from the same seed; the first one counts. Unset: never."""
+
     @model_validator(mode="before")
     @classmethod
     def _no_default_beside_urls(cls, values: Any) -> Any:
@@ -88,6 +92,8 @@ class VllmServerConfig(VllmEngineConfig):
         if (self.url is None) == (self.urls is None):
             has = "neither is set" if self.url is None else "both are set"
             raise ValueError(f"{has}: set engine.url for one server, or engine.urls for several")
+        if self.urls is None and self.hedge_after is not None:
+            raise ValueError("engine.hedge_after is for several servers: it needs engine.urls")
         require_distinct(self.urls or (), "engine.urls")
         return self
 
@@ -96,7 +102,8 @@ class VllmServerConfig(VllmEngineConfig):
         """Return the settings of each server: these, with one address."""
         if self.urls is None:
             return (self,)
-        return tuple(self.model_copy(update={"url": url, "urls": None}) for url in self.urls)
+        one = {"urls": None, "hedge_after": None}
+        return tuple(self.model_copy(update={**one, "url": url}) for url in self.urls)
 
     @property
     def address(self) -> str:

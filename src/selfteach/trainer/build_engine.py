@@ -183,8 +183,9 @@ def _served(
         for member in config.members
     ]
     return VllmFleet(
-        servers, weight_folder, concurrency=config.concurrency, patience_s=config.patience_seconds
-    )
+        servers, weight_folder, concurrency=config.concurrency, patience_s=config.patience_seconds,
+        hedge_after=config.hedge_after,
+    )  # fmt: skip
 
 
 def _require_openai() -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfteach.errors import EngineError
+from selfteach.rollout.vllm import fleet_batch
+from selfteach.rollout.vllm.fleet_batch import FleetBatch
 from selfteach.rollout.vllm.vllm_engine import Completion, CompletionRequest, EngineUnavailable
-from selfteach.rollout.vllm.vllm_fleet import FleetBatch
 from selfteach.runtime.dispatcher import Dispatcher
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_naps() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleet_batch, "NAP_S", 0.001)
+        yield
 
 
 def resolved(result: object) -> Future[Any]:
@@ -26,8 +36,8 @@ def resolved(result: object) -> Future[Any]:
 class ScriptedServer:
     """Completes a request with its seed, or fails; its label changes now and then."""
 
-    def __init__(self, faults: list[str]) -> None:
-        self.faults, self.sent = faults, list[int]()
+    def __init__(self, faults: list[str], *, hangs: bool = False) -> None:
+        self.faults, self.hangs, self.sent = faults, hangs, list[int]()
 
     def _next(self) -> str:
         return self.faults.pop(0) if self.faults else "works"
@@ -37,6 +47,8 @@ class ScriptedServer:
         match self._next():
             case "fails":
                 return resolved(EngineUnavailable("down"))
+            case "hangs" if self.hangs:
+                return Future()
             case _:
                 return resolved(Completion((request.seed,), (-1.0,)))
 
@@ -51,37 +63,50 @@ class ScriptedServer:
 
 
 class ScriptedFleet:
-    """Takes members out and puts the one that is out for longest back when no other is left."""
+    """Takes members out and puts the one that is out for longest back when no other is left.
 
-    def __init__(self, servers: list[ScriptedServer], capacity: int) -> None:
-        self.servers = servers
+    One that hedges has a median, and puts members back at once: a request that hangs needs another.
+    """
+
+    def __init__(self, servers: list[ScriptedServer], capacity: int, *, hedges: bool) -> None:
+        self.servers, self.hedge_after = servers, 2.0 if hedges else None
         self.fleet = Dispatcher([str(i) for i in range(len(servers))], capacity)
         self.dropped: list[int] = []
+        for _ in range(5 * hedges):
+            self.fleet.assign()
+            self.fleet.finish(0, 0.0)
+        self.fleet.read_counts()
 
     def drop(self, index: int, error: Exception) -> None:
         if self.fleet.take_out(index, str(error)):
             self.dropped.append(index)
-        if not self.fleet.any_available:
+        if self.hedge_after or not self.fleet.any_available:
             self.fleet.put_back(self.dropped.pop(0))
 
     def nobody(self) -> Exception:
         return AssertionError("a member is always left")
 
 
-FAULTS = st.lists(st.sampled_from(["works", "works", "works", "fails", "stale"]), max_size=12)
+FAULTS = st.lists(
+    st.sampled_from(["works", "works", "works", "fails", "stale", "hangs"]), max_size=12
+)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    faults=st.lists(FAULTS, min_size=1, max_size=4),
+    hedges=st.booleans(),
+    faults=st.lists(FAULTS, min_size=2, max_size=4),
     capacity=st.integers(1, 3),
     prompts=st.lists(st.integers(0, 3), max_size=12),
 )
 def test_no_request_is_lost_or_doubled(
-    faults: list[list[str]], capacity: int, prompts: list[int]
+    hedges: bool, faults: list[list[str]], capacity: int, prompts: list[int]
 ) -> None:
-    servers = [ScriptedServer(list(script)) for script in faults]
-    fleet = ScriptedFleet(servers, capacity)
+    servers = [
+        ScriptedServer(list(script), hangs=hedges and not number)
+        for number, script in enumerate(faults)
+    ]
+    fleet = ScriptedFleet(servers, capacity, hedges=hedges)
     requests = [CompletionRequest((p,), i, 4, 1.0, ()) for i, p in enumerate(prompts)]
     received: dict[int, Completion] = {}
     for _ in range(

@@ -15,7 +15,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import EngineError, RecipeError
 from selfteach.rollout.journaled_engine import JournaledEngine, SamplingInterrupted
-from selfteach.rollout.vllm import vllm_engine, vllm_fleet
+from selfteach.rollout.vllm import fleet_batch, vllm_engine, vllm_fleet
 from selfteach.rollout.vllm.vllm_fleet import VllmFleet
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build
@@ -51,7 +51,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "RETRY_INTERVAL_S", 0.01)
     monkeypatch.setattr(vllm_fleet, "RESTORE_INTERVAL_S", 0.02)
     monkeypatch.setattr(vllm_fleet, "MAX_RESTORE_INTERVAL_S", 0.05)
-    monkeypatch.setattr(vllm_fleet, "NAP_S", 0.02)
+    monkeypatch.setattr(fleet_batch, "NAP_S", 0.02)
 
 
 def recipe(servers: Sequence[ScriptedVllm], *more: dict[str, Any], **engine: Any) -> Recipe:
@@ -259,6 +259,19 @@ def test_a_slow_member_gets_fewer_requests(servers: list[ScriptedVllm]) -> None:
     assert len(rollout_requests(servers[1])) <= 3 < len(rollout_requests(servers[0]))
 
 
+@pytest.mark.slow
+def test_a_rollout_that_takes_long_is_sampled_by_a_second_member_too(
+    servers: list[ScriptedVllm],
+) -> None:
+    expected = from_one_server(servers, {})
+    built = published(servers, {}, concurrency=1, hedge_after=2.0)
+    servers[1].delay_s = 20.0
+    for _ in range(2):  # the first batch makes the median
+        assert sampled(built) == expected
+    twice = len(rollout_requests(servers[0])) + len(rollout_requests(servers[1]))
+    assert twice > 2 * len(expected) and not fleet_of(built).fleet.out
+
+
 def test_a_request_that_all_members_reject_is_an_error_in_one_line(
     servers: list[ScriptedVllm],
 ) -> None:
@@ -290,6 +303,7 @@ def test_each_member_is_checked_before_a_run(servers: list[ScriptedVllm]) -> Non
     [
         ({"url": "http://a:1", "urls": ["http://b:1"]}, "both are set: set engine.url for one"),
         ({"urls": []}, r"urls"),
+        ({"hedge_after": 2.0}, "engine.hedge_after is for several servers: it needs engine.urls"),
         ({"urls": ["http://a:1", "http://a:1/"]}, "engine.urls lists http://a:1 twice"),
         ({"urls": ["http://a:1", "http://a:1/v1"]}, r"engine.urls = .*leave out /v1"),
         ({"urls": "http://a:1"}, r"engine.urls is a list of addresses: write engine.urls = \['"),

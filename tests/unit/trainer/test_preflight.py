@@ -29,14 +29,17 @@ def recipe(**changes: Any) -> Recipe:
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Record which critics and engines are asked instead of asking them."""
     asked_servers: list[tuple[str, Any]] = []
-    monkeypatch.setattr(
-        build_critic, "require_served_model", lambda c: asked_servers.append(("critic", c.base_url))
-    )
-    monkeypatch.setattr(
-        build_engine,
-        "require_engine",
-        lambda r: asked_servers.append(("engine", r.sampling.max_tokens)),
-    )
+
+    def critic(config: Any) -> list[str]:
+        asked_servers.append(("critic", config.base_url))
+        return ["replies"]
+
+    def engine(asked_recipe: Recipe) -> list[str]:
+        asked_servers.append(("engine", asked_recipe.sampling.max_tokens))
+        return ["replies"]
+
+    monkeypatch.setattr(build_critic, "require_served_model", critic)
+    monkeypatch.setattr(build_engine, "require_engine", engine)
     return asked_servers
 
 

@@ -11,15 +11,13 @@ import logging
 import threading
 import time
 import weakref
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
 from selfteach.errors import EngineError
-from selfteach.rollout.vllm import synced_backend
+from selfteach.rollout.vllm.fleet_batch import FleetBatch
 from selfteach.rollout.vllm.synced_server import SyncedServer
 from selfteach.rollout.vllm.vllm_engine import (
     Completion,
@@ -35,8 +33,6 @@ log = logging.getLogger("selfteach")
 RESTORE_INTERVAL_S = 1.0
 """Before the first attempt to restore a member; each further pause is twice the one before."""
 MAX_RESTORE_INTERVAL_S = 10.0
-NAP_S = 0.25
-"""Longest wait for replies before a look at which members are back."""
 
 
 class VllmFleet:
@@ -49,8 +45,10 @@ class VllmFleet:
         *,
         concurrency: int,
         patience_s: float,
+        hedge_after: float | None = None,
     ) -> None:
         self.servers, self._folder, self.patience_s = servers, folder, patience_s
+        self.hedge_after = hedge_after
         self.fleet = Dispatcher([server.name for server in servers], concurrency)
         self._weights: SentWeights | None = None
         self._first_V: Tensor | None = None
@@ -147,124 +145,6 @@ class VllmFleet:
                 done.result()
         if not self.fleet.any_available:
             raise self.nobody()
-
-
-@dataclass(frozen=True, slots=True)
-class SentRequest:
-    """Describes a request in flight."""
-
-    member: int
-    index: int
-    began: float
-
-
-class FleetBatch:
-    """Samples one batch of requests: sends each to a member, and again if that one fails."""
-
-    def __init__(self, fleet: VllmFleet, requests: Sequence[CompletionRequest]) -> None:
-        self._fleet, self._requests = fleet, requests
-        self._waiting = deque(range(len(requests)))
-        self._running: dict[Future[Completion], SentRequest] = {}
-        self._unchecked: defaultdict[int, list[tuple[int, Completion]]] = defaultdict(list)
-        self._checks: dict[Future[str | None], tuple[int, list[tuple[int, Completion]]]] = {}
-        self._checked_at: defaultdict[int, float] = defaultdict(time.monotonic)
-        self._failures: Counter[int] = Counter()
-        self._prefixes = [(hash(request.prompt_ids),) for request in requests]
-        """What identifies the prompts: rollouts of one problem have all of theirs in common."""
-        for prefix in dict.fromkeys(self._prefixes):
-            fleet.fleet.expect(prefix)
-
-    def completions(self) -> Iterator[tuple[int, Completion]]:
-        """Yield (index of the request, completion) after the label was seen behind it.
-
-        Raises `EngineUnavailable` or `EngineError` if no member is available, or if a request has
-        failed more often than there are members.
-        """
-        try:
-            while self._waiting or self._running or self._checks or any(self._unchecked.values()):
-                self._send()
-                self._start_checks()
-                futures = [*self._running, *self._checks]
-                if not futures and self._waiting and not self._fleet.fleet.any_available:
-                    raise self._fleet.nobody()
-                for done in wait(futures, NAP_S, FIRST_COMPLETED).done:
-                    if done in self._running:
-                        self._receive(done)  # type: ignore[arg-type]
-                    elif done in self._checks:
-                        yield from self._confirmed(done)  # type: ignore[arg-type]
-        finally:
-            for future in [*self._running, *self._checks]:
-                future.cancel()
-            for sent in self._running.values():
-                self._finish(sent, unused=True)
-
-    def _send(self) -> None:
-        """Send as many waiting requests as members may take."""
-        while self._waiting:
-            waiting = ((self._prefixes[index], ()) for index in self._waiting)
-            assigned = self._fleet.fleet.assign_one(waiting)
-            if assigned is None:
-                return
-            position, member = assigned
-            index, began = self._waiting[position], time.monotonic()
-            del self._waiting[position]
-            future = self._fleet.servers[member].start_completion(self._requests[index])
-            self._running[future] = SentRequest(member, index, began)
-
-    def _receive(self, future: Future[Completion]) -> None:
-        sent = self._running.pop(future)
-        try:
-            completion = future.result()
-        except (EngineUnavailable, EngineError) as error:
-            self._finish(sent, failed=True)
-            self._drop(sent.member, error, [sent.index])
-            self._failures[sent.index] += 1
-            if self._failures[sent.index] > len(self._fleet.servers):
-                raise
-            return
-        self._finish(sent)
-        self._unchecked[sent.member].append((sent.index, completion))
-
-    def _start_checks(self) -> None:
-        """Read the labels of members whose completions wait for it, at times and at the end."""
-        checking = {member for member, _ in self._checks.values()}
-        busy = {sent.member for sent in self._running.values()}
-        now = time.monotonic()
-        for member in [i for i, unchecked in self._unchecked.items() if unchecked]:
-            idle = member not in busy and not self._waiting
-            due = now > self._checked_at[member] + synced_backend.LABEL_CHECK_INTERVAL_S
-            if member not in checking and (idle or due):
-                check = self._fleet.servers[member].start_label()
-                self._checks[check] = member, self._unchecked.pop(member)
-                self._checked_at[member] = now
-
-    def _confirmed(self, check: Future[str | None]) -> Iterable[tuple[int, Completion]]:
-        """Return the completions after which the label was still the same; others are sampled again."""
-        member, completions = self._checks.pop(check)
-        try:
-            self._fleet.servers[member].require_unchanged(check.result())
-        except (EngineUnavailable, EngineError) as error:
-            self._drop(member, error, [index for index, _ in completions])
-            return []
-        return completions
-
-    def _drop(self, member: int, error: Exception, lost: list[int]) -> None:
-        """Take a member out; all that it has not proved to be of the newest weights is sent again."""
-        self._fleet.drop(member, error)
-        lost += [index for index, _ in self._unchecked.pop(member, [])]
-        for check in [check for check, (at, _) in self._checks.items() if at == member]:
-            check.cancel()
-            lost += [index for index, _ in self._checks.pop(check)[1]]
-        for future in [future for future, sent in self._running.items() if sent.member == member]:
-            future.cancel()
-            sent = self._running.pop(future)
-            self._finish(sent, unused=True)
-            lost.append(sent.index)
-        self._waiting.extendleft(sorted(lost, reverse=True))
-
-    def _finish(self, sent: SentRequest, *, failed: bool = False, unused: bool = False) -> None:
-        seconds = time.monotonic() - sent.began
-        self._fleet.fleet.finish(sent.member, seconds, failed=failed, unused=unused)
 
 
 def _restored(fleet: weakref.ReferenceType[VllmFleet], index: int) -> None:
