@@ -24,6 +24,8 @@ from scripted_server import send
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Body = dict[str, Any]
+LOADING = threading.Lock()
+"""Held while PEFT loads an adapter, which it cannot in two threads at a time."""
 
 
 class HttpError(Exception):
@@ -166,7 +168,7 @@ class ScriptedVllm:
         if self.stale and self.adapters:
             self.adapters[name] = next(iter(self.adapters.values()))
         else:
-            with warnings.catch_warnings():  # PEFT uses a deprecated name of transformers
+            with LOADING, warnings.catch_warnings():  # PEFT uses a deprecated name of transformers
                 warnings.simplefilter("ignore")
                 adapted = PeftModel.from_pretrained(copy.deepcopy(self.model), str(path))
             self.adapters[name] = adapted.eval()

@@ -57,11 +57,13 @@ class SyncedServer(SyncedBackend):
             label = self._server.current_label(self._label)
             if label is None and not self._folder.holds_adapters:
                 self._weight_check.restarted(self._probe_engine(), first_V)
-            if label is None or self._is_earlier(label) or not self._proved:
+            if label is None or self._is_earlier(label):
                 self._reload(label)
-            self._proved = False
+            elif not self._proved:
+                self._reload(self.checked_label(label))  # never over the weights of another run
             self._label_before = self.read_label()
             self.require_same_label(self._label_before)
+            self._proved = False
             self._weight_check.compare(self._probe_engine(), weights.logits_V, self.name)
             self._proved = True
 
