@@ -29,7 +29,7 @@ from selfteach.tasks.sources.source_row import UnreadableValue
 from selfteach.tasks.sources.text_files import numbered_lines
 from selfteach.tasks.task import OracleFn
 from selfteach.trainer.build import CritiqueSetup, build_critique_setup
-from selfteach.types import CritiquedRollout, Problem, Rollout, TrainingSample
+from selfteach.types import Critique, CritiquedRollout, Problem, Rollout, TrainingSample
 
 BATCH_SIZE = 64
 """Rollouts given to the critic in one call."""
@@ -133,7 +133,7 @@ def _row(setup: CritiqueSetup, critiqued: CritiquedRollout) -> dict[str, Any]:
     text, ids = critiqued.rollout.text, critiqued.rollout.token_ids
     spans = setup.task.split_steps(text)
     change = first_change(critiqued, spans, setup.renderer.token_ends(ids))
-    step_spans = spans[:-1] if critiqued.verdict.parsed is not None else spans
+    step_spans = segmentation.without_final(spans, critiqued.verdict.parsed)
     steps = [segmentation.content(text, span) for span in step_spans]
     row = {**sample_row(TrainingSample(critiqued, change=change)), "answer_steps": steps}
     if setup.task.oracle is None:
@@ -145,7 +145,8 @@ def _true_first_error(oracle: OracleFn, rollout: Rollout) -> int | None:
     """Return the index of the first wrong step, by the program that checks every step."""
     rng = np.random.default_rng(0)  # not used by a program that does not err
     finished, text = rollout.finished, rollout.text
-    return oracle(rollout.problem, text, finished=finished, error_rate=0.0, rng=rng).first_error
+    critique = oracle(rollout.problem, text, finished=finished, error_rate=0.0, rng=rng)
+    return critique.first_error if isinstance(critique, Critique) else None
 
 
 def _rollout(

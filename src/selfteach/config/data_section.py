@@ -22,7 +22,7 @@ from selfteach.config.schema import Section
 SplitName = Literal["train", "validation", "test"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Steps = Literal["tags", "lines", "paragraphs", "sentences"]
+Steps = Literal["tags", "lines", "paragraphs", "sentences", "code"]
 VerifierName = Literal["exact", "math", "code", "reasoning_gym", "lab", "chain_sums"]
 GymVerifierName = Literal["reasoning_gym", "exact", "math"]
 VERIFIERS: tuple[VerifierName, ...] = get_args(VerifierName)
@@ -155,7 +155,8 @@ class AnswerReading(Section):
 
     steps: StepsConfig = "tags"
     """What a solution step is: a tag ``<step_1>…</step_1>``, or for models that do not write tags
-    (template set ``free``) a line, a paragraph or a sentence; or a splitter of one's own."""
+    (template set ``free``) a line, a paragraph or a sentence; ``code``: a statement of Python, which
+    ``tags`` stand for with ``verifier = "code"``; or a splitter of one's own."""
     answer_in: Literal["tag", "boxed", "tag_or_boxed"] = "tag"
     """Where the final answer is: in ``<answer>…</answer>``, in the last ``\\boxed{…}``, or in the tag
     and, where there is none, in the box."""

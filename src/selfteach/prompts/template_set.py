@@ -118,14 +118,18 @@ class Templates:
         final: str | None = None,
         finished: bool,
         reference: str | None = None,
+        evidence: str | None = None,
+        facts: Mapping[str, object] | None = None,
     ) -> list[Message]:
         """Render the critic's prompt about a rollout as chat messages.
 
         ``answer`` is its text, ``steps`` its steps, ``final`` its final answer, None without one;
-        ``finished`` is False for a truncated rollout.
+        ``finished`` is False for a truncated rollout. ``evidence`` is what running the answer has
+        shown, as text, ``facts`` the same as a table; None for a critic that is shown none.
         """
         values = {"answer": answer, "steps": tuple(steps), "final": final, "finished": finished}
-        return conversation(self.render("critic", question=question, reference=reference, **values))
+        shown = {"reference": reference, "evidence": evidence, "facts": facts}
+        return conversation(self.render("critic", question=question, **values, **shown))
 
 
 def _require_known_names(folder: Path) -> None:
@@ -203,4 +207,6 @@ def _without_turns(value: Any) -> Any:
         return value.replace(TURN, "")
     if isinstance(value, tuple):
         return tuple(map(_without_turns, value))
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _without_turns(one) for key, one in value.items()}
     return value

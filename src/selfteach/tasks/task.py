@@ -244,7 +244,7 @@ def _functions_of(
     verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in, code)
     steps = "lines" if isinstance(reading.steps, CustomPart) else reading.steps
     if verifier == "code" and steps == "tags":
-        steps = "lines"
+        steps = "code"
     return {
         "verify": verify,
         "answer_format": answer_format,

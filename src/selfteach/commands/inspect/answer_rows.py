@@ -115,7 +115,7 @@ def _locate_error(built: Built, critiqued: CritiquedRollout) -> LocatedRollout:
     return LocatedRollout(critiqued, spans, first, located=True, source=source)
 
 
-def _true_critique(oracle: OracleFn, critiqued: CritiquedRollout) -> Critique:
+def _true_critique(oracle: OracleFn, critiqued: CritiquedRollout) -> Critique | CritiqueFailure:
     rollout = critiqued.rollout
     return oracle(
         rollout.problem, rollout.text, finished=rollout.finished, error_rate=0.0,
