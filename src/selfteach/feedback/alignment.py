@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
+from selfteach.tasks.code.answer_parts import lines_of
 from selfteach.tasks.code.code_steps import IndentedSpan
 from selfteach.tasks.segmentation import Span, content, without_final
 from selfteach.types import Critique, CritiquedRollout, FirstChange
@@ -84,11 +85,6 @@ def changed_steps(critiqued: CritiquedRollout, spans: Sequence[Span]) -> Iterato
 def words_of(text: str) -> Sequence[str]:
     """Return the words of a text: steps are equal if theirs are."""
     return text.split()
-
-
-def lines_of(code: str) -> Sequence[str]:
-    """Return the lines of a step of code without white space at their ends; indentation counts."""
-    return [line.rstrip() for line in code.rstrip().split("\n")]
 
 
 def same_words(a: str, b: str) -> bool:

@@ -25,6 +25,7 @@ from selfteach.config.reward_section import RewardConfig
 from selfteach.errors import DataError
 from selfteach.protocols import Verifier
 from selfteach.tasks import chain_sums, segmentation, verifiers
+from selfteach.tasks.code.code_oracle import CodeOracle
 from selfteach.tasks.code.code_tests import KEY
 from selfteach.tasks.code.code_verifier import CodeVerifier
 from selfteach.tasks.custom_tasks import custom_functions, custom_problems
@@ -36,7 +37,7 @@ from selfteach.tasks.sources.audit import Audit, audit
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.load import combined, read_problem_sets
 from selfteach.tasks.sources.reasoning_gym import generate
-from selfteach.types import Critique, Problem, ReplaceSteps
+from selfteach.types import Critique, CritiqueFailure, Problem, ReplaceSteps
 
 
 @runtime_checkable
@@ -51,8 +52,8 @@ class OracleFn(Protocol):
         finished: bool,
         error_rate: float,
         rng: np.random.Generator,
-    ) -> Critique:
-        """Return the corrected trace of an answer."""
+    ) -> Critique | CritiqueFailure:
+        """Return the corrected trace of an answer, or why it has none."""
         ...
 
 
@@ -249,7 +250,7 @@ def _functions_of(
         "verify": verify,
         "answer_format": answer_format,
         "split_steps": segmentation.SPLITTERS[steps],
-        "oracle": None,
+        "oracle": CodeOracle(verify) if isinstance(verify, CodeVerifier) else None,
         "templates": "code" if verifier == "code" else "steps" if steps == "tags" else "free",
     }
 

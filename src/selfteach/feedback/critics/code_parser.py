@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from selfteach.feedback.alignment import lines_of, same_lines
+from selfteach.feedback.alignment import same_lines
 from selfteach.feedback.critics.parser import (
     Trace,
     count_repeated,
@@ -18,35 +17,11 @@ from selfteach.feedback.critics.parser import (
     without_thought,
 )
 from selfteach.tasks.code.answer_code import write_code
-from selfteach.tasks.code.code_steps import is_remark, statement_lines
+from selfteach.tasks.code.answer_parts import AnswerParts, lines_of, parts_of, steps_of_code
+from selfteach.tasks.code.code_steps import is_remark
 from selfteach.tasks.code.code_verifier import CodeVerifier
-from selfteach.tasks.segmentation import Splitter, content
+from selfteach.tasks.segmentation import Splitter
 from selfteach.types import Critique, CritiqueFailure, Problem, Rollout, Verdict
-
-FENCE_LINE = re.compile(r"\s{0,3}(`{3,}|~{3,})")
-CLOSING = re.compile(r"\s*(?:`{3,}|~{3,}|</answer>)")
-"""Matches a line that ends the code of an answer, and belongs to it."""
-
-
-@dataclass(frozen=True, slots=True)
-class SplitAnswer:
-    """Holds the steps of an answer: those of its code, and the lines before and after it."""
-
-    before: tuple[str, ...]
-    code: tuple[str, ...]
-    after: tuple[str, ...]
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """Return all steps in order."""
-        return self.before + self.code + self.after
-
-    @property
-    def closing(self) -> tuple[str, ...]:
-        """Return the lines that end the code; a fence for one that is not closed."""
-        lines = tuple(takewhile(CLOSING.match, self.after))
-        is_open = not lines and self.before and (fence := FENCE_LINE.match(self.before[-1]))
-        return (fence[1],) if is_open and fence else lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +50,8 @@ class CodeCritiqueParser:
         written = () if program is None else steps_of_code(program.code)
         if not written:
             return failure("malformed", "no code in the critique")
-        attempt = self.split(problem, rollout.text)
+        answer = self.verify.code_of(problem, rollout.text)
+        attempt = parts_of(rollout.text, answer, self.split_steps)
         repeated = count_repeated(attempt.code, written, lines_of)
         detail = unlike(attempt.code, written, repeated, self.min_similarity)
         if detail is not None:
@@ -85,20 +61,8 @@ class CodeCritiqueParser:
             return judged
         return critique_of_code(attempt, *judged, rollout, verdict)
 
-    def split(self, problem: Problem, text: str) -> SplitAnswer:
-        """Split an answer's steps at its code, the one that the verifier runs."""
-        answer = self.verify.code_of(problem, text)
-        spans = [span for span in self.split_steps(text) if span[0] < span[1]]
-        begin = len(text) if answer is None else answer.begin
-        end = begin + (0 if answer is None else len(answer.code))
-        return SplitAnswer(
-            tuple(content(text, span) for span in spans if span[0] < begin),
-            tuple(content(text, span) for span in spans if begin <= span[0] < end),
-            tuple(content(text, span) for span in spans if span[0] >= max(begin, end)),
-        )
-
     def _judged(
-        self, problem: Problem, attempt: SplitAnswer, written: Sequence[str]
+        self, problem: Problem, attempt: AnswerParts, written: Sequence[str]
     ) -> tuple[tuple[str, ...], str] | CritiqueFailure:
         """Return the program's steps and the answer in canonical form, if it passes the tests."""
         verdict = None
@@ -111,25 +75,15 @@ class CodeCritiqueParser:
         return failure("wrong_answer", detail, "\n".join(written))
 
 
-def steps_of_code(code: str) -> tuple[str, ...]:
-    """Return the steps of a program, with their indentation."""
-    return tuple(code[a:b].rstrip() for a, b in statement_lines(code))
-
-
 def critique_of_code(
-    attempt: SplitAnswer,
+    attempt: AnswerParts,
     program: tuple[str, ...],
     answer: str,
     rollout: Rollout,
     verdict: Verdict,
 ) -> Critique:
     """Return the critique that has a program in the place of the answer's code."""
-    if not attempt.code:
-        corrected = ("```python", *program, "```")
-    elif [*map(lines_of, program)] == [*map(lines_of, attempt.code)]:
-        corrected = attempt.before + program + (attempt.after or attempt.closing)
-    else:
-        corrected = attempt.before + program + attempt.closing
+    corrected = attempt.rewritten(program)
     repeated = count_repeated(attempt.steps, corrected, lines_of)
     traces = Trace(attempt.steps, None), Trace(corrected, answer)
     return critique_of(*traces, repeated, rollout, verdict, lines_of)
