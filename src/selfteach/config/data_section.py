@@ -93,6 +93,30 @@ class ChainSumsData(ProgramData):
     """Number of test problems."""
 
 
+class CodeTasksData(ProgramData):
+    """Generates small functions to write in Python, with hidden tests and worked solutions."""
+
+    type: Literal["code_tasks"] = "code_tasks"
+    """Generated functions to write; answers are run, as with ``verifier = "code"``."""
+    seed: int = 0
+    """Seed of the generator."""
+    min_level: int = Field(default=1, ge=1, le=4)
+    """Easiest level: 1 is a line or two, 2 a loop with a rule, 3 carries state along, 4 is a small
+    simulation with several rules. All levels are drawn equally often."""
+    max_level: int = Field(default=4, ge=1, le=4)
+    """Hardest level."""
+    functions: tuple[str, ...] = ()
+    """Names of the functions to generate, of those levels; empty: all."""
+    code: CodeConfig = CodeConfig()
+    """Limits of the process that runs an answer."""
+    train: int = Field(default=512, ge=1)
+    """Number of training problems."""
+    validation: int = Field(default=32, ge=1)
+    """Number of validation problems."""
+    test: int = Field(default=64, ge=1)
+    """Number of test problems."""
+
+
 class Columns(Section):
     """Names the columns of a row.
 
@@ -278,12 +302,13 @@ DataConfig = Annotated[
     Union[  # noqa: UP007
         Annotated[LabData, Tag("lab")],
         Annotated[ChainSumsData, Tag("chain_sums")],
+        Annotated[CodeTasksData, Tag("code_tasks")],
         Annotated[FilesData, Tag("files")],
         Annotated[HubData, Tag("hub")],
         Annotated[GymData, Tag("reasoning_gym")],
         Annotated[CustomData, Tag(CUSTOM)],
     ],
-    custom_or("problems", ("lab", "chain_sums", "files", "hub", "reasoning_gym")),
+    custom_or("problems", ("lab", "chain_sums", "code_tasks", "files", "hub", "reasoning_gym")),
 ]
 
 
@@ -317,5 +342,5 @@ class SelectConfig(Section):
     """How the selected problems are split."""
 
 
-ORACLE_DATA = ("lab", "chain_sums")
+ORACLE_DATA = ("lab", "chain_sums", "code_tasks")
 """Types of data with an oracle, a program that can critique rollouts."""

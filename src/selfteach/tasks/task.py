@@ -8,9 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from selfteach.config.code_section import CodeConfig
 from selfteach.config.data_section import (
     AnswerReading,
     ChainSumsData,
+    CodeTasksData,
     CustomData,
     DataConfig,
     FilesData,
@@ -28,6 +30,7 @@ from selfteach.tasks import chain_sums, segmentation, verifiers
 from selfteach.tasks.code.code_oracle import CodeOracle
 from selfteach.tasks.code.code_tests import KEY
 from selfteach.tasks.code.code_verifier import CodeVerifier
+from selfteach.tasks.code.generator import code_tasks
 from selfteach.tasks.custom_tasks import custom_functions, custom_problems
 from selfteach.tasks.lab import lab_task as lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
@@ -77,6 +80,8 @@ class Task:
     """Number of rows read, and of rows left out of the problem set by reason."""
     columns: str = ""
     """Which columns of the rows were read for what, in one line; empty where there are no rows."""
+    about: str = ""
+    """What a person should know of generated problems, in one line."""
 
     def problems(self, split: SplitName) -> tuple[Problem, ...]:
         """Return the problems of one split. Raises `DataError` if it is empty."""
@@ -105,6 +110,8 @@ def load_task(
             return _lab(config, model_folder)
         case ChainSumsData():
             return _chain_sums(config)
+        case CodeTasksData():
+            return _code_tasks(config)
         case FilesData() | HubData():
             config = with_mapping(config)
             splits, counts, columns = read_problem_sets(
@@ -144,6 +151,8 @@ def describe_problems(task: Task, *, max_warnings: int = 5) -> Iterator[str]:
         yield "source: " + ", ".join(f"{count:,} {name}" for name, count in task.counts.items())
     if task.columns:
         yield f"columns: {task.columns}"
+    if task.about:
+        yield task.about
     if isinstance(task.verify, CodeVerifier):
         yield task.verify.description
     result = check_answers(task)
@@ -233,15 +242,26 @@ def _chain_sums(config: ChainSumsData) -> Task:
     return Task(train, validation, test, **custom_functions(config, CHAIN_SUMS))
 
 
+def _code_tasks(config: CodeTasksData) -> Task:
+    splits = code_tasks.problem_sets(config)
+    functions = _functions_of("code", AnswerReading(), None, "", config.code)
+    about = code_tasks.shared_templates(splits)
+    return Task(*splits, **custom_functions(config, functions), about=about)
+
+
 def _functions_of(
-    verifier: str, reading: AnswerReading, world: str | None, model_folder: str
+    verifier: str,
+    reading: AnswerReading,
+    world: str | None,
+    model_folder: str,
+    code: CodeConfig | None = None,
 ) -> dict[str, Any]:
     """Return the functions that belong to a verifier, as fields of a `Task`."""
     if verifier == "lab":
         return _lab_functions(_world(world, model_folder))
     if verifier == "chain_sums":
         return dict(CHAIN_SUMS)
-    code = reading.code if isinstance(reading, RowsData | CustomData) else None
+    code = reading.code if isinstance(reading, RowsData | CustomData) else code
     verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in, code)
     steps = "lines" if isinstance(reading.steps, CustomPart) else reading.steps
     if verifier == "code" and steps == "tags":
@@ -292,6 +312,8 @@ def default_templates(config: DataConfig) -> str | None:
             return "lab"
         case ChainSumsData():
             return "chain_sums"
+        case CodeTasksData():
+            return "code"
         case FilesData() | HubData() | GymData():
             if config.verifier in ("lab", "chain_sums", "code"):
                 return str(config.verifier)
