@@ -254,13 +254,13 @@ def _statuses(attempt: Sequence[str], corrected: Sequence[str]) -> tuple[Critiqu
     """Return the corrected steps: ``kept`` as the attempt has them, the first changed one ``fixed``."""
     keys = [["\n".join(lines_of(step)) for step in steps] for steps in (attempt, corrected)]
     blocks = SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks()
-    kept = {block.b + offset for block in blocks for offset in range(block.size)}
-    kept_of_attempt = {block.a + offset for block in blocks for offset in range(block.size)}
-    first = next((i for i in range(len(corrected)) if i not in kept), None)
+    repeated = {block.b + offset for block in blocks for offset in range(block.size)}
+    repeated_in_attempt = {block.a + offset for block in blocks for offset in range(block.size)}
+    first = next((i for i in range(len(corrected)) if i not in repeated), None)
     steps = []
     for index, text in enumerate(corrected):
-        replaces = index == first and index < len(attempt) and index not in kept_of_attempt
-        status: StepStatus = "kept" if index in kept else "fixed" if replaces else "new"
+        replaces = index == first and index < len(attempt) and index not in repeated_in_attempt
+        status: StepStatus = "kept" if index in repeated else "fixed" if replaces else "new"
         original = text if status == "kept" else attempt[index] if replaces else None
         steps.append(CritiqueStep(text, status, original))
     return tuple(steps)

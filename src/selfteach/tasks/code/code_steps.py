@@ -46,8 +46,8 @@ def code_steps(text: str) -> list[Span]:
 def _code_regions(text: str) -> list[Span]:
     if blocks := fenced_blocks(text):
         return [match.span("code") for match in blocks]
-    found = find_code(text)
-    return [] if found is None else [(found.begin, found.begin + len(found.code))]
+    answer = find_code(text)
+    return [] if answer is None else [(answer.begin, answer.begin + len(answer.code))]
 
 
 def _nonblank(text: str) -> list[Span]:

@@ -106,7 +106,7 @@ def test_wrong_variants_fail(one_of_each: list[Problem], any_pool: CodePool, eve
         p.id for (p, _), outcome in zip(wrong, outcomes, strict=True) if outcome["kind"] != "passed"
     )
     assert set(failed) == {problem.id for problem in one_of_each[::every]}
-    assert sum(failed.values()) >= 0.9 * len(wrong)  # some changes change nothing
+    assert sum(failed.values()) >= 0.8 * len(wrong)  # some changes change nothing
 
 
 @pytest.mark.slow
