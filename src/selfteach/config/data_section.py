@@ -108,13 +108,22 @@ class CodeTasksData(ProgramData):
     functions: tuple[str, ...] = ()
     """Names of the functions to generate, of those levels; empty: all."""
     code: CodeConfig = CodeConfig()
-    """Limits of the process that runs an answer."""
+    """Limits of the process that runs an answer; its names of columns are for rows alone."""
     train: int = Field(default=512, ge=1)
     """Number of training problems."""
     validation: int = Field(default=32, ge=1)
     """Number of validation problems."""
     test: int = Field(default=64, ge=1)
     """Number of test problems."""
+
+    @model_validator(mode="after")
+    def _no_columns(self) -> CodeTasksData:
+        for name in ("tests", "entry_point", "setup", "prelude"):
+            if getattr(self.code, name) is not None:
+                raise ValueError(
+                    f"data.code.{name} names a column, and generated problems have none: leave it out"
+                )
+        return self
 
 
 class Columns(Section):

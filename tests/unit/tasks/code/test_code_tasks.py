@@ -158,3 +158,8 @@ def test_a_section_that_cannot_be_generated_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         problem_sets(data(**settings))
+
+
+def test_generated_problems_have_no_columns() -> None:
+    with pytest.raises(ValueError, match=r"data\.code\.prelude names a column"):
+        data(code={"prelude": "prompt"})
