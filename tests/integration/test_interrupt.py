@@ -141,6 +141,7 @@ def test_training_saves_a_checkpoint_first(tmp_path: Path) -> None:
     assert f"the checkpoint after step {step}" in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_study_ends_its_runs(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE + GRPO + "[study]\nworkers = 2\n")
     out = tmp_path / "out"
