@@ -138,15 +138,16 @@ def _row(setup: CritiqueSetup, critiqued: CritiquedRollout) -> dict[str, Any]:
     row = {**sample_row(TrainingSample(critiqued, change=change)), "answer_steps": steps}
     if setup.task.oracle is None:
         return row
-    return {**row, "true_first_error": _true_first_error(setup.task.oracle, critiqued.rollout)}
+    truth = _true_critique(setup.task.oracle, critiqued.rollout)
+    return row if truth is None else {**row, "true_first_error": truth.first_error}
 
 
-def _true_first_error(oracle: OracleFn, rollout: Rollout) -> int | None:
-    """Return the index of the first wrong step, by the program that checks every step."""
+def _true_critique(oracle: OracleFn, rollout: Rollout) -> Critique | None:
+    """Return the critique of the program that checks every step; None where it cannot check them."""
     rng = np.random.default_rng(0)  # not used by a program that does not err
     finished, text = rollout.finished, rollout.text
     critique = oracle(rollout.problem, text, finished=finished, error_rate=0.0, rng=rng)
-    return critique.first_error if isinstance(critique, Critique) else None
+    return critique if isinstance(critique, Critique) else None
 
 
 def _rollout(

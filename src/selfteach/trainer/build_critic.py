@@ -39,6 +39,7 @@ from selfteach.models.policy import Policy
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Critic
 from selfteach.runtime.torch_setup import configure_torch
+from selfteach.tasks.code.code_oracle import CodeOracle, solutions_of
 from selfteach.tasks.code.code_steps import code_steps
 from selfteach.tasks.code.code_verifier import CodeVerifier
 from selfteach.tasks.task import Task
@@ -66,6 +67,8 @@ def build_critic(
         case OracleConfig():
             if task.oracle is None:
                 raise RecipeError('critic.type = "oracle": these problems have no oracle critic')
+            if isinstance(task.oracle, CodeOracle):
+                _require_solutions(task)
             return OracleCritic(task.oracle, error_rate=config.error_rate, seed=seed)
         case RecordedConfig():
             return RecordedCritic(Path(config.run))
@@ -84,6 +87,15 @@ def build_critic(
                 _parser(task, config.min_similarity),
                 config,
             )
+
+
+def _require_solutions(task: Task) -> None:
+    """Raise `RecipeError` if no training problem has a program for the oracle to run."""
+    if task.train and not any(map(solutions_of, task.train)):
+        raise RecipeError(
+            f'critic.type = "oracle": none of the {len(task.train):,} training problems has a worked '
+            "solution: name their column (data.columns.answer), or choose another critic"
+        )
 
 
 def _parser(task: Task, min_similarity: float) -> CritiqueParser | CodeCritiqueParser:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -246,6 +248,46 @@ def test_the_examples_of_the_template_set_are_right(verify: CodeVerifier) -> Non
             assert verdict.correct == is_right, (name, key, verdict.feedback)
             if key == "attempt" and example["finished"]:
                 assert (verdict.feedback or PASSED) == example["evidence"]
+
+
+def test_a_training_sample_of_code_has_its_steps_in_tokens(verify: CodeVerifier) -> None:
+    from selfteach.trainer.step import build_samples
+
+    parsed = Parsed(verify, block(WRONG), block(RIGHT))
+    renderer = SimpleNamespace(
+        scored_from=lambda ids: 0, teacher_prompt=lambda problem, context: (1, 2),
+        token_ends=lambda ids: parsed.ends,
+    )  # fmt: skip
+    contexts = TemplateContext("step_aligned", Templates("code"), seed=0)
+    components = SimpleNamespace(
+        context=contexts, split_steps=code_steps, renderer=renderer, max_length=9999,
+        ranks=SimpleNamespace(gather=lambda rows: rows),
+    )  # fmt: skip
+    unchecked = CritiquedRollout(
+        parsed.critiqued.rollout, parsed.critiqued.verdict, CritiqueFailure("other_way")
+    )
+    sample, dropped = build_samples(components, [parsed.critiqued, unchecked])  # type: ignore[arg-type]
+    at = block(WRONG).index("        t = x")
+    assert sample.first_error_token == at
+    assert sample.changed_spans == ((at, at + len("        t = x\n")),)
+    assert sample.context == block(RIGHT) and dropped.dropped == "other_way"
+
+
+def test_an_oracle_needs_worked_solutions_before_a_run(verify: CodeVerifier) -> None:
+    from selfteach.config.critic_section import OracleConfig
+    from selfteach.tasks.code.code_oracle import CodeOracle
+    from selfteach.tasks.task import Task
+    from selfteach.trainer.build_critic import build_critic
+
+    def critic_of(problem: Problem) -> object:
+        task = Task((problem,), (), (), verify, code_steps, CodeOracle(verify), "code")
+        return build_critic(OracleConfig(), task, Templates("code"), seed=0)
+
+    assert (
+        critic_of(PROBLEM)([(rollout(block(RIGHT)), verify(PROBLEM, block(RIGHT)))])[0].case == "A"
+    )  # type: ignore[operator]
+    with pytest.raises(RecipeError, match="none of the 1 training problems has a worked solution"):
+        critic_of(replace(PROBLEM, answer=""))
 
 
 def test_evidence_needs_templates_that_show_it() -> None:

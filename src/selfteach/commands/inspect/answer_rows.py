@@ -94,7 +94,8 @@ def region(step: int, rollout: LocatedRollout) -> Region | None:
 def locate_errors(built: Built, rollouts: Sequence[CritiquedRollout]) -> list[LocatedRollout]:
     """Find steps and first error of each rollout: by the task's oracle if any, else the critic.
 
-    The oracle is exact even where the recipe's critic errs (``critic.error_rate``).
+    The oracle is exact even where the recipe's critic errs (``critic.error_rate``). Where it cannot
+    check a rollout (code that goes another way than all worked solutions), the critic's is used.
     """
     return [_locate_error(built, critiqued) for critiqued in rollouts]
 
@@ -103,12 +104,14 @@ def _locate_error(built: Built, critiqued: CritiquedRollout) -> LocatedRollout:
     spans = tuple(built.components.split_steps(critiqued.rollout.text))
     oracle, critique = built.task.oracle, critiqued.critique
     source: Source = "critic"
-    if oracle is not None:
-        critique, source = _true_critique(oracle, critiqued), "oracle"
+    checked = None if oracle is None else _true_critique(oracle, critiqued)
+    if isinstance(checked, Critique):
+        critique, source = checked, "oracle"
     if not isinstance(critique, Critique):
         return LocatedRollout(critiqued, spans, None, located=False)
     first = critique.first_error
-    if first is None and spans and _ends_wrong(critiqued):
+    has_final = bool(spans) and spans[-1][0] < spans[-1][1]  # a program is its own final answer
+    if first is None and has_final and _ends_wrong(critiqued):
         first = len(spans) - 1  # every step is right and the final answer is not
     if first is not None and first >= len(spans):
         return LocatedRollout(critiqued, spans, None, located=False)

@@ -169,6 +169,13 @@ class CodeOracle:
         return program
 
 
+def solutions_of(problem: Problem) -> list[str]:
+    """Return the worked solutions of a problem, whether they pass its tests or not."""
+    codes = problem.meta.get(SOLUTIONS)
+    listed = [str(code) for code in codes] if isinstance(codes, list | tuple) else []
+    return [code for code in dict.fromkeys([*listed, problem.answer]) if code.strip()]
+
+
 def _completion(answer: Sequence[str], alignment: Alignment, count: int) -> tuple[str, ...]:
     return (*answer[:count], *alignment.solution[alignment.starts[count] :])
 

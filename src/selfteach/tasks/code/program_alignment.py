@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 TOKEN = re.compile(
     r"""[rRbBuUfF]{0,2}(?:'''(?:[^\\]|\\.)*?'''|\"""(?:[^\\]|\\.)*?\""")"""
@@ -92,15 +93,17 @@ def _line_similarity(a: str, b: str) -> float:
     return SequenceMatcher(None, tokens(a), tokens(b), autojunk=False).ratio()
 
 
-def tokens(step: str) -> list[str]:
+@lru_cache(maxsize=2**12)
+def tokens(step: str) -> tuple[str, ...]:
     """Return the tokens of a step without white space and comments."""
-    return [t for t in TOKEN.findall(step) if not t.isspace() and not t.startswith("#")]
+    return tuple(t for t in TOKEN.findall(step) if not t.isspace() and not t.startswith("#"))
 
 
-def anonymous(step: str) -> list[str]:
+@lru_cache(maxsize=2**12)
+def anonymous(step: str) -> tuple[str, ...]:
     """Return the tokens of a step, every name that the program gives as the same one."""
     words = tokens(step)
-    return [NAME if is_given(words, index) else word for index, word in enumerate(words)]
+    return tuple(NAME if is_given(words, index) else word for index, word in enumerate(words))
 
 
 def is_given(words: Sequence[str], index: int) -> bool:
