@@ -251,7 +251,7 @@ def _critique(
 ) -> Critique:  # fmt: skip
     at = len(parts.before) + repair.right
     first_error = None if is_right or (not finished and _is_cut(repair)) else at
-    case: Case = "A" if is_right else "C" if not finished else "D"
+    case: Case = "C" if not finished else "A" if is_right else "D"
     steps = _statuses(parts.steps, parts.rewritten(written))
     is_gold = written == repair.program and problem.answer
     return Critique(case, steps, problem.answer if is_gold else "\n".join(written), first_error)
