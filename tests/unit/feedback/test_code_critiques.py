@@ -19,6 +19,7 @@ from selfteach.feedback.critics.code_parser import CodeCritiqueParser
 from selfteach.feedback.critics.llm import PASSED, LlmCritic
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache
 from selfteach.prompts.template_set import Templates
+from selfteach.protocols import Critic
 from selfteach.tasks.code.code_steps import code_steps
 from selfteach.tasks.code.code_tests import KEY
 from selfteach.tasks.code.code_verifier import CodeVerifier
@@ -205,10 +206,10 @@ class Echo:
 
     def complete(self, requests: Sequence[Request], on_reply: OnReply) -> list[Reply | NoReply]:
         self.requests += requests
-        replies: list[Reply | NoReply] = [Reply(self.text, True, 1, 1) for _ in requests]
+        replies = [Reply(self.text, True, 1, 1) for _ in requests]
         for index, reply in enumerate(replies):
             on_reply(index, reply)
-        return replies
+        return [*replies]
 
 
 @pytest.mark.parametrize("templates", ["code", "code_few_shot"])
@@ -279,13 +280,13 @@ def test_an_oracle_needs_worked_solutions_before_a_run(verify: CodeVerifier) -> 
     from selfteach.tasks.task import Task
     from selfteach.trainer.build_critic import build_critic
 
-    def critic_of(problem: Problem) -> object:
+    def critic_of(problem: Problem) -> Critic:
         task = Task((problem,), (), (), verify, code_steps, CodeOracle(verify), "code")
         return build_critic(OracleConfig(), task, Templates("code"), seed=0)
 
     assert (
         critic_of(PROBLEM)([(rollout(block(RIGHT)), verify(PROBLEM, block(RIGHT)))])[0].case == "A"
-    )  # type: ignore[operator]
+    )
     with pytest.raises(RecipeError, match="none of the 1 training problems has a worked solution"):
         critic_of(replace(PROBLEM, answer=""))
 

@@ -240,7 +240,7 @@ def _by_step(program: Sequence[str], events: Any) -> list[tuple[int, dict[str, A
     for event in events if isinstance(events, list) else []:
         match event:
             case [int(line), dict(effects)] if line in step_of_line:
-                following = step_of_line.get(effects.get("0next"))
+                following = step_of_line.get(effects.get("0next", 0))
                 trace.append((step_of_line[line], {**effects, "0next": following}))
     return trace
 

@@ -62,25 +62,24 @@ class LineTracer:
         return self._step if frame.f_code.co_filename == self._name else None
 
     def _step(self, frame: FrameType, event: str, value: Any) -> Any:
-        if event in ("line", "return"):
-            variables = {name: text_of(one) for name, one in frame.f_locals.items()}
+        if event == "exception":
             if frame in self._open:
-                (_, effects), before = self._open[frame]
-                effects.update({n: t for n, t in variables.items() if before.get(n) != t})
-                if event == "line":
-                    effects["0next"] = frame.f_lineno
-                elif "raise" not in effects:
-                    effects["return"] = text_of(value)
+                self._open[frame][0][1]["raise"] = getattr(value[0], "__name__", "?")[:MAX_TEXT]
+            return self._step
+        variables = {name: text_of(one) for name, one in frame.f_locals.items()}
+        if frame in self._open:
+            (_, effects), before = self._open.pop(frame)
+            effects.update({n: t for n, t in variables.items() if before.get(n) != t})
+            if event == "line":
+                effects["0next"] = frame.f_lineno
+            elif "raise" not in effects:
+                effects["return"] = text_of(value)
         if event == "line":
             if len(self.events) >= self._limit:
                 sys.settrace(None)
                 raise TraceFull
             self.events.append([frame.f_lineno, {}])
             self._open[frame] = self.events[-1], variables
-        elif event == "exception" and frame in self._open:
-            self._open[frame][0][1]["raise"] = getattr(value[0], "__name__", "?")[:MAX_TEXT]
-        elif event == "return":
-            self._open.pop(frame, None)
         return self._step
 
 
