@@ -170,6 +170,30 @@ def test_problems_without_solutions_have_no_oracle(oracle: CodeOracle) -> None:
     assert isinstance(critique, CritiqueFailure) and critique.reason == "no_solution"
 
 
+RECURSIVE = """\
+def f(n):
+    if n <= 2:
+        return 0
+    if n % 2 == 0:
+        return 1 + f(n // 2)
+    return 1 + f(n - 1)"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [("n <= 2", "n < 2", 1), ("return 0", "return 1", 2), ("1 + f(n // 2)", "2 + f(n // 2)", 4)],
+)
+def test_an_error_in_an_inner_call_is_the_first(
+    oracle: CodeOracle, old: str, new: str, line: int
+) -> None:
+    cases = [
+        {"call": "f", "args": [n], "expected": e} for n, e in ((1, 0), (2, 0), (5, 2), (13, 4))
+    ]
+    one = Problem("p", "q", RECURSIVE, {}, {KEY: {"shape": "cases", "cases": cases}})
+    critique = oracle(one, replaced(RECURSIVE, old, new), finished=True)
+    assert isinstance(critique, Critique) and critique.first_error == line, critique
+
+
 def test_two_errors_on_different_inputs_are_ambiguous(oracle: CodeOracle) -> None:
     solution = "def f(x):\n    if x > 9:\n        x = 3\n    y = x + 1\n    return y"
     cases = [{"call": "f", "args": [n], "expected": e} for n, e in ((1, 2), (20, 4))]

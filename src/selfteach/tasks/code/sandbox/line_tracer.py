@@ -41,12 +41,16 @@ class TraceFull(BaseException):
 
 
 class LineTracer:
-    """Records the executed lines of one call, those of the file ``name`` alone."""
+    """Records the executed lines of one call, those of the file ``name`` alone.
+
+    They are in the order in which they end: a line that calls a function comes after the function's, so
+    that the first of two traces' events that differ is where they part.
+    """
 
     def __init__(self, name: str, limit: int) -> None:
         self._name, self._limit = name, limit
         self._open: dict[FrameType, tuple[Event, dict[str, str]]] = {}
-        """The last event of each function that runs, and its variables before it."""
+        """The line that each function runs, and its variables before it."""
         self.events: list[Event] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -68,7 +72,9 @@ class LineTracer:
             return self._step
         variables = {name: text_of(one) for name, one in frame.f_locals.items()}
         if frame in self._open:
-            (_, effects), before = self._open.pop(frame)
+            finished, before = self._open.pop(frame)
+            self.events.append(finished)
+            effects = finished[1]
             effects.update({n: t for n, t in variables.items() if before.get(n) != t})
             if event == "line":
                 effects["0next"] = frame.f_lineno
@@ -78,8 +84,7 @@ class LineTracer:
             if len(self.events) >= self._limit:
                 sys.settrace(None)
                 raise TraceFull
-            self.events.append([frame.f_lineno, {}])
-            self._open[frame] = self.events[-1], variables
+            self._open[frame] = [frame.f_lineno, {}], variables
         return self._step
 
 
