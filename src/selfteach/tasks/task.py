@@ -264,7 +264,7 @@ def _functions_of(
     code = reading.code if isinstance(reading, RowsData | CustomData) else code
     verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in, code)
     steps = "lines" if isinstance(reading.steps, CustomPart) else reading.steps
-    if verifier == "code" and steps == "tags":
+    if verifier == "code" and (steps == "tags" or isinstance(reading.steps, CustomPart)):
         steps = "code"
     return {
         "verify": verify,

@@ -17,6 +17,7 @@ from selfteach.feedback.contexts import TemplateContext
 from selfteach.feedback.critics.chat_model import NoReply, OnReply, Reply, Request
 from selfteach.feedback.critics.code_parser import CodeCritiqueParser
 from selfteach.feedback.critics.llm import PASSED, LlmCritic
+from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Critic
@@ -24,7 +25,7 @@ from selfteach.tasks.code.code_steps import code_steps
 from selfteach.tasks.code.code_tests import KEY
 from selfteach.tasks.code.code_verifier import CodeVerifier
 from selfteach.tasks.segmentation import token_spans
-from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, Problem, Rollout
+from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, Problem, Rollout, Verdict
 
 CASES = [
     {"call": "f", "args": [[1, 2, 3]], "expected": 6},
@@ -272,6 +273,16 @@ def test_a_training_sample_of_code_has_its_steps_in_tokens(verify: CodeVerifier)
     assert sample.first_error_token == at
     assert sample.changed_spans == ((at, at + len("        t = x\n")),)
     assert sample.context == block(RIGHT) and dropped.dropped == "other_way"
+
+
+def test_a_verifier_of_ones_own_compares_code_with_its_indentation_too() -> None:
+    def accepts(problem: Problem, text: str) -> Verdict:
+        return Verdict("        return" not in text, True, "same")
+
+    early = rollout(block(RIGHT.replace("    return t", "        return t")))
+    parser = CritiqueParser(code_steps, accepts)
+    critique = parser(block(RIGHT), early, accepts(PROBLEM, early.text))
+    assert isinstance(critique, Critique) and critique.first_error == 5
 
 
 def test_an_oracle_needs_worked_solutions_before_a_run(verify: CodeVerifier) -> None:

@@ -11,6 +11,8 @@ from difflib import SequenceMatcher
 from selfteach.feedback.alignment import words_of
 from selfteach.prompts.thinking import split_thinking
 from selfteach.protocols import Verifier
+from selfteach.tasks.code.answer_parts import lines_of
+from selfteach.tasks.code.code_steps import code_steps
 from selfteach.tasks.segmentation import Splitter, content, tags, without_final
 from selfteach.types import (
     Case,
@@ -75,7 +77,8 @@ class CritiqueParser:
             return failure("malformed", "no step in the critique")
         if (detail := _misnumbered(critique)) is not None:
             return failure("malformed", detail)
-        repeated = count_repeated(attempt.steps, corrected.steps, words_of)
+        parts_of = lines_of if self.split_steps is code_steps else words_of
+        repeated = count_repeated(attempt.steps, corrected.steps, parts_of)
         if (
             detail := unlike(attempt.steps, corrected.steps, repeated, self.min_similarity)
         ) is not None:
@@ -83,7 +86,7 @@ class CritiqueParser:
         if not self.verify(problem, critique).correct:
             detail = f"the critique's final answer is {_shortened(corrected.answer)}"
             return failure("wrong_answer", detail, corrected.answer)
-        return critique_of(attempt, corrected, repeated, rollout, verdict, words_of)
+        return critique_of(attempt, corrected, repeated, rollout, verdict, parts_of)
 
     def trace(self, problem: Problem, text: str) -> Trace:
         """Return steps and final answer of a text in the policy's format, or in numbered tags.
