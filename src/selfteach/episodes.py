@@ -76,7 +76,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class EnvironmentReply:
     """Holds what an environment replies to a turn."""
 
     texts: tuple[str, ...]

@@ -17,6 +17,7 @@ from selfteach.config.context_section import (
 from selfteach.config.critic_section import CriticConfig
 from selfteach.config.data_section import DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
+from selfteach.config.environment_section import EnvironmentConfig
 from selfteach.config.guard_section import GuardConfig
 from selfteach.config.model_defaults import with_model_defaults
 from selfteach.config.objective_section import (
@@ -217,6 +218,9 @@ class Recipe(Section):
     """How training rollouts are sampled."""
     engine: EngineConfig = TransformersEngineConfig()
     """What samples the rollouts."""
+    environment: EnvironmentConfig | None = None
+    """What replies to the policy, turn by turn; unset: rollouts are single answers. ``environment =
+    false`` in an arm removes it."""
     critic: CriticConfig | None = None
     """What critiques the rollouts; ``critic = false`` in an arm removes it."""
     context: ContextConfig = ContextConfig(type="none")
@@ -241,7 +245,7 @@ class Recipe(Section):
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics are sent."""
 
-    @field_validator("critic", "reward", mode="before")
+    @field_validator("critic", "reward", "environment", mode="before")
     @classmethod
     def _false_is_none(cls, value: object) -> object:
         """Read false as None: ``critic = false`` in an arm removes the critic that others share."""

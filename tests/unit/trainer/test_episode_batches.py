@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from tests.helpers.two_turns import PROBLEM, episode
 from transformers import LlamaForCausalLM
+from two_turns import PROBLEM, episode
 
 from selfteach.episodes import Segment
 from selfteach.losses.divergence import Divergence
