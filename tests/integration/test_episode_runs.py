@@ -11,8 +11,8 @@ from episode_model import save_model
 from same_run import assert_same
 
 from selfteach import cli
+from selfteach.commands.actions import load, one_run
 from selfteach.config.recipe import Recipe
-from selfteach.config.recipe_file import load_study
 from selfteach.config.schema import merge, validate
 from selfteach.errors import PartError, RecipeError
 from selfteach.runtime.run_folder import RunFolder
@@ -70,6 +70,7 @@ steps = 3
 problems_per_step = 2
 group_size = 4
 checkpoint_every = 1
+keep_checkpoints = 3
 threads = 1
 
 [evaluation]
@@ -96,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folder: Path, arm: str = "grpo", **changes: object) -> Recipe:
-    chosen = load_study(folder / "recipe.toml").arms[arm]
+    chosen = one_run(load(folder / "recipe.toml", [], arm), arm, 0)
     return validate(Recipe, merge(chosen.model_dump(mode="json"), changes), where="test")
 
 
