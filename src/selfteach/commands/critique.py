@@ -28,7 +28,7 @@ from selfteach.tasks import segmentation
 from selfteach.tasks.sources.conversations import is_conversation, read_messages
 from selfteach.tasks.sources.source_row import UnreadableValue
 from selfteach.tasks.sources.text_files import numbered_lines
-from selfteach.tasks.task import OracleFn
+from selfteach.tasks.task import Oracle, true_critique
 from selfteach.tasks.verifiers import verify_rollouts
 from selfteach.trainer.build import CritiqueSetup, build_critique_setup
 from selfteach.types import CritiquedRollout, Problem, Rollout, TrainingSample
@@ -143,11 +143,10 @@ def _row(setup: CritiqueSetup, critiqued: CritiquedRollout) -> dict[str, Any]:
     return {**row, "true_first_error": _true_first_error(setup.task.oracle, critiqued.rollout)}
 
 
-def _true_first_error(oracle: OracleFn, rollout: Rollout) -> int | None:
+def _true_first_error(oracle: Oracle, rollout: Rollout) -> int | None:
     """Return the index of the first wrong step, by the program that checks every step."""
     rng = np.random.default_rng(0)  # not used by a program that does not err
-    finished, text = rollout.finished, rollout.text
-    return oracle(rollout.problem, text, finished=finished, error_rate=0.0, rng=rng).first_error
+    return true_critique(oracle, rollout, rng=rng).first_error
 
 
 def _rollout(

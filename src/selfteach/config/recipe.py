@@ -19,7 +19,7 @@ from selfteach.config.data_section import DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
 from selfteach.config.environment_section import EnvironmentConfig
 from selfteach.config.guard_section import GuardConfig
-from selfteach.config.model_defaults import with_model_defaults
+from selfteach.config.model_defaults import with_episode_templates, with_model_defaults
 from selfteach.config.objective_section import (
     DistillationConfig,
     GrpoConfig,
@@ -262,7 +262,7 @@ class Recipe(Section):
             for name, kind in DEFAULT_TYPES.items()
             if isinstance(values.get(name), Mapping)
         }
-        return with_model_defaults({**values, **typed})
+        return with_episode_templates(with_model_defaults({**values, **typed}))
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:

@@ -57,7 +57,7 @@ from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
-from selfteach.trainer.build_environment import build_environments, environment_tools
+from selfteach.trainer.build_environment import build_environments, environment_tools, for_episodes
 from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.build_reward import build_reward
 from selfteach.trainer.custom_components import build_custom_context, build_custom_teacher
@@ -106,6 +106,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     )  # fmt: skip
     loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
     renderer = loaded.renderer
+    task = for_episodes(recipe, task, renderer.tool_format)
     task = within_context(renderer, task, loaded.max_length, recipe)
     reward = build_reward(recipe, task, renderer)
     problems = (*task.train, *task.validation, *task.test)
@@ -178,6 +179,7 @@ def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
     renderer = build_renderer(
         recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe)
     )
+    task = for_episodes(recipe, task, renderer.tool_format)
     critic = build_critic(recipe.critic, task, templates, seed=recipe.seed)
     return CritiqueSetup(critic, task, renderer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +17,14 @@ from selfteach.config.environment_section import (
 )
 from selfteach.config.recipe import Recipe
 from selfteach.errors import PartError
+from selfteach.prompts.tool_calls import ToolFormat
 from selfteach.protocols import Environment
 from selfteach.rollout.episode_engine import EpisodeLimits
 from selfteach.runtime.parts import construct_part, import_part, shown
+from selfteach.tasks import chain_sums
 from selfteach.tasks.environments import calculator, python_tool
+from selfteach.tasks.environments.calculator_oracle import CalculatorOracle
+from selfteach.tasks.task import Task
 
 METHODS = ("reset", "step", "verdict")
 """Methods without which an object is no environment."""
@@ -65,6 +69,19 @@ def environment_tools(recipe: Recipe) -> Sequence[Mapping[str, Any]]:
     """Return the tools of a recipe's environment; none without one."""
     environments = build_environments(recipe)
     return () if environments is None else environments.tools
+
+
+def for_episodes(recipe: Recipe, task: Task, tool_format: ToolFormat | None) -> Task:
+    """Return a recipe's task with the oracle of its episodes, instead of one that reads answers.
+
+    Unchanged without ``[environment]``.
+    """
+    if recipe.environment is None:
+        return task
+    is_calculator = isinstance(recipe.environment, CalculatorEnvironmentConfig)
+    if is_calculator and task.oracle is chain_sums.critique_rollout and tool_format is not None:
+        return replace(task, oracle=CalculatorOracle(tool_format))
+    return replace(task, oracle=None)
 
 
 def _limits(config: EnvironmentConfig) -> EpisodeLimits:

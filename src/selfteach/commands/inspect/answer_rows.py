@@ -16,7 +16,7 @@ from selfteach.protocols import Context
 from selfteach.runtime.stored_records import history_column
 from selfteach.tasks import segmentation
 from selfteach.tasks.segmentation import Span
-from selfteach.tasks.task import OracleFn
+from selfteach.tasks.task import true_critique
 from selfteach.trainer.build import Built
 from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, FirstChange, Rollout
 
@@ -107,7 +107,10 @@ def _locate_error(built: Built, critiqued: CritiquedRollout) -> LocatedRollout:
     oracle, critique = built.task.oracle, critiqued.critique
     source: Source = "critic"
     if oracle is not None:
-        critique, source = _true_critique(oracle, critiqued), "oracle"
+        critique, source = (
+            true_critique(oracle, critiqued.rollout, rng=np.random.default_rng(0)),
+            "oracle",
+        )
     if not isinstance(critique, Critique):
         return LocatedRollout(critiqued, spans, None, located=False)
     first = critique.first_error
@@ -116,14 +119,6 @@ def _locate_error(built: Built, critiqued: CritiquedRollout) -> LocatedRollout:
     if first is not None and first >= len(spans):
         return LocatedRollout(critiqued, spans, None, located=False)
     return LocatedRollout(critiqued, spans, first, located=True, source=source)
-
-
-def _true_critique(oracle: OracleFn, critiqued: CritiquedRollout) -> Critique:
-    rollout = critiqued.rollout
-    return oracle(
-        rollout.problem, rollout.text, finished=rollout.finished, error_rate=0.0,
-        rng=np.random.default_rng(0),
-    )  # fmt: skip
 
 
 def _ends_wrong(critiqued: CritiquedRollout) -> bool:
