@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from episode_model import save_model
 from same_run import assert_same
@@ -197,3 +198,53 @@ def test_what_is_no_environment_is_refused(folder: Path, tmp_path: Path) -> None
         run_to_end(recipe(folder, environment=part), tmp_path / "run")
     with pytest.raises(RecipeError, match="max_turns"):
         recipe(folder, environment={"type": "calculator", "max_turns": 0})
+
+
+def calculator(folder: Path, **changes: object) -> Recipe:
+    """Return a recipe of step-aligned critiques of episodes with a calculator."""
+    values = {
+        "environment": {"type": "calculator", "max_turns": 3},
+        "model": {"path": str(folder / "model"), "thinking": {"student": False, "teacher": False}},
+        "data": {"type": "chain_sums", "train": 8, "validation": 2, "test": 2},
+        "sampling": {"max_tokens": 12, "batch_size": 8},
+        "critic": {"type": "oracle"}, "context": {"type": "step_aligned"},
+        "objective": {"type": "distillation", "from_first_error": True},
+        "train": {
+            "steps": 2, "problems_per_step": 2, "group_size": 4, "checkpoint_every": 1, "threads": 1,
+        },
+        "evaluation": {"every": 2, "validation_k": 1, "test_k": 1},
+    }  # fmt: skip
+    return validate(Recipe, merge(values, changes), where="test")
+
+
+def test_step_aligned_critiques_of_episodes_by_the_oracle(folder: Path) -> None:
+    one = calculator(folder)
+    assert one.model.templates == "chain_sums_episodes"
+    run_to_end(one, folder / "aligned")
+    samples = rows(folder / "aligned" / "samples" / "step_000001.jsonl")
+    critiques = [row["critique"] for row in samples]
+    assert all(critique["first_error"] is not None for critique in critiques), "a random model"
+    assert all("<turn_1>" in row["context"] for row in samples)
+    steps = [row for row in RunFolder(folder / "aligned").metrics() if row["kind"] == "step"]
+    assert all(row["loss"] > 0 for row in steps)
+
+
+def test_sampling_and_training_overlap_for_episodes(folder: Path) -> None:
+    """An order of steps, as for single answers: the same rollouts with and without a second copy."""
+    ahead = {"train": {"staleness": 1}, "sampling": {"separate_copy": True}}
+    run_to_end(calculator(folder, **ahead), folder / "ahead")
+    run_to_end(calculator(folder, train={"staleness": 1}), folder / "in_order")
+    assert_same(folder / "ahead", folder / "in_order")
+
+
+def test_inspect_scores_the_model_s_tokens_of_each_turn(folder: Path, whole: Path) -> None:
+    words = ["inspect", whole, "--contexts", "reference", "--out", folder / "inspected", "-k", 2]
+    cli.app([*map(str, words), "--limit", "2"], standalone_mode=False)
+    answers = rows(folder / "inspected" / "answers.jsonl")
+    tokens = pq.read_table(folder / "inspected" / "tokens.parquet").to_pylist()
+    assert any(len(row["segments"]) > 1 for row in answers)
+    for line, row in enumerate(answers):
+        contexts = {token["context"] for token in tokens if token["answer"] == line}
+        for context in contexts:
+            chosen = [t for t in tokens if (t["answer"], t["context"]) == (line, context)]
+            assert len(chosen) == row["tokens"]

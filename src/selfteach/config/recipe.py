@@ -15,7 +15,7 @@ from selfteach.config.context_section import (
     ContextName,
 )
 from selfteach.config.critic_section import CriticConfig
-from selfteach.config.data_section import DataConfig, LabData
+from selfteach.config.data_section import ORACLE_DATA, DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
 from selfteach.config.environment_section import EnvironmentConfig
 from selfteach.config.guard_section import GuardConfig
@@ -289,6 +289,19 @@ class Recipe(Section):
                 f'engine.type = "{self.engine.type}" needs none'
             )
         return self
+
+    @property
+    def has_oracle(self) -> bool:
+        """Return True if a program can critique the rollouts; of episodes, those with a calculator."""
+        if self.environment is None:
+            return self.data.type in ORACLE_DATA
+        return self.environment.type == "calculator" and self.data.type == "chain_sums"
+
+    @property
+    def most_sampled(self) -> int:
+        """Return the most tokens that the model samples in a rollout: of all turns of an episode."""
+        turns = 1 if self.environment is None else self.environment.max_turns
+        return self.sampling.max_tokens * turns
 
     @property
     def all_weights_train(self) -> bool:

@@ -71,24 +71,62 @@ class EpisodeEngine:
         self._engine.load_weights(named_weights, version)
         self._version = version
 
+    @property
+    def max_length(self) -> int:
+        """Return the most tokens of a prompt and its episode together."""
+        return self._engine.max_length
+
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """Run ``sampling.samples`` episodes of each problem, all of them side by side.
 
         Raises `EngineError` if a prompt leaves no room for a turn; `SamplingInterrupted` with the
         complete groups if the engine fails.
         """
+        samples = range(sampling.samples)
         episodes = [
-            RunningEpisode(problem, sample, self._make_environment())
-            for problem in problems
-            for sample in range(sampling.samples)
+            RunningEpisode(p, n, self._make_environment()) for p in problems for n in samples
         ]
         self._reset(episodes, sampling)
+        for episode in episodes:
+            shown = with_observation(episode.problem, episode.observation)
+            episode.prompt_ids = self._renderer.solver_prompt(shown)
+        return self._run(episodes, sampling, len(samples))
+
+    def complete(self, requests: Sequence[PromptRequest], sampling: Sampling) -> list[Rollout]:
+        """Run episodes from given first prompts, such as the self-teacher's.
+
+        Raises what `generate` does, and `EngineError` for an environment that shows something before
+        the first turn: it is not in these prompts.
+        """
+        episodes = [
+            RunningEpisode(r.problem, n, self._make_environment(), prompt_ids=r.prompt_ids)
+            for r in requests
+            for n in r.samples
+        ]
+        self._reset(episodes, sampling)
+        if any(episode.observation for episode in episodes):
+            raise EngineError(
+                "the environment shows something before the first turn, so its episodes cannot begin "
+                "with another prompt, as the teacher's"
+            )
+        return self._run(episodes, sampling, len(requests[0].samples) if requests else 0)
+
+    def _run(
+        self, episodes: list[RunningEpisode], sampling: Sampling, group_size: int
+    ) -> list[Rollout]:
+        """Run episodes to their ends; the groups are what an engine that fails leaves complete."""
+        for episode in episodes:
+            if len(episode.prompt_ids) >= self.max_length:
+                raise EngineError(
+                    f"problem {episode.problem.id!r} has a prompt of {len(episode.prompt_ids)} tokens; "
+                    f"it leaves no room for a turn in the context of {self.max_length}"
+                )
         active = episodes
         while active:
             try:
                 turns = self._sample_turns(active, sampling)
             except SamplingInterrupted as failure:
-                raise self._interrupted(failure, episodes, sampling.samples) from None
+                raise self._interrupted(failure, episodes, group_size) from None
             for episode, turn in zip(active, turns, strict=True):
                 episode.add_turn(turn)
             self._reply(list(zip(active, turns, strict=True)))
@@ -97,7 +135,7 @@ class EpisodeEngine:
         return [episode.rollout() for episode in episodes]
 
     def _reset(self, episodes: Sequence[RunningEpisode], sampling: Sampling) -> None:
-        """Begin the episodes: each has its environment's first observation in its prompt."""
+        """Begin the episodes: store what each environment shows first, or why it cannot begin."""
         seeds = [episode_seed(e.problem, e.sample, sampling, self._version) for e in episodes]
         observations = self._call(
             [
@@ -112,13 +150,6 @@ class EpisodeEngine:
                 episode.broken = "failed", f"reset returned {_named(observation)} and not a text"
             else:
                 episode.observation = self._shortened(observation)
-            shown = with_observation(episode.problem, episode.observation)
-            episode.prompt_ids = self._renderer.solver_prompt(shown)
-            if len(episode.prompt_ids) >= self._engine.max_length:
-                raise EngineError(
-                    f"problem {episode.problem.id!r} has a prompt of {len(episode.prompt_ids)} tokens; "
-                    f"it leaves no room for a turn in the context of {self._engine.max_length}"
-                )
 
     def _sample_turns(self, active: Sequence[RunningEpisode], sampling: Sampling) -> list[Rollout]:
         """Sample the next turn of each episode; a prompt that several share is one request."""
@@ -172,9 +203,9 @@ class EpisodeEngine:
         else:
             ids = self._renderer.reply(reply.texts, role_of(reply))
             length = len(episode.ids) + len(ids)
-            if length >= self._engine.max_length:
+            if length >= self.max_length:
                 episode.note(reply.event, text)
-                episode.end("budget", f"no room is left in {self._engine.max_length} tokens")
+                episode.end("budget", f"no room is left in {self.max_length} tokens")
             else:
                 episode.add_reply(reply, ids)
 

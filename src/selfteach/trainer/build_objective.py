@@ -81,10 +81,10 @@ def _distillation(config: DistillationConfig, sampling_temperature: float) -> Di
 
 
 def _grpo(config: GrpoConfig, recipe: Recipe) -> Grpo:
-    sampling, turns = recipe.sampling, recipe.environment.max_turns if recipe.environment else 1
+    sampling = recipe.sampling
     return Grpo(
         sampling.temperature,
         **config.model_dump(exclude={"type", "loss_type"}),
-        max_tokens=sampling.max_tokens * turns,
+        max_tokens=recipe.most_sampled,
         mixed_groups_only=sampling.dynamic_rounds > 0,
     )

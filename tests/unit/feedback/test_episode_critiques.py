@@ -82,8 +82,8 @@ def test_the_oracle_says_which_turn_went_wrong(
     assert (critique.case, critique.first_error) == (case, first_error)
     assert [step.status for step in critique.steps] == statuses
     assert critique.answer == "37"
-    kept = [step.text for step in critique.steps if step.status == "kept"]
-    assert kept == list(texts[::2])[: len(kept)]
+    repeated = [step.text for step in critique.steps if step.status == "kept"]
+    assert repeated == list(texts[::2])[: len(repeated)]
 
 
 def test_the_corrected_turns_lead_to_the_answer() -> None:

@@ -13,7 +13,7 @@ from selfteach.evaluation.token_scores import ScoreRequest
 from selfteach.feedback.alignment import first_change
 from selfteach.prompts.episode_tokens import shown_problem, token_ends
 from selfteach.protocols import Context
-from selfteach.runtime.stored_records import history_column
+from selfteach.runtime.stored_records import history_column, segment_columns
 from selfteach.tasks import segmentation
 from selfteach.tasks.segmentation import Span
 from selfteach.tasks.task import true_critique
@@ -228,6 +228,7 @@ def answer_row(prepared: PreparedRollout) -> dict[str, Any]:
         "parsed": verdict.parsed,
         "finished": rollout.finished,
         "tokens": rollout.length,
+        **segment_columns(rollout),
         "step_spans": {"tokens": token_spans, "characters": [list(span) for span in located.spans]},
         "first_error": located.first_error,
         "first_error_from": located.source,
