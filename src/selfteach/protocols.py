@@ -47,7 +47,8 @@ class Environment(Protocol):
     """Runs one episode: replies to each turn of the policy, and may say at the end how it went.
 
     Every episode has an object of its own, and many are run side by side, each call in a thread and
-    with a deadline. What one raises ends its episode as an event, never the run.
+    with a deadline. What one raises ends its episode as an event, never the run. A method ``close``,
+    if there is one, is called when the episode is over.
     """
 
     @property

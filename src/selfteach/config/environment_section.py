@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Union
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, field_validator
 
 from selfteach.config.code_section import Isolation
 from selfteach.config.part_section import CUSTOM, CustomPart, custom_or
@@ -52,6 +52,29 @@ class PythonEnvironmentConfig(EpisodeConfig):
     """Modules whose import is refused with a message that says so."""
 
 
+class OpenEnvEnvironmentConfig(EpisodeConfig):
+    """Runs episodes on a server of OpenEnv's protocol; needs the extra ``openenv``."""
+
+    type: Literal["openenv"]
+    """A server of OpenEnv's protocol."""
+    url: str
+    """Address of the server, like ``http://localhost:8000``; each episode is a session of its own."""
+    action: str = Field(default="message", min_length=1)
+    """Key of an action that gets the turn's text."""
+    observation: str | None = None
+    """Key of an observation whose value the policy reads; unset: the whole observation as JSON."""
+    success: float = 1.0
+    """Least sum of an episode's rewards that counts as a success; the sum is its reward."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        scheme, _, rest = value.partition("://")
+        if scheme not in ("http", "https", "ws", "wss") or not rest:
+            raise ValueError(f"{value!r} is no address of a server, like http://localhost:8000")
+        return value.rstrip("/")
+
+
 class CustomEnvironmentConfig(CustomPart, EpisodeConfig):
     """Runs episodes with a class of one's own, an `Environment` of `selfteach.protocols`."""
 
@@ -60,7 +83,8 @@ EnvironmentConfig = Annotated[
     Union[  # noqa: UP007
         Annotated[CalculatorEnvironmentConfig, Tag("calculator")],
         Annotated[PythonEnvironmentConfig, Tag("python")],
+        Annotated[OpenEnvEnvironmentConfig, Tag("openenv")],
         Annotated[CustomEnvironmentConfig, Tag(CUSTOM)],
     ],
-    custom_or("environment", ("calculator", "python")),
+    custom_or("environment", ("calculator", "python", "openenv")),
 ]

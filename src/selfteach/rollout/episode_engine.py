@@ -25,8 +25,10 @@ from selfteach.rollout.prompt_request import CompletionEngine, PromptRequest
 from selfteach.rollout.running_episode import RunningEpisode, role_of
 from selfteach.runtime.deadline_calls import CallFailure, call_all
 from selfteach.runtime.seeds import episode_seed
-from selfteach.types import Problem, Rollout, Sampling, Verdict
+from selfteach.types import Problem, Rewards, Rollout, Sampling, Verdict
 
+BROKEN = Verdict(False, False, None, rewards=Rewards(None, {}))
+"""The verdict on an episode whose environment has failed."""
 REPLY_EVENTS: tuple[EventKind, ...] = ("tool_result", "tool_error", "observation")
 """Events that an environment may give to a reply; the others are the engine's."""
 
@@ -225,8 +227,15 @@ class EpisodeEngine:
         return SamplingInterrupted(f"{failure.bare} ({saved})", rollouts, bare=failure.bare)
 
     def _judge(self, episodes: Sequence[RunningEpisode]) -> None:
-        """Store the verdicts of the environments that give one; a broken one gives none."""
+        """Store the verdicts of the environments that give one, and close them.
+
+        A rollout whose environment is broken is no success and has no reward: it is not the policy's
+        doing, so it has no advantage.
+        """
         usable = [episode for episode in episodes if episode.broken is None]
+        for episode in episodes:
+            if episode.broken is not None:
+                episode.verdict = BROKEN
         verdicts = self._call([episode.environment.verdict for episode in usable])
         for episode, verdict in zip(usable, verdicts, strict=True):
             if isinstance(verdict, CallFailure):
@@ -235,6 +244,8 @@ class EpisodeEngine:
                 episode.verdict = verdict
             else:
                 episode.note("failed", f"verdict returned {_named(verdict)} and not a Verdict")
+        closing = [getattr(episode.environment, "close", None) for episode in episodes]
+        self._call([close for close in closing if callable(close)])
 
     def _call(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         limits = self._limits

@@ -20,6 +20,7 @@ from selfteach.types import (
     CritiqueFailure,
     CritiqueStep,
     Problem,
+    Rewards,
     Rollout,
     TrainingSample,
     Usage,
@@ -90,7 +91,7 @@ def episode_columns(rollout: Rollout) -> dict[str, Any]:
     """Return the columns of an episode; none for a single answer, whose rows stay as they were."""
     if not rollout.is_episode:
         return {}
-    verdict = None if rollout.verdict is None else verdict_row(rollout.verdict)
+    verdict = None if rollout.verdict is None else asdict(rollout.verdict)
     segments = [asdict(segment) for segment in rollout.segments]
     return {"segments": segments, "observation": rollout.observation, "verdict": verdict}
 
@@ -99,12 +100,21 @@ def episode_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a `Rollout` that `episode_columns` has written; none for a single answer."""
     if "segments" not in row:
         return {}
-    verdict = row.get("verdict")
     return {
         "segments": tuple(Segment(**segment) for segment in row["segments"]),
         "observation": row.get("observation", ""),
-        "verdict": None if verdict is None else Verdict(**verdict),
+        "verdict": _verdict_from(row.get("verdict")),
     }
+
+
+def _verdict_from(row: Mapping[str, Any] | None) -> Verdict | None:
+    """Return an environment's verdict, with its rewards if it has given some."""
+    if row is None:
+        return None
+    rewards = row["rewards"]
+    if rewards is not None:
+        rewards = Rewards(rewards["total"], rewards["values"], rewards["failures"])
+    return Verdict(**{**row, "rewards": rewards})
 
 
 def rollouts_from(

@@ -13,6 +13,7 @@ from selfteach.config.environment_section import (
     CalculatorEnvironmentConfig,
     CustomEnvironmentConfig,
     EnvironmentConfig,
+    OpenEnvEnvironmentConfig,
     PythonEnvironmentConfig,
 )
 from selfteach.config.recipe import Recipe
@@ -22,7 +23,7 @@ from selfteach.protocols import Environment
 from selfteach.rollout.episode_engine import EpisodeLimits
 from selfteach.runtime.parts import construct_part, import_part, shown
 from selfteach.tasks import chain_sums
-from selfteach.tasks.environments import calculator, python_tool
+from selfteach.tasks.environments import calculator, openenv_client, python_tool
 from selfteach.tasks.environments.calculator_oracle import CalculatorOracle
 from selfteach.tasks.task import Task
 
@@ -61,6 +62,12 @@ def build_environments(recipe: Recipe) -> Environments | None:
             names = set(CodeConfig.model_fields) & set(PythonEnvironmentConfig.model_fields)
             runner = python_tool.PythonRunner(CodeConfig(**config.model_dump(include=names)))
             return Environments(lambda: python_tool.PythonEnvironment(runner), limits, runner.start)
+        case OpenEnvEnvironmentConfig():
+            return Environments(
+                lambda: openenv_client.OpenEnvEnvironment(config),
+                limits,
+                lambda: openenv_client.require_server(config),
+            )
         case CustomEnvironmentConfig():
             return Environments(_custom(config), limits)
 

@@ -139,7 +139,8 @@ def test_a_long_reply_is_shortened_and_says_so() -> None:
 def test_an_environment_that_cannot_begin_loses_no_run(observation: object) -> None:
     rollout, _, environment = run(["4"], [FOUR], observation=observation)
     assert events(rollout) == ["turn", "failed"] and environment.turns == []
-    assert rollout.verdict is None
+    assert rollout.verdict is not None
+    assert (rollout.verdict.correct, rollout.verdict.reward) == (False, None), "no advantage"
 
 
 def test_the_first_observation_is_in_both_prompts() -> None:
