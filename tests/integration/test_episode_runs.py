@@ -10,13 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 from episode_model import save_model
 from same_run import assert_same
+from scripted_vllm import serving
 
 from selfteach import cli
 from selfteach.commands.actions import load, one_run
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import PartError, RecipeError
+from selfteach.models.plain_pass import plain_logits
+from selfteach.rollout.journaled_engine import JournaledEngine, SamplingInterrupted
+from selfteach.rollout.vllm import vllm_engine
 from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.build import build
 from selfteach.trainer.loop import run_to_end
 
 COUNTING = '''
@@ -171,6 +176,7 @@ def test_check_runs_the_environment_s_contract(
     cli.app(["check", str(folder / "recipe.toml")], standalone_mode=False)
     out = capsys.readouterr().out
     assert "environment: counting.py:Counting(last=2)" in out and "its contract holds" in out
+    assert "episodes with counting.py:Counting: at most 4 turns of 12 tokens" in out
 
 
 @pytest.mark.parametrize(
@@ -198,6 +204,43 @@ def test_what_is_no_environment_is_refused(folder: Path, tmp_path: Path) -> None
         run_to_end(recipe(folder, environment=part), tmp_path / "run")
     with pytest.raises(RecipeError, match="max_turns"):
         recipe(folder, environment={"type": "calculator", "max_turns": 0})
+
+
+def test_a_vllm_server_continues_episodes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn is a request with the ids so far; of a server that dies, complete groups are saved."""
+    monkeypatch.setattr(vllm_engine, "RETRY_INTERVAL_S", 0.01)
+    plain = build(recipe(folder))
+    model, problems = plain.components.policy.model, plain.task.problems("train")[:3]
+    with serving(model, plain.tokenizer) as server:  # type: ignore[arg-type]
+        engine = {
+            "type": "vllm_server", "url": server.url, "model": "tiny", "patience_seconds": 0.0,
+            "concurrency": 1, "tolerance": 1e-3,
+        }  # fmt: skip
+        built = build(recipe(folder, engine=engine))
+        sampling = built.components.sampling
+        server.requests.clear()
+        rollouts = built.components.engine.generate(problems, sampling)
+        prompts = [tuple(body["prompt"]) for body in server.requests if body.get("logprobs") == 0]
+        for rollout in rollouts:
+            ids = (*rollout.prompt_ids, *rollout.token_ids)
+            for turn in rollout.turns:
+                assert ids[: len(rollout.prompt_ids) + turn.start] in prompts
+            logp_TV = plain_logits(model, list(ids[:-1])).double().log_softmax(-1)
+            for i in rollout.model_positions:
+                row = logp_TV[len(rollout.prompt_ids) + i - 1]
+                assert rollout.logps[i] == pytest.approx(row[rollout.token_ids[i]].item(), abs=1e-3)
+        assert any(len(rollout.turns) > 1 for rollout in rollouts)
+        run, name = RunFolder(tmp_path / "run"), "step_000001"
+        server.dies_after = 20
+        with pytest.raises(
+            SamplingInterrupted, match=r"\d+ of \d+ episodes of this batch are saved"
+        ):
+            JournaledEngine(built.components.engine, run, name).generate(problems, sampling)
+        server.dies_after = None
+        again = JournaledEngine(built.components.engine, run, name).generate(problems, sampling)
+        assert again == rollouts
 
 
 def calculator(folder: Path, **changes: object) -> Recipe:
