@@ -262,7 +262,7 @@ def calculator(folder: Path, **changes: object) -> Recipe:
 
 def test_step_aligned_critiques_of_episodes_by_the_oracle(folder: Path) -> None:
     one = calculator(folder)
-    assert one.model.templates == "chain_sums_episodes"
+    assert one.model.templates == "turns_chain_sums"
     run_to_end(one, folder / "aligned")
     samples = rows(folder / "aligned" / "samples" / "step_000001.jsonl")
     critiques = [row["critique"] for row in samples]

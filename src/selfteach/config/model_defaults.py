@@ -36,7 +36,7 @@ def with_episode_templates(values: dict[str, Any]) -> dict[str, Any]:
     if not values.get("environment") or not isinstance(model, Mapping) or model.get("templates"):
         return values
     kind = data.get("type") if isinstance(data, Mapping) else getattr(data, "type", None)
-    name = "chain_sums_episodes" if kind == "chain_sums" else "episodes"
+    name = "turns_chain_sums" if kind == "chain_sums" else "turns"
     return {**values, "model": {**model, "templates": name}}
 
 

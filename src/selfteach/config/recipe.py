@@ -91,7 +91,8 @@ class ModelConfig(Section):
     """Name of a GGUF file inside ``path``; its weights are dequantised."""
     templates: str | None = None
     """Prompt templates: ``steps``, ``free``, ``chain_sums``, ``lab``; ``steps_few_shot`` and
-    ``free_few_shot``, which show small models worked word problems; or a folder (named with a slash)
+    ``free_few_shot``, which show small models worked word problems; ``turns`` and
+    ``turns_chain_sums`` for episodes; or a folder (named with a slash)
     whose files override those of ``steps``, or of the sets its ``parents.txt`` names; unset: what the
     data needs."""
     system: str | None = None
