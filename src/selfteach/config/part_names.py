@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal[
-    "problems", "verifier", "splitter", "reward", "critic", "context", "objective", "teacher"
+    "problems",
+    "verifier",
+    "splitter",
+    "reward",
+    "critic",
+    "context",
+    "objective",
+    "teacher",
+    "environment",
 ]
 GROUPS: Mapping[Kind, str] = {
     "problems": "selfteach.problems",
@@ -25,6 +33,7 @@ GROUPS: Mapping[Kind, str] = {
     "context": "selfteach.contexts",
     "objective": "selfteach.objectives",
     "teacher": "selfteach.teachers",
+    "environment": "selfteach.environments",
 }
 """The entry-point group of each kind."""
 IN_FILE = re.compile(r"(?P<place>[^\n]*\.py):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")

@@ -62,7 +62,6 @@ class StepWork:
     teacher_passes: int
     """Forward passes of the teacher per update."""
     updates: int
-    micro_batch_tokens: int
     critic: CriticWork
     staleness: int
     engine: str
@@ -98,7 +97,7 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
             f"model.path = {recipe.model.path!r}: its size is not known here; name a folder or a "
             "model of architectures.json"
         )
-    train, cap = recipe.train, recipe.sampling.max_tokens
+    train, cap = recipe.train, recipe.most_sampled
     prompt = float(known.lengths.mean_prompt or known.lengths.longest_prompt)
     distilled, rewarded = terms(recipe.objective)
     distils = distilled is not None or recipe.shows_context
@@ -120,7 +119,6 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
         if has_teacher
         else 0,
         updates=train.num_iterations,
-        micro_batch_tokens=train.micro_batch_tokens,
         critic=critic_work_of(recipe, known, overrides),
         staleness=train.staleness if overrides.staleness is None else overrides.staleness,
         engine=engine_of(recipe),

@@ -9,6 +9,7 @@ from itertools import takewhile
 
 from selfteach.feedback.alignment import same_lines
 from selfteach.feedback.critics.parser import (
+    CritiqueParser,
     Trace,
     count_repeated,
     critique_of,
@@ -41,7 +42,13 @@ class CodeCritiqueParser:
     def __call__(
         self, text: str, rollout: Rollout, verdict: Verdict, *, finished: bool = True
     ) -> Critique | CritiqueFailure:
-        """Parse a critic's whole reply about a rollout; ``finished`` is False if it was truncated."""
+        """Parse a critic's whole reply about a rollout; ``finished`` is False if it was truncated.
+
+        Critiques of episodes are of turns, as `CritiqueParser` reads them.
+        """
+        if rollout.is_episode:
+            turns = CritiqueParser(self.split_steps, self.verify, self.min_similarity)
+            return turns(text, rollout, verdict, finished=finished)
         critique = without_thought(text, finished=finished)
         if isinstance(critique, CritiqueFailure):
             return critique

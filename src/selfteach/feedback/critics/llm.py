@@ -16,7 +16,7 @@ from selfteach.feedback.critics.reply_cache import CachedModel
 from selfteach.prompts.control_tokens import ControlTokenEscaper
 from selfteach.prompts.template_set import Message, Templates, conversation, with_history
 from selfteach.prompts.thinking import split_thinking
-from selfteach.tasks.segmentation import content, without_final
+from selfteach.tasks.segmentation import content, step_spans, without_final
 from selfteach.types import (
     CriticSolution,
     Critique,
@@ -128,7 +128,7 @@ class LlmCritic:
         self, rollout: Rollout, verdict: Verdict, attempt: int, solution: str | None
     ) -> Request:
         config, problem = self._config, rollout.problem
-        spans = self._parser.split_steps(rollout.text)
+        spans = step_spans(rollout, self._parser.split_steps)
         steps = [content(rollout.text, span) for span in without_final(spans, verdict.parsed)]
         final = content(rollout.text, spans[-1]) if len(steps) < len(spans) else None
         rendered = self._templates.critic(
@@ -138,6 +138,7 @@ class LlmCritic:
             final=final,
             finished=rollout.finished,
             reference=solution,
+            segments=rollout.segments,
             **_evidence(verdict if config.sees_evidence else None),
         )
         temperature = config.retry_temperature if attempt else config.temperature
