@@ -295,9 +295,8 @@ def test_an_oracle_needs_worked_solutions_before_a_run(verify: CodeVerifier) -> 
         task = Task((problem,), (), (), verify, code_steps, CodeOracle(verify), "code")
         return build_critic(OracleConfig(), task, Templates("code"), seed=0)
 
-    assert (
-        critic_of(PROBLEM)([(rollout(block(RIGHT)), verify(PROBLEM, block(RIGHT)))])[0].case == "A"
-    )
+    (critique,) = critic_of(PROBLEM)([(rollout(block(RIGHT)), verify(PROBLEM, block(RIGHT)))])
+    assert isinstance(critique, Critique) and critique.case == "A"
     with pytest.raises(RecipeError, match="none of the 1 training problems has a worked solution"):
         critic_of(replace(PROBLEM, answer=""))
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
 
+from selfteach.tasks.code.code_steps import is_remark
+
 TOKEN = re.compile(
     r"""[rRbBuUfF]{0,2}(?:'''(?:[^\\]|\\.)*?'''|\"""(?:[^\\]|\\.)*?\""")"""
     r"""|[rRbBuUfF]{0,2}(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")"""
@@ -20,6 +22,7 @@ TOKEN = re.compile(
 )
 NAMES = frozenset({*keyword.kwlist, *keyword.softkwlist, *dir(builtins)})
 """Names that stand for themselves in every program."""
+DEFINITION = re.compile(r"(?:async\s+)?(?:def|class|import|from)\b|@")
 MIN_PAIR = 0.5
 """Two lines correspond if their tokens, names apart, are at least so similar."""
 NAME = "‹name›"
@@ -36,7 +39,8 @@ class Alignment:
     after: ``solution[starts[k]:]`` completes the answer's first k steps."""
     similarity: float
     """How similar the programs are, from 0 to 1: twice the similarity of corresponding lines over the
-    number of all."""
+    number of all. Comments, docstrings and what a module does beside its definitions (models add an
+    example of use) do not count."""
 
 
 def align(answer: Sequence[str], solution: Sequence[str]) -> Alignment:
@@ -52,9 +56,14 @@ def align(answer: Sequence[str], solution: Sequence[str]) -> Alignment:
     for index in range(len(answer)):
         starts.append(at)
         at = partner[index] + 1 if index in partner else at
-    total = sum(_line_similarity(answer[a], renamed[b]) for a, b in pairs)
-    similarity = 2 * total / max(1, len(answer) + len(renamed))
+    total = sum(_line_similarity(answer[a], renamed[b]) for a, b in pairs if _counts(answer[a]))
+    lines = sum(map(_counts, answer)) + sum(map(_counts, renamed))
+    similarity = min(1.0, 2 * total / max(1, lines))
     return Alignment(renamed, (*starts, at), similarity)
+
+
+def _counts(step: str) -> bool:
+    return not is_remark(step) and (step[0].isspace() or DEFINITION.match(step) is not None)
 
 
 def _pairs(answer: Sequence[str], solution: Sequence[str]) -> list[tuple[int, int]]:

@@ -194,6 +194,20 @@ def test_an_error_in_an_inner_call_is_the_first(
     assert isinstance(critique, Critique) and critique.first_error == line, critique
 
 
+def test_comments_and_examples_of_use_make_no_other_way(oracle: CodeOracle) -> None:
+    doc = (
+        '    """Count them.\n\n    More.\n    """\n    # One\n    # Two\n    # Three\n    # Four\n'
+    )
+    doc += "    # And more.\n    # And more.\n"
+    code = replaced(replaced(LOOP, "> limit", ">= limit"), "    count = 0", doc + "    count = 0")
+    usage = (
+        "\n# Example usage:\nnumbers = [1, 2]\nlimit = 1\nprint(count_above(numbers, limit))\nx = 1"
+    )
+    critique = oracle(problem(), block(code + usage), finished=True)
+    assert isinstance(critique, Critique), critique
+    assert [new for _, new in fixed(critique)] == ["        if number > limit:"]
+
+
 def test_two_errors_on_different_inputs_are_ambiguous(oracle: CodeOracle) -> None:
     solution = "def f(x):\n    if x > 9:\n        x = 3\n    y = x + 1\n    return y"
     cases = [{"call": "f", "args": [n], "expected": e} for n, e in ((1, 2), (20, 4))]
