@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal[
-    "problems", "verifier", "splitter", "reward", "critic", "context", "objective", "teacher"
-]
+    "problems", "environment", "verifier", "splitter", "reward", "critic", "context", "objective",
+    "teacher",
+]  # fmt: skip
 GROUPS: Mapping[Kind, str] = {
     "problems": "selfteach.problems",
+    "environment": "selfteach.environments",
     "verifier": "selfteach.verifiers",
     "splitter": "selfteach.splitters",
     "reward": "selfteach.rewards",
@@ -36,7 +38,7 @@ IN_MODULE = re.compile(
 SPELLING = "package.module:name or ./file.py:name"
 BUILT_IN, CUSTOM = "built in", "custom"
 """Tags of the two alternatives: one of ours, or a part of the user's."""
-NAMING_KEYS = frozenset({"type", "fallback", "verifier", "steps"})
+NAMING_KEYS = frozenset({"type", "fallback", "verifier", "steps", "environment"})
 """Keys of a recipe whose value may name a part."""
 NAMES_KEY = "functions"
 """Key of a recipe whose value is a list of parts: ``reward.functions``."""
