@@ -118,6 +118,15 @@ class JudgeConfig(ServedModelConfig):
         """Return True if a reply that is of no use is requested again."""
         return self.max_attempts > 1 and "retry" in self.on_failure.model_dump().values()
 
+    @property
+    def label(self) -> str:
+        """Return which judge this is, for error messages."""
+        return f"judge {self.name!r}"
+
+    def key(self, name: str) -> str:
+        """Return how an error names one of these keys, of which a recipe may have several."""
+        return f"{name} of judge {self.name!r}"
+
     @field_validator("pattern")
     @classmethod
     def _has_group(cls, pattern: str) -> str:

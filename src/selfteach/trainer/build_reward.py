@@ -99,7 +99,7 @@ def _judge_model(config: JudgeConfig) -> CachedModel:
             'a reward of type "judge" needs OpenAI\'s client: pip install "selfteach[endpoint]"'
         ) from None
     path = Path(config.reply_cache).expanduser() if config.reply_cache else default_path()
-    return CachedModel(EndpointModel(config), ReplyCache(path))
+    return CachedModel(EndpointModel(config), ReplyCache(path, config.key("reply_cache")))
 
 
 def _require_template(judge: LlmJudge, task: Task) -> None:
