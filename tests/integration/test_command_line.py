@@ -150,6 +150,7 @@ def test_a_study_from_recipe_to_report(
     assert "step_aligned − grpo" in (out / "two.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_an_error_of_the_inspection_is_raised_after_all_runs(recipe: Path, tmp_path: Path) -> None:
     study = load_study(
         recipe, ["study.seeds=[0, 1, 2, 3]"]
@@ -160,6 +161,7 @@ def test_an_error_of_the_inspection_is_raised_after_all_runs(recipe: Path, tmp_p
     assert all(RunFolder(job.folder).is_complete for job in jobs)
 
 
+@pytest.mark.slow
 def test_a_killed_study_resumes_with_the_same_results(
     study: tuple[Path, str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

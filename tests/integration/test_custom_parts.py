@@ -50,7 +50,7 @@ def parts(tmp_path: Path) -> Path:
     [
         pytest.param(
             path, arm, id=f"{path.stem}:{arm}",
-            marks=() if arm in ("objective", "own_context") else pytest.mark.slow,
+            marks=() if arm == "objective" else pytest.mark.slow,
         )
         for path, arm in ARMS
     ],

@@ -127,6 +127,7 @@ def test_the_kl_from_the_initial_policy_starts_at_0_and_stops_a_run(
     assert kl[0] == pytest.approx(0.0, abs=1e-6) and kl[-1] > 1e-3
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_with_the_other_runs(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(STUDY)

@@ -81,6 +81,7 @@ def command(*words: object) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, *map(str, words)], env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under nohup
     )  # fmt: skip
     try:
         yield process
@@ -141,6 +142,7 @@ def test_training_saves_a_checkpoint_first(tmp_path: Path) -> None:
     assert f"the checkpoint after step {step}" in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_study_ends_its_runs(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE + GRPO + "[study]\nworkers = 2\n")
     out = tmp_path / "out"

@@ -110,6 +110,7 @@ def study(**changes: object) -> Callable[[Path], object]:
     return run
 
 
+@pytest.mark.slow
 def test_a_failed_study_does_not_occupy_its_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(SelfteachError, match="/no/such/model"):

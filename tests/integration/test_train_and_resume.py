@@ -202,7 +202,7 @@ def test_two_processes_never_write_one_run(tmp_path: Path, monkeypatch: pytest.M
     held.close()
 
 
-@pytest.mark.parametrize("part", ["writing", "flushing"])
+@pytest.mark.parametrize("part", ["writing", pytest.param("flushing", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_loses_nothing(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -232,7 +232,13 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     assert_same_run(whole, folder)
 
 
-@pytest.mark.parametrize("left", ["nothing", "part of a line", "fewer lines"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        "part of a line",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("nothing", "fewer lines")),
+    ],
+)
 def test_answers_that_a_power_cut_has_cut_off_are_made_again(
     whole: Path, tmp_path: Path, left: str
 ) -> None:

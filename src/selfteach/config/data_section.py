@@ -136,12 +136,16 @@ class Columns(Section):
 class Splitting(Section):
     """Splits a pool into train, validation and test by a hash of each question and the seed.
 
-    Sizes are all counts or all shares. With shares a question's split depends on its text and the seed
-    alone, so a pool that grows moves no question.
+    With ``by`` it is a hash of a value of the row, and no two splits share a value. Sizes are all
+    counts or all shares. With shares the hash alone decides a question's split, so a pool that grows
+    moves no question.
     """
 
     seed: int = 0
     """Seed of the hash."""
+    by: str | None = None
+    """Dotted path of a value that no two splits share, such as a column with the document, or
+    ``meta.reasoning_gym.metadata.template``; unset: no two splits share a question."""
     train: Count | Share | None = None
     """Size of the training split; unset: all problems that are in no other split."""
     validation: Count | Share | Literal[0] = 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -117,8 +117,9 @@ class ModelConfig(Section):
     them."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, more time; ``auto``: where those of the
+    smallest micro-batch do not fit the device."""
 
     @field_validator("lora", "autocast", mode="before")
     @classmethod
@@ -162,8 +163,9 @@ class TrainConfig(Section):
     staleness: int = Field(default=0, ge=0)
     """Steps by which the sampling weights may lag. 0: each step ends before the next begins. 1: a step
     is critiqued while another one trains; 2 and more: sampling runs further ahead."""
-    micro_batch_tokens: int = Field(default=16_384, ge=1)
-    """Padded tokens (prompt and rollout, student and teacher) in one forward pass."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Padded tokens (prompt and rollout, student and teacher) in one forward pass; ``auto``: 16,384, or
+    as many as fit the memory that the device has free."""
     max_length: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and rollout together; unset: the model's context length. A sample that does
     not fit is dropped and counted, never cut."""

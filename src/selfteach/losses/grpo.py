@@ -165,7 +165,8 @@ class Grpo:
             in_loss_N = in_loss_N & (batch.share_N < 1)
 
         def of_rollouts(values_N: Tensor) -> Tensor:
-            return sequence_means(values_N, batch.student.rows_N, in_loss_N)
+            rows = len(batch.student.ids_BT)
+            return sequence_means(values_N, batch.student.rows_N, in_loss_N, rows)
 
         weight_N = None
         # CISPO's loss stays one of each token, and so does its weight.

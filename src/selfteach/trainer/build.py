@@ -60,7 +60,7 @@ from selfteach.trainer.build_engine import build_engine
 from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.build_reward import build_reward
 from selfteach.trainer.custom_components import build_custom_context, build_custom_teacher
-from selfteach.trainer.device_load import require_memory
+from selfteach.trainer.device_load import require_memory, with_memory_choices
 from selfteach.trainer.device_memory import chunk_tokens
 from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates, within_context
 from selfteach.trainer.step import Components
@@ -94,6 +94,9 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     device = choose_device(recipe.model.device)
     configure_torch(device)
     require_memory(recipe)
+    recipe = with_memory_choices(recipe, ranks.size if shard else 1)
+    micro_batch_tokens = recipe.train.micro_batch_tokens
+    assert micro_batch_tokens != "auto"
     task = load_task(recipe.data, resolve(recipe.model.path), reward=recipe.reward)
     templates = Templates(recipe.model.templates or task.templates)
     require_fitting_templates(recipe, templates)
@@ -138,7 +141,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         critic_threads=critic_threads(recipe),
         samples_in_background=_samples_in_background(recipe),
         num_iterations=recipe.train.num_iterations,
-        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        micro_batch_tokens=micro_batch_tokens,
         chunk_tokens=chunk_tokens(loaded.model.config.get_text_config().vocab_size, device.type),
         max_length=loaded.max_length,
         pad_id=loaded.pad_id,
@@ -227,7 +230,7 @@ def max_sequence_length(recipe: Recipe, supported: int) -> int:
 
 
 def _with_adapters(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-    if recipe.model.gradient_checkpointing:
+    if recipe.model.gradient_checkpointing is True:
         recompute_activations(model)
     lora = recipe.model.lora
     if lora is None:

@@ -95,6 +95,7 @@ def _settings() -> None:
         raise LookupError(os.environ.get("GLIBC_TUNABLES"))
 
 
+@pytest.mark.slow
 def test_only_worker_processes_ask_for_huge_pages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import shlex
 import shutil
@@ -158,6 +159,17 @@ def test_make_targets_exist() -> None:
         named = re.findall(r"`make ([\w-]+)", text)
         named += [c.words[0] for c in commands_of(page) if c.text.startswith("make ")]
         assert set(named) <= targets, name_of(page)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_every_make_target_can_be_made_and_none_is_defined_twice() -> None:
+    targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    made = subprocess.run(
+        ["make", "--dry-run", *targets],
+        cwd=ROOT, capture_output=True, text=True, check=False, env=outside,
+    )  # fmt: skip
+    assert (made.returncode, made.stderr) == (0, "")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ HOLDER = textwrap.dedent(
     from pathlib import Path
     from selfteach.feedback.critics.reply_cache import ReplyCache
     cache = ReplyCache(Path(sys.argv[1]))
-    assert cache.claim("k")
+    assert all(cache.claim(key) for key in "klmn")
     print("claimed", flush=True)
     time.sleep(600)
     """
@@ -41,7 +41,7 @@ def cache(tmp_path: Path) -> Path:
 
 @contextmanager
 def holder(cache: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that claims "k" and stays."""
+    """A process that claims "k" to "n" and stays."""
     process = subprocess.Popen(
         [*command, sys.executable, "-c", HOLDER, str(cache)], stdout=subprocess.PIPE, text=True
     )
@@ -57,13 +57,13 @@ def holder(cache: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_claim_ends_with_its_process_at_once(cache: Path, number: int) -> None:
-    replies = ReplyCache(cache)
+def test_claims_end_with_their_process_at_once(cache: Path, number: int) -> None:
+    replies, others = ReplyCache(cache), ReplyCache(cache)
     with holder(cache) as process:
-        assert not replies.claim("k")
+        assert not any(replies.claim(key) for key in "klmn")
         process.send_signal(number)
         process.wait()
-        assert replies.claim("k")
+        assert replies.claim("k") and replies.claim("l") and others.claim("m") and others.claim("n")
 
 
 def test_a_claim_of_a_process_of_another_pid_namespace_holds(cache: Path) -> None:

@@ -110,6 +110,7 @@ print(steps() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.slow
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
     """Twenty blocks of 8 MiB, 2,048 pages each, are reused, or not if the environment says so."""
 

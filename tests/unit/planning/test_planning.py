@@ -58,7 +58,7 @@ def work(**changes: object) -> StepWork:
     default = StepWork(
         load=load, steps=10, problems=4, group_size=1, batch_size=4, prompt=6.0,
         rollout_lengths=constant(10), teacher_prompt=0.0, context_has_trace=False,
-        teacher_passes=0, updates=1, micro_batch_tokens=1000, critic=CriticWork("none"),
+        teacher_passes=0, updates=1, critic=CriticWork("none"),
         staleness=0, engine="transformers",
     )  # fmt: skip
     return dataclasses.replace(default, **changes)

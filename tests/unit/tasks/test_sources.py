@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from decimal import Decimal
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ from selfteach.tasks.sources.columns import (
     ready_mappings,
     with_mapping,
 )
-from selfteach.tasks.sources.load import read_file
+from selfteach.tasks.sources.load import read_file, read_problem_sets
 from selfteach.tasks.sources.rows import Row
 from selfteach.tasks.sources.splits import disjoint, normalised, split_pool, without_duplicates
 from selfteach.tasks.task import Task, check_answers, load_task
@@ -415,6 +416,36 @@ def test_with_shares_a_growing_pool_moves_no_question() -> None:
         assert {p.id for p in problems} <= {p.id for p in large[name]}
     assert 240 < len(large["test"]) < 360 and 140 < len(large["validation"]) < 260
     assert split_pool(pool_of(200), Splitting(seed=1, validation=0.2, test=0.3)) != small
+
+
+@pytest.mark.parametrize("sizes", [{"validation": 4, "test": 6}, {"validation": 0.2, "test": 0.3}])
+def test_no_two_splits_share_a_value_of_the_column_that_splits(sizes: dict) -> None:
+    pool = [replace(p, meta={"doc": {"id": i // 4}}) for i, p in enumerate(pool_of(80))]
+    split = split_pool(pool, Splitting(by="meta.doc.id", **sizes))
+    groups = {name: {p.meta["doc"]["id"] for p in problems} for name, problems in split.items()}
+    assert all(groups.values())
+    for one, other in combinations(groups.values(), 2):
+        assert not one & other
+    if isinstance(sizes["test"], int):
+        assert [len(split[name]) for name in ("test", "validation")] == [6, 4]
+        assert len(split["train"]) == 80 - 8 - 4, "what is left of a document is in no split"
+    else:
+        assert sum(map(len, split.values())) == 80
+    with pytest.raises(DataError, match=r"split\.by.*document"):
+        split_pool(pool, Splitting(by="meta.document", **sizes))
+
+
+def test_files_are_split_by_a_column(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "answer": str(i), "page": i // 5} for i in range(50)]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = FilesData(
+        type="files",
+        pool=str(tmp_path / "pool.jsonl"),
+        split=Splitting(by="page", validation=5, test=5),
+    )
+    splits, _, _ = read_problem_sets(config)
+    assert {len({int(p.answer) // 5 for p in splits[n]}) for n in ("validation", "test")} == {1}
+    assert len(splits["train"]) == 40 and not splits["train"][0].columns
 
 
 def test_the_papers_counts() -> None:

@@ -28,6 +28,7 @@ from selfteach.models import matmul
 from selfteach.models.loading import choose_device
 from selfteach.tasks.task import describe_problems
 from selfteach.trainer.build import build
+from selfteach.trainer.device_load import free_memory
 from selfteach.trainer.device_memory import Item, Memory, gib, memory
 
 FEEDBACK_NOT_READ = (
@@ -85,7 +86,8 @@ def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
     for arm, recipe in recipes.items():
         yield f"# {arm}, per seed"
         yield from _budget(recipe, sizes[arm])
-        load = device_load(recipe, sizes[arm])
+        available = None if offline else free_memory(recipe.model.device)
+        load = device_load(recipe, sizes[arm], available)
         if load is not None and recipe.train.steps:
             yield from _memory(arm, memory(load), described)
     for name, variant in study.variants.items():

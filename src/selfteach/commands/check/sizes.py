@@ -41,7 +41,7 @@ from selfteach.trainer.build import (
 from selfteach.trainer.build_critic import build_critic
 from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.device_load import load_of
-from selfteach.trainer.device_memory import DeviceLoad
+from selfteach.trainer.device_memory import DeviceLoad, fit
 from selfteach.trainer.fit_checks import (
     require_fitting_templates,
     require_references,
@@ -127,11 +127,16 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     )
 
 
-def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
-    """Return what one device has to hold; None for a model whose architecture is unknown."""
+def device_load(
+    recipe: Recipe, sizes: RunSizes, available: float | None = None
+) -> DeviceLoad | None:
+    """Return what one device has to hold; None for a model whose architecture is unknown.
+
+    What the recipe leaves open is chosen for a device with ``available`` bytes; None: not known here.
+    """
     if sizes.shape is None:
         return None
-    return load_of(
+    load = load_of(
         recipe,
         sizes.shape,
         parameters=sizes.parameters,
@@ -140,6 +145,7 @@ def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
         longest_prompt=sizes.lengths.longest_prompt,
         window=sizes.lengths.window,
     )
+    return load if available is None else fit(load, available)
 
 
 def count_lengths(

@@ -17,6 +17,7 @@ from selfteach.commands.planning.layout import (
     critic_groups,
     decoding_slots,
     memory_by_role,
+    on_trainers,
     require_memory,
     sampler_groups,
     trainer_resident_bytes,
@@ -106,6 +107,7 @@ class Forecast:
 def forecast(work: StepWork, hardware: Hardware, layout: Layout) -> Forecast:
     """Simulate a layout. Raises `RecipeError` where its memory is too small, or without SimPy."""
     require_memory(work, hardware.device, layout, hardware.name)
+    work = on_trainers(work, hardware.device, layout)
     pipeline = pipeline_of(work, hardware, layout)
     steps = max(2, min(MAX_STEPS, MAX_ROLLOUTS // work.rollouts))
     timeline = load_simulate()(pipeline, steps=steps)
@@ -226,6 +228,7 @@ def estimate(work: StepWork, hardware: Hardware, layout: Layout, lengths_R: np.n
 
     Accurate to a factor of two: lengths are sampled once, and no two steps share an engine.
     """
+    work = on_trainers(work, hardware.device, layout)
     pipeline, critic = pipeline_of(work, hardware, layout), work.critic
     per_replica = -(-work.rollouts // pipeline.samplers)
     prompts = -(-work.problems // pipeline.samplers) * work.prompt

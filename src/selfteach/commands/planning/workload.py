@@ -64,7 +64,6 @@ class StepWork:
     teacher_passes: int
     """Forward passes of the teacher per update."""
     updates: int
-    micro_batch_tokens: int
     critic: CriticWork
     staleness: int
     engine: str
@@ -141,7 +140,6 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
         if has_teacher
         else 0,
         updates=train.num_iterations,
-        micro_batch_tokens=train.micro_batch_tokens,
         critic=critic_work_of(recipe, known, overrides),
         staleness=train.staleness if overrides.staleness is None else overrides.staleness,
         engine=engine_of(recipe),

@@ -52,13 +52,17 @@ def has_ended(folder: Path, owner: str, owners_kernel: str) -> bool:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with contextlib.suppress(OSError):
-            (folder / owner).unlink()
         return True
     except OSError:
         return False
     finally:
         os.close(handle)
+
+
+def forget(folder: Path, owner: str) -> None:
+    """Remove the file of an owner that has ended and has no claims any more."""
+    with contextlib.suppress(OSError):
+        (folder / owner).unlink()
 
 
 def _leave(handle: int, path: Path, pid: int) -> None:

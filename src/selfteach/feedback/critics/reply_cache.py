@@ -25,7 +25,7 @@ from pathlib import Path
 
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import ChatModel, NoReply, Reply, Request, request_key
-from selfteach.feedback.critics.claim_owner import ClaimOwner, has_ended
+from selfteach.feedback.critics.claim_owner import ClaimOwner, forget, has_ended
 
 LEASE_S = 120.0
 """A claim that was not renewed for so long can be taken over. It is measured with the waiting process's
@@ -203,19 +203,26 @@ class ReplyCache:
     def claim(self, key: str) -> bool:
         """Return True if this process may send the request: no reply, and no other process waits."""
         owner = self._this_owner()
+        ended = None
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
             holder = database.execute(
                 "SELECT owner, kernel, renewals FROM leases WHERE key = ?", (key,)
             ).fetchone()
-            if holder is not None and self._may_reply(key, *holder):
+            if holder is not None and has_ended(self._owners, *holder[:2]):
+                # All its claims at once: with its file the evidence that it has ended goes.
+                database.execute("DELETE FROM leases WHERE owner = ?", holder[:1])
+                ended = holder[0]
+            elif holder is not None and self._is_renewed(key, *holder):
                 return False
             # Another process may have got its reply since this one looked for it.
-            if database.execute("SELECT 1 FROM replies WHERE key = ?", (key,)).fetchone():
-                return False
-            lease = (key, owner.id, owner.kernel, 0)
-            database.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)", lease)
-        return True
+            stored = database.execute("SELECT 1 FROM replies WHERE key = ?", (key,)).fetchone()
+            if not stored:
+                lease = (key, owner.id, owner.kernel, 0)
+                database.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)", lease)
+        if ended is not None:
+            forget(self._owners, ended)
+        return not stored
 
     def release(self, keys: Sequence[str]) -> None:
         """Release this process's claims on requests that got no reply."""
@@ -233,12 +240,12 @@ class ReplyCache:
                     "UPDATE leases SET renewals = renewals + 1 WHERE owner = ?", (self._owner.id,)
                 )
 
-    def _may_reply(self, key: str, owner: str, kernel: str, renewals: int) -> bool:
-        """Return True unless there is evidence that the process that claimed a request has ended."""
+    def _is_renewed(self, key: str, owner: str, kernel: str, renewals: int) -> bool:
+        """Return True if a claim was renewed within the lease, as far as this process has seen."""
         now, seen = time.monotonic(), self._seen.get(key)
         if seen is None or seen[:2] != (owner, renewals):
             seen = self._seen[key] = (owner, renewals, now)
-        if now - seen[2] <= LEASE_S and not has_ended(self._owners, owner, kernel):
+        if now - seen[2] <= LEASE_S:
             return True
         self._seen.pop(key, None)
         return False

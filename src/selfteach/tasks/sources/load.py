@@ -66,8 +66,9 @@ def read_problem_sets(
         problems: list[Problem] = []
         for file in files:
             all_rows = _problems(
-                config, file, name, counts, columns, keep_rows=keep_rows, need_answers=need_answers
-            )
+                config, file, name, counts, columns, need_answers=need_answers,
+                keep_rows=keep_rows or config.split.by is not None,
+            )  # fmt: skip
             unique, duplicates = without_duplicates(all_rows)
             _check_ids(unique, file)
             counts["duplicates"] += duplicates
@@ -80,6 +81,11 @@ def read_problem_sets(
             name: problems
             for name, problems in split_pool(pool, config.split, named=sources).items()
             if name not in sources
+        }
+    if config.split.by and not keep_rows:
+        splits = {
+            name: [replace(problem, columns={}) for problem in problems]
+            for name, problems in splits.items()
         }
     return splits, counts, described_columns
 

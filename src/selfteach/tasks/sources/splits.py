@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from selfteach.config.data_section import Splitting
 from selfteach.errors import DataError
+from selfteach.tasks.sources.columns import MissingValue, column_value
 from selfteach.types import Problem
 
 Splits = dict[str, list[Problem]]
@@ -90,15 +91,18 @@ def disjoint(splits: Splits) -> tuple[Splits, int]:
 def split_pool(pool: Sequence[Problem], config: Splitting, *, named: Iterable[str] = ()) -> Splits:
     """Split one pool without duplicates into train, validation and test, each in the pool's order.
 
-    Problems are ranked by `hash_position`. With shares a question's position alone decides its split;
-    with counts the first are test, the next validation, and the rest (or its count) train. Splits in
-    ``named`` have a source and get none of the pool. Raises `DataError` if the pool is too small.
+    Problems are ranked by `hash_position`, of the question or of the value that ``config.by`` names.
+    With shares a position alone decides a problem's split; with counts the first are test, the next
+    validation, and the rest (or its count) train; the rest of a value whose other problems a count has
+    taken is in no split. Splits in ``named`` have a source and get none of the pool. Raises `DataError`
+    if the pool is too small, or a problem has no such value.
     """
     names = ("test", "validation", "train")
     sizes = {name: 0 if name in named else getattr(config, name) for name in names}
-    positions = {problem.id: hash_position(turns_of(problem), config.seed) for problem in pool}
-    assert len(positions) == len(pool), "ids are checked before a pool is split"
-    remaining = sorted(pool, key=lambda problem: (positions[problem.id], problem.id))
+    values = {problem.id: _split_value(problem, config.by) for problem in pool}
+    assert len(values) == len(pool), "ids are checked before a pool is split"
+    positions = {name: hash_position(value, config.seed) for name, value in values.items()}
+    remaining = sorted(pool, key=lambda p: (positions[p.id], values[p.id], p.id))
     split_of: dict[str, str] = {}
     until = 0.0
     for name, size in sizes.items():
@@ -109,7 +113,20 @@ def split_pool(pool: Sequence[Problem], config: Splitting, *, named: Iterable[st
             taken = remaining[:size]
         if isinstance(size, int) and len(taken) < size:
             requested = ", ".join(f"{size} {name}" for name, size in sizes.items() if size)
-            raise DataError(f"{len(pool)} problems are too few for {requested}: request fewer")
+            by = f", split by {config.by}" if config.by else ""
+            raise DataError(f"{len(pool)} problems are too few for {requested}{by}: request fewer")
         split_of |= {problem.id: name for problem in taken}
-        remaining = remaining[len(taken) :]
+        used = {values[problem.id] for problem in taken} if config.by else set()
+        remaining = [p for p in remaining[len(taken) :] if values[p.id] not in used]
     return {name: [p for p in pool if split_of.get(p.id) == name] for name in names}
+
+
+def _split_value(problem: Problem, path: str | None) -> str:
+    """Return the text whose hash decides a problem's split. Raises `DataError` if it has none."""
+    if path is None:
+        return turns_of(problem)
+    row = {**problem.columns, "question": problem.question, "meta": problem.meta}
+    try:
+        return f"{path} {column_value(row, path)}"
+    except MissingValue as missing:
+        raise DataError(f"problem {problem.label!r}: split.by: {missing}") from None
