@@ -115,8 +115,8 @@ def test_two_ranks_reward_as_one_process_does(tmp_path: Path, staleness: int) ->
     for name in ("result.json", "checkpoints"):
         path = one / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    kept = [row for row in RunFolder(one).metrics() if row["step"] < 1]
-    (one / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    first_row = [row for row in RunFolder(one).metrics() if row["step"] < 1]
+    (one / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first_row))
     before = calls(folders[1])
     made = Recipe.model_validate(json.loads((one / "config.json").read_text()))
     on_ranks(2, train_rows, made, one)  # its server is gone

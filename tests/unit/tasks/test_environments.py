@@ -12,6 +12,7 @@ import pytest
 from verifiers_environments import CLASSIC, TASKSET, shaped_library
 
 from selfteach.config.recipe import Recipe
+from selfteach.config.recipe_file import load_study
 from selfteach.config.schema import validate
 from selfteach.errors import SelfteachError
 from selfteach.feedback.rewards.combined_reward import CombinedReward
@@ -19,6 +20,7 @@ from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_reward import build_reward
 from selfteach.types import Rollout, Verdict
 
+EXAMPLE = Path(__file__).parents[3] / "examples" / "parts" / "environment.toml"
 REWARD = {"functions": ["environment"], "success": 1.0}
 
 
@@ -109,6 +111,15 @@ def test_functions_of_a_rubric_are_rewards_with_its_weights(folder: Path) -> Non
     (good,) = rewarded("sums_env", ["it is 0!"], halved, split={"validation": 0, "test": 0})
     assert good.rewards is not None and list(good.rewards.values)[-1] == "verifier"
     assert math.isclose(good.reward or 0, 0.5 * (1 + 0.08 + 0.5 + 0.25))
+
+
+def test_the_example_is_one(folder: Path) -> None:
+    study = load_study(EXAMPLE)
+    made = study.recipe(next(iter(study.arms)), seed=0)
+    task = load_task(made.data, made.model.path, reward=made.reward)
+    assert (len(task.train), len(task.validation), len(task.test)) == (140, 20, 40)
+    assert task.environment is not None
+    assert task.environment.weights == {"right": 1.0, "short": 0.1}
 
 
 @pytest.mark.parametrize(
