@@ -55,7 +55,7 @@ def _wrapped(built: Any, label: str) -> SingleTurn:
 
 def _exported_by(id_: str) -> str:
     """Return ``module:name`` of what an environment's package exports. Raises `DataError`."""
-    from verifiers.v1 import Env, Taskset
+    from verifiers.v1 import Env, Taskset  # pyright: ignore[reportMissingImports]
 
     name = id_.rsplit("/", 1)[-1].split("@", 1)[0].replace("-", "_")
     candidates = (f"{SHIPPED}.{name.lower()}", name, name.lower())

@@ -40,7 +40,7 @@ class RubricEnvironment:
     failed: float | None = 0.0
 
     def __init__(self, environment: Any, label: str) -> None:
-        from verifiers import Rubric, SingleTurnEnv
+        from verifiers import Rubric, SingleTurnEnv  # pyright: ignore[reportMissingImports]
 
         self.label, self._environment, self._plain = label, environment, Rubric
         _require_single_turn(environment, label, SingleTurnEnv)
@@ -50,7 +50,9 @@ class RubricEnvironment:
             self._functions[distinct(name, self._functions)] = one
         if not self._functions:
             raise DataError(f"{label}: its rubric has no reward function")
-        self.weights = {name: one.weight for name, one in self._functions.items()}
+        self.weights: Mapping[str, float] = {
+            name: one.weight for name, one in self._functions.items()
+        }
         self._rows: list[dict[str, Any]] = []
 
     def rows(self, limit: int | None) -> list[Row]:
@@ -120,8 +122,8 @@ class RubricEnvironment:
 
     async def _state(self, attempt: Attempt) -> Any:
         """Return the state that the library would have after this completion of a row."""
-        from verifiers.types import RolloutTiming, State, flatten_task_input
-        from verifiers.utils.message_utils import normalize_messages
+        from verifiers.types import RolloutTiming, State, flatten_task_input  # pyright: ignore[reportMissingImports]
+        from verifiers.utils.message_utils import normalize_messages  # pyright: ignore[reportMissingImports]
 
         row = copy.deepcopy(self._rows[attempt.row])
         if isinstance(row.get("info"), str):

@@ -37,9 +37,9 @@ class TasksetEnvironment:
     @classmethod
     def build(cls, target: type, options: Mapping[str, Any], label: str) -> TasksetEnvironment:
         """Build a taskset of a class with the settings of its configuration. Raises `RecipeError`."""
-        from verifiers.v1.configs.taskset import TasksetConfig
-        from verifiers.v1.taskset import Taskset
-        from verifiers.v1.utils.generic import concrete_type
+        from verifiers.v1.configs.taskset import TasksetConfig  # pyright: ignore[reportMissingImports]
+        from verifiers.v1.taskset import Taskset  # pyright: ignore[reportMissingImports]
+        from verifiers.v1.utils.generic import concrete_type  # pyright: ignore[reportMissingImports]
 
         kind = concrete_type(target, TasksetConfig, origin=Taskset) or TasksetConfig
         try:
@@ -97,7 +97,7 @@ class TasksetEnvironment:
         return {name: value for (name, _, _), value in zip(signals, values, strict=True)}
 
     def _require_single_turn(self, task: Any, where: str) -> None:
-        from verifiers.v1.task import Task
+        from verifiers.v1.task import Task  # pyright: ignore[reportMissingImports]
 
         kind = type(task)
         for method in ("setup", "finalize"):
@@ -134,11 +134,11 @@ def _signals(task: Any, label: str) -> Iterator[tuple[str, Callable[..., Any], f
 
 def _trace(task: Any, attempt: Attempt) -> Any:
     """Return the trace that the library would have after this completion of a task."""
-    from verifiers.v1.configs.agent import AgentConfig
-    from verifiers.v1.graph import MessageNode
-    from verifiers.v1.state import state_cls
-    from verifiers.v1.trace import AgentInfo, ModelCall, Trace, TraceTask
-    from verifiers.v1.types import AssistantMessage, SystemMessage, UserMessage
+    from verifiers.v1.configs.agent import AgentConfig  # pyright: ignore[reportMissingImports]
+    from verifiers.v1.graph import MessageNode  # pyright: ignore[reportMissingImports]
+    from verifiers.v1.state import state_cls  # pyright: ignore[reportMissingImports]
+    from verifiers.v1.trace import AgentInfo, ModelCall, Trace, TraceTask  # pyright: ignore[reportMissingImports]
+    from verifiers.v1.types import AssistantMessage, SystemMessage, UserMessage  # pyright: ignore[reportMissingImports]
 
     data = task.data
     prompt = (
@@ -164,7 +164,7 @@ def _trace(task: Any, attempt: Attempt) -> Any:
 
 async def _called(function: Callable[..., Any], available: Mapping[str, Any]) -> Outcome:
     """Return a function's number, the sum of several by name, or what it raised."""
-    from verifiers.v1.utils.decorators import invoke
+    from verifiers.v1.utils.decorators import invoke  # pyright: ignore[reportMissingImports]
 
     try:
         result = await invoke(function, dict(available))
