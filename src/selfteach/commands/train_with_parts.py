@@ -80,7 +80,7 @@ def train(
 
     ``components`` are objects in place of parts of the recipe, by their kind: ``problems`` (also a
     table of lists by split), ``verifier``, ``splitter``, ``critic``, ``context``, ``objective``,
-    ``teacher``, ``environment``, ``reward`` (a function, or a list of them). ``arm``, ``seed`` and
+    ``teacher``, ``hub_environment``, ``reward`` (a function, or a list of them). ``arm``, ``seed`` and
     ``settings`` choose the run of a recipe file, as for `selfteach.api.load_recipe`. A folder that was
     begun with objects is resumed with them, with ``accept_parts`` also if their source has changed.
     Raises one of `selfteach.errors`.

@@ -310,7 +310,7 @@ class EnvironmentData(AnswerReading):
     @field_validator("environment")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if not (is_custom("environment", name) or ENVIRONMENT_ID.fullmatch(name)):
+        if not (is_custom("hub_environment", name) or ENVIRONMENT_ID.fullmatch(name)):
             raise ValueError(
                 f"{name!r} is no environment: name an installed package (gsm8k, owner/gsm8k), "
                 "./file.py:load_environment, or package.module:name"

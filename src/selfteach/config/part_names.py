@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal[
-    "problems", "environment", "verifier", "splitter", "reward", "critic", "context", "objective",
+    "problems", "hub_environment", "verifier", "splitter", "reward", "critic", "context", "objective",
     "teacher",
 ]  # fmt: skip
 GROUPS: Mapping[Kind, str] = {
     "problems": "selfteach.problems",
-    "environment": "selfteach.environments",
+    "hub_environment": "selfteach.hub_environments",
     "verifier": "selfteach.verifiers",
     "splitter": "selfteach.splitters",
     "reward": "selfteach.rewards",

@@ -82,7 +82,7 @@ CustomSplitter = Annotated[CustomPart | None, only_custom("splitter")]
 
 PART_KEYS: Mapping[str, Kind] = {
     "data": "problems",
-    "data.environment": "environment",
+    "data.environment": "hub_environment",
     "data.verifier": "verifier",
     "data.steps": "splitter",
     "critic": "critic",

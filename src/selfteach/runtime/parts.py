@@ -49,7 +49,7 @@ CALLED_WITH: Mapping[Kind, tuple[str, ...]] = {
 """What a part that is a function is called with, by position. An objective and a teacher are objects
 with methods; a reward gets its arguments by name (TRL's signature), so that one without a default is no
 option."""
-NEEDED: Mapping[Kind, str] = {"environment": "verifiers"}
+NEEDED: Mapping[Kind, str] = {"hub_environment": "verifiers"}
 """The library, and the extra of the same name, that parts of a kind are made with."""
 Offered = Mapping[str, Any]
 """Values of the run by the parameter name under which a part may ask for them."""
@@ -141,7 +141,7 @@ def construct_part(kind: Kind, part: CustomPart, offered: Offered | None = None)
 
 OFFERED_BY_KIND: Mapping[Kind, frozenset[str]] = {
     "problems": frozenset(),
-    "environment": frozenset(),
+    "hub_environment": frozenset(),
     "verifier": frozenset({"verify", "answer_in", "read_answer"}),
     "splitter": frozenset({"split_steps"}),
     "reward": frozenset(),
@@ -156,7 +156,7 @@ OFFERED_BY_KIND: Mapping[Kind, frozenset[str]] = {
 def require_part(kind: Kind, part: CustomPart) -> None:
     """Import a part and check its options, without building it. Raises `PartError` in one line."""
     offered, imported = dict.fromkeys(OFFERED_BY_KIND[kind]), import_part(kind, part.type)
-    if kind != "environment" or is_function(
+    if kind != "hub_environment" or is_function(
         imported.target
     ):  # else settings, which its loader reads
         bound_options(imported, part.options, offered)

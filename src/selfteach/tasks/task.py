@@ -29,7 +29,7 @@ from selfteach.tasks import chain_sums, segmentation, verifiers
 from selfteach.tasks.code.code_tests import KEY
 from selfteach.tasks.code.code_verifier import CodeVerifier
 from selfteach.tasks.custom_tasks import custom_functions, custom_problems
-from selfteach.tasks.environments.environment_problems import Environment, read_environment
+from selfteach.tasks.hub_environments.environment_problems import HubEnvironment, read_environment
 from selfteach.tasks.lab import lab_task as lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
 from selfteach.tasks.lab.world import World
@@ -78,7 +78,7 @@ class Task:
     """Number of rows read, and of rows left out of the problem set by reason."""
     columns: str = ""
     """Which columns of the rows were read for what, in one line; empty where there are no rows."""
-    environment: Environment | None = None
+    environment: HubEnvironment | None = None
     """The environment of `verifiers` that the problems are from, whose rewards they have."""
 
     def problems(self, split: SplitName) -> tuple[Problem, ...]:

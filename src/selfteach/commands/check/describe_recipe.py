@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from selfteach.commands.check.environment_contract import check_environment_rewards
 from selfteach.commands.check.fit_notes import fit_notes
+from selfteach.commands.check.hub_environment_contract import check_environment_rewards
 from selfteach.commands.check.part_contracts import Critiqued, check_parts
 from selfteach.commands.check.sizes import RunSizes, device_load, measure, measure_offline
 from selfteach.commands.check.tokens import (

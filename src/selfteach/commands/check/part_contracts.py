@@ -83,8 +83,8 @@ def check_parts(recipe: Recipe, built: Built, cache: Critiqued) -> list[str]:
                 _check_teacher(label, built.components, critiqued)
             case "reward":
                 _check_reward(recipe, built, key, critiqued)
-            case "environment":
-                pass  # `environment_line` tries its rewards, those of a package too
+            case "hub_environment":
+                pass  # `check_environment_rewards` tries its rewards, those of a package too
         digest = source_of(kind, part).digest[:12]
         lines.append(
             f"{key}: {part.label}, source {digest}: its contract holds on {len(rollouts)} "

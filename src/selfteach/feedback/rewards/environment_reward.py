@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from selfteach.feedback.rewards.scored import BatchScores, Score
 from selfteach.runtime.event_loop import EventLoop
-from selfteach.tasks.environments.attempts import Attempt
-from selfteach.tasks.environments.environment_problems import Environment
+from selfteach.tasks.hub_environments.attempts import Attempt
+from selfteach.tasks.hub_environments.environment_problems import HubEnvironment
 from selfteach.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class EnvironmentScorer:
     reason; the rollouts are counted, and a warning names the first.
     """
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: HubEnvironment) -> None:
         self.environment = environment
         self._runner: asyncio.Runner | None = None
 

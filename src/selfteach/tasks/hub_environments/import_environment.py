@@ -15,9 +15,9 @@ from selfteach.config.data_section import EnvironmentData
 from selfteach.config.part_section import CustomPart
 from selfteach.errors import DataError, PartError
 from selfteach.runtime.parts import construct_part, import_part, shown
-from selfteach.tasks.environments.attempts import SingleTurn
-from selfteach.tasks.environments.rubric_environment import RubricEnvironment
-from selfteach.tasks.environments.taskset_environment import TasksetEnvironment
+from selfteach.tasks.hub_environments.attempts import SingleTurn
+from selfteach.tasks.hub_environments.rubric_environment import RubricEnvironment
+from selfteach.tasks.hub_environments.taskset_environment import TasksetEnvironment
 
 SHIPPED = "verifiers.v1.tasksets"
 """Package of the tasksets that the library brings."""
@@ -34,10 +34,10 @@ def build_environment(config: EnvironmentData, options: Mapping[str, Any]) -> Si
         part = CustomPart(type=_exported_by(config.environment), options=dict(options))
     label = f"environment {shown(config.environment)}"
     with _restored():
-        imported = import_part("environment", part.type)
+        imported = import_part("hub_environment", part.type)
         if inspect.isclass(imported.target) and hasattr(imported.target, "task_type"):
             return TasksetEnvironment.build(imported.target, options, label)
-        built, _ = construct_part("environment", part)
+        built, _ = construct_part("hub_environment", part)
         return _wrapped(built, label)
 
 

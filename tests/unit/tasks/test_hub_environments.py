@@ -20,7 +20,7 @@ from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_reward import build_reward
 from selfteach.types import Rollout, Verdict
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "parts" / "environment.toml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "parts" / "hub_environment.toml"
 REWARD = {"functions": ["environment"], "success": 1.0}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from selfteach.config.data_section import Columns, EnvironmentData
 from selfteach.errors import DataError
-from selfteach.tasks.environments.attempts import SingleTurn, listed_weights
-from selfteach.tasks.environments.import_environment import build_environment
+from selfteach.tasks.hub_environments.attempts import SingleTurn, listed_weights
+from selfteach.tasks.hub_environments.import_environment import build_environment
 from selfteach.tasks.sources.columns import bad_row, problem_from
 from selfteach.tasks.sources.load import combined
 from selfteach.tasks.sources.recognised import ColumnsRead
@@ -23,7 +23,7 @@ PLACE = "environment row"
 
 
 @dataclass(frozen=True, slots=True)
-class Environment:
+class HubEnvironment:
     """Holds the environment of a task, and its second load for the test split, if there is one."""
 
     loads: tuple[SingleTurn, ...]
@@ -56,7 +56,7 @@ class Environment:
 
 def read_environment(
     config: EnvironmentData, *, need_answers: bool
-) -> tuple[Environment, Splits, Mapping[str, int], str]:
+) -> tuple[HubEnvironment, Splits, Mapping[str, int], str]:
     """Read the problems of an environment, split, and count what is left out.
 
     Also returns in one line which columns were read for what. Raises `DataError`, `PartError` or
@@ -91,7 +91,7 @@ def read_environment(
     splits = {**splits, **{n: p for n, p in chosen.items() if n not in read_sources}}
     places = {p.id: p.columns[PLACE] for split in splits.values() for p in split}
     plain = {name: [_without_place(p) for p in split] for name, split in splits.items()}
-    return Environment(tuple(loads), places), plain, counted, columns
+    return HubEnvironment(tuple(loads), places), plain, counted, columns
 
 
 def _problem(row: Row, place: tuple[int, int], read: ColumnsRead, need_answers: bool) -> Problem:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from selfteach.errors import DataError, RecipeError
-from selfteach.tasks.environments.attempts import Attempt, Outcome, reason_of
+from selfteach.tasks.hub_environments.attempts import Attempt, Outcome, reason_of
 from selfteach.tasks.sources.source_row import Row
 
 ONLY = "only tasks of a single turn can be trained on here"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfteach.errors import DataError
-from selfteach.tasks.environments.attempts import Attempt, Outcome, distinct, reason_of
+from selfteach.tasks.hub_environments.attempts import Attempt, Outcome, distinct, reason_of
 from selfteach.tasks.sources.source_row import Row, shortest
 
 COUNTS_TURNS = "MultiTurnMonitorRubric"
