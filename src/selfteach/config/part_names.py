@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal[
-    "problems", "hub_environment", "verifier", "splitter", "reward", "critic", "context", "objective",
+    "problems",
+    "verifier",
+    "splitter",
+    "reward",
+    "critic",
+    "context",
+    "objective",
     "teacher",
-]  # fmt: skip
+    "environment",
+    "hub_environment",
+]
 GROUPS: Mapping[Kind, str] = {
     "problems": "selfteach.problems",
     "hub_environment": "selfteach.hub_environments",
@@ -27,6 +35,7 @@ GROUPS: Mapping[Kind, str] = {
     "context": "selfteach.contexts",
     "objective": "selfteach.objectives",
     "teacher": "selfteach.teachers",
+    "environment": "selfteach.environments",
 }
 """The entry-point group of each kind."""
 IN_FILE = re.compile(r"(?P<place>[^\n]*\.py):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")

@@ -90,6 +90,7 @@ PART_KEYS: Mapping[str, Kind] = {
     "context.fallback": "context",
     "objective": "objective",
     "teacher": "teacher",
+    "environment": "environment",
 }
 """The keys of a recipe that may name one part, and its kind."""
 REWARDS = "reward.functions"
@@ -108,6 +109,7 @@ def named_parts(recipe: Any) -> dict[str, tuple[Kind, CustomPart]]:
         "context.fallback": recipe.context.custom_fallback,
         "objective": recipe.objective,
         "teacher": recipe.teacher,
+        "environment": recipe.environment,
     }
     parts: dict[str, tuple[Kind, CustomPart]] = {
         key: (PART_KEYS[key], part) for key, part in named.items() if isinstance(part, CustomPart)

@@ -15,10 +15,11 @@ from selfteach.config.context_section import (
     ContextName,
 )
 from selfteach.config.critic_section import CriticConfig
-from selfteach.config.data_section import DataConfig, LabData
+from selfteach.config.data_section import ORACLE_DATA, DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
+from selfteach.config.environment_section import EnvironmentConfig
 from selfteach.config.guard_section import GuardConfig
-from selfteach.config.model_defaults import with_model_defaults
+from selfteach.config.model_defaults import with_episode_templates, with_model_defaults
 from selfteach.config.objective_section import (
     DistillationConfig,
     GrpoConfig,
@@ -90,7 +91,8 @@ class ModelConfig(Section):
     """Name of a GGUF file inside ``path``; its weights are dequantised."""
     templates: str | None = None
     """Prompt templates: ``steps``, ``free``, ``chain_sums``, ``lab``; ``steps_few_shot`` and
-    ``free_few_shot``, which show small models worked word problems; or a folder (named with a slash)
+    ``free_few_shot``, which show small models worked word problems; ``turns`` and
+    ``turns_chain_sums`` for episodes; or a folder (named with a slash)
     whose files override those of ``steps``, or of the sets its ``parents.txt`` names; unset: what the
     data needs."""
     system: str | None = None
@@ -219,6 +221,9 @@ class Recipe(Section):
     """How training rollouts are sampled."""
     engine: EngineConfig = TransformersEngineConfig()
     """What samples the rollouts."""
+    environment: EnvironmentConfig | None = None
+    """What replies to the policy, turn by turn; unset: rollouts are single answers. ``environment =
+    false`` in an arm removes it."""
     critic: CriticConfig | None = None
     """What critiques the rollouts; ``critic = false`` in an arm removes it."""
     context: ContextConfig = ContextConfig(type="none")
@@ -243,7 +248,7 @@ class Recipe(Section):
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics are sent."""
 
-    @field_validator("critic", "reward", mode="before")
+    @field_validator("critic", "reward", "environment", mode="before")
     @classmethod
     def _false_is_none(cls, value: object) -> object:
         """Read false as None: ``critic = false`` in an arm removes the critic that others share."""
@@ -260,7 +265,7 @@ class Recipe(Section):
             for name, kind in DEFAULT_TYPES.items()
             if isinstance(values.get(name), Mapping)
         }
-        return with_model_defaults({**values, **typed})
+        return with_episode_templates(with_model_defaults({**values, **typed}))
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
@@ -288,6 +293,19 @@ class Recipe(Section):
                 f'engine.type = "{self.engine.type}" needs none'
             )
         return self
+
+    @property
+    def has_oracle(self) -> bool:
+        """Return True if a program can critique the rollouts; of episodes, those with a calculator."""
+        if self.environment is None:
+            return self.data.type in ORACLE_DATA
+        return self.environment.type == "calculator" and self.data.type == "chain_sums"
+
+    @property
+    def most_sampled(self) -> int:
+        """Return the most tokens that the model samples in a rollout: of all turns of an episode."""
+        turns = 1 if self.environment is None else self.environment.max_turns
+        return self.sampling.max_tokens * turns
 
     @property
     def all_weights_train(self) -> bool:

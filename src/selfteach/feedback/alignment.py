@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 from selfteach.tasks.segmentation import Span, content
-from selfteach.types import Critique, CritiquedRollout, FirstChange
+from selfteach.types import Critique, CritiquedRollout, FirstChange, Rollout
 
 
 def first_change(
@@ -16,23 +16,40 @@ def first_change(
 
     That is in the first changed step, or where the rollout says something outside its steps, which no
     critique repeats: all of an answer without steps. A thought is not shown to a critic, so its tokens
-    do not count. ``spans`` are as in `changed_steps`; ``token_ends`` holds the end of each of the
-    rollout's tokens as an offset into its text. None without a critique.
+    do not count, and neither do an environment's. ``spans`` are as in `changed_steps`; ``token_ends``
+    holds the end of each of the rollout's tokens as an offset into its text. None without a critique.
     """
+    rollout = critiqued.rollout
     if not isinstance(critiqued.critique, Critique):
         return None
     changes = (
-        (index, _changed_at(critiqued.rollout.text, spans[index], replacement))
+        (index, _changed_at(rollout.text, spans[index], replacement))
         for index, replacement in changed_steps(critiqued, spans)
     )
-    places = [next(changes, None), _outside_steps(critiqued.rollout.text, spans)]
+    places = [next(changes, None), _outside_steps(_without_environment(rollout), spans)]
     begun = bisect_right(token_ends, 0)
     if not any(places):
         return FirstChange(None, None, 1.0)
     step, changed_at = min((p for p in places if p is not None), key=lambda place: place[1])
     token = max(0, min(bisect_right(token_ends, changed_at), len(token_ends) - 1))
-    fidelity = max(0, token - begun) / max(1, len(token_ends) - begun)
+    repeated = _model_tokens(rollout, begun, token)
+    fidelity = repeated / max(1, _model_tokens(rollout, begun, len(token_ends)))
     return FirstChange(step, token, fidelity)
+
+
+def _model_tokens(rollout: Rollout, start: int, stop: int) -> int:
+    """Count the tokens in a range that are not an environment's."""
+    others = (segment for segment in rollout.segments if segment.kind == "environment")
+    overlaps = (min(stop, other.stop) - max(start, other.start) for other in others)
+    return max(0, stop - start - sum(overlap for overlap in overlaps if overlap > 0))
+
+
+def _without_environment(rollout: Rollout) -> str:
+    """Return a rollout's text with blanks for what an environment wrote: no step of the policy's."""
+    text = rollout.text
+    for start, stop in rollout.environment_spans:
+        text = text[:start] + " " * (stop - start) + text[stop:]
+    return text
 
 
 def _changed_at(text: str, span: Span, replacement: str) -> int:

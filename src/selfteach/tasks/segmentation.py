@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from selfteach.tasks.final_answers import OPEN, Span, last_box_begin, tagged_span
 from selfteach.tasks.lab import checker
+from selfteach.types import Rollout
 
 Splitter = Callable[[str], list[Span]]
 """Maps an answer's text to its steps as spans of characters, in order, the final answer last."""
@@ -99,6 +100,11 @@ SPLITTERS: dict[str, Splitter] = {
     "sentences": sentences,
 }
 """Splitters by their name in a recipe."""
+
+
+def step_spans(rollout: Rollout, split_steps: Splitter) -> list[Span]:
+    """Return a rollout's steps as spans of characters: of an episode its turns, the last one last."""
+    return rollout.turn_spans if rollout.is_episode else list(split_steps(rollout.text))
 
 
 def token_spans(char_spans: Sequence[Span], token_ends: Sequence[int]) -> list[Span]:

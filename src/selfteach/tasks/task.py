@@ -38,7 +38,7 @@ from selfteach.tasks.sources.audit import Audit, audit
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.load import combined, read_problem_sets
 from selfteach.tasks.sources.reasoning_gym import generate
-from selfteach.types import Critique, Problem, ReplaceSteps
+from selfteach.types import Critique, Problem, ReplaceSteps, Rollout
 
 
 @runtime_checkable
@@ -58,6 +58,32 @@ class OracleFn(Protocol):
         ...
 
 
+@runtime_checkable
+class EpisodeOracle(Protocol):
+    """Critiques an episode with a program that can check every turn."""
+
+    def critique_episode(
+        self, rollout: Rollout, *, error_rate: float, rng: np.random.Generator
+    ) -> Critique:
+        """Return the corrected turns of an episode, without the replies to them."""
+        ...
+
+
+Oracle = OracleFn | EpisodeOracle
+"""A program that critiques answers, or one that critiques episodes."""
+
+
+def true_critique(
+    oracle: Oracle, rollout: Rollout, *, error_rate: float = 0.0, rng: np.random.Generator
+) -> Critique:
+    """Return an oracle's critique of a rollout."""
+    if isinstance(oracle, EpisodeOracle):
+        return oracle.critique_episode(rollout, error_rate=error_rate, rng=rng)
+    return oracle(
+        rollout.problem, rollout.text, finished=rollout.finished, error_rate=error_rate, rng=rng
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """Holds problems by split, with the functions that verify, split and critique their answers."""
@@ -67,7 +93,7 @@ class Task:
     test: tuple[Problem, ...]
     verify: Verifier
     split_steps: segmentation.Splitter
-    oracle: OracleFn | None
+    oracle: Oracle | None
     templates: str
     """The template set to use unless the recipe names another."""
     answer_format: verifiers.AnswerFormat = field(default_factory=verifiers.AnswerFormat)

@@ -57,6 +57,7 @@ from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
+from selfteach.trainer.build_environment import build_environments, environment_tools, for_episodes
 from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.build_reward import build_reward
 from selfteach.trainer.custom_components import build_custom_context, build_custom_teacher
@@ -100,12 +101,15 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     task = load_task(recipe.data, resolve(recipe.model.path), reward=recipe.reward)
     templates = Templates(recipe.model.templates or task.templates)
     require_fitting_templates(recipe, templates)
+    environments = build_environments(recipe)
     loaded = load(
         recipe.model, templates, device=device, on_cpu=shard is not None,
         all_weights_train=recipe.all_weights_train,
+        tools=environments.tools if environments else (),
     )  # fmt: skip
     loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
     renderer = loaded.renderer
+    task = for_episodes(recipe, task, renderer.tool_format)
     task = within_context(renderer, task, loaded.max_length, recipe)
     reward = build_reward(recipe, task, renderer)
     problems = (*task.train, *task.validation, *task.test)
@@ -121,7 +125,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         nn.Module.to(sampler, device)
     policy = _policy(recipe, model, loaded, ranks, shard)
     prompts = (renderer.solver_prompt(p) for p in problems)
-    engine = build_engine(recipe, loaded, policy, prompts, sampler, ranks)
+    engine = build_engine(recipe, loaded, policy, prompts, sampler, ranks, environments)
     teacher = build_teacher(recipe.scoring_teacher, policy)
     components = Components(
         engine=BatchedEngine(
@@ -175,7 +179,10 @@ def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
         recipe.data, resolve(recipe.model.path), allow_empty=True, reward=recipe.reward
     )
     templates = Templates(recipe.model.templates or task.templates)
-    renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
+    renderer = build_renderer(
+        recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe)
+    )
+    task = for_episodes(recipe, task, renderer.tool_format)
     critic = build_critic(recipe.critic, task, templates, seed=recipe.seed)
     return CritiqueSetup(critic, task, renderer)
 

@@ -62,7 +62,10 @@ def build_critic(
     match config:
         case OracleConfig():
             if task.oracle is None:
-                raise RecipeError('critic.type = "oracle": these problems have no oracle critic')
+                raise RecipeError(
+                    'critic.type = "oracle": these problems have no oracle critic (with [environment] '
+                    "only chain sums with a calculator have one)"
+                )
             return OracleCritic(task.oracle, error_rate=config.error_rate, seed=seed)
         case RecordedConfig():
             return RecordedCritic(Path(config.run))

@@ -51,7 +51,7 @@ def load_of(
     """Return what one device has to hold. ``parameters`` are the model's, adapters excluded."""
     model, train = recipe.model, recipe.train
     dtypes = dtypes_of(model, device, all_weights_train=recipe.all_weights_train)
-    completion = recipe.sampling.max_tokens
+    completion = recipe.most_sampled
     teacher = recipe.scoring_teacher.type
     copies = int(teacher != "live" and (teacher == "ema" or model.lora is None))
     copies += int(isinstance(recipe.critic, PolicyCriticConfig) and model.lora is None)

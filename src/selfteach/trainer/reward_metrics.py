@@ -28,22 +28,26 @@ def summarize_rewards(samples: Sequence[TrainingSample]) -> dict[str, float]:
         groups[id_] |= set() if verdict.reward is None else {verdict.reward}
     metrics = _moments("reward", "reward_std", [one.total for one in rewards])
     metrics["frac_reward_zero_std"] = sum(len(g) <= 1 for g in groups.values()) / len(groups)
-    for name in rewards[0].values:
-        values = [one.values[name] for one in rewards]
-        metrics |= _moments(f"rewards/{name}/mean", f"rewards/{name}/std", values)
+    metrics |= _each(rewards)
     unscored = sum(one.total is None for one in rewards)
     if unscored:
-        metrics["unscored"] = unscored / len(rewards)
+        metrics["unscored"] = unscored / len(verdicts)
     return {**metrics, **_logged(rewards), **_judged(rewards)}
 
 
 def mean_rewards(rewards: Sequence[Rewards]) -> dict[str, float]:
     """Return the means of the total and of each reward, for the row of an evaluation."""
     metrics = _moments("reward", "reward_std", [one.total for one in rewards])
-    for name in rewards[0].values:
-        values = [one.values[name] for one in rewards]
+    return {**metrics, **_each(rewards), **_judged(rewards)}
+
+
+def _each(rewards: Sequence[Rewards]) -> dict[str, float]:
+    """Return the moments of each reward by its name; an episode may lack some."""
+    metrics: dict[str, float] = {}
+    for name in dict.fromkeys(name for one in rewards for name in one.values):
+        values = [one.values.get(name) for one in rewards]
         metrics |= _moments(f"rewards/{name}/mean", f"rewards/{name}/std", values)
-    return {**metrics, **_judged(rewards)}
+    return metrics
 
 
 def _moments(mean: str, std: str, values: Sequence[float | None]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from selfteach.commands.check.tokens import (
 from selfteach.commands.study.run_study import inspection_of
 from selfteach.config.critic_section import EndpointConfig
 from selfteach.config.objective_section import terms
+from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import Study
 from selfteach.models import matmul
@@ -208,6 +209,11 @@ def _budget(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
             f"{most}{budget.rollouts:,} rollouts (at most {budget.tokens:,} tokens), "
             f"{budget.critiques:,} critiques, {budget.optimizer_steps:,} optimizer steps, "
             f"{budget.evaluation_rollouts:,} rollouts to evaluate"
+        )
+    if (environment := recipe.environment) is not None:
+        yield (
+            f"episodes with {unanchored({'type': environment.type})['type']}: at most "
+            f"{environment.max_turns} turns of {recipe.sampling.max_tokens:,} tokens, and the replies"
         )
     steps, rows = recipe.train.steps, step_tokens(recipe, sizes.lengths)
     yield f"tokens at most (expected): per step, in {steps:,} steps"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfteach.commands.check.environment_contract import check_environment
 from selfteach.config.critic_section import LlmCriticConfig
 from selfteach.config.data_section import CustomData
 from selfteach.config.part_section import named_parts
@@ -85,6 +86,8 @@ def check_parts(recipe: Recipe, built: Built, cache: Critiqued) -> list[str]:
                 _check_reward(recipe, built, key, critiqued)
             case "hub_environment":
                 pass  # `check_environment_rewards` tries its rewards, those of a package too
+            case "environment":
+                check_environment(label, recipe, rollouts)
         digest = source_of(kind, part).digest[:12]
         lines.append(
             f"{key}: {part.label}, source {digest}: its contract holds on {len(rollouts)} "

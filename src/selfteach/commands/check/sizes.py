@@ -39,6 +39,7 @@ from selfteach.trainer.build import (
     max_sequence_length,
 )
 from selfteach.trainer.build_critic import build_critic
+from selfteach.trainer.build_environment import environment_tools
 from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.device_load import load_of
 from selfteach.trainer.device_memory import DeviceLoad, fit
@@ -107,7 +108,9 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     renderer = None
     templates = Templates(model.templates or _template_set(recipe))
     if shape is not None and cached_config(model) is not None:
-        renderer = build_renderer(model, load_tokenizer(model), templates)
+        renderer = build_renderer(
+            model, load_tokenizer(model), templates, environment_tools(recipe)
+        )
     window = (
         max_sequence_length(recipe, shape.positions) if shape else recipe.train.max_length or 4096
     )

@@ -60,7 +60,7 @@ class Budget:
             evaluated += problems["test"] * evaluation.test_k
         return cls(
             rollouts=rollouts,
-            tokens=rollouts * recipe.sampling.max_tokens,
+            tokens=rollouts * recipe.most_sampled,
             critiques=rollouts if recipe.critic is not None else 0,
             optimizer_steps=train.steps * train.num_iterations,
             evaluation_rollouts=evaluated,
@@ -83,7 +83,7 @@ class Tokens:
 
 def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
     """Count the tokens that one step samples, scores and exchanges with the critic."""
-    train, completion = recipe.train, recipe.sampling.max_tokens
+    train, completion = recipe.train, recipe.most_sampled
     rollouts = train.problems_per_step * train.group_size
     prompt, mean = lengths.longest_prompt, lengths.mean_prompt
     scored = rollouts * train.num_iterations
@@ -161,7 +161,7 @@ def plus(*numbers: int | float | None) -> float | None:
 def _teacher_tokens(recipe: Recipe, lengths: Lengths) -> tuple[int, float | None] | None:
     """Count what the teacher scores of one rollout: under a context, or under the student's prompt."""
     distillation, grpo = terms(recipe.objective)
-    completion, mean = recipe.sampling.max_tokens, lengths.mean_prompt
+    completion, mean = recipe.most_sampled, lengths.mean_prompt
     if distillation is not None or recipe.shows_context:
         by_reference = recipe.context.type in ("reference", "aligned_reference")
         context = lengths.mean_reference if by_reference else float(completion)

@@ -118,7 +118,7 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
             f"model.path = {recipe.model.path!r}: its size is not known here; name a folder or a "
             "model of architectures.json"
         )
-    train, cap = recipe.train, recipe.sampling.max_tokens
+    train, cap = recipe.train, recipe.most_sampled
     prompt = float(known.lengths.mean_prompt or known.lengths.longest_prompt)
     distilled, rewarded = terms(recipe.objective)
     distils = distilled is not None or recipe.shows_context

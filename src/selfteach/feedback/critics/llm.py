@@ -14,7 +14,7 @@ from selfteach.feedback.critics.reply_cache import CachedModel
 from selfteach.prompts.control_tokens import ControlTokenEscaper
 from selfteach.prompts.template_set import Message, Templates, conversation, with_history
 from selfteach.prompts.thinking import split_thinking
-from selfteach.tasks.segmentation import content
+from selfteach.tasks.segmentation import content, step_spans
 from selfteach.types import (
     CriticSolution,
     Critique,
@@ -124,7 +124,8 @@ class LlmCritic:
         self, rollout: Rollout, verdict: Verdict, attempt: int, solution: str | None
     ) -> Request:
         config, problem = self._config, rollout.problem
-        steps = [content(rollout.text, span) for span in self._parser.split_steps(rollout.text)]
+        spans = step_spans(rollout, self._parser.split_steps)
+        steps = [content(rollout.text, span) for span in spans]
         final = steps.pop() if steps and verdict.parsed is not None else None
         rendered = self._templates.critic(
             problem.transcript,
@@ -133,6 +134,7 @@ class LlmCritic:
             final=final,
             finished=rollout.finished,
             reference=solution,
+            segments=rollout.segments,
         )
         temperature = config.retry_temperature if attempt else config.temperature
         return Request(self._messages(rendered), temperature, config.max_tokens, attempt)

@@ -27,6 +27,8 @@ from selfteach.types import (
 CASE = re.compile(r"<case>[^<]*</case>")
 """The letter that the prompt requests; it is ignored, since the case follows from the steps."""
 NUMBERED = re.compile(r"<step_(\d+)>")
+NUMBERED_TURN = re.compile(r"<turn_(\d+)>")
+TURN = re.compile(r"<turn_(\d{1,9})>(.*?)(?:</turn_\1>|(?=<turn_\d{1,9}>)|\Z)", re.DOTALL)
 MAX_COMPARED_WORDS = 200
 """Words of each of two steps that are compared; the time grows with the third power of it."""
 
@@ -70,24 +72,41 @@ class CritiqueParser:
         if not critique.strip():
             return _failure("empty", "the critic returned a thought and no text after it")
         problem = rollout.problem
-        attempt = self.trace(problem, rollout.text)
-        corrected = self.trace(problem, critique)
+        attempt, corrected, final = self._traces(rollout, verdict, critique)
         if corrected.answer is None:
             return _failure("malformed", "no final answer in the critique")
-        if not corrected.steps:
+        if not corrected.steps and not rollout.is_episode:
             return _failure("malformed", "no step in the critique")
-        if (detail := _misnumbered(critique)) is not None:
+        numbers = NUMBERED_TURN if rollout.is_episode else NUMBERED
+        if (detail := _misnumbered(critique, numbers)) is not None:
             return _failure("malformed", detail)
         repeated = _count_repeated(attempt.steps, corrected.steps)
         if repeated == 0 and attempt.steps:
-            similarity = _similarity(attempt.steps[0], corrected.steps[0])
+            similarity = _similarity(attempt.steps[0], (*corrected.steps, final)[0])
             if similarity < self.min_similarity:
                 detail = f"the first steps share {similarity:.0%} of their words"
                 return _failure("misaligned", detail, corrected.answer)
-        if not self.verify(problem, critique).correct:
+        if not self.verify(problem, final).correct:
             detail = f"the critique's final answer is {_shortened(corrected.answer)}"
             return _failure("wrong_answer", detail, corrected.answer)
         return _critique(attempt, corrected, repeated, rollout, verdict)
+
+    def _traces(
+        self, rollout: Rollout, verdict: Verdict, critique: str
+    ) -> tuple[Trace, Trace, str]:
+        """Return the rollout's trace and the critique's, and the text that states its final answer.
+
+        An episode's steps are its turns, and so are the critique's; the last of these has the answer.
+        """
+        problem = rollout.problem
+        if not rollout.is_episode:
+            return self.trace(problem, rollout.text), self.trace(problem, critique), critique
+        turns = [content(turn.text, (0, len(turn.text))) for turn in rollout.turns]
+        attempt = turns[:-1] if verdict.parsed is not None else turns
+        written = [match[2].strip() for match in TURN.finditer(critique)] or [critique.strip()]
+        answer = self.verify(problem, written[-1]).parsed
+        steps = tuple(content(text, (0, len(text))) for text in written[:-1])
+        return Trace(tuple(attempt), verdict.parsed), Trace(steps, answer), written[-1]
 
     def trace(self, problem: Problem, text: str) -> Trace:
         """Return steps and final answer of a text in the policy's format, or in numbered tags.
@@ -156,14 +175,15 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def _misnumbered(text: str) -> str | None:
+def _misnumbered(text: str, numbered: re.Pattern[str]) -> str | None:
     """Return what is wrong with the numbers of tagged steps; None without tags or errors."""
-    written = NUMBERED.findall(text)
+    written = numbered.findall(text)
     # Python converts no number of more than 4,300 digits, and no trace has a billion steps.
     numbers = [int(number) if len(number) < 10 else -1 for number in written]
     if numbers == list(range(1, len(numbers) + 1)):
         return None
-    return f"steps are numbered {', '.join(map(_shortened, written[:12]))}"
+    what = "turns" if numbered is NUMBERED_TURN else "steps"
+    return f"{what} are numbered {', '.join(map(_shortened, written[:12]))}"
 
 
 def _failure(kind: CritiqueFailureKind, detail: str, answer: str | None = None) -> CritiqueFailure:

@@ -26,9 +26,7 @@ SHIPPED = "verifiers.v1.tasksets"
 def build_environment(config: EnvironmentData, options: Mapping[str, Any]) -> SingleTurn:
     """Build the environment that a recipe names. Raises `DataError` or `PartError` in one line."""
     if importlib.util.find_spec("verifiers") is None:
-        raise DataError(
-            'data.type = "verifiers" needs verifiers: pip install "selfteach[verifiers]"'
-        )
+        raise DataError('data.type = "verifiers" needs verifiers: pip install verifiers')
     part = CustomPart(type=config.environment, options=dict(options))
     if ":" not in config.environment:
         part = CustomPart(type=_exported_by(config.environment), options=dict(options))

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from types import CodeType, ModuleType
 from typing import Any
@@ -145,6 +146,10 @@ class Guest:
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise
+        except Exception:
+            with suppress(Exception):  # what was printed before is a part of what happened
+                sys.stdout.flush()
+            raise
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()

@@ -20,6 +20,8 @@ from .guest_process import MAX_REPLY_BYTES, CheckFailed, GuestProcess, Remote, T
 from .values import shown
 
 Outcome = dict[str, Any]
+MAX_OUTPUT_CHARS = 100_000
+"""Characters of a program's output that are returned."""
 NUMBER = re.compile(
     r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?(?:inf(?:inity)?)", re.I
 )
@@ -30,10 +32,12 @@ def judge(request: dict[str, Any], zygote: socket.socket) -> Outcome:
     """Return the outcome of an answer's tests; ``kind`` is ``passed`` or says what went wrong.
 
     ``request["tests"]`` has a ``shape``: ``asserts``, ``check``, ``cases`` or ``programs``. Testing
-    stops at the first test that fails.
+    stops at the first test that fails. The shape ``output`` tests nothing: what a program prints is
+    the ``output`` of the outcome.
     """
     progress: Outcome = {"passed": 0, "total": None}
     runs = {"asserts": _asserts, "check": _check, "cases": _cases, "programs": _programs}
+    runs["output"] = _output
     try:
         runs[request["tests"]["shape"]](request, zygote, progress)
         kind: Outcome = {"kind": "passed"}
@@ -268,6 +272,20 @@ def _programs(request: dict[str, Any], zygote: socket.socket, progress: Outcome)
         if not same_output(case["stdout"], text):
             raise CheckFailed(shown(case["stdout"]), shown(text))
         progress["passed"] += 1
+
+
+def _output(request: dict[str, Any], zygote: socket.socket, progress: Outcome) -> None:
+    """Run a program on an input, and record what it prints."""
+    guest = GuestProcess(zygote, request["limits"], streams=True)
+    guest.send("program", ("", request["code"]))
+    output, reply = communicate(guest, request["tests"]["stdin"].encode())
+    progress["output"] = output.decode("utf-8", "replace")[:MAX_OUTPUT_CHARS]
+    if reply and (error := guest.read_reply(reply).get("error")):
+        raise error_outcome(error)
+    over = guest.over() if not reply else None
+    guest.close()
+    if over is not None and guest.end.get("code") != 0:
+        raise over
 
 
 def communicate(guest: GuestProcess, data: bytes) -> tuple[bytes, bytes]:
