@@ -5,7 +5,7 @@
 
 The untrained policy writes rollouts of the validation problems; the critic critiques each of them in
 several settings. Replies are in a reply cache, so that the same command continues after a stop. The
-counts go to results/critic.json, the table to the terminal. About an hour on one core.
+counts go to results/critic.json, the table to the terminal. About two hours on one slow core.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SETTINGS: dict[str, list[str]] = {
     "reference, greedy": ["solves_first=false", "sees_reference=true", "max_attempts=1"],
 }
 """What the critic sees beside the rollout, and whether a failed critique is requested again."""
-SAMPLES = 8
+SAMPLES = 3
 """Rollouts per validation problem."""
 
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from selfteach.episodes import EnvironmentReply, Turn
 from selfteach.models.lm_head import Scores, chunked_sum
 from selfteach.types import (
     Batch,
@@ -38,6 +39,37 @@ class Engine(Protocol):
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load the weights to sample with from now on; ``version`` is recorded in each rollout."""
+        ...
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """Runs one episode: replies to each turn of the policy, and may say at the end how it went.
+
+    Every episode has an object of its own, and many are run side by side, each call in a thread and
+    with a deadline. What one raises ends its episode as an event, never the run. A method ``close``,
+    if there is one, is called when the episode is over.
+    """
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """Return the tools that the prompt offers, as JSON schemas; the same for all episodes."""
+        ...
+
+    def reset(self, problem: Problem, seed: int) -> str:
+        """Begin the episode of a problem; return what is shown behind the question, "" for nothing.
+
+        The seed depends on seed, problem, sample and policy version: a resume gets the same.
+        """
+        ...
+
+    def step(self, turn: Turn) -> EnvironmentReply:
+        """Reply to a turn of the policy, or end the episode."""
+        ...
+
+    def verdict(self) -> Verdict | None:
+        """Return the verdict on the episode, which is over; None: the task's verifier reads the last
+        turn."""
         ...
 
 

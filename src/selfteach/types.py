@@ -7,7 +7,7 @@ Each stage adds a record that holds the earlier one; none changes an earlier rec
 Axis letters, used as suffixes everywhere (``logp_NV`` is indexed by rollout token, then vocabulary):
 
     B  rollouts in a batch           T  positions of a padded sequence (prompt and rollout)
-    N  rollout tokens of a batch, one rollout after another (ragged, no padding)
+    N  sampled tokens of a batch, one rollout after another (ragged, no padding)
     V  vocabulary                    H  hidden width               K  entries kept by top-K
     C  rollout tokens in one chunk of N
 """
@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from selfteach.episodes import Segment, Segmented
 
 if TYPE_CHECKING:  # torch takes seconds to import, and analysis does without it
     import torch
@@ -74,26 +76,32 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
-    """Holds one sampled completion: the sampled token ids, and the text decoded from them."""
+class Rollout(Segmented):
+    """Holds one sampled completion or episode: its token ids, and the text decoded from them."""
 
     problem: Problem
     sample: int
-    """Index of this rollout in its group, from 0."""
+    """Index in its group, from 0."""
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
-    """Sampled ids, with the end token if the policy produced it."""
+    """All ids after the prompt: sampled ones with the end token, and an environment's, as rendered."""
     logps: tuple[float, ...]
-    """Log-probability of each sampled token under the sampling distribution (nats)."""
-    text: str
-    """The decoded rollout, without special tokens and without the thinking part."""
+    """Log-probability of each sampled token under the sampling distribution (nats); 0 elsewhere."""
+    text: str  # without special tokens and thoughts; of an episode, `episode_text`
     finished: bool
-    """False if the rollout was truncated at the token limit."""
+    """False if a limit ended the rollout: a token limit, or an event among `LIMITS`."""
     policy_version: int
     """Optimizer updates of the weights that sampled this rollout."""
+    segments: tuple[Segment, ...] = ()
+    """Who wrote which tokens, in order; empty: a single answer, all of it the model's."""
+    observation: str = ""
+    """What an environment showed behind the question."""
+    verdict: Verdict | None = None
+    """An environment's verdict; None: the task's verifier gives one."""
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.logps) > 0
+        self.require_tiling()
 
     @property
     def key(self) -> tuple[str, int]:
@@ -189,12 +197,11 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """Holds the rewards of one rollout, by the names that the recipe gives them."""
+    """Holds the rewards of one rollout by their names; None where a reward does not apply."""
 
     total: float | None
     """Weighted sum of the rewards that apply; None if none does."""
     values: Mapping[str, float | None]
-    """Each reward, without its weight; None where it does not apply."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Why a judge gave no number, by its name."""
     usage: Usage = field(default_factory=Usage)
@@ -292,6 +299,8 @@ class TrainingSample:
     """The solution steps that the critique changes, as half-open ranges of ``token_ids``."""
     scored_from: int = 0
     """Index into ``token_ids`` of the first scored token; later than 0 if a thought is not scored."""
+    unscored: tuple[tuple[int, int], ...] = ()
+    """Ranges of ``token_ids`` with later turns' thoughts, if these are not scored."""
     steps: tuple[tuple[int, int], ...] = ()
     """The solution steps as half-open ranges of characters of the text, the final answer last."""
 
@@ -306,7 +315,7 @@ class TokenWeights:
     """Holds the weight of each token of one sample in the loss of the step.
 
     ``weights`` has one entry per rollout token, denominators included: the loss is the sum of weights
-    times losses. A token of weight 0 is treated as absent.
+    times losses. A token of weight 0 is treated as absent, and so are an environment's tokens.
     """
 
     weights: tuple[float, ...]
@@ -339,7 +348,7 @@ class TokenTree:
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Holds prompts with their rollouts appended, right-padded, and where the rollouts' tokens are.
+    """Holds prompts with their rollouts appended, right-padded, and where the sampled tokens are.
 
     ``hidden[rows_N, columns_N]`` is the state that *predicts* rollout token n: the column before the
     token. There is no attention mask: under causal attention no state that is read sees padding.

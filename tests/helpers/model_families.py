@@ -85,6 +85,14 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def with_tools(name: str) -> PreTrainedTokenizerFast:
+    """Return the small tokenizer of a family with its chat template for tools."""
+    tokenizer = tokenizer_of(name)
+    path = CHAT_TEMPLATES / f"{name}_tools.jinja"
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
+
+
 def byte_level(
     special: tuple[str, ...] = ("<s>", "</s>"),
     *,

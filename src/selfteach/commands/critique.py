@@ -18,18 +18,20 @@ from selfteach.config.recipe_file import Study
 from selfteach.config.schema import merge, parse_setting, validate
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.alignment import first_change
+from selfteach.prompts.episode_tokens import token_ends
 from selfteach.prompts.thinking import split_thinking
 from selfteach.rollout.journaled_engine import problems_by_id
 from selfteach.runtime.part_sources import with_copies
 from selfteach.runtime.run_folder import RunFolder
-from selfteach.runtime.stored_records import sample_row
+from selfteach.runtime.stored_records import episode_fields, sample_row
 from selfteach.tasks import segmentation
 from selfteach.tasks.sources.conversations import is_conversation, read_messages
 from selfteach.tasks.sources.source_row import UnreadableValue
 from selfteach.tasks.sources.text_files import numbered_lines
-from selfteach.tasks.task import OracleFn
+from selfteach.tasks.task import Oracle, true_critique
+from selfteach.tasks.verifiers import verify_rollouts
 from selfteach.trainer.build import CritiqueSetup, build_critique_setup
-from selfteach.types import CritiquedRollout, Problem, Rollout, TrainingSample
+from selfteach.types import Critique, CritiquedRollout, Problem, Rollout, TrainingSample
 
 BATCH_SIZE = 64
 """Rollouts given to the critic in one call."""
@@ -118,7 +120,7 @@ def read_rollouts(path: Path, setup: CritiqueSetup) -> list[RolloutFromFile]:
 def _critique(setup: CritiqueSetup, rollouts: Sequence[RolloutFromFile]) -> list[dict[str, Any]]:
     verified = []
     for from_file in rollouts:
-        verdict = setup.task.verify(from_file.rollout.problem, from_file.rollout.text)
+        (verdict,) = verify_rollouts(setup.task.verify, [from_file.rollout])
         if from_file.correct is not None:
             verdict = replace(verdict, correct=from_file.correct)
         verified.append((from_file.rollout, verdict))
@@ -130,22 +132,23 @@ def _critique(setup: CritiqueSetup, rollouts: Sequence[RolloutFromFile]) -> list
 
 
 def _row(setup: CritiqueSetup, critiqued: CritiquedRollout) -> dict[str, Any]:
-    text, ids = critiqued.rollout.text, critiqued.rollout.token_ids
-    spans = setup.task.split_steps(text)
-    change = first_change(critiqued, spans, setup.renderer.token_ends(ids))
-    step_spans = spans[:-1] if critiqued.verdict.parsed is not None else spans
+    text = critiqued.rollout.text
+    spans = segmentation.step_spans(critiqued.rollout, setup.task.split_steps)
+    change = first_change(critiqued, spans, token_ends(setup.renderer, critiqued.rollout))
+    step_spans = segmentation.without_final(spans, critiqued.verdict.parsed)
     steps = [segmentation.content(text, span) for span in step_spans]
     row = {**sample_row(TrainingSample(critiqued, change=change)), "answer_steps": steps}
     if setup.task.oracle is None:
         return row
-    return {**row, "true_first_error": _true_first_error(setup.task.oracle, critiqued.rollout)}
+    truth = _true_critique(setup.task.oracle, critiqued.rollout)
+    return row if truth is None else {**row, "true_first_error": truth.first_error}
 
 
-def _true_first_error(oracle: OracleFn, rollout: Rollout) -> int | None:
-    """Return the index of the first wrong step, by the program that checks every step."""
+def _true_critique(oracle: Oracle, rollout: Rollout) -> Critique | None:
+    """Return the critique of the program that checks every step; None where it cannot check them."""
     rng = np.random.default_rng(0)  # not used by a program that does not err
-    finished, text = rollout.finished, rollout.text
-    return oracle(rollout.problem, text, finished=finished, error_rate=0.0, rng=rng).first_error
+    critique = true_critique(oracle, rollout, rng=rng)
+    return critique if isinstance(critique, Critique) else None
 
 
 def _rollout(
@@ -177,10 +180,11 @@ def _rollout(
         ) from None
     except UnreadableValue as unreadable:
         raise DataError(f"{where}: the history {unreadable}") from None
-    text = split_thinking(text)[1]
+    text = text if "segments" in row else split_thinking(text)[1]
     ids = tuple(row["token_ids"]) if "token_ids" in row else _token_ids(setup, text, finished)
     logps = (0.0,) * len(ids)
-    rollout = Rollout(problem, sample, (), ids, logps, text, finished, 0)
+    episode = episode_fields(row) if "token_ids" in row else {}
+    rollout = Rollout(problem, sample, (), ids, logps, text, finished, 0, **episode)
     return RolloutFromFile(rollout, None if correct is None else bool(correct))
 
 

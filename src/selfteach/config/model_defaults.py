@@ -30,6 +30,16 @@ def with_model_defaults(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def with_episode_templates(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's values with the templates of episodes, unless it names others."""
+    model, data = values.get("model", {}), values.get("data", {})
+    if not values.get("environment") or not isinstance(model, Mapping) or model.get("templates"):
+        return values
+    kind = data.get("type") if isinstance(data, Mapping) else getattr(data, "type", None)
+    name = "turns_chain_sums" if kind == "chain_sums" else "turns"
+    return {**values, "model": {**model, "templates": name}}
+
+
 def is_lab_model(path: str) -> bool:
     """Return True for a base model of the lab, and for a folder with a model trained from one."""
     if path.startswith(LAB_MODEL):

@@ -14,10 +14,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal[
-    "problems", "verifier", "splitter", "reward", "critic", "context", "objective", "teacher"
+    "problems",
+    "verifier",
+    "splitter",
+    "reward",
+    "critic",
+    "context",
+    "objective",
+    "teacher",
+    "environment",
+    "hub_environment",
 ]
 GROUPS: Mapping[Kind, str] = {
     "problems": "selfteach.problems",
+    "hub_environment": "selfteach.hub_environments",
     "verifier": "selfteach.verifiers",
     "splitter": "selfteach.splitters",
     "reward": "selfteach.rewards",
@@ -25,6 +35,7 @@ GROUPS: Mapping[Kind, str] = {
     "context": "selfteach.contexts",
     "objective": "selfteach.objectives",
     "teacher": "selfteach.teachers",
+    "environment": "selfteach.environments",
 }
 """The entry-point group of each kind."""
 IN_FILE = re.compile(r"(?P<place>[^\n]*\.py):(?P<name>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
@@ -36,7 +47,7 @@ IN_MODULE = re.compile(
 SPELLING = "package.module:name or ./file.py:name"
 BUILT_IN, CUSTOM = "built in", "custom"
 """Tags of the two alternatives: one of ours, or a part of the user's."""
-NAMING_KEYS = frozenset({"type", "fallback", "verifier", "steps"})
+NAMING_KEYS = frozenset({"type", "fallback", "verifier", "steps", "environment"})
 """Keys of a recipe whose value may name a part."""
 NAMES_KEY = "functions"
 """Key of a recipe whose value is a list of parts: ``reward.functions``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,10 +15,11 @@ from selfteach.config.context_section import (
     ContextName,
 )
 from selfteach.config.critic_section import CriticConfig
-from selfteach.config.data_section import DataConfig, LabData
+from selfteach.config.data_section import ORACLE_DATA, DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
+from selfteach.config.environment_section import EnvironmentConfig
 from selfteach.config.guard_section import GuardConfig
-from selfteach.config.model_defaults import with_model_defaults
+from selfteach.config.model_defaults import with_episode_templates, with_model_defaults
 from selfteach.config.objective_section import (
     DistillationConfig,
     GrpoConfig,
@@ -26,7 +27,7 @@ from selfteach.config.objective_section import (
     terms,
 )
 from selfteach.config.part_section import CustomPart
-from selfteach.config.reward_section import RewardConfig
+from selfteach.config.reward_section import RewardConfig, check_environment
 from selfteach.config.sampling_checks import check_sampling
 from selfteach.config.sampling_section import EvaluationConfig, SamplingConfig
 from selfteach.config.schema import Section
@@ -89,10 +90,10 @@ class ModelConfig(Section):
     gguf_file: str | None = None
     """Name of a GGUF file inside ``path``; its weights are dequantised."""
     templates: str | None = None
-    """Prompt templates: ``steps``, ``free``, ``chain_sums``, ``lab``; ``steps_few_shot`` and
-    ``free_few_shot``, which show small models worked word problems; or a folder (named with a slash)
-    whose files override those of ``steps``, or of the sets its ``parents.txt`` names; unset: what the
-    data needs."""
+    """Prompt templates: ``steps``, ``free``, ``code``, ``chain_sums``, ``lab``; ``steps_few_shot``,
+    ``free_few_shot`` and ``code_few_shot``, which show small models worked problems; ``turns`` and
+    ``turns_chain_sums`` for episodes; or a folder (named with a slash) whose files override those of
+    ``steps``, or of the sets its ``parents.txt`` names; unset: what the data needs."""
     system: str | None = None
     """System prompt of student and teacher, in place of the chat template's. If the
     template has no system role, it is put before the first question."""
@@ -117,8 +118,9 @@ class ModelConfig(Section):
     them."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, more time; ``auto``: where those of the
+    smallest micro-batch do not fit the device."""
 
     @field_validator("lora", "autocast", mode="before")
     @classmethod
@@ -162,8 +164,9 @@ class TrainConfig(Section):
     staleness: int = Field(default=0, ge=0)
     """Steps by which the sampling weights may lag. 0: each step ends before the next begins. 1: a step
     is critiqued while another one trains; 2 and more: sampling runs further ahead."""
-    micro_batch_tokens: int = Field(default=16_384, ge=1)
-    """Padded tokens (prompt and rollout, student and teacher) in one forward pass."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Padded tokens (prompt and rollout, student and teacher) in one forward pass; ``auto``: 16,384, or
+    as many as fit the memory that the device has free."""
     max_length: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and rollout together; unset: the model's context length. A sample that does
     not fit is dropped and counted, never cut."""
@@ -217,6 +220,9 @@ class Recipe(Section):
     """How training rollouts are sampled."""
     engine: EngineConfig = TransformersEngineConfig()
     """What samples the rollouts."""
+    environment: EnvironmentConfig | None = None
+    """What replies to the policy, turn by turn; unset: rollouts are single answers. ``environment =
+    false`` in an arm removes it."""
     critic: CriticConfig | None = None
     """What critiques the rollouts; ``critic = false`` in an arm removes it."""
     context: ContextConfig = ContextConfig(type="none")
@@ -241,7 +247,7 @@ class Recipe(Section):
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics are sent."""
 
-    @field_validator("critic", "reward", mode="before")
+    @field_validator("critic", "reward", "environment", mode="before")
     @classmethod
     def _false_is_none(cls, value: object) -> object:
         """Read false as None: ``critic = false`` in an arm removes the critic that others share."""
@@ -258,11 +264,12 @@ class Recipe(Section):
             for name, kind in DEFAULT_TYPES.items()
             if isinstance(values.get(name), Mapping)
         }
-        return with_model_defaults({**values, **typed})
+        return with_episode_templates(with_model_defaults({**values, **typed}))
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
         distillation, grpo = terms(self.objective)
+        check_environment(self.data, self.reward)
         for name in self.context.names:
             if name in CRITIC_CONTEXTS and self.critic is None:
                 raise ValueError(f'context "{name}" needs a critic: add [critic] type = "oracle"')
@@ -285,6 +292,19 @@ class Recipe(Section):
                 f'engine.type = "{self.engine.type}" needs none'
             )
         return self
+
+    @property
+    def has_oracle(self) -> bool:
+        """Return True if a program can critique the rollouts; of episodes, those with a calculator."""
+        if self.environment is None:
+            return self.data.type in ORACLE_DATA
+        return self.environment.type == "calculator" and self.data.type == "chain_sums"
+
+    @property
+    def most_sampled(self) -> int:
+        """Return the most tokens that the model samples in a rollout: of all turns of an episode."""
+        turns = 1 if self.environment is None else self.environment.max_turns
+        return self.sampling.max_tokens * turns
 
     @property
     def all_weights_train(self) -> bool:

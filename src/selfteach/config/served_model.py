@@ -121,7 +121,7 @@ class ServedModelConfig(ChatModelConfig):
 
     @model_validator(mode="after")
     def _addresses(self) -> Self:
-        one, several = f"{self.role}.base_url", f"{self.role}.base_urls"
+        one, several = self.key("base_url"), self.key("base_urls")
         for setting, url in [
             (one, self.base_url),
             *((several, url) for url in self.base_urls or ()),
@@ -138,18 +138,16 @@ class ServedModelConfig(ChatModelConfig):
         if self.base_urls is None:
             for key in ("api_key_envs", "hedge_after"):
                 if getattr(self, key) is not None:
-                    raise ValueError(
-                        f"{self.role}.{key} is for several servers: it needs {several}"
-                    )
+                    raise ValueError(f"{self.key(key)} is for several servers: it needs {several}")
             return self
         if self.api_key_envs is not None:
             if self.api_key_env is not None:
                 raise ValueError(
-                    f"set {self.role}.api_key_env or {self.role}.api_key_envs, not both"
+                    f"set {self.key('api_key_env')} or {self.key('api_key_envs')}, not both"
                 )
             if len(self.api_key_envs) != len(self.base_urls):
                 raise ValueError(
-                    f"{self.role}.api_key_envs has {len(self.api_key_envs)} variables for "
+                    f"{self.key('api_key_envs')} has {len(self.api_key_envs)} variables for "
                     f"{len(self.base_urls)} addresses in {several}: name one for each"
                 )
         require_distinct(self.base_urls, several, keys=self.api_key_envs)
@@ -171,6 +169,15 @@ class ServedModelConfig(ChatModelConfig):
     def address(self) -> str:
         """Return the address of the server, or all of them, for messages."""
         return self.base_url or ", ".join(self.base_urls or ())
+
+    @property
+    def label(self) -> str:
+        """Return what the model is to the run, for error messages."""
+        return self.role
+
+    def key(self, name: str) -> str:
+        """Return how an error names one of these keys: ``critic.model``."""
+        return f"{self.role}.{name}"
 
     @property
     def request_extras(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def evaluate(
         formatted=by_problem([verdict.formatted for verdict in verdicts]),
         parsed=[merge_equal_answers(row, same) for row in by_problem([v.parsed for v in verdicts])],
         finished=by_problem([rollout.finished for rollout in rollouts]),
-        lengths=by_problem([len(rollout.token_ids) for rollout in rollouts]),
+        lengths=by_problem([rollout.length for rollout in rollouts]),
         rewards=None if reward is None else by_problem([v.reward for v in verdicts]),
     )
 

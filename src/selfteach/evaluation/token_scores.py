@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfteach.losses.divergence import forward_kl, log_probs, reverse_kl
 from selfteach.models.lm_head import Scores
-from selfteach.models.sequences import sequences
+from selfteach.models.sequences import select_tokens, sequences
 from selfteach.types import Sequences
 
 ScoreFn = Callable[[Sequences], Scores]
@@ -29,6 +29,13 @@ class ScoreRequest:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     teacher_prompts: Mapping[str, tuple[int, ...]]
+    positions: Sequence[int] | None = None
+    """Indices of the tokens that are scored, such as the model's; None: all."""
+
+    @property
+    def scored(self) -> Sequence[int]:
+        """Return the indices of the tokens that are scored."""
+        return range(len(self.token_ids)) if self.positions is None else self.positions
 
     @property
     def length(self) -> int:
@@ -78,7 +85,7 @@ def score_rollouts(
     device: torch.device,
     limits: ScoringLimits,
 ) -> list[dict[str, TokenScores]]:
-    """Return `compare_logits` for each rollout, by context; in the order of ``requests``.
+    """Return `compare_logits` of each rollout's scored tokens, by context; in ``requests``' order.
 
     Rollouts of similar length share a forward pass. The student's is run once for all contexts.
     """
@@ -86,12 +93,17 @@ def score_rollouts(
     for bucket in _buckets(requests, limits.batch_tokens):
         batch = [requests[i] for i in bucket]
         completions = [request.token_ids for request in batch]
-        student_side = sequences([request.prompt_ids for request in batch], completions, pad_id)
+        lengths, at = [len(row) for row in completions], [request.scored for request in batch]
+        whole = sequences([request.prompt_ids for request in batch], completions, pad_id)
+        student_side = select_tokens(whole, lengths, at)
         student_scores = student(student_side.to(device))
         for name in dict.fromkeys(name for request in batch for name in request.teacher_prompts):
             rows = [row for row, request in enumerate(batch) if name in request.teacher_prompts]
             prompts = [batch[row].teacher_prompts[name] for row in rows]
-            teacher_side = sequences(prompts, [completions[row] for row in rows], pad_id)
+            whole = sequences(prompts, [completions[row] for row in rows], pad_id)
+            teacher_side = select_tokens(
+                whole, [lengths[row] for row in rows], [at[row] for row in rows]
+            )
             has_context_N = torch.isin(student_side.rows_N, torch.tensor(rows)).to(device)
             values_N = _compare_in_chunks(
                 _select(student_scores, has_context_N),
@@ -99,7 +111,7 @@ def score_rollouts(
                 teacher_side,
                 limits,
             )
-            by_rollout = _split(values_N, [len(completions[row]) for row in rows])
+            by_rollout = _split(values_N, [len(at[row]) for row in rows])
             for row, values in zip(rows, by_rollout, strict=True):
                 scores[bucket[row]][name] = values
     return scores

@@ -5,8 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from selfteach.tasks.segmentation import Span, content
-from selfteach.types import Critique, CritiquedRollout, FirstChange
+from selfteach.tasks.code.answer_parts import lines_of
+from selfteach.tasks.code.code_steps import IndentedSpan
+from selfteach.tasks.segmentation import Span, content, without_final
+from selfteach.types import Critique, CritiquedRollout, FirstChange, Rollout
 
 
 def first_change(
@@ -16,23 +18,40 @@ def first_change(
 
     That is in the first changed step, or where the rollout says something outside its steps, which no
     critique repeats: all of an answer without steps. A thought is not shown to a critic, so its tokens
-    do not count. ``spans`` are as in `changed_steps`; ``token_ends`` holds the end of each of the
-    rollout's tokens as an offset into its text. None without a critique.
+    do not count, and neither do an environment's. ``spans`` are as in `changed_steps`; ``token_ends``
+    holds the end of each of the rollout's tokens as an offset into its text. None without a critique.
     """
+    rollout = critiqued.rollout
     if not isinstance(critiqued.critique, Critique):
         return None
     changes = (
-        (index, _changed_at(critiqued.rollout.text, spans[index], replacement))
+        (index, _changed_at(rollout.text, spans[index], replacement))
         for index, replacement in changed_steps(critiqued, spans)
     )
-    places = [next(changes, None), _outside_steps(critiqued.rollout.text, spans)]
+    places = [next(changes, None), _outside_steps(_without_environment(rollout), spans)]
     begun = bisect_right(token_ends, 0)
     if not any(places):
         return FirstChange(None, None, 1.0)
     step, changed_at = min((p for p in places if p is not None), key=lambda place: place[1])
     token = max(0, min(bisect_right(token_ends, changed_at), len(token_ends) - 1))
-    fidelity = max(0, token - begun) / max(1, len(token_ends) - begun)
+    repeated = _model_tokens(rollout, begun, token)
+    fidelity = repeated / max(1, _model_tokens(rollout, begun, len(token_ends)))
     return FirstChange(step, token, fidelity)
+
+
+def _model_tokens(rollout: Rollout, start: int, stop: int) -> int:
+    """Count the tokens in a range that are not an environment's."""
+    others = (segment for segment in rollout.segments if segment.kind == "environment")
+    overlaps = (min(stop, other.stop) - max(start, other.start) for other in others)
+    return max(0, stop - start - sum(overlap for overlap in overlaps if overlap > 0))
+
+
+def _without_environment(rollout: Rollout) -> str:
+    """Return a rollout's text with blanks for what an environment wrote: no step of the policy's."""
+    text = rollout.text
+    for start, stop in rollout.environment_spans:
+        text = text[:start] + " " * (stop - start) + text[stop:]
+    return text
 
 
 def _changed_at(text: str, span: Span, replacement: str) -> int:
@@ -60,27 +79,39 @@ def _outside_steps(text: str, spans: Sequence[Span]) -> tuple[int, int] | None:
 def changed_steps(critiqued: CritiquedRollout, spans: Sequence[Span]) -> Iterator[tuple[int, str]]:
     """Yield the index of each step that the critique does not repeat, and the text in its place.
 
-    Steps are compared in order, ignoring white space. ``spans`` are the steps of the rollout's text,
-    the final answer last if it has one; that counts as repeated if the verifier parses the same answer
-    from both. The text is "" where the critique has no step in that place. Yields nothing without a
-    critique.
+    Steps are compared in order, ignoring white space; lines of code exactly, but for what they end in.
+    ``spans`` are the steps of the rollout's text, the final answer last if it has one; that counts as
+    repeated if the verifier parses the same answer from both. The text is "" where the critique has no
+    step in that place. Yields nothing without a critique.
     """
     critique, text, parsed = critiqued.critique, critiqued.rollout.text, critiqued.verdict.parsed
     if not isinstance(critique, Critique):
         return
     steps = [step.text for step in critique.steps]
+    before_final = len(without_final(spans, parsed))
     for index, span in enumerate(spans):
-        final = index == len(spans) - 1 and parsed is not None
+        final = index >= before_final
         if final and parsed == critique.answer:
             continue
         replacement = steps[index] if index < len(steps) and not final else ""
-        if not same_words(content(text, span), replacement):
+        same = same_lines if isinstance(span, IndentedSpan) else same_words
+        if not same(content(text, span), replacement):
             yield index, replacement
+
+
+def words_of(text: str) -> Sequence[str]:
+    """Return the words of a text: steps are equal if theirs are."""
+    return text.split()
 
 
 def same_words(a: str, b: str) -> bool:
     """Return True if two texts are equal except for white space."""
-    return a.split() == b.split()
+    return words_of(a) == words_of(b)
+
+
+def same_lines(a: str, b: str) -> bool:
+    """Return True if two steps of code are equal except for white space at the ends of lines."""
+    return lines_of(a) == lines_of(b)
 
 
 def _common_length(a: str, b: str) -> int:

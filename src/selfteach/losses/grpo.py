@@ -26,6 +26,7 @@ from selfteach.losses.policy_gradient import (
     token_logp,
 )
 from selfteach.losses.sampled_kl import sampled_logp
+from selfteach.losses.token_masks import scored_tokens
 from selfteach.models.lm_head import Scores
 from selfteach.protocols import chunked_loss
 from selfteach.types import Batch, TokenWeights, TrainingSample
@@ -52,7 +53,7 @@ class Grpo:
     kl_coef: float = 0.0
     aggregation: Literal["token_mean", "sequence_mean", "max_tokens"] = "token_mean"
     mask_truncated: bool = False
-    """Leave rollouts that were cut at the token limit out of the loss, not out of the advantages."""
+    """Leave rollouts that a limit has ended out of the loss, not out of the advantages."""
     importance_cap: float | None = None
     max_tokens: int = 1
     """Token limit of a rollout: ``aggregation = "max_tokens"`` divides by it."""
@@ -69,8 +70,8 @@ class Grpo:
         counted = self._counted(samples)
         return [
             [
-                float(i >= sample.scored_from and in_loss and not self._is_masked(sample))
-                for i in range(len(sample.rollout.token_ids))
+                float(scored and in_loss and not self._is_masked(sample))
+                for scored in scored_tokens(sample)
             ]
             for sample, in_loss in zip(samples, counted, strict=True)
         ]
@@ -165,7 +166,8 @@ class Grpo:
             in_loss_N = in_loss_N & (batch.share_N < 1)
 
         def of_rollouts(values_N: Tensor) -> Tensor:
-            return sequence_means(values_N, batch.student.rows_N, in_loss_N)
+            rows = len(batch.student.ids_BT)
+            return sequence_means(values_N, batch.student.rows_N, in_loss_N, rows)
 
         weight_N = None
         # CISPO's loss stays one of each token, and so does its weight.

@@ -120,10 +120,15 @@ def cispo_surrogate(
 
 
 def sequence_means(
-    value_N: Float[Tensor, " N"], row_N: Int[Tensor, " N"], counted_N: Bool[Tensor, " N"]
+    value_N: Float[Tensor, " N"],
+    row_N: Int[Tensor, " N"],
+    counted_N: Bool[Tensor, " N"],
+    rows: int,
 ) -> Float[Tensor, " N"]:
-    """Return for each token the mean over the counted tokens of its row; 0 for a row without any."""
-    rows = int(row_N.max()) + 1 if len(row_N) else 0
+    """Return for each token the mean over the counted tokens of its row; 0 for a row without any.
+
+    ``rows`` is above every index of a row: the number is given, since a GPU would be waited for.
+    """
     share_N = counted_N.to(value_N.dtype)
     sum_B, count_B = value_N.new_zeros(2, rows)
     sum_B.index_add_(0, row_N, torch.where(counted_N, value_N, 0.0))

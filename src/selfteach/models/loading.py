@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from selfteach.models.weight_files import no_pickle, require_whole
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
+from selfteach.prompts.tool_calls import Tool
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,14 +57,17 @@ def load(
     device: torch.device,
     on_cpu: bool = False,
     all_weights_train: bool = False,
+    tools: Sequence[Tool] = (),
 ) -> LoadedModel:
     """Load a model and its tokenizer; with ``on_cpu`` the weights stay in the host's memory.
+
+    Prompts offer ``tools``.
 
     Bfloat16 weights that all train are kept in float32 and cast for every matmul: an update of a
     thousandth of a weight is lost in bfloat16, which has eight bits. Raises `EngineError` in one line.
     """
     tokenizer = load_tokenizer(config)
-    renderer = build_renderer(config, tokenizer, templates)
+    renderer = build_renderer(config, tokenizer, templates, tools)
     dtypes = dtypes_of(config, device.type, all_weights_train=all_weights_train)
     model = load_model(config, torch.device("cpu") if on_cpu else device, dtypes.weights)
     return LoadedModel(
@@ -79,9 +83,12 @@ def load(
 
 
 def build_renderer(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, templates: Templates
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    templates: Templates,
+    tools: Sequence[Tool] = (),
 ) -> Renderer:
-    """Build the renderer of the policy's and the teacher's prompts."""
+    """Build the renderer of the policy's and the teacher's prompts, which offer ``tools``."""
     thinking = Thinking(**config.thinking.model_dump())
     return Renderer(
         tokenizer,
@@ -89,6 +96,7 @@ def build_renderer(
         system=config.system,
         teacher_system=config.teacher_system,
         thinking=thinking,
+        tools=tools,
     )
 
 

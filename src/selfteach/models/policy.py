@@ -143,6 +143,8 @@ class Policy:
             tree = sequences.tree
             ids_BT, rows_N, columns_N = tree.ids_1U, 0, tree.columns_N
             extra = tree_attention.model_inputs(tree, shared, self.model.dtype)
+        elif self.uses_tree_attention and not shared:
+            extra = tree_attention.causal_inputs(ids_BT, self.model.dtype)
         if shared:
             cache = prefix_cache.fill(self._backbone, sequences.ids_BT[0, :shared], len(ids_BT))
             extra[prefix_cache.cache_argument(self._backbone)] = cache

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import accumulate, chain
 
 import torch
+from torch import Tensor
 
 from selfteach.models.prefix_cache import shared_length
 from selfteach.models.tree_attention import build_token_tree
@@ -37,3 +39,28 @@ def sequences(
         shared=shared,
         tree=build_token_tree(prompts, completions, shared),
     )
+
+
+def select_tokens(
+    side: Sequences, completions: Sequence[int], at: Sequence[Sequence[int]]
+) -> Sequences:
+    """Return sequences of which only some tokens are predicted, such as those that a model sampled.
+
+    ``completions`` are the rows' numbers of completion tokens, all of which ``side`` predicts, and
+    ``at`` the indices of those that stay. The others have no state that is read: no logits.
+    """
+    keep_N = kept_tokens(completions, at)
+    if keep_N is None:
+        return side
+    tree = side.tree
+    if tree is not None:
+        tree = replace(tree, columns_N=tree.columns_N[keep_N])
+    return replace(side, rows_N=side.rows_N[keep_N], columns_N=side.columns_N[keep_N], tree=tree)
+
+
+def kept_tokens(completions: Sequence[int], at: Sequence[Sequence[int]]) -> Tensor | None:
+    """Return the indices of chosen tokens among those of all rows; None if all are chosen."""
+    if all(len(row) == length for row, length in zip(at, completions, strict=True)):
+        return None
+    starts = accumulate(completions, initial=0)
+    return torch.tensor([start + i for start, row in zip(starts, at, strict=False) for i in row])

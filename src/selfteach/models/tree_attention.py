@@ -74,9 +74,9 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class Paths(NamedTuple):
     """Holds what attention needs for a pass over the nodes of a tree."""
 
-    path_BL: Tensor
-    """The nodes of each sequence's tokens; any node after its end."""
-    first_U: Tensor
+    path_BL: Tensor | None
+    """The nodes of each sequence's tokens; any node after its end. None: the pass is over sequences."""
+    first_U: Tensor | None
     """Each node's first position in the flattened paths."""
     mask: Tensor | None
     """Additive mask after a shared prefix: [1, 1, L, shared + L]; None without one."""
@@ -97,6 +97,15 @@ def model_inputs(tree: TokenTree, shared: int, dtype: torch.dtype) -> dict[str, 
     }
 
 
+def causal_inputs(ids_BT: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Return a model's keyword arguments for a plain causal pass, besides the ids.
+
+    They only keep transformers from reading positions back from a GPU to look for packed sequences.
+    """
+    mask = torch.zeros((1, 1, 1, 1), dtype=dtype, device=ids_BT.device)
+    return {"attention_mask": mask, "paths": Paths(None, None, None)}
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     *, paths: Paths | None = None, **settings: Any,
@@ -108,6 +117,8 @@ def _attention(
     """
     if paths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if paths.path_BL is None or paths.first_U is None:
+        return sdpa_attention_forward(module, query, key, value, None, **settings)
     shared = key.shape[2] - query.shape[2]
     queries, keys, values = (
         _gather_paths(paths.path_BL, x[0, :, -query.shape[2] :]) for x in (query, key, value)

@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from selfteach.errors import EngineError
 from selfteach.prompts.control_tokens import ControlTokens
+from selfteach.prompts.environment_replies import ReplyEncoder, require_tools
 from selfteach.prompts.template_set import Message, Templates, conversation, with_history
 from selfteach.prompts.thinking import Thinking, split_thinking
+from selfteach.prompts.tool_calls import Role, Tool, tool_format
 from selfteach.types import Problem
 
 INCOMPLETE = "\ufffd"
@@ -54,8 +56,12 @@ class Renderer:
         system: str | None = None,
         teacher_system: str | None = None,
         thinking: Thinking | None = None,
+        tools: Sequence[Tool] = (),
     ) -> None:
-        """Store tokenizer and templates; ``teacher_system`` is ``system`` where it is None."""
+        """Store tokenizer and templates; ``teacher_system`` is ``system`` where it is None.
+
+        ``tools`` are an environment's, as JSON schemas: student's and teacher's prompts offer them.
+        """
         if tokenizer.chat_template is None:
             raise EngineError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
@@ -65,7 +71,7 @@ class Renderer:
             raise EngineError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self._tokenizer, self._templates = tokenizer, templates
         self._chat_template = _dated(tokenizer.get_chat_template())
-        self._thinking = thinking or Thinking()
+        self._thinking, self._tools = thinking or Thinking(), [dict(tool) for tool in tools]
         # The same questions and tokens recur throughout a run.
         self._solver_ids = lru_cache(PROMPT_CACHE_SIZE)(self._encode_question)
         self._teacher_ids = lru_cache(CONTEXT_CACHE_SIZE)(self._encode_context)
@@ -82,6 +88,13 @@ class Renderer:
         self._opens_thought = prompt.rstrip().endswith(self._thinking.tags[0])
         self.end_id = self._end_of_turn()
         """The token that ends the assistant's turn in this chat template."""
+        self.tool_format = tool_format(self._chat_template)
+        """How this family writes tool calls; None for one that is not known."""
+        require_tools(tokenizer.name_or_path, self._tools, self.tool_format, prompt)
+        self._replies = ReplyEncoder(
+            lambda messages, header: self._chat(messages, self._thinking.student, header=header),
+            self._control, self.end_id, tokenizer.name_or_path, self._thinking.tags,
+        )  # fmt: skip
 
     def solver_prompt(self, problem: Problem) -> tuple[int, ...]:
         """Return the student's prompt: history, question and the assistant header."""
@@ -119,6 +132,19 @@ class Renderer:
         ]
         messages = self._with_system(escaped, self._system)
         return self._control.encode(self._chat(messages, self._thinking.student))
+
+    def reply(self, texts: Sequence[str], role: Role) -> tuple[int, ...]:
+        """Encode what an environment replies to a turn, up to the header of the next one.
+
+        These are the ids that follow the turn's end token; the texts are data.
+        """
+        return self._replies.encode([self._escape(text) for text in texts], role)
+
+    def require_replies(self, role: Role) -> None:
+        """Check that messages of a role can follow a turn as it was sampled. Raises `EngineError`."""
+        can_think = self._thinking.student is not False
+        thoughts = can_think and self._thinking.tags[1] in self._chat_template
+        self._replies.require(role, thoughts=thoughts)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode a rollout, without special tokens and without the thinking part."""
@@ -307,6 +333,7 @@ class Renderer:
                 chat_template=self._chat_template,
                 add_generation_prompt=header,
                 tokenize=False,
+                tools=self._tools or None,
                 **switches,
             )
         except Exception as error:  # a template may raise anything

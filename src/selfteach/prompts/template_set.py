@@ -21,11 +21,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from selfteach.episodes import Segment
 from selfteach.errors import RecipeError
 from selfteach.prompts.bounded_jinja import BoundedEnvironment
 from selfteach.prompts.control_tokens import BREAK, NONCHARACTERS
@@ -39,7 +41,7 @@ Message = dict[str, str]
 TURN = "\ufdd1"
 """Stands for ``{{ turn }}`` until the chat template is applied; it is removed from data."""
 
-_STEP_TAG = re.compile(rf"<{BREAK}?/?(?:step_\d{{1,9}}|answer)>\Z")
+_STEP_TAG = re.compile(rf"<{BREAK}?/?(?:(?:step|turn)_\d{{1,9}}|answer)>\Z")
 _TAG_LENGTH = len(f"<{BREAK}/step_>") + 9
 """Characters of the longest tag: solver and critic write no step number of more than nine digits."""
 
@@ -118,14 +120,23 @@ class Templates:
         final: str | None = None,
         finished: bool,
         reference: str | None = None,
+        evidence: str | None = None,
+        facts: Mapping[str, object] | None = None,
+        segments: Sequence[Segment] = (),
     ) -> list[Message]:
         """Render the critic's prompt about a rollout as chat messages.
 
+        ``segments`` are an episode's, in the template each with its ``text`` as the episode shows it
+        and ``turn``, its number from 1, or None for what the environment wrote.
+
         ``answer`` is its text, ``steps`` its steps, ``final`` its final answer, None without one;
-        ``finished`` is False for a truncated rollout.
+        ``finished`` is False for a truncated rollout. ``evidence`` is what running the answer has
+        shown, as text, ``facts`` the same as a table; None for a critic that is shown none.
         """
         values = {"answer": answer, "steps": tuple(steps), "final": final, "finished": finished}
-        return conversation(self.render("critic", question=question, reference=reference, **values))
+        shown = {"reference": reference, "evidence": evidence, "facts": facts}
+        values["segments"] = _numbered(segments)
+        return conversation(self.render("critic", question=question, **values, **shown))
 
 
 def _require_known_names(folder: Path) -> None:
@@ -198,9 +209,23 @@ def untagged(data: str) -> str:
     return "".join(text)
 
 
+def _numbered(segments: Sequence[Segment]) -> list[dict[str, Any]]:
+    """Return segments as values of a template: their text, and the number of each turn."""
+    numbers = count(1)
+    return [
+        {
+            "text": segment.shown.replace(TURN, ""),
+            "turn": next(numbers) if segment.kind == "model" else None,
+        }
+        for segment in segments
+    ]
+
+
 def _without_turns(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace(TURN, "")
     if isinstance(value, tuple):
         return tuple(map(_without_turns, value))
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _without_turns(one) for key, one in value.items()}
     return value

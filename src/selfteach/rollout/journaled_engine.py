@@ -22,12 +22,13 @@ ONE_BATCH = sys.maxsize
 class SamplingInterrupted(EngineError):
     """Raised by an engine that fails in the middle of a batch.
 
-    ``received`` holds the complete groups of some of the batch's problems, in order.
+    ``received`` holds the complete groups of some of the batch's problems, in order; ``bare`` is the
+    message without their number.
     """
 
-    def __init__(self, message: str, received: Sequence[Rollout]) -> None:
+    def __init__(self, message: str, received: Sequence[Rollout], *, bare: str = "") -> None:
         super().__init__(message)
-        self.received = tuple(received)
+        self.received, self.bare = tuple(received), bare or message
 
 
 class BatchedEngine:

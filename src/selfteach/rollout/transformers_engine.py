@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,24 +16,15 @@ from selfteach.rollout.decoding.forward import Layout
 from selfteach.rollout.decoding.generate import sample_completions
 from selfteach.rollout.decoding.prompt_layout import proven_layout
 from selfteach.rollout.decoding.token_sampling import TokenDistribution, uniforms
+from selfteach.rollout.prompt_request import PromptRequest
 from selfteach.runtime.seeds import stream_key
 from selfteach.types import Problem, Rollout, Sampling
-
-
-@dataclass(frozen=True, slots=True)
-class PromptRequest:
-    """Requests completions of a given prompt, such as the self-teacher's."""
-
-    problem: Problem
-    prompt_ids: tuple[int, ...]
-    samples: tuple[int, ...]
-    """Index of each completion among those of the problem; with the seed it keys the random stream."""
 
 
 class TransformersEngine:
     """Samples from a model in this process, usually the very module that is trained.
 
-    Each rollout has a random stream, keyed by (seed, problem, sample, version), and uses one
+    Each turn has a random stream, keyed by (seed, problem, sample, turn, version), and uses one
     number of it per token. So its random numbers do not depend on the other rollouts of the batch, on
     the order of problems, or on what was sampled before a resume. (Its logits do, in the last bits: a
     batch of another shape adds floats in another order. Callers form the same batches again.)
@@ -54,7 +44,7 @@ class TransformersEngine:
         autocast: torch.dtype | None = None,
     ) -> None:
         self._model, self._renderer = model, renderer
-        self._end_ids, self._pad_id, self._max_length = tuple(end_ids), pad_id, max_length
+        self._end_ids, self._pad_id, self.max_length = tuple(end_ids), pad_id, max_length
         self._autocast = autocast
         self._version = 0
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -90,14 +80,16 @@ class TransformersEngine:
         """
         self._model.eval()
         for request in requests:
-            if len(request.prompt_ids) >= self._max_length:
+            if len(request.prompt_ids) >= self.max_length:
                 raise EngineError(
                     f"problem {request.problem.id!r} has a prompt of {len(request.prompt_ids)} tokens; "
-                    f"it leaves no room for a completion in the context of {self._max_length}"
+                    f"it leaves no room for a completion in the context of {self.max_length}"
                 )
         device = next(self._model.parameters()).device
         keys = [(request, sample) for request in requests for sample in request.samples]
-        streams = (stream_key(r.problem, sample, sampling, self._version) for r, sample in keys)
+        streams = (
+            stream_key(r.problem, sample, sampling, self._version, r.turn) for r, sample in keys
+        )
         uniforms_BT = np.stack([uniforms(stream, sampling.max_tokens) for stream in streams])
         distribution = TokenDistribution(
             sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p
@@ -106,7 +98,7 @@ class TransformersEngine:
             ids, logps = sample_completions(
                 self._causal, [request.prompt_ids for request in requests], uniforms_BT,
                 distribution=distribution, end_ids=self._end_ids, pad_id=self._pad_id,
-                max_length=self._max_length, layout=self._layout,
+                max_length=self.max_length, layout=self._layout,
             )  # fmt: skip
         return [
             Rollout(

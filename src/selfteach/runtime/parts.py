@@ -3,8 +3,8 @@
 The one place where a user's code is imported. What a name refers to is one of three:
 
 - a class: constructed with the options as keyword arguments;
-- a function: the part itself, with the options bound as keyword arguments (of an objective and a
-  teacher, which are no functions: what constructs them);
+- a function: the part itself, with the options bound as keyword arguments (of an objective, a
+  teacher and an environment, which are no functions: what constructs them);
 - any other object: the part itself, which takes no options.
 
 A class or function that names a parameter of `Offered`, such as ``seed``, gets it from the run.
@@ -46,9 +46,11 @@ CALLED_WITH: Mapping[Kind, tuple[str, ...]] = {
     "context": ("critiqued",),
     "reward": (),
 }
-"""What a part that is a function is called with, by position. An objective and a teacher are objects
-with methods; a reward gets its arguments by name (TRL's signature), so that one without a default is no
-option."""
+"""What a part that is a function is called with, by position. An objective, a teacher and an
+environment are objects with methods; a reward gets its arguments by name (TRL's signature), so that
+one without a default is no option."""
+NEEDED: Mapping[Kind, str] = {"hub_environment": "verifiers"}
+"""The library that parts of a kind are made with."""
 Offered = Mapping[str, Any]
 """Values of the run by the parameter name under which a part may ask for them."""
 
@@ -105,6 +107,8 @@ def is_given(kind: Kind, name: str) -> bool:
 def import_part(kind: Kind, name: str) -> ImportedPart:
     """Import what a part's name refers to. Raises `PartError` in one line."""
     label = f"{kind} {shown(name)}"
+    if kind in NEEDED and importlib.util.find_spec(NEEDED[kind]) is None:
+        raise PartError(f"{label}: needs {NEEDED[kind]}: pip install {NEEDED[kind]}")
     if is_given(kind, name):
         return ImportedPart(kind, name, _GIVEN.get()[kind, name], None, None, given=True)
     if match := IN_FILE.fullmatch(name):
@@ -128,15 +132,24 @@ def build_part(
     return reported(*construct_part(kind, part, offered), checks or {})
 
 
-def construct_part(kind: Kind, part: CustomPart, offered: Offered | None = None) -> tuple[Any, str]:
-    """Import and build a part as it is; also return its label, for errors. Raises `PartError`."""
-    imported = import_part(kind, part.type)
+def construct_part(
+    kind: Kind,
+    part: CustomPart,
+    offered: Offered | None = None,
+    imported: ImportedPart | None = None,
+) -> tuple[Any, str]:
+    """Import (unless it is ``imported``) and build a part as it is; also return its label, for errors.
+
+    Raises `PartError`.
+    """
+    imported = imported or import_part(kind, part.type)
     built = _construct(imported, bound_options(imported, part.options, offered or {}))
     return built, imported.label
 
 
 OFFERED_BY_KIND: Mapping[Kind, frozenset[str]] = {
     "problems": frozenset(),
+    "hub_environment": frozenset(),
     "verifier": frozenset({"verify", "answer_in", "read_answer"}),
     "splitter": frozenset({"split_steps"}),
     "reward": frozenset(),
@@ -144,14 +157,18 @@ OFFERED_BY_KIND: Mapping[Kind, frozenset[str]] = {
     "context": frozenset({"task", "templates", "seed"}),
     "objective": frozenset({"sampling_temperature", "seed"}),
     "teacher": frozenset({"policy"}),
+    "environment": frozenset(),
 }
 """Names of the values of the run that a part of each kind may ask for."""
 
 
 def require_part(kind: Kind, part: CustomPart) -> None:
     """Import a part and check its options, without building it. Raises `PartError` in one line."""
-    offered = dict.fromkeys(OFFERED_BY_KIND[kind])
-    bound_options(import_part(kind, part.type), part.options, offered)
+    offered, imported = dict.fromkeys(OFFERED_BY_KIND[kind]), import_part(kind, part.type)
+    if kind != "hub_environment" or is_function(
+        imported.target
+    ):  # else settings, which its loader reads
+        bound_options(imported, part.options, offered)
 
 
 def bound_options(

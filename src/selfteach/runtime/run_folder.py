@@ -144,6 +144,12 @@ class RunFolder:
         write_json(self.path / "config.json", config)
         write_recipe(self.path, config)
 
+    def memory_choices(self) -> tuple[int, bool]:
+        """Return the micro-batch in tokens, and whether activations are recomputed, as at the start."""
+        environment = read_json(self.path / "environment.json")
+        tokens = environment.get("micro_batch_tokens", 16_384)  # of earlier versions
+        return tokens, environment.get("gradient_checkpointing", False)
+
     def config(self) -> Row:
         """Return the resolved recipe. Raises `CheckpointError` if there is none."""
         path = self.path / "config.json"

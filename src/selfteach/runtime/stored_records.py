@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.config.migrations import migrate_rollout, migrate_usage
+from selfteach.episodes import Segment
 from selfteach.errors import CheckpointError
 from selfteach.runtime.stored_files import reading
 from selfteach.types import (
@@ -19,13 +20,16 @@ from selfteach.types import (
     CritiqueFailure,
     CritiqueStep,
     Problem,
+    Rewards,
     Rollout,
     TrainingSample,
     Usage,
     Verdict,
 )
 
-ROLLOUT_FIELDS = [field.name for field in fields(Rollout) if field.name != "problem"]
+EPISODE_FIELDS = frozenset({"segments", "observation", "verdict"})
+"""Fields of a rollout that a single answer has no columns for."""
+ANSWER_FIELDS = [f.name for f in fields(Rollout) if f.name not in {"problem", *EPISODE_FIELDS}]
 
 SavedCritiques = dict[tuple[str, int], Critique | CritiqueFailure | None]
 """Critiques by `Rollout.key`."""
@@ -73,9 +77,44 @@ def plain_columns(columns: Mapping[str, Any]) -> Any:
 
 def rollout_row(rollout: Rollout) -> dict[str, Any]:
     """Return a rollout as one JSON object; ``problem_sha256`` says which problem its id stood for."""
-    values = {name: getattr(rollout, name) for name in ROLLOUT_FIELDS}
+    values = {name: getattr(rollout, name) for name in ANSWER_FIELDS}
     problem = rollout.problem
-    return {"problem_id": problem.id, "problem_sha256": problem_digest(problem), **values}
+    return {
+        "problem_id": problem.id,
+        "problem_sha256": problem_digest(problem),
+        **values,
+        **episode_columns(rollout),
+    }
+
+
+def episode_columns(rollout: Rollout) -> dict[str, Any]:
+    """Return the columns of an episode; none for a single answer, whose rows stay as they were."""
+    if not rollout.is_episode:
+        return {}
+    verdict = None if rollout.verdict is None else asdict(rollout.verdict)
+    segments = [asdict(segment) for segment in rollout.segments]
+    return {"segments": segments, "observation": rollout.observation, "verdict": verdict}
+
+
+def episode_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `Rollout` that `episode_columns` has written; none for a single answer."""
+    if "segments" not in row:
+        return {}
+    return {
+        "segments": tuple(Segment(**segment) for segment in row["segments"]),
+        "observation": row.get("observation", ""),
+        "verdict": _verdict_from(row.get("verdict")),
+    }
+
+
+def _verdict_from(row: Mapping[str, Any] | None) -> Verdict | None:
+    """Return an environment's verdict, with its rewards if it has given some."""
+    if row is None:
+        return None
+    rewards = row["rewards"]
+    if rewards is not None:
+        rewards = Rewards(rewards["total"], rewards["values"], rewards["failures"])
+    return Verdict(**{**row, "rewards": rewards})
 
 
 def rollouts_from(
@@ -94,6 +133,7 @@ def rollouts_from(
                 row[field] = tuple(row[field])
             if not (isinstance(row["text"], str) and isinstance(row["sample"], int)):
                 raise TypeError("text is no string, or sample no number")
+            row |= episode_fields(row)
         problem = problems.get(id_)
         if problem is None or digest not in (None, problem_digest(problem)):
             what = "not among the problems" if problem is None else "another problem now"
@@ -125,10 +165,19 @@ def sample_row(sample: TrainingSample, prompt: str | None = None) -> dict[str, A
         "context": sample.context,
         "dropped": sample.dropped,
         "steps": sample.steps,
+        **segment_columns(rollout),
         "gold": rollout.problem.answer,
         "first_error_token": sample.first_error_token,
         "first_change": None if sample.change is None else asdict(sample.change),
     }
+
+
+def segment_columns(rollout: Rollout) -> dict[str, Any]:
+    """Return an episode's segments as ranges of characters of its text; no column for an answer."""
+    if not rollout.is_episode:
+        return {}
+    rows = zip(rollout.segments, rollout.text_spans, strict=True)
+    return {"segments": [{"kind": s.kind, "event": s.event, "span": span} for s, span in rows]}
 
 
 def verdict_row(verdict: Verdict) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
+from selfteach.tasks.code.code_steps import IndentedSpan, code_steps
 from selfteach.tasks.final_answers import OPEN, Span, last_box_begin, tagged_span
 from selfteach.tasks.lab import checker
+from selfteach.types import Rollout
 
 Splitter = Callable[[str], list[Span]]
 """Maps an answer's text to its steps as spans of characters, in order, the final answer last."""
@@ -97,8 +99,14 @@ SPLITTERS: dict[str, Splitter] = {
     "lines": lines,
     "paragraphs": paragraphs,
     "sentences": sentences,
+    "code": code_steps,
 }
 """Splitters by their name in a recipe."""
+
+
+def step_spans(rollout: Rollout, split_steps: Splitter) -> list[Span]:
+    """Return a rollout's steps as spans of characters: of an episode its turns, the last one last."""
+    return rollout.turn_spans if rollout.is_episode else list(split_steps(rollout.text))
 
 
 def token_spans(char_spans: Sequence[Span], token_ends: Sequence[int]) -> list[Span]:
@@ -114,5 +122,17 @@ def token_spans(char_spans: Sequence[Span], token_ends: Sequence[int]) -> list[S
 
 
 def content(text: str, span: Span) -> str:
-    """Return the text of a step, without the tags around it."""
+    """Return the text of a step, without the tags around it; a line of code with its indentation."""
+    if isinstance(span, IndentedSpan):
+        return text[slice(*span)].rstrip()
     return OUTER_TAGS.sub("", text[slice(*span)]).strip()
+
+
+def without_final(spans: Sequence[Span], parsed: str | None) -> Sequence[Span]:
+    """Return the spans of the steps before the final answer, which is the last span.
+
+    There is one if a verifier has ``parsed`` one, or if the last span is empty: a program is its own
+    final answer.
+    """
+    is_final = bool(spans) and (parsed is not None or spans[-1][0] == spans[-1][1])
+    return spans[:-1] if is_final else spans

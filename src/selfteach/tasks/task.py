@@ -8,11 +8,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from selfteach.config.code_section import CodeConfig
 from selfteach.config.data_section import (
     AnswerReading,
     ChainSumsData,
+    CodeTasksData,
     CustomData,
     DataConfig,
+    EnvironmentData,
     FilesData,
     GymData,
     HubData,
@@ -25,9 +28,12 @@ from selfteach.config.reward_section import RewardConfig
 from selfteach.errors import DataError
 from selfteach.protocols import Verifier
 from selfteach.tasks import chain_sums, segmentation, verifiers
+from selfteach.tasks.code.code_oracle import CodeOracle
 from selfteach.tasks.code.code_tests import KEY
 from selfteach.tasks.code.code_verifier import CodeVerifier
+from selfteach.tasks.code.generator import code_tasks
 from selfteach.tasks.custom_tasks import custom_functions, custom_problems
+from selfteach.tasks.hub_environments.environment_problems import HubEnvironment, read_environment
 from selfteach.tasks.lab import lab_task as lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
 from selfteach.tasks.lab.world import World
@@ -36,7 +42,7 @@ from selfteach.tasks.sources.audit import Audit, audit
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.load import combined, read_problem_sets
 from selfteach.tasks.sources.reasoning_gym import generate
-from selfteach.types import Critique, Problem, ReplaceSteps
+from selfteach.types import Critique, CritiqueFailure, Problem, ReplaceSteps, Rollout
 
 
 @runtime_checkable
@@ -51,9 +57,35 @@ class OracleFn(Protocol):
         finished: bool,
         error_rate: float,
         rng: np.random.Generator,
-    ) -> Critique:
-        """Return the corrected trace of an answer."""
+    ) -> Critique | CritiqueFailure:
+        """Return the corrected trace of an answer, or why it has none."""
         ...
+
+
+@runtime_checkable
+class EpisodeOracle(Protocol):
+    """Critiques an episode with a program that can check every turn."""
+
+    def critique_episode(
+        self, rollout: Rollout, *, error_rate: float, rng: np.random.Generator
+    ) -> Critique:
+        """Return the corrected turns of an episode, without the replies to them."""
+        ...
+
+
+Oracle = OracleFn | EpisodeOracle
+"""A program that critiques answers, or one that critiques episodes."""
+
+
+def true_critique(
+    oracle: Oracle, rollout: Rollout, *, error_rate: float = 0.0, rng: np.random.Generator
+) -> Critique | CritiqueFailure:
+    """Return an oracle's critique of a rollout, or why it has none."""
+    if isinstance(oracle, EpisodeOracle):
+        return oracle.critique_episode(rollout, error_rate=error_rate, rng=rng)
+    return oracle(
+        rollout.problem, rollout.text, finished=rollout.finished, error_rate=error_rate, rng=rng
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +97,7 @@ class Task:
     test: tuple[Problem, ...]
     verify: Verifier
     split_steps: segmentation.Splitter
-    oracle: OracleFn | None
+    oracle: Oracle | None
     templates: str
     """The template set to use unless the recipe names another."""
     answer_format: verifiers.AnswerFormat = field(default_factory=verifiers.AnswerFormat)
@@ -76,6 +108,10 @@ class Task:
     """Number of rows read, and of rows left out of the problem set by reason."""
     columns: str = ""
     """Which columns of the rows were read for what, in one line; empty where there are no rows."""
+    about: str = ""
+    """What a person should know of generated problems, in one line."""
+    environment: HubEnvironment | None = None
+    """The environment of `verifiers` that the problems are from, whose rewards they have."""
 
     def problems(self, split: SplitName) -> tuple[Problem, ...]:
         """Return the problems of one split. Raises `DataError` if it is empty."""
@@ -99,11 +135,14 @@ def load_task(
     may have none.
     """
     need_answers = reward is None or reward.needs_answers
+    environment = None
     match config:
         case LabData():
             return _lab(config, model_folder)
         case ChainSumsData():
             return _chain_sums(config)
+        case CodeTasksData():
+            return _code_tasks(config)
         case FilesData() | HubData():
             config = with_mapping(config)
             splits, counts, columns = read_problem_sets(
@@ -114,16 +153,33 @@ def load_task(
             )
         case GymData():
             splits, counts, columns = generate(config), {}, ""
+        case EnvironmentData():
+            if config.verifier is None:
+                need_answers = False
+            environment, splits, counts, columns = read_environment(
+                config, need_answers=need_answers
+            )
         case CustomData():
             splits, counts, columns = combined(*custom_problems(config, need_answers=need_answers))
     world = config.world if isinstance(config, FilesData) else None
-    verifier = "exact" if isinstance(config.verifier, CustomPart) else config.verifier
+    named = config.verifier
+    verifier = "exact" if named is None or isinstance(named, CustomPart) else named
     functions = custom_functions(config, _functions_of(verifier, config, world, model_folder))
     if not need_answers and verifier != "code":
         functions["verify"] = verifiers.WithoutAnswers(functions["verify"])
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
     _check_meta(verifier, [*train, *validation, *test])
-    task = Task(train, validation, test, counts=counts, columns=columns, **functions)
+    if environment is not None:
+        functions["templates"] = "bare"  # its prompts bring their instructions
+    task = Task(
+        train,
+        validation,
+        test,
+        counts=counts,
+        columns=columns,
+        environment=environment,
+        **functions,
+    )
     return (
         task
         if config.invalid_problems == "warn"
@@ -143,6 +199,8 @@ def describe_problems(task: Task, *, max_warnings: int = 5) -> Iterator[str]:
         yield "source: " + ", ".join(f"{count:,} {name}" for name, count in task.counts.items())
     if task.columns:
         yield f"columns: {task.columns}"
+    if task.about:
+        yield task.about
     if isinstance(task.verify, CodeVerifier):
         yield task.verify.description
     result = check_answers(task)
@@ -232,24 +290,35 @@ def _chain_sums(config: ChainSumsData) -> Task:
     return Task(train, validation, test, **custom_functions(config, CHAIN_SUMS))
 
 
+def _code_tasks(config: CodeTasksData) -> Task:
+    splits = code_tasks.problem_sets(config)
+    functions = _functions_of("code", AnswerReading(), None, "", config.code)
+    about = code_tasks.shared_templates(splits)
+    return Task(*splits, **custom_functions(config, functions), about=about)
+
+
 def _functions_of(
-    verifier: str, reading: AnswerReading, world: str | None, model_folder: str
+    verifier: str,
+    reading: AnswerReading,
+    world: str | None,
+    model_folder: str,
+    code: CodeConfig | None = None,
 ) -> dict[str, Any]:
     """Return the functions that belong to a verifier, as fields of a `Task`."""
     if verifier == "lab":
         return _lab_functions(_world(world, model_folder))
     if verifier == "chain_sums":
         return dict(CHAIN_SUMS)
-    code = reading.code if isinstance(reading, RowsData | CustomData) else None
+    code = reading.code if isinstance(reading, RowsData | CustomData) else code
     verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in, code)
     steps = "lines" if isinstance(reading.steps, CustomPart) else reading.steps
-    if verifier == "code" and steps == "tags":
-        steps = "lines"
+    if verifier == "code" and (steps == "tags" or isinstance(reading.steps, CustomPart)):
+        steps = "code"
     return {
         "verify": verify,
         "answer_format": answer_format,
         "split_steps": segmentation.SPLITTERS[steps],
-        "oracle": None,
+        "oracle": CodeOracle(verify) if isinstance(verify, CodeVerifier) else None,
         "templates": "code" if verifier == "code" else "steps" if steps == "tags" else "free",
     }
 
@@ -291,6 +360,10 @@ def default_templates(config: DataConfig) -> str | None:
             return "lab"
         case ChainSumsData():
             return "chain_sums"
+        case CodeTasksData():
+            return "code"
+        case EnvironmentData():
+            return "bare"
         case FilesData() | HubData() | GymData():
             if config.verifier in ("lab", "chain_sums", "code"):
                 return str(config.verifier)

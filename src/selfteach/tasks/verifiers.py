@@ -164,11 +164,19 @@ def verify_all(verify: Verifier, answers: Sequence[tuple[Problem, str]]) -> list
     return [verify(problem, text) for problem, text in answers]
 
 
+def verify_rollouts(verify: Verifier, rollouts: Sequence[Rollout]) -> list[Verdict]:
+    """Return the verdicts on rollouts, in order: of an episode its environment's, where that gives one;
+    else the verifier's on the last turn."""
+    rest = [rollout for rollout in rollouts if rollout.verdict is None]
+    verified = iter(verify_all(verify, [(one.problem, one.answer_text) for one in rest]))
+    return [one.verdict if one.verdict is not None else next(verified) for one in rollouts]
+
+
 def verdicts_of(
     rollouts: Sequence[Rollout], verify: Verifier, reward: Reward | None
 ) -> list[Verdict]:
-    """Return the verdict of each rollout: the verifier's, with the rewards if there are any."""
-    verdicts = verify_all(verify, [(rollout.problem, rollout.text) for rollout in rollouts])
+    """Return the verdict of each rollout, with the rewards if there are any."""
+    verdicts = verify_rollouts(verify, rollouts)
     return reward(list(zip(rollouts, verdicts, strict=True))) if reward is not None else verdicts
 
 

@@ -325,7 +325,9 @@ class StartedCritiques:
                     lambda: [rollout for batch in self._batches for rollout in batch()]
                 )
             self._results = {c.rollout.key: c for c in critiqued}
-            self._verdicts = {(c.rollout.problem.id, c.rollout.text): c.verdict for c in critiqued}
+            self._verdicts = {
+                (c.rollout.problem.id, c.rollout.answer_text): c.verdict for c in critiqued
+            }
         return self._results
 
     def _journaled(self, name: str) -> Components:

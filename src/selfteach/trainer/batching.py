@@ -1,13 +1,14 @@
-"""Collates training samples into micro-batches of similar length; completion tokens are indexed."""
+"""Collates training samples into micro-batches of similar length; the model's tokens are indexed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from selfteach.errors import AlignmentError
-from selfteach.models.sequences import sequences
+from selfteach.models.sequences import kept_tokens, select_tokens, sequences
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.types import Batch, Sequences, TokenWeights, TrainingSample
 
@@ -103,7 +104,23 @@ def _batch(pairs: Sequence[tuple[TrainingSample, TokenWeights]], pad_id: int) ->
         share_N=torch.tensor([share for row in shares for share in row]) if shares else None,
     )
     check_same_tokens(batch)
-    return batch
+    lengths = [len(completion) for completion in completions]
+    return _of_model(batch, lengths, [rollout.model_positions for rollout in rollouts])
+
+
+def _of_model(batch: Batch, lengths: Sequence[int], at: Sequence[Sequence[int]]) -> Batch:
+    """Return a batch of the tokens that the model has sampled: an environment's have no logits."""
+    keep_N = kept_tokens(lengths, at)
+    if keep_N is None:
+        return batch
+    tokens = ("ids_N", "weight_N", "advantage_N", "sampled_logp_N")
+    return replace(
+        batch,
+        student=select_tokens(batch.student, lengths, at),
+        teacher=batch.teacher and select_tokens(batch.teacher, lengths, at),
+        share_N=None if batch.share_N is None else batch.share_N[keep_N],
+        **{name: getattr(batch, name)[keep_N] for name in tokens},
+    )
 
 
 def _empty(like: Pair, pad_id: int) -> Batch:

@@ -57,10 +57,11 @@ from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
+from selfteach.trainer.build_environment import build_environments, environment_tools, for_episodes
 from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.build_reward import build_reward
 from selfteach.trainer.custom_components import build_custom_context, build_custom_teacher
-from selfteach.trainer.device_load import require_memory
+from selfteach.trainer.device_load import require_memory, with_memory_choices
 from selfteach.trainer.device_memory import chunk_tokens
 from selfteach.trainer.fit_checks import require_embedded, require_fitting_templates, within_context
 from selfteach.trainer.fleet_metrics import fleets_of
@@ -95,15 +96,21 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     device = choose_device(recipe.model.device)
     configure_torch(device)
     require_memory(recipe)
+    recipe = with_memory_choices(recipe, ranks.size if shard else 1)
+    micro_batch_tokens = recipe.train.micro_batch_tokens
+    assert micro_batch_tokens != "auto"
     task = load_task(recipe.data, resolve(recipe.model.path), reward=recipe.reward)
     templates = Templates(recipe.model.templates or task.templates)
     require_fitting_templates(recipe, templates)
+    environments = build_environments(recipe)
     loaded = load(
         recipe.model, templates, device=device, on_cpu=shard is not None,
         all_weights_train=recipe.all_weights_train,
+        tools=environments.tools if environments else (),
     )  # fmt: skip
     loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
     renderer = loaded.renderer
+    task = for_episodes(recipe, task, renderer.tool_format)
     task = within_context(renderer, task, loaded.max_length, recipe)
     reward = build_reward(recipe, task, renderer)
     problems = (*task.train, *task.validation, *task.test)
@@ -119,7 +126,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         nn.Module.to(sampler, device)
     policy = _policy(recipe, model, loaded, ranks, shard)
     prompts = (renderer.solver_prompt(p) for p in problems)
-    engine = build_engine(recipe, loaded, policy, prompts, sampler, ranks)
+    engine = build_engine(recipe, loaded, policy, prompts, sampler, ranks, environments)
     teacher = build_teacher(recipe.scoring_teacher, policy)
     critic = (
         build_critic(recipe.critic, task, templates, loaded, policy, seed=recipe.seed)
@@ -142,7 +149,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         critic_threads=critic_threads(recipe),
         samples_in_background=_samples_in_background(recipe),
         num_iterations=recipe.train.num_iterations,
-        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        micro_batch_tokens=micro_batch_tokens,
         chunk_tokens=chunk_tokens(loaded.model.config.get_text_config().vocab_size, device.type),
         max_length=loaded.max_length,
         pad_id=loaded.pad_id,
@@ -177,7 +184,10 @@ def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
         recipe.data, resolve(recipe.model.path), allow_empty=True, reward=recipe.reward
     )
     templates = Templates(recipe.model.templates or task.templates)
-    renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
+    renderer = build_renderer(
+        recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe)
+    )
+    task = for_episodes(recipe, task, renderer.tool_format)
     critic = build_critic(recipe.critic, task, templates, seed=recipe.seed)
     return CritiqueSetup(critic, task, renderer)
 
@@ -232,7 +242,7 @@ def max_sequence_length(recipe: Recipe, supported: int) -> int:
 
 
 def _with_adapters(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-    if recipe.model.gradient_checkpointing:
+    if recipe.model.gradient_checkpointing is True:
         recompute_activations(model)
     lora = recipe.model.lora
     if lora is None:

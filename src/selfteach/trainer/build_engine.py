@@ -26,6 +26,8 @@ from selfteach.models.loading import LoadedModel, load_tokenizer
 from selfteach.models.model_path import resolve
 from selfteach.models.policy import Policy
 from selfteach.protocols import Engine
+from selfteach.rollout.episode_engine import EpisodeEngine
+from selfteach.rollout.prompt_request import CompletionEngine
 from selfteach.rollout.transformers_engine import TransformersEngine
 from selfteach.rollout.vllm.in_process import ServedModel, VllmProcess
 from selfteach.rollout.vllm.synced_backend import SyncedBackend
@@ -33,6 +35,7 @@ from selfteach.rollout.vllm.vllm_engine import SyncedSampler, TrainableWeights, 
 from selfteach.rollout.vllm.weight_check import Probe, WeightCheck
 from selfteach.rollout.vllm.weight_sync import WeightFolder
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
+from selfteach.trainer.build_environment import Environments
 from selfteach.types import Sequences
 
 PROBE_TOKENS = 256
@@ -46,14 +49,30 @@ def build_engine(
     prompts: Iterable[tuple[int, ...]],
     model: PreTrainedModel | PeftModel,
     ranks: Ranks = SINGLE_PROCESS,
+    environments: Environments | None = None,
 ) -> Engine:
     """Build the engine of a recipe; the weight check uses the first of ``prompts``.
 
     ``model`` samples if the engine is transformers: the policy's model, or a full copy of a sharded
-    one.
+    one. With ``environments`` it runs episodes.
 
-    Raises `EngineError` or `RecipeError` in one line.
+    Raises `EngineError`, `RecipeError` or `DataError` in one line.
     """
+    engine = _completion_engine(recipe, loaded, policy, prompts, model, ranks)
+    if environments is None:
+        return engine
+    environments.prepare()
+    return EpisodeEngine(engine, loaded.renderer, environments.make, environments.limits)
+
+
+def _completion_engine(
+    recipe: Recipe,
+    loaded: LoadedModel,
+    policy: Policy,
+    prompts: Iterable[tuple[int, ...]],
+    model: PreTrainedModel | PeftModel,
+    ranks: Ranks,
+) -> CompletionEngine:
     config = recipe.engine
     if isinstance(config, TransformersEngineConfig):
         return TransformersEngine(

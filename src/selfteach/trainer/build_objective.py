@@ -9,7 +9,6 @@ from selfteach.config.objective_section import (
     HybridConfig,
 )
 from selfteach.config.recipe import Recipe, TrainConfig
-from selfteach.config.sampling_section import SamplingConfig
 from selfteach.errors import RecipeError
 from selfteach.losses.divergence import Divergence
 from selfteach.losses.objectives import Anneal, Distillation, Grpo, Hybrid
@@ -26,14 +25,14 @@ def build_objective(recipe: Recipe) -> Objective:
             _require_importance_weights(config, recipe.train)
             return _distillation(config, temperature)
         case GrpoConfig() as config:
-            return _grpo(config, recipe.sampling)
+            return _grpo(config, recipe)
         case HybridConfig() as config:
             _require_importance_weights(config.distillation, recipe.train)
             weight, train = config.weight, recipe.train
             steps = weight.steps or train.steps
             return Hybrid(
                 _distillation(config.distillation, temperature),
-                _grpo(config.grpo, recipe.sampling),
+                _grpo(config.grpo, recipe),
                 Anneal(weight.start, weight.end, max(0, steps - 1) * train.num_iterations),
                 config.grpo_weight,
                 config.grpo_tokens,
@@ -81,10 +80,11 @@ def _distillation(config: DistillationConfig, sampling_temperature: float) -> Di
     )
 
 
-def _grpo(config: GrpoConfig, sampling: SamplingConfig) -> Grpo:
+def _grpo(config: GrpoConfig, recipe: Recipe) -> Grpo:
+    sampling = recipe.sampling
     return Grpo(
         sampling.temperature,
         **config.model_dump(exclude={"type", "loss_type"}),
-        max_tokens=sampling.max_tokens,
+        max_tokens=recipe.most_sampled,
         mixed_groups_only=sampling.dynamic_rounds > 0,
     )

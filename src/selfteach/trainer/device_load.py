@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,15 @@ from selfteach.models.architectures import Shape, known_shapes
 from selfteach.models.loading import choose_device, dtypes_of, weights_dtype_of
 from selfteach.models.model_path import resolve
 from selfteach.models.model_size import cached_config, count_parameters, shape_of
-from selfteach.trainer.device_memory import DeviceLoad, VllmMemory, chunk_tokens, gib, memory
+from selfteach.trainer.device_memory import (
+    MICRO_BATCHES,
+    DeviceLoad,
+    VllmMemory,
+    chunk_tokens,
+    fit,
+    gib,
+    memory,
+)
 
 BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes per element, by dtype."""
@@ -42,7 +51,7 @@ def load_of(
     """Return what one device has to hold. ``parameters`` are the model's, adapters excluded."""
     model, train = recipe.model, recipe.train
     dtypes = dtypes_of(model, device, all_weights_train=recipe.all_weights_train)
-    completion = recipe.sampling.max_tokens
+    completion = recipe.most_sampled
     teacher = recipe.scoring_teacher.type
     copies = int(teacher != "live" and (teacher == "ema" or model.lora is None))
     copies += int(isinstance(recipe.critic, PolicyCriticConfig) and model.lora is None)
@@ -55,16 +64,21 @@ def load_of(
         adapters=(model.lora.rank, len(model.lora.targets)) if model.lora else None,
         weight_bytes=dtypes.weights.itemsize,
         compute_bytes=dtypes.compute.itemsize,
-        recompute=model.gradient_checkpointing,
+        recompute=model.gradient_checkpointing is True,
         copies=copies,
         # A sample longer than a micro-batch is a micro-batch of its own; the teacher's forward pass
         # stores no activations.
-        micro_batch_tokens=max(train.micro_batch_tokens, length),
+        micro_batch_tokens=max(
+            MICRO_BATCHES[0] if train.micro_batch_tokens == "auto" else train.micro_batch_tokens,
+            length,
+        ),
         chunk_entries=chunk_tokens(shape.vocabulary, device) * shape.vocabulary,
         sample_rows=rows,
         sample_length=length if window is None else min(window, length),
         sampler=_sampler(recipe, rows, device),
         critic_bytes=_critic_bytes(recipe, device),
+        chooses_micro_batch=train.micro_batch_tokens == "auto",
+        chooses_recompute=model.gradient_checkpointing == "auto",
     )
 
 
@@ -82,6 +96,31 @@ def require_memory(recipe: Recipe) -> None:
         require_fits(load, available, lora=recipe.model.lora is not None)
 
 
+def with_memory_choices(recipe: Recipe, shards: int = 1) -> Recipe:
+    """Return the recipe with what it leaves to the device's free memory (`device_memory.fit`).
+
+    ``shards`` are the ranks that share the weights. A model whose size is unknown gets the largest
+    micro-batch and no recomputation.
+    """
+    if "auto" not in (recipe.train.micro_batch_tokens, recipe.model.gradient_checkpointing):
+        return recipe
+    load = _load_by_config(recipe, fetch=True)
+    if load is None:
+        return with_choices(recipe, MICRO_BATCHES[0], False)
+    chosen = fit(replace(load, shards=shards), free_memory(recipe.model.device))
+    return with_choices(recipe, chosen.micro_batch_tokens, chosen.recompute)
+
+
+def with_choices(recipe: Recipe, micro_batch_tokens: int, gradient_checkpointing: bool) -> Recipe:
+    """Return the recipe with these in place of what it leaves open."""
+    train, model = recipe.train, recipe.model
+    if train.micro_batch_tokens == "auto":
+        train = train.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
+    if model.gradient_checkpointing == "auto":
+        model = model.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
+    return recipe.model_copy(update={"train": train, "model": model})
+
+
 def fitting_runs(recipe: Recipe) -> int | None:
     """Return how many runs of a recipe its device holds at their peaks; None if that is unknown.
 
@@ -90,7 +129,8 @@ def fitting_runs(recipe: Recipe) -> int | None:
     load = _load_by_config(recipe)
     if load is None:
         return None
-    return max(1, device_memory(recipe.model.device) // max(1, memory(load).peak))
+    available = device_memory(recipe.model.device)
+    return max(1, available // max(1, memory(fit(load, available)).peak))
 
 
 def require_fits(load: DeviceLoad, available: int, *, lora: bool) -> None:
@@ -115,6 +155,14 @@ def device_memory(device: str) -> int:
     return min([total, *_container_limits()])
 
 
+def free_memory(device: str) -> int:
+    """Return the free memory in bytes of a GPU; of a CPU all of it, so that a run can be repeated."""
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        return torch.cuda.mem_get_info(chosen)[0]
+    return device_memory(device)
+
+
 def _container_limits() -> Iterator[int]:
     """Yield the memory limits in bytes that Linux sets this process by cgroup, version 2 or 1."""
     for path in CGROUP_LIMITS:
@@ -122,9 +170,12 @@ def _container_limits() -> Iterator[int]:
             yield int(path.read_text(encoding="ascii"))
 
 
-def _load_by_config(recipe: Recipe) -> DeviceLoad | None:
-    """Return what a run has its device hold, prompts aside; None for a model of unknown size."""
-    size = _size(recipe.model)
+def _load_by_config(recipe: Recipe, *, fetch: bool = False) -> DeviceLoad | None:
+    """Return what a run has its device hold, prompts aside; None for a model of unknown size.
+
+    ``fetch``: a configuration that is not here may come from the hub.
+    """
+    size = _size(recipe.model, fetch=fetch)
     if size is None:
         return None
     shape, parameters = size
@@ -134,10 +185,10 @@ def _load_by_config(recipe: Recipe) -> DeviceLoad | None:
     return load_of(recipe, shape, parameters=parameters, trained=trained, device=device)
 
 
-def _size(model: ModelConfig) -> tuple[Shape, int] | None:
+def _size(model: ModelConfig, *, fetch: bool = False) -> tuple[Shape, int] | None:
     """Return a model's shape and parameters from its configuration or the table; else None."""
     try:
-        config, path = cached_config(model), resolve(model.path)
+        config, path = cached_config(model, fetch=fetch), resolve(model.path)
     except EngineError:  # no such folder or package: loading says so
         return None
     if config is not None:

@@ -9,7 +9,7 @@ CPU the copy of a model's weights for sampling (400 million elements at most).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from selfteach.models.architectures import Shape
@@ -22,6 +22,10 @@ the matmul results they are cast from, log-probabilities, mixture and terms, and
 CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**25}
 """Logits (tokens × vocabulary) in memory at a time while a loss is computed: 4 and 128 MB each. With
 much smaller chunks a GPU waits for kernel launches."""
+MICRO_BATCHES = (16_384, 8_192, 4_096, 2_048)
+"""Tokens of a micro-batch that `fit` tries. Larger ones make no device faster."""
+FILLED = 0.85
+"""Share of the free memory that `fit` fills: fragmentation and drivers take some."""
 CHUNK_TOKENS = 76
 """Minimum tokens of a chunk: the head is read once per chunk, which dominates the time of smaller ones.
 Two buffers of their logits and what else a loss holds are a tenth of the logits of 2,048 tokens."""
@@ -69,6 +73,10 @@ class DeviceLoad:
     """Prompt and completion, in tokens."""
     sampler: Literal["trainer", "elsewhere"] | VllmMemory = "trainer"
     """Where rollouts are sampled: with the model that trains, on other devices, or in a vLLM here."""
+    chooses_micro_batch: bool = False
+    """The recipe leaves the micro-batch open: `fit` chooses it."""
+    chooses_recompute: bool = False
+    """The recipe leaves gradient checkpointing open."""
     critic_bytes: int = 0
     """Weights of a critic that runs in the trainer's process, on this device."""
     shards: int = 1
@@ -131,6 +139,31 @@ def memory(load: DeviceLoad) -> Memory:
     )
 
 
+def fit(load: DeviceLoad, available: float) -> DeviceLoad:
+    """Choose what a recipe leaves open: the largest micro-batch that fits ``available`` bytes.
+
+    Activations are recomputed only if the smallest micro-batch does not fit otherwise; if nothing
+    fits, the choice is the smallest with recomputation. A micro-batch is never shorter than a sample.
+    """
+    least = load.sample_length
+    sizes = (
+        sorted({max(tokens, least) for tokens in MICRO_BATCHES}, reverse=True)
+        if load.chooses_micro_batch
+        else [load.micro_batch_tokens]
+    )
+    choices = [
+        replace(load, micro_batch_tokens=tokens, recompute=recompute)
+        for recompute in ((False, True) if load.chooses_recompute else (load.recompute,))
+        for tokens in sizes
+    ]
+    budget = FILLED * available
+    if isinstance(load.sampler, VllmMemory) and not load.sampler.sleeps:
+        # It takes its whole share, of which the estimate counts what it needs at least.
+        needed = sum(item.bytes for item in _vllm(load, load.sampler))
+        budget = budget * (1 - load.sampler.share) + needed
+    return next((choice for choice in choices if _training_bytes(choice) <= budget), choices[-1])
+
+
 def chunk_tokens(vocabulary: int, device: str) -> int:
     """Return the number of tokens whose logits are in memory at a time on a kind of device."""
     entries = CHUNK_ENTRIES.get(device, CHUNK_ENTRIES["cuda"])
@@ -162,6 +195,12 @@ def layer_token_bytes(load: DeviceLoad) -> int:
 def gib(count: int) -> str:
     """Format bytes in GiB, or in MiB below a tenth of a GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def _training_bytes(load: DeviceLoad) -> int:
+    """Return the bytes in use while the policy trains."""
+    estimate = memory(load)
+    return sum(item.bytes for item in (*estimate.always, *estimate.training))
 
 
 def _shard(item: Item, shards: int) -> Item:

@@ -9,7 +9,7 @@ from selfteach.feedback.rewards.combined_reward import CombinedReward
 from selfteach.feedback.rewards.reward_journal import RewardJournal
 from selfteach.protocols import Verifier
 from selfteach.runtime.run_folder import RunFolder
-from selfteach.tasks.verifiers import verdicts_of, verify_all
+from selfteach.tasks.verifiers import verdicts_of, verify_rollouts
 from selfteach.trainer.build import Built
 from selfteach.trainer.reward_metrics import mean_rewards
 from selfteach.types import Problem, Rollout, Verdict
@@ -65,12 +65,11 @@ class BatchwiseReward:
             return
         buyer = f"{self._run.identity}/{components.ranks.rank}"
         journal = RewardJournal(self._run, f"{self._name}.{number:03d}", buyer)
-        answers = [(rollout.problem, rollout.text) for rollout in rollouts]
-        verified = verify_all(components.verify, answers)
+        verified = verify_rollouts(components.verify, rollouts)
         rewarded = reward.at(self._update, journal)(list(zip(rollouts, verified, strict=True)))
         for rollout, first, verdict in zip(rollouts, verified, rewarded, strict=True):
             self._verdicts[rollout.key] = verdict
-            self._by_text[rollout.problem.id, rollout.text] = first
+            self._by_text[rollout.problem.id, rollout.answer_text] = first
 
     @property
     def verifier(self) -> Verifier:

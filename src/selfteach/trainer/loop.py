@@ -15,7 +15,7 @@ from selfteach.errors import CheckpointError, RecipeError, RunStopped, Terminate
 from selfteach.evaluation.evaluation_record import evaluation_path
 from selfteach.evaluation.evaluator import evaluate, rollouts_name
 from selfteach.models.fsdp import whole_state
-from selfteach.models.loading import choose_device, dtypes_of
+from selfteach.models.loading import choose_device
 from selfteach.models.model_path import resolve
 from selfteach.rollout.journaled_engine import JournaledEngine
 from selfteach.rollout.sampling_settings import evaluation_sampling
@@ -23,7 +23,6 @@ from selfteach.runtime import torchrun, tracking
 from selfteach.runtime.atomic_files import report_full_disk, sync_folder, sync_tree, write_json
 from selfteach.runtime.distributed import Ranks, init_ranks
 from selfteach.runtime.part_sources import require_given, require_same_sources, with_copies
-from selfteach.runtime.provenance import collect_provenance, cpu_capability
 from selfteach.runtime.run_folder import RunFolder, load_result
 from selfteach.runtime.seeds import hashed_rng
 from selfteach.runtime.signals import Termination, handle_termination
@@ -39,6 +38,7 @@ from selfteach.trainer.guard import Guard
 from selfteach.trainer.preflight import preflight
 from selfteach.trainer.problem_identity import has_uneven_epochs, same_problems
 from selfteach.trainer.reward_metrics import JUDGE_BUDGET
+from selfteach.trainer.run_environment import as_started, environment_of
 from selfteach.trainer.step import publish_weights
 from selfteach.types import Problem
 
@@ -79,16 +79,8 @@ def train(
     folder = run.path
     with _ranks(recipe) as ranks, run.lock() if ranks.is_main else nullcontext():
         if ranks.is_main:
-            dtypes = dtypes_of(
-                recipe.model, recipe.model.device, all_weights_train=recipe.all_weights_train
-            )
-            environment = {
-                **collect_provenance(),
-                "processor": cpu_capability(),
-                "weights_dtype": str(dtypes.weights).removeprefix("torch."),
-                "matmul_dtype": str(dtypes.compute).removeprefix("torch."),
-            }
-            run.create(recipe.model_dump(mode="json"), environment)
+            run.create(recipe.model_dump(mode="json"), environment_of(recipe, ranks))
+        recipe = as_started(recipe, run, ranks)
         if ranks.broadcast(run.is_complete):
             return
         recipe = with_copies(recipe, folder, only_missing=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from selfteach.runtime.distributed import Ranks
 from selfteach.trainer import rollout_statistics
 from selfteach.trainer.reward_metrics import summarize_rewards
-from selfteach.types import CritiqueFailure, TokenWeights, TrainingSample, Usage
+from selfteach.types import CritiqueFailure, Rollout, TokenWeights, TrainingSample, Usage
 
 Metrics = dict[str, float]
 TOKEN_VALUES = frozenset(
@@ -35,7 +35,7 @@ def loss_coverage(samples: Sequence[TrainingSample], weights: Sequence[TokenWeig
 def summarize_samples(samples: Sequence[TrainingSample]) -> Metrics:
     """Compute rates and means over the step's rollouts, and the critic's usage and failures."""
     rollouts = [sample.rollout for sample in samples]
-    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    tokens = sum(rollout.length for rollout in rollouts)
     count = max(1, len(rollouts))
     dropped = Counter(sample.dropped for sample in samples if sample.dropped)
     critiques = [sample.critiqued.critique for sample in samples if sample.critiqued.critique]
@@ -43,8 +43,8 @@ def summarize_samples(samples: Sequence[TrainingSample]) -> Metrics:
     fidelity = [sample.change.fidelity for sample in samples if sample.change]
     timeouts = sum(sample.critiqued.verdict.timed_out for sample in samples)
     usage = sum((critique.usage for critique in critiques), Usage())
-    repetition = sum(rollout_statistics.repetition(rollout.token_ids) for rollout in rollouts)
-    hesitations = sum(rollout_statistics.hesitations(rollout.text) for rollout in rollouts)
+    repetition = sum(rollout_statistics.repetition_in_turns(rollout) for rollout in rollouts)
+    hesitations = sum(rollout_statistics.hesitations(rollout.model_text) for rollout in rollouts)
     return {
         "correct": sum(sample.critiqued.verdict.correct for sample in samples) / count,
         "formatted": sum(sample.critiqued.verdict.formatted for sample in samples) / count,
@@ -53,11 +53,13 @@ def summarize_samples(samples: Sequence[TrainingSample]) -> Metrics:
         "truncated": sum(not rollout.finished for rollout in rollouts) / count,
         "length": tokens / count,
         # The mean of -log p over sampled tokens is an unbiased estimate of the entropy per token.
+        # An environment's tokens have a logp of 0, and none of them is among the tokens.
         "entropy": -sum(sum(rollout.logps) for rollout in rollouts) / max(1, tokens),
         "repetition": repetition / count,
         "hesitations": hesitations / count,
         "rollouts_sampled": len(rollouts),
         "tokens_sampled": tokens,
+        **summarize_episodes(rollouts),
         "critiques": (critiqued := len(critiques) - sum(failures.values())),
         **({"critiqued": critiqued / count} if critiques else {}),
         **({"fidelity": sum(fidelity) / len(fidelity)} if fidelity else {}),
@@ -65,6 +67,20 @@ def summarize_samples(samples: Sequence[TrainingSample]) -> Metrics:
         **{f"critique_failure/{reason}": n / count for reason, n in sorted(failures.items())},
         "dropped": sum(dropped.values()) / count,
         **{f"dropped/{reason}": number / count for reason, number in sorted(dropped.items())},
+    }
+
+
+def summarize_episodes(rollouts: Sequence[Rollout]) -> Metrics:
+    """Compute means over the episodes of a step, by kind of event; empty without an environment."""
+    episodes = [rollout for rollout in rollouts if rollout.is_episode]
+    if not episodes:
+        return {}
+    events = Counter(s.event for rollout in episodes for s in rollout.segments if s.event)
+    read = sum(len(rollout.token_ids) - rollout.length for rollout in episodes)
+    return {
+        "turns": sum(len(rollout.turns) for rollout in episodes) / len(episodes),
+        "environment_tokens": read / len(episodes),
+        **{f"event/{kind}": n / len(episodes) for kind, n in sorted(events.items())},
     }
 
 

@@ -28,22 +28,26 @@ def summarize_rewards(samples: Sequence[TrainingSample]) -> dict[str, float]:
         groups[id_] |= set() if verdict.reward is None else {verdict.reward}
     metrics = _moments("reward", "reward_std", [one.total for one in rewards])
     metrics["frac_reward_zero_std"] = sum(len(g) <= 1 for g in groups.values()) / len(groups)
-    for name in rewards[0].values:
-        values = [one.values[name] for one in rewards]
-        metrics |= _moments(f"rewards/{name}/mean", f"rewards/{name}/std", values)
+    metrics |= _each(rewards)
     unscored = sum(one.total is None for one in rewards)
     if unscored:
-        metrics["unscored"] = unscored / len(rewards)
+        metrics["unscored"] = unscored / len(verdicts)
     return {**metrics, **_logged(rewards), **_judged(rewards)}
 
 
 def mean_rewards(rewards: Sequence[Rewards]) -> dict[str, float]:
     """Return the means of the total and of each reward, for the row of an evaluation."""
     metrics = _moments("reward", "reward_std", [one.total for one in rewards])
-    for name in rewards[0].values:
-        values = [one.values[name] for one in rewards]
+    return {**metrics, **_each(rewards), **_judged(rewards)}
+
+
+def _each(rewards: Sequence[Rewards]) -> dict[str, float]:
+    """Return the moments of each reward by its name; an episode may lack some."""
+    metrics: dict[str, float] = {}
+    for name in dict.fromkeys(name for one in rewards for name in one.values):
+        values = [one.values.get(name) for one in rewards]
         metrics |= _moments(f"rewards/{name}/mean", f"rewards/{name}/std", values)
-    return {**metrics, **_judged(rewards)}
+    return metrics
 
 
 def _moments(mean: str, std: str, values: Sequence[float | None]) -> dict[str, float]:
@@ -67,10 +71,10 @@ def _logged(rewards: Sequence[Rewards]) -> dict[str, float]:
 
 
 def _judged(rewards: Sequence[Rewards]) -> Mapping[str, float]:
-    """Return what judges cost, and the share of rollouts for which each gave no number."""
+    """Return what judges cost, and the share of rollouts for which each reward has no number."""
     usage = sum((one.usage for one in rewards), Usage())
     failures = Counter(
-        f"judge_failure/{name}/{reason.partition(':')[0]}"
+        f"{_failure(reason)}/{name}/{reason.partition(':')[0]}"
         for one in rewards
         for name, reason in one.failures.items()
     )
@@ -78,3 +82,8 @@ def _judged(rewards: Sequence[Rewards]) -> Mapping[str, float]:
     if usage == Usage():
         return shares
     return {**{f"judge_{name}": value for name, value in asdict(usage).items()}, **shares}
+
+
+def _failure(reason: str) -> str:
+    """Return the family of metrics of a failure: a judge's, or of a function that raised."""
+    return "reward_failure" if reason.startswith("raised:") else "judge_failure"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from selfteach.types import TokenWeights, TrainingSample
+from selfteach.types import Rollout, TokenWeights, TrainingSample
 
 NGRAM = 4
 """Length of the runs of tokens that `repetition` looks for: long enough that prose rarely repeats one,
@@ -31,6 +31,16 @@ def repetition(ids: Sequence[int], n: int = NGRAM) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def repetition_in_turns(rollout: Rollout) -> float:
+    """Return the `repetition` of what the model has sampled: the mean over its turns, by length."""
+    turns = [(turn.stop - turn.start, turn) for turn in rollout.turns]
+    if len(turns) == 1:
+        return repetition(rollout.token_ids[turns[0][1].start : turns[0][1].stop])
+    ids = rollout.token_ids
+    weighted = sum(n * repetition(ids[turn.start : turn.stop]) for n, turn in turns)
+    return weighted / max(1, rollout.length)
+
+
 def hesitations(text: str) -> int:
     """Count the phrases of `HESITATION` in a rollout's text."""
     return len(HESITATION.findall(text))
@@ -50,5 +60,7 @@ def eos_in_loss(
     loss. A model whose end token is never supervised forgets to stop.
     """
     counted = [(x, s) for x, s in zip(samples, token_weights, strict=True) if any(s.weights)]
-    ended = sum(x.rollout.finished and s.weights[-1] != 0 for x, s in counted)
+    ended = sum(
+        x.rollout.finished and s.weights[x.rollout.turns[-1].stop - 1] != 0 for x, s in counted
+    )
     return ended / len(counted) if counted else None

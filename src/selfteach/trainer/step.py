@@ -15,6 +15,7 @@ from torch import Tensor
 from selfteach.feedback.alignment import changed_steps, first_change, first_error_token
 from selfteach.losses.sampled_kl import sampled_kl
 from selfteach.models.policy import Policy
+from selfteach.prompts.episode_tokens import shown_problem, token_ends, unscored_thoughts
 from selfteach.prompts.renderer import Renderer
 from selfteach.protocols import (
     Context,
@@ -190,8 +191,8 @@ def _without_context(components: Components, critiqued: CritiquedRollout) -> Tra
     return TrainingSample(
         critiqued,
         teacher_prompt_ids=rollout.prompt_ids if needs_teacher else None,
-        scored_from=components.renderer.scored_from(rollout.token_ids),
-        steps=tuple(components.split_steps(rollout.text)),
+        **unscored_thoughts(components.renderer, rollout),
+        steps=tuple(segmentation.step_spans(rollout, components.split_steps)),
     )
 
 
@@ -200,17 +201,17 @@ def _with_context(
 ) -> TrainingSample:
     """Return a sample with its teacher prompt, or with the reason why it has none."""
     rollout = critiqued.rollout
-    spans = tuple(components.split_steps(rollout.text))
-    scored_from = components.renderer.scored_from(rollout.token_ids)
-    sample = TrainingSample(critiqued, scored_from=scored_from, steps=spans)
+    spans = tuple(segmentation.step_spans(rollout, components.split_steps))
+    thoughts = unscored_thoughts(components.renderer, rollout)
+    sample = TrainingSample(critiqued, **thoughts, steps=spans)
     if isinstance(context, CritiqueFailure):
         return dataclasses.replace(sample, dropped=context.reason)
-    prompt = components.renderer.teacher_prompt(rollout.problem, context)
+    prompt = components.renderer.teacher_prompt(shown_problem(rollout), context)
     if len(prompt) + len(rollout.token_ids) > components.max_length:
         return dataclasses.replace(
             sample, context=context, dropped="longer than the context window"
         )
-    ends = components.renderer.token_ends(rollout.token_ids)
+    ends = token_ends(components.renderer, rollout)
     token_spans = segmentation.token_spans(spans, ends)
     return dataclasses.replace(
         sample,

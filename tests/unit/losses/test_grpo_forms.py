@@ -81,8 +81,8 @@ def test_surrogates_by_hand() -> None:
 def test_means_over_rollouts_by_hand() -> None:
     values, rows = torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.tensor([0, 0, 2, 2])
     counted = torch.tensor([True, True, True, False])
-    assert sequence_means(values, rows, counted).tolist() == [2.0, 2.0, 5.0, 5.0]
-    assert sequence_means(values[:0], rows[:0], counted[:0]).tolist() == []
+    assert sequence_means(values, rows, counted, 3).tolist() == [2.0, 2.0, 5.0, 5.0]
+    assert sequence_means(values[:0], rows[:0], counted[:0], 0).tolist() == []
 
 
 @pytest.mark.parametrize(

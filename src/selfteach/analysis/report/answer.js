@@ -104,16 +104,24 @@ function stepTable() {
   for (let i = 0; i < Math.max(numSteps, critiqueSteps.length); i++) {
     const cell = i < numSteps ? answerCell(i) : node("td", {}, node("span", { class: "quiet" }, "not written"));
     body.append(stepRow(String(i + 1), cell, critiqueCell(critiqueSteps[i]), i === record.first_error));
+    body.append(...replyRows(i));
   }
   if (final !== null || (critique && critique.answer)) {
     const corrected = critique && critique.answer ? { text: critique.answer, status: null } : null;
     const cell = final === null ? node("td") : answerCell(final);
     body.append(stepRow("answer", cell, critiqueCell(corrected), final !== null && final === record.first_error));
+    if (final !== null) body.append(...replyRows(final));
   }
-  const head = ["step", "answer", ...(critique && critique.steps ? ["critique"] : [])];
+  const head = [record.replies.length ? "turn" : "step", "answer", ...(critique && critique.steps ? ["critique"] : [])];
   return node("table", { id: "steps", onkeydown: moveInTokens, onmouseover: showTipAt, onmouseout: hideTip,
     onfocusin: showTipAt, onfocusout: hideTip },
     node("thead", {}, node("tr", {}, ...head.map((title) => node("th", { scope: "col" }, title)))), body);
+}
+
+/** Make the rows of what an environment replied to a turn: no tokens of the model, so no colours. */
+function replyRows(turn) {
+  return record.replies.filter(([before]) => before === turn).map(([, text]) =>
+    node("tr", { class: "reply" }, node("th", { scope: "row" }, "reply"), node("td", { class: "text quiet" }, text)));
 }
 
 function stepRow(name, answerCell, critiqueCell, isError = false) {

@@ -7,6 +7,7 @@ A record holds everything about one answer, as plain JSON:
     prompt        the prompt as the student saw it, control tokens included, or null if it is not stored
     history       messages before the question: [{role, content}]
     spans         the text's solution steps as [begin, end) in characters, the final answer last
+    replies       of an episode, what the environment wrote: [index of the turn before it, text]
     first_error   index of the first wrong step, or null
     critique      {case, answer, steps: [{text, status}]}, or {reason, detail}, or null
     fidelity      share of the answer repeated before the critique's first change, or null
@@ -93,7 +94,7 @@ def example_answer(example: Mapping[str, Any]) -> AnswerRecord:
         "question": example["question"], "gold": None, "text": "".join(tokens), "parsed": None,
         "correct": example["correct"], "finished": True, "spans": spans, "prompt": None, "history": [],
         "first_error": None if at is None else example["steps"][at],
-        "critique": None, "fidelity": None, "tokens": {
+        "replies": [], "critique": None, "fidelity": None, "tokens": {
             "text": tokens, "step": example["steps"], "kind": None, "logp": None,
         },
         "contexts": {
@@ -123,6 +124,7 @@ def _inspected_record(row: Mapping[str, Any], tokens: Mapping[str, Any]) -> Answ
         "prompt": row.get("prompt"), "history": row.get("history", []),
         "parsed": row["parsed"], "correct": row["correct"], "finished": row["finished"],
         "spans": row["step_spans"]["characters"], "first_error": row["first_error"],
+        "replies": _replies(row, row["text"]),
         "critique": _critique(row["critique"]), "fidelity": row["fidelity"],
         "contexts": contexts, "tokens": tokens.get("tokens"),
     }  # fmt: skip
@@ -141,10 +143,21 @@ def _training_record(
         "prompt": prompts.get(row["problem_id"]), "history": row.get("history", []),
         "parsed": row["parsed"], "correct": row["correct"], "finished": row.get("finished", True),
         "spans": row.get("steps") or [[0, len(row["answer"])]],
+        "replies": _replies(row, row["answer"]),
         "first_error": critique.get("first_error") if critique else None,
         "critique": _critique(critique), "fidelity": change["fidelity"] if change else None,
         "contexts": {} if context == "none" else {context: shown_context}, "tokens": None,
     }  # fmt: skip
+
+
+def _replies(row: Mapping[str, Any], text: str) -> list[list[Any]]:
+    """Return what an environment wrote, each with the index of the turn before it."""
+    replies, turn = [], -1
+    for segment in row.get("segments", ()):
+        turn += segment["kind"] == "model"
+        if segment["kind"] != "model":
+            replies.append([turn, text[slice(*segment["span"])]])
+    return replies
 
 
 def _critique(row: Mapping[str, Any] | None) -> AnswerRecord | None:

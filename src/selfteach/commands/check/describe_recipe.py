@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from selfteach.commands.check.fit_notes import fit_notes
+from selfteach.commands.check.hub_environment_contract import check_environment_rewards
 from selfteach.commands.check.part_contracts import Critiqued, check_parts
 from selfteach.commands.check.sizes import RunSizes, device_load, measure, measure_offline
 from selfteach.commands.check.tokens import (
@@ -21,12 +22,14 @@ from selfteach.commands.check.tokens import (
 from selfteach.commands.study.run_study import inspection_of
 from selfteach.config.critic_section import EndpointConfig
 from selfteach.config.objective_section import terms
+from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import Study
 from selfteach.models import matmul
 from selfteach.models.loading import choose_device
 from selfteach.tasks.task import describe_problems
 from selfteach.trainer.build import build
+from selfteach.trainer.device_load import free_memory
 from selfteach.trainer.device_memory import Item, Memory, gib, memory
 
 FEEDBACK_NOT_READ = (
@@ -84,7 +87,8 @@ def describe_study(study: Study, *, offline: bool = False) -> Iterator[str]:
     for arm, recipe in recipes.items():
         yield f"# {arm}, per seed"
         yield from _budget(recipe, sizes[arm])
-        load = device_load(recipe, sizes[arm])
+        available = None if offline else free_memory(recipe.model.device)
+        load = device_load(recipe, sizes[arm], available)
         if load is not None and recipe.train.steps:
             yield from _memory(arm, memory(load), described)
     for name, variant in study.variants.items():
@@ -167,7 +171,8 @@ def _measure(recipe: Recipe, offline: bool, critiqued: Critiqued) -> RunSizes:
         return measure_offline(recipe)
     built = build(recipe)
     sizes = measure(recipe, built)
-    return dataclasses.replace(sizes, parts=tuple(check_parts(recipe, built, critiqued)))
+    parts = [*check_parts(recipe, built, critiqued), *check_environment_rewards(built)]
+    return dataclasses.replace(sizes, parts=tuple(parts))
 
 
 def _unchecked(sizes: Mapping[str, RunSizes]) -> Iterator[str]:
@@ -204,6 +209,11 @@ def _budget(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
             f"{most}{budget.rollouts:,} rollouts (at most {budget.tokens:,} tokens), "
             f"{budget.critiques:,} critiques, {budget.optimizer_steps:,} optimizer steps, "
             f"{budget.evaluation_rollouts:,} rollouts to evaluate"
+        )
+    if (environment := recipe.environment) is not None:
+        yield (
+            f"episodes with {unanchored({'type': environment.type})['type']}: at most "
+            f"{environment.max_turns} turns of {recipe.sampling.max_tokens:,} tokens, and the replies"
         )
     steps, rows = recipe.train.steps, step_tokens(recipe, sizes.lengths)
     yield f"tokens at most (expected): per step, in {steps:,} steps"

@@ -95,7 +95,8 @@ def _rollout_ratios(recipe: Recipe) -> Iterator[str]:
 
 
 def _memory(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
-    load, available = device_load(recipe, sizes), device_memory(recipe.model.device)
+    available = device_memory(recipe.model.device)
+    load = device_load(recipe, sizes, available)
     if load is None or recipe.distributed.shard != "none":
         return
     require_fits(load, available, lora=recipe.model.lora is not None)

@@ -12,6 +12,7 @@ from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build import build_arm_context
+from selfteach.trainer.build_environment import environment_tools
 from selfteach.types import (
     Critique,
     CritiquedRollout,
@@ -50,7 +51,9 @@ def shown_prompts(recipes: Mapping[str, Recipe]) -> Iterator[str]:
 def _prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     task = load_task(recipe.data, resolve(recipe.model.path), reward=recipe.reward)
     templates = Templates(recipe.model.templates or task.templates)
-    renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), templates)
+    renderer = build_renderer(
+        recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe)
+    )
     problem = task.problems("train")[0]
     yield "the student is shown", renderer.shown(renderer.solver_prompt(problem))
     yield "the teacher is shown", _teacher(recipe, task, templates, renderer, problem)
@@ -87,8 +90,9 @@ def _critic(config: LlmCriticConfig, templates: Templates, problem: Problem) -> 
         solution = "‹the critic's own solution›"
     elif config.sees_reference:
         solution = problem.references.get("reference")
+    ran = {"evidence": "‹what running the rollout has shown›", "facts": {}}
     messages = templates.critic(
         problem.transcript, ROLLOUT, steps=(ROLLOUT,), final="‹answer›", finished=True,
-        reference=solution,
+        reference=solution, **(ran if config.sees_evidence else {}),
     )  # fmt: skip
     return "\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)

@@ -39,9 +39,10 @@ from selfteach.trainer.build import (
     max_sequence_length,
 )
 from selfteach.trainer.build_critic import build_critic
+from selfteach.trainer.build_environment import environment_tools
 from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.device_load import load_of
-from selfteach.trainer.device_memory import DeviceLoad
+from selfteach.trainer.device_memory import DeviceLoad, fit
 from selfteach.trainer.fit_checks import (
     require_fitting_templates,
     require_references,
@@ -107,7 +108,9 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     renderer = None
     templates = Templates(model.templates or _template_set(recipe))
     if shape is not None and cached_config(model) is not None:
-        renderer = build_renderer(model, load_tokenizer(model), templates)
+        renderer = build_renderer(
+            model, load_tokenizer(model), templates, environment_tools(recipe)
+        )
     window = (
         max_sequence_length(recipe, shape.positions) if shape else recipe.train.max_length or 4096
     )
@@ -127,11 +130,16 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     )
 
 
-def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
-    """Return what one device has to hold; None for a model whose architecture is unknown."""
+def device_load(
+    recipe: Recipe, sizes: RunSizes, available: float | None = None
+) -> DeviceLoad | None:
+    """Return what one device has to hold; None for a model whose architecture is unknown.
+
+    What the recipe leaves open is chosen for a device with ``available`` bytes; None: not known here.
+    """
     if sizes.shape is None:
         return None
-    return load_of(
+    load = load_of(
         recipe,
         sizes.shape,
         parameters=sizes.parameters,
@@ -140,6 +148,7 @@ def device_load(recipe: Recipe, sizes: RunSizes) -> DeviceLoad | None:
         longest_prompt=sizes.lengths.longest_prompt,
         window=sizes.lengths.window,
     )
+    return load if available is None else fit(load, available)
 
 
 def count_lengths(

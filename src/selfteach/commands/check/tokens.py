@@ -17,6 +17,8 @@ from selfteach.config.served_model import ServedModelConfig
 
 CHARACTERS_PER_TOKEN = 4
 """Of a template whose tokens are not counted."""
+EVIDENCE_TOKENS = (60, 600)
+"""Tokens of what running an answer shows: usually, and at most."""
 ASSUMED_PROMPT = 1024
 """Prompt length in tokens where none could be counted: mathematics questions are shorter."""
 
@@ -60,7 +62,7 @@ class Budget:
             evaluated += problems["test"] * evaluation.test_k
         return cls(
             rollouts=rollouts,
-            tokens=rollouts * recipe.sampling.max_tokens,
+            tokens=rollouts * recipe.most_sampled,
             critiques=rollouts if recipe.critic is not None else 0,
             optimizer_steps=train.steps * train.num_iterations,
             evaluation_rollouts=evaluated,
@@ -83,7 +85,7 @@ class Tokens:
 
 def step_tokens(recipe: Recipe, lengths: Lengths) -> list[Tokens]:
     """Count the tokens that one step samples, scores and exchanges with the critic."""
-    train, completion = recipe.train, recipe.sampling.max_tokens
+    train, completion = recipe.train, recipe.most_sampled
     rollouts = train.problems_per_step * train.group_size
     prompt, mean = lengths.longest_prompt, lengths.mean_prompt
     scored = rollouts * train.num_iterations
@@ -161,7 +163,7 @@ def plus(*numbers: int | float | None) -> float | None:
 def _teacher_tokens(recipe: Recipe, lengths: Lengths) -> tuple[int, float | None] | None:
     """Count what the teacher scores of one rollout: under a context, or under the student's prompt."""
     distillation, grpo = terms(recipe.objective)
-    completion, mean = recipe.sampling.max_tokens, lengths.mean_prompt
+    completion, mean = recipe.most_sampled, lengths.mean_prompt
     if distillation is not None or recipe.shows_context:
         by_reference = recipe.context.type in ("reference", "aligned_reference")
         context = lengths.mean_reference if by_reference else float(completion)
@@ -185,8 +187,9 @@ def _critic_tokens(
             plus(lengths.mean_prompt, completion),
             prompt + critic.max_tokens,
         )
-    expected = plus(lengths.mean_prompt, solution, completion, template)
-    most = template + prompt + completion + longest_solution
+    evidence, most_evidence = EVIDENCE_TOKENS if critic.sees_evidence else (0, 0)
+    expected = plus(lengths.mean_prompt, solution, completion, template, evidence)
+    most = template + prompt + completion + longest_solution + most_evidence
     times = rollouts * critic.max_attempts
     return [
         Tokens(

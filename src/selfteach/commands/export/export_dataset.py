@@ -74,6 +74,11 @@ def export(request: DatasetRequest) -> DatasetCounts:
             recipe = recipe_beside(path, list(settings))
         source = ContextSource(recipe, again=again)
         groups = rollouts_of_file(path, source)
+    if source.recipe.environment is not None:
+        raise RecipeError(
+            f"{path}: its rollouts are episodes with an environment, which no format of other trainers "
+            "holds: selfteach inspect and the folder's rollouts/ have them"
+        )
     model = source.recipe.model
     renderer = MessageRenderer(
         source.templates, system=model.system, teacher_system=model.teacher_system

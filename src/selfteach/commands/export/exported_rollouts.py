@@ -21,6 +21,7 @@ from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import Row, read_bytes, read_lines, reading
 from selfteach.runtime.stored_records import critique_from, problem_digest, rollouts_from
 from selfteach.tasks.task import Task, default_templates, load_task
+from selfteach.tasks.verifiers import verify_rollouts
 from selfteach.trainer.build import build_arm_context, build_context
 from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, Problem, Rollout, Verdict
 
@@ -207,9 +208,10 @@ def _unsampled(
     rollouts: list[Rollout] = []
     for path in paths:
         rollouts += rollouts_from(_whole_rows(run, path) or [], source.problems, path)
+    verdicts = verify_rollouts(source.task.verify, rollouts)
     return [
-        CritiquedRollout(one, source.task.verify(one.problem, one.text), critiques.get(one.key))
-        for one in rollouts
+        CritiquedRollout(one, verdict, critiques.get(one.key))
+        for one, verdict in zip(rollouts, verdicts, strict=True)
     ]
 
 

@@ -36,8 +36,8 @@ from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context, Critic
 from selfteach.rollout.journaled_engine import BatchedEngine, JournaledEngine
+from selfteach.rollout.prompt_request import CompletionEngine
 from selfteach.rollout.sampling_settings import training_sampling
-from selfteach.rollout.transformers_engine import TransformersEngine
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.runtime.stored_files import read_json
 from selfteach.trainer.build import build, build_arm_context
@@ -105,7 +105,7 @@ class Collector:
         self._base = untrained(recipes)
         self._built = build(self._base).for_measuring()
         engine = self._built.components.engine
-        assert isinstance(engine, BatchedEngine) and isinstance(engine.engine, TransformersEngine)
+        assert isinstance(engine, BatchedEngine) and isinstance(engine.engine, CompletionEngine)
         self._engine = engine.engine
         self._sampling = training_sampling(self._base, request.k, request.seed)
 

@@ -159,6 +159,7 @@ def _cost(data: ModelData, arm: ArmData, shown: Interval | None) -> dict[str, fl
         fmean(len(rollout.prompt_ids) for rollout in rollouts),
         fmean(len(rollout.token_ids) for rollout in rollouts),
         fmean(prompts) if prompts else None,
+        fmean(rollout.length for rollout in rollouts),
     )
     rates = {kind: data.rates.get(f"{name}/{kind}") for kind in ("sampling", "training", "scoring")}
     rates["critique"] = data.rates.get(f"{name}/critique/{critic_key(arm.recipe)}")

@@ -81,7 +81,7 @@ class MeteredEngine:
         """Sample the rollouts."""
         with self._meter.measuring():
             rollouts = self._engine.generate(problems, sampling)
-        self._meter.units += sum(len(rollout.token_ids) for rollout in rollouts)
+        self._meter.units += sum(rollout.length for rollout in rollouts)
         return rollouts
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -154,6 +154,8 @@ class MeanLengths:
     completion: float
     teacher_prompt: float | None
     """None without a teacher."""
+    sampled: float | None = None
+    """Tokens of ``completion`` that the model samples, and no environment writes; None: all."""
 
 
 def step_cost(
@@ -170,6 +172,7 @@ def step_cost(
     """
     train = recipe.train
     rollouts = train.problems_per_step * train.group_size
+    sampled = rollouts * (lengths.completion if lengths.sampled is None else lengths.sampled)
     student = rollouts * (lengths.prompt + lengths.completion)
     teacher = 0.0
     if lengths.teacher_prompt is not None:
@@ -178,7 +181,7 @@ def step_cost(
     scoring = _times(rates["scoring"], teacher) if teacher else 0.0
     learning = None if training is None or scoring is None else training + scoring
     seconds = {
-        "seconds_sampling": _times(rates["sampling"], rollouts * lengths.completion),
+        "seconds_sampling": _times(rates["sampling"], sampled),
         "seconds_critique": _times(rates["critique"], rollouts) if recipe.critic else 0.0,
         "seconds_learning": _times(learning, train.num_iterations),
     }
@@ -186,7 +189,7 @@ def step_cost(
     total = None if None in parts else sum(part for part in parts if part is not None)
     return {
         "rollouts": rollouts,
-        "tokens_sampled": rollouts * lengths.completion,
+        "tokens_sampled": sampled,
         "tokens_student": student * train.num_iterations,
         "tokens_teacher": teacher * train.num_iterations,
         **seconds,

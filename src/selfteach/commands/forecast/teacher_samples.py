@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from selfteach.rollout.journaled_engine import problems_by_id
-from selfteach.rollout.transformers_engine import PromptRequest, TransformersEngine
+from selfteach.rollout.prompt_request import CompletionEngine, PromptRequest
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.types import Rollout, Sampling
 
@@ -19,7 +19,7 @@ Prompts = Mapping[tuple[str, int], tuple[int, ...]]
 
 
 def sample_teacher(
-    engine: TransformersEngine,
+    engine: CompletionEngine,
     run: RunFolder,
     name: str,
     rollouts: Sequence[Rollout],

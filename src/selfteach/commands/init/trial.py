@@ -86,7 +86,7 @@ def describe_trial(trial: Trial) -> Iterator[str]:
     gold = f", the correct one is {rollout.problem.answer!r}" if rollout.problem.answer else ""
     read = "no final answer was read" if verdict.parsed is None else f"read: {verdict.parsed!r}"
     yield f"({read}{gold})"
-    lengths = [len(rollout.token_ids) for rollout in trial.rollouts]
+    lengths = [rollout.length for rollout in trial.rollouts]
     yield f"# {len(lengths)} answers of the untrained model to {trial.problems} training problems"
     yield f"form:   {trial.in_form:.0%} have a final answer that could be read"
     yield (

@@ -11,13 +11,14 @@ import numpy as np
 from selfteach.commands.inspect.token_kinds import Language, TokenKind, token_kinds
 from selfteach.evaluation.token_scores import ScoreRequest
 from selfteach.feedback.alignment import first_change
+from selfteach.prompts.episode_tokens import shown_problem, token_ends
 from selfteach.protocols import Context
-from selfteach.runtime.stored_records import history_column
+from selfteach.runtime.stored_records import history_column, segment_columns
 from selfteach.tasks import segmentation
 from selfteach.tasks.segmentation import Span
-from selfteach.tasks.task import OracleFn
+from selfteach.tasks.task import true_critique
 from selfteach.trainer.build import Built
-from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, FirstChange
+from selfteach.types import Critique, CritiquedRollout, CritiqueFailure, FirstChange, Rollout
 
 Region = Literal["before", "failing", "after", "right"]
 Source = Literal["oracle", "critic", "label"]
@@ -61,15 +62,17 @@ class PreparedRollout:
     def score_request(self) -> ScoreRequest:
         """Return the token ids that `token_scores.score_rollouts` takes."""
         rollout = self.located.critiqued.rollout
-        return ScoreRequest(rollout.prompt_ids, rollout.token_ids, self.teacher_prompts)
+        return ScoreRequest(
+            rollout.prompt_ids, rollout.token_ids, self.teacher_prompts, rollout.model_positions
+        )
 
     def steps(self) -> list[int]:
-        """Return the index of each token's step; −1 outside all steps."""
-        count = len(self.located.critiqued.rollout.token_ids)
-        indices = [-1] * count
+        """Return the index of the step of each of the model's tokens; −1 outside all steps."""
+        rollout = self.located.critiqued.rollout
+        indices = [-1] * len(rollout.token_ids)
         for index, (start, stop) in enumerate(self.token_spans):
             indices[start:stop] = [index] * (stop - start)
-        return indices
+        return [indices[i] for i in rollout.model_positions]
 
     def regions(self) -> list[Region | None]:
         """Return each token's region; None outside all steps and where the first error is unknown."""
@@ -94,33 +97,30 @@ def region(step: int, rollout: LocatedRollout) -> Region | None:
 def locate_errors(built: Built, rollouts: Sequence[CritiquedRollout]) -> list[LocatedRollout]:
     """Find steps and first error of each rollout: by the task's oracle if any, else the critic.
 
-    The oracle is exact even where the recipe's critic errs (``critic.error_rate``).
+    The oracle is exact even where the recipe's critic errs (``critic.error_rate``). Where it cannot
+    check a rollout (code that goes another way than all worked solutions), the critic's is used.
     """
     return [_locate_error(built, critiqued) for critiqued in rollouts]
 
 
 def _locate_error(built: Built, critiqued: CritiquedRollout) -> LocatedRollout:
-    spans = tuple(built.components.split_steps(critiqued.rollout.text))
+    spans = tuple(segmentation.step_spans(critiqued.rollout, built.components.split_steps))
     oracle, critique = built.task.oracle, critiqued.critique
     source: Source = "critic"
+    checked = None
     if oracle is not None:
-        critique, source = _true_critique(oracle, critiqued), "oracle"
+        checked = true_critique(oracle, critiqued.rollout, rng=np.random.default_rng(0))
+    if isinstance(checked, Critique):
+        critique, source = checked, "oracle"
     if not isinstance(critique, Critique):
         return LocatedRollout(critiqued, spans, None, located=False)
     first = critique.first_error
-    if first is None and spans and _ends_wrong(critiqued):
+    has_final = bool(spans) and spans[-1][0] < spans[-1][1]  # a program is its own final answer
+    if first is None and has_final and _ends_wrong(critiqued):
         first = len(spans) - 1  # every step is right and the final answer is not
     if first is not None and first >= len(spans):
         return LocatedRollout(critiqued, spans, None, located=False)
     return LocatedRollout(critiqued, spans, first, located=True, source=source)
-
-
-def _true_critique(oracle: OracleFn, critiqued: CritiquedRollout) -> Critique:
-    rollout = critiqued.rollout
-    return oracle(
-        rollout.problem, rollout.text, finished=rollout.finished, error_rate=0.0,
-        rng=np.random.default_rng(0),
-    )  # fmt: skip
 
 
 def _ends_wrong(critiqued: CritiquedRollout) -> bool:
@@ -150,7 +150,7 @@ def _prepare(
     language: Language,
 ) -> PreparedRollout:
     rollout, renderer = located.critiqued.rollout, built.components.renderer
-    ends = renderer.token_ends(rollout.token_ids)
+    ends = token_ends(renderer, rollout)
     contexts: dict[str, str | None] = {}
     dropped: dict[str, str] = {}
     prompts: dict[str, tuple[int, ...]] = {}
@@ -159,7 +159,7 @@ def _prepare(
             contexts[name], dropped[name] = None, text.reason
             continue
         contexts[name] = text
-        prompt = renderer.teacher_prompt(rollout.problem, text)
+        prompt = renderer.teacher_prompt(shown_problem(rollout), text)
         if len(prompt) + len(rollout.token_ids) > built.components.max_length:
             dropped[name] = "longer than the context window"
         else:
@@ -173,9 +173,15 @@ def _prepare(
         change=first_change(located.critiqued, located.spans, ends)
         if _has_steps(located.critiqued)
         else None,
-        kinds=tuple(token_kinds(rollout.text, ends, language)),
+        kinds=_kinds(rollout, ends, language),
         prompt=renderer.shown(rollout.prompt_ids),
     )
+
+
+def _kinds(rollout: Rollout, ends: Sequence[int], language: Language) -> tuple[TokenKind, ...]:
+    """Return the kind of each of the model's tokens."""
+    kinds = list(token_kinds(rollout.text, ends, language))
+    return tuple(kinds[i] for i in rollout.model_positions)
 
 
 def _has_steps(critiqued: CritiquedRollout) -> bool:
@@ -223,7 +229,8 @@ def answer_row(prepared: PreparedRollout) -> dict[str, Any]:
         "formatted": verdict.formatted,
         "parsed": verdict.parsed,
         "finished": rollout.finished,
-        "tokens": len(rollout.token_ids),
+        "tokens": rollout.length,
+        **segment_columns(rollout),
         "step_spans": {"tokens": token_spans, "characters": [list(span) for span in located.spans]},
         "first_error": located.first_error,
         "first_error_from": located.source,

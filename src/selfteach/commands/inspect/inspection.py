@@ -17,7 +17,6 @@ from selfteach.commands.inspect.folder import (
     write_inspection,
 )
 from selfteach.commands.inspect.labelled import located_rollouts, read_labelled, require_critic
-from selfteach.config.data_section import ORACLE_DATA
 from selfteach.config.migrations import migrate_recipe, run_subfolder
 from selfteach.config.part_names import anchored, is_custom
 from selfteach.config.part_section import CustomPart
@@ -229,7 +228,7 @@ def _for_inspection(recipe: Recipe, request: InspectionRequest, settings: Sequen
         plain = merge(plain, migrate_recipe(setting, "--set"))
     if request.labelled:
         require_critic(request.contexts, plain["critic"] is not None)
-    elif plain["critic"] is None and plain["data"]["type"] in ORACLE_DATA:
+    elif plain["critic"] is None and validate(Recipe, plain, where="recipe").has_oracle:
         plain["critic"] = {"type": "oracle"}
     if plain["objective"]["type"] == "grpo":  # its penalty would have a teacher of its own
         plain["objective"]["kl_coef"] = 0.0

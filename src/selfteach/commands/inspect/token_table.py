@@ -73,9 +73,10 @@ def _rows_of(
 ) -> pa.Table:
     critiqued = prepared.located.critiqued
     rollout, verdict = critiqued.rollout, critiqued.verdict
-    ids = rollout.token_ids
+    positions = list(rollout.model_positions)
+    ids = [rollout.token_ids[i] for i in positions]
     columns: dict[str, Any] = {
-        "position": np.arange(len(ids), dtype=np.int32),
+        "position": np.array(positions, dtype=np.int32),
         "token_id": ids,
         "text": [renderer.token_text(token) for token in ids],
         "step": prepared.steps(),

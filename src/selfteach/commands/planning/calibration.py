@@ -29,6 +29,8 @@ from selfteach.config.migrations import run_subfolder
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
+from selfteach.runtime.run_folder import RunFolder
+from selfteach.trainer.device_load import with_choices
 
 STEPS_HERE = 4
 """Steps of each of the two runs that are made here; the first of each warms up."""
@@ -87,6 +89,8 @@ def read_run(path: Path) -> MeasuredRun:
     if not rows:
         raise CheckpointError(f"--calibrate {path}: at least two steps are needed")
     recipe = validate(Recipe, config, where=str(folder))
+    if (folder / "environment.json").exists():
+        recipe = with_choices(recipe, *RunFolder(folder).memory_choices())
     requests = sum(row.get("critic_requests", 0) for row in rows)
     completion_tokens = sum(row.get("critic_completion_tokens", 0) for row in rows)
     return MeasuredRun(

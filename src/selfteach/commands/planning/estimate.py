@@ -17,6 +17,7 @@ from selfteach.commands.planning.layout import (
     critic_groups,
     decoding_slots,
     memory_by_role,
+    on_trainers,
     require_memory,
     sampler_groups,
     trainer_resident_bytes,
@@ -97,12 +98,16 @@ class Forecast:
             "critique": critiques.mean if critiques else 0.0,
             "train": float(costs.micro_batch_tokens(work, mean_R)[0]) * work.updates,
         }
-        return {phase: work.rollouts * tokens for phase, tokens in per_rollout.items()}
+        shares = {"rollout": work.sampled_share, "critique": 1.0, "train": work.trained_share}
+        return {
+            phase: work.rollouts * shares[phase] * tokens for phase, tokens in per_rollout.items()
+        }
 
 
 def forecast(work: StepWork, hardware: Hardware, layout: Layout) -> Forecast:
     """Simulate a layout. Raises `RecipeError` where its memory is too small, or without SimPy."""
     require_memory(work, hardware.device, layout, hardware.name)
+    work = on_trainers(work, hardware.device, layout)
     pipeline = pipeline_of(work, hardware, layout)
     steps = max(2, min(MAX_STEPS, MAX_ROLLOUTS // work.rollouts))
     timeline = load_simulate()(pipeline, steps=steps)
@@ -150,6 +155,8 @@ def pipeline_of(work: StepWork, hardware: Hardware, layout: Layout) -> Pipeline:
         latency=efficiency.critique_s if critic.kind == "program" else critic.latency,
         concurrency=critic.concurrency,
         queue=max(per_batch, 2 * critic.concurrency),
+        rounds=work.rounds,
+        mixed_share=work.mixed_share,
     )
 
 
@@ -221,6 +228,7 @@ def estimate(work: StepWork, hardware: Hardware, layout: Layout, lengths_R: np.n
 
     Accurate to a factor of two: lengths are sampled once, and no two steps share an engine.
     """
+    work = on_trainers(work, hardware.device, layout)
     pipeline, critic = pipeline_of(work, hardware, layout), work.critic
     per_replica = -(-work.rollouts // pipeline.samplers)
     prompts = -(-work.problems // pipeline.samplers) * work.prompt
@@ -234,7 +242,9 @@ def estimate(work: StepWork, hardware: Hardware, layout: Layout, lengths_R: np.n
         context = critic.prompt + work.rollout_lengths.mean
         critiquing = pipeline.critic.decode_seconds(lengths, context)
         critiquing += len(lengths) * context * pipeline.critic.prefill
-    training = pipeline.train_seconds(lengths_R) + pipeline.weight_sync
+    trained_R = lengths_R[: max(1, round(len(lengths_R) * work.trained_share))]
+    training = pipeline.train_seconds(trained_R) + pipeline.weight_sync
+    sampling *= work.sampled_share  # at least: a smaller round has the same longest rollout
     if pipeline.sampling_shares_devices:
         shared = sampling + pipeline.sleep_and_wake + training
         in_turns = pipeline.critic_shares_devices

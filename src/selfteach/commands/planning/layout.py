@@ -11,7 +11,7 @@ from selfteach.commands.planning.devices import Device
 from selfteach.commands.planning.workload import StepWork, longest_teacher_sequence
 from selfteach.errors import RecipeError
 from selfteach.models.architectures import Shape
-from selfteach.trainer.device_memory import FLOAT, Item, gib, memory
+from selfteach.trainer.device_memory import FLOAT, Item, fit, gib, memory
 
 TRAINER_MEMORY_SHARE, ENGINE_MEMORY_SHARE = 0.92, 0.90
 """Usable shares of a device's memory: allocator and driver take the rest; an engine takes
@@ -114,7 +114,7 @@ def critic_groups(work: StepWork, device: Device) -> list[int]:
 
 def memory_by_role(work: StepWork, device: Device, layout: Layout) -> list[RoleMemory]:
     """Return each role's peak memory; an engine uses what is left for more sequences."""
-    trainer = _trainer_items(work, layout)
+    trainer = _trainer_items(work, device, layout)
     rows = [RoleMemory("trainer", None, trainer, TRAINER_MEMORY_SHARE * device.memory)]
     available = ENGINE_MEMORY_SHARE * device.memory
     if layout.samplers or work.engine == "vllm":
@@ -140,7 +140,7 @@ def fewest_trainers(work: StepWork, device: Device) -> int | None:
     """Return the least number of trainers that hold their shard; None if no number does."""
     trainers = 1
     while trainers <= MAX_TRAINERS:
-        items = _trainer_items(work, Layout(trainers, samplers=1))
+        items = _trainer_items(work, device, Layout(trainers, samplers=1))
         if RoleMemory("trainer", None, items, TRAINER_MEMORY_SHARE * device.memory).fits:
             return trainers
         trainers += 1 if trainers < device.devices_per_node else device.devices_per_node
@@ -183,9 +183,15 @@ def _out_of_memory(
     return f"--trainers {layout.trainers}: {need}; at least {fewest} are needed"
 
 
-def _trainer_items(work: StepWork, layout: Layout) -> tuple[Item, ...]:
-    """Return a trainer's peak: training, or sampling in its process."""
+def on_trainers(work: StepWork, device: Device, layout: Layout) -> StepWork:
+    """Return the work with the micro-batch that fits a trainer, where the recipe leaves it open."""
     load = dataclasses.replace(work.load, shards=layout.trainers)
+    return dataclasses.replace(work, load=fit(load, device.memory))
+
+
+def _trainer_items(work: StepWork, device: Device, layout: Layout) -> tuple[Item, ...]:
+    """Return a trainer's peak: training, or sampling in its process."""
+    load = on_trainers(work, device, layout).load
     needed = memory(load)
     training = sum(item.bytes for item in needed.training)
     sampling = sum(item.bytes for item in needed.sampling)

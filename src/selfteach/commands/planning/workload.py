@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from selfteach.commands.check.sizes import RunSizes, device_load
+from selfteach.commands.check.tokens import EVIDENCE_TOKENS
 from selfteach.commands.planning.lengths import ASSUMED_MEAN_SHARE, LengthDistribution
 from selfteach.config.critic_section import (
     EndpointConfig,
@@ -19,6 +20,9 @@ from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.trainer.device_memory import DeviceLoad
+
+ASSUMED_MIXED_SHARE = 0.5
+"""Share of groups with both right and wrong rollouts, unless it is given."""
 
 CriticKind = Literal["none", "program", "in_process", "served", "latency"]
 """What writes critiques: no critic; a program; a model in the trainer's process; a served model of
@@ -61,16 +65,33 @@ class StepWork:
     teacher_passes: int
     """Forward passes of the teacher per update."""
     updates: int
-    micro_batch_tokens: int
     critic: CriticWork
     staleness: int
     engine: str
     """``transformers`` or ``vllm``: the engine where trainers also sample."""
+    rounds: int = 0
+    """Most further rounds of dynamic sampling."""
+    mixed_share: float = 1.0
+    """Share of groups with both right and wrong rollouts, where there are rounds."""
 
     @property
     def rollouts(self) -> int:
         """Return the number of rollouts in a step."""
         return self.problems * self.group_size
+
+    @property
+    def sampled_share(self) -> float:
+        """Return the expected rollouts of a step, all rounds together, as a multiple of the first."""
+        missing, sampled = 1.0, 0.0
+        for _ in range(1 + self.rounds):
+            sampled += missing
+            missing *= 1 - self.mixed_share
+        return sampled
+
+    @property
+    def trained_share(self) -> float:
+        """Return the expected rollouts that are trained on, as a multiple of the first round's."""
+        return self.sampled_share * self.mixed_share if self.rounds else 1.0
 
     @property
     def batches(self) -> int:
@@ -87,6 +108,7 @@ class Overrides:
     rollout_tokens: float | None = None
     critique_tokens: float | None = None
     critic_seconds: float | None = None
+    mixed_groups: float | None = None
 
 
 def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides()) -> StepWork:
@@ -97,7 +119,7 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
             f"model.path = {recipe.model.path!r}: its size is not known here; name a folder or a "
             "model of architectures.json"
         )
-    train, cap = recipe.train, recipe.sampling.max_tokens
+    train, cap = recipe.train, recipe.most_sampled
     prompt = float(known.lengths.mean_prompt or known.lengths.longest_prompt)
     distilled, rewarded = terms(recipe.objective)
     distils = distilled is not None or recipe.shows_context
@@ -119,11 +141,21 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
         if has_teacher
         else 0,
         updates=train.num_iterations,
-        micro_batch_tokens=train.micro_batch_tokens,
         critic=critic_work_of(recipe, known, overrides),
         staleness=train.staleness if overrides.staleness is None else overrides.staleness,
         engine=engine_of(recipe),
+        rounds=recipe.sampling.dynamic_rounds,
+        mixed_share=_mixed_share(recipe, overrides),
     )
+
+
+def _mixed_share(recipe: Recipe, overrides: Overrides) -> float:
+    """Return the share of mixed groups: as given, or assumed. Raises `RecipeError` without rounds."""
+    if not recipe.sampling.dynamic_rounds:
+        if overrides.mixed_groups is not None:
+            raise RecipeError("--mixed-groups is for sampling.dynamic_rounds, which is 0")
+        return 1.0
+    return ASSUMED_MIXED_SHARE if overrides.mixed_groups is None else overrides.mixed_groups
 
 
 def critic_work_of(recipe: Recipe, known: RunSizes, overrides: Overrides) -> CriticWork:
@@ -148,6 +180,8 @@ def critic_work_of(recipe: Recipe, known: RunSizes, overrides: Overrides) -> Cri
     )
     if critic.sees_reference:
         prompt += known.lengths.mean_reference or 0.0
+    if critic.sees_evidence:
+        prompt += EVIDENCE_TOKENS[0]
     mean_critique = overrides.critique_tokens or ASSUMED_MEAN_SHARE * critic.max_tokens
     if critic.solves_first:  # its solutions are requested once per problem and are left out
         prompt += mean_critique

@@ -17,7 +17,7 @@ import numpy as np
 
 from selfteach.commands.study.jobs import Job, JobsProgress, one_thread, run_jobs
 from selfteach.commands.study.results import gather
-from selfteach.config.data_section import ORACLE_DATA, LabData
+from selfteach.config.data_section import LabData
 from selfteach.config.migrations import migrate_study
 from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import CRITIC_CONTEXTS, Recipe
@@ -142,7 +142,7 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
     arms = [study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms]
     arm_contexts = {recipe.context.label for recipe in arms} - {"none"}
     model = next((recipe for recipe in arms if recipe.critic is not None), arms[0])
-    wanted, programs = study.study.inspect_answers, model.data.type in ORACLE_DATA
+    wanted, programs = study.study.inspect_answers, model.has_oracle
     if wanted is None:
         wanted = INSPECTED_ROLLOUTS if programs or model.critic is None else 0
     if not arm_contexts or wanted == 0:

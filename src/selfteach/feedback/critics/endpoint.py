@@ -307,7 +307,7 @@ class EndpointModel:
         """Send a member nothing until a probe of it succeeds."""
         if self.fleet.take_out(member, reason):
             self._send_soon()
-            name = f"{self._config.role}: {self.fleet.name(member)}"
+            name = f"{self._config.label}: {self.fleet.name(member)}"
             log.warning("%s is taken out until it replies again (%s)", name, reason)
             pause_s = min(PROBE_INTERVAL_S * 2 ** self._relapses[member], MAX_PROBE_INTERVAL_S)
             self._relapses[member] += 1
@@ -329,7 +329,7 @@ class EndpointModel:
             self._giving_up.cancel()
             self._giving_up = None
         self._send_waiting()
-        log.warning("%s: %s is back", self._config.role, self.fleet.name(member))
+        log.warning("%s: %s is back", self._config.label, self.fleet.name(member))
         return True
 
     def _nobody(self) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from selfteach.runtime.seeds import hashed_rng
-from selfteach.tasks.task import OracleFn
+from selfteach.tasks.task import Oracle, true_critique
 from selfteach.types import Critique, CritiqueFailure, Rollout, Verdict
 
 
 class OracleCritic:
     """Critiques with a program; ``error_rate`` is the share of critiques that get a wrong step."""
 
-    def __init__(self, oracle: OracleFn, *, error_rate: float, seed: int) -> None:
+    def __init__(self, oracle: Oracle, *, error_rate: float, seed: int) -> None:
         self._oracle, self._error_rate, self._seed = oracle, error_rate, seed
 
     def __call__(
@@ -20,10 +20,9 @@ class OracleCritic:
     ) -> list[Critique | CritiqueFailure]:
         """Return a critique per rollout; whether it errs depends on the rollout's key alone."""
         return [
-            self._oracle(
-                rollout.problem,
-                rollout.text,
-                finished=rollout.finished,
+            true_critique(
+                self._oracle,
+                rollout,
                 error_rate=self._error_rate,
                 rng=hashed_rng(
                     self._seed, rollout.problem.id, rollout.sample, rollout.policy_version

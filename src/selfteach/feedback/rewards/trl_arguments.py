@@ -1,8 +1,8 @@
 """Builds the arguments with which TRL calls a reward function (1.16, `GRPOTrainer._calculate_rewards`).
 
 prompts         texts, or lists of messages where the problem is a conversation
-completions     texts, or lists of the assistant's one message
-completion_ids  the sampled token ids, with the end token if the policy produced it
+completions     texts, or lists of the assistant's one message; of an episode, of turns and replies
+completion_ids  the token ids after the prompt, with the end token if the policy produced it
 columns         one list per column of the rows, besides ``prompt`` and ``completion``
 trainer_state   the progress of training, a `transformers.TrainerState`
 log_extra       function of a column's name and a value per completion
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from selfteach.episodes import LIMITS
 from selfteach.tasks.sources.conversations import is_conversation
 from selfteach.types import Problem, Rollout
 
@@ -27,18 +28,42 @@ def reward_arguments(
     rollouts: Sequence[Rollout], completion: Callable[[Sequence[int]], str], trainer_state: Any
 ) -> dict[str, Any]:
     """Return the keyword arguments besides the two functions that log."""
-    prompts = [prompt_of(rollout.problem) for rollout in rollouts]
-    texts = [completion(rollout.token_ids) for rollout in rollouts]
+    prompts = [_prompt(rollout) for rollout in rollouts]
     return {
         **columns_of([rollout.problem for rollout in rollouts]),
         "prompts": prompts,
         "completions": [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
+            _messages(rollout, completion)
+            if not isinstance(prompt, str)
+            else completion(rollout.token_ids)
+            for prompt, rollout in zip(prompts, rollouts, strict=True)
         ],
         "completion_ids": [list(rollout.token_ids) for rollout in rollouts],
         "trainer_state": trainer_state,
     }
+
+
+def _prompt(rollout: Rollout) -> Prompt:
+    """Return a rollout's prompt; an episode's is a list of messages, as its completion is."""
+    prompt = prompt_of(rollout.problem)
+    if not rollout.is_episode or not isinstance(prompt, str):
+        return prompt
+    return [{"role": "user", "content": prompt}]
+
+
+def _messages(rollout: Rollout, completion: Callable[[Sequence[int]], str]) -> list[dict[str, str]]:
+    """Return what follows the prompt as messages: turns of the assistant, and replies to them."""
+    if not rollout.is_episode:
+        return [{"role": "assistant", "content": completion(rollout.token_ids)}]
+    messages = []
+    for segment in rollout.segments:
+        if segment.kind == "model":
+            text = completion(rollout.token_ids[segment.start : segment.stop])
+            messages.append({"role": "assistant", "content": text})
+        elif segment.event not in LIMITS:
+            role = "user" if segment.event == "observation" else "tool"
+            messages.append({"role": role, "content": segment.text})
+    return messages
 
 
 def prompt_of(problem: Problem) -> Prompt:

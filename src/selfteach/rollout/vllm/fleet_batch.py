@@ -13,8 +13,10 @@ from selfteach.errors import EngineError
 from selfteach.rollout.vllm import synced_backend
 from selfteach.rollout.vllm.synced_server import SyncedServer
 from selfteach.rollout.vllm.vllm_engine import Completion, CompletionRequest, EngineUnavailable
-from selfteach.runtime.dispatcher import Dispatcher
+from selfteach.runtime.dispatcher import Dispatcher, prefix_blocks
 
+BLOCK_TOKENS = 64
+"""Tokens of a prompt that are compared at a time to find who has its beginning cached."""
 NAP_S = 0.25
 """Longest wait for replies before a look at which members are back."""
 
@@ -66,9 +68,9 @@ class FleetBatch:
         self._checks: dict[Future[str | None], tuple[int, list[tuple[int, Completion]]]] = {}
         self._checked_at: defaultdict[int, float] = defaultdict(time.monotonic)
         self._failures: Counter[int] = Counter()
-        self._prefixes = [(hash(request.prompt_ids),) for request in requests]
-        """What identifies the prompts: rollouts of one problem have all of theirs in common."""
-        for prefix in dict.fromkeys(self._prefixes):
+        blocks = {ids: prefix_blocks(ids, BLOCK_TOKENS) for ids in {r.prompt_ids for r in requests}}
+        self._prefixes = [blocks[request.prompt_ids] for request in requests]
+        for prefix in blocks.values():
             fleet.fleet.expect(prefix)
 
     def completions(self) -> Iterator[tuple[int, Completion]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from selfteach.errors import EngineError
 from selfteach.prompts.renderer import Renderer
 from selfteach.rollout.journaled_engine import SamplingInterrupted
+from selfteach.rollout.prompt_request import PromptRequest
 from selfteach.runtime.dispatcher import Dispatcher
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.runtime.seeds import stream_key
@@ -197,7 +198,7 @@ class VllmEngine:
     ) -> None:
         self._sampler, self._renderer, self._logits = sampler, renderer, logits
         self._weights = weights
-        self._end_ids, self._max_length = tuple(end_ids), max_length
+        self._end_ids, self.max_length = tuple(end_ids), max_length
         self._run_id, self._ranks = run_id, ranks
         self._version, self._loads = 0, 0
         # A whole batch or a whole update holds it: no batch is sampled from two versions.
@@ -248,39 +249,47 @@ class VllmEngine:
         Raises `EngineError` if a prompt leaves no room for a completion, or the engine is stale;
         `SamplingInterrupted` with the finished problems if the engine is unavailable for too long.
         """
+        samples = tuple(range(sampling.samples))
+        prompts = [(problem, self._renderer.solver_prompt(problem)) for problem in problems]
+        return self.complete([PromptRequest(*prompt, samples) for prompt in prompts], sampling)
+
+    def complete(self, requests: Sequence[PromptRequest], sampling: Sampling) -> list[Rollout]:
+        """Sample completions of given prompts, equally many of each: `CompletionEngine`.
+
+        The engine's prefix cache holds the earlier turns of an episode. Raises what `generate` does.
+        """
         with self._lock:
             if not self._loads:  # nothing trains here: use the weights as they were loaded
                 self.load_weights(self._weights.named(), 0)
-            keys = [(problem, sample) for problem in problems for sample in range(sampling.samples)]
-            prompts = {problem.id: self._prompt(problem) for problem in problems}
-            requests = [self._request(prompts[p.id], p, sample, sampling) for p, sample in keys]
+            keys = [(request, sample) for request in requests for sample in request.samples]
+            needed = [self._request(request, sample, sampling) for request, sample in keys]
             completions: dict[int, Completion] = {}
             try:
-                self._collect(requests, completions)
+                self._collect(needed, completions)
             except EngineUnavailable as error:
-                finished = _finished_problems(len(problems), sampling.samples, completions)
-                rollouts = [self._rollout(*keys[i], prompts, completions[i]) for i in finished]
+                each = len(keys) // max(1, len(requests))
+                finished = _finished_problems(len(requests), each, completions)
+                rollouts = [self._rollout(*keys[i], completions[i]) for i in finished]
                 raise SamplingInterrupted(
-                    self._unavailable(error, f"{len(finished)} of {len(requests)}"), rollouts
+                    self._unavailable(error, f"{len(finished)} of {len(keys)}"),
+                    rollouts,
+                    bare=self._unavailable(error),
                 ) from None
-            return [self._rollout(*keys[i], prompts, completions[i]) for i in range(len(requests))]
-
-    def _prompt(self, problem: Problem) -> tuple[int, ...]:
-        prompt = self._renderer.solver_prompt(problem)
-        if len(prompt) >= self._max_length:
-            raise EngineError(
-                f"problem {problem.id!r} has a prompt of {len(prompt)} tokens; "
-                f"it leaves no room for a completion in the context of {self._max_length}"
-            )
-        return prompt
+            return [self._rollout(*key, completions[i]) for i, key in enumerate(keys)]
 
     def _request(
-        self, prompt: tuple[int, ...], problem: Problem, sample: int, sampling: Sampling
+        self, request: PromptRequest, sample: int, sampling: Sampling
     ) -> CompletionRequest:
-        seed = stream_key(problem, sample, sampling, self._version) % 2**63
-        max_tokens = min(sampling.max_tokens, self._max_length - len(prompt))
+        problem, prompt = request.problem, request.prompt_ids
+        if len(prompt) >= self.max_length:
+            raise EngineError(
+                f"problem {problem.id!r} has a prompt of {len(prompt)} tokens; "
+                f"it leaves no room for a completion in the context of {self.max_length}"
+            )
+        key = stream_key(problem, sample, sampling, self._version, request.turn)
+        max_tokens = min(sampling.max_tokens, self.max_length - len(prompt))
         return CompletionRequest(
-            prompt, seed, max_tokens, sampling.temperature, self._end_ids,
+            prompt, key % 2**63, max_tokens, sampling.temperature, self._end_ids,
             top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
         )  # fmt: skip
 
@@ -320,17 +329,11 @@ class VllmEngine:
             "then call selfteach resume"
         )
 
-    def _rollout(
-        self,
-        problem: Problem,
-        sample: int,
-        prompts: Mapping[str, tuple[int, ...]],
-        completion: Completion,
-    ) -> Rollout:
+    def _rollout(self, request: PromptRequest, sample: int, completion: Completion) -> Rollout:
         return Rollout(
-            problem=problem,
+            problem=request.problem,
             sample=sample,
-            prompt_ids=prompts[problem.id],
+            prompt_ids=request.prompt_ids,
             token_ids=completion.ids,
             logps=completion.logps,
             text=self._renderer.decode(completion.ids),

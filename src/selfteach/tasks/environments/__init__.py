@@ -1,0 +1,1 @@
+"""Runs episodes with tools: a calculator, Python in a sandbox, or an environment of a user's own."""
