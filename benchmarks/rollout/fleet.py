@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness
 
@@ -95,13 +94,9 @@ def served(variant: Variant, seconds: float) -> Iterator[list[tuple[str, subproc
 def critics(urls: Sequence[str]) -> Run:
     """Return a call for critiques of rollouts."""
     addresses = [f"{url}/v1" for url in urls]
-    several: dict[str, Any] = {"base_urls": addresses}
-    model = EndpointModel(
-        EndpointConfig(
-            type="endpoint", model="m", concurrency=2 * SLOTS,
-            **(several if len(urls) > 1 else {"base_url": addresses[0]}),
-        )
-    )  # fmt: skip
+    address = {"base_urls": addresses} if len(urls) > 1 else {"base_url": addresses[0]}
+    values = {"type": "endpoint", "model": "m", "concurrency": 2 * SLOTS, **address}
+    model = EndpointModel(EndpointConfig.model_validate(values))
     rules = "Rules that all prompts begin with. " * 40
 
     def request(number: int) -> Request:

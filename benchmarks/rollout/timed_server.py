@@ -78,7 +78,7 @@ class TimedServer:
 
 def main() -> None:
     """Serve until the process is ended."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=0.2)
     parser.add_argument("--prefill", type=float, default=0.2)
