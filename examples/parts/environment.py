@@ -15,10 +15,12 @@ class SecondTry:
         self.left = tries
 
     def reset(self, problem: Problem, seed: int) -> str:
+        """Show nothing behind the question."""
         self.problem = problem
         return ""
 
     def step(self, turn: Turn) -> EnvironmentReply:
+        """End the episode, or ask again."""
         self.left -= 1
         right = turn.text.split()[-1:] == [self.problem.answer]
         if right or self.left == 0:
@@ -26,5 +28,5 @@ class SecondTry:
         return EnvironmentReply((self.problem.question,), "observation")
 
     def verdict(self) -> Verdict | None:
-        """None: the verifier of the problems reads the last answer."""
+        """Return None: the verifier of the problems reads the last answer."""
         return None
