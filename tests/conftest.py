@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from command_line import Call
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -70,3 +71,11 @@ def tiny_llama(lab_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Return what runs a command: ``call("check", recipe)``, its status, output and errors."""
+    from command_line import caller
+
+    return caller(monkeypatch, capsys)

@@ -146,7 +146,10 @@ def evaluate(
 def inspect(
     model: Annotated[str, typer.Argument(help="Run folder, checkpoint, or model path or hub id.")],
     contexts: Annotated[
-        str, typer.Option(help="Contexts to show the teacher: names separated by commas, or `all`.")
+        list[str],
+        typer.Option(
+            help="Contexts to show the teacher: names separated by commas, or `all`; repeatable."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="New or empty output folder.")],
     recipe: Annotated[
@@ -183,17 +186,14 @@ def inspect(
     Writes OUT/tokens.parquet (a row per token), OUT/answers.jsonl and OUT/localisation.json.
     """
     actions.require_model(model)
+    from selfteach.commands.inspect.context_names import context_names
     from selfteach.commands.inspect.inspection import InspectionRequest, inspect_model
     from selfteach.commands.progress import inspection_progress
-    from selfteach.config.recipe import CONTEXTS
 
     if teacher not in ("given", "initial"):
         raise RecipeError(f"--teacher {teacher!r}: must be given or initial")
-    # "all" excludes partly_aligned, which only the lab task supports.
-    all_names = [name for name in CONTEXTS if name not in ("none", "partly_aligned")]
-    names = all_names if contexts == "all" else [name.strip() for name in contexts.split(",")]
     request = InspectionRequest(
-        tuple(names),
+        context_names(contexts),
         problems,
         k,
         limit,

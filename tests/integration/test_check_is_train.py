@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from model_families import byte_level
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import save_model
 from typer.testing import CliRunner
 
 from selfteach.cli import app
@@ -22,19 +22,6 @@ PARTS_ONLY = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 ROWS = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(1, 9)]
-
-
-def save_model(folder: Path, *, chat_template: str | None = None, **settings: object) -> Path:
-    """Save a tiny model with a tokenizer of 300 and more tokens."""
-    tokenizer = byte_level(**({"chat_template": chat_template} if chat_template else {}))
-    sizes = {
-        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "max_position_embeddings": 512, "initializer_range": 0.3,
-    }  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(**(sizes | settings))).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Call, served_critic_recipe
 from model_families import byte_level
 from scripted_server import refuses, says, serving
 
-from selfteach import cli
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.tasks import chain_sums
 from selfteach.trainer.loop import run_to_end
 
-Call = Callable[..., tuple[int, str, str]]
-
-RECIPE = """
-[model]
-path = "{model}"
-[data]
-type = "files"
-[context]
-type = "step_aligned"
-[critic]
-type = "endpoint"
-base_url = "{url}"
-model = "m"
-max_tokens = 64
-http_retries = 0
-max_attempts = 1
-price_prompt = 1000
-reply_cache = "{store}"
-"""
+CRITIC = "max_tokens = 64\nhttp_retries = 0\nmax_attempts = 1\nprice_prompt = 1000"
 
 
 def trace(*steps: str, answer: str) -> str:
@@ -65,19 +47,9 @@ def replies(body: dict[str, Any]) -> str:
     return next(reply for question, (_, reply) in COMPLETIONS.items() if question in prompt)
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+@pytest.fixture(autouse=True)
+def _columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["selfteach", "critique", *map(str, words)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return (int(stop.code or 0), *capsys.readouterr())
-        return (0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -94,9 +66,13 @@ def completions(tmp_path: Path) -> Path:
 def recipe(tmp_path: Path, url: str) -> Path:
     model = tmp_path / "only a tokenizer"
     byte_level().save_pretrained(model)
-    path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE.format(model=model, url=url, store=tmp_path / "store.sqlite"))
-    return path
+    return served_critic_recipe(
+        tmp_path / "recipe.toml",
+        model=model,
+        url=url,
+        cache=tmp_path / "store.sqlite",
+        critic=CRITIC,
+    )
 
 
 def line(printed: str, begin: str) -> str:
@@ -127,7 +103,7 @@ def test_a_critic_is_compared_with_the_program_that_checks_every_step(
         'critic = { type = "oracle" }\ncontext = { type = "step_aligned" }\n'
     )
     out = tmp_path / "critiques.jsonl"
-    status, printed, errors = call(path, "--recipe", recipe_path, "--out", out)
+    status, printed, errors = call("critique", path, "--recipe", recipe_path, "--out", out)
     assert (status, errors) == (0, "")
     assert "3 100% [44%, 100%]" in line(printed, "the first wrong step is changed first")
     assert "0 0% [0%, 79%] 1 of these" in line(printed, "a step is changed all the same")
@@ -140,7 +116,9 @@ def test_statistics_and_critiques_of_completions_from_a_file(
 ) -> None:
     with serving(says(replies)) as server:
         path, out = recipe(tmp_path, server.url), tmp_path / "critiques.jsonl"
-        status, printed, errors = call(completions, "--recipe", path, "--out", out, "--show", 5)
+        status, printed, errors = call(
+            "critique", completions, "--recipe", path, "--out", out, "--show", 5
+        )
         assert (status, errors) == (0, "") and len(server.requests) == 5
         rows_printed = [" ".join(row.split()) for row in printed.splitlines()]
         for label, numbers in {
@@ -173,7 +151,7 @@ def test_statistics_and_critiques_of_completions_from_a_file(
         assert [row["problem_id"] for row in rows] == ["p0", "p1", "p2", "p3", "p4"]
         assert [row["critique"].get("case") for row in rows[:3]] == ["A", "B", "D"]
         assert rows[2]["critique"]["first_error"] == 1 and rows[2]["first_change"]["step"] == 1
-        _, again, _ = call(completions, "--recipe", path)
+        _, again, _ = call("critique", completions, "--recipe", path)
         assert len(server.requests) == 5, "cached replies are not requested again"
         assert "the cache 5 1.0" in line(again, "replies from")
         assert "sent 0 0.0" in line(again, "requests")
@@ -187,7 +165,9 @@ def test_control_characters_of_models_are_not_printed(
         rows = [json.loads(row) for row in completions.read_text().splitlines()]
         rows[0] |= {"question": f"q {HOSTILE}", "text": HOSTILE, "id": HOSTILE}
         completions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        _, printed, _ = call(completions, "--recipe", recipe(tmp_path, server.url), "--show", 1)
+        _, printed, _ = call(
+            "critique", completions, "--recipe", recipe(tmp_path, server.url), "--show", 1
+        )
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", printed), repr(printed)
     assert "owned" not in printed
     shown = "[bold]I like[/bold] <script>alert(1)</script>"
@@ -204,14 +184,14 @@ def test_a_file_may_set_correct_and_finished_and_failures_are_counted(
     out = tmp_path / "out.jsonl"
     with serving(says(RIGHT)) as server:
         path = recipe(tmp_path, server.url)
-        call(completions, "--recipe", path, "--out", out)
+        call("critique", completions, "--recipe", path, "--out", out)
         assert "cut off" in server.requests[0]["messages"][-1]["content"]
         cut, claimed = (json.loads(line) for line in out.read_text().splitlines())
         assert cut["critique"]["case"] == "C" and cut["critique"]["first_error"] is None
         assert claimed["correct"] and claimed["critique"]["reason"] == "wrong_answer"
         server.behaviours = [refuses(503)]
         words = ("--set", "critic.max_tokens=65")  # not in the reply cache
-        status, printed, _ = call(completions, "--recipe", path, *words)
+        status, printed, _ = call("critique", completions, "--recipe", path, *words)
     assert status == 0 and "no reply 2 100%" in line(printed, "unavailable:")
     assert "no critique to measure" in printed
 
@@ -234,7 +214,7 @@ def test_rollouts_and_samples_of_a_run_get_its_critiques(tmp_path: Path, call: C
     critiqued = []
     for name in ("rollouts/step_000001.000.jsonl", "samples/step_000001.jsonl"):
         out = tmp_path / "out.jsonl"
-        status, printed, _ = call(tmp_path / "run" / name, "--out", out, "--show", 0)
+        status, printed, _ = call("critique", tmp_path / "run" / name, "--out", out, "--show", 0)
         assert status == 0 and "the answer is" not in printed
         assert line(printed, "case C:") == "case C: cut off 4 100%"
         critiqued.append([json.loads(row) for row in out.read_text().splitlines()])
@@ -247,11 +227,11 @@ def test_rollouts_and_samples_of_a_run_get_its_critiques(tmp_path: Path, call: C
     # The policy itself can be the critic: here each prompt is longer than its context.
     policy = f'critic={{type="policy",max_tokens=8,reply_cache="{tmp_path / "store.sqlite"}"}}'
     samples = tmp_path / "run" / "samples" / "step_000001.jsonl"
-    status, printed, _ = call(samples, "--set", policy)
+    status, printed, _ = call("critique", samples, "--set", policy)
     assert status == 0 and "no reply 4 100%" in line(printed, "unavailable:")
     assert "exceed the context of 256" in " ".join(printed.split())
     recorded = f'critic={{type="recorded",run="{tmp_path / "run"}"}}'
-    status, printed, _ = call(samples, "--set", recorded, "--show", 0)
+    status, printed, _ = call("critique", samples, "--set", recorded, "--show", 0)
     assert line(printed, "case C:") == "case C: cut off 4 100%"
 
 
@@ -259,7 +239,7 @@ def test_wrong_input_is_one_line(tmp_path: Path, completions: Path, call: Call) 
     path = recipe(tmp_path, "http://127.0.0.1:9/v1")
 
     def refused(*words: object) -> str:
-        status, printed, error = call(*words)
+        status, printed, error = call("critique", *words)
         assert (status, printed, error.count("\n")) == (2, "", 1), error
         return error
 

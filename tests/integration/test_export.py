@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from selfteach.cli import app
 from selfteach.commands.export import export_run as exporting
+from selfteach.commands.export import model_card
 from selfteach.commands.export.export_run import ExportRequest, export_run, hub_id_of
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
@@ -115,6 +116,27 @@ def test_the_card_has_the_numbers_and_their_limits(whole: Path, tmp_path: Path) 
     values = json.loads(card.split("```json\n")[1].split("```")[0])
     again = validate(Recipe, values, where="card")
     assert again.optimizer.lr == 1e-2 and again.context.type == "step_aligned"
+
+
+def test_the_cards_recipe_is_the_runs_without_what_is_of_this_machine() -> None:
+    judge = {
+        "type": "judge", "base_url": "http://10.0.0.7/v1", "model": "m", "api_key_env": "MY_KEY",
+        "reply_cache": "/home/me/r.sqlite",
+    }  # fmt: skip
+    made = validate(Recipe, {
+        "model": {"path": "/home/me/base"},
+        "objective": {"type": "grpo"}, "teacher": {"type": "ema"},
+        "data": {"type": "files", "train": "/home/me/train.jsonl", "validation": ["../v.jsonl"]},
+        "reward": {"functions": ["verifier", judge, "/home/me/r.py:f"], "success": 1.0},
+    })  # fmt: skip
+    portable = model_card._portable(made)
+    for secret in ("/home", "..", "10.0.0.7", "MY_KEY", "sqlite"):
+        assert secret not in json.dumps(portable)
+    assert portable["model"]["path"] == "base" and portable["data"]["train"] == "train.jsonl"
+    assert portable["objective"]["type"] == "grpo" and portable["teacher"]["type"] == "ema"
+    kinds = [function["type"] for function in portable["reward"]["functions"]]
+    assert kinds == ["verifier", "judge", "r.py:f"]
+    assert "rewards `verifier`, `judge`, `f`" in model_card._method(made)
 
 
 def test_wrong_input_is_one_line(whole: Path, tmp_path: Path, monkeypatch) -> None:

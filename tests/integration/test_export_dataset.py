@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import Call
 from datasets import Dataset, load_dataset
 from model_families import byte_level
 
-from selfteach import cli
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.models.loading import build_renderer, load_tokenizer
@@ -29,21 +28,6 @@ from selfteach.types import Problem
 RUN = Path(__file__).parents[1] / "fixtures" / "run_folders" / "2885fa2"
 """Three steps of the lab, written by an early version: ``lessons/`` and ``answers/``."""
 FORMATS = ("trl", "ms-swift", "verl")
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(command: str, *words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["selfteach", command, *map(str, words)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return (int(stop.code or 0), *capsys.readouterr())
-        return (0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import served_critic_recipe
 from datasets import Dataset
 from model_families import byte_level
 from scripted_server import Server, refuses, says, serving
@@ -20,23 +21,7 @@ from selfteach.integrations.trl import critique_feedback, reward_func
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and what it imports
 
-RECIPE = """
-[model]
-path = "{model}"
-[data]
-type = "files"
-[context]
-type = "step_aligned"
-[critic]
-type = "endpoint"
-base_url = "{url}"
-model = "m"
-max_tokens = 64
-http_retries = 0
-max_attempts = 1
-min_similarity = 0
-reply_cache = "{folder}/replies.sqlite"
-"""
+CRITIC = "max_tokens = 64\nhttp_retries = 0\nmax_attempts = 1\nmin_similarity = 0"
 CRITIQUED, FAILED = "How much is 3 times 4 less 2?", "How much is 1 plus 1?"
 CRITIQUE = (
     "<step_1>3 times 4 is twelve.</s></step_1>\n<step_2>12 less 2 is ten.</step_2>\n"
@@ -93,8 +78,10 @@ def trainer(tmp_path: Path, url: str, tokenizer: Any, **changes: Any) -> tuple[A
     from trl.experimental.sdpo import SDPOConfig
 
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(model=tmp_path / "tokenizer", url=url, folder=tmp_path))
+    recipe = served_critic_recipe(
+        tmp_path / "recipe.toml", model=tmp_path / "tokenizer", url=url,
+        cache=tmp_path / "replies.sqlite", critic=CRITIC,
+    )  # fmt: skip
     torch.manual_seed(1)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,

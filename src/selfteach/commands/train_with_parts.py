@@ -80,9 +80,9 @@ def train(
 
     ``components`` are objects in place of parts of the recipe, by their kind: ``problems`` (also a
     table of lists by split), ``verifier``, ``splitter``, ``critic``, ``context``, ``objective``,
-    ``teacher``, ``reward`` (a function, or a list of them). ``arm``, ``seed`` and ``settings`` choose
-    the run of a recipe file, as for `selfteach.api.load_recipe`. A folder that was begun with objects
-    is resumed with them, with ``accept_parts`` also if their source has changed since.
+    ``teacher``, ``hub_environment``, ``reward`` (a function, or a list of them). ``arm``, ``seed`` and
+    ``settings`` choose the run of a recipe file, as for `selfteach.api.load_recipe`. A folder that was
+    begun with objects is resumed with them, with ``accept_parts`` also if their source has changed.
     Raises one of `selfteach.errors`.
     """
     chosen, named = recipe_with(recipe, components or {}, arm=arm, seed=seed, settings=settings)
@@ -138,6 +138,8 @@ def _table(key: str, name: Any) -> dict[str, Any]:
     section, _, inner = key.partition(".")
     if key == REWARDS:
         return {section: {inner: [{"type": one} for one in name]}}
+    if key == "data.environment":
+        return {section: {inner: name}}
     return {section: {inner: {"type": name}}} if inner else {section: {"type": name}}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, Tag, field_validator, model_validator
 
 from selfteach.config.code_section import CodeConfig
+from selfteach.config.part_names import is_custom
 from selfteach.config.part_section import (
     BUILT_IN,
     CUSTOM,
@@ -26,6 +28,8 @@ Steps = Literal["tags", "lines", "paragraphs", "sentences"]
 VerifierName = Literal["exact", "math", "code", "reasoning_gym", "lab", "chain_sums"]
 GymVerifierName = Literal["reasoning_gym", "exact", "math"]
 VERIFIERS: tuple[VerifierName, ...] = get_args(VerifierName)
+ENVIRONMENT_ID = re.compile(r"([\w.-]+/)?[A-Za-z_][\w-]*(@[\w.+-]+)?")
+"""Matches the id of an environment package, with or without its owner and its version."""
 VerifierConfig = Annotated[
     Annotated[VerifierName, Tag(BUILT_IN)] | Annotated[CustomPart, Tag(CUSTOM)],
     custom_name_or("verifier", VERIFIERS),
@@ -33,6 +37,11 @@ VerifierConfig = Annotated[
 ]
 GymVerifierConfig = Annotated[
     Annotated[GymVerifierName, Tag(BUILT_IN)] | Annotated[CustomPart, Tag(CUSTOM)],
+    custom_name_or("verifier", VERIFIERS),
+    spelled_out("verifier", VERIFIERS),
+]
+TextVerifierConfig = Annotated[
+    Annotated[Literal["exact", "math"], Tag(BUILT_IN)] | Annotated[CustomPart, Tag(CUSTOM)],
     custom_name_or("verifier", VERIFIERS),
     spelled_out("verifier", VERIFIERS),
 ]
@@ -263,6 +272,52 @@ class GymData(AnswerReading):
     """Number of test problems."""
 
 
+class EnvironmentData(AnswerReading):
+    """Takes problems from an environment of the library `verifiers` (Prime Intellect), single turn.
+
+    Its rewards are ``reward.functions = [{ type = "environment" }]``.
+    """
+
+    type: Literal["verifiers"]
+    """An environment of `verifiers`."""
+    environment: str
+    """Id of an installed environment package (``gsm8k``, ``owner/gsm8k``), or the name of what makes
+    one: ``./file.py:load_environment``, ``package.module:MyTaskset``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of ``load_environment``, or settings of the taskset."""
+    test_options: dict[str, Any] | None = None
+    """Options of a second load, over ``options``, whose problems are the test split."""
+    limit: int | None = Field(default=None, ge=1)
+    """Largest number of problems read from each load; unset: all."""
+    split: Splitting = Splitting()
+    """How problems are split; the environment's evaluation set, or ``test_options``, replaces its
+    test."""
+    steps: StepsConfig = "paragraphs"
+    """What a solution step is, as for files."""
+    answer_in: Literal["tag", "boxed", "tag_or_boxed"] = "tag_or_boxed"
+    """Where the final answer is, for majority votes, contexts and critiques, as for files."""
+    verifier: TextVerifierConfig | None = None
+    """How final answers are compared where rewards do not decide: those of critiques, and those of
+    rollouts without ``reward.success``, which then must be named; unset: as texts."""
+
+    @property
+    def part(self) -> CustomPart | None:
+        """Return what makes the environment, if it is named; None for the id of a package."""
+        if ":" not in self.environment:
+            return None
+        return CustomPart(type=self.environment, options=self.options)
+
+    @field_validator("environment")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not (is_custom("hub_environment", name) or ENVIRONMENT_ID.fullmatch(name)):
+            raise ValueError(
+                f"{name!r} is no environment: name an installed package (gsm8k, owner/gsm8k), "
+                "./file.py:load_environment, or package.module:name"
+            )
+        return name
+
+
 class CustomData(AnswerReading, CustomPart):
     """Takes problems from a function or class of one's own, called with the name of each split.
 
@@ -284,9 +339,10 @@ DataConfig = Annotated[
         Annotated[FilesData, Tag("files")],
         Annotated[HubData, Tag("hub")],
         Annotated[GymData, Tag("reasoning_gym")],
+        Annotated[EnvironmentData, Tag("verifiers")],
         Annotated[CustomData, Tag(CUSTOM)],
     ],
-    custom_or("problems", ("lab", "chain_sums", "files", "hub", "reasoning_gym")),
+    custom_or("problems", ("lab", "chain_sums", "files", "hub", "reasoning_gym", "verifiers")),
 ]
 
 

@@ -23,9 +23,11 @@ Kind = Literal[
     "objective",
     "teacher",
     "environment",
+    "hub_environment",
 ]
 GROUPS: Mapping[Kind, str] = {
     "problems": "selfteach.problems",
+    "hub_environment": "selfteach.hub_environments",
     "verifier": "selfteach.verifiers",
     "splitter": "selfteach.splitters",
     "reward": "selfteach.rewards",
@@ -45,7 +47,7 @@ IN_MODULE = re.compile(
 SPELLING = "package.module:name or ./file.py:name"
 BUILT_IN, CUSTOM = "built in", "custom"
 """Tags of the two alternatives: one of ours, or a part of the user's."""
-NAMING_KEYS = frozenset({"type", "fallback", "verifier", "steps"})
+NAMING_KEYS = frozenset({"type", "fallback", "verifier", "steps", "environment"})
 """Keys of a recipe whose value may name a part."""
 NAMES_KEY = "functions"
 """Key of a recipe whose value is a list of parts: ``reward.functions``."""

@@ -82,6 +82,7 @@ CustomSplitter = Annotated[CustomPart | None, only_custom("splitter")]
 
 PART_KEYS: Mapping[str, Kind] = {
     "data": "problems",
+    "data.environment": "hub_environment",
     "data.verifier": "verifier",
     "data.steps": "splitter",
     "critic": "critic",
@@ -100,6 +101,7 @@ def named_parts(recipe: Any) -> dict[str, tuple[Kind, CustomPart]]:
     """Return the parts of one's own that a recipe names, by their key, like ``data.verifier``."""
     named: Mapping[str, Any] = {
         "data": recipe.data,
+        "data.environment": getattr(recipe.data, "part", None),
         "data.verifier": getattr(recipe.data, "verifier", None),
         "data.steps": getattr(recipe.data, "steps", None),
         "critic": recipe.critic,

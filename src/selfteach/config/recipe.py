@@ -27,7 +27,7 @@ from selfteach.config.objective_section import (
     terms,
 )
 from selfteach.config.part_section import CustomPart
-from selfteach.config.reward_section import RewardConfig
+from selfteach.config.reward_section import RewardConfig, check_environment
 from selfteach.config.sampling_checks import check_sampling
 from selfteach.config.sampling_section import EvaluationConfig, SamplingConfig
 from selfteach.config.schema import Section
@@ -270,6 +270,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
         distillation, grpo = terms(self.objective)
+        check_environment(self.data, self.reward)
         for name in self.context.names:
             if name in CRITIC_CONTEXTS and self.critic is None:
                 raise ValueError(f'context "{name}" needs a critic: add [critic] type = "oracle"')

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, Union
 
 from pydantic import BeforeValidator, Field, Tag, field_validator, model_validator
 
+from selfteach.config.data_section import DataConfig, EnvironmentData
 from selfteach.config.part_section import CUSTOM, CustomPart, custom_or
 from selfteach.config.schema import Section
 from selfteach.config.served_model import ServedModelConfig
@@ -46,6 +47,20 @@ class VerifierRewardConfig(Section):
     """Factor of this reward in the total."""
     name: RewardName = "verifier"
     """Name in metrics and files."""
+
+
+class EnvironmentRewardConfig(Section):
+    """Rewards a rollout with the functions of the environment that the problems come from.
+
+    Each is a reward by its name, with its weight in the environment.
+    """
+
+    name: ClassVar[str] = "environment"
+
+    type: Literal["environment"] = "environment"
+    """The rubric of ``data.type = "verifiers"``."""
+    weight: Weight = 1.0
+    """Factor of the environment's weights."""
 
 
 JudgePolicy = Literal["retry", "skip", "stop"]
@@ -103,6 +118,15 @@ class JudgeConfig(ServedModelConfig):
         """Return True if a reply that is of no use is requested again."""
         return self.max_attempts > 1 and "retry" in self.on_failure.model_dump().values()
 
+    @property
+    def label(self) -> str:
+        """Return which judge this is, for error messages."""
+        return f"judge {self.name!r}"
+
+    def key(self, name: str) -> str:
+        """Return how an error names one of these keys, of which a recipe may have several."""
+        return f"{name} of judge {self.name!r}"
+
     @field_validator("pattern")
     @classmethod
     def _has_group(cls, pattern: str) -> str:
@@ -145,10 +169,11 @@ class CustomRewardConfig(CustomPart):
 RewardFunctionConfig = Annotated[
     Union[  # noqa: UP007
         Annotated[VerifierRewardConfig, Tag("verifier")],
+        Annotated[EnvironmentRewardConfig, Tag("environment")],
         Annotated[JudgeConfig, Tag("judge")],
         Annotated[CustomRewardConfig, Tag(CUSTOM)],
     ],
-    custom_or("reward", ("verifier", "judge")),
+    custom_or("reward", ("verifier", "environment", "judge")),
     BeforeValidator(lambda value: {"type": value} if isinstance(value, str) else value),
 ]
 
@@ -184,3 +209,22 @@ class RewardConfig(Section):
     def judges(self) -> tuple[JudgeConfig, ...]:
         """Return the judges among the functions."""
         return tuple(one for one in self.functions if isinstance(one, JudgeConfig))
+
+
+def check_environment(data: DataConfig, reward: RewardConfig | None) -> None:
+    """Raise `ValueError` for rewards of an environment without one, or if nothing says who is right."""
+    functions = reward.functions if reward is not None else ()
+    named = any(isinstance(one, EnvironmentRewardConfig) for one in functions)
+    if not isinstance(data, EnvironmentData):
+        if named:
+            raise ValueError(
+                'a reward of type "environment" is that of data.type = "verifiers"; data.type is '
+                f'"{data.type}"'
+            )
+        return
+    decides = reward is not None and reward.success is not None
+    if data.verifier is None and not decides:
+        raise ValueError(
+            'data.type = "verifiers": nothing says which answers are right: add [reward] with '
+            'functions = ["environment"] and success, a reward, or name data.verifier'
+        )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from selfteach.config.schema import Section
 from selfteach.config.server_address import is_http, refuse_credentials
@@ -96,15 +96,23 @@ class ServedModelConfig(ChatModelConfig):
     """Control tokens of the served model beyond those of the common families (``<|…|>``, ``[INST]``,
     ``<start_of_turn>``, …): where a rollout quotes one, it is escaped with a zero-width character."""
 
-    @field_validator("base_url")
-    @classmethod
-    def _no_credentials(cls, url: str) -> str:
-        refuse_credentials(url, f"{cls.role}.base_url", CriticError)
-        if not is_http(url):
+    @model_validator(mode="after")
+    def _no_credentials(self) -> Self:
+        refuse_credentials(self.base_url, self.key("base_url"), CriticError)
+        if not is_http(self.base_url):
             raise CriticError(
-                f"{cls.role}.base_url = {url!r}: write it like http://localhost:8000/v1"
+                f"{self.key('base_url')} = {self.base_url!r}: write it like http://localhost:8000/v1"
             )
-        return url
+        return self
+
+    @property
+    def label(self) -> str:
+        """Return what the model is to the run, for error messages."""
+        return self.role
+
+    def key(self, name: str) -> str:
+        """Return how an error names one of these keys: ``critic.model``."""
+        return f"{self.role}.{name}"
 
     @property
     def request_extras(self) -> dict[str, Any]:

@@ -49,6 +49,8 @@ CALLED_WITH: Mapping[Kind, tuple[str, ...]] = {
 """What a part that is a function is called with, by position. An objective, a teacher and an
 environment are objects with methods; a reward gets its arguments by name (TRL's signature), so that
 one without a default is no option."""
+NEEDED: Mapping[Kind, str] = {"hub_environment": "verifiers"}
+"""The library that parts of a kind are made with."""
 Offered = Mapping[str, Any]
 """Values of the run by the parameter name under which a part may ask for them."""
 
@@ -105,6 +107,8 @@ def is_given(kind: Kind, name: str) -> bool:
 def import_part(kind: Kind, name: str) -> ImportedPart:
     """Import what a part's name refers to. Raises `PartError` in one line."""
     label = f"{kind} {shown(name)}"
+    if kind in NEEDED and importlib.util.find_spec(NEEDED[kind]) is None:
+        raise PartError(f"{label}: needs {NEEDED[kind]}: pip install {NEEDED[kind]}")
     if is_given(kind, name):
         return ImportedPart(kind, name, _GIVEN.get()[kind, name], None, None, given=True)
     if match := IN_FILE.fullmatch(name):
@@ -145,6 +149,7 @@ def construct_part(
 
 OFFERED_BY_KIND: Mapping[Kind, frozenset[str]] = {
     "problems": frozenset(),
+    "hub_environment": frozenset(),
     "verifier": frozenset({"verify", "answer_in", "read_answer"}),
     "splitter": frozenset({"split_steps"}),
     "reward": frozenset(),
@@ -159,8 +164,11 @@ OFFERED_BY_KIND: Mapping[Kind, frozenset[str]] = {
 
 def require_part(kind: Kind, part: CustomPart) -> None:
     """Import a part and check its options, without building it. Raises `PartError` in one line."""
-    offered = dict.fromkeys(OFFERED_BY_KIND[kind])
-    bound_options(import_part(kind, part.type), part.options, offered)
+    offered, imported = dict.fromkeys(OFFERED_BY_KIND[kind]), import_part(kind, part.type)
+    if kind != "hub_environment" or is_function(
+        imported.target
+    ):  # else settings, which its loader reads
+        bound_options(imported, part.options, offered)
 
 
 def bound_options(

@@ -13,6 +13,7 @@ from selfteach.config.data_section import (
     ChainSumsData,
     CustomData,
     DataConfig,
+    EnvironmentData,
     FilesData,
     GymData,
     HubData,
@@ -28,6 +29,7 @@ from selfteach.tasks import chain_sums, segmentation, verifiers
 from selfteach.tasks.code.code_tests import KEY
 from selfteach.tasks.code.code_verifier import CodeVerifier
 from selfteach.tasks.custom_tasks import custom_functions, custom_problems
+from selfteach.tasks.hub_environments.environment_problems import HubEnvironment, read_environment
 from selfteach.tasks.lab import lab_task as lab_task
 from selfteach.tasks.lab.alignment_dial import partly_aligned
 from selfteach.tasks.lab.world import World
@@ -102,6 +104,8 @@ class Task:
     """Number of rows read, and of rows left out of the problem set by reason."""
     columns: str = ""
     """Which columns of the rows were read for what, in one line; empty where there are no rows."""
+    environment: HubEnvironment | None = None
+    """The environment of `verifiers` that the problems are from, whose rewards they have."""
 
     def problems(self, split: SplitName) -> tuple[Problem, ...]:
         """Return the problems of one split. Raises `DataError` if it is empty."""
@@ -125,6 +129,7 @@ def load_task(
     may have none.
     """
     need_answers = reward is None or reward.needs_answers
+    environment = None
     match config:
         case LabData():
             return _lab(config, model_folder)
@@ -140,16 +145,33 @@ def load_task(
             )
         case GymData():
             splits, counts, columns = generate(config), {}, ""
+        case EnvironmentData():
+            if config.verifier is None:
+                need_answers = False
+            environment, splits, counts, columns = read_environment(
+                config, need_answers=need_answers
+            )
         case CustomData():
             splits, counts, columns = combined(*custom_problems(config, need_answers=need_answers))
     world = config.world if isinstance(config, FilesData) else None
-    verifier = "exact" if isinstance(config.verifier, CustomPart) else config.verifier
+    named = config.verifier
+    verifier = "exact" if named is None or isinstance(named, CustomPart) else named
     functions = custom_functions(config, _functions_of(verifier, config, world, model_folder))
     if not need_answers and verifier != "code":
         functions["verify"] = verifiers.WithoutAnswers(functions["verify"])
     train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
     _check_meta(verifier, [*train, *validation, *test])
-    task = Task(train, validation, test, counts=counts, columns=columns, **functions)
+    if environment is not None:
+        functions["templates"] = "bare"  # its prompts bring their instructions
+    task = Task(
+        train,
+        validation,
+        test,
+        counts=counts,
+        columns=columns,
+        environment=environment,
+        **functions,
+    )
     return (
         task
         if config.invalid_problems == "warn"
@@ -317,6 +339,8 @@ def default_templates(config: DataConfig) -> str | None:
             return "lab"
         case ChainSumsData():
             return "chain_sums"
+        case EnvironmentData():
+            return "bare"
         case FilesData() | HubData() | GymData():
             if config.verifier in ("lab", "chain_sums", "code"):
                 return str(config.verifier)

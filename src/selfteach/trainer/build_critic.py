@@ -77,7 +77,7 @@ def build_critic(
                     f'critic.type = "{config.type}": the template set has no critic.jinja'
                 )
             path = Path(config.reply_cache).expanduser() if config.reply_cache else default_path()
-            cache = ReplyCache(path)
+            cache = ReplyCache(path, "critic.reply_cache")
             return LlmCritic(
                 CachedModel(_chat_model(config, templates, loaded, policy), cache),
                 templates,

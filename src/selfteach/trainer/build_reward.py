@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import TrainerState
@@ -10,13 +11,15 @@ from transformers import TrainerState
 from selfteach.config.recipe import Recipe
 from selfteach.config.reward_section import (
     CustomRewardConfig,
+    EnvironmentRewardConfig,
     JudgeConfig,
     RewardFunctionConfig,
     VerifierRewardConfig,
 )
-from selfteach.errors import CriticError
+from selfteach.errors import CriticError, RecipeError
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache, default_path
 from selfteach.feedback.rewards.combined_reward import CombinedReward, Source, VerdictReward
+from selfteach.feedback.rewards.environment_reward import EnvironmentReward, EnvironmentScorer
 from selfteach.feedback.rewards.llm_judge import LlmJudge
 from selfteach.feedback.rewards.reward_function import RewardFunction
 from selfteach.prompts.renderer import Renderer
@@ -31,7 +34,8 @@ def build_reward(recipe: Recipe, task: Task, renderer: Renderer) -> CombinedRewa
     """
     if recipe.reward is None:
         return None
-    sources = [_source(config) for config in recipe.reward.functions]
+    sources = [one for config in recipe.reward.functions for one in _sources(config, task)]
+    _require_distinct(sources)
     for judge in sources:
         if isinstance(judge, LlmJudge):
             _require_template(judge, task)
@@ -60,14 +64,31 @@ def trainer_states(recipe: Recipe, problems: int) -> Callable[[int], TrainerStat
     return state
 
 
-def _source(config: RewardFunctionConfig) -> Source:
+def _sources(config: RewardFunctionConfig, task: Task) -> list[Source]:
     match config:
         case VerifierRewardConfig():
-            return VerdictReward(config.name, config.weight)
+            return [VerdictReward(config.name, config.weight)]
         case CustomRewardConfig():
-            return RewardFunction.build(config)
+            return [RewardFunction.build(config)]
         case JudgeConfig():
-            return LlmJudge(_judge_model(config), config)
+            return [LlmJudge(_judge_model(config), config)]
+        case EnvironmentRewardConfig():
+            assert task.environment is not None, "a recipe with such a reward has an environment"
+            scorer = EnvironmentScorer(task.environment)
+            return [
+                EnvironmentReward(name, config.weight * weight, scorer)
+                for name, weight in task.environment.weights.items()
+            ]
+
+
+def _require_distinct(sources: Sequence[Source]) -> None:
+    """Raise `RecipeError` if a reward has the name of a function of the environment."""
+    names = Counter(source.name for source in sources)
+    name, count = names.most_common(1)[0]
+    if count > 1:
+        raise RecipeError(
+            f"reward.functions: the environment has a reward {name!r} too: give yours another name"
+        )
 
 
 def _judge_model(config: JudgeConfig) -> CachedModel:
@@ -78,7 +99,7 @@ def _judge_model(config: JudgeConfig) -> CachedModel:
             'a reward of type "judge" needs OpenAI\'s client: pip install "selfteach[endpoint]"'
         ) from None
     path = Path(config.reply_cache).expanduser() if config.reply_cache else default_path()
-    return CachedModel(EndpointModel(config), ReplyCache(path))
+    return CachedModel(EndpointModel(config), ReplyCache(path, config.key("reply_cache")))
 
 
 def _require_template(judge: LlmJudge, task: Task) -> None:

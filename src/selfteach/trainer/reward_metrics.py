@@ -71,10 +71,10 @@ def _logged(rewards: Sequence[Rewards]) -> dict[str, float]:
 
 
 def _judged(rewards: Sequence[Rewards]) -> Mapping[str, float]:
-    """Return what judges cost, and the share of rollouts for which each gave no number."""
+    """Return what judges cost, and the share of rollouts for which each reward has no number."""
     usage = sum((one.usage for one in rewards), Usage())
     failures = Counter(
-        f"judge_failure/{name}/{reason.partition(':')[0]}"
+        f"{_failure(reason)}/{name}/{reason.partition(':')[0]}"
         for one in rewards
         for name, reason in one.failures.items()
     )
@@ -82,3 +82,8 @@ def _judged(rewards: Sequence[Rewards]) -> Mapping[str, float]:
     if usage == Usage():
         return shares
     return {**{f"judge_{name}": value for name, value in asdict(usage).items()}, **shares}
+
+
+def _failure(reason: str) -> str:
+    """Return the family of metrics of a failure: a judge's, or of a function that raised."""
+    return "reward_failure" if reason.startswith("raised:") else "judge_failure"

@@ -223,10 +223,11 @@ PYTHON = [
 @pytest.mark.parametrize("block", PYTHON)
 def test_python_blocks_compile_and_their_imports_resolve(block: str) -> None:
     tree = ast.parse(block)
-    if re.search(r"^from trl", block, re.M):  # nothing of ours needs it elsewhere
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pytest.importorskip("trl", reason="TRL is not installed")
+    for library in ("trl", "inspect_ai"):  # nothing of ours needs them elsewhere
+        if re.search(rf"^from {library}", block, re.M):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pytest.importorskip(library, reason=f"{library} is not installed")
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(str(node.module))

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import Call, served_critic_recipe
 from scripted_server import Behaviour, Server, cuts, lists, raw, refuses, says, serving, stalls
 
-from selfteach import cli
 from selfteach.config.critic_section import EndpointConfig, OracleConfig
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.critic_healthcheck import require_server
 from selfteach.trainer.build_critic import require_served_model
-
-RECIPE = """
-[model]
-path = "lab:two_styles"
-[data]
-train = 4
-validation = 1
-test = 1
-[context]
-type = "step_aligned"
-[critic]
-type = "endpoint"
-base_url = "{url}"
-model = "m"
-reply_cache = "{cache}"
-"""
 
 
 def check(server: Server, model: str = "m", **settings: object) -> None:
@@ -105,30 +88,16 @@ def test_a_recipe_can_turn_the_healthcheck_off(tmp_path: Path) -> None:
     require_served_model(None)
 
 
-@pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str]]:
-    def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["selfteach", *map(str, words)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return int(stop.code or 0), capsys.readouterr().err
-        return 0, capsys.readouterr().err
-
-    return run
-
-
 @pytest.mark.parametrize("command", ["check", "train", "study"])
-def test_commands_stop_before_anything_is_spent(
-    command: str, call: Callable[..., tuple[int, str]], tmp_path: Path
-) -> None:
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(url="http://127.0.0.1:9/v1", cache=tmp_path / "s.sqlite"))
+def test_commands_stop_before_anything_is_spent(command: str, call: Call, tmp_path: Path) -> None:
+    recipe = served_critic_recipe(
+        tmp_path / "recipe.toml", model="lab:two_styles", url="http://127.0.0.1:9/v1",
+        cache=tmp_path / "s.sqlite", data="train = 4\nvalidation = 1\ntest = 1",
+    )  # fmt: skip
     out = () if command == "check" else ("--out", tmp_path / "out")
-    status, message = call(command, recipe, *out)
+    status, _, message = call(command, recipe, *out)
     assert status == 2 and message.count("\n") == 1 and "no server at" in message
     assert not [*tmp_path.rglob("rollouts/*"), *tmp_path.rglob("evaluations/*")]
     if command == "check":
-        assert call("check", recipe, "--offline") == (0, "")
+        status, _, message = call("check", recipe, "--offline")
+        assert (status, message) == (0, "")

@@ -16,6 +16,9 @@ from selfteach.errors import CriticError, RecipeError
 from selfteach.feedback.critics.endpoint import EndpointModel
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache
 from selfteach.feedback.rewards.llm_judge import LlmJudge, read_number
+from selfteach.models.model_path import resolve
+from selfteach.tasks.task import load_task
+from selfteach.trainer.build_reward import build_reward
 from selfteach.trainer.preflight import preflight
 from selfteach.types import Problem, Rollout, Usage
 
@@ -121,15 +124,29 @@ def test_policies_of_failures(tmp_path: Path) -> None:
 def test_errors_name_the_judge(tmp_path: Path) -> None:
     with (
         serving(refuses(401)) as server,
-        pytest.raises(CriticError, match=r"check judge.model, judge.base_url"),
+        pytest.raises(
+            CriticError, match=r"check model of judge 'judge', base_url of judge 'judge'"
+        ),
     ):
         judge(tmp_path, server.url).scores(rollouts("a"))
-    with pytest.raises(RecipeError, match=r"judge.prompt of 'judge' is no template"):
+    with pytest.raises(RecipeError, match=r"prompt of judge 'judge' is no template"):
         judge(tmp_path, "http://x/v1", prompt="{% if %}")
     with pytest.raises(
-        RecipeError, match=r"judge.prompt of 'judge', for problem 'p': 'foo' is undefined"
+        RecipeError, match=r"prompt of judge 'judge', for problem 'p': 'foo' is undefined"
     ):
         judge(tmp_path, "http://x/v1", prompt="{{ foo }}").messages(rollouts("a")[0])
+
+
+def test_the_file_of_replies_is_named_by_the_judge(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    values = json.loads(config("http://x/v1", name="tone").model_dump_json())
+    values["reply_cache"] = str(tmp_path / "file" / "replies.sqlite")
+    made = validate(Recipe, {"objective": {"type": "grpo"}, "reward": {"functions": [values]}})
+    task = load_task(made.data, resolve("lab:two_styles"))
+    with pytest.raises(CriticError, match=r"^reply_cache of judge 'tone' = '"):
+        build_reward(made, task, None)  # type: ignore[arg-type]
+    with pytest.raises(CriticError, match=r"^base_url of judge 'tone' = 'x': write it like"):
+        config("x", name="tone")
 
 
 def test_a_judge_is_checked_before_a_run_starts() -> None:
@@ -138,6 +155,7 @@ def test_a_judge_is_checked_before_a_run_starts() -> None:
         "reward": {"functions": [json.loads(config("http://127.0.0.1:9/v1").model_dump_json())]},
     }
     with pytest.raises(
-        CriticError, match=r"judge: no server at .*: start the server, or fix judge.base_url"
+        CriticError,
+        match=r"judge 'judge': no server at .*: start the server, or fix base_url of judge 'judge'",
     ):
         preflight([validate(Recipe, values)])

@@ -352,8 +352,8 @@ def test_malformed_addresses_and_credentials_are_refused(url: str) -> None:
 def test_a_reply_cache_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a database, and long enough to be sure of it" * 100)
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):
-        with pytest.raises(CriticError, match=r"critic\.reply_cache"):
-            ReplyCache(path)
+        with pytest.raises(CriticError, match=r"^critic\.reply_cache = "):
+            ReplyCache(path, "critic.reply_cache")
 
 
 def test_a_rollout_without_tags_is_shown_to_the_critic_in_numbered_tags(

@@ -13,9 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command_line import Call
 from datasets import load_dataset
 
-from selfteach import cli
 from selfteach.errors import CriticError
 from selfteach.feedback.critics.chat_model import OnReply, Reply, Request, request_key
 from selfteach.feedback.critics.reply_cache import CachedModel, ReplyCache, StoredReply, buying_for
@@ -243,21 +243,13 @@ def test_files_of_other_kinds_are_refused_in_one_line(cache: Path, tmp_path: Pat
 
 
 def test_the_command_prints_counts_and_one_line_for_a_wrong_file(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cache: Path, tmp_path: Path, call: Call
 ) -> None:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["selfteach", "cache", *map(str, words)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return (int(stop.code or 0), *capsys.readouterr())
-        return (0, *capsys.readouterr())
-
     file, theirs = tmp_path / "a.parquet", tmp_path / "theirs.sqlite"
-    assert call("export", cache, file) == (
+    assert call("cache", "export", cache, file) == (
         0, f"exported: 700 replies of 1 models to {file}\n", "",
     )  # fmt: skip
-    status, printed, errors = call("import", file, theirs)
+    status, printed, errors = call("cache", "import", file, theirs)
     assert (status, errors) == (0, "") and "imported: 700 new replies into" in printed
-    status, printed, errors = call("import", cache, theirs)
+    status, printed, errors = call("cache", "import", cache, theirs)
     assert status == 2 and printed == "" and errors.count("\n") == 1 and "is no Parquet" in errors

@@ -25,10 +25,10 @@ from selfteach.commands.planning.estimate import (
 )
 from selfteach.commands.planning.layout import Layout, fewest_trainers, require_memory
 from selfteach.commands.planning.lengths import LengthDistribution
-from selfteach.commands.planning.pipeline import Pipeline
+from selfteach.commands.planning.pipeline import Pipeline, SampledStep
 from selfteach.commands.planning.plan import PlanRequest, plan
 from selfteach.commands.planning.simulation import simulate
-from selfteach.commands.planning.workload import CriticWork, StepWork, work_of
+from selfteach.commands.planning.workload import CriticWork, Overrides, StepWork, work_of
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
 from selfteach.errors import CheckpointError, RecipeError
@@ -148,6 +148,9 @@ def pipeline(**changes: object) -> Pipeline:
         ),  # turns on one device
         ({"critic_kind": "program", "critic_shares_devices": True, "latency": 0.1}, 1 + 0.8 + 2),
         ({"critic_kind": "none"}, 1 + 2),
+        ({"critic_kind": "none", "rounds": 2, "mixed_share": 1.0}, 1 + 2),  # no further round
+        ({"critic_kind": "none", "rounds": 2, "mixed_share": 0.0}, 3),  # nothing to train on
+        ({"critic_kind": "none", "rounds": 1, "mixed_share": 0.0, "batches": [4, 4]}, 4),
         ({"batches": [2, 2, 2, 2], "queue": 2, "critic_kind": "program", "latency": 0.0}, 4 + 2),
         ({"sampler": dataclasses.replace(FLAT, slots=4)}, 2 + 3 + 2),  # two rounds of rollouts
         ({"weight_sync": 0.5, "sleep_and_wake": 0.25}, 6.75),
@@ -157,6 +160,24 @@ def test_the_simulated_period_matches_the_one_by_hand(
     changes: dict[str, object], period: float
 ) -> None:
     assert simulate(pipeline(**changes)).period == pytest.approx(period)
+
+
+def test_further_rounds_are_simulated_as_often_as_groups_score_alike() -> None:
+    lengths = constant(100)
+    changes = {"group_size": 2, "batches": [16], "rounds": 3, "mixed_share": 0.5,
+               "critic_kind": "none", "rollout_lengths": lengths,
+               "train_seconds": lambda lengths: 0.1 * len(lengths)}  # fmt: skip
+    rng = np.random.default_rng(0)
+    drawn = [SampledStep.draw(pipeline(**changes), rng) for _ in range(400)]
+    expected = work(rounds=3, mixed_share=0.5)
+    assert expected.sampled_share == 1 + 0.5 + 0.25 + 0.125
+    sampled, trained = (np.mean([f(step.trained_R) for step in drawn]) for f in (len, np.sum))
+    assert sampled / 16 == pytest.approx(expected.sampled_share, rel=0.05)
+    assert trained / 16 == pytest.approx(expected.trained_share, rel=0.05)
+    assert all(step.trained_R.sum() <= 16 for step in drawn)
+    more = simulate(pipeline(**changes), steps=40)
+    assert more.mean("started", "sampled") > 2.5  # of a second each round
+    assert more.mean("train_started", "trained") < 1.6
 
 
 def test_rollouts_in_one_engine_share_its_time() -> None:
@@ -225,6 +246,20 @@ def test_explain_shows_the_numbers_and_their_assumptions() -> None:
     text = "\n".join(describe(forecast(paper(), H100, Layout(1, 1, 4, 1, 4)), explain=True))
     for part in ("step time:", "bottleneck:", "assumed: 0.4", "16,384 passes"):
         assert part in text
+
+
+def test_a_plan_says_what_further_rounds_are_assumed() -> None:
+    values = {
+        "objective": {"type": "grpo"}, "sampling": {"dynamic_rounds": 2},
+        "train": {"problems_per_step": 4, "group_size": 2},
+    }  # fmt: skip
+    request = PlanRequest(device="l4", overrides=Overrides(mixed_groups=0.25))
+    text = "\n".join(plan(Recipe.model_validate(values), request))
+    assert "in up to 3 rounds, one after another: about 18 rollouts, of which 5 are" in text
+    assert "assumed: 25% of the groups are mixed (--mixed-groups)" in text
+    without = Recipe.model_validate({"objective": {"type": "grpo"}})
+    with pytest.raises(RecipeError, match=r"--mixed-groups is for sampling\.dynamic_rounds"):
+        list(plan(without, request))
 
 
 def test_too_few_trainers_report_how_many_are_needed() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from selfteach.commands.check.fit_notes import fit_notes
+from selfteach.commands.check.hub_environment_contract import check_environment_rewards
 from selfteach.commands.check.part_contracts import Critiqued, check_parts
 from selfteach.commands.check.sizes import RunSizes, device_load, measure, measure_offline
 from selfteach.commands.check.tokens import (
@@ -170,7 +171,8 @@ def _measure(recipe: Recipe, offline: bool, critiqued: Critiqued) -> RunSizes:
         return measure_offline(recipe)
     built = build(recipe)
     sizes = measure(recipe, built)
-    return dataclasses.replace(sizes, parts=tuple(check_parts(recipe, built, critiqued)))
+    parts = [*check_parts(recipe, built, critiqued), *check_environment_rewards(built)]
+    return dataclasses.replace(sizes, parts=tuple(parts))
 
 
 def _unchecked(sizes: Mapping[str, RunSizes]) -> Iterator[str]:

@@ -83,7 +83,9 @@ def check_parts(recipe: Recipe, built: Built, cache: Critiqued) -> list[str]:
             case "teacher":
                 _check_teacher(label, built.components, critiqued)
             case "reward":
-                _check_reward(built, key, critiqued)
+                _check_reward(recipe, built, key, critiqued)
+            case "hub_environment":
+                pass  # `check_environment_rewards` tries its rewards, those of a package too
             case "environment":
                 check_environment(label, recipe, rollouts)
         digest = source_of(kind, part).digest[:12]
@@ -170,11 +172,15 @@ def _check_context(
             components.renderer.teacher_prompt(one.rollout.problem, context)
 
 
-def _check_reward(built: Built, key: str, critiqued: Sequence[CritiquedRollout]) -> None:
+def _check_reward(
+    recipe: Recipe, built: Built, key: str, critiqued: Sequence[CritiquedRollout]
+) -> None:
     """Call a reward function once: it may cost money, and may return others the next time."""
     reward = built.components.reward
     assert isinstance(reward, CombinedReward)
-    source = reward.sources[int(key.rpartition(".")[2])]
+    assert recipe.reward is not None
+    name = recipe.reward.functions[int(key.rpartition(".")[2])].name
+    source = next(one for one in reward.sources if one.name == name)
     alone = replace(reward, sources=[source], success=None)
     judged = [(one.rollout, replace(one.verdict, rewards=None)) for one in critiqued]
     alone(judged)

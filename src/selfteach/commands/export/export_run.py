@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,15 +15,19 @@ from selfteach.commands.export.model_card import model_card
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.models.loading import load_model, load_tokenizer
+from selfteach.models.loading import build_renderer, end_ids, load_model, load_tokenizer
 from selfteach.models.model_path import HUB_ID
 from selfteach.models.policy import without_peft_warnings
+from selfteach.prompts.template_set import Templates
 from selfteach.runtime.atomic_files import report_full_disk
 from selfteach.runtime.run_folder import RunFolder
 
 EXPORT_DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
+
+OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path", "cache_dir", "gguf_file")
+"""What transformers writes into a tokenizer's configuration about how it was loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ def export_run(request: ExportRequest) -> Path:
     request.to.mkdir(parents=True, exist_ok=True)
     with report_full_disk():
         _write_weights(request, recipe, base)
-        load_tokenizer(recipe.model).save_pretrained(request.to)
+        _write_tokenizer(recipe, request.to)
         card = model_card(run, recipe, base, is_adapter=is_adapter and not request.merge)
         (request.to / "README.md").write_text(card, encoding="utf-8")
         for path in request.to.rglob("*"):
@@ -85,13 +90,14 @@ def hub_id_of(path: str) -> str | None:
 def _write_weights(request: ExportRequest, recipe: Recipe, base: str | None) -> None:
     saved = request.run / "model"
     if not (saved / "adapter_config.json").exists():
-        _save(AutoModelForCausalLM.from_pretrained(saved), request)
+        _save(AutoModelForCausalLM.from_pretrained(saved), request, recipe)
         return
     model = load_model(recipe.model, torch.device("cpu"))
     with without_peft_warnings():
         adapted = PeftModel.from_pretrained(model, str(saved))
     if request.merge:
-        _save(adapted.merge_and_unload(), request)  # pyright: ignore[reportCallIssue]
+        merged: Any = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
+        _save(merged, request, recipe)
         return
     if request.dtype is not None:
         for name, weight in adapted.named_parameters():
@@ -104,7 +110,21 @@ def _write_weights(request: ExportRequest, recipe: Recipe, base: str | None) -> 
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _save(model: PreTrainedModel, request: ExportRequest) -> None:
+def _write_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """Write the tokenizer, without how it was loaded here."""
+    load_tokenizer(recipe.model).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    portable = {name: value for name, value in config.items() if name not in OF_THIS_MACHINE}
+    path.write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _save(model: PreTrainedModel, request: ExportRequest, recipe: Recipe) -> None:
+    """Write the weights; generation ends where rollouts did, at the end of a turn too."""
+    tokenizer = load_tokenizer(recipe.model)
+    renderer = build_renderer(recipe.model, tokenizer, Templates())
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = end_ids(model, tokenizer, renderer)
     if request.dtype is not None:
         torch.nn.Module.to(model, EXPORT_DTYPES[request.dtype])
         model.config.dtype = EXPORT_DTYPES[request.dtype]

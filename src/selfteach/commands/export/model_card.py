@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from selfteach import __version__
@@ -15,6 +17,9 @@ from selfteach.evaluation.evaluation_record import Evaluation, load_evaluation
 from selfteach.runtime.run_folder import RunFolder, load_result
 
 _MEASURES = {"avg": "Avg@{k}", "pass": "Pass@{k}", "maj": "Maj@{k}"}
+SERVED = ("reply_cache", "base_url", "api_key_env", "api_key_header", "extra_body")
+"""Keys of a critic or a judge that say where it is served, and how one is let in."""
+LOCAL_PATH = re.compile(r"(~|\.{0,2})/[^\n]*")
 _COUNTS = {
     "rollouts_sampled": "training rollouts", "tokens_sampled": "tokens sampled",
     "tokens_trained": "tokens trained on", "critiques": "critiques",
@@ -40,10 +45,9 @@ def _lines(run: RunFolder, recipe: Recipe, base: str | None, is_adapter: bool) -
     yield ""
     yield f"# {run.path.resolve().name}"
     yield ""
-    yield (
-        f"{'A LoRA adapter for' if is_adapter else 'A model trained from'} "
-        f"`{base or recipe.model.path}`, made with selfteach {__version__}: {_method(recipe)}"
-    )
+    kind = "A LoRA adapter for" if is_adapter else "A model trained from"
+    named = base or _name_alone(recipe.model.path)
+    yield f"{kind} `{named}`, made with selfteach {__version__}: {_method(recipe)}"
     yield ""
     yield from _results(run, recipe, result)
     yield from _limits(recipe)
@@ -60,7 +64,10 @@ def _method(recipe: Recipe) -> str:
     objective, context = names["objective"]["type"], names["context"]["type"]
     steps = f"{recipe.train.steps:,} steps, seed {recipe.seed}"
     if objective == "grpo":
-        return f"GRPO with a binary reward, {steps}."
+        functions = recipe.reward.functions if recipe.reward is not None else ()
+        rewards = ", ".join(f"`{one.name}`" for one in functions)
+        reward = f"rewards {rewards}" if rewards else "a binary reward"
+        return f"GRPO with {reward}, {steps}."
     critic = f", critic `{names['critic']['type']}`" if recipe.critic is not None else ""
     return f"{objective} from a self-teacher that is shown `{context}`{critic}, {steps}."
 
@@ -127,16 +134,43 @@ def _budget(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _portable(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe without what is of this machine or secret: paths of caches, servers, sinks."""
-    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    """Return the recipe without what is of this machine or secret: folders, servers, keys, sinks."""
+    written = recipe.model_dump(mode="json", exclude_defaults=True)
+    values = _with_types(written, recipe.model_dump(mode="json"))
     # Their defaults depend on the model.
     values.setdefault("optimizer", {})["lr"] = recipe.optimizer.lr
     values.setdefault("sampling", {})["max_tokens"] = recipe.sampling.max_tokens
-    for section, keys in {
-        "critic": ("reply_cache", "base_url", "api_key_env", "api_key_header", "extra_body"),
-        "engine": ("url", "folder", "api_key_env"),
-    }.items():
+    for section, keys in {"critic": SERVED, "engine": ("url", "folder", "api_key_env")}.items():
         if isinstance(values.get(section), dict):
             values[section] = {k: v for k, v in values[section].items() if k not in keys}
+    if isinstance(values.get("reward"), dict):
+        values["reward"]["functions"] = [
+            {k: v for k, v in one.items() if k not in SERVED}
+            for one in values["reward"]["functions"]
+        ]
     values.pop("tracking", None)
-    return unanchored(values)
+    return _without_folders(unanchored(values))
+
+
+def _with_types(written: Any, whole: Any) -> Any:
+    """Return values without defaults, but with the ``type`` of each table: it says what the rest is."""
+    if isinstance(written, dict):
+        kinds = {"type": whole["type"]} if "type" in whole else {}
+        return {**kinds, **{k: _with_types(v, whole.get(k)) for k, v in written.items()}}
+    if isinstance(written, list):
+        return [_with_types(*pair) for pair in zip(written, whole, strict=True)]
+    return written
+
+
+def _without_folders(values: Any) -> Any:
+    """Return values with the names of files and folders alone, where there are paths."""
+    if isinstance(values, dict):
+        return {key: _without_folders(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_folders(value) for value in values]
+    return _name_alone(values) if isinstance(values, str) else values
+
+
+def _name_alone(value: str) -> str:
+    """Return the last part of a path on this machine; other texts, hub ids among them, as they are."""
+    return Path(value).name if LOCAL_PATH.fullmatch(value) else value

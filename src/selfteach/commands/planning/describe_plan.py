@@ -43,6 +43,12 @@ def describe(plan: Forecast, *, explain: bool = False) -> Iterator[str]:
         f"a step: {work.rollouts:,} rollouts of {work.problems:,} problems, staleness "
         f"{work.staleness}"
     )
+    if work.rounds:
+        yield (
+            f"  in up to {1 + work.rounds} rounds, one after another: about "
+            f"{work.rollouts * work.sampled_share:,.0f} rollouts, of which "
+            f"{work.rollouts * work.trained_share:,.0f} are trained on"
+        )
     active = dict(zip(plan.phases, plan.timeline.active.values(), strict=True))
     for phase, seconds in plan.phases.items():
         tokens = plan.tokens[phase]
@@ -108,6 +114,11 @@ def _lengths(plan: Forecast) -> Iterator[str]:
 def _notes(plan: Forecast) -> Iterator[str]:
     """Yield settings that matter, and warnings."""
     work, critic, pipeline = plan.work, plan.work.critic, plan.pipeline
+    if work.rounds:
+        yield (
+            f"assumed: {work.mixed_share:.0%} of the groups are mixed (--mixed-groups); the rest are "
+            "sampled in vain"
+        )
     if critic.kind in ("served", "latency"):
         useful = work.rollouts * (1 + work.staleness)
         advice = f", where {useful:,} rollouts can be in flight: raise critic.concurrency"

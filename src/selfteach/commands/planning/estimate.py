@@ -98,7 +98,10 @@ class Forecast:
             "critique": critiques.mean if critiques else 0.0,
             "train": float(costs.micro_batch_tokens(work, mean_R)[0]) * work.updates,
         }
-        return {phase: work.rollouts * tokens for phase, tokens in per_rollout.items()}
+        shares = {"rollout": work.sampled_share, "critique": 1.0, "train": work.trained_share}
+        return {
+            phase: work.rollouts * shares[phase] * tokens for phase, tokens in per_rollout.items()
+        }
 
 
 def forecast(work: StepWork, hardware: Hardware, layout: Layout) -> Forecast:
@@ -152,6 +155,8 @@ def pipeline_of(work: StepWork, hardware: Hardware, layout: Layout) -> Pipeline:
         latency=efficiency.critique_s if critic.kind == "program" else critic.latency,
         concurrency=critic.concurrency,
         queue=max(per_batch, 2 * critic.concurrency),
+        rounds=work.rounds,
+        mixed_share=work.mixed_share,
     )
 
 
@@ -237,7 +242,9 @@ def estimate(work: StepWork, hardware: Hardware, layout: Layout, lengths_R: np.n
         context = critic.prompt + work.rollout_lengths.mean
         critiquing = pipeline.critic.decode_seconds(lengths, context)
         critiquing += len(lengths) * context * pipeline.critic.prefill
-    training = pipeline.train_seconds(lengths_R) + pipeline.weight_sync
+    trained_R = lengths_R[: max(1, round(len(lengths_R) * work.trained_share))]
+    training = pipeline.train_seconds(trained_R) + pipeline.weight_sync
+    sampling *= work.sampled_share  # at least: a smaller round has the same longest rollout
     if pipeline.sampling_shares_devices:
         shared = sampling + pipeline.sleep_and_wake + training
         in_turns = pipeline.critic_shares_devices

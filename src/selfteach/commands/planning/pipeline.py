@@ -54,6 +54,37 @@ class Pipeline:
     """Requests in flight at most."""
     queue: int = 256
     """Rollouts that may wait for the critic; a full queue blocks sampling."""
+    rounds: int = 0
+    """Most further rounds of a step (dynamic sampling)."""
+    mixed_share: float = 1.0
+    """Share of groups with both right and wrong rollouts, which alone are trained on in rounds."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledStep:
+    """Holds what a step samples, round after round."""
+
+    batches: tuple[int, ...]
+    """Rollouts in each sampling batch, those of the first round first."""
+    trained_R: np.ndarray
+    """True for each rollout that is trained on."""
+
+    @classmethod
+    def draw(cls, pipeline: Pipeline, rng: np.random.Generator) -> SampledStep:
+        """Draw which groups are mixed, and with that how many further rounds there are."""
+        groups = sum(pipeline.batches) // pipeline.group_size
+        if not pipeline.rounds:
+            return cls(tuple(pipeline.batches), np.ones(sum(pipeline.batches), dtype=bool))
+        most = max(pipeline.batches)
+        batches, mixed = list(pipeline.batches), list(rng.random(groups) < pipeline.mixed_share)
+        for _ in range(pipeline.rounds):
+            missing = groups - sum(mixed)
+            if missing <= 0:
+                break
+            rollouts = missing * pipeline.group_size
+            batches += [min(most, rollouts - start) for start in range(0, rollouts, most)]
+            mixed += list(rng.random(missing) < pipeline.mixed_share)
+        return cls(tuple(batches), np.repeat(np.array(mixed, dtype=bool), pipeline.group_size))
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,14 @@ def plan(
         float | None,
         typer.Option(min=0, help="Seconds per reply of a critic whose size is unknown."),
     ] = None,
+    mixed_groups: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of groups with right and wrong rollouts, for dynamic sampling; default half.",
+        ),
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
     figure: Annotated[
         Path | None,
@@ -73,7 +81,8 @@ def plan(
     chosen = actions.run_with_critic(actions.load(recipe, settings, arm), arm, 0)
     request = PlanRequest(
         device, device_file, trainers, samplers, critics, devices, tuple(calibrate or ()),
-        Overrides(staleness, answer_tokens, critique_tokens, critic_seconds), explain, figure,
+        Overrides(staleness, answer_tokens, critique_tokens, critic_seconds, mixed_groups),
+        explain, figure,
     )  # fmt: skip
     # Complete the plan before printing: an error prints its one line and nothing else.
     for line in list(plan_lines(chosen, request)):

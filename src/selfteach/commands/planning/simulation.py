@@ -13,7 +13,7 @@ import numpy as np
 import simpy
 
 from selfteach.commands.planning.costs import DecodingCost
-from selfteach.commands.planning.pipeline import Pipeline, StepTimes, Timeline
+from selfteach.commands.planning.pipeline import Pipeline, SampledStep, StepTimes, Timeline
 
 Process = Generator[simpy.Event, Any, None]
 
@@ -126,10 +126,10 @@ class _Simulation:
         self.sampled = [env.event() for _ in range(self.count)]
         self.critiqued = [env.event() for _ in range(self.count)]
         self.trained = [env.event() for _ in range(self.count)]
-        rollouts = sum(pipeline.batches)
-        self.not_critiqued = [rollouts] * self.count
+        self.work = [SampledStep.draw(pipeline, self.rng) for _ in range(self.count)]
+        self.not_critiqued = [len(step.trained_R) for step in self.work]
         self.lengths = [
-            pipeline.rollout_lengths.sample(self.rng, rollouts) for _ in range(self.count)
+            pipeline.rollout_lengths.sample(self.rng, len(step.trained_R)) for step in self.work
         ]
         self.num_requests, self.training_seconds, self.critique_seconds = 0, 0.0, 0.0
         env.process(self._sample_steps())
@@ -165,7 +165,7 @@ class _Simulation:
             if step > pipeline.staleness:
                 yield self.trained[step - pipeline.staleness - 1]
             first, started = 0, env.now
-            for number, size in enumerate(pipeline.batches):
+            for number, size in enumerate(self.work[step].batches):
                 with self._turn(pipeline.sampling_shares_devices, step) as turn:
                     yield turn
                     if number == 0:
@@ -247,7 +247,9 @@ class _Simulation:
             critiqued = env.now
             with self._turn(shares_devices, step) as turn:
                 yield turn
-                start, seconds = env.now, pipeline.train_seconds(self.lengths[step])
+                start = env.now
+                trained_R = self.lengths[step][self.work[step].trained_R]
+                seconds = pipeline.train_seconds(trained_R) if len(trained_R) else 0.0
                 yield env.timeout(seconds)
                 self.training_seconds += seconds
             yield env.timeout(pipeline.weight_sync)

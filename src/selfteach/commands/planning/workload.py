@@ -20,6 +20,9 @@ from selfteach.errors import RecipeError
 from selfteach.models.architectures import Shape, known_shapes
 from selfteach.trainer.device_memory import DeviceLoad
 
+ASSUMED_MIXED_SHARE = 0.5
+"""Share of groups with both right and wrong rollouts, unless it is given."""
+
 CriticKind = Literal["none", "program", "in_process", "served", "latency"]
 """What writes critiques: no critic; a program; a model in the trainer's process; a served model of
 known shape; a server of which only the seconds per reply are known."""
@@ -65,11 +68,29 @@ class StepWork:
     staleness: int
     engine: str
     """``transformers`` or ``vllm``: the engine where trainers also sample."""
+    rounds: int = 0
+    """Most further rounds of dynamic sampling."""
+    mixed_share: float = 1.0
+    """Share of groups with both right and wrong rollouts, where there are rounds."""
 
     @property
     def rollouts(self) -> int:
         """Return the number of rollouts in a step."""
         return self.problems * self.group_size
+
+    @property
+    def sampled_share(self) -> float:
+        """Return the expected rollouts of a step, all rounds together, as a multiple of the first."""
+        missing, sampled = 1.0, 0.0
+        for _ in range(1 + self.rounds):
+            sampled += missing
+            missing *= 1 - self.mixed_share
+        return sampled
+
+    @property
+    def trained_share(self) -> float:
+        """Return the expected rollouts that are trained on, as a multiple of the first round's."""
+        return self.sampled_share * self.mixed_share if self.rounds else 1.0
 
     @property
     def batches(self) -> int:
@@ -86,6 +107,7 @@ class Overrides:
     rollout_tokens: float | None = None
     critique_tokens: float | None = None
     critic_seconds: float | None = None
+    mixed_groups: float | None = None
 
 
 def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides()) -> StepWork:
@@ -121,7 +143,18 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
         critic=critic_work_of(recipe, known, overrides),
         staleness=train.staleness if overrides.staleness is None else overrides.staleness,
         engine=engine_of(recipe),
+        rounds=recipe.sampling.dynamic_rounds,
+        mixed_share=_mixed_share(recipe, overrides),
     )
+
+
+def _mixed_share(recipe: Recipe, overrides: Overrides) -> float:
+    """Return the share of mixed groups: as given, or assumed. Raises `RecipeError` without rounds."""
+    if not recipe.sampling.dynamic_rounds:
+        if overrides.mixed_groups is not None:
+            raise RecipeError("--mixed-groups is for sampling.dynamic_rounds, which is 0")
+        return 1.0
+    return ASSUMED_MIXED_SHARE if overrides.mixed_groups is None else overrides.mixed_groups
 
 
 def critic_work_of(recipe: Recipe, known: RunSizes, overrides: Overrides) -> CriticWork:

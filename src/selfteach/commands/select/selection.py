@@ -19,6 +19,7 @@ from selfteach.commands.select.data_card import card_text
 from selfteach.config.data_section import FilesData, HubData, SelectConfig
 from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import ContextConfig, Recipe
+from selfteach.config.reward_section import EnvironmentRewardConfig
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.feedback.critics.reply_cache import buying_for
@@ -101,6 +102,7 @@ def select(recipe: Recipe, config: SelectConfig, folder: str | Path) -> Iterator
             "select.critic = true needs a critic and the recipe has none: add [critic], "
             "or set [select] critic = false"
         )
+    _require_files_suffice(recipe)
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
     folder = run.path
@@ -332,6 +334,16 @@ def _write(
         card["out"][name] = len(splits[name])
     write_text(folder / "README.md", card_text(card))
     write_json(folder / "card.json", card)
+
+
+def _require_files_suffice(recipe: Recipe) -> None:
+    """Raise `RecipeError` if an environment decides who is right: the files written have none."""
+    functions = recipe.reward.functions if recipe.reward is not None else ()
+    if any(isinstance(one, EnvironmentRewardConfig) for one in functions):
+        raise RecipeError(
+            "select writes problems to files, which have no environment to reward them: name "
+            "data.verifier, and leave the environment out of [reward]"
+        )
 
 
 def problem_row(tally: Tally) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _unreachable(
     api: ServedApi, error: openai.APIConnectionError, config: ServedModelConfig
 ) -> str:
     words = f"no server at {config.base_url} ({api.words(error)})"
-    return f"{config.role}: {words}: start the server, or fix {config.role}.base_url"
+    return f"{config.label}: {words}: start the server, or fix {config.key('base_url')}"
 
 
 class _Busy(Exception):
@@ -112,14 +112,14 @@ def _request(
         unknown = listed is not None and config.model not in listed
         if status in (404, 405) or (status == 400 and unknown and listed):
             raise CriticError(
-                f"{config.role}.model = {config.model!r}: {config.base_url} does not serve it "
+                f"{config.key('model')} = {config.model!r}: {config.base_url} does not serve it "
                 f"(HTTP {status}){_hint(config, listed)} ({words})"
             ) from None
         if is_refusal(status, words) or status < 400 or (status < 500 and not _is_busy(error)):
             raise CriticError(
-                f"{config.role}: {config.base_url} refuses the request that runs send (HTTP {status}: "
+                f"{config.label}: {config.base_url} refuses the request that runs send (HTTP {status}: "
                 f"{words}): change that setting, or rename the parameter, or leave it out, in "
-                f"[{config.role}.parameters]"
+                f"{config.key('parameters')}"
             ) from None
         if _is_busy(error):
             raise _Busy from None
@@ -133,10 +133,10 @@ def _refuse_a_wrong_key(
         fix = (
             f"the key in {variable} is wrong"
             if variable
-            else f"name a key in {config.role}.api_key_env"
+            else f"name a key in {config.key('api_key_env')}"
         )
         raise CriticError(
-            f"{config.role}: {config.base_url} denied access (HTTP {error.status_code}): {fix} "
+            f"{config.label}: {config.base_url} denied access (HTTP {error.status_code}): {fix} "
             f"({api.words(error)})"
         ) from None
 
@@ -150,6 +150,6 @@ def _is_busy(error: openai.APIStatusError) -> bool:
 
 def _hint(config: ServedModelConfig, listed: list[str] | None) -> str:
     if not listed:
-        return f": check {config.role}.model and {config.role}.base_url"
+        return f": check {config.key('model')} and {config.key('base_url')}"
     close = difflib.get_close_matches(config.model, listed, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; it serves {', '.join(listed[:5])}"

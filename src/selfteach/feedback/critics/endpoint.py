@@ -125,10 +125,10 @@ class EndpointModel:
         if is_refusal(status, words):
             return NoReply(f"the server refused the request (HTTP {status}): {words}", True)
         if status in (401, 403, 404, 405, 410) or 300 <= status < 400:
+            keys = f"{config.key('model')}, {config.key('base_url')} and the key"
             raise CriticError(
-                f"{config.role}: {config.base_url} returned HTTP {status} for model {config.model!r} "
-                f"({redirected(error) or words}): check {config.role}.model, {config.role}.base_url "
-                "and the key"
+                f"{config.label}: {config.base_url} returned HTTP {status} for model {config.model!r} "
+                f"({redirected(error) or words}): check {keys}"
             )
         return NoReply(f"the server returned HTTP {status}: {words}")
 
@@ -149,7 +149,7 @@ class EndpointModel:
 def served_api(config: ServedModelConfig, timeout_s: float, *, retries: int) -> ServedApi:
     """Return the client of a critic's server. Raises `CriticError` if its key is missing or no key."""
     url, query = split_address(config.base_url)
-    key = read_key(config.api_key_env, f"{config.role}.api_key_env", CriticError)
+    key = read_key(config.api_key_env, config.key("api_key_env"), CriticError)
     return ServedApi(
         url, key, timeout_s=timeout_s, max_bytes=MAX_BODY_BYTES, retries=retries,
         key_header=config.api_key_header, query=query,

@@ -94,10 +94,13 @@ class StoredReply:
 
 
 class ReplyCache:
-    """Maps request keys to replies in a SQLite file. Raises `CriticError` if it cannot be used."""
+    """Maps request keys to replies in a SQLite file. Raises `CriticError` if it cannot be used.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    ``key`` is that of the recipe which names the file, for errors; empty for a file named otherwise.
+    """
+
+    def __init__(self, path: Path, key: str = "") -> None:
+        self._path, self._key = path, key
         self._owners = path.with_name(f"{path.name}.owners")
         self._owner: ClaimOwner | None = None
         self._owner_lock = threading.Lock()
@@ -105,7 +108,7 @@ class ReplyCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CriticError(f"critic.reply_cache = {str(path)!r}: {error}") from None
+            raise self._unusable(error) from None
         with self._open() as database:
             database.executescript(SCHEMA)
 
@@ -275,7 +278,11 @@ class ReplyCache:
                 database.execute("PRAGMA synchronous = FULL")
                 yield database
         except (sqlite3.Error, OverflowError) as error:
-            raise CriticError(f"critic.reply_cache = {str(self._path)!r}: {error}") from None
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> CriticError:
+        named = f"{self._key} = " if self._key else "reply cache "
+        return CriticError(f"{named}{str(self._path)!r}: {error}")
 
 
 class CachedModel:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from selfteach.errors import PartError
+from selfteach.feedback.rewards.environment_reward import EnvironmentReward, environments
 from selfteach.feedback.rewards.llm_judge import LlmJudge
 from selfteach.feedback.rewards.reward_function import RewardFunction
 from selfteach.feedback.rewards.reward_journal import RewardJournal
@@ -38,7 +39,7 @@ class VerdictReward:
         return BatchScores([Score(float(verdict.correct)) for _, verdict in judged])
 
 
-Source = VerdictReward | LlmJudge | RewardFunction
+Source = VerdictReward | LlmJudge | RewardFunction | EnvironmentReward
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,10 @@ class CombinedReward:
     @property
     def in_main_thread(self) -> bool:
         """Return True if a function must be called in the main thread, as TRL calls it."""
-        return any(isinstance(s, RewardFunction) and not s.is_async for s in self.sources)
+        return any(
+            isinstance(s, EnvironmentReward) or (isinstance(s, RewardFunction) and not s.is_async)
+            for s in self.sources
+        )
 
     def at(self, update: int, journal: RewardJournal | None) -> Reward:
         """Return the reward of one batch: after so many updates, stored in a run folder."""
@@ -107,6 +111,10 @@ class CombinedReward:
         arguments: Mapping[str, Any] = {}
         if functions:
             arguments = reward_arguments(rollouts, self.completion, self.state(update))
+        for scorer, names in environments(missing).items():
+            for name, computed in scorer.scores(rollouts, self.completion, self.loop).items():
+                if name in names:
+                    keep(name, computed)
         for function in functions:
             if not function.is_async:
                 keep(function.name, function.scores(rollouts, arguments))

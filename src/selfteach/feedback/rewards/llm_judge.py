@@ -41,7 +41,7 @@ class LlmJudge:
         try:
             self._template = environment.from_string(config.prompt)
         except jinja2.TemplateError as error:
-            raise RecipeError(f"judge.prompt of {self.name!r} is no template: {error}") from None
+            raise RecipeError(f"prompt of judge {self.name!r} is no template: {error}") from None
 
     def messages(self, rollout: Rollout) -> tuple[Message, ...]:
         """Return the conversation about one rollout. Raises `RecipeError` if the template fails."""
@@ -55,7 +55,7 @@ class LlmJudge:
         except Exception as error:  # a template may divide by zero, or worse
             reason = " ".join(str(error).split())
             raise RecipeError(
-                f"judge.prompt of {self.name!r}, for problem {problem.label!r}: {reason}"
+                f"prompt of judge {self.name!r}, for problem {problem.label!r}: {reason}"
             ) from error
         system = () if self._config.system is None else (("system", self._config.system),)
         return (*system, ("user", self._escaper.escape(text.strip())))

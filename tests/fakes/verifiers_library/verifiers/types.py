@@ -1,0 +1,19 @@
+"""The state of a rollout, a dictionary that reads its input too."""
+
+
+class State(dict):
+    def __missing__(self, key):
+        return self["input"][key]
+
+    def get(self, key, default=None):
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+
+class RolloutTiming: ...
+
+
+def flatten_task_input(row):
+    return dict(row)

@@ -1,0 +1,1 @@
+"""Has the module of messages."""

@@ -1,0 +1,7 @@
+"""Has the two classes by which a package is told to be of the newer part."""
+
+
+class Env: ...
+
+
+class Taskset: ...
