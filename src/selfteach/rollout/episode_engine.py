@@ -189,10 +189,10 @@ class EpisodeEngine:
                 episode.broken = reply.kind, _plain(reply.detail)
             elif (broken := broken_reply(reply)) is not None:
                 episode.broken = "failed", broken
-            if episode.broken is not None:
-                episode.end(*episode.broken)
             else:
                 self._take(episode, reply)
+                continue
+            episode.end(*episode.broken)
 
     def _take(self, episode: RunningEpisode, reply: EnvironmentReply) -> None:
         """Append a reply to an episode that goes on; end one that is over, or has nothing left."""
