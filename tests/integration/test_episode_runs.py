@@ -311,3 +311,26 @@ def test_inspect_scores_the_model_s_tokens_of_each_turn(folder: Path, whole: Pat
         for context in contexts:
             chosen = [t for t in tokens if (t["answer"], t["context"]) == (line, context)]
             assert len(chosen) == row["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdpo", "rosd", "trace"])
+def test_other_methods_recipes_run_on_episodes_unchanged(folder: Path, name: str) -> None:
+    """Their contexts, gates and objectives with a calculator: only model, data and sizes are others."""
+    settings = [
+        "environment.type=calculator", "environment.max_turns=3", f"model.path={folder / 'model'}",
+        "model.thinking.student=false", "model.thinking.teacher=false", "model.lora=false",
+        "model.weights_dtype=float32", "model.autocast=false", "model.gradient_checkpointing=false",
+        "train.max_length=2000",
+        "data.type=chain_sums", "data.train=8", "data.validation=2", "data.test=2",
+        "sampling.max_tokens=12", "sampling.batch_size=8", "train.steps=1", "train.threads=1",
+        "train.problems_per_step=2", "train.group_size=4", "evaluation.validation_k=1",
+        "evaluation.test_k=1",
+    ]  # fmt: skip
+    one = one_run(load(f"baselines/{name}", settings), None, 0)
+    critic = None if one.critic is None else {"type": "oracle"}
+    one = Recipe.model_validate({**one.model_dump(mode="json"), "critic": critic})
+    run_to_end(one, folder / name)
+    (row,) = [row for row in RunFolder(folder / name).metrics() if row["kind"] == "step"]
+    assert row["turns"] >= 1 and row["rollouts_sampled"] == 8
+    assert row["tokens_trained"] > 0
