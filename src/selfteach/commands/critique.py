@@ -33,7 +33,7 @@ from selfteach.tasks.sources.text_files import numbered_lines
 from selfteach.tasks.task import Oracle, true_critique
 from selfteach.tasks.verifiers import verify_rollouts
 from selfteach.trainer.build import CritiqueSetup, build_critique_setup
-from selfteach.types import CritiquedRollout, Problem, Rollout, TrainingSample
+from selfteach.types import Critique, CritiquedRollout, Problem, Rollout, TrainingSample
 
 BATCH_SIZE = 64
 """Rollouts given to the critic in one call."""
@@ -137,18 +137,20 @@ def _row(setup: CritiqueSetup, critiqued: CritiquedRollout) -> dict[str, Any]:
     text = critiqued.rollout.text
     spans = segmentation.step_spans(critiqued.rollout, setup.task.split_steps)
     change = first_change(critiqued, spans, token_ends(setup.renderer, critiqued.rollout))
-    step_spans = spans[:-1] if critiqued.verdict.parsed is not None else spans
+    step_spans = segmentation.without_final(spans, critiqued.verdict.parsed)
     steps = [segmentation.content(text, span) for span in step_spans]
     row = {**sample_row(TrainingSample(critiqued, change=change)), "answer_steps": steps}
     if setup.task.oracle is None:
         return row
-    return {**row, "true_first_error": _true_first_error(setup.task.oracle, critiqued.rollout)}
+    truth = _true_critique(setup.task.oracle, critiqued.rollout)
+    return row if truth is None else {**row, "true_first_error": truth.first_error}
 
 
-def _true_first_error(oracle: Oracle, rollout: Rollout) -> int | None:
-    """Return the index of the first wrong step, by the program that checks every step."""
+def _true_critique(oracle: Oracle, rollout: Rollout) -> Critique | None:
+    """Return the critique of the program that checks every step; None where it cannot check them."""
     rng = np.random.default_rng(0)  # not used by a program that does not err
-    return true_critique(oracle, rollout, rng=rng).first_error
+    critique = true_critique(oracle, rollout, rng=rng)
+    return critique if isinstance(critique, Critique) else None
 
 
 def _rollout(

@@ -43,7 +43,7 @@ class FailurePolicies(Section):
 
 
 class OracleConfig(Section):
-    """Critiques with a program that checks every step (the lab, chain sums)."""
+    """Critiques with a program that checks every step (the lab, chain sums, code with solutions)."""
 
     type: Literal["oracle"] = "oracle"
     """A program that comes with the problems."""
@@ -60,6 +60,10 @@ class LlmCriticConfig(ChatModelConfig):
     """Ask the critic for a solution of the question first, and show it beside the rollout in the place
     of a reference: a small critic copies the errors of a rollout whose question it can solve. One
     request per problem, cached like every reply."""
+    sees_evidence: bool = False
+    """Show the critic what running the rollout's code has shown (``data.verifier = "code"``): the test
+    that failed, its call, expected value and value, or the exception with its line. Only template sets
+    that show ``evidence`` or ``facts``, as ``code`` does."""
     min_similarity: float = Field(default=0.3, ge=0, le=1)
     """A critique that repeats no step is ``misaligned`` if its first step is less similar than this to
     the rollout's first step (ratio of words in common)."""

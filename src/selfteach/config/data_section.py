@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args
 from pydantic import Field, Tag, field_validator, model_validator
 
 from selfteach.config.code_section import CodeConfig
+from selfteach.config.columns_section import Columns, Splitting
 from selfteach.config.part_names import is_custom
 from selfteach.config.part_section import (
     BUILT_IN,
@@ -22,9 +23,7 @@ from selfteach.config.part_section import (
 from selfteach.config.schema import Section
 
 SplitName = Literal["train", "validation", "test"]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-Steps = Literal["tags", "lines", "paragraphs", "sentences"]
+Steps = Literal["tags", "lines", "paragraphs", "sentences", "code"]
 VerifierName = Literal["exact", "math", "code", "reasoning_gym", "lab", "chain_sums"]
 GymVerifierName = Literal["reasoning_gym", "exact", "math"]
 VERIFIERS: tuple[VerifierName, ...] = get_args(VerifierName)
@@ -102,64 +101,36 @@ class ChainSumsData(ProgramData):
     """Number of test problems."""
 
 
-class Columns(Section):
-    """Names the columns of a row.
+class CodeTasksData(ProgramData):
+    """Generates small functions to write in Python, with hidden tests and worked solutions."""
 
-    A column is a dotted path (``extra.answers.0``), optionally followed by rules, each after a
-    bar: ``answer | after:####``. Rules: ``after:X`` and ``before:X`` (the last X), ``boxed`` (the
-    content of the last ``\\boxed{}``), ``first`` and ``last`` (of a list), ``join:X`` (a list).
-    Text with braces is a template: ``{context}\\n\\n{question}``.
-    """
-
-    question: str = "question"
-    """Column of the question: a text, or a list of messages with ``role`` and ``content`` whose last is
-    the user's. Where rows have no ``question``: ``prompt``, ``problem`` or ``messages``."""
-    answer: str = "answer"
-    """Column of the final answer. Where rows have no ``answer``: ``final_answer``,
-    ``expected_answer``, ``ground_truth``, ``reward_model.ground_truth`` or ``solution`` (the content
-    of its last ``\\boxed{}``, if it has one). Empty: there is none, and tests decide alone."""
-    history: str | None = None
-    """Column of messages before the question, a list with ``role`` and ``content``; unset: the column
-    ``history``, where it holds such a list."""
-    reference: str | None = None
-    """Column of a worked solution; unset: the column ``reference``, where there is one."""
-    aligned_reference: str | None = None
-    """Column of a worked solution in the policy's style; unset: the column of this name, where there is
-    one."""
-    id: str | None = None
-    """Column of the problem's id; unset: the column ``id``, else a hash of question and answer."""
-    meta: str | tuple[str, ...] | None = None
-    """Column with a table of metadata, or names of columns to keep as metadata; unset: the column
-    ``meta``."""
-
-
-class Splitting(Section):
-    """Splits a pool into train, validation and test by a hash of each question and the seed.
-
-    With ``by`` it is a hash of a value of the row, and no two splits share a value. Sizes are all
-    counts or all shares. With shares the hash alone decides a question's split, so a pool that grows
-    moves no question.
-    """
-
+    type: Literal["code_tasks"] = "code_tasks"
+    """Generated functions to write; answers are run, as with ``verifier = "code"``."""
     seed: int = 0
-    """Seed of the hash."""
-    by: str | None = None
-    """Dotted path of a value that no two splits share, such as a column with the document, or
-    ``meta.reasoning_gym.metadata.template``; unset: no two splits share a question."""
-    train: Count | Share | None = None
-    """Size of the training split; unset: all problems that are in no other split."""
-    validation: Count | Share | Literal[0] = 0.1
-    """Size of the validation split."""
-    test: Count | Share | Literal[0] = 0.1
-    """Size of the test split."""
+    """Seed of the generator."""
+    min_level: int = Field(default=1, ge=1, le=4)
+    """Easiest level: 1 is a line or two, 2 a loop with a rule, 3 carries state along, 4 is a small
+    simulation with several rules. All levels are drawn equally often."""
+    max_level: int = Field(default=4, ge=1, le=4)
+    """Hardest level."""
+    functions: tuple[str, ...] = ()
+    """Names of the functions to generate, of those levels; empty: all."""
+    code: CodeConfig = CodeConfig()
+    """Limits of the process that runs an answer; its names of columns are for rows alone."""
+    train: int = Field(default=512, ge=1)
+    """Number of training problems."""
+    validation: int = Field(default=32, ge=1)
+    """Number of validation problems."""
+    test: int = Field(default=64, ge=1)
+    """Number of test problems."""
 
     @model_validator(mode="after")
-    def _check_sizes(self) -> Splitting:
-        sizes = [size for size in (self.train, self.validation, self.test) if size]
-        if len({type(size) for size in sizes}) > 1:
-            raise ValueError("give validation, test and train all as counts or all as shares")
-        if sizes and isinstance(sizes[0], float) and sum(sizes) > 1 + 1e-9:
-            raise ValueError(f"the shares add up to {sum(sizes):g}, which is more than 1")
+    def _no_columns(self) -> CodeTasksData:
+        for name in ("tests", "entry_point", "setup", "prelude"):
+            if getattr(self.code, name) is not None:
+                raise ValueError(
+                    f"data.code.{name} names a column, and generated problems have none: leave it out"
+                )
         return self
 
 
@@ -168,7 +139,8 @@ class AnswerReading(Section):
 
     steps: StepsConfig = "tags"
     """What a solution step is: a tag ``<step_1>…</step_1>``, or for models that do not write tags
-    (template set ``free``) a line, a paragraph or a sentence; or a splitter of one's own."""
+    (template set ``free``) a line, a paragraph or a sentence; ``code``: a statement of Python, which
+    ``tags`` stand for with ``verifier = "code"``; or a splitter of one's own."""
     answer_in: Literal["tag", "boxed", "tag_or_boxed"] = "tag"
     """Where the final answer is: in ``<answer>…</answer>``, in the last ``\\boxed{…}``, or in the tag
     and, where there is none, in the box."""
@@ -336,13 +308,17 @@ DataConfig = Annotated[
     Union[  # noqa: UP007
         Annotated[LabData, Tag("lab")],
         Annotated[ChainSumsData, Tag("chain_sums")],
+        Annotated[CodeTasksData, Tag("code_tasks")],
         Annotated[FilesData, Tag("files")],
         Annotated[HubData, Tag("hub")],
         Annotated[GymData, Tag("reasoning_gym")],
         Annotated[EnvironmentData, Tag("verifiers")],
         Annotated[CustomData, Tag(CUSTOM)],
     ],
-    custom_or("problems", ("lab", "chain_sums", "files", "hub", "reasoning_gym", "verifiers")),
+    custom_or(
+        "problems",
+        ("lab", "chain_sums", "code_tasks", "files", "hub", "reasoning_gym", "verifiers"),
+    ),
 ]
 
 
@@ -376,5 +352,5 @@ class SelectConfig(Section):
     """How the selected problems are split."""
 
 
-ORACLE_DATA = ("lab", "chain_sums")
+ORACLE_DATA = ("lab", "chain_sums", "code_tasks")
 """Types of data with an oracle, a program that can critique rollouts."""

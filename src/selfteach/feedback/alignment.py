@@ -5,7 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from selfteach.tasks.segmentation import Span, content
+from selfteach.tasks.code.answer_parts import lines_of
+from selfteach.tasks.code.code_steps import IndentedSpan
+from selfteach.tasks.segmentation import Span, content, without_final
 from selfteach.types import Critique, CritiquedRollout, FirstChange, Rollout
 
 
@@ -77,27 +79,39 @@ def _outside_steps(text: str, spans: Sequence[Span]) -> tuple[int, int] | None:
 def changed_steps(critiqued: CritiquedRollout, spans: Sequence[Span]) -> Iterator[tuple[int, str]]:
     """Yield the index of each step that the critique does not repeat, and the text in its place.
 
-    Steps are compared in order, ignoring white space. ``spans`` are the steps of the rollout's text,
-    the final answer last if it has one; that counts as repeated if the verifier parses the same answer
-    from both. The text is "" where the critique has no step in that place. Yields nothing without a
-    critique.
+    Steps are compared in order, ignoring white space; lines of code exactly, but for what they end in.
+    ``spans`` are the steps of the rollout's text, the final answer last if it has one; that counts as
+    repeated if the verifier parses the same answer from both. The text is "" where the critique has no
+    step in that place. Yields nothing without a critique.
     """
     critique, text, parsed = critiqued.critique, critiqued.rollout.text, critiqued.verdict.parsed
     if not isinstance(critique, Critique):
         return
     steps = [step.text for step in critique.steps]
+    before_final = len(without_final(spans, parsed))
     for index, span in enumerate(spans):
-        final = index == len(spans) - 1 and parsed is not None
+        final = index >= before_final
         if final and parsed == critique.answer:
             continue
         replacement = steps[index] if index < len(steps) and not final else ""
-        if not same_words(content(text, span), replacement):
+        same = same_lines if isinstance(span, IndentedSpan) else same_words
+        if not same(content(text, span), replacement):
             yield index, replacement
+
+
+def words_of(text: str) -> Sequence[str]:
+    """Return the words of a text: steps are equal if theirs are."""
+    return text.split()
 
 
 def same_words(a: str, b: str) -> bool:
     """Return True if two texts are equal except for white space."""
-    return a.split() == b.split()
+    return words_of(a) == words_of(b)
+
+
+def same_lines(a: str, b: str) -> bool:
+    """Return True if two steps of code are equal except for white space at the ends of lines."""
+    return lines_of(a) == lines_of(b)
 
 
 def _common_length(a: str, b: str) -> int:

@@ -120,6 +120,8 @@ class Templates:
         final: str | None = None,
         finished: bool,
         reference: str | None = None,
+        evidence: str | None = None,
+        facts: Mapping[str, object] | None = None,
         segments: Sequence[Segment] = (),
     ) -> list[Message]:
         """Render the critic's prompt about a rollout as chat messages.
@@ -128,11 +130,13 @@ class Templates:
         and ``turn``, its number from 1, or None for what the environment wrote.
 
         ``answer`` is its text, ``steps`` its steps, ``final`` its final answer, None without one;
-        ``finished`` is False for a truncated rollout.
+        ``finished`` is False for a truncated rollout. ``evidence`` is what running the answer has
+        shown, as text, ``facts`` the same as a table; None for a critic that is shown none.
         """
         values = {"answer": answer, "steps": tuple(steps), "final": final, "finished": finished}
+        shown = {"reference": reference, "evidence": evidence, "facts": facts}
         values["segments"] = _numbered(segments)
-        return conversation(self.render("critic", question=question, reference=reference, **values))
+        return conversation(self.render("critic", question=question, **values, **shown))
 
 
 def _require_known_names(folder: Path) -> None:
@@ -222,4 +226,6 @@ def _without_turns(value: Any) -> Any:
         return value.replace(TURN, "")
     if isinstance(value, tuple):
         return tuple(map(_without_turns, value))
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _without_turns(one) for key, one in value.items()}
     return value

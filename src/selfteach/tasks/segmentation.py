@@ -6,6 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
+from selfteach.tasks.code.code_steps import IndentedSpan, code_steps
 from selfteach.tasks.final_answers import OPEN, Span, last_box_begin, tagged_span
 from selfteach.tasks.lab import checker
 from selfteach.types import Rollout
@@ -98,6 +99,7 @@ SPLITTERS: dict[str, Splitter] = {
     "lines": lines,
     "paragraphs": paragraphs,
     "sentences": sentences,
+    "code": code_steps,
 }
 """Splitters by their name in a recipe."""
 
@@ -120,5 +122,17 @@ def token_spans(char_spans: Sequence[Span], token_ends: Sequence[int]) -> list[S
 
 
 def content(text: str, span: Span) -> str:
-    """Return the text of a step, without the tags around it."""
+    """Return the text of a step, without the tags around it; a line of code with its indentation."""
+    if isinstance(span, IndentedSpan):
+        return text[slice(*span)].rstrip()
     return OUTER_TAGS.sub("", text[slice(*span)]).strip()
+
+
+def without_final(spans: Sequence[Span], parsed: str | None) -> Sequence[Span]:
+    """Return the spans of the steps before the final answer, which is the last span.
+
+    There is one if a verifier has ``parsed`` one, or if the last span is empty: a program is its own
+    final answer.
+    """
+    is_final = bool(spans) and (parsed is not None or spans[-1][0] == spans[-1][1])
+    return spans[:-1] if is_final else spans

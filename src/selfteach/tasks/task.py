@@ -8,9 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from selfteach.config.code_section import CodeConfig
 from selfteach.config.data_section import (
     AnswerReading,
     ChainSumsData,
+    CodeTasksData,
     CustomData,
     DataConfig,
     EnvironmentData,
@@ -26,8 +28,10 @@ from selfteach.config.reward_section import RewardConfig
 from selfteach.errors import DataError
 from selfteach.protocols import Verifier
 from selfteach.tasks import chain_sums, segmentation, verifiers
+from selfteach.tasks.code.code_oracle import CodeOracle
 from selfteach.tasks.code.code_tests import KEY
 from selfteach.tasks.code.code_verifier import CodeVerifier
+from selfteach.tasks.code.generator import code_tasks
 from selfteach.tasks.custom_tasks import custom_functions, custom_problems
 from selfteach.tasks.hub_environments.environment_problems import HubEnvironment, read_environment
 from selfteach.tasks.lab import lab_task as lab_task
@@ -38,7 +42,7 @@ from selfteach.tasks.sources.audit import Audit, audit
 from selfteach.tasks.sources.columns import with_mapping
 from selfteach.tasks.sources.load import combined, read_problem_sets
 from selfteach.tasks.sources.reasoning_gym import generate
-from selfteach.types import Critique, Problem, ReplaceSteps, Rollout
+from selfteach.types import Critique, CritiqueFailure, Problem, ReplaceSteps, Rollout
 
 
 @runtime_checkable
@@ -53,8 +57,8 @@ class OracleFn(Protocol):
         finished: bool,
         error_rate: float,
         rng: np.random.Generator,
-    ) -> Critique:
-        """Return the corrected trace of an answer."""
+    ) -> Critique | CritiqueFailure:
+        """Return the corrected trace of an answer, or why it has none."""
         ...
 
 
@@ -75,8 +79,8 @@ Oracle = OracleFn | EpisodeOracle
 
 def true_critique(
     oracle: Oracle, rollout: Rollout, *, error_rate: float = 0.0, rng: np.random.Generator
-) -> Critique:
-    """Return an oracle's critique of a rollout."""
+) -> Critique | CritiqueFailure:
+    """Return an oracle's critique of a rollout, or why it has none."""
     if isinstance(oracle, EpisodeOracle):
         return oracle.critique_episode(rollout, error_rate=error_rate, rng=rng)
     return oracle(
@@ -104,6 +108,8 @@ class Task:
     """Number of rows read, and of rows left out of the problem set by reason."""
     columns: str = ""
     """Which columns of the rows were read for what, in one line; empty where there are no rows."""
+    about: str = ""
+    """What a person should know of generated problems, in one line."""
     environment: HubEnvironment | None = None
     """The environment of `verifiers` that the problems are from, whose rewards they have."""
 
@@ -135,6 +141,8 @@ def load_task(
             return _lab(config, model_folder)
         case ChainSumsData():
             return _chain_sums(config)
+        case CodeTasksData():
+            return _code_tasks(config)
         case FilesData() | HubData():
             config = with_mapping(config)
             splits, counts, columns = read_problem_sets(
@@ -191,6 +199,8 @@ def describe_problems(task: Task, *, max_warnings: int = 5) -> Iterator[str]:
         yield "source: " + ", ".join(f"{count:,} {name}" for name, count in task.counts.items())
     if task.columns:
         yield f"columns: {task.columns}"
+    if task.about:
+        yield task.about
     if isinstance(task.verify, CodeVerifier):
         yield task.verify.description
     result = check_answers(task)
@@ -280,24 +290,35 @@ def _chain_sums(config: ChainSumsData) -> Task:
     return Task(train, validation, test, **custom_functions(config, CHAIN_SUMS))
 
 
+def _code_tasks(config: CodeTasksData) -> Task:
+    splits = code_tasks.problem_sets(config)
+    functions = _functions_of("code", AnswerReading(), None, "", config.code)
+    about = code_tasks.shared_templates(splits)
+    return Task(*splits, **custom_functions(config, functions), about=about)
+
+
 def _functions_of(
-    verifier: str, reading: AnswerReading, world: str | None, model_folder: str
+    verifier: str,
+    reading: AnswerReading,
+    world: str | None,
+    model_folder: str,
+    code: CodeConfig | None = None,
 ) -> dict[str, Any]:
     """Return the functions that belong to a verifier, as fields of a `Task`."""
     if verifier == "lab":
         return _lab_functions(_world(world, model_folder))
     if verifier == "chain_sums":
         return dict(CHAIN_SUMS)
-    code = reading.code if isinstance(reading, RowsData | CustomData) else None
+    code = reading.code if isinstance(reading, RowsData | CustomData) else code
     verify, answer_format = verifiers.build_verifier(verifier, reading.answer_in, code)
     steps = "lines" if isinstance(reading.steps, CustomPart) else reading.steps
-    if verifier == "code" and steps == "tags":
-        steps = "lines"
+    if verifier == "code" and (steps == "tags" or isinstance(reading.steps, CustomPart)):
+        steps = "code"
     return {
         "verify": verify,
         "answer_format": answer_format,
         "split_steps": segmentation.SPLITTERS[steps],
-        "oracle": None,
+        "oracle": CodeOracle(verify) if isinstance(verify, CodeVerifier) else None,
         "templates": "code" if verifier == "code" else "steps" if steps == "tags" else "free",
     }
 
@@ -339,6 +360,8 @@ def default_templates(config: DataConfig) -> str | None:
             return "lab"
         case ChainSumsData():
             return "chain_sums"
+        case CodeTasksData():
+            return "code"
         case EnvironmentData():
             return "bare"
         case FilesData() | HubData() | GymData():

@@ -27,6 +27,7 @@ from selfteach.config.schema import Section
 from selfteach.config.served_model import ServedModelConfig
 from selfteach.errors import CriticError, RecipeError
 from selfteach.feedback.critics.chat_model import ChatModel
+from selfteach.feedback.critics.code_parser import CodeCritiqueParser
 from selfteach.feedback.critics.llm import LlmCritic
 from selfteach.feedback.critics.local import LocalModel
 from selfteach.feedback.critics.oracle import OracleCritic
@@ -38,6 +39,9 @@ from selfteach.models.policy import Policy
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Critic
 from selfteach.runtime.torch_setup import configure_torch
+from selfteach.tasks.code.code_oracle import CodeOracle, solutions_of
+from selfteach.tasks.code.code_steps import code_steps
+from selfteach.tasks.code.code_verifier import CodeVerifier
 from selfteach.tasks.task import Task
 from selfteach.trainer.custom_components import build_custom_critic
 
@@ -66,6 +70,8 @@ def build_critic(
                     'critic.type = "oracle": these problems have no oracle critic (with [environment] '
                     "only chain sums with a calculator have one)"
                 )
+            if isinstance(task.oracle, CodeOracle):
+                _require_solutions(task)
             return OracleCritic(task.oracle, error_rate=config.error_rate, seed=seed)
         case RecordedConfig():
             return RecordedCritic(Path(config.run))
@@ -81,9 +87,24 @@ def build_critic(
             return LlmCritic(
                 CachedModel(_chat_model(config, templates, loaded, policy), cache),
                 templates,
-                CritiqueParser(task.split_steps, task.verify, config.min_similarity),
+                _parser(task, config.min_similarity),
                 config,
             )
+
+
+def _require_solutions(task: Task) -> None:
+    """Raise `RecipeError` if no training problem has a program for the oracle to run."""
+    if task.train and not any(map(solutions_of, task.train)):
+        raise RecipeError(
+            f'critic.type = "oracle": none of the {len(task.train):,} training problems has a worked '
+            "solution: name their column (data.columns.answer), or choose another critic"
+        )
+
+
+def _parser(task: Task, min_similarity: float) -> CritiqueParser | CodeCritiqueParser:
+    if isinstance(task.verify, CodeVerifier) and task.split_steps is code_steps:
+        return CodeCritiqueParser(task.split_steps, task.verify, min_similarity)
+    return CritiqueParser(task.split_steps, task.verify, min_similarity)
 
 
 def critic_threads(recipe: Recipe) -> int:

@@ -13,6 +13,12 @@ from selfteach.errors import DataError, EngineError, RecipeError
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.tasks.task import Task
+from selfteach.tasks.verifiers import (
+    ExactVerifier,
+    MathVerifier,
+    ReasoningGymVerifier,
+    WithoutAnswers,
+)
 from selfteach.types import Problem
 
 log = logging.getLogger(__name__)
@@ -20,6 +26,7 @@ log = logging.getLogger(__name__)
 OVERLONG = "overlong in"
 """Begins the name of a count of overlong prompts; that of their split follows."""
 _QUESTION, _CONTEXT, _ROLLOUT = "the question 7319", "the context 2857", "the rollout 6413"
+_EVIDENCE = "the evidence 9154"
 REFERENCES: Mapping[str, str] = {
     "reference": "reference",
     "other_reference": "reference",
@@ -48,9 +55,16 @@ def require_fitting_templates(recipe: Recipe, templates: Templates) -> None:
         teacher = templates.render("teacher", question=_QUESTION, context=_CONTEXT)
         _require_shown("teacher", teacher, {"question": _QUESTION, "context": _CONTEXT})
     if isinstance(recipe.critic, LlmCriticConfig) and templates.has("critic"):
-        messages = templates.critic(_QUESTION, _ROLLOUT, steps=(_ROLLOUT,), finished=True)
+        sees_evidence = recipe.critic.sees_evidence
+        shown = {"evidence": _EVIDENCE, "facts": {"error": _EVIDENCE}} if sees_evidence else {}
+        messages = templates.critic(_QUESTION, _ROLLOUT, steps=(_ROLLOUT,), finished=True, **shown)
         critic = "\n".join(message["content"] for message in messages)
         _require_shown("critic", critic, {"question": _QUESTION, "answer": _ROLLOUT})
+        if sees_evidence and _EVIDENCE not in critic:
+            raise RecipeError(
+                "critic.sees_evidence = true, and critic.jinja shows neither {{ evidence }} nor "
+                '{{ facts }}: choose another template set (model.templates = "code"), or false'
+            )
     if isinstance(recipe.data, AnswerReading):
         _require_form(recipe.data.answer_in, solver)
 
@@ -146,6 +160,18 @@ def require_references(recipe: Recipe, task: Task) -> None:
         raise DataError(
             "critic.sees_reference = true, and no training problem has a worked solution: name their "
             "column (data.columns.reference), or set it to false"
+        )
+    if isinstance(critic, LlmCriticConfig) and critic.sees_evidence:
+        _require_evidence(task)
+
+
+def _require_evidence(task: Task) -> None:
+    """Raise `RecipeError` for a verifier that runs nothing, and so has no evidence to show."""
+    built_in = (ExactVerifier, MathVerifier, ReasoningGymVerifier, WithoutAnswers)
+    if isinstance(task.verify, built_in):
+        raise RecipeError(
+            "critic.sees_evidence = true, and only running an answer gives evidence: set "
+            'data.verifier = "code", or set it to false'
         )
 
 

@@ -90,8 +90,9 @@ def _critic(config: LlmCriticConfig, templates: Templates, problem: Problem) -> 
         solution = "‹the critic's own solution›"
     elif config.sees_reference:
         solution = problem.references.get("reference")
+    ran = {"evidence": "‹what running the rollout has shown›", "facts": {}}
     messages = templates.critic(
         problem.transcript, ROLLOUT, steps=(ROLLOUT,), final="‹answer›", finished=True,
-        reference=solution,
+        reference=solution, **(ran if config.sees_evidence else {}),
     )  # fmt: skip
     return "\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)

@@ -17,6 +17,8 @@ from selfteach.config.served_model import ServedModelConfig
 
 CHARACTERS_PER_TOKEN = 4
 """Of a template whose tokens are not counted."""
+EVIDENCE_TOKENS = (60, 600)
+"""Tokens of what running an answer shows: usually, and at most."""
 ASSUMED_PROMPT = 1024
 """Prompt length in tokens where none could be counted: mathematics questions are shorter."""
 
@@ -185,8 +187,9 @@ def _critic_tokens(
             plus(lengths.mean_prompt, completion),
             prompt + critic.max_tokens,
         )
-    expected = plus(lengths.mean_prompt, solution, completion, template)
-    most = template + prompt + completion + longest_solution
+    evidence, most_evidence = EVIDENCE_TOKENS if critic.sees_evidence else (0, 0)
+    expected = plus(lengths.mean_prompt, solution, completion, template, evidence)
+    most = template + prompt + completion + longest_solution + most_evidence
     times = rollouts * critic.max_attempts
     return [
         Tokens(

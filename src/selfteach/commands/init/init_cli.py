@@ -34,7 +34,7 @@ def init(
         str,
         typer.Option(
             help="Problems: a .jsonl, .csv, .parquet, … file, a folder of save_to_disk, a hub data "
-            "set, a built-in mapping (gsm8k, …), lab or chain_sums."
+            "set, a built-in mapping (gsm8k, …), lab, chain_sums or code_tasks."
         ),
     ],
     critic: Annotated[

@@ -97,7 +97,8 @@ def region(step: int, rollout: LocatedRollout) -> Region | None:
 def locate_errors(built: Built, rollouts: Sequence[CritiquedRollout]) -> list[LocatedRollout]:
     """Find steps and first error of each rollout: by the task's oracle if any, else the critic.
 
-    The oracle is exact even where the recipe's critic errs (``critic.error_rate``).
+    The oracle is exact even where the recipe's critic errs (``critic.error_rate``). Where it cannot
+    check a rollout (code that goes another way than all worked solutions), the critic's is used.
     """
     return [_locate_error(built, critiqued) for critiqued in rollouts]
 
@@ -106,15 +107,16 @@ def _locate_error(built: Built, critiqued: CritiquedRollout) -> LocatedRollout:
     spans = tuple(segmentation.step_spans(critiqued.rollout, built.components.split_steps))
     oracle, critique = built.task.oracle, critiqued.critique
     source: Source = "critic"
+    checked = None
     if oracle is not None:
-        critique, source = (
-            true_critique(oracle, critiqued.rollout, rng=np.random.default_rng(0)),
-            "oracle",
-        )
+        checked = true_critique(oracle, critiqued.rollout, rng=np.random.default_rng(0))
+    if isinstance(checked, Critique):
+        critique, source = checked, "oracle"
     if not isinstance(critique, Critique):
         return LocatedRollout(critiqued, spans, None, located=False)
     first = critique.first_error
-    if first is None and spans and _ends_wrong(critiqued):
+    has_final = bool(spans) and spans[-1][0] < spans[-1][1]  # a program is its own final answer
+    if first is None and has_final and _ends_wrong(critiqued):
         first = len(spans) - 1  # every step is right and the final answer is not
     if first is not None and first >= len(spans):
         return LocatedRollout(critiqued, spans, None, located=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from selfteach.commands.check.sizes import RunSizes, device_load
+from selfteach.commands.check.tokens import EVIDENCE_TOKENS
 from selfteach.commands.planning.lengths import ASSUMED_MEAN_SHARE, LengthDistribution
 from selfteach.config.critic_section import (
     EndpointConfig,
@@ -179,6 +180,8 @@ def critic_work_of(recipe: Recipe, known: RunSizes, overrides: Overrides) -> Cri
     )
     if critic.sees_reference:
         prompt += known.lengths.mean_reference or 0.0
+    if critic.sees_evidence:
+        prompt += EVIDENCE_TOKENS[0]
     mean_critique = overrides.critique_tokens or ASSUMED_MEAN_SHARE * critic.max_tokens
     if critic.solves_first:  # its solutions are requested once per problem and are left out
         prompt += mean_critique

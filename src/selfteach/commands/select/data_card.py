@@ -9,7 +9,9 @@ from typing import Any
 BAR = 40
 """Width of the histogram's longest bar, in characters."""
 
-VERIFIER_OF_TYPE = {"lab": "lab", "chain_sums": "chain_sums", "reasoning_gym": "reasoning_gym"}
+VERIFIER_OF_TYPE = {
+    "lab": "lab", "chain_sums": "chain_sums", "code_tasks": "code", "reasoning_gym": "reasoning_gym",
+}  # fmt: skip
 """Verifier of the problems that come from a generator, by ``data.type``."""
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from selfteach.config.critic_section import EndpointConfig, LlmCriticConfig
 from selfteach.config.served_model import ChatModelConfig, ServedModelConfig
 from selfteach.errors import CriticError, SelfteachError
 from selfteach.feedback.critics.chat_model import NoReply, Reply, Request
+from selfteach.feedback.critics.code_parser import CodeCritiqueParser
 from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.reply_cache import CachedModel
 from selfteach.prompts.control_tokens import ControlTokenEscaper
 from selfteach.prompts.template_set import Message, Templates, conversation, with_history
 from selfteach.prompts.thinking import split_thinking
-from selfteach.tasks.segmentation import content, step_spans
+from selfteach.tasks.segmentation import content, step_spans, without_final
 from selfteach.types import (
     CriticSolution,
     Critique,
@@ -26,6 +28,8 @@ from selfteach.types import (
 )
 
 JudgedRollout = tuple[Rollout, Verdict]
+PASSED = "All tests are passed."
+"""What a critic that sees evidence is shown of a right answer."""
 EXCERPT = 2_000
 """Characters of a failed critique that are saved with the reason."""
 
@@ -37,7 +41,7 @@ class LlmCritic:
         self,
         model: CachedModel,
         templates: Templates,
-        parser: CritiqueParser,
+        parser: CritiqueParser | CodeCritiqueParser,
         config: LlmCriticConfig,
     ) -> None:
         self._model, self._templates, self._parser = model, templates, parser
@@ -125,8 +129,8 @@ class LlmCritic:
     ) -> Request:
         config, problem = self._config, rollout.problem
         spans = step_spans(rollout, self._parser.split_steps)
-        steps = [content(rollout.text, span) for span in spans]
-        final = steps.pop() if steps and verdict.parsed is not None else None
+        steps = [content(rollout.text, span) for span in without_final(spans, verdict.parsed)]
+        final = content(rollout.text, spans[-1]) if len(steps) < len(spans) else None
         rendered = self._templates.critic(
             problem.transcript,
             rollout.text,
@@ -135,6 +139,7 @@ class LlmCritic:
             finished=rollout.finished,
             reference=solution,
             segments=rollout.segments,
+            **_evidence(verdict if config.sees_evidence else None),
         )
         temperature = config.retry_temperature if attempt else config.temperature
         return Request(self._messages(rendered), temperature, config.max_tokens, attempt)
@@ -159,6 +164,13 @@ class LlmCritic:
         if isinstance(critique, Critique):
             return critique
         return replace(critique, reply=text[:EXCERPT])
+
+
+def _evidence(verdict: Verdict | None) -> dict[str, Any]:
+    """Return what running an answer has shown, for the prompt; nothing without a verdict to show."""
+    if verdict is None or verdict.evidence is None:
+        return {}
+    return {"evidence": verdict.feedback or PASSED, "facts": verdict.evidence}
 
 
 def usage_of(reply: Reply | NoReply, cached: bool, config: ChatModelConfig) -> Usage:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from selfteach.feedback.alignment import same_words
+from selfteach.feedback.alignment import words_of
 from selfteach.prompts.thinking import split_thinking
 from selfteach.protocols import Verifier
-from selfteach.tasks.segmentation import Splitter, content, tags
+from selfteach.tasks.code.answer_parts import lines_of
+from selfteach.tasks.code.code_steps import code_steps
+from selfteach.tasks.segmentation import Splitter, content, tags, without_final
 from selfteach.types import (
     Case,
     Critique,
@@ -31,6 +33,8 @@ NUMBERED_TURN = re.compile(r"<turn_(\d+)>")
 TURN = re.compile(r"<turn_(\d{1,9})>(.*?)(?:</turn_\1>|(?=<turn_\d{1,9}>)|\Z)", re.DOTALL)
 MAX_COMPARED_WORDS = 200
 """Words of each of two steps that are compared; the time grows with the third power of it."""
+StepParts = Callable[[str], Sequence[str]]
+"""Returns what is compared of a step: its words, or the lines of code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,33 +67,28 @@ class CritiqueParser:
         A thought before the trace is stripped. The four cases are the paper's: A all right, B right
         but a justification is missing, C cut at the token limit, D wrong.
         """
-        critique = CASE.sub("", split_thinking(text)[1], count=1)
-        # Checked first: a server may strip an unfinished thought and leave nothing.
-        if not finished:
-            return _failure("truncated", "the critic's reply was truncated")
-        if not text.strip():
-            return _failure("empty", "the critic returned no text")
-        if not critique.strip():
-            return _failure("empty", "the critic returned a thought and no text after it")
+        critique = without_thought(text, finished=finished)
+        if isinstance(critique, CritiqueFailure):
+            return critique
         problem = rollout.problem
         attempt, corrected, final = self._traces(rollout, verdict, critique)
         if corrected.answer is None:
-            return _failure("malformed", "no final answer in the critique")
+            return failure("malformed", "no final answer in the critique")
         if not corrected.steps and not rollout.is_episode:
-            return _failure("malformed", "no step in the critique")
+            return failure("malformed", "no step in the critique")
         numbers = NUMBERED_TURN if rollout.is_episode else NUMBERED
         if (detail := _misnumbered(critique, numbers)) is not None:
-            return _failure("malformed", detail)
-        repeated = _count_repeated(attempt.steps, corrected.steps)
-        if repeated == 0 and attempt.steps:
-            similarity = _similarity(attempt.steps[0], (*corrected.steps, final)[0])
-            if similarity < self.min_similarity:
-                detail = f"the first steps share {similarity:.0%} of their words"
-                return _failure("misaligned", detail, corrected.answer)
+            return failure("malformed", detail)
+        parts_of = lines_of if self.split_steps is code_steps else words_of
+        repeated = count_repeated(attempt.steps, corrected.steps, parts_of)
+        written = (*corrected.steps, final)
+        detail = unlike(attempt.steps, written, repeated, self.min_similarity)
+        if detail is not None:
+            return failure("misaligned", detail, corrected.answer)
         if not self.verify(problem, final).correct:
             detail = f"the critique's final answer is {_shortened(corrected.answer)}"
-            return _failure("wrong_answer", detail, corrected.answer)
-        return _critique(attempt, corrected, repeated, rollout, verdict)
+            return failure("wrong_answer", detail, corrected.answer)
+        return critique_of(attempt, corrected, repeated, rollout, verdict, parts_of)
 
     def _traces(
         self, rollout: Rollout, verdict: Verdict, critique: str
@@ -116,19 +115,40 @@ class CritiqueParser:
         """
         parsed = self.verify(problem, text).parsed
         spans = (tags if NUMBERED.search(text) else self.split_steps)(text)
-        steps = [content(text, span) for span in (spans[:-1] if parsed is not None else spans)]
+        steps = [content(text, span) for span in without_final(spans, parsed)]
         return Trace(tuple(steps), parsed)
 
 
-def _critique(
-    attempt: Trace, corrected: Trace, repeated: int, rollout: Rollout, verdict: Verdict
+def without_thought(text: str, *, finished: bool) -> str | CritiqueFailure:
+    """Return a critic's reply without its thought and the letter of its case, or why it is no use."""
+    critique = CASE.sub("", split_thinking(text)[1], count=1)
+    # Checked first: a server may strip an unfinished thought and leave nothing.
+    if not finished:
+        return failure("truncated", "the critic's reply was truncated")
+    if not text.strip():
+        return failure("empty", "the critic returned no text")
+    if not critique.strip():
+        return failure("empty", "the critic returned a thought and no text after it")
+    return critique
+
+
+def critique_of(
+    attempt: Trace,
+    corrected: Trace,
+    repeated: int,
+    rollout: Rollout,
+    verdict: Verdict,
+    parts_of: StepParts,
 ) -> Critique:
-    """Return a critique, given how many leading steps of the attempt are repeated verbatim."""
+    """Return a critique, given how many leading steps of the attempt are repeated verbatim.
+
+    Two steps are equal if ``parts_of`` returns the same for both.
+    """
     assert corrected.answer is not None
     changed = repeated < len(attempt.steps)
     if changed:
-        words = attempt.steps[repeated].split()
-        changed = all(step.split() != words for step in corrected.steps[repeated:])
+        parts = parts_of(attempt.steps[repeated])
+        changed = all(parts_of(step) != parts for step in corrected.steps[repeated:])
     case: Case
     if not rollout.finished:
         case = "C"
@@ -139,31 +159,47 @@ def _critique(
         case, first_error = ("A" if untouched else "B"), (repeated if changed else None)
     else:
         case, first_error = "D", repeated
-    steps = tuple(_statuses(attempt.steps, corrected.steps, repeated, changed))
+    steps = tuple(_statuses(attempt.steps, corrected.steps, repeated, changed, parts_of))
     return Critique(case, steps, corrected.answer, first_error)
 
 
 def _statuses(
-    attempt: Sequence[str], corrected: Sequence[str], repeated: int, changed: bool
+    attempt: Sequence[str],
+    corrected: Sequence[str],
+    repeated: int,
+    changed: bool,
+    parts_of: StepParts,
 ) -> list[CritiqueStep]:
     steps = [CritiqueStep(text, "kept", text) for text in corrected[:repeated]]
-    remaining = deque(step.split() for step in attempt[repeated + changed :])
+    remaining = deque(parts_of(step) for step in attempt[repeated + changed :])
     originals = iter(attempt[repeated + changed :])
     for index, text in enumerate(corrected[repeated:]):
         status: StepStatus = "fixed" if index == 0 and changed else "new"
         original = attempt[repeated] if index == 0 and changed else None
-        if status == "new" and remaining and remaining[0] == text.split():
+        if status == "new" and remaining and remaining[0] == parts_of(text):
             remaining.popleft()
             status, original = "kept", next(originals)
         steps.append(CritiqueStep(text, status, original))
     return steps
 
 
-def _count_repeated(attempt: Sequence[str], corrected: Sequence[str]) -> int:
-    """Count the leading steps that are repeated verbatim except for white space."""
+def count_repeated(attempt: Sequence[str], corrected: Sequence[str], parts_of: StepParts) -> int:
+    """Count the leading steps that are repeated verbatim, as ``parts_of`` compares them."""
     pairs = enumerate(zip(attempt, corrected, strict=False))
     shorter = min(len(attempt), len(corrected))
-    return next((i for i, (a, b) in pairs if not same_words(a, b)), shorter)
+    return next((i for i, (a, b) in pairs if parts_of(a) != parts_of(b)), shorter)
+
+
+def unlike(
+    attempt: Sequence[str], corrected: Sequence[str], repeated: int, min_similarity: float
+) -> str | None:
+    """Return why a critique is about something else; None if it repeats a step, or nearly does."""
+    if repeated or not attempt:
+        return None
+    similarity = _similarity(attempt[0], corrected[0])
+    if similarity >= min_similarity:
+        return None
+    return f"the first steps share {similarity:.0%} of their words"
 
 
 def _similarity(a: str, b: str) -> float:
@@ -186,5 +222,6 @@ def _misnumbered(text: str, numbered: re.Pattern[str]) -> str | None:
     return f"{what} are numbered {', '.join(map(_shortened, written[:12]))}"
 
 
-def _failure(kind: CritiqueFailureKind, detail: str, answer: str | None = None) -> CritiqueFailure:
+def failure(kind: CritiqueFailureKind, detail: str, answer: str | None = None) -> CritiqueFailure:
+    """Return a failure of a kind, with the critic's answer shortened."""
     return CritiqueFailure(kind, detail, answer=None if answer is None else _shortened(answer))

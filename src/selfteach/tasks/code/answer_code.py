@@ -61,10 +61,10 @@ def find_code(text: str, names: Sequence[str] = ()) -> AnswerCode | None:
     if (span := tagged_span(text)) is not None:
         begin, end = span[0] + len(OPEN), span[1] - len(CLOSE)
     region = text[begin:end]
-    blocks = _blocks(region)
+    blocks = fenced_blocks(region)
     if span is not None and not blocks and not STATEMENT.search(region):
         begin, region = 0, text[: span[0]]  # a tag with words in it; the code is before it
-        blocks = _blocks(region)
+        blocks = fenced_blocks(region)
     if blocks:
         defining = [m for m in blocks if any(_defines(m["code"], name) for name in names)]
         block = (defining or blocks)[-1]
@@ -74,7 +74,8 @@ def find_code(text: str, names: Sequence[str] = ()) -> AnswerCode | None:
     return AnswerCode(region, begin)
 
 
-def _blocks(region: str) -> list[re.Match[str]]:
+def fenced_blocks(region: str) -> list[re.Match[str]]:
+    """Return the fenced blocks of Python, or of no named language, as matches of `FENCE`."""
     return [m for m in FENCE.finditer(region) if m["language"].lower() in LANGUAGES]
 
 

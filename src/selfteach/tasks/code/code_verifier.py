@@ -48,13 +48,16 @@ class CodeVerifier:
         requests: list[tuple[Tests, str]] = []
         codes: list[AnswerCode | None] = []
         for problem, text in answers:
-            tests = _tests_of(problem)
-            codes.append(code := find_code(text, entry_names(tests)))
+            codes.append(code := self.code_of(problem, text))
             if code is not None:
-                requests.append((tests, code.code))
+                requests.append((tests_of(problem), code.code))
         outcomes = iter(self.process.run_all(requests))
         pairs = zip(answers, codes, strict=True)
         return [self._verdict(problem, code, outcomes) for (problem, _), code in pairs]
+
+    def code_of(self, problem: Problem, text: str) -> AnswerCode | None:
+        """Return the code that is tested. Raises `DataError` for a problem without tests."""
+        return find_code(text, entry_names(tests_of(problem)))
 
     def _verdict(
         self, problem: Problem, code: AnswerCode | None, outcomes: Iterator[Outcome]
@@ -73,7 +76,8 @@ class CodeVerifier:
         )
 
 
-def _tests_of(problem: Problem) -> Tests:
+def tests_of(problem: Problem) -> Tests:
+    """Return the tests of a problem. Raises `DataError` for one without."""
     tests = problem.meta.get(KEY)
     if not isinstance(tests, dict):
         raise DataError(

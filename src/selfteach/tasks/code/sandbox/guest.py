@@ -22,6 +22,7 @@ from importlib.abc import MetaPathFinder
 from types import CodeType, ModuleType
 from typing import Any
 
+from .line_tracer import LineTracer
 from .values import decode, encode
 
 ANSWER, PRELUDE = "<answer>", "<prelude>"
@@ -76,10 +77,14 @@ class Guest:
         self._objects: list[Any] = []
         self._number = 0
         self._module = ModuleType("answer")
+        self._calls = 0
+        self._traced: tuple[int, int] | None = None
+        self._tracer = LineTracer(ANSWER, 0)
         self._operations: dict[str, Callable[..., Any]] = {
             "load": self._load, "program": self._program, "get": self._get, "call": self._call,
             "attribute": getattr, "set": setattr, "items": self._items, "len": len,
             "item": lambda value, key: value[key], "text": str, "next": next,
+            "trace": self._trace, "events": lambda: [self._calls, self._tracer.events],
         }  # fmt: skip
 
     def answer(self, request: dict[str, Any]) -> None:
@@ -170,7 +175,15 @@ class Guest:
         return getattr(builtins, name)
 
     def _call(self, function: Any, *arguments: Any, **named: Any) -> Any:
-        return function(*arguments, **named)
+        self._calls += 1
+        if self._traced is None or self._traced[0] not in (0, self._calls):
+            return function(*arguments, **named)
+        self._tracer = LineTracer(ANSWER, self._traced[1])
+        return self._tracer.run(function, *arguments, **named)
+
+    def _trace(self, call: int, limit: int) -> None:
+        """Record the lines of a call, counted from 1, or with 0 of each, for the last one's."""
+        self._traced = call, limit
 
     def _items(self, value: Any) -> list[Any]:
         def bounded(iterator: Iterator[Any]) -> Iterator[Any]:

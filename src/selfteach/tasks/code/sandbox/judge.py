@@ -6,6 +6,7 @@ What is expected never leaves this process, and every comparison is made here on
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import os
@@ -20,6 +21,8 @@ from .guest_process import MAX_REPLY_BYTES, CheckFailed, GuestProcess, Remote, T
 from .values import shown
 
 Outcome = dict[str, Any]
+MAX_TRACE_CHARACTERS = 300_000
+"""Size of a trace: a reply of more than a mebibyte is none."""
 MAX_OUTPUT_CHARS = 100_000
 """Characters of a program's output that are returned."""
 NUMBER = re.compile(
@@ -79,12 +82,39 @@ def _start(
     """Load the answer's code in a new process; return it with the lines of the names."""
     guest = GuestProcess(zygote, request["limits"], streams=False)
     try:
+        if traced := request["tests"].get("trace"):
+            guest.request("trace", traced["call"], traced["events"])
         lines = guest.request("load", request["tests"].get("prelude", ""), request["code"], names)
     except Exception as error:
         raise error_outcome(getattr(error, "described", {})) from None
     if not isinstance(lines, dict):
         raise TestingOver("exit", detail="wrote to the runner's pipe")
     return guest, {name: line for name, line in lines.items() if isinstance(line, int | None)}
+
+
+def _finish(request: dict[str, Any], guest: GuestProcess, progress: Outcome) -> None:
+    """End the process; first take the trace of its last call, or of the one that was to be traced."""
+    if "trace" in request["tests"] and guest.lost is None:
+        with contextlib.suppress(TestingOver, ValueError, TypeError):
+            calls, events = guest.request("events")
+            progress |= {"calls": int(calls), "trace": _plain_events(events)}
+    guest.close()
+
+
+def _plain_events(events: Any) -> list[Any]:
+    """Return the events of a trace that are such, as plain data of bounded size."""
+    plain: list[Any] = []
+    left = MAX_TRACE_CHARACTERS
+    for event in events if isinstance(events, list) else []:
+        match event:
+            case [int(line), dict(effects)]:
+                texts = {str(k)[:80]: v for k, v in effects.items() if isinstance(v, int | str)}
+                left -= 20 + sum(len(name) + 10 + len(str(v)[:200]) for name, v in texts.items())
+                short = {k: v[:200] if isinstance(v, str) else v for k, v in texts.items()}
+                plain.append([line, short])
+        if left < 0:
+            return plain[:-1]
+    return plain
 
 
 def require_callable(value: Any) -> Any:
@@ -151,7 +181,7 @@ def _run_code(
         raise _error_in_tests(error, guest) from None
     finally:
         _record(progress, guest, checks.source)
-        guest.close()
+        _finish(request, guest, progress)
     if guest.lost is not None:  # a test went on without the process
         raise guest.lost
     if guest.last_call is None:
@@ -192,7 +222,7 @@ def _cases(request: dict[str, Any], zygote: socket.socket, progress: Outcome) ->
     except Exception as error:
         raise error_outcome(getattr(error, "described", {"type": str(error)})) from None
     finally:
-        guest.close()
+        _finish(request, guest, progress)
 
 
 def _written(case: dict[str, Any]) -> str:

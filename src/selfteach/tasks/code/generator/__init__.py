@@ -1,0 +1,1 @@
+"""Generates small function tasks with hidden tests and worked solutions, offline."""
