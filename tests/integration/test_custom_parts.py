@@ -22,6 +22,7 @@ EXAMPLES = ROOT / "examples" / "parts"
 ARMS = [
     *((EXAMPLES / "recipe.toml", arm) for arm in load_study(EXAMPLES / "recipe.toml").arms),
     *((EXAMPLES / "problems.toml", arm) for arm in load_study(EXAMPLES / "problems.toml").arms),
+    (EXAMPLES / "environment.toml", "environment"),
 ]
 SMALL = (
     "data.train=8", "data.validation=2", "data.test=2", "train.steps=1", "train.problems_per_step=2",

@@ -154,6 +154,7 @@ def test_a_killed_run_ends_in_the_same_weights(folder: Path, whole: Path) -> Non
     assert stored == {p.name: p.read_bytes() for p in (other / "rollouts").glob("step_000003*")}
 
 
+@pytest.mark.slow
 def test_every_sample_of_a_step_is_the_same_without_its_file(folder: Path, whole: Path) -> None:
     """Sampled again in another process order, an episode is the same: streams have keys."""
     again = folder / "again"
@@ -163,6 +164,7 @@ def test_every_sample_of_a_step_is_the_same_without_its_file(folder: Path, whole
         assert path.read_bytes() == (again / "rollouts" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_distillation_on_the_environment_s_feedback(folder: Path) -> None:
     run_to_end(recipe(folder, "environment", train={"steps": 1}), folder / "sdpo")
     (samples,) = (folder / "sdpo" / "samples").glob("*.jsonl")
@@ -206,6 +208,7 @@ def test_what_is_no_environment_is_refused(folder: Path, tmp_path: Path) -> None
         recipe(folder, environment={"type": "calculator", "max_turns": 0})
 
 
+@pytest.mark.slow
 def test_a_vllm_server_continues_episodes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +263,7 @@ def calculator(folder: Path, **changes: object) -> Recipe:
     return validate(Recipe, merge(values, changes), where="test")
 
 
+@pytest.mark.slow
 def test_step_aligned_critiques_of_episodes_by_the_oracle(folder: Path) -> None:
     one = calculator(folder)
     assert one.model.templates == "turns_chain_sums"
@@ -272,6 +276,21 @@ def test_step_aligned_critiques_of_episodes_by_the_oracle(folder: Path) -> None:
     assert all(row["loss"] > 0 for row in steps)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["rollouts/step_000001.000", "samples/step_000001"])
+def test_critique_reads_the_episodes_of_a_run(folder: Path, tmp_path: Path, place: str) -> None:
+    run = folder / "critiqued"
+    if not run.exists():
+        run_to_end(calculator(folder, train={"steps": 1}), run)
+    out = tmp_path / "critiques.jsonl"
+    cli.app(["critique", str(run / f"{place}.jsonl"), "--out", str(out)], standalone_mode=False)
+    samples = rows(run / "samples" / "step_000001.jsonl")
+    for critiqued, sample in zip(rows(out), samples, strict=True):
+        assert critiqued["critique"] == sample["critique"]
+        assert critiqued["segments"] == sample["segments"]
+
+
+@pytest.mark.slow
 def test_sampling_and_training_overlap_for_episodes(folder: Path) -> None:
     """An order of steps, as for single answers: the same rollouts with and without a second copy."""
     ahead = {"train": {"staleness": 1}, "sampling": {"separate_copy": True}}
@@ -280,6 +299,7 @@ def test_sampling_and_training_overlap_for_episodes(folder: Path) -> None:
     assert_same(folder / "ahead", folder / "in_order")
 
 
+@pytest.mark.slow
 def test_inspect_scores_the_model_s_tokens_of_each_turn(folder: Path, whole: Path) -> None:
     words = ["inspect", whole, "--contexts", "reference", "--out", folder / "inspected", "-k", 2]
     cli.app([*map(str, words), "--limit", "2"], standalone_mode=False)
@@ -291,3 +311,26 @@ def test_inspect_scores_the_model_s_tokens_of_each_turn(folder: Path, whole: Pat
         for context in contexts:
             chosen = [t for t in tokens if (t["answer"], t["context"]) == (line, context)]
             assert len(chosen) == row["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdpo", "rosd", "trace"])
+def test_other_methods_recipes_run_on_episodes_unchanged(folder: Path, name: str) -> None:
+    """Their contexts, gates and objectives with a calculator: only model, data and sizes are others."""
+    settings = [
+        "environment.type=calculator", "environment.max_turns=3", f"model.path={folder / 'model'}",
+        "model.thinking.student=false", "model.thinking.teacher=false", "model.lora=false",
+        "model.weights_dtype=float32", "model.autocast=false", "model.gradient_checkpointing=false",
+        "train.max_length=2000",
+        "data.type=chain_sums", "data.train=8", "data.validation=2", "data.test=2",
+        "sampling.max_tokens=12", "sampling.batch_size=8", "train.steps=1", "train.threads=1",
+        "train.problems_per_step=2", "train.group_size=4", "evaluation.validation_k=1",
+        "evaluation.test_k=1",
+    ]  # fmt: skip
+    one = one_run(load(f"baselines/{name}", settings), None, 0)
+    critic = None if one.critic is None else {"type": "oracle"}
+    one = Recipe.model_validate({**one.model_dump(mode="json"), "critic": critic})
+    run_to_end(one, folder / name)
+    (row,) = [row for row in RunFolder(folder / name).metrics() if row["kind"] == "step"]
+    assert row["turns"] >= 1 and row["rollouts_sampled"] == 8
+    assert row["tokens_trained"] > 0

@@ -16,6 +16,7 @@ from selfteach.config.migrations import migrate_recipe, migrate_rollout
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import Study
 from selfteach.config.schema import merge, parse_setting, validate
+from selfteach.episodes import LABELS, Segment
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.alignment import first_change
 from selfteach.prompts.episode_tokens import token_ends
@@ -23,6 +24,7 @@ from selfteach.prompts.thinking import split_thinking
 from selfteach.rollout.journaled_engine import problems_by_id
 from selfteach.runtime.part_sources import with_copies
 from selfteach.runtime.run_folder import RunFolder
+from selfteach.runtime.stored_files import reading
 from selfteach.runtime.stored_records import episode_fields, sample_row
 from selfteach.tasks import segmentation
 from selfteach.tasks.sources.conversations import is_conversation, read_messages
@@ -181,10 +183,15 @@ def _rollout(
     except UnreadableValue as unreadable:
         raise DataError(f"{where}: the history {unreadable}") from None
     text = text if "segments" in row else split_thinking(text)[1]
-    ids = tuple(row["token_ids"]) if "token_ids" in row else _token_ids(setup, text, finished)
-    logps = (0.0,) * len(ids)
     episode = episode_fields(row) if "token_ids" in row else {}
-    rollout = Rollout(problem, sample, (), ids, logps, text, finished, 0, **episode)
+    if "token_ids" in row:
+        ids = tuple(row["token_ids"])
+    elif "segments" in row:
+        with reading(Path(where)):
+            ids, episode["segments"] = _episode(setup, row["segments"], text)
+    else:
+        ids = _token_ids(setup, text, finished)
+    rollout = Rollout(problem, sample, (), ids, (0.0,) * len(ids), text, finished, 0, **episode)
     return RolloutFromFile(rollout, None if correct is None else bool(correct))
 
 
@@ -203,6 +210,22 @@ def _problem(row: Mapping[str, Any], default_id: str, problems: _Problems) -> Pr
 def _token_ids(setup: CritiqueSetup, text: str, finished: bool) -> tuple[int, ...]:
     ids = setup.renderer.encode_answer(text)
     return ids if finished else ids[:-1] or ids
+
+
+def _episode(
+    setup: CritiqueSetup, rows: Sequence[Mapping[str, Any]], text: str
+) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
+    """Return an episode of ``samples/``, which has no token ids: its turns encoded, no replies."""
+    ids: tuple[int, ...] = ()
+    segments = []
+    for row in rows:
+        written, event = text[slice(*row["span"])], row["event"]
+        added = setup.renderer.encode_answer(written) if event is None else ()
+        if event is not None:
+            written = written.removeprefix(f"[{LABELS[event]}]").strip()
+        segments.append(Segment(row["kind"], len(ids), len(ids) + len(added), written, event))
+        ids += added
+    return ids, tuple(segments)
 
 
 def _with_critic(recipe: Recipe) -> Recipe:

@@ -10,6 +10,8 @@ ADAPTERS_LR, ALL_WEIGHTS_LR, MAX_TOKENS = 1e-4, 1e-5, 1024
 """Defaults for models that are not the lab's."""
 LAB_MODEL = "lab:"
 """Begins the name of a base model of the lab."""
+LAB_DATA = "lab"
+"""The type of data that is the default."""
 WORLD_FILE = "world.json"
 """File in the folder of a model of the lab, also of one that was trained or exported from it."""
 
@@ -31,11 +33,13 @@ def with_model_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_episode_templates(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's values with the templates of episodes, unless it names others."""
+    """Return a recipe's values with the templates of episodes, if it names none; not for the lab."""
     model, data = values.get("model", {}), values.get("data", {})
     if not values.get("environment") or not isinstance(model, Mapping) or model.get("templates"):
         return values
     kind = data.get("type") if isinstance(data, Mapping) else getattr(data, "type", None)
+    if kind in (None, LAB_DATA):  # a vocabulary of its own
+        return values
     name = "turns_chain_sums" if kind == "chain_sums" else "turns"
     return {**values, "model": {**model, "templates": name}}
 

@@ -71,7 +71,8 @@ class Renderer:
             raise EngineError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self._tokenizer, self._templates = tokenizer, templates
         self._chat_template = _dated(tokenizer.get_chat_template())
-        self._thinking, self._tools = thinking or Thinking(), [dict(tool) for tool in tools]
+        self._thinking = thinking or Thinking()
+        self._tools: list[Any] = [dict(tool) for tool in tools]
         # The same questions and tokens recur throughout a run.
         self._solver_ids = lru_cache(PROMPT_CACHE_SIZE)(self._encode_question)
         self._teacher_ids = lru_cache(CONTEXT_CACHE_SIZE)(self._encode_context)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -85,9 +86,7 @@ class EpisodeEngine:
         complete groups if the engine fails.
         """
         samples = range(sampling.samples)
-        episodes = [
-            RunningEpisode(p, n, self._make_environment()) for p in problems for n in samples
-        ]
+        episodes = [RunningEpisode(p, n) for p in problems for n in samples]
         self._reset(episodes, sampling)
         for episode in episodes:
             shown = with_observation(episode.problem, episode.observation)
@@ -101,7 +100,7 @@ class EpisodeEngine:
         the first turn: it is not in these prompts.
         """
         episodes = [
-            RunningEpisode(r.problem, n, self._make_environment(), prompt_ids=r.prompt_ids)
+            RunningEpisode(r.problem, n, prompt_ids=r.prompt_ids)
             for r in requests
             for n in r.samples
         ]
@@ -139,19 +138,23 @@ class EpisodeEngine:
     def _reset(self, episodes: Sequence[RunningEpisode], sampling: Sampling) -> None:
         """Begin the episodes: store what each environment shows first, or why it cannot begin."""
         seeds = [episode_seed(e.problem, e.sample, sampling, self._version) for e in episodes]
-        observations = self._call(
-            [
-                lambda e=e, seed=seed: e.environment.reset(e.problem, seed)
-                for e, seed in zip(episodes, seeds, strict=True)
-            ]
+
+        def begin(problem: Problem, seed: int) -> tuple[Environment, object]:
+            environment = self._make_environment()
+            return environment, environment.reset(problem, seed)
+
+        begun = self._call(
+            [partial(begin, e.problem, s) for e, s in zip(episodes, seeds, strict=True)]
         )
-        for episode, observation in zip(episodes, observations, strict=True):
-            if isinstance(observation, CallFailure):
-                episode.broken = observation.kind, observation.detail
-            elif not isinstance(observation, str):
-                episode.broken = "failed", f"reset returned {_named(observation)} and not a text"
-            else:
+        for episode, result in zip(episodes, begun, strict=True):
+            if isinstance(result, CallFailure):
+                episode.broken = result.kind, _plain(result.detail)
+                continue
+            episode.environment, observation = result
+            if isinstance(observation, str):
                 episode.observation = self._shortened(observation)
+            else:
+                episode.broken = "failed", f"reset returned {_named(observation)} and not a text"
 
     def _sample_turns(self, active: Sequence[RunningEpisode], sampling: Sampling) -> list[Rollout]:
         """Sample the next turn of each episode; a prompt that several share is one request."""
@@ -170,26 +173,26 @@ class EpisodeEngine:
 
     def _reply(self, turns: Sequence[tuple[RunningEpisode, Rollout]]) -> None:
         """Have the environments reply to the turns; end the episodes that are over."""
-        waiting: list[tuple[RunningEpisode, Turn]] = []
+        waiting: list[tuple[RunningEpisode, Callable[[], Any]]] = []
         for episode, turn in turns:
             if episode.broken is not None:
                 episode.end(*episode.broken)
             elif not turn.finished:
                 episode.end("truncated", "the turn reached its token limit")
             else:
-                waiting.append((episode, self._read(turn.text)))
-        replies = self._call(
-            [lambda e=e, turn=turn: e.environment.step(turn) for e, turn in waiting]
-        )
+                assert episode.environment is not None
+                step = partial(episode.environment.step, self._read(turn.text))
+                waiting.append((episode, step))
+        replies = self._call([step for _, step in waiting])
         for (episode, _), reply in zip(waiting, replies, strict=True):
             if isinstance(reply, CallFailure):
-                episode.broken = reply.kind, reply.detail
-                episode.end(*episode.broken)
+                episode.broken = reply.kind, _plain(reply.detail)
             elif (broken := broken_reply(reply)) is not None:
                 episode.broken = "failed", broken
-                episode.end(*episode.broken)
             else:
                 self._take(episode, reply)
+                continue
+            episode.end(*episode.broken)
 
     def _take(self, episode: RunningEpisode, reply: EnvironmentReply) -> None:
         """Append a reply to an episode that goes on; end one that is over, or has nothing left."""
@@ -232,18 +235,20 @@ class EpisodeEngine:
         A rollout whose environment is broken is no success and has no reward: it is not the policy's
         doing, so it has no advantage.
         """
-        usable = [episode for episode in episodes if episode.broken is None]
+        usable = [(e, e.environment) for e in episodes if e.broken is None and e.environment]
         for episode in episodes:
             if episode.broken is not None:
                 episode.verdict = BROKEN
-        verdicts = self._call([episode.environment.verdict for episode in usable])
-        for episode, verdict in zip(usable, verdicts, strict=True):
+        verdicts = self._call([environment.verdict for _, environment in usable])
+        for (episode, _), verdict in zip(usable, verdicts, strict=True):
             if isinstance(verdict, CallFailure):
-                episode.note(verdict.kind, verdict.detail)
+                episode.note(verdict.kind, _plain(verdict.detail))
+                episode.verdict = BROKEN
             elif isinstance(verdict, Verdict | None):
                 episode.verdict = verdict
             else:
                 episode.note("failed", f"verdict returned {_named(verdict)} and not a Verdict")
+                episode.verdict = BROKEN
         closing = [getattr(episode.environment, "close", None) for episode in episodes]
         self._call([close for close in closing if callable(close)])
 
@@ -253,7 +258,7 @@ class EpisodeEngine:
 
     def _shortened(self, text: str) -> str:
         """Return a text that is short enough; where its middle is left out it says so."""
-        most = self._limits.max_reply_chars
+        text, most = _plain(text), self._limits.max_reply_chars
         if len(text) <= most:
             return text
         head, tail = text[: most // 2], text[len(text) - (most - most // 2) :]
@@ -271,6 +276,11 @@ def broken_reply(reply: object) -> str | None:
     if not reply.done and not reply.texts:
         return "step returned no text for an episode that goes on"
     return None
+
+
+def _plain(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which no tokenizer and no file takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _named(value: object) -> str:

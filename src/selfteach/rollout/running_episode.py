@@ -23,7 +23,8 @@ class RunningEpisode:
 
     problem: Problem
     sample: int
-    environment: Environment
+    environment: Environment | None = None
+    """None until it is made, and if it cannot be made."""
     observation: str = ""
     prompt_ids: tuple[int, ...] = ()
     token_ids: list[int] = field(default_factory=list)

@@ -326,7 +326,9 @@ class StartedCritiques:
                 )
             self._results = {c.rollout.key: c for c in critiqued}
             self._verdicts = {
-                (c.rollout.problem.id, c.rollout.answer_text): c.verdict for c in critiqued
+                (c.rollout.problem.id, c.rollout.answer_text): c.verdict
+                for c in critiqued
+                if c.rollout.verdict is None  # else an environment gave it
             }
         return self._results
 

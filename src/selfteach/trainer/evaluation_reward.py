@@ -69,7 +69,8 @@ class BatchwiseReward:
         rewarded = reward.at(self._update, journal)(list(zip(rollouts, verified, strict=True)))
         for rollout, first, verdict in zip(rollouts, verified, rewarded, strict=True):
             self._verdicts[rollout.key] = verdict
-            self._by_text[rollout.problem.id, rollout.answer_text] = first
+            if rollout.verdict is None:  # else an environment gave it
+                self._by_text[rollout.problem.id, rollout.answer_text] = first
 
     @property
     def verifier(self) -> Verifier:

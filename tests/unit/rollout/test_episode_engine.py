@@ -143,6 +143,41 @@ def test_an_environment_that_cannot_begin_loses_no_run(observation: object) -> N
     assert (rollout.verdict.correct, rollout.verdict.reward) == (False, None), "no advantage"
 
 
+def test_an_environment_that_cannot_be_made_or_hangs_then_is_an_event_too() -> None:
+    made = 0
+
+    def make() -> ScriptedEnvironment:
+        nonlocal made
+        made += 1
+        if made == 2:
+            raise OSError("no\nserver")
+        if made == 3:
+            time.sleep(5)
+        return ScriptedEnvironment([], tools=[TOOL])
+
+    engine = ScriptedTurns(renderer(), {("p", n): ["4"] for n in range(3)})
+    episodes = EpisodeEngine(engine, renderer(), make, EpisodeLimits(deadline_s=0.2))
+    rollouts = episodes.generate([P], Sampling(3, 1.0, 200, 3))
+    assert sorted(events(rollout)[-1] for rollout in rollouts) == ["failed", "timeout", "turn"]
+
+
+def test_what_no_file_takes_is_replaced() -> None:
+    rollout, _, _ = run([CALL, "4"], [EnvironmentReply(("a\ud800b",))], observation="\udfff")
+    assert rollout.segments[1].text == "a?b" and rollout.observation == "?"
+
+
+def test_a_verdict_that_raises_is_an_event_and_no_success() -> None:
+    class Broken(ScriptedEnvironment):
+        def verdict(self) -> Verdict | None:
+            raise KeyError("score")
+
+    engine = ScriptedTurns(renderer(), {("p", 0): ["4"]})
+    episodes = EpisodeEngine(engine, renderer(), lambda: Broken(tools=[TOOL]), EpisodeLimits())
+    (rollout,) = episodes.generate([P], SAMPLING)
+    assert events(rollout) == ["turn", "failed"] and rollout.verdict is not None
+    assert rollout.verdict.reward is None and not rollout.finished
+
+
 def test_the_first_observation_is_in_both_prompts() -> None:
     rollout, _, _ = run(["4"], [], observation="The door is shut.")
     here = renderer()

@@ -14,7 +14,7 @@ from selfteach.errors import DataError
 from selfteach.types import Problem, Rewards, Verdict
 
 if TYPE_CHECKING:
-    from websockets.sync.client import ClientConnection
+    from websockets.sync.client import ClientConnection  # pyright: ignore[reportMissingImports]
 
 OPEN_S = 20.0
 """Time limit for opening a session, in seconds."""
@@ -87,8 +87,10 @@ def connect(config: OpenEnvEnvironmentConfig, opened: ExitStack) -> ClientConnec
     Raises `DataError` without the package, or if there is no such server.
     """
     try:
-        from websockets.exceptions import WebSocketException
-        from websockets.sync import client
+        from websockets.exceptions import (  # pyright: ignore[reportMissingImports]
+            WebSocketException,
+        )
+        from websockets.sync import client  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError(
             'environment.type = "openenv" needs the package websockets: '
