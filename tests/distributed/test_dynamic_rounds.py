@@ -29,6 +29,7 @@ def dynamic() -> Recipe:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_rounds_of_one_process(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run_to_end(dynamic(), one)

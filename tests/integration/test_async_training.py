@@ -183,6 +183,7 @@ def test_a_loss_that_is_none_ends_the_run_with_its_batch(
     assert [row["step"] for row in RunFolder(folder).metrics() if row["kind"] == "step"] == [1]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_a_checkpoint(whole: Path, tmp_path: Path) -> None:
     """The system refuses to let a file grow; what safetensors says of it is one line."""
     folder = tmp_path / "run"

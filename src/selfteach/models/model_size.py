@@ -26,7 +26,7 @@ def cached_config(model: ModelConfig, *, fetch: bool = False) -> PreTrainedConfi
             local_files_only=not fetch,
             trust_remote_code=model.trust_remote_code,
         )
-    except (OSError, ValueError):
+    except Exception:  # a damaged file raises anything, and loading will say what is wrong
         return None
 
 

@@ -131,6 +131,7 @@ class RecordingModel:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        self.fleet = None
 
     def complete(self, requests: Sequence[Request]) -> list[tuple[Reply, bool]]:
         self.requests += requests

@@ -290,7 +290,8 @@ def test_a_failing_template_is_named_in_one_line(
 def test_an_unknown_template_or_set_is_a_one_line_error() -> None:
     with pytest.raises(
         RecipeError,
-        match="no such template set; shipped: bare, chain_sums, code, free, free_few_shot, lab, steps",
+        match="no such template set; shipped: bare, chain_sums, code, code_few_shot, free, "
+        "free_few_shot, lab, steps",
     ):
         Templates("stepz")
     with pytest.raises(RecipeError, match="no such template set"):
