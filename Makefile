@@ -182,9 +182,10 @@ check: $(READY) ## run linters, the type checker and the import layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# Run test files in parallel, one per core, starting with those of whole runs. A test process needs about
-# 1 GB of memory.
-IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Run test files in parallel, starting with those of whole runs: one process more than cores, since they wait
+# for disks, servers and clocks a quarter of their time. A test process needs about 1 GB of memory.
+PROCESSES := $(shell $(PYTHON) -c 'import os; print(min(5, (os.cpu_count() or 1) + 1))')
+IN_PARALLEL := -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Run both at once: tests of whole runs wait for disks, servers and clocks, so linters fit beside them.
 test: $(READY) ## run check and the tests in parallel; under ten minutes on two cores
