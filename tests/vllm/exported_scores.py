@@ -1,4 +1,4 @@
-"""Prints the log-probabilities that vLLM gives the tokens of a prompt after the first, as JSON.
+"""Prints the log-probabilities that vLLM gives the tokens of a prompt after the first.
 
 It is run by the Python of vLLM's environment, which has nothing of selfteach.
 
@@ -29,7 +29,7 @@ def main(model: str, ids: list[int], adapter: str | None = None) -> None:
     )
     places = output.prompt_logprobs[1:]
     scores = [of_token[token].logprob for of_token, token in zip(places, ids[1:], strict=True)]
-    sys.stdout.write(json.dumps(scores) + "\n")
+    sys.stdout.write(f"scores {json.dumps(scores)}\n")
 
 
 if __name__ == "__main__":

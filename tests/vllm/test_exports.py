@@ -40,7 +40,8 @@ def test_scores_are_those_of_transformers(
         env={**os.environ, **vllm_server.ENVIRONMENT}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
-    theirs = json.loads(process.stdout.splitlines()[-1])
+    (line,) = [row for row in process.stdout.splitlines() if row.startswith("scores ")]
+    theirs = json.loads(line.removeprefix("scores "))
     ours = token_logps(exported[kind], base, IDS)
     assert theirs == pytest.approx(ours, abs=1e-3)
     if kind == "adapter":  # and not those of the model without the adapter
