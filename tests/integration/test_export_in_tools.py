@@ -5,6 +5,7 @@ Skipped where a tool is not installed: pip install lm-eval inspect-ai.
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -108,3 +109,4 @@ def test_inspect_scores_it(exported: dict[str, Path], kind: str, tmp_path: Path)
     assert log.status == "success", log.error
     assert log.samples is not None and len(log.samples) == 2
     assert log.results is not None and log.results.scores[0].metrics["accuracy"].value >= 0
+    gc.collect()  # Inspect leaves streams open: their warnings are ignored here, not after the tests
