@@ -34,7 +34,7 @@ NAME = "smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT = 4096
 STARTS_WITHIN_S = 600.0
-"""A start takes unfinished a minute on an idle core."""
+"""A start takes about a minute on an idle core."""
 STOPS_WITHIN_S = 20.0
 """After that the server is killed."""
 

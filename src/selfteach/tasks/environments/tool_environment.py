@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def function_tool(name: str, description: str, **arguments: str) -> dict[str, An
     return {"type": "function", "function": function}
 
 
-class ToolEnvironment:
+class ToolEnvironment(ABC):
     """Implements `Environment` for tools: subclass it, with ``tools`` and `call`.
 
     A turn without a call ends the episode: it is the answer, which the task's verifier reads. A call
@@ -38,9 +39,9 @@ class ToolEnvironment:
 
     tools: Sequence[Mapping[str, Any]] = ()
 
+    @abstractmethod
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         """Return a tool's result. Raises `ToolError` if there is none."""
-        raise NotImplementedError
 
     def reset(self, problem: Problem, seed: int) -> str:
         """Begin an episode; nothing is shown behind the question."""
