@@ -166,7 +166,7 @@ def test_every_page_opens_from_a_file_without_an_error(open_page, report):
         assert page.locator("nav a[aria-current=page]").inner_text().startswith(name)
     # An address within a page opens that page.
     page.evaluate("location.hash = '#check-truncated'")
-    page.wait_for_function("!document.getElementById('health').hidden")
+    page.locator("#health").wait_for()
     assert "50% of the rollouts are truncated" in page.locator("#health").inner_text()
 
 
