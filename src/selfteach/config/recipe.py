@@ -92,8 +92,9 @@ class ModelConfig(Section):
     templates: str | None = None
     """Prompt templates: ``steps``, ``free``, ``code``, ``chain_sums``, ``lab``; ``steps_few_shot``,
     ``free_few_shot`` and ``code_few_shot``, which show small models worked problems; ``turns`` and
-    ``turns_chain_sums`` for episodes; or a folder (named with a slash) whose files override those of
-    ``steps``, or of the sets its ``parents.txt`` names; unset: what the data needs."""
+    ``turns_chain_sums`` for episodes, ``turns_few_shot`` and ``turns_chain_sums_few_shot`` with worked
+    tool calls; or a folder (named with a slash) whose files override those of ``steps``, or of the sets
+    its ``parents.txt`` names; unset: what the data needs."""
     system: str | None = None
     """System prompt of student and teacher, in place of the chat template's. If the
     template has no system role, it is put before the first question."""

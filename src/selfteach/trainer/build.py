@@ -110,6 +110,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     )  # fmt: skip
     loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
     renderer = loaded.renderer
+    templates = renderer.templates
     task = for_episodes(recipe, task, renderer.tool_format)
     task = within_context(renderer, task, loaded.max_length, recipe)
     reward = build_reward(recipe, task, renderer)
@@ -188,7 +189,7 @@ def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
         recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe)
     )
     task = for_episodes(recipe, task, renderer.tool_format)
-    critic = build_critic(recipe.critic, task, templates, seed=recipe.seed)
+    critic = build_critic(recipe.critic, task, renderer.templates, seed=recipe.seed)
     return CritiqueSetup(critic, task, renderer)
 
 

@@ -54,6 +54,7 @@ def _prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     renderer = build_renderer(
         recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe)
     )
+    templates = renderer.templates
     problem = task.problems("train")[0]
     yield "the student is shown", renderer.shown(renderer.solver_prompt(problem))
     yield "the teacher is shown", _teacher(recipe, task, templates, renderer, problem)

@@ -86,9 +86,9 @@ def measure(recipe: Recipe, built: Built) -> RunSizes:
     parameters = sum(p.numel() for p in policy.model.parameters()) - adapters
     trained = sum(p.numel() for p in policy.trainable.values())
     problems = {s: len(getattr(built.task, s)) for s in ("train", "validation", "test")}
-    templates = Templates(recipe.model.templates or built.task.templates)
+    renderer = built.components.renderer
     lengths = count_lengths(
-        built.components.max_length, built.components.renderer, templates, built.task, recipe
+        built.components.max_length, renderer, renderer.templates, built.task, recipe
     )
     return RunSizes(
         str(policy.device), shape, parameters, trained, lengths, problems, task=built.task
@@ -111,6 +111,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
         renderer = build_renderer(
             model, load_tokenizer(model), templates, environment_tools(recipe)
         )
+        templates = renderer.templates
     window = (
         max_sequence_length(recipe, shape.positions) if shape else recipe.train.max_length or 4096
     )
