@@ -270,7 +270,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
         distillation, grpo = terms(self.objective)
-        check_environment(self.data, self.reward)
+        check_environment(self.data, self.reward, episodes=self.runs_hub_episodes)
         for name in self.context.names:
             if name in CRITIC_CONTEXTS and self.critic is None:
                 raise ValueError(f'context "{name}" needs a critic: add [critic] type = "oracle"')
@@ -300,6 +300,11 @@ class Recipe(Section):
         if self.environment is None:
             return self.data.type in ORACLE_DATA
         return self.environment.type == "calculator" and self.data.type == "chain_sums"
+
+    @property
+    def runs_hub_episodes(self) -> bool:
+        """Return True if the environment of `verifiers` that gives the problems runs the episodes."""
+        return self.environment is not None and self.environment.type == "verifiers"
 
     @property
     def most_sampled(self) -> int:

@@ -39,9 +39,11 @@ TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.D
 CALL_START = re.compile(r"\s*\{\s*\"(?:type|name|parameters)\"")
 ARGUMENTS = ("arguments", "parameters")
 """Keys of a call's arguments, of any family."""
-_NAMED = r'\{\s*+(?:"type"\s*+:\s*+"function"\s*+,\s*+)?"name"\s*+:\s*+"([^"\n]{1,200}+)"\s*+,\s*+'
-NAMED_CALL = re.compile(rf'{_NAMED}"(?:{"|".join(ARGUMENTS)})"\s*+:')
-"""Matches what begins a call in JSON, with its name."""
+_PAIRS = ('"type"', ":", '"function"', ","), ('"name"', ":", r'"([^"\\\n]{1,200}+)"', ",")
+_TYPE, _NAME = (r"\s*+".join((*pair, "")).replace('"', r'\\?"') for pair in _PAIRS)
+_KEY = rf'\\?"(?:{"|".join(ARGUMENTS)})\\?"\s*+:'
+NAMED_CALL = re.compile(rf"\{{\s*+(?:{_TYPE})?{_NAME}{_KEY}")
+"""Matches what begins a call in JSON, with its name; its quotes may be escaped."""
 CALL_LINE = re.compile(
     rf"^[ \t>]*+(?:<[\w/|-]{{1,40}}+>[ \t]*+)*+(?:`{{1,3}}\w*+[ \t]*+)?[\[ \t]*+{NAMED_CALL.pattern}",
     re.MULTILINE,

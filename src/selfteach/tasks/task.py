@@ -127,12 +127,13 @@ def load_task(
     *,
     allow_empty: bool = False,
     reward: RewardConfig | None = None,
+    episodes: bool = False,
 ) -> Task:
     """Load the task that a recipe names. Raises `DataError`, in one line, if it cannot be loaded.
 
     With ``allow_empty`` the recipe needs no source of problems: the task only says how answers are
     read. With a ``reward`` problems have the columns of their rows, and where it needs no answers they
-    may have none.
+    may have none. With ``episodes`` an environment of `verifiers` runs these too (`Recipe`).
     """
     need_answers = reward is None or reward.needs_answers
     environment = None
@@ -157,7 +158,7 @@ def load_task(
             if config.verifier is None:
                 need_answers = False
             environment, splits, counts, columns = read_environment(
-                config, need_answers=need_answers
+                config, need_answers=need_answers, episodes=episodes
             )
         case CustomData():
             splits, counts, columns = combined(*custom_problems(config, need_answers=need_answers))

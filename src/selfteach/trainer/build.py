@@ -99,10 +99,13 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     recipe = with_memory_choices(recipe, ranks.size if shard else 1)
     micro_batch_tokens = recipe.train.micro_batch_tokens
     assert micro_batch_tokens != "auto"
-    task = load_task(recipe.data, resolve(recipe.model.path), reward=recipe.reward)
+    task = load_task(
+        recipe.data, resolve(recipe.model.path), reward=recipe.reward,
+        episodes=recipe.runs_hub_episodes,
+    )  # fmt: skip
     templates = Templates(recipe.model.templates or task.templates)
     require_fitting_templates(recipe, templates)
-    environments = build_environments(recipe)
+    environments = build_environments(recipe, task)
     loaded = load(
         recipe.model, templates, device=device, on_cpu=shard is not None,
         all_weights_train=recipe.all_weights_train,
@@ -182,11 +185,12 @@ def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
         assert built.components.critic is not None
         return CritiqueSetup(built.components.critic, built.task, built.components.renderer)
     task = load_task(
-        recipe.data, resolve(recipe.model.path), allow_empty=True, reward=recipe.reward
-    )
+        recipe.data, resolve(recipe.model.path), allow_empty=True, reward=recipe.reward,
+        episodes=recipe.runs_hub_episodes,
+    )  # fmt: skip
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(
-        recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe)
+        recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe, task)
     )
     task = for_episodes(recipe, task, renderer.tool_format)
     critic = build_critic(recipe.critic, task, renderer.templates, seed=recipe.seed)

@@ -109,7 +109,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     templates = Templates(model.templates or _template_set(recipe))
     if shape is not None and cached_config(model) is not None:
         renderer = build_renderer(
-            model, load_tokenizer(model), templates, environment_tools(recipe)
+            model, load_tokenizer(model), templates, environment_tools(recipe, task)
         )
         templates = renderer.templates
     window = (
@@ -236,11 +236,11 @@ def _task(recipe: Recipe, unchecked: list[str]) -> Task | None:
             return None
     if isinstance(data, HubData) and not Path(data.path or "").is_dir():
         try:
-            return load_task(data, folder, reward=recipe.reward)
+            return load_task(data, folder, reward=recipe.reward, episodes=recipe.runs_hub_episodes)
         except DataError as error:
             unchecked.append(f"problems: {error}")
             return None
-    return load_task(data, folder, reward=recipe.reward)
+    return load_task(data, folder, reward=recipe.reward, episodes=recipe.runs_hub_episodes)
 
 
 def _paths(data: FilesData) -> Iterator[Path]:
