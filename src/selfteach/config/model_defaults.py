@@ -39,7 +39,12 @@ def with_episode_templates(values: dict[str, Any]) -> dict[str, Any]:
     model, data = values.get("model", {}), values.get("data", {})
     if not values.get("environment") or not isinstance(model, Mapping) or model.get("templates"):
         return values
-    kind = data.get("type") if isinstance(data, Mapping) else getattr(data, "type", None)
+    kind, verifier = (
+        data.get(key) if isinstance(data, Mapping) else getattr(data, key, None)
+        for key in ("type", "verifier")
+    )
+    if verifier in EPISODE_TEMPLATES:  # problems of that kind in files
+        kind = verifier
     if kind in (None, LAB_DATA):  # a vocabulary of its own
         return values
     name = EPISODE_TEMPLATES.get(str(kind), "turns")

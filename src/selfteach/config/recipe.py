@@ -103,6 +103,9 @@ class ModelConfig(Section):
     ``system``."""
     thinking: ThinkingConfig = ThinkingConfig()
     """Whether student and teacher think before they answer."""
+    tool_calls: Literal["family", "json"] = "family"
+    """How tools are called ([tools](environments.md#tools)): as the model's family does, or by a JSON
+    object on lines of its own, which small models write instead."""
     weights_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Data type of the weights; ``auto``: bfloat16 where the device has bfloat16 matmul, else float32.
     What trains is float32 in any case, adapters or all weights, and so are its moments; matmuls of

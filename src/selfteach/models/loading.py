@@ -27,7 +27,7 @@ from selfteach.models.weight_files import no_pickle, require_whole
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
-from selfteach.prompts.tool_calls import Tool
+from selfteach.prompts.tool_calls import JSON_CALLS, Tool
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -97,6 +97,7 @@ def build_renderer(
         teacher_system=config.teacher_system,
         thinking=thinking,
         tools=tools,
+        tool_calls=JSON_CALLS if config.tool_calls == "json" else None,
     )
 
 

@@ -17,7 +17,7 @@ from selfteach.prompts.control_tokens import ControlTokens
 from selfteach.prompts.environment_replies import ReplyEncoder, require_tools
 from selfteach.prompts.template_set import Message, Templates, conversation, with_history
 from selfteach.prompts.thinking import Thinking, split_thinking
-from selfteach.prompts.tool_calls import Role, Tool, tool_format
+from selfteach.prompts.tool_calls import Role, Tool, ToolFormat, tool_format
 from selfteach.types import Problem
 
 INCOMPLETE = "\ufffd"
@@ -57,10 +57,12 @@ class Renderer:
         teacher_system: str | None = None,
         thinking: Thinking | None = None,
         tools: Sequence[Tool] = (),
+        tool_calls: ToolFormat | None = None,
     ) -> None:
         """Store tokenizer and templates; ``teacher_system`` is ``system`` where it is None.
 
         ``tools`` are an environment's, as JSON schemas: student's and teacher's prompts offer them.
+        ``tool_calls`` is how they are called; None: as the chat template's family does.
         """
         if tokenizer.chat_template is None:
             raise EngineError(
@@ -89,7 +91,7 @@ class Renderer:
         self._opens_thought = prompt.rstrip().endswith(self._thinking.tags[0])
         self.end_id = self._end_of_turn()
         """The token that ends the assistant's turn in this chat template."""
-        known = tool_format(self._chat_template)
+        known = tool_calls or tool_format(self._chat_template)
         self.tool_format = known and known.offering(tools)
         """How this family writes calls of these tools; None for a family that is not known."""
         self.templates = templates.offering(tools, self.tool_format)

@@ -10,6 +10,9 @@
 
     {"name": "calculator", "parameters": {"expression": "6 * 7"}}
 
+``json``, for models that write no tags: such an object, with ``arguments``, on lines of its own anywhere
+in the turn, in a code fence or not.
+
 A turn without a call in its family's form is a *malformed call*, and no answer, if a line of it begins
 an object that names a known tool, with arguments::
 
@@ -65,6 +68,8 @@ class ToolFormat:
     before: str = ""
     after: str = ""
     """What stands around a call."""
+    place: str = ""
+    """Where in a turn a call stands, to follow its form in a sentence."""
     tools: Sequence[Tool] = field(default=(), compare=False)
     """The tools that are offered: a turn that names one in another form is no answer."""
 
@@ -107,8 +112,7 @@ class ToolFormat:
         named = (tool for tool in self.tools if name in (None, tool["function"]["name"]))
         if (tool := next(named, None)) is None:
             return ""
-        alone = "" if self.before else ", and nothing else in the turn"
-        return f"; a call is written {' '.join(self.form(tool).split())}{alone}"
+        return f"; a call is written {' '.join(self.form(tool).split())}{self.place}"
 
     def _before_calls(self, text: str) -> str:
         return text.partition(self.before.strip())[0].strip() if self.before else ""
@@ -169,11 +173,27 @@ def _begins_call(text: str, names: Collection[str]) -> bool:
     )
 
 
+def _on_lines(text: str, names: Collection[str]) -> Iterator[str]:
+    """Yield the JSON objects that begin a line and name a known tool, wherever they are."""
+    decoder, end = json.JSONDecoder(), 0
+    for match in CALL_LINE.finditer(text):
+        begin = text.index("{", match.start())
+        if match[1] not in names or begin < end:
+            continue
+        try:
+            _, end = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError):
+            end = len(text)
+        yield text[begin:end]
+
+
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "hermes": ToolFormat("hermes", "arguments", _tagged, "<tool_call>\n", "\n</tool_call>"),
-    "llama3": ToolFormat("llama3", "parameters", _whole),
+    "llama3": ToolFormat("llama3", "parameters", _whole, place=", and nothing else in the turn"),
 }
-"""The known forms, by name."""
+"""The known forms of families, by name."""
+JSON_CALLS = ToolFormat("json", "arguments", _on_lines, place=", on a line of its own")
+"""The form for models that do not write that of their family."""
 
 
 def tool_format(chat_template: str) -> ToolFormat | None:

@@ -12,7 +12,7 @@ from selfteach.errors import RecipeError
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import RESULT, TURN, Templates, conversation, without_tools
 from selfteach.prompts.thinking import Thinking
-from selfteach.prompts.tool_calls import TOOL_FORMATS
+from selfteach.prompts.tool_calls import JSON_CALLS, TOOL_FORMATS
 from selfteach.rollout.episode_engine import EpisodeEngine, EpisodeLimits
 from selfteach.tasks import chain_sums
 from selfteach.tasks.environments import calculator, python_tool
@@ -86,6 +86,15 @@ def test_python_has_examples_and_another_tool_its_form() -> None:
             assert form in shown and "calculator" not in shown
     no_tools = Templates("turns_few_shot").render("solver", question=QUESTION)
     assert no_tools == Templates("turns").render("solver", question=QUESTION)
+
+
+def test_calls_as_json_are_shown_and_read_with_any_family() -> None:
+    here = Renderer(
+        with_tools("llama3"), Templates(SETS[1]), tools=[calculator.TOOL], tool_calls=JSON_CALLS
+    )
+    assert here.tool_format == JSON_CALLS
+    call = '{"name": "calculator", "arguments": {"expression": "8 + 5"}}'
+    assert f"{call}<|eot_id|>" in here.shown(here.solver_prompt(PROBLEM))
 
 
 @pytest.mark.parametrize("name", SETS)

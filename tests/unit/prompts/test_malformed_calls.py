@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from selfteach.episodes import ToolCall
-from selfteach.prompts.tool_calls import TOOL_FORMATS, ToolFormat
+from selfteach.prompts.tool_calls import JSON_CALLS, TOOL_FORMATS, ToolFormat
 from selfteach.tasks.environments.calculator import TOOL
 
 FORMATS = {name: form.offering([TOOL]) for name, form in TOOL_FORMATS.items()}
@@ -42,6 +42,7 @@ def written(value: object, form: ToolFormat, indent: int | None) -> str:
         "```json\n" + LLAMA,
         "Hm:\n" + LLAMA[:-9],
         '{"type": "function", "name": "calculator", "arguments": {"expression": "6',
+        CALL.replace('"', '\\"'),
     ],
 )
 @FAMILIES
@@ -142,3 +143,36 @@ def test_no_turn_takes_long_to_read(form: ToolFormat, unit: str) -> None:
 
 def test_without_tools_no_text_is_a_malformed_call() -> None:
     assert TOOL_FORMATS["hermes"].read(CALL).malformed is None
+
+
+JSON = JSON_CALLS.offering([TOOL])
+
+
+@given(before=words, after=words, value=arguments, indent=st.sampled_from([None, 2]))
+def test_calls_of_the_form_json_are_objects_on_lines_of_their_own(
+    before: str, after: str, value: dict[str, object], indent: int | None
+) -> None:
+    call = written(value, JSON, indent)
+    turn = JSON.read(f"so:{before}\n```json\n{call}\n```\n{after}\n{CALL}")
+    seven = ToolCall("calculator", {"expression": "6 * 7"})
+    assert turn.calls == (ToolCall("calculator", value), seven) and turn.malformed is None
+    assert JSON.read(JSON.write(seven)).calls == (seven,)
+
+
+@pytest.mark.parametrize("turn", ["Answer: 42", '{"name": "Ann", "age": 4}', f"I wrote {CALL}."])
+def test_other_json_is_no_call_of_the_form_json(turn: str) -> None:
+    assert (JSON.read(turn).calls, JSON.read(turn).malformed) == ((), None)
+
+
+@pytest.mark.parametrize("turn", [CALL[:-3], LLAMA, CALL.replace('"', '\\"')])
+def test_a_call_of_the_form_json_may_be_malformed(turn: str) -> None:
+    malformed = JSON.read(turn).malformed
+    assert malformed is not None and "on a line of its own" in malformed
+
+
+def test_an_object_inside_a_call_is_not_another_one() -> None:
+    inner = json.dumps({"name": "calculator", "arguments": {"x": json.loads(CALL)}}, indent=1)
+    assert len(JSON.read(inner).calls) == 1
+    began = time.process_time()
+    JSON.read(f"{CALL}\n" * 1500)
+    assert time.process_time() - began < 0.5

@@ -1,4 +1,4 @@
-"""Environments of `verifiers` of several turns run as episodes; with the library, and with its shape."""
+"""Environments of `verifiers` run as episodes of several turns; with the library, and its shape."""
 
 from __future__ import annotations
 

@@ -103,6 +103,11 @@ def select(recipe: Recipe, config: SelectConfig, folder: str | Path) -> Iterator
             "or set [select] critic = false"
         )
     _require_files_suffice(recipe)
+    if config.critic and config.critic_test == "solution" and recipe.environment is not None:
+        raise RecipeError(
+            'select.critic_test = "solution": the critic would have to solve questions of [environment] '
+            'without its tools and replies: set critic_test = "critique"'
+        )
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
     folder = run.path
@@ -338,6 +343,11 @@ def _write(
 
 def _require_files_suffice(recipe: Recipe) -> None:
     """Raise `RecipeError` if an environment decides who is right: the files written have none."""
+    if recipe.runs_hub_episodes:
+        raise RecipeError(
+            "select writes problems to files, which have no environment to run episodes: select from "
+            'another source of data than "verifiers", with another [environment]'
+        )
     functions = recipe.reward.functions if recipe.reward is not None else ()
     if any(isinstance(one, EnvironmentRewardConfig) for one in functions):
         raise RecipeError(
@@ -379,8 +389,14 @@ def make_card(
     source = portable({"data": {"type": data.type, **source}})[
         "data"
     ]  # its parts are in the folder
+    environment = None
+    if recipe.environment is not None:
+        plain = recipe.environment.model_dump(mode="json", exclude_defaults=True)
+        plain = {"type": recipe.environment.type, **plain}
+        environment = portable({"environment": plain})["environment"]
     return {
         "source": source,
+        "environment": environment,
         "solver": recipe.model.path,
         "critic": unanchored(recipe.critic.model_dump(mode="json"))
         if config.critic and recipe.critic

@@ -47,8 +47,8 @@ def build_environment(
 def _of_one_turn(taskset: TasksetEnvironment, episodes: bool) -> TasksetEnvironment:
     if episodes:
         raise DataError(
-            f"{taskset.label}: is a taskset of verifiers.v1, of which tasks of a single turn can be trained "
-            "on: remove [environment]"
+            f"{taskset.label}: is a taskset of verifiers.v1, whose tasks can be trained on in a single "
+            "turn alone: remove [environment]"
         )
     return taskset
 

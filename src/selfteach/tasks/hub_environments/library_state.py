@@ -56,7 +56,7 @@ def text_of(message: Any) -> str:
         return content or ""
     texts = []
     for part in content:
-        kind = part["type"] if "type" in part else None
+        kind = part.get("type")
         if kind != "text":
             raise ValueError(
                 f"a message has content of the type {kind!r}: only text can be read here"

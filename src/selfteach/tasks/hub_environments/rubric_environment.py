@@ -155,8 +155,8 @@ class RubricEnvironment:
         for name, one in self._functions.items():
             if one.function is not None and one.rubric._is_group_func(one.function):
                 raise DataError(
-                    f"{self.label}: its reward {name} compares the rollouts of a group, and episodes are "
-                    "rewarded one by one"
+                    f"{self.label}: its reward {name} compares the rollouts of a group, and episodes "
+                    "are rewarded one by one"
                 )
 
     async def _completed(self, attempt: Attempt) -> Any:

@@ -1,8 +1,8 @@
 """Runs the coroutines of an environment of `verifiers` on one event loop, which it may block.
 
 Connections of an environment belong to the loop that opened them, so all episodes share one. What is
-not async would hold all of them up: tools run in threads, and a loop that something else blocks beyond a
-deadline is left to itself, and another one takes its place.
+not async would hold all of them up: tools run in threads, and a loop that something else blocks beyond
+a deadline is left to itself, and another one takes its place.
 """
 
 from __future__ import annotations
