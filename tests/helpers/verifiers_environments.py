@@ -211,9 +211,21 @@ def calls(completion):
     return float(sum(len(m.get("tool_calls") or []) for m in completion if m["role"] == "assistant"))
 
 
-def sums():
-    rubric = vf.Rubric([calls], [1.0])
+def size(completion):
+    return sum(len(m["content"] or "") for m in completion if m["role"] == "assistant") / 10
+
+
+def guess_by_size():
+    return guess((size, turns))
+
+
+def sums(functions=(calls,)):
+    rubric = vf.Rubric(list(functions), [1.0] * len(functions))
     return vf.ToolEnv(tools=[add, ask], dataset=rows(), rubric=rubric, max_turns=4)
+
+
+def sums_by_size():
+    return sums((calls, size))
 """
 
 TASKSET = """

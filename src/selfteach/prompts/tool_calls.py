@@ -10,8 +10,8 @@
 
     {"name": "calculator", "parameters": {"expression": "6 * 7"}}
 
-``json``, for models that write no tags: such an object, with ``arguments``, on lines of its own anywhere
-in the turn, in a code fence or not.
+``json``, for models that write no tags: such an object, with ``arguments``, on lines of its own
+anywhere in the turn, in a code fence or not.
 
 A turn without a call in its family's form is a *malformed call*, and no answer, if a line of it begins
 an object that names a known tool, with arguments::

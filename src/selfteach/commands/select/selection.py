@@ -105,8 +105,8 @@ def select(recipe: Recipe, config: SelectConfig, folder: str | Path) -> Iterator
     _require_files_suffice(recipe)
     if config.critic and config.critic_test == "solution" and recipe.environment is not None:
         raise RecipeError(
-            'select.critic_test = "solution": the critic would have to solve questions of [environment] '
-            'without its tools and replies: set critic_test = "critique"'
+            'select.critic_test = "solution": the critic would have to solve questions of '
+            '[environment] without its tools and replies: set critic_test = "critique"'
         )
     set_threads(recipe.train.threads)
     run = RunFolder(folder)

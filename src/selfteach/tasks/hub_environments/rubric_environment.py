@@ -54,6 +54,7 @@ class RubricEnvironment:
         from verifiers import MultiTurnEnv, Rubric, SingleTurnEnv  # pyright: ignore[reportMissingImports]
 
         self.label, self.environment, self._plain = label, environment, Rubric
+        self._runs_episodes = episodes
         if episodes:
             _require_linear(environment, label, MultiTurnEnv)
             _call_tools_in_threads(environment)
@@ -144,6 +145,11 @@ class RubricEnvironment:
         read = []
         for number, values in enumerate(dataset if limit is None else dataset.take(limit), start=1):
             row = {name: shortest(value, kinds.get(name)) for name, value in values.items()}
+            if self._runs_episodes and "tool_defs" in (_plain_row(row).get("info") or {}):
+                raise DataError(
+                    f"{self.label} ({split}): row {number}: it has tools of its own (info.tool_defs), and "
+                    "all episodes are offered the same"
+                )
             self._rows.append(row)
             read.append(
                 Row(_plain_row(row), f"{self.label} ({split}): row {number}", f"{split}-{number}")
