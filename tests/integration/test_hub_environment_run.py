@@ -92,7 +92,9 @@ def episodes(folder: Path, name: str, steps: int = 2) -> Path:
     path = folder / f"{name}.toml"
     path.write_text(f"""
 model = {{ path = "{model}", thinking = {{ student = false }} }}
-data = {{ type = "verifiers", environment = "./turns_env.py:{name}", split = {{ validation = 2, test = 2 }} }}
+data.type = "verifiers"
+data.environment = "./turns_env.py:{name}"
+data.split = {{ validation = 2, test = 2 }}
 environment = {{ type = "verifiers", max_turns = 3, success = 0.5 }}
 objective = {{ type = "grpo" }}
 sampling = {{ max_tokens = 8, batch_size = 6 }}
@@ -127,8 +129,8 @@ def test_episodes_go_through_the_commands(folder: Path, name: str) -> None:
     shutil.rmtree(killed / "model", ignore_errors=True)
     for path in (killed / "checkpoints").glob("step_*2"):
         shutil.rmtree(path)
-    kept = [row for row in rows if row["step"] < 2]
-    (killed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    before = [row for row in rows if row["step"] < 2]
+    (killed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
     called("resume", killed)
     assert_same(run, killed)
 

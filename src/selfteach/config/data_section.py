@@ -247,7 +247,7 @@ class GymData(AnswerReading):
 class EnvironmentData(AnswerReading):
     """Takes problems from an environment of the library `verifiers` (Prime Intellect).
 
-    Its rewards are ``reward.functions = [{ type = "environment" }]``; of several turns they are those of
+    Its rewards are ``reward.functions = [{ type = "environment" }]``; those of several turns belong to
     the episodes of ``environment.type = "verifiers"``.
     """
 

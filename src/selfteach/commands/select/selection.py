@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.commands.select.data_card import card_text
+from selfteach.commands.select.selectable import require_selectable
 from selfteach.config.data_section import FilesData, HubData, SelectConfig
 from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import ContextConfig, Recipe
-from selfteach.config.reward_section import EnvironmentRewardConfig
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.feedback.critics.reply_cache import buying_for
@@ -97,17 +97,7 @@ def select(recipe: Recipe, config: SelectConfig, folder: str | Path) -> Iterator
     Writes ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``, a data card ``README.md``, and
     ``card.json`` last. Raises one of `selfteach.errors`.
     """
-    if config.critic and recipe.critic is None:
-        raise RecipeError(
-            "select.critic = true needs a critic and the recipe has none: add [critic], "
-            "or set [select] critic = false"
-        )
-    _require_files_suffice(recipe)
-    if config.critic and config.critic_test == "solution" and recipe.environment is not None:
-        raise RecipeError(
-            'select.critic_test = "solution": the critic would have to solve questions of '
-            '[environment] without its tools and replies: set critic_test = "critique"'
-        )
+    require_selectable(recipe, config)
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
     folder = run.path
@@ -339,21 +329,6 @@ def _write(
         card["out"][name] = len(splits[name])
     write_text(folder / "README.md", card_text(card))
     write_json(folder / "card.json", card)
-
-
-def _require_files_suffice(recipe: Recipe) -> None:
-    """Raise `RecipeError` if an environment decides who is right: the files written have none."""
-    if recipe.runs_hub_episodes:
-        raise RecipeError(
-            "select writes problems to files, which have no environment to run episodes: select from "
-            'another source of data than "verifiers", with another [environment]'
-        )
-    functions = recipe.reward.functions if recipe.reward is not None else ()
-    if any(isinstance(one, EnvironmentRewardConfig) for one in functions):
-        raise RecipeError(
-            "select writes problems to files, which have no environment to reward them: name "
-            "data.verifier, and leave the environment out of [reward]"
-        )
 
 
 def problem_row(tally: Tally) -> dict[str, Any]:

@@ -147,8 +147,8 @@ class RubricEnvironment:
             row = {name: shortest(value, kinds.get(name)) for name, value in values.items()}
             if self._runs_episodes and "tool_defs" in (_plain_row(row).get("info") or {}):
                 raise DataError(
-                    f"{self.label} ({split}): row {number}: it has tools of its own (info.tool_defs), and "
-                    "all episodes are offered the same"
+                    f"{self.label} ({split}): row {number}: it has tools of its own (info.tool_defs), "
+                    "and all episodes are offered the same"
                 )
             self._rows.append(row)
             read.append(
