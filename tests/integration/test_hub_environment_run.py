@@ -121,7 +121,9 @@ def test_episodes_go_through_the_commands(folder: Path, name: str) -> None:
     assert len(steps) == 2 and f"rewards/{rewards[0]}/mean" in steps[0]
     if name == "guess_by_size":
         assert all(row["turns"] > 1 and row["event/observation"] > 0 for row in steps)
-        assert any(sample["observation"].startswith("The number has") for sample in samples)
+        (stored, *_) = sorted((run / "rollouts").glob("step_000001*.jsonl"))
+        first = json.loads(stored.read_text().splitlines()[0])
+        assert first["observation"] == "The number has 1 digit."
 
     killed = folder / "killed"
     shutil.copytree(run, killed)

@@ -9,7 +9,7 @@ from selfteach.errors import RecipeError
 
 
 def require_selectable(recipe: Recipe, config: SelectConfig) -> None:
-    """Raise `RecipeError` for settings that do not fit, and where an environment of `verifiers` decides.
+    """Raise `RecipeError` for settings that do not fit, or if an environment of `verifiers` decides.
 
     The files that are written have no such environment. A critic solves no questions of episodes, since
     it would have neither tools nor replies.
