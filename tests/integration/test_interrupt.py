@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from scripted_server import serving
+from forked import command_line, run_until
+from scripted_server import Server, serving
 
 from selfteach.cli import app
 from selfteach.errors import Terminated
@@ -111,17 +112,25 @@ def ended(process: subprocess.Popen[str], within: float) -> list[str]:
     return errors.splitlines()
 
 
+def interrupted(tmp_path: Path, server: Server, *words: object) -> list[str]:
+    """Return what a command says that is interrupted when its critic has a request."""
+    errors = tmp_path / "errors.txt"
+    process = run_until(lambda: server.requests, command_line, errors, *words)
+    started = time.monotonic()
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 130 and time.monotonic() - started < 10, errors.read_text()
+    return errors.read_text().splitlines()
+
+
 def test_behind_a_hung_critic(tmp_path: Path) -> None:
     with serving(lambda *_: time.sleep(600)) as server:
         cache = tmp_path / "cache.sqlite"
         text = RECIPE + SERVED.format(url=server.url, cache=cache)
         (tmp_path / "recipe.toml").write_text(text)
         out = tmp_path / "out"
-        words = ("-m", "selfteach", "train", tmp_path / "recipe.toml", "--out", out)
-        with command(*words) as process:
-            wait_for(lambda: server.requests, process)
-            interrupt(process)
-            lines = ended(process, within=10)
+        lines = interrupted(tmp_path, server, "train", tmp_path / "recipe.toml", "--out", out)
     line = lines[-1]
     assert len([line for line in lines if line.startswith("selfteach:")]) == 1
     assert line.startswith("selfteach: interrupted; kept: ") and f"selfteach resume {out}" in line
@@ -217,9 +226,6 @@ def test_a_command_that_writes_no_folder(tmp_path: Path) -> None:
         (tmp_path / "recipe.toml").write_text(text)
         row = {"question": "c a f f e d", "text": "<answer>k</answer>", "answer": "k"}
         (tmp_path / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
-        words = ("-m", "selfteach", "critique", tmp_path / "rollouts.jsonl")
-        with command(*words, "--recipe", tmp_path / "recipe.toml") as process:
-            wait_for(lambda: server.requests, process)
-            interrupt(process)
-            lines = ended(process, within=10)
+        words = ("critique", tmp_path / "rollouts.jsonl", "--recipe", tmp_path / "recipe.toml")
+        lines = interrupted(tmp_path, server, *words)
     assert len(lines) == 1 and lines[0].startswith("selfteach: interrupted")

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from scripted_vllm import ScriptedVllm, serving
+from served_policies import KINDS, LORA, SAMPLING, move, publish
+from served_policies import TINY as SERVED
 
 from selfteach.config.engine_section import VllmProcessConfig
 from selfteach.config.recipe import Recipe
@@ -24,17 +26,11 @@ from selfteach.rollout.vllm.in_process import ServedModel, llm_arguments
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build
 from selfteach.trainer.build_engine import require_engine
-from selfteach.types import Rollout, Sampling
+from selfteach.types import Rollout
 
-TINY: dict[str, Any] = {
-    "data": {"type": "lab", "train": 4, "validation": 1, "test": 1},
-    "sampling": {"max_tokens": 6, "temperature": 0.7},
-    "train": {"steps": 0, "max_length": 96},
-}
-LORA = {"model": {"lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}}}
+TINY = merge(SERVED, {"data": {"train": 4}})
 TOLERANCE = 1e-3
 """Nats; both sides compute in float32."""
-SAMPLING = Sampling(samples=2, temperature=0.7, max_tokens=6, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +59,6 @@ def recipe(server: ScriptedVllm, *more: dict[str, Any], **engine: Any) -> Recipe
     for extra in more:
         values = merge(values, extra)
     return validate(Recipe, values, where="test")
-
-
-def publish(built: Built, version: int) -> None:
-    policy = built.components.policy
-    built.components.engine.load_weights(policy.trainable.items(), version)
-
-
-def move(built: Built, by: float = 0.05) -> None:
-    """Change every weight of the trainer, each time differently."""
-    with torch.no_grad():
-        for weight in built.components.policy.trainable.values():
-            weight.add_(torch.randn_like(weight) * by)
 
 
 def mismatch(built: Built, rollouts: list[Rollout], temperature: float = 0.7) -> float:
@@ -239,7 +223,7 @@ def test_weights_of_another_run_in_the_middle_of_a_batch_are_an_error(server: Sc
         built.components.engine.generate(built.task.train, SAMPLING)
 
 
-@pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
+@KINDS
 def test_a_restarted_server_gets_its_weights_again(
     server: ScriptedVllm, more: dict[str, Any]
 ) -> None:
@@ -256,7 +240,7 @@ def test_a_restarted_server_gets_its_weights_again(
     assert server.loads == loads + 2
 
 
-@pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
+@KINDS
 def test_rollouts_received_before_an_engine_dies_are_saved(
     server: ScriptedVllm, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
