@@ -47,7 +47,7 @@ def _one_thread() -> None:
 def _no_wait_for_the_disk() -> Iterator[None]:
     """Check what is flushed, and do not wait: a run flushes sixty times.
 
-    It matters after a power cut alone, which `power_cut` replays from the calls. Started processes wait.
+    It matters after a power cut alone, which `power_cut` replays from the calls. Other processes wait.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: os.fstat(handle) and None)

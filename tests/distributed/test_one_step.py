@@ -150,7 +150,8 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert error <= TOLERANCE * max(1e-3, abs(value).max()), (kind, name, error)
 
 
-QUICK = {(variant, "full") for variant in ("distillation", "grpo_with_penalty", "ema", "lora")}
+QUICK = {(variant, "full") for variant in ("grpo_with_penalty", "ema", "lora")}
+"""Distillation beside GRPO, sharded and not, is in the test of micro-batches."""
 PAIRS = [
     pytest.param(*pair, marks=[] if pair in QUICK else [pytest.mark.slow])
     for pair in itertools.product(

@@ -18,6 +18,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
+def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return what trains, at the last checkpoint."""
+    return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / "weights.safetensors")
+
+
 def assert_same(a: Path, b: Path) -> None:
     """Compare the exported models."""
     ours, theirs = weights(a), weights(b)
@@ -30,6 +35,11 @@ def timeless_rows(folder: Path) -> list[dict[str, Any]]:
     """Return a run's metrics without times."""
     rows = RunFolder(folder).metrics()
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in rows]
+
+
+def step_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return a run's metrics of training steps."""
+    return [row for row in RunFolder(folder).metrics() if row["kind"] == "step"]
 
 
 def end_of(folder: Path) -> tuple[object, ...]:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from selfteach.losses.policy_gradient import token_logp
+from selfteach.models.sequences import sequences
 from selfteach.trainer.build import Built
-from selfteach.types import Sampling
+from selfteach.types import Rollout, Sampling
 
 TINY: dict[str, Any] = {
     "data": {"type": "lab", "train": 6, "validation": 1, "test": 1},
@@ -26,6 +28,18 @@ def publish(built: Built, version: int) -> None:
     """Send the trainer's weights to its engine."""
     policy = built.components.policy
     built.components.engine.load_weights(policy.trainable.items(), version)
+
+
+def mismatch(built: Built, rollouts: list[Rollout], temperature: float = 0.7) -> float:
+    """Return the largest difference of log-probabilities, trainer against engine, in nats."""
+    worst = 0.0
+    for rollout in rollouts:
+        side = sequences([rollout.prompt_ids], [rollout.token_ids], 0)
+        with torch.no_grad():
+            logits = built.components.policy.score(side).logits(slice(None))
+        trainer = token_logp(logits, torch.tensor(rollout.token_ids), temperature)
+        worst = max(worst, (trainer - torch.tensor(rollout.logps)).abs().max().item())
+    return worst
 
 
 def move(built: Built, by: float = 0.05, *, seed: int | None = None) -> None:

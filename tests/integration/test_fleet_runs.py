@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from critiqued_runs import ORACLE, critiqued_by, run_with_oracle, served_critic
-from same_run import assert_same
+from same_run import assert_same, step_rows
 from scripted_server import Server, refuses, says, serving
 from scripted_vllm import ScriptedVllm, serving_fleet
 
@@ -19,7 +19,6 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import CriticError, EngineError
 from selfteach.feedback.critics import endpoint
 from selfteach.rollout.vllm import vllm_engine, vllm_fleet
-from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
 from selfteach.trainer.loop import run_to_end
 
@@ -74,10 +73,6 @@ def anew(servers: list[ScriptedVllm]) -> None:
         server.requests.clear()
 
 
-def steps(run: Path) -> list[dict[str, Any]]:
-    return [row for row in RunFolder(run).metrics() if row["kind"] == "step"]
-
-
 def assert_same_rollouts(a: Path, b: Path) -> None:
     names = sorted(path.name for path in (a / "rollouts").glob("*.jsonl"))
     assert names == sorted(path.name for path in (b / "rollouts").glob("*.jsonl"))
@@ -97,7 +92,7 @@ def test_a_run_on_any_fleet_of_samplers_is_the_run_on_one(
         if not more:
             assert_same(tmp_path / "one", tmp_path / name)
         assert_same_rollouts(tmp_path / "one", tmp_path / name)
-        return steps(tmp_path / name)
+        return step_rows(tmp_path / name)
 
     anew(samplers)
     rows = same("three", samplers)
@@ -154,7 +149,7 @@ def test_a_run_on_any_fleet_of_critics_is_the_run_with_the_oracle(tmp_path: Path
             result = run_to_end(recipe, tmp_path / name / "run")
             assert_same(tmp_path / "oracle", tmp_path / name / "run")
             assert result["budget"]["critic_requests"] == 18
-            return steps(tmp_path / name / "run")
+            return step_rows(tmp_path / name / "run")
 
         rows = same("three")
         sent = [row[f"critic_member/{i}/requests"] for row in rows for i in range(3)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from forked import kill_when
 from safetensors.torch import load_file
-from same_run import timeless_rows
+from same_run import checkpoint_weights, timeless_rows
 
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
@@ -56,12 +56,8 @@ def recipe(arm: str = "step_aligned", **changes: object) -> Recipe:
     return validate(Recipe, merge(merge(TINY, ARMS[arm]), changes), where="test")
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / "weights.safetensors")
-
-
 def assert_same_run(a: Path, b: Path) -> None:
-    ours, theirs = weights(a), weights(b)
+    ours, theirs = checkpoint_weights(a), checkpoint_weights(b)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
@@ -78,7 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_learns_and_writes_what_it_promises(whole: Path) -> None:
-    before, after = load_evaluation(whole, "validation", 0), weights(whole)
+    before, after = load_evaluation(whole, "validation", 0), checkpoint_weights(whole)
     assert before.k == 2 and len(before.problem_ids) == 4
     initial = load_file(Path("src/selfteach/tasks/lab/bases/two_styles/model.safetensors"))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -100,7 +96,7 @@ def test_the_final_model_loads_with_plain_transformers(whole: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(whole / "model")
     AutoTokenizer.from_pretrained(whole / "model")
-    trained = weights(whole)
+    trained = checkpoint_weights(whole)
     for name, param in model.named_parameters():
         assert torch.equal(param, trained[name])
 
@@ -127,7 +123,9 @@ def test_a_run_of_an_earlier_version_is_taken_up(whole: Path, tmp_path: Path) ->
 def test_another_seed_differs(whole: Path, tmp_path: Path) -> None:
     run_to_end(recipe(seed=1), tmp_path / "other")
     name = "model.layers.0.mlp.up_proj.weight"
-    assert not torch.equal(weights(whole)[name], weights(tmp_path / "other")[name])
+    assert not torch.equal(
+        checkpoint_weights(whole)[name], checkpoint_weights(tmp_path / "other")[name]
+    )
 
 
 @pytest.mark.parametrize(

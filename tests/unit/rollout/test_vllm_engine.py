@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 from scripted_vllm import ScriptedVllm, serving
-from served_policies import KINDS, LORA, SAMPLING, move, publish
+from served_policies import KINDS, LORA, SAMPLING, mismatch, move, publish
 from served_policies import TINY as SERVED
 
 from selfteach.config.engine_section import VllmProcessConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import EngineError, RecipeError
-from selfteach.losses.policy_gradient import token_logp
-from selfteach.models.sequences import sequences
 from selfteach.rollout.journaled_engine import JournaledEngine, SamplingInterrupted
 from selfteach.rollout.vllm import synced_backend, vllm_engine
 from selfteach.rollout.vllm.in_process import ServedModel, llm_arguments
@@ -59,18 +57,6 @@ def recipe(server: ScriptedVllm, *more: dict[str, Any], **engine: Any) -> Recipe
     for extra in more:
         values = merge(values, extra)
     return validate(Recipe, values, where="test")
-
-
-def mismatch(built: Built, rollouts: list[Rollout], temperature: float = 0.7) -> float:
-    """Return the largest difference of log-probabilities, trainer against engine, in nats."""
-    worst = 0.0
-    for rollout in rollouts:
-        side = sequences([rollout.prompt_ids], [rollout.token_ids], 0)
-        with torch.no_grad():
-            logits = built.components.policy.score(side).logits(slice(None))
-        trainer = token_logp(logits, torch.tensor(rollout.token_ids), temperature)
-        worst = max(worst, (trainer - torch.tensor(rollout.logps)).abs().max().item())
-    return worst
 
 
 @pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
