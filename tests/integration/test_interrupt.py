@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from forked import command_line, run_until
-from scripted_server import Server, serving
+from scripted_server import serving
 
 from selfteach.cli import app
 from selfteach.errors import Terminated
@@ -112,15 +112,18 @@ def ended(process: subprocess.Popen[str], within: float) -> list[str]:
     return errors.splitlines()
 
 
-def interrupted(tmp_path: Path, server: Server, *words: object) -> list[str]:
-    """Return what a command says that is interrupted when its critic has a request."""
+def interrupted(
+    tmp_path: Path, condition: Callable[[], object], *words: object, within_s: float = 10.0
+) -> list[str]:
+    """Return what a command says that is interrupted as soon as ``condition()`` is true."""
     errors = tmp_path / "errors.txt"
-    process = run_until(lambda: server.requests, command_line, errors, *words)
+    process = run_until(condition, command_line, errors, *words)
     started = time.monotonic()
     os.kill(process.pid or 0, signal.SIGINT)
-    process.join(60)
+    process.join(within_s + 60)
     process.kill()
-    assert process.exitcode == 130 and time.monotonic() - started < 10, errors.read_text()
+    assert process.exitcode == 130, errors.read_text()
+    assert time.monotonic() - started < within_s
     return errors.read_text().splitlines()
 
 
@@ -130,7 +133,9 @@ def test_behind_a_hung_critic(tmp_path: Path) -> None:
         text = RECIPE + SERVED.format(url=server.url, cache=cache)
         (tmp_path / "recipe.toml").write_text(text)
         out = tmp_path / "out"
-        lines = interrupted(tmp_path, server, "train", tmp_path / "recipe.toml", "--out", out)
+        lines = interrupted(
+            tmp_path, lambda: server.requests, "train", tmp_path / "recipe.toml", "--out", out
+        )
     line = lines[-1]
     assert len([line for line in lines if line.startswith("selfteach:")]) == 1
     assert line.startswith("selfteach: interrupted; kept: ") and f"selfteach resume {out}" in line
@@ -141,10 +146,10 @@ def test_behind_a_hung_critic(tmp_path: Path) -> None:
 def test_training_saves_a_checkpoint_first(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE + GRPO)
     out = tmp_path / "out"
-    with command("-m", "selfteach", "train", tmp_path / "recipe.toml", "--out", out) as process:
-        wait_for(lambda: list(out.glob("checkpoints/step_000002")), process)
-        interrupt(process)
-        lines = ended(process, within=20)
+    lines = interrupted(
+        tmp_path, (out / "checkpoints" / "step_000002").exists, "train", tmp_path / "recipe.toml",
+        "--out", out, within_s=20,
+    )  # fmt: skip
     step = max(int(path.name[-6:]) for path in out.glob("checkpoints/step_*"))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == step
@@ -227,5 +232,5 @@ def test_a_command_that_writes_no_folder(tmp_path: Path) -> None:
         row = {"question": "c a f f e d", "text": "<answer>k</answer>", "answer": "k"}
         (tmp_path / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
         words = ("critique", tmp_path / "rollouts.jsonl", "--recipe", tmp_path / "recipe.toml")
-        lines = interrupted(tmp_path, server, *words)
+        lines = interrupted(tmp_path, lambda: server.requests, *words)
     assert len(lines) == 1 and lines[0].startswith("selfteach: interrupted")
