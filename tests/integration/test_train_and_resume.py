@@ -47,7 +47,8 @@ ARMS = {
     },
     "lora": {"model": {"lora": {"rank": 4, "alpha": 8}}},
     "dropout": {
-        "model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.3}}, "train": {"num_iterations": 2},
+        "model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.3}},
+        "train": {"num_iterations": 2, "problems_per_step": 2, "group_size": 2},
     },
 }  # fmt: skip
 
