@@ -15,8 +15,10 @@ def covering(first: Sequence[object], *others: Sequence[object]) -> list[Any]:
     Each of the first values is in one fast combination, and each of the others in one, at least.
     """
     sizes = [len(values) for values in others]
-    fast = {(i, *(_index(i, size) for size in sizes)) for i in range(max(len(first), *sizes))}
-    fast = {(i % len(first), *rest) for i, *rest in fast}
+    fast = {
+        (i % len(first), *(_index(i, size, k) for k, size in enumerate(sizes, 1)))
+        for i in range(max(len(first), *sizes))
+    }
     return [
         pytest.param(
             *(values[i] for values, i in zip((first, *others), at, strict=True)),
@@ -26,6 +28,6 @@ def covering(first: Sequence[object], *others: Sequence[object]) -> list[Any]:
     ]
 
 
-def _index(i: int, size: int) -> int:
-    """Return the index of another value, shifted every round: first values may have periods too."""
-    return (i + i // size) % size
+def _index(i: int, size: int, position: int) -> int:
+    """Return the index of another value, shifted every round, so that no two lists go in step."""
+    return (i + position * (i // size)) % size
