@@ -191,6 +191,7 @@ def phases(
         token_weights,
         pad_id=components.pad_id,
         micro_batch_tokens=components.micro_batch_tokens,
+        packed=components.policy.packs_sequences,
     )
     first = components.sampling.__class__(
         components.sampling.samples, components.sampling.temperature, 1, 0

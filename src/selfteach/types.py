@@ -326,6 +326,29 @@ class TokenWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedPaths:
+    """Holds the paths of a tree one after another, without padding: what attention reads.
+
+    A path's queries are the nodes that no path before it has, the last ones of the path; its keys are
+    all its nodes. Paths without a node of their own are left out.
+    """
+
+    keys_K: Tensor
+    """The nodes of all paths."""
+    query_starts: Tensor
+    """Each path's first query among the nodes, and their number: int32."""
+    key_starts: Tensor
+    """Each path's first key in ``keys_K``, and their number: int32."""
+    longest: tuple[int, int]
+    """Most queries and most keys of a path."""
+
+    def to(self, device: torch.device) -> PackedPaths:
+        """Move the paths to another device."""
+        tensors = (self.keys_K, self.query_starts, self.key_starts)
+        return PackedPaths(*(x.to(device) for x in tensors), self.longest)
+
+
+@dataclass(frozen=True, slots=True)
 class TokenTree:
     """Holds B sequences as the paths of a tree of U nodes: each distinct prefix is there once.
 
@@ -340,6 +363,8 @@ class TokenTree:
     """Index into the flattened paths where each node appears first."""
     columns_N: Tensor
     """The nodes whose hidden states predict the rollouts' tokens."""
+    packed: PackedPaths
+    """The same paths, one after another."""
 
     def to(self, device: torch.device) -> TokenTree:
         """Move the tree to another device."""
