@@ -192,6 +192,10 @@ class TrainConfig(Section):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=1, ge=1)
     """Number of latest checkpoints that are kept."""
+    deterministic: bool = False
+    """On a GPU, use only algorithms whose sums have a fixed order: runs of one recipe, resumed or not,
+    then end in the same weights bit for bit on the same device and software, and are slower. A CPU
+    always does."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of torch in a run; unset: all cores for a single run, one each in a study."""
 
