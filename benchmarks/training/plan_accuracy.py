@@ -94,7 +94,11 @@ def _device(file: str, rates: dict[str, str]) -> dict[str, Any]:
 def _row(name: str, device: str, phase: str, seconds: float, source: str, **work: Any) -> Any:
     changed = {key: value for key, value in work.items() if DEFAULTS.get(key) != value}
     return {
-        "name": name, "device": device, "phase": phase, "seconds": round(seconds, 5), **changed,
+        "name": name,
+        "device": device,
+        "phase": phase,
+        "seconds": round(seconds, 5),
+        **changed,
         "source": f"benchmarks/results/{source}",
     }
 

@@ -11,6 +11,7 @@ rollout, which it does not.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import sys
@@ -32,12 +33,13 @@ import vllm_server
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from datasets import Dataset
 from transformers import TrainerCallback
 
 import selfteach.models.loading as loading
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
+from selfteach.prompts.chat_messages import MessageRenderer
+from selfteach.prompts.template_set import Templates
 from selfteach.trainer import step
 from selfteach.trainer.build import Built, build
 from selfteach.types import TrainingSample, Verdict
@@ -157,8 +159,11 @@ def built_of(model: str, values: dict[str, Any]) -> Built:
     recipe = validate(Recipe, values, where="benchmark")
     if model not in MODEL_SIZES:
         return build(recipe)
-    dtype = getattr(torch, recipe.model.weights_dtype)
-    with mock.patch.object(loading, "load_model", lambda _, device: model_of(model, device, dtype)):
+
+    def random_model(_: object, device: Any, dtype: torch.dtype, **__: object) -> Any:
+        return model_of(model, device, dtype)
+
+    with mock.patch.object(loading, "load_model", random_model):
         return build(recipe)
 
 
@@ -180,6 +185,14 @@ class OtherChunks(OurTrainer):
         self.ours.active_clock = self.ours.clock
 
 
+class OtherMicroBatches(OtherChunks):
+    """Runs the same step on the same model, in other micro-batches."""
+
+    def __init__(self, ours: OurTrainer, clock: Clock, tokens: int) -> None:
+        super().__init__(ours, clock, 1)
+        self.components = dataclasses.replace(ours.components, micro_batch_tokens=tokens)
+
+
 def by_parity(problem: object, text: str) -> Verdict:
     """Return a verdict by the parity of the text: rewards differ within nearly every group."""
     return Verdict(correct=sum(map(ord, text)) % 2 == 0, formatted=True, parsed=text)
@@ -192,6 +205,7 @@ class TrlTrainer:
         self, model: str, kind: str, clock: Clock, ours: OurTrainer, steps: int,
         device: str = "cpu", precision: str = "float32",
     ) -> None:  # fmt: skip
+        from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
         from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
@@ -220,11 +234,8 @@ class TrlTrainer:
                 model, kind, Clock(), {"model": {"device": device}}
             ).built.components.policy.model
             loaded = contextlib.nullcontext()
-        renderer = components.renderer
-        prompts = [
-            renderer._messages("solver", question=p.question)
-            for p in ours.built.task.problems("train")
-        ]
+        renderer = MessageRenderer(Templates(ours.built.task.templates))
+        prompts = [renderer.solver(problem) for problem in ours.built.task.problems("train")]
         self.folder = tempfile.TemporaryDirectory()
         common: dict[str, Any] = {
             "output_dir": self.folder.name, "per_device_train_batch_size": batch, "max_steps": steps,
@@ -243,8 +254,10 @@ class TrlTrainer:
                 max_prompt_length=None, **KINDS[kind][1],
             )  # fmt: skip
             trainer = SDPOTrainer
+        adapted = getattr(ours.components.policy.model, "peft_config", None)
         with loaded:
             self.trainer: Any = trainer(
+                peft_config=copy.deepcopy(adapted["default"]) if adapted else None,
                 model=policy, reward_funcs=rewards, args=args,
                 processing_class=ours.built.tokenizer,
                 train_dataset=Dataset.from_list([{"prompt": p} for p in prompts]),

@@ -49,9 +49,7 @@ def test_deterministic_algorithms_resume_bitwise(
     arm: str, autocast: bool, deterministic: None, device: str, tmp_path: Path
 ) -> None:
     more = {"model": {"autocast": "bfloat16"}} if autocast else {}
-    run_recipe = recipe(
-        device, ARMS[arm], more, {"train": {"steps": 4, "deterministic": True}}
-    )
+    run_recipe = recipe(device, ARMS[arm], more, {"train": {"steps": 4, "deterministic": True}})
     run_to_end(run_recipe, tmp_path / "whole")
     train_with_stops(run_recipe, tmp_path / "stopped")
     ours, theirs = (weights(tmp_path / name) for name in ("whole", "stopped"))

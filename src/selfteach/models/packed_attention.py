@@ -28,7 +28,12 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def attend(
-    query_UHS: Tensor, key_UGS: Tensor, value_UGS: Tensor, paths: PackedPaths, *, scale: float | None
+    query_UHS: Tensor,
+    key_UGS: Tensor,
+    value_UGS: Tensor,
+    paths: PackedPaths,
+    *,
+    scale: float | None,
 ) -> Tensor:
     """Compute attention [U, H, S] of U nodes with H query heads and G key heads, along their paths."""
     assert varlen_attn is not None

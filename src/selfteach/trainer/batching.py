@@ -57,9 +57,7 @@ def collate(
     return batches
 
 
-def _cut(
-    pairs: Sequence[Pair], micro_batch_tokens: int, *, packed: bool
-) -> list[Sequence[Pair]]:
+def _cut(pairs: Sequence[Pair], micro_batch_tokens: int, *, packed: bool) -> list[Sequence[Pair]]:
     """Cut into contiguous micro-batches, each as large as the limit allows."""
     micro_batches: list[Sequence[Pair]] = []
     lengths = [_length(sample) for sample, _ in pairs]

@@ -73,9 +73,7 @@ def test_transformers_gets_what_qlora_sets(monkeypatch: pytest.MonkeyPatch) -> N
 def load(**model: Any) -> Any:
     recipe = validate(Recipe, {"model": {**LORA, **model}, "train": {"steps": 0}}, where="recipe")
     adapters = SMALL.adapters(4, recipe.model.lora.targets if recipe.model.lora else ())
-    return load_of(
-        recipe, SMALL, parameters=SMALL.parameters, trained=adapters, device="cpu"
-    )
+    return load_of(recipe, SMALL, parameters=SMALL.parameters, trained=adapters, device="cpu")
 
 
 def test_memory_counts_half_a_byte_and_the_scales() -> None:

@@ -95,7 +95,7 @@ def comparisons() -> tuple[Comparison, ...]:
 
 def predicted_seconds(row: dict[str, Any], shape: Shape, device: Device) -> float:
     """Return the seconds of one phase that a plan predicts without calibration."""
-    work, lengths_R = _work(row, shape), np.full(row["rollouts"], float(row["length"]))
+    work, lengths_R = work_of_row(row, shape), np.full(row["rollouts"], float(row["length"]))
     if row["phase"] == "train":
         return costs.training_cost(work, device, Efficiency(), 1).seconds(lengths_R)
     decoding = costs.decoding_cost(
@@ -105,7 +105,8 @@ def predicted_seconds(row: dict[str, Any], shape: Shape, device: Device) -> floa
     return decoding.decode_seconds(lengths_R, row["prompt"]) + prefill
 
 
-def _work(row: dict[str, Any], shape: Shape) -> StepWork:
+def work_of_row(row: dict[str, Any], shape: Shape) -> StepWork:
+    """Return the work of a measurement, whose rollouts are all of one length."""
     size = row["bytes"]
     load = DeviceLoad(
         shape=shape, parameters=shape.parameters, trained=shape.parameters, adapters=None,
@@ -132,9 +133,7 @@ def summary(device_class: str | None = None, phase: str | None = None) -> ErrorS
         and device_class in (None, row.device_class)
         and phase in (None, row.phase)
     ]
-    return (
-        ErrorSummary(len(ratios), median(ratios), min(ratios), max(ratios)) if ratios else None
-    )
+    return ErrorSummary(len(ratios), median(ratios), min(ratios), max(ratios)) if ratios else None
 
 
 def device_class(name: str) -> str:
