@@ -1,22 +1,23 @@
-"""Measure a GPU in at most eight minutes, and write the tables: one script for a device lent for minutes.
+"""Measure a GPU in at most eight minutes and write the tables: for a device that is lent for minutes.
 
     python scripts/gpu_report.py --out FOLDER                        on a GPU
-    python scripts/gpu_report.py --out FOLDER --device cpu --tiny    a rehearsal on a CPU, about a minute
+    python scripts/gpu_report.py --out FOLDER --device cpu --tiny    a rehearsal on a CPU
 
-Parts (`benchmarks/training/gpu_parts.py`): the device's rates; parity with the CPU; a run that is killed
-and resumed in deterministic mode, compared bit for bit; seconds, peak memory, tokens per second and MFU of
-steps (LoRA and full weights, 512 and 2,048 tokens) beside TRL's SDPO and GRPO where TRL can be imported; a
-budget per phase; weights on their way to a sampler; sampling. The model has the shape of Qwen2.5-1.5B and
-random weights: nothing is downloaded.
+Parts (`benchmarks/training/gpu_parts.py`): the device's rates; parity with the CPU; a run that is
+killed and resumed in deterministic mode, compared bit for bit; seconds, peak memory, tokens per second
+and MFU of steps (LoRA and full weights, 512 and 2,048 tokens) beside TRL's SDPO and GRPO where TRL can
+be imported; a budget per phase; weights on their way to a sampler; sampling. The model has the shape of
+Qwen2.5-1.5B and random weights: nothing is downloaded.
 
 Each part is a process of its own with a time limit (in a rehearsal all are this process), and writes
-FOLDER/NAME.json after each row, so that a part that fails or is stopped keeps what it has. FOLDER/report.md
-has all tables. The exit status is 0 if every part has ended.
+FOLDER/NAME.json after each row, so that a part that fails or is stopped keeps what it has.
+FOLDER/report.md has all tables. The exit status is 0 if every part has ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -107,10 +108,8 @@ def in_process_of_its_own(name: str, args: argparse.Namespace, limit: float) -> 
     command += ["--device", args.device]
     print(f"# {name}: at most {limit:.0f} s", flush=True)
     start = time.monotonic()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(command, check=False, timeout=limit)
-    except subprocess.TimeoutExpired:
-        pass
     result = load(args.out, name)
     if result["state"] == "running":  # killed, here or by the system
         result["state"] = f"stopped after {time.monotonic() - start:.0f} s"

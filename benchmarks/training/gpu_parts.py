@@ -1,4 +1,4 @@
-"""Measure one part of `scripts/gpu_report.py` each: parity, resume, rates, step, budget, sampling, weights.
+"""Measure the parts of `scripts/gpu_report.py`: rates, parity, resume, steps, budget, weights, sampling.
 
 Each part is a function of `Settings` that yields rows of its table, so that what a stopped part has
 measured is kept. On a CPU with ``tiny`` they run on small models: a rehearsal, whose figures mean
@@ -21,10 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / name) for name in (
-    "benchmarks", "benchmarks/training", "benchmarks/rollout", "tests/helpers", "tools",
-)]  # fmt: skip
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "rollout"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "training"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import numpy as np
 import roofline
@@ -38,7 +39,9 @@ from step_clock import Clock
 from trainers_compared import BF16, OurTrainer
 from training_step_gpu import compare
 
-from selfteach.commands.planning import accuracy, costs
+from selfteach.commands.planning.accuracy import DEFAULTS, device_class, work_of_row
+from selfteach.commands.planning.costs import Efficiency, train_flops, training_cost
+from selfteach.commands.planning.costs import micro_batch_tokens as step_tokens
 from selfteach.commands.planning.devices import HERE, known_devices, measured_here
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
@@ -105,7 +108,7 @@ def parity(settings: Settings) -> Iterator[Row]:
 
 
 def resume(settings: Settings) -> Iterator[Row]:
-    """Kill a run with ``train.deterministic`` and resume it: its weights equal an uninterrupted run's."""
+    """Kill a run with ``train.deterministic`` and resume it: it ends like an uninterrupted one."""
     arms: dict[str, Any] = {"step_aligned": BF16} if settings.tiny else {
         "step_aligned": BF16, "lora": BF16, "grpo, penalty": {},
     }  # fmt: skip
@@ -170,7 +173,7 @@ def step(settings: Settings, *, lora: bool, length: int) -> Iterator[Row]:
     load = _load(name, settings.device, lora=lora)
     tokens = load.micro_batch_tokens
     changes = merge(changes, {"train": {"micro_batch_tokens": tokens}})
-    peak = known_devices().get(accuracy.device_class(HERE), None) or measured_here()
+    peak = known_devices().get(device_class(HERE), None) or measured_here()
     for kind in ("full", "grpo"):
         table = Table("")
         trl_tokens = MODEL_SIZES[name].micro_batch_tokens
@@ -229,15 +232,15 @@ def _work(name: str, load: DeviceLoad, kind: str, device: Any) -> tuple[float, i
     """Return the operations and tokens of a step, and the seconds that the planner predicts."""
     size = MODEL_SIZES[name]
     row = {
-        **accuracy.DEFAULTS, "rollouts": size.rollouts, "length": size.length,
+        **DEFAULTS, "rollouts": size.rollouts, "length": size.length,
         "problems": size.rollouts // size.group_size, "prompt": size.prompt, "phase": "train",
         "teacher_prompt": size.teacher_prompt if kind == "full" else 0,
     }  # fmt: skip
-    work = replace(accuracy.work_of_row(row, load.shape), load=replace(load, recompute=False))
+    work = replace(work_of_row(row, load.shape), load=replace(load, recompute=False))
     lengths_R = np.full(size.rollouts, float(size.length))
-    flops = float(costs.train_flops(work, lengths_R).sum())
-    tokens = int(costs.micro_batch_tokens(work, lengths_R).sum())
-    predicted = costs.training_cost(work, device, costs.Efficiency(), 1).seconds(lengths_R)
+    flops = float(train_flops(work, lengths_R).sum())
+    tokens = int(step_tokens(work, lengths_R).sum())
+    predicted = training_cost(work, device, Efficiency(), 1).seconds(lengths_R)
     return flops, tokens, predicted
 
 

@@ -54,7 +54,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "bytes": 2,
     },
 }  # fmt: skip
-"""The work of a step by model: prompts as counted by `check`, rollouts as the benchmark samples them."""
+"""The work of a step by model: prompts as `check` counts them, rollouts as they were sampled."""
 TEACHERS = {"lab": 8 + 33, "SmolLM2-135M": 310 + 51, "Qwen2.5-1.5B, random weights": 384}
 """Tokens of the teacher's prompt with a reference."""
 

@@ -212,7 +212,6 @@ class TrlTrainer:
         self.clock, self.ours, self.kind = clock, ours, kind
         self.samples: list[TrainingSample] = []
         self.others: list[OurTrainer] = []
-        components = ours.built.components
         rows = MODELS[model]["train"]
         batch = rows["problems_per_step"] * rows["group_size"]
         options: dict[str, Any] = {"use_cpu": True, "bf16": False}

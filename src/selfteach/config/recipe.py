@@ -108,7 +108,7 @@ class ModelConfig(Section):
     weights that are bfloat16 here are in bfloat16."""
     quantization: Literal["nf4"] | None = None
     """Hold the frozen weights of the decoder's linear layers in 4 bits (QLoRA): ``nf4``, with
-    bitsandbytes (the extra ``4bit``). Needs ``model.lora``; the other weights have ``weights_dtype``."""
+    bitsandbytes (the extra ``4bit``). Needs ``model.lora``. Other weights have ``weights_dtype``."""
     autocast: Literal["auto", "bfloat16"] | None = None
     """Multiply matrices in bfloat16 while weights keep their dtype; ``auto``: where the device has
     bfloat16 matmul, which most CPUs lack; ``false``: never. On such a CPU logits are rounded to

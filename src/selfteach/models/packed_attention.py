@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfteach.types import PackedPaths
+from selfteach.types import TokenTree
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -31,29 +31,29 @@ def attend(
     query_UHS: Tensor,
     key_UGS: Tensor,
     value_UGS: Tensor,
-    paths: PackedPaths,
+    tree: TokenTree,
     *,
     scale: float | None,
 ) -> Tensor:
-    """Compute attention [U, H, S] of U nodes with H query heads and G key heads, along their paths."""
+    """Compute attention [U, H, S] of U nodes with H query heads and G key heads, along their tree."""
     assert varlen_attn is not None
     dtype = query_UHS.dtype
     if torch.is_autocast_enabled(query_UHS.device.type):  # which does not know the kernel
         dtype = torch.get_autocast_dtype(query_UHS.device.type)
-    keys, values = (_along(paths, x.to(dtype)) for x in (key_UGS, value_UGS))
+    keys, values = (_along(tree, x.to(dtype)) for x in (key_UGS, value_UGS))
     states = varlen_attn(
-        query_UHS.to(dtype), keys, values, paths.query_starts, paths.key_starts, *paths.longest,
+        query_UHS.to(dtype), keys, values, tree.query_starts, tree.key_starts, *tree.longest,
         scale=scale, window_size=(-1, 0), enable_gqa=True,
     )  # fmt: skip
     assert isinstance(states, Tensor)
     return states
 
 
-def _along(paths: PackedPaths, states_UGS: Tensor) -> Tensor:
+def _along(tree: TokenTree, states_UGS: Tensor) -> Tensor:
     """Gather nodes' states along all paths, [K, G, S]; nodes that nothing shares stay where they are.
 
     Uses the embedding operator, whose gradient is summed in a fixed order on a GPU too.
     """
-    if len(paths.keys_K) == len(states_UGS):  # then each node is in one path
+    if len(tree.keys_K) == len(states_UGS):  # then each node is in one path
         return states_UGS
-    return F.embedding(paths.keys_K, states_UGS.flatten(1)).unflatten(1, states_UGS.shape[1:])
+    return F.embedding(tree.keys_K, states_UGS.flatten(1)).unflatten(1, states_UGS.shape[1:])

@@ -59,6 +59,6 @@ def quantized_bytes(weights: int) -> int:
 
 
 def count_weights(model: nn.Module) -> int:
-    """Count a model's weights; those in 4 bits, of which two are in one byte, as what they stand for."""
+    """Count a model's weights, also those in 4 bits, of which a tensor has two in each byte."""
     states = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
     return sum(p.numel() if state is None else state.shape.numel() for p, state in states)

@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from selfteach.models import packed_attention
 from selfteach.models.plain_pass import backbone_of
-from selfteach.types import PackedPaths, TokenTree
+from selfteach.types import TokenTree
 
 ATTENTION = "sdpa_along_paths"
 """Name under which transformers selects this attention: SDPA, along a tree's paths if there is one."""
@@ -68,22 +68,15 @@ def build_token_tree(
         path_L[len(sequence) - len(completion) : len(sequence)]
         for path_L, sequence, completion in zip(path_BL, read, completions, strict=True)
     ]
+    adding = [(path_BL[row, : len(read[row])], count) for row, count in added if count]
+    queries, keys = [count for _, count in adding], [len(path) for path, _ in adding]
+    starts = (np.cumsum([0, *counts], dtype=np.int32) for counts in (queries, keys))
     return TokenTree(
         torch.tensor([ids]), torch.tensor([positions]), torch.from_numpy(path_BL),
         torch.tensor(first), torch.from_numpy(np.concatenate(predicting)),
-        _packed([path_BL[row, : len(read[row])] for row, count in added if count],
-                [count for _, count in added if count]),
+        torch.from_numpy(np.concatenate([path for path, _ in adding])),
+        *map(torch.from_numpy, starts), (max(queries), max(keys)),
     )  # fmt: skip
-
-
-def _packed(paths: Sequence[np.ndarray], queries: Sequence[int]) -> PackedPaths:
-    """Lay paths end to end; ``queries`` are the numbers of nodes that each adds."""
-    keys = [len(path) for path in paths]
-    starts = (np.cumsum([0, *counts], dtype=np.int32) for counts in (queries, keys))
-    query_starts, key_starts = map(torch.from_numpy, starts)
-    return PackedPaths(
-        torch.from_numpy(np.concatenate(paths)), query_starts, key_starts, (max(queries), max(keys))
-    )
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -102,8 +95,8 @@ class Paths(NamedTuple):
     """Each node's first position in the flattened paths."""
     mask: Tensor | None
     """Additive mask after a shared prefix: [1, 1, L, shared + L]; None without one."""
-    packed: PackedPaths | None = None
-    """The paths without padding, for a kernel that takes them (`packed_attention`)."""
+    packed: TokenTree | None = None
+    """The tree, for a kernel that pads nothing (`packed_attention`)."""
 
 
 def model_inputs(
@@ -122,7 +115,7 @@ def model_inputs(
         "position_ids": tree.positions_1U,
         # Given a four-dimensional mask, transformers builds none for U consecutive tokens.
         "attention_mask": torch.zeros((1, 1, 1, 1), dtype=dtype, device=device),
-        "paths": Paths(tree.path_BL, tree.first_U, mask, tree.packed if packed else None),
+        "paths": Paths(tree.path_BL, tree.first_U, mask, tree if packed else None),
     }
 
 

@@ -215,5 +215,5 @@ def test_torchs_kernel_takes_what_is_passed_to_it() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         query = torch.empty(nodes, 4, 8, dtype=torch.bfloat16, requires_grad=True)
         key, value = (torch.empty(nodes, 2, 8, dtype=torch.bfloat16) for _ in range(2))
-        states = packed_attention.attend(query, key, value, tree.packed, scale=0.5)
+        states = packed_attention.attend(query, key, value, tree, scale=0.5)
     assert states.shape == query.shape and states.dtype == torch.bfloat16

@@ -93,7 +93,7 @@ def test_memory_counts_half_a_byte_and_the_scales() -> None:
 
 def test_a_device_that_is_too_small_is_pointed_to_4_bits() -> None:
     model = ModelConfig.model_validate(LORA)
-    with pytest.raises(RecipeError, match='model.quantization = "nf4"'):
+    with pytest.raises(RecipeError, match=r'model\.quantization = "nf4"'):
         require_fits(load(), 2**30, model)
     quantized = load(quantization="nf4")
     with pytest.raises(RecipeError, match="a smaller model"):

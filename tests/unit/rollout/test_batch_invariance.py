@@ -42,7 +42,7 @@ def test_it_is_set_before_vllm_is_imported(gpu: None) -> None:
 def test_a_device_that_cannot_is_refused_in_a_line(
     gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(EngineError, match="capability 8.0 or newer, and the model is on a CPU"):
+    with pytest.raises(EngineError, match=r"8\.0 or newer, and the model is on a CPU"):
         built(cuda=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(EngineError, match="which a GPU is not"):

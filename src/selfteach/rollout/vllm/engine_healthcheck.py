@@ -58,7 +58,7 @@ def require_engine_server(config: VllmServerConfig, requirements: EngineRequirem
 
 
 def _require_member(config: VllmServerConfig, requirements: EngineRequirements) -> str:
-    """Check one server; return its state. Raises `EngineError`, `EngineUnavailable` if there is none."""
+    """Check one server; return its state. Raises `EngineError`, or `EngineUnavailable` without one."""
     http = HttpClient(config, min(TIMEOUT_S, config.timeout_seconds))
     _require_model(http, config, requirements)
     _require_tokenizer(http, config, requirements)
