@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from selfteach.prompts.episode_tokens import with_observation
 from selfteach.prompts.renderer import Renderer
 from selfteach.protocols import Environment
 from selfteach.rollout.journaled_engine import SamplingInterrupted
-from selfteach.rollout.prompt_request import CompletionEngine, PromptRequest
+from selfteach.rollout.prompt_request import CompletionEngine, ContinuingEngine, PromptRequest
 from selfteach.rollout.running_episode import RunningEpisode, role_of
 from selfteach.runtime.deadline_calls import CallFailure, call_all
 from selfteach.runtime.seeds import episode_seed
@@ -123,17 +124,25 @@ class EpisodeEngine:
                     f"it leaves no room for a turn in the context of {self.max_length}"
                 )
         active = episodes
-        while active:
-            try:
-                turns = self._sample_turns(active, sampling)
-            except SamplingInterrupted as failure:
-                raise self._interrupted(failure, episodes, group_size) from None
-            for episode, turn in zip(active, turns, strict=True):
-                episode.add_turn(turn)
-            self._reply(list(zip(active, turns, strict=True)))
-            active = [episode for episode in active if not episode.is_over]
+        with self._continuing_sequences():
+            while active:
+                try:
+                    turns = self._sample_turns(active, sampling)
+                except SamplingInterrupted as failure:
+                    raise self._interrupted(failure, episodes, group_size) from None
+                for episode, turn in zip(active, turns, strict=True):
+                    episode.add_turn(turn)
+                self._reply(list(zip(active, turns, strict=True)))
+                active = [episode for episode in active if not episode.is_over]
         self._judge(episodes)
         return [episode.rollout() for episode in episodes]
+
+    def _continuing_sequences(self) -> AbstractContextManager[None]:
+        """Have an engine in this process hold keys and values between turns; servers do anyway."""
+        several_turns = self._limits.max_turns > 1
+        if several_turns and isinstance(self._engine, ContinuingEngine):
+            return self._engine.continuing_sequences()
+        return nullcontext()
 
     def _reset(self, episodes: Sequence[RunningEpisode], sampling: Sampling) -> None:
         """Begin the episodes: store what each environment shows first, or why it cannot begin."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -37,4 +38,13 @@ class CompletionEngine(Engine, Protocol):
         Requests have equally many samples; ``sampling.samples`` is not used. Each completion is drawn
         from a random stream keyed by (seed, problem, sample, turn, version).
         """
+        ...
+
+
+@runtime_checkable
+class ContinuingEngine(CompletionEngine, Protocol):
+    """Samples completions, and can hold the states of their tokens for prompts that go on from them."""
+
+    def continuing_sequences(self) -> AbstractContextManager[None]:
+        """Hold the states of sampled tokens until the context ends; weights must not change."""
         ...

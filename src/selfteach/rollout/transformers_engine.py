@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfteach.errors import EngineError
+from selfteach.models.prefix_cache import States
 from selfteach.prompts.renderer import Renderer
 from selfteach.rollout.decoding.forward import Layout
 from selfteach.rollout.decoding.generate import sample_completions
 from selfteach.rollout.decoding.prompt_layout import proven_layout
 from selfteach.rollout.decoding.token_sampling import TokenDistribution, uniforms
+from selfteach.rollout.episode_states import EpisodeStates
 from selfteach.rollout.prompt_request import PromptRequest
 from selfteach.runtime.seeds import stream_key
 from selfteach.types import Problem, Rollout, Sampling
@@ -47,6 +50,7 @@ class TransformersEngine:
         self._end_ids, self._pad_id, self.max_length = tuple(end_ids), pad_id, max_length
         self._autocast = autocast
         self._version = 0
+        self._states: EpisodeStates | None = None
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(causal, PreTrainedModel)
         self._causal = causal
@@ -61,6 +65,17 @@ class TransformersEngine:
             if parameters[name].data_ptr() != value.data_ptr():
                 parameters[name].data.copy_(value)
         self._version = version
+
+    @contextlib.contextmanager
+    def continuing_sequences(self) -> Iterator[None]:
+        """Hold keys and values of what `complete` samples: a prompt that goes on from it does not
+        run those tokens again. The weights must stay as they are until the context ends."""
+        if self._layout == "shared_prefix":
+            self._states = EpisodeStates()
+        try:
+            yield
+        finally:
+            self._states = None
 
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """Prefill each problem's prompt once, then decode all its rollouts side by side.
@@ -94,12 +109,22 @@ class TransformersEngine:
         distribution = TokenDistribution(
             sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p
         )
+        states_B: dict[int, States] = {}
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
             ids, logps = sample_completions(
                 self._causal, [request.prompt_ids for request in requests], uniforms_BT,
                 distribution=distribution, end_ids=self._end_ids, pad_id=self._pad_id,
                 max_length=self.max_length, layout=self._layout,
+                stored_Q=self._states.of(requests) if self._states else None,
+                on_end=states_B.__setitem__ if self._states else None,
             )  # fmt: skip
+        if self._states:
+            self._states.replace(
+                {
+                    (request.problem.id, sample): ((*request.prompt_ids, *ids[b][:-1]), states_B[b])
+                    for b, (request, sample) in enumerate(keys)
+                }
+            )
         return [
             Rollout(
                 problem=request.problem,

@@ -17,6 +17,7 @@ from selfteach.models.plain_pass import plain_logits
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.rollout.episode_engine import EpisodeEngine, EpisodeLimits
+from selfteach.rollout.episode_states import EpisodeStates
 from selfteach.rollout.journaled_engine import SamplingInterrupted
 from selfteach.rollout.prompt_request import PromptRequest
 from selfteach.rollout.transformers_engine import TransformersEngine
@@ -304,3 +305,27 @@ def test_sampled_log_probabilities_are_those_of_one_plain_pass(
         for i in rollout.model_positions:
             expected = logp_TV[start + i, rollout.token_ids[i]].item()
             assert rollout.logps[i] == pytest.approx(expected, abs=1e-5)
+
+
+def test_no_token_of_an_episode_is_run_twice(
+    real: Callable[[], EpisodeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokens_run(sampling: Sampling) -> tuple[int, list[Rollout]]:
+        engine, counts = real(), []
+        causal = engine._engine._causal  # type: ignore[attr-defined]
+        hook = causal.get_input_embeddings().register_forward_hook(
+            lambda _module, inputs, _output: counts.append(inputs[0].numel())
+        )
+        rollouts = engine.generate([P], sampling)
+        hook.remove()
+        return sum(counts), rollouts
+
+    sampling = Sampling(1, 1.0, 40, 5)
+    count, (rollout,) = tokens_run(sampling)
+    assert len(rollout.turns) > 2
+    assert count == len(rollout.prompt_ids) + len(rollout.token_ids) - 1
+    # Where the states take too much memory all of them are run again, with the same result.
+    monkeypatch.setattr(EpisodeStates.__init__, "__defaults__", (0,))
+    more, (again,) = tokens_run(sampling)
+    assert more > 2 * count and again.token_ids == rollout.token_ids
+    assert again.logps == pytest.approx(rollout.logps, abs=1e-5)

@@ -14,6 +14,7 @@ from tiny_architectures import CONTEXT, tiny_model
 from transformers import AutoConfig, PreTrainedModel
 
 from selfteach.errors import EngineError
+from selfteach.models import prefix_cache
 from selfteach.models.loading import context_length
 from selfteach.models.plain_pass import plain_logits
 from selfteach.models.policy import Policy, Schedule
@@ -74,6 +75,43 @@ def test_sampling_is_the_plain_pass(family: str) -> None:
     layout = proven_layout(model, pad_id=0, max_length=CONTEXT)
     assert layout == EXPECTED[family]
     assert largest_error(model, layout) < 2e-3
+
+
+def next_turn_error(model: PreTrainedModel) -> float:
+    """Return how far the log-probabilities of a second turn are from the plain pass's, in nats."""
+    uniforms_BT = np.random.default_rng(0).random((6, 12))
+    spread = float(plain_logits(model, PROMPTS[1]).std())
+    states: dict[int, prefix_cache.States] = {}
+    with torch.no_grad():
+        ids, _ = sample_completions(
+            model, PROMPTS, uniforms_BT, distribution=TokenDistribution(spread), end_ids=range(2, 30),
+            pad_id=0, max_length=CONTEXT, on_end=states.__setitem__,
+        )  # fmt: skip
+        assert len({len(completion) for completion in ids}) > 2
+        longer = [[*PROMPTS[b // 2], *ids[b], *range(40, 41 + 3 * b)] for b in range(6)]
+        assert [prefix_cache.length(states[b]) for b in range(6)] == [
+            len(PROMPTS[b // 2]) + len(ids[b]) - 1 for b in range(6)
+        ]
+        stored_Q = [states[b] for b in range(6)]
+        ids, logps = sample_completions(
+            model, longer, uniforms_BT, distribution=TokenDistribution(spread), end_ids=(), pad_id=0,
+            max_length=CONTEXT, stored_Q=stored_Q,
+        )  # fmt: skip
+        errors = []
+        for prompt, completion, ours in zip(longer, ids, logps, strict=True):
+            plain = plain_logits(model, [*prompt, *completion[:-1]]).double() / spread
+            logp = plain.log_softmax(-1)[range(len(prompt) - 1, len(plain)), completion]
+            errors.append((logp - torch.tensor(ours)).abs().max())
+    return float(max(errors))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3"])
+def test_a_second_turn_goes_on_from_stored_states(family: str) -> None:
+    assert next_turn_error(tiny_model(family)) < 2e-3
+
+
+def test_a_second_turn_in_16_bits_goes_on_from_stored_states() -> None:
+    assert next_turn_error(tiny_model("llama").bfloat16()) < 0.2
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral", "gpt_oss"])

@@ -8,7 +8,7 @@ continues. Rows that no row continues are dropped, and several rows may continue
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from selfteach.models import prefix_cache
 from selfteach.models.plain_pass import backbone_of
+from selfteach.models.prefix_cache import States
 
 Layout = Literal["shared_prefix", "left_padded", "equal_lengths", "uncached"]
 """How prompts of a batch lie side by side, from the fastest to the slowest way:
@@ -35,6 +36,10 @@ class PrefilledPrompts:
     The prefix that all prompts share is run once (`prefix_cache`); the rest is padded on the left.
     Under another layout than ``shared_prefix`` there is no shared part, and prompts of equal lengths
     are not padded.
+
+    ``stored_Q`` has, for each prompt, the keys and values of its first tokens (`CachedDecoder.states`):
+    only the tokens after them are run. The rows are ``[shared | padding | stored | padding | rest]``
+    then, which only the layout ``shared_prefix`` has been proven for.
     """
 
     def __init__(
@@ -44,43 +49,56 @@ class PrefilledPrompts:
         pad_id: int,
         layout: Layout = "shared_prefix",
         least_shared: int | None = None,
+        stored_Q: Sequence[States] | None = None,
     ) -> None:
         device = next(causal.parameters()).device
-        width, shared = max(map(len, prompts)), 0
+        shared = 0
         if layout == "shared_prefix":
             shared = prefix_cache.shared_length(prompts, least_shared)
-        ids = torch.full((len(prompts), width), pad_id)
-        mask = torch.zeros((len(prompts), width), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            rest = torch.tensor(prompt[shared:])
-            ids[row, width - len(rest) :] = rest
-            mask[row, width - len(rest) :] = 1
-        mask[:, :shared] = 1
-        self.lengths_Q = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        # Without a config every layer's cache is one of keys and values of all tokens.
+        self.cache = DynamicCache(config=None if layout == "shared_prefix" else causal.config)
+        cached_Q = [shared] * len(prompts)
+        if stored_Q is not None:
+            cached_Q = [prefix_cache.length(states) for states in stored_Q]
+            shared = shared if shared <= min(cached_Q) else 0
+            self.cache = prefix_cache.restore(stored_Q, shared)
+        elif shared:
+            prefix = torch.tensor(prompts[0][:shared], device=device)
+            self.cache = prefix_cache.fill(backbone_of(causal), prefix, len(prompts))
+        self.shared = shared
+        rests = [prompt[cached:] for prompt, cached in zip(prompts, cached_Q, strict=True)]
+        ids, mask_rest = _padded(rests, pad_id)
+        after_shared = [range(cached - shared) for cached in cached_Q]
+        mask_stored = _padded(after_shared, pad_id)[1]
+        ones = torch.ones((len(prompts), shared), dtype=torch.long)
+        mask = torch.cat([ones, mask_stored, mask_rest], 1)
         padded = not bool(mask.all())
         ids, mask = ids.to(device), mask.to(device)
-        self.shared = shared
+        self.lengths_Q = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.mask_QT = mask if padded else None
         """1 for a token, 0 for padding; None if there is no padding."""
-        self.width = width
-        # Without a config every layer's cache is one of keys and values of all tokens.
-        config = None if layout == "shared_prefix" else causal.config
-        self.cache = DynamicCache(config=config)
+        self.width = mask.shape[1]
         cache_name = prefix_cache.cache_argument(causal)
-        if shared:
-            backbone = backbone_of(causal)
-            self.cache = prefix_cache.fill(
-                backbone, ids.new_tensor(prompts[0][:shared]), len(prompts)
-            )
         self.logits_QV: Tensor = causal(
-            input_ids=ids[:, shared:],
+            input_ids=ids,
             attention_mask=self.mask_QT,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, shared:],
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
             **{cache_name: self.cache},
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
         """Logits of each completion's first token."""
+
+
+def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return rows padded on the left, and their mask: 1 for a token, 0 for padding."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for at, row in enumerate(rows):
+        ids[at, width - len(row) :] = torch.tensor(row)
+        mask[at, width - len(row) :] = 1
+    return ids, mask
 
 
 @runtime_checkable
@@ -89,6 +107,15 @@ class Decoder(Protocol):
 
     def __call__(self, parent_R: np.ndarray, token_R: Tensor) -> Tensor:
         """Append ``token_R`` to the rows ``parent_R``; return the logits [R, V] of the next token."""
+        ...
+
+
+@runtime_checkable
+class CachedDecoder(Decoder, Protocol):
+    """Decodes with keys and values of all tokens of a row, which it can hand out."""
+
+    def states(self, row: int) -> States:
+        """Return keys and values of a row's tokens that have been run."""
         ...
 
 
@@ -120,6 +147,15 @@ class TransformersDecoder:
         ).logits[:, -1]
         self._position_R = self._position_R + 1
         return logits
+
+    def states(self, row: int) -> States:
+        """Return a row's keys and values, see `CachedDecoder`."""
+        layers: Any = self._cache.layers
+        tokens = ... if self._mask_RT is None else self._mask_RT[row].bool()
+        return tuple(
+            (layer.keys[row][:, tokens].clone(), layer.values[row][:, tokens].clone())
+            for layer in layers
+        )
 
 
 class UncachedDecoder:

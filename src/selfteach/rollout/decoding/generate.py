@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfteach.models.prefix_cache import States
 from selfteach.rollout.decoding.forward import (
+    CachedDecoder,
     Decoder,
     Layout,
     PrefilledPrompts,
@@ -18,6 +20,9 @@ from selfteach.rollout.decoding.forward import (
 )
 from selfteach.rollout.decoding.llama import LlamaDecoder
 from selfteach.rollout.decoding.token_sampling import TokenDistribution, sample_token
+
+OnEnd = Callable[[int, States], None]
+"""Takes the index of a completion that has ended, and its keys and values (`CachedDecoder.states`)."""
 
 
 def sample_completions(
@@ -31,6 +36,8 @@ def sample_completions(
     max_length: int,
     layout: Layout = "shared_prefix",
     least_shared: int | None = None,
+    stored_Q: Sequence[States] | None = None,
+    on_end: OnEnd | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Return the ids of B completions, equally many per prompt, and their log-probabilities (nats).
 
@@ -38,7 +45,12 @@ def sample_completions(
     completion ends with a token of ``end_ids``, or when prompt and completion have ``max_length``
     tokens. ``layout`` must be one that the model has proven (`proven_layout`); ``least_shared`` is the
     shortest prefix that is run once. Call it outside grad mode.
+
+    With the layout ``shared_prefix`` a sequence can go on without running its tokens again: ``on_end``
+    is called once with each completion's index and the keys and values of its prompt and all its tokens
+    but the last, and ``stored_Q`` takes those of each prompt's first tokens.
     """
+    assert layout == "shared_prefix" or (stored_Q is None and on_end is None)
     per_prompt = len(uniforms_BT) // len(prompts)
     batches = [list(range(len(prompts)))]
     if layout == "equal_lengths":
@@ -52,7 +64,7 @@ def sample_completions(
         batch = _sample_batch(
             causal, [prompts[row] for row in rows], uniforms_BT[completions],
             distribution=distribution, end_ids=end_ids, pad_id=pad_id, max_length=max_length,
-            layout=layout, least_shared=least_shared,
+            layout=layout, least_shared=least_shared, stored_Q=stored_Q, on_end=on_end,
         )  # fmt: skip
         sampled.update(zip(completions, zip(*batch, strict=True), strict=True))
     ids, logps = zip(*(sampled[b] for b in range(len(uniforms_BT))), strict=True)
@@ -70,6 +82,8 @@ def _sample_batch(
     max_length: int,
     layout: Layout,
     least_shared: int | None,
+    stored_Q: Sequence[States] | None,
+    on_end: OnEnd | None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sample a batch, see `sample_completions`.
 
@@ -78,11 +92,12 @@ def _sample_batch(
     """
     completions, max_tokens = uniforms_BT.shape
     per_prompt = completions // len(prompts)
-    logits_RV, decode = _start(causal, prompts, pad_id, completions, layout, least_shared)
+    logits_RV, decode = _start(causal, prompts, pad_id, completions, layout, least_shared, stored_Q)
     device = logits_RV.device
     continues_V = np.ones(logits_RV.shape[1], dtype=bool)
     continues_V[[i for i in end_ids if i < len(continues_V)]] = False
-    room_B = np.repeat([max_length - len(prompt) for prompt in prompts], per_prompt)
+    room = [min(max_length - len(prompt), max_tokens) for prompt in prompts]
+    room_B = np.repeat(room, per_prompt)
     ids_BT = np.zeros((completions, max_tokens), dtype=np.int64)
     logp_BT = np.zeros((completions, max_tokens))
     length_B = np.zeros(completions, dtype=np.int64)
@@ -97,8 +112,12 @@ def _sample_batch(
         ids_BT[live_L, t], logp_BT[live_L, t] = token_L, logp.cpu().numpy()
         length_B[live_L] = t + 1
         on = continues_V[token_L] & (t + 1 < room_B[live_L])
+        if on_end is not None:
+            assert isinstance(decode, CachedDecoder)
+            for completion, row in zip(live_L[~on].tolist(), row_L[~on].tolist(), strict=True):
+                on_end(completion, decode.states(row))
         live_L = live_L[on]
-        if not len(live_L) or t == max_tokens - 1:
+        if not len(live_L):
             break
         parent_R, token_R, row_L = next_rows(row_L[on], token_L[on])
         logits_RV = decode(parent_R, torch.from_numpy(token_R).to(device))
@@ -110,13 +129,13 @@ def _sample_batch(
 
 def _start(
     causal: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int, completions: int,
-    layout: Layout, least_shared: int | None,
+    layout: Layout, least_shared: int | None, stored_Q: Sequence[States] | None,
 ) -> tuple[Tensor, Decoder]:  # fmt: skip
     """Run the prompts; return the logits [Q, V] of the first tokens and what decodes the others."""
     if layout == "uncached":
         uncached = UncachedDecoder(causal, prompts)
         return uncached.logits(), uncached
-    prefilled = PrefilledPrompts(causal, prompts, pad_id, layout, least_shared)
+    prefilled = PrefilledPrompts(causal, prompts, pad_id, layout, least_shared, stored_Q)
     if layout == "shared_prefix" and LlamaDecoder.supports(causal):
         return prefilled.logits_QV, LlamaDecoder(causal, prefilled, completions)
     return prefilled.logits_QV, TransformersDecoder(causal, prefilled)

@@ -21,6 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from selfteach.models import matmul
 from selfteach.models.plain_pass import backbone_of
+from selfteach.models.prefix_cache import States
 from selfteach.rollout.decoding.forward import PrefilledPrompts
 
 BLOCK = 32
@@ -102,6 +103,17 @@ class LlamaDecoder:
         self._used, self._steps = self._used + 1, self._steps + 1
         self._position_R = self._position_R + 1
         return self._head(x_RH)
+
+    def states(self, row: int) -> States:
+        """Return a row's keys and values, see `CachedDecoder`."""
+        tokens = self._cache.new_ones(self._used, dtype=torch.bool)
+        if self._bias_RT is not None:
+            tokens[: self._bias_RT.shape[1]] = self._bias_RT[row] == 0
+        rows = self._cache[:, :, row, :, : self._used][..., tokens, :]
+        return tuple(
+            (torch.cat([shared[0], keys], 1), torch.cat([shared[1], values], 1))
+            for shared, (keys, values) in zip(self._shared, rows, strict=True)
+        )
 
     def _rearrange(self, parent_R: np.ndarray) -> None:
         """Reorder the rows, and make room for one more token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from selfteach.models import plain_pass
+from selfteach.models.prefix_cache import States
 from selfteach.rollout.decoding.forward import Layout
 from selfteach.rollout.decoding.generate import sample_completions
 from selfteach.rollout.decoding.token_sampling import TokenDistribution
@@ -61,17 +63,30 @@ def _is_exact(
     # At this temperature logits have a spread of 1: certain tokens would agree whatever is wrong.
     temperature = float(plain_pass.plain_logits(causal, prompts[-1]).double().std().clamp(min=1e-6))
     uniforms_BT = np.random.default_rng(0).random((2 * len(prompts), plain_pass.PROBE_COMPLETION))
+    sample = partial(
+        sample_completions, causal, distribution=TokenDistribution(temperature), end_ids=(),
+        pad_id=pad_id, max_length=sys.maxsize, layout=layout, least_shared=plain_pass.PROBE_SHARED,
+    )  # fmt: skip
+    states_B: dict[int, States] = {}
+    continues = layout == "shared_prefix"
+    on_end = states_B.__setitem__ if continues else None
     try:
-        ids, logps = sample_completions(
-            causal, prompts, uniforms_BT, distribution=TokenDistribution(temperature), end_ids=(),
-            pad_id=pad_id, max_length=sys.maxsize, layout=layout,
-            least_shared=plain_pass.PROBE_SHARED,
-        )  # fmt: skip
+        ids, logps = sample(prompts, uniforms_BT, on_end=on_end)
+        sampled = [(prompts[row // 2], completion) for row, completion in enumerate(ids)]
+        if continues:  # a second turn, whose replies have different lengths
+            replies = [prompts[0][: 1 + row % 3] for row in range(len(ids))]
+            longer = [
+                [*prompt, *completion, *reply]
+                for (prompt, completion), reply in zip(sampled, replies, strict=True)
+            ]
+            stored_Q = [states_B[row] for row in range(len(ids))]
+            ids, more_logps = sample(longer, uniforms_BT, stored_Q=stored_Q)
+            sampled += zip(longer, ids, strict=True)
+            logps += more_logps
     except Exception:  # a model's code raises anything for a cache that it does not know
         return False
     plain = []
-    for row, completion in enumerate(ids):
-        prompt = prompts[row // 2]
+    for prompt, completion in sampled:
         logits_TV = plain_pass.plain_logits(causal, [*prompt, *completion[:-1]])[len(prompt) - 1 :]
         logp_TV = (logits_TV.double() / temperature).log_softmax(-1)
         plain.append(logp_TV.gather(1, torch.tensor(completion, device=logp_TV.device)[:, None]))
