@@ -1,4 +1,4 @@
-"""Measure the parts of `scripts/gpu_report.py`: rates, parity, resume, steps, budget, weights, sampling.
+"""Measure the parts of `scripts/gpu_report.py`, from rates and parity to steps, weights and sampling.
 
 Each part is a function of `Settings` that yields rows of its table, so that what a stopped part has
 measured is kept. On a CPU with ``tiny`` they run on small models: a rehearsal, whose figures mean
