@@ -46,7 +46,6 @@ from selfteach.commands.planning.devices import HERE, known_devices, measured_he
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.models.architectures import Shape
-from selfteach.models.policy import Policy
 from selfteach.rollout.vllm.weight_sync import WeightFolder
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
@@ -137,7 +136,7 @@ def resume(settings: Settings) -> Iterator[Row]:
 
 def _killed(recipe: Recipe, folder: Path, settings: Settings) -> int:
     """Run a recipe in another process, kill it in a later step, and return the steps that it ended."""
-    context = multiprocessing.get_context("fork" if settings.device == "cpu" else "spawn")
+    context: Any = multiprocessing.get_context("fork" if settings.device == "cpu" else "spawn")
     process = context.Process(target=run_to_end, args=(recipe, folder))
     process.start()
     while process.is_alive() and _steps(folder) < KILL_AFTER:
@@ -297,7 +296,7 @@ def weights(settings: Settings) -> Iterator[Row]:
     for lora in (True, False):
         changes = merge({"model": {"device": settings.device}}, LORA if lora else {})
         changes = merge(changes, {"model": {"weights_dtype": "bfloat16"}})
-        policy: Policy = OurTrainer(name, "full", Clock(), changes).components.policy
+        policy: Any = OurTrainer(name, "full", Clock(), changes).components.policy
         named = dict(policy.trainable)
         adapter = policy.model.peft_config["default"] if lora else None  # type: ignore[index]
         moved = sum(weight.numel() * weight.element_size() for weight in named.values())

@@ -230,7 +230,7 @@ def written(values: dict[str, Any]) -> str:
 
 def main() -> None:
     """Collect, and print the tables."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--check", action="store_true", help="only compare with the file")
     args = options.parse_args()
     text = written(collected())

@@ -70,12 +70,14 @@ def build_token_tree(
     ]
     adding = [(path_BL[row, : len(read[row])], count) for row, count in added if count]
     queries, keys = [count for _, count in adding], [len(path) for path, _ in adding]
-    starts = (np.cumsum([0, *counts], dtype=np.int32) for counts in (queries, keys))
+    query_starts, key_starts = (
+        torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32)) for counts in (queries, keys)
+    )
     return TokenTree(
         torch.tensor([ids]), torch.tensor([positions]), torch.from_numpy(path_BL),
         torch.tensor(first), torch.from_numpy(np.concatenate(predicting)),
         torch.from_numpy(np.concatenate([path for path, _ in adding])),
-        *map(torch.from_numpy, starts), (max(queries), max(keys)),
+        query_starts, key_starts, (max(queries), max(keys)),
     )  # fmt: skip
 
 
@@ -140,10 +142,11 @@ def _attention(
     if paths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     if paths.packed is not None and not settings.get("dropout"):
+        query_UHS, key_UGS, value_UGS = (x[0].transpose(0, 1) for x in (query, key, value))
+        scale = settings.get("scaling")
         states_UHS = packed_attention.attend(
-            *(x[0].transpose(0, 1) for x in (query, key, value)), paths.packed,
-            scale=settings.get("scaling"),
-        )  # fmt: skip
+            query_UHS, key_UGS, value_UGS, paths.packed, scale=scale
+        )
         return states_UHS[None], None
     if paths.path_BL is None or paths.first_U is None:
         return sdpa_attention_forward(module, query, key, value, None, **settings)

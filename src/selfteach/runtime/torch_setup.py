@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ def use_fixed_order() -> None:
             f"it, or set it to {' or '.join(CUBLAS_CONFIGS)}"
         )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+    memory: Any = torch.utils.deterministic
+    memory.fill_uninitialized_memory = False  # nothing reads it
     torch.backends.cudnn.benchmark = False
 
 
