@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from selfteach.config.engine_section import VllmServerConfig
 from selfteach.errors import EngineError
 from selfteach.rollout.vllm.http_client import HttpClient, NotFound
 from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
+from selfteach.runtime.fleet_states import states_of_members
 
 TIMEOUT_S = 10.0
 TEXT = "Question: 12 + 7 = ?\nÄnswer → <|im_end|></s> 19 \t\t ½ 数"
@@ -39,22 +41,21 @@ def require_engine_server(config: VllmServerConfig, requirements: EngineRequirem
     A member of a fleet that is down passes if another one is not. Raises `EngineError` in one line:
     what is wrong, and how to start the server.
     """
-    states, down, unfit = [], [], []
-    for member in config.members:
-        try:
-            state = _require_member(member, requirements)
-            states.append(f"{member.address}: {state}")
-        except EngineUnavailable as error:
-            down.append(
-                f"engine: no server replies at {member.address} ({error}): start the server "
-                "(docs/vllm.md), or correct engine.url"
-            )
-            states.append(f"{member.address}: down, left out until it replies")
-        except EngineError as error:
-            unfit.append(str(error))
-    if unfit or len(down) == len(states):
-        raise EngineError("; ".join(unfit or down))
-    return states
+    return states_of_members(
+        config.members, partial(_state, requirements=requirements),
+        error=EngineError, unreachable=EngineUnavailable,
+    )  # fmt: skip
+
+
+def _state(config: VllmServerConfig, requirements: EngineRequirements) -> str:
+    """Return the state of one server. Raises `EngineError`, `EngineUnavailable` if there is none."""
+    try:
+        return _require_member(config, requirements)
+    except EngineUnavailable as error:
+        raise EngineUnavailable(
+            f"engine: no server replies at {config.address} ({error}): start the server "
+            "(docs/vllm.md), or correct engine.url"
+        ) from None
 
 
 def _require_member(config: VllmServerConfig, requirements: EngineRequirements) -> str:
