@@ -114,7 +114,7 @@ class Job:
         ]  # fmt: skip
         model = load_model(SMOLLM2, torch.device("cpu"))
         ids: Any = [tokenizer.eos_token_id]
-        return cls(model, prompts, ids, pad_id(tokenizer), SMOLLM2_TOKENS)
+        return cls(model, prompts, ids, pad_id(tokenizer, model), SMOLLM2_TOKENS)
 
     @classmethod
     def on(cls, device: str, name: str, dtype: torch.dtype) -> Job:

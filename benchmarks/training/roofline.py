@@ -94,11 +94,14 @@ class Model:
         config = components.policy.model.config
         linear = [m for m in components.policy.model.modules() if isinstance(m, torch.nn.Linear)]
         head = components.policy.model.get_output_embeddings()
+        head_dim = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
         return cls(
             layer_weights=sum(m.weight.numel() for m in linear if m is not head),
             head_weights=head.weight.numel(),
-            attention=config.num_attention_heads * config.head_dim,
-            keys=config.num_key_value_heads * config.head_dim,
+            attention=config.num_attention_heads * head_dim,
+            keys=config.num_key_value_heads * head_dim,
             layers=config.num_hidden_layers,
             trained=sum(p.numel() for p in components.policy.trainable.values()),
         )
@@ -223,6 +226,7 @@ def training_calls(
         token_weights,
         pad_id=components.pad_id,
         micro_batch_tokens=components.micro_batch_tokens,
+        packed=components.policy.packs_sequences,
     )
 
     def teacher() -> None:
@@ -290,6 +294,17 @@ def timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def launched(call: Callable[[], object]) -> tuple[int, float]:
+    """Return the number of kernels that a call launches on a GPU, and the seconds that they run."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    events = profiler.key_averages()
+    launches = sum(event.count for event in events if "LaunchKernel" in event.key)
+    return launches, sum(event.self_device_time_total for event in events) / 1e6
 
 
 def profiled(call: Callable[[], object]) -> tuple[float, int]:

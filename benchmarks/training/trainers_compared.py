@@ -11,6 +11,7 @@ rollout, which it does not.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import sys
@@ -32,12 +33,13 @@ import vllm_server
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from datasets import Dataset
 from transformers import TrainerCallback
 
 import selfteach.models.loading as loading
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
+from selfteach.prompts.chat_messages import MessageRenderer
+from selfteach.prompts.template_set import Templates
 from selfteach.trainer import step
 from selfteach.trainer.build import Built, build
 from selfteach.types import TrainingSample, Verdict
@@ -157,8 +159,11 @@ def built_of(model: str, values: dict[str, Any]) -> Built:
     recipe = validate(Recipe, values, where="benchmark")
     if model not in MODEL_SIZES:
         return build(recipe)
-    dtype = getattr(torch, recipe.model.weights_dtype)
-    with mock.patch.object(loading, "load_model", lambda _, device: model_of(model, device, dtype)):
+
+    def random_model(_: object, device: Any, dtype: torch.dtype, **__: object) -> Any:
+        return model_of(model, device, dtype)
+
+    with mock.patch.object(loading, "load_model", random_model):
         return build(recipe)
 
 
@@ -178,6 +183,14 @@ class OtherChunks(OurTrainer):
         self.ours.active_clock = self.clock
         super().learn(samples)
         self.ours.active_clock = self.ours.clock
+
+
+class OtherMicroBatches(OtherChunks):
+    """Runs the same step on the same model, in other micro-batches."""
+
+    def __init__(self, ours: OurTrainer, clock: Clock, tokens: int) -> None:
+        super().__init__(ours, clock, 1)
+        self.components = dataclasses.replace(ours.components, micro_batch_tokens=tokens)
 
 
 def by_parity(problem: object, text: str) -> Verdict:
@@ -240,19 +253,20 @@ class TrlTrainer:
         self, model: str, kind: str, clock: Clock, ours: OurTrainer, steps: int,
         device: str = "cpu", precision: str = "float32",
     ) -> None:  # fmt: skip
+        from datasets import Dataset
+
         self.clock, self.ours, self.kind = clock, ours, kind
         self.samples: list[TrainingSample] = []
         self.others: list[OurTrainer] = []
         policy, loaded, options = _trl_policy(model, kind, ours, device, precision)
-        renderer = ours.built.components.renderer
-        prompts = [
-            renderer._messages("solver", question=p.question)
-            for p in ours.built.task.problems("train")
-        ]
+        renderer = MessageRenderer(Templates(ours.built.task.templates))
+        prompts = [renderer.solver(problem) for problem in ours.built.task.problems("train")]
         self.folder = tempfile.TemporaryDirectory()
         trainer, args = _trl_arguments(model, kind, steps, self.folder.name, options)
+        adapted = getattr(ours.components.policy.model, "peft_config", None)
         with loaded:
             self.trainer: Any = trainer(
+                peft_config=copy.deepcopy(adapted["default"]) if adapted else None,
                 model=policy, reward_funcs=rewards, args=args,
                 processing_class=ours.built.tokenizer,
                 train_dataset=Dataset.from_list([{"prompt": p} for p in prompts]),

@@ -1,6 +1,6 @@
 """A run that was stopped and resumed on a device ends like the uninterrupted one.
 
-Bitwise with torch's deterministic algorithms; without them attention's gradient is summed in the order
+Bitwise with ``train.deterministic``; without them attention's gradient is summed in the order
 in which the device's cores finish, so that runs agree in their first step and little more.
 """
 
@@ -18,11 +18,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.evaluation.evaluation_record import load_evaluation
 from selfteach.trainer.loop import run_to_end, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    # torch warns where it has no deterministic algorithm.
-    pytest.mark.filterwarnings("ignore:.*deterministic.*"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def train_with_stops(run_recipe: Recipe, folder: Path) -> None:
@@ -41,7 +37,7 @@ def test_deterministic_algorithms_resume_bitwise(
     arm: str, autocast: bool, deterministic: None, device: str, tmp_path: Path
 ) -> None:
     more = {"model": {"autocast": "bfloat16"}} if autocast else {}
-    run_recipe = recipe(device, ARMS[arm], more, {"train": {"steps": 4}})
+    run_recipe = recipe(device, ARMS[arm], more, {"train": {"steps": 4, "deterministic": True}})
     run_to_end(run_recipe, tmp_path / "whole")
     train_with_stops(run_recipe, tmp_path / "stopped")
     ours, theirs = (checkpoint_weights(tmp_path / name) for name in ("whole", "stopped"))

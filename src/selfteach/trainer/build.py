@@ -100,7 +100,7 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     """
     objective, shard = build_objective(recipe), build_sharding(recipe, ranks)
     device = choose_device(recipe.model.device)
-    configure_torch(device)
+    configure_torch(device, deterministic=recipe.train.deterministic)
     require_memory(recipe)
     recipe = with_memory_choices(recipe, ranks.size if shard else 1)
     task, templates, loaded, environments = _loaded(recipe, device, on_cpu=shard is not None)

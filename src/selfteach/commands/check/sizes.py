@@ -30,6 +30,7 @@ from selfteach.models.loading import (
 )
 from selfteach.models.model_path import resolve
 from selfteach.models.model_size import cached_config, count_parameters, shape_of
+from selfteach.models.quantization import count_weights, require_library
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.runtime.parts import require_part
@@ -83,7 +84,7 @@ def measure(recipe: Recipe, built: Built) -> RunSizes:
     policy = built.components.policy
     shape = shape_of(policy.model.config)
     adapters = sum(p.numel() for p in policy.trainable.values()) if policy.has_adapters else 0
-    parameters = sum(p.numel() for p in policy.model.parameters()) - adapters
+    parameters = count_weights(policy.model) - adapters
     trained = sum(p.numel() for p in policy.trainable.values())
     problems = {s: len(getattr(built.task, s)) for s in ("train", "validation", "test")}
     renderer = built.components.renderer
@@ -102,6 +103,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     """
     unchecked = list(_custom_parts(recipe))
     build_objective(recipe)
+    require_library(recipe.model)
     model, lora = recipe.model, recipe.model.lora
     shape, parameters = _size(model, unchecked)
     task = _task(recipe, unchecked)

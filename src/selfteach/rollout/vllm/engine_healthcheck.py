@@ -50,17 +50,16 @@ def require_engine_server(config: VllmServerConfig, requirements: EngineRequirem
 def _state(config: VllmServerConfig, requirements: EngineRequirements) -> str:
     """Return the state of one server. Raises `EngineError`, `EngineUnavailable` if there is none."""
     try:
-        _require_member(config, requirements)
+        return _require_member(config, requirements)
     except EngineUnavailable as error:
         raise EngineUnavailable(
             f"engine: no server replies at {config.address} ({error}): start the server "
             "(docs/vllm.md), or correct engine.url"
         ) from None
-    return "replies"
 
 
-def _require_member(config: VllmServerConfig, requirements: EngineRequirements) -> None:
-    """Check one server. Raises `EngineError`, `EngineUnavailable` if there is none."""
+def _require_member(config: VllmServerConfig, requirements: EngineRequirements) -> str:
+    """Check one server; return its state. Raises `EngineError`, or `EngineUnavailable` without one."""
     http = HttpClient(config, min(TIMEOUT_S, config.timeout_seconds))
     _require_model(http, config, requirements)
     _require_tokenizer(http, config, requirements)
@@ -68,6 +67,24 @@ def _require_member(config: VllmServerConfig, requirements: EngineRequirements) 
         _require_adapters(http)
     else:
         _require_developer_mode(http)
+    return _batch_invariance(http) if config.batch_invariant else "replies"
+
+
+def _batch_invariance(http: HttpClient) -> str:
+    """Return the state of a server that must be batch-invariant. Raises `EngineError` if it is not."""
+    try:
+        is_set = http.get("/server_info")["vllm_env"]["VLLM_BATCH_INVARIANT"]
+    except (NotFound, KeyError, TypeError):
+        return (
+            "replies; whether it is batch-invariant cannot be read: start it with "
+            "VLLM_BATCH_INVARIANT=1, and with VLLM_SERVER_DEV_MODE=1 to have that checked"
+        )
+    if not is_set:
+        raise EngineError(
+            f"engine.batch_invariant = true, and {http.url} is not: start it with "
+            "VLLM_BATCH_INVARIANT=1, or remove the key"
+        )
+    return "replies, batch-invariant"
 
 
 def _require_model(
