@@ -11,6 +11,7 @@ from selfteach.config.engine_section import VllmServerConfig
 from selfteach.errors import EngineError
 from selfteach.rollout.vllm.http_client import HttpClient, NotFound
 from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
+from selfteach.rollout.vllm.weight_channel import require_transfer
 
 TIMEOUT_S = 10.0
 TEXT = "Question: 12 + 7 = ?\nÄnswer → <|im_end|></s> 19 \t\t ½ 数"
@@ -66,6 +67,7 @@ def _require_member(config: VllmServerConfig, requirements: EngineRequirements) 
         _require_adapters(http)
     else:
         _require_developer_mode(http)
+    require_transfer(config, adapters=requirements.adapters)
 
 
 def _require_model(
