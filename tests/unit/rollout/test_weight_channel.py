@@ -1,4 +1,4 @@
-"""Weights in memory: any way of sending them leads to the same engine, and no fault to mixed weights."""
+"""Weights in memory: however they travel, the engine is the same, and no fault mixes weights."""
 
 from __future__ import annotations
 
@@ -161,8 +161,10 @@ def damage(body: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(f, marks=[] if f == "cut" else [pytest.mark.slow])
-     for f in ("cut", "damaged", "restarted", "cut in the commit")],
+    [
+        pytest.param(f, marks=[] if f == "cut" else [pytest.mark.slow])
+        for f in ("cut", "damaged", "restarted", "cut in the commit")
+    ],
 )
 def test_a_transfer_that_fails_is_made_again_and_nothing_is_sampled_in_between(
     server: ScriptedVllm, fault: str
@@ -184,9 +186,7 @@ def test_a_transfer_that_fails_is_made_again_and_nothing_is_sampled_in_between(
         else:
             cut(body)
 
-    server.before_rpc = once(
-        act, "selfteach_commit" if "commit" in fault else "selfteach_receive"
-    )
+    server.before_rpc = once(act, "selfteach_commit" if "commit" in fault else "selfteach_receive")
     publish(built, 1)
     # While buckets arrive, the old weights are in use under their label.
     assert labels[0].endswith("-loading") == ("commit" in fault)
@@ -202,7 +202,9 @@ def test_a_transfer_that_stays_damaged_ends_the_run_with_the_old_weights_in_use(
     before = {name: value.clone() for name, value in server.model.state_dict().items()}
     label, loads = server.label, server.loads
     server.before_rpc = lambda body: damage(body) if "data" in body["kwargs"] else None
-    with pytest.raises(EngineError, match=r"cut off: bucket 0 differs .*selfteach resume") as raised:
+    with pytest.raises(
+        EngineError, match=r"cut off: bucket 0 differs .*selfteach resume"
+    ) as raised:
         publish(built, 1)
     assert "\n" not in str(raised.value)
     assert (server.label, server.loads) == (label, loads)

@@ -73,7 +73,9 @@ class HttpClient:
         ``transient_5xx``, for server errors; `NotFound` for a missing address or model; `EngineError`
         for anything else.
         """
-        return await self._send(path, None if body is None else dict(body), transient_5xx=transient_5xx)
+        return await self._send(
+            path, None if body is None else dict(body), transient_5xx=transient_5xx
+        )
 
     async def _send(
         self, path: str, body: dict[str, Any] | bytes | None, *, transient_5xx: bool

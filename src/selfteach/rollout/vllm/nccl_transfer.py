@@ -1,7 +1,7 @@
 """Sends full weights from GPU to GPU through vLLM's own weight transfer (``backend = nccl``).
 
-vLLM's workers join a communicator of which this process is rank 0. For each update they are sent names,
-dtypes and shapes, and then bytes, in the pieces that vLLM's packed transfer expects. Between ``start`` and
+vLLM's workers join a communicator of which this process is rank 0. For each update they are sent
+names, dtypes and shapes, and then bytes, in the pieces that vLLM's packed transfer expects. Between ``start`` and
 ``finish`` a server has weights of which some are new: it is paused then, and has the label of weights
 that are being loaded.
 """
@@ -25,7 +25,7 @@ from selfteach.rollout.vllm.packed_weights import PackedWeights
 from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
 
 START_WITH = (
-    "start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{\"backend\": \"nccl\"}' "
+    'start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config \'{"backend": "nccl"}\' '
     "(vLLM 0.32 or newer)"
 )
 PIECE_BYTES = 256 << 20
@@ -106,9 +106,7 @@ class NcclTransfer:
         """Fail: adapters are small, and vLLM's transfer does not take them."""
         raise AssertionError((http.url, weights.label, config))
 
-    def _broadcast(
-        self, group: Group, tensors: Sequence[Tensor], receiving: Future[Any]
-    ) -> None:
+    def _broadcast(self, group: Group, tensors: Sequence[Tensor], receiving: Future[Any]) -> None:
         deadline = time.monotonic() + self._timeout_s
 
         def gone() -> None:

@@ -1,6 +1,6 @@
-"""Holds the newest weights in host memory, one after another, where a server of this machine can map them.
+"""Holds the newest weights in host memory, where a server of this machine can map them.
 
-An engine that was restarted gets them again from here: the trainer's weights may be a step ahead by then.
+An engine that was restarted gets them again from here: the trainer's weights may be a step ahead.
 """
 
 from __future__ import annotations

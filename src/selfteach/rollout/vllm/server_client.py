@@ -1,8 +1,8 @@
 """Drives a vLLM server: token ids in, token ids out, and new weights through vLLM's endpoints.
 
-Adapters are loaded by name (``/v1/load_lora_adapter``), and the name is the label: each request names
-it, each reply repeats it. Full weights travel as a `WeightChannel` brings them (in developer mode), and the
-label is vLLM's ``weight_version``.
+Adapters are loaded by name (``/v1/load_lora_adapter``), and the name is the label: each request
+names it, each reply repeats it. Full weights travel as a `WeightChannel` brings them (in developer
+mode), and the label is vLLM's ``weight_version``.
 """
 
 from __future__ import annotations

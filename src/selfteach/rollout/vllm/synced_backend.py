@@ -75,7 +75,7 @@ class SyncedBackend:
         self._was_restarted = False
 
     def reload_if_lost(self) -> None:
-        """Reload the weights of an engine that was restarted; whoever samples from it reports errors."""
+        """Reload an engine that was restarted, unless it is unavailable: sampling reports that."""
         with self.loading, suppress(EngineUnavailable, EngineError):
             if self._backend.current_label(self._label) is None:
                 self._reload(None)

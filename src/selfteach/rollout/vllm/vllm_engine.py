@@ -237,9 +237,7 @@ class VllmEngine:
         weights = {name: w.cpu() if many else w for name, w in named_weights if is_main}
         # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by a separate name.
         tied = {
-            alias: weights[name]
-            for alias, name in self._weights.tied.items()
-            if name in weights
+            alias: weights[name] for alias, name in self._weights.tied.items() if name in weights
         }
         return [*weights.items(), *tied.items()]
 

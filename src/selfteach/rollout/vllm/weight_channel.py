@@ -211,7 +211,8 @@ def _accepts(http: HttpClient, kind: str, wish: str) -> bool:
     if not accepts and wish == kind:
         start_with = {"nccl": nccl_transfer, "stream": weight_stream}[kind].START_WITH
         raise EngineError(
-            f'engine: {http.url} does not accept weights in memory (engine.weight_transfer = "{kind}"): '
+            f"engine: {http.url} does not accept weights in memory "
+            f'(engine.weight_transfer = "{kind}"): '
             f'{start_with}, or set "auto"'
         )
     return accepts

@@ -83,7 +83,11 @@ def worker_replies(http: HttpClient, reply: Any) -> list[dict[str, Any]]:
     way: the whole transfer is made again. Raises `EngineError` if it refuses the weights.
     """
     results = reply.get("results") if isinstance(reply, dict) else None
-    if not isinstance(results, list) or not results or not all(isinstance(r, dict) for r in results):
+    if (
+        not isinstance(results, list)
+        or not results
+        or not all(isinstance(r, dict) for r in results)
+    ):
         raise EngineUnavailable(f"a reply that is not the worker extension's: {str(reply)[:100]}")
     for result in results:
         error, kind = result.get("error"), result.get("kind")

@@ -2,7 +2,7 @@
 
     vllm serve ... --worker-extension-cls selfteach.rollout.vllm.worker_extension.StreamedWeights
 
-The server's environment needs this package, and nothing of it but this file. The trainer calls the
+The server's environment needs this package, of which this file is used alone. The trainer calls the
 methods through ``/collective_rpc``. Weights are collected beside those in use and loaded in one call, so
 a transfer that is cut off leaves the server as it was. Replies are dictionaries: an ``error`` with its
 ``kind``, or what was asked for.
@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -104,7 +104,8 @@ def views(manifest: list[list[Any]], bytes_B: Tensor) -> list[tuple[str, Tensor]
             size *= length
         if min([offset, *shape], default=0) < 0 or offset + size > len(bytes_B):
             raise TransferError(
-                REFUSED, f"{name} of shape {list(shape)} is not within the {len(bytes_B)} bytes sent"
+                REFUSED,
+                f"{name} of shape {list(shape)} is not within the {len(bytes_B)} bytes sent",
             )
         tensors.append((name, bytes_B[offset : offset + size].view(dtype).view(shape)))
     return tensors
@@ -220,7 +221,9 @@ def _mapped(path: str, size: int) -> Tensor | None:
         if os.fstat(descriptor).st_size < size:
             return None
         # Private: what a loader writes stays here. The trainer writes to its memory only once.
-        return torch.frombuffer(mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)
+        return torch.frombuffer(
+            mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE), dtype=torch.uint8
+        )
     except (OSError, ValueError):
         return None
     finally:
@@ -251,5 +254,3 @@ def _write_adapter(label: str, tensors: list[tuple[str, Tensor]], config: str) -
 
 def _cloned(tensors: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     return ((name, tensor.clone()) for name, tensor in tensors)
-
-
