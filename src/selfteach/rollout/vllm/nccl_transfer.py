@@ -1,9 +1,9 @@
 """Sends full weights from GPU to GPU through vLLM's own weight transfer (``backend = nccl``).
 
 vLLM's workers join a communicator of which this process is rank 0. For each update they are sent
-names, dtypes and shapes, and then bytes, in the pieces that vLLM's packed transfer expects. Between ``start`` and
-``finish`` a server has weights of which some are new: it is paused then, and has the label of weights
-that are being loaded.
+names, dtypes and shapes, and then bytes, in the pieces that vLLM's packed transfer expects. Between
+``start`` and ``finish`` some of a server's weights are new: it is paused then, and has the label of
+weights that are being loaded.
 """
 
 from __future__ import annotations

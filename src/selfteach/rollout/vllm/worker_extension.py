@@ -3,9 +3,9 @@
     vllm serve ... --worker-extension-cls selfteach.rollout.vllm.worker_extension.StreamedWeights
 
 The server's environment needs this package, of which this file is used alone. The trainer calls the
-methods through ``/collective_rpc``. Weights are collected beside those in use and loaded in one call, so
-a transfer that is cut off leaves the server as it was. Replies are dictionaries: an ``error`` with its
-``kind``, or what was asked for.
+methods through ``/collective_rpc``. Weights are collected beside those in use and loaded in one call,
+so a transfer that is cut off leaves the server as it was. Replies are dictionaries: an ``error`` with
+its ``kind``, or what was asked for.
 """
 
 from __future__ import annotations
