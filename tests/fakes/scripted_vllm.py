@@ -141,7 +141,8 @@ class ScriptedVllm:
                 reply, status = {"error": {"message": str(error)}}, error.status
         if body.get("max_tokens", 0) > 1:
             time.sleep(self.delay_s)
-        send(handler, status, json.dumps(reply).encode())
+        # Adapters are acknowledged in a sentence, everything else in JSON.
+        send(handler, status, reply.encode() if isinstance(reply, str) else json.dumps(reply).encode())
 
     def _route(self, address: str) -> Callable[[Body], Any]:
         plain: Mapping[str, Callable[[Body], Any]] = {
@@ -257,12 +258,12 @@ class ScriptedVllm:
                 warnings.simplefilter("ignore")
                 adapted = PeftModel.from_pretrained(copy.deepcopy(self.model), str(path))
             self.adapters[name] = adapted.eval()
-        return "Success"
+        return f"Success: LoRA adapter '{name}' added successfully."
 
     def _unload_adapter(self, body: Body) -> Any:
         if not self.stale:  # a stale server goes on with an old adapter
             del self.adapters[body["lora_name"]]
-        return "Success"
+        return f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
 
     def _complete(self, body: Body) -> Any:
         self.requests.append(body)

@@ -54,6 +54,10 @@ class HttpClient:
         """Start a request; the future has what `post` returns or raises."""
         return self.start(self.send(path, body, transient_5xx=False))
 
+    def post_command(self, path: str, body: Mapping[str, Any]) -> None:
+        """Send a body whose reply is a sentence, not JSON. Raises what `send` raises."""
+        self.call(self._send(path, dict(body), transient_5xx=False, parse=False))
+
     def post_json(self, path: str, body: bytes) -> Any:
         """Return the parsed reply to a body that is JSON already. Raises what `post` raises."""
         return self.call(self._send(path, body, transient_5xx=False))
@@ -78,10 +82,12 @@ class HttpClient:
         )
 
     async def _send(
-        self, path: str, body: dict[str, Any] | bytes | None, *, transient_5xx: bool
-    ) -> Any:
+        self, path: str, body: dict[str, Any] | bytes | None, *, transient_5xx: bool,
+        parse: bool = True,
+    ) -> Any:  # fmt: skip
         try:
-            return json.loads(await self._exchange(path, body))
+            reply = await self._exchange(path, body)
+            return json.loads(reply) if parse else reply
         except openai.APIConnectionError as error:
             if is_too_slow(error):
                 raise EngineUnavailable(f"no reply within {self._timeout_s:g} s") from None
