@@ -142,7 +142,11 @@ class ScriptedVllm:
         if body.get("max_tokens", 0) > 1:
             time.sleep(self.delay_s)
         # Adapters are acknowledged in a sentence, everything else in JSON.
-        send(handler, status, reply.encode() if isinstance(reply, str) else json.dumps(reply).encode())
+        send(
+            handler,
+            status,
+            reply.encode() if isinstance(reply, str) else json.dumps(reply).encode(),
+        )
 
     def _route(self, address: str) -> Callable[[Body], Any]:
         plain: Mapping[str, Callable[[Body], Any]] = {

@@ -146,17 +146,13 @@ def rollouts_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_on_two_servers_is_the_run_on_one(
-    model: Path, servers: list[Server], proxies: list[Proxy], tmp_path: Path,
-    print_line: Callable[[str], None], caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    model: Path, proxies: list[Proxy], tmp_path: Path, print_line: Callable[[str], None]
+) -> None:
     urls = [proxy.address for proxy in proxies]
     run_to_end(recipe(model, urls[:1]), tmp_path / "one")
     one = rollouts_of(tmp_path / "one")
     counts = {}
     for way in ("stream", "folder"):
-        for server in servers:  # the weights with which they were started
-            server.stop()
-            server.start()
         for proxy in proxies:
             proxy.bodies.clear()
         run_to_end(recipe(model, urls, weight_transfer=way), tmp_path / way)
@@ -177,38 +173,6 @@ def test_a_run_on_two_servers_is_the_run_on_one(
         rows = [row for row in RunFolder(tmp_path / way).metrics() if row["kind"] == "step"]
         assert [row["step"] for row in rows] == [1, 2, 3]
         assert all(row["mismatch_max"] < TOLERANCE for row in rows)
-
-
-def test_a_member_that_is_killed_in_a_batch_comes_back_with_newer_weights(
-    model: Path, servers: list[Server], proxies: list[Proxy], caplog: pytest.LogCaptureFixture
-) -> None:
-    urls = [proxy.address for proxy in proxies]
-    alone = build(recipe(model, urls[:1]))
-    move(alone)
-    publish(alone, 1)
-    expected = sampled(alone)
-    built = build(recipe(model, urls))
-    publish(built, 0)
-    move(built)
-    publish(built, 1)
-    proxies[1].bodies.clear()
-    results: list[list[Rollout]] = []
-    batch = threading.Thread(target=lambda: results.append(sampled(built)))
-    batch.start()
-    eventually(lambda: proxies[1].rollouts >= 1)
-    servers[1].stop(kill=True)
-    batch.join(timeout=900)
-    assert [r.token_ids for r in results[0]] == [r.token_ids for r in expected], "none is lost"
-    assert mismatch(built, results[0]) < TOLERANCE
-    assert fleet_of(built).fleet.out.keys() == {1}
-    move(built)
-    publish(built, 2)  # the killed one misses it
-    servers[1].start()
-    eventually(lambda: not fleet_of(built).fleet.out)
-    proxies[1].bodies.clear()
-    assert mismatch(built, sampled(built)) < TOLERANCE and proxies[1].rollouts > 0
-    lines = [record.getMessage() for record in caplog.records if urls[1] in record.getMessage()]
-    assert "is taken out until it has the newest weights" in lines[0] and "is back" in lines[-1]
 
 
 def test_a_member_that_keeps_old_weights_is_taken_out_and_samples_nothing(
@@ -244,6 +208,38 @@ def test_a_slow_member_gets_fewer_requests_and_its_last_ones_are_sampled_elsewhe
     counts = [proxy.rollouts for proxy in proxies]
     print_line(f"one delays by 20 s: {time.monotonic() - began:.1f} s, requests {counts}")
     assert counts[1] < counts[0] and sum(counts) > len(expected), "the last are sampled twice"
+
+
+def test_a_member_that_is_killed_in_a_batch_comes_back_with_newer_weights(
+    model: Path, servers: list[Server], proxies: list[Proxy], caplog: pytest.LogCaptureFixture
+) -> None:
+    urls = [proxy.address for proxy in proxies]
+    alone = build(recipe(model, urls[:1]))
+    move(alone)
+    publish(alone, 1)
+    expected = sampled(alone)
+    built = build(recipe(model, urls))
+    publish(built, 0)
+    move(built)
+    publish(built, 1)
+    proxies[1].bodies.clear()
+    results: list[list[Rollout]] = []
+    batch = threading.Thread(target=lambda: results.append(sampled(built)))
+    batch.start()
+    eventually(lambda: proxies[1].rollouts >= 1)
+    servers[1].stop(kill=True)
+    batch.join(timeout=900)
+    assert [r.token_ids for r in results[0]] == [r.token_ids for r in expected], "none is lost"
+    assert mismatch(built, results[0]) < TOLERANCE
+    assert fleet_of(built).fleet.out.keys() == {1}
+    move(built)
+    publish(built, 2)  # the killed one misses it
+    servers[1].start()
+    eventually(lambda: not fleet_of(built).fleet.out)
+    proxies[1].bodies.clear()
+    assert mismatch(built, sampled(built)) < TOLERANCE and proxies[1].rollouts > 0
+    lines = [record.getMessage() for record in caplog.records if urls[1] in record.getMessage()]
+    assert "is taken out until it has the newest weights" in lines[0] and "is back" in lines[-1]
 
 
 def test_a_run_with_two_critics_goes_on_when_one_is_killed(
