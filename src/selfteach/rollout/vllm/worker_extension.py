@@ -234,7 +234,7 @@ def _write_adapter(label: str, tensors: list[tuple[str, Tensor]], config: str) -
     base = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     parent = base / f"selfteach-adapters-{os.getuid()}"
     parent.mkdir(mode=0o700, exist_ok=True)
-    if parent.stat().st_uid != os.getuid():
+    if parent.is_symlink() or parent.stat().st_uid != os.getuid():
         raise TransferError(REFUSED, f"{parent} belongs to another user")
     # Each worker of a server writes the same files; the last one that renames them wins.
     unfinished = Path(tempfile.mkdtemp(dir=parent, prefix="unfinished-"))
