@@ -105,5 +105,6 @@ def _bucket_body(weights: PackedWeights, index: int) -> bytes:
     kwargs = {"label": weights.label, "index": index, "digest": weights.digests[index].hex()}
     head = json.dumps({"method": "selfteach_receive", "kwargs": {**kwargs, "data": ""}})
     before, after = head[: -len('"}}')], '"}}'
-    data = binascii.b2a_base64(memoryview(weights.slice(index).numpy()), newline=False)
+    buffer: Any = weights.slice(index).numpy()
+    data = binascii.b2a_base64(buffer, newline=False)
     return b"".join((before.encode(), data, after.encode()))

@@ -81,7 +81,8 @@ class StagedWeights:
 
 def bucket_digest(bytes_B: Tensor) -> bytes:
     """Return the checksum of a bucket."""
-    return hashlib.sha256(memoryview(bytes_B.numpy())).digest()
+    buffer: Any = bytes_B.numpy()
+    return hashlib.sha256(buffer).digest()
 
 
 def whole_digest(manifest: str, digests: list[bytes]) -> str:
