@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,9 @@ def servers(
             port = vllm_server.free_port()
             server = Server(port, print_line, model=model, engine=True, flags=flags)
             stack.callback(server.stop)
-            server.start()
             started.append(server)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(Server.start, started))
         yield started
 
 
@@ -92,6 +94,7 @@ def recipe(model: Path, urls: Sequence[str], *more: dict[str, Any], **engine: An
             "threads": 1, "max_length": 1024,
         },
         "context": {"type": "reference"},
+        "objective": {"importance_cap": 2.0},
         "optimizer": {"lr": 1e-3},
         "evaluation": {"every": 3, "validation_k": 1, "test": False},
         "engine": section,
@@ -118,7 +121,7 @@ def sampled(built: Built) -> list[Rollout]:
 
 
 def fleet_of(built: Built) -> VllmFleet:
-    return built.components.engine._sampler  # type: ignore[attr-defined]
+    return built.components.engine.engine._sampler  # type: ignore[attr-defined]
 
 
 def mismatch(built: Built, rollouts: list[Rollout]) -> float:
