@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from http_proxy import Proxy, proxied
 
@@ -38,29 +37,25 @@ FAILURES = ("empty", "truncated", "malformed", "misaligned", "wrong_answer")
 
 
 @pytest.fixture(scope="module")
-def model(installed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    # Heads of 32, the narrowest of vLLM's attention on a CPU.
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 4096}
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    return tiny_models.save_model(folder, **sizes, initializer_range=0.05)
-
-
-@pytest.fixture(scope="module")
 def servers(
-    model: Path, no_shared_server: None, print_line: Callable[[str], None]
+    tiny_model: Path, no_shared_server: None, print_line: Callable[[str], None]
 ) -> Iterator[list[Server]]:
     flags = (*vllm_server.SMALL_FLAGS, "--max-model-len", "4096")
     with ExitStack() as stack:
         started = []
         for _ in range(2):
             port = vllm_server.free_port()
-            server = Server(port, print_line, model=model, engine=True, flags=flags)
+            server = Server(port, print_line, model=tiny_model, engine=True, flags=flags)
             stack.callback(server.stop)
             started.append(server)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(Server.start, started))
         yield started
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> Path:
+    return tiny_model
 
 
 @pytest.fixture(autouse=True)
