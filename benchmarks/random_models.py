@@ -36,6 +36,11 @@ class ModelSize:
     """Rollouts in a micro-batch of TRL's."""
 
 
+QWEN_1_5B = {
+    "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
+    "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151_936,
+    "max_position_embeddings": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
 MODEL_SIZES = {
     "SmolLM2-135M, random weights": ModelSize(
         "llama",
@@ -49,13 +54,15 @@ MODEL_SIZES = {
     ),
     "Qwen2.5-1.5B, random weights": ModelSize(
         "qwen2",
-        {
-            "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
-            "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151_936,
-            "max_position_embeddings": 4096, "tie_word_embeddings": True,
-        },
+        QWEN_1_5B,
         rollouts=32, group_size=8, prompt=128, teacher_prompt=384, length=512, micro_batch_tokens=3584,
         trl_batch=4,
+    ),
+    "Qwen2.5-1.5B, 2,048 tokens": ModelSize(
+        "qwen2",
+        QWEN_1_5B,
+        rollouts=32, group_size=8, prompt=128, teacher_prompt=384, length=2048,
+        micro_batch_tokens=10_240, trl_batch=4,
     ),
     "tiny, random weights": ModelSize(
         "llama",

@@ -57,6 +57,12 @@ SUMS = (
     "Tom has {a} apples and buys {b} more. How many has he? Write one short line for each step.",
 )
 
+VLLM_NOTE = (
+    "Peak memory is beyond the model and a warm-up of 8 rollouts. vLLM runs in a separate "
+    "process, one thread, not alternated with the others, its prefix cache emptied between calls; "
+    "it allocates its keys and values (1 GiB here) at the start, so no peak is given."
+)
+
 
 class FixedPrompts:
     """Renders problems as given prompts."""
@@ -108,7 +114,7 @@ class Job:
         ]  # fmt: skip
         model = load_model(SMOLLM2, torch.device("cpu"))
         ids: Any = [tokenizer.eos_token_id]
-        return cls(model, prompts, ids, pad_id(tokenizer), SMOLLM2_TOKENS)
+        return cls(model, prompts, ids, pad_id(tokenizer, model), SMOLLM2_TOKENS)
 
     @classmethod
     def on(cls, device: str, name: str, dtype: torch.dtype) -> Job:
@@ -227,26 +233,9 @@ def measure(name: str, sizes: Mapping[int, int], *, quick: bool) -> Table:
             else measure_vllm(job, list(sizes), max(sizes.values()), Path(directory) / "log")
         )
     for rollouts, rounds in sizes.items():
-        tokens: dict[str, list[int]] = {}
-
-        def counted(name: str, call: Callable[[int], int], counts: dict = tokens) -> object:
-            return lambda: counts.setdefault(name, []).append(call(len(counts.get(name, ()))))
-
-        calls = {
-            variant: counted(variant, call) for variant, call in job.variants(rollouts).items()
-        }
-        timings = alternated(calls, rounds=rounds, warm_up=int(name != "SmolLM2"))  # pyright: ignore
-        speeds = {
-            variant: statistics.median(
-                n / s for n, s in zip(counts[-rounds:], timings[variant].seconds, strict=True)
-            )
-            for variant, counts in tokens.items()
-        }
-        if not isinstance(vllm, str):
-            one = vllm[str(rollouts)]
-            speeds[VLLM_NAME] = statistics.median(
-                n / s for n, s in zip(one["tokens"], one["seconds"], strict=True)
-            )
+        of_vllm = {} if isinstance(vllm, str) else {VLLM_NAME: vllm[str(rollouts)]}
+        measured = measured_variants(job, name, rollouts, rounds) | of_vllm
+        speeds = {variant: speed_of(one) for variant, one in measured.items()}
         for variant, speed in speeds.items():
             with_peak = not quick and variant != VLLM_NAME and (name == "lab" or rollouts == 32)
             table.add(**{
@@ -254,24 +243,38 @@ def measure(name: str, sizes: Mapping[int, int], *, quick: bool) -> Table:
                 "way": variant,
                 "kept tokens per second": speed,
                 "selfteach's speed beside it": ratio(speeds[OURS], speed),
-                "seconds": timings[variant].median if variant in timings else statistics.median(
-                    vllm[str(rollouts)]["seconds"]  # pyright: ignore
-                ),
-                "mean length": statistics.mean(
-                    tokens[variant] if variant in tokens else vllm[str(rollouts)]["tokens"]  # pyright: ignore
-                ) / rollouts,
+                "seconds": statistics.median(measured[variant]["seconds"]),
+                "mean length": statistics.mean(measured[variant]["tokens"]) / rollouts,
                 "peak memory, MiB": (
                     peak_bytes(prepared, name, rollouts, variant) / MIB if with_peak else None
                 ),
             })  # fmt: skip
-    table.notes = (
-        "Peak memory is beyond the model and a warm-up of 8 rollouts. vLLM runs in a separate "
-        "process, one thread, not alternated with the others, its prefix cache emptied between calls; "
-        "it allocates its keys and values (1 GiB here) at the start, so no peak is given."
-        if not isinstance(vllm, str)
-        else f"{vllm}."
-    )
+    table.notes = f"{vllm}." if isinstance(vllm, str) else VLLM_NOTE
     return table
+
+
+def measured_variants(
+    job: Job, name: str, rollouts: int, rounds: int
+) -> dict[str, dict[str, list[Any]]]:
+    """Return the seconds and the tokens of each call of this process' variants, taken in turns."""
+    tokens: dict[str, list[int]] = {}
+
+    def counted(variant: str, call: Callable[[int], int]) -> Callable[[], object]:
+        return lambda: tokens.setdefault(variant, []).append(call(len(tokens.get(variant, ()))))
+
+    calls = {variant: counted(variant, call) for variant, call in job.variants(rollouts).items()}
+    timings = alternated(calls, rounds=rounds, warm_up=int(name != "SmolLM2"))
+    return {
+        variant: {"seconds": list(timings[variant].seconds), "tokens": counts}
+        for variant, counts in tokens.items()
+    }
+
+
+def speed_of(calls: Mapping[str, list[Any]]) -> float:
+    """Return the median of tokens per second; calls to warm up have tokens and no seconds."""
+    seconds = calls["seconds"]
+    pairs = zip(calls["tokens"][-len(seconds) :], seconds, strict=True)
+    return statistics.median(tokens / s for tokens, s in pairs)
 
 
 def measure_resolve_device(args: argparse.Namespace, tables: list[Table]) -> None:

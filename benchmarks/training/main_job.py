@@ -226,7 +226,8 @@ def one_size(size: dict[str, int], steps: int) -> dict[str, float]:
         }  # fmt: skip
         recipe = validate(Recipe, merge({}, values), where="benchmark")
         built = build(recipe)
-        engine: Any = built.components.engine
+        batched: Any = built.components.engine
+        engine = batched.engine
         engine._end_ids = ()  # rollouts only end at the length limit
         problems, count = built.task.problems("train"), size["answers"] // 8
 

@@ -69,6 +69,9 @@ class Minimum:
     operations: float
     bytes: float
 
+    def __add__(self, other: Minimum) -> Minimum:
+        return Minimum(self.operations + other.operations, self.bytes + other.bytes)
+
     def seconds(self, rates: Mapping[str, float]) -> float:
         """Return the larger of both times at the machine's rates."""
         return max(self.operations / rates["operations"], self.bytes / rates["bytes"])
@@ -91,11 +94,14 @@ class Model:
         config = components.policy.model.config
         linear = [m for m in components.policy.model.modules() if isinstance(m, torch.nn.Linear)]
         head = components.policy.model.get_output_embeddings()
+        head_dim = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
         return cls(
             layer_weights=sum(m.weight.numel() for m in linear if m is not head),
             head_weights=head.weight.numel(),
-            attention=config.num_attention_heads * config.head_dim,
-            keys=config.num_key_value_heads * config.head_dim,
+            attention=config.num_attention_heads * head_dim,
+            keys=config.num_key_value_heads * head_dim,
             layers=config.num_hidden_layers,
             trained=sum(p.numel() for p in components.policy.trainable.values()),
         )
@@ -183,6 +189,35 @@ def phases(
     """Return each phase as a call, and its minimum."""
     model, engine = Model.of(components), components.engine
     problems = list({r.problem.id: r.problem for r in rollouts}.values())
+    teacher, student, optimizer = training_calls(components, samples)
+    first = components.sampling.__class__(
+        components.sampling.samples, components.sampling.temperature, 1, 0
+    )
+    prompts = minimum_of_prompts(
+        model, [r.prompt_ids for r in rollouts[:: components.sampling.samples]]
+    )
+    decoding = minimum_of_decoding(model, rollouts)
+    teacher_prompts = [sample.teacher_prompt_ids or () for sample in samples]
+    teacher_minimum = minimum_of_sequences(model, teacher_prompts, samples, backward=False)
+    student_minimum = minimum_of_sequences(
+        model, [r.prompt_ids for r in rollouts], samples, backward=True,
+        heads=sum(len(r.token_ids) for r in rollouts),
+    )  # fmt: skip
+    return {
+        "prompts": (lambda: engine.generate(problems, first), prompts),
+        "prompts and answers": (
+            lambda: engine.generate(problems, components.sampling), prompts + decoding
+        ),
+        "teacher": (teacher, teacher_minimum),
+        "teacher, student, loss and backward": (student, teacher_minimum + student_minimum),
+        "optimizer": (optimizer, Minimum(0.0, float(FLOAT * ADAMW_NUMBERS_MOVED * model.trained))),
+    }  # fmt: skip
+
+
+def training_calls(
+    components: Components, samples: list[TrainingSample]
+) -> tuple[Callable[[], None], Callable[[], None], Callable[[], None]]:
+    """Return what scores with the teacher, what computes the gradient, and what updates."""
     token_weights = components.objective.token_weights(
         samples, components.objective.denominators(samples), components.policy.version
     )
@@ -191,9 +226,7 @@ def phases(
         token_weights,
         pad_id=components.pad_id,
         micro_batch_tokens=components.micro_batch_tokens,
-    )
-    first = components.sampling.__class__(
-        components.sampling.samples, components.sampling.temperature, 1, 0
+        packed=components.policy.packs_sequences,
     )
 
     def teacher() -> None:
@@ -207,9 +240,6 @@ def phases(
     def student() -> None:
         for batch in batches:
             step._backward(components, batch)
-
-    def both() -> None:
-        student()
         components.policy.optimizer.zero_grad(set_to_none=True)
 
     def optimizer() -> None:
@@ -217,32 +247,7 @@ def phases(
             param.grad = torch.zeros_like(param) if param.grad is None else param.grad
         components.policy.optimizer.step()
 
-    rollout_tokens = sum(len(r.token_ids) for r in rollouts)
-    prompts = minimum_of_prompts(
-        model, [r.prompt_ids for r in rollouts[:: components.sampling.samples]]
-    )
-    decoding = minimum_of_decoding(model, rollouts)
-    teacher_prompts = [sample.teacher_prompt_ids or () for sample in samples]
-    teacher_minimum = minimum_of_sequences(model, teacher_prompts, samples, backward=False)
-    student_minimum = minimum_of_sequences(
-        model, [r.prompt_ids for r in rollouts], samples, backward=True, heads=rollout_tokens
-    )
-    return {
-        "prompts": (lambda: engine.generate(problems, first), prompts),
-        "prompts and answers": (
-            lambda: engine.generate(problems, components.sampling),
-            Minimum(prompts.operations + decoding.operations, prompts.bytes + decoding.bytes),
-        ),
-        "teacher": (teacher, teacher_minimum),
-        "teacher, student, loss and backward": (
-            both,
-            Minimum(
-                teacher_minimum.operations + student_minimum.operations,
-                teacher_minimum.bytes + student_minimum.bytes,
-            ),
-        ),
-        "optimizer": (optimizer, Minimum(0.0, float(FLOAT * ADAMW_NUMBERS_MOVED * model.trained))),
-    }  # fmt: skip
+    return teacher, student, optimizer
 
 
 def minimum_of_prompts(model: Model, prompts: list[tuple[int, ...]]) -> Minimum:
@@ -289,6 +294,17 @@ def timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def launched(call: Callable[[], object]) -> tuple[int, float]:
+    """Return the number of kernels that a call launches on a GPU, and the seconds that they run."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    events = profiler.key_averages()
+    launches = sum(event.count for event in events if "LaunchKernel" in event.key)
+    return launches, sum(event.self_device_time_total for event in events) / 1e6
 
 
 def profiled(call: Callable[[], object]) -> tuple[float, int]:

@@ -11,6 +11,7 @@ rollout, which it does not.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import sys
@@ -32,12 +33,13 @@ import vllm_server
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from datasets import Dataset
 from transformers import TrainerCallback
 
 import selfteach.models.loading as loading
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
+from selfteach.prompts.chat_messages import MessageRenderer
+from selfteach.prompts.template_set import Templates
 from selfteach.trainer import step
 from selfteach.trainer.build import Built, build
 from selfteach.types import TrainingSample, Verdict
@@ -157,8 +159,11 @@ def built_of(model: str, values: dict[str, Any]) -> Built:
     recipe = validate(Recipe, values, where="benchmark")
     if model not in MODEL_SIZES:
         return build(recipe)
-    dtype = getattr(torch, recipe.model.weights_dtype)
-    with mock.patch.object(loading, "load_model", lambda _, device: model_of(model, device, dtype)):
+
+    def random_model(_: object, device: Any, dtype: torch.dtype, **__: object) -> Any:
+        return model_of(model, device, dtype)
+
+    with mock.patch.object(loading, "load_model", random_model):
         return build(recipe)
 
 
@@ -180,9 +185,65 @@ class OtherChunks(OurTrainer):
         self.ours.active_clock = self.ours.clock
 
 
+class OtherMicroBatches(OtherChunks):
+    """Runs the same step on the same model, in other micro-batches."""
+
+    def __init__(self, ours: OurTrainer, clock: Clock, tokens: int) -> None:
+        super().__init__(ours, clock, 1)
+        self.components = dataclasses.replace(ours.components, micro_batch_tokens=tokens)
+
+
 def by_parity(problem: object, text: str) -> Verdict:
     """Return a verdict by the parity of the text: rewards differ within nearly every group."""
     return Verdict(correct=sum(map(ord, text)) % 2 == 0, formatted=True, parsed=text)
+
+
+def _trl_policy(
+    model: str, kind: str, ours: OurTrainer, device: str, precision: str
+) -> tuple[Any, contextlib.AbstractContextManager[object], dict[str, Any]]:
+    """Return a copy of the model for TRL, a context in which TRL loads it, and TRL's options for it."""
+    options: dict[str, Any] = {"use_cpu": True, "bf16": False}
+    if device == "cuda":
+        options = {"use_cpu": False, "bf16": precision == "bf16"}
+    if model not in MODEL_SIZES:
+        copied = OurTrainer(model, kind, Clock(), {"model": {"device": device}})
+        return copied.built.components.policy.model, contextlib.nullcontext(), options
+    size = MODEL_SIZES[model]
+    dtype = torch.bfloat16 if precision == "bf16 weights" else torch.float32
+    on = ours.components.policy.device
+    policy = model_of(model, on, dtype)
+    loaded = mock.patch(
+        "trl.experimental.sdpo.sdpo_trainer.create_model_from_path",
+        lambda *_, **__: model_of(model, on, dtype),
+    )
+    options["gradient_accumulation_steps"] = size.rollouts // size.trl_batch
+    options["per_device_train_batch_size"] = size.trl_batch
+    return policy, loaded, options
+
+
+def _trl_arguments(
+    model: str, kind: str, steps: int, folder: str, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Return TRL's trainer of a kind and its arguments."""
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+
+    rows = MODELS[model]["train"]
+    common: dict[str, Any] = {
+        "output_dir": folder, "max_steps": steps,
+        "per_device_train_batch_size": rows["problems_per_step"] * rows["group_size"],
+        "gradient_accumulation_steps": 1, "num_generations": rows["group_size"],
+        "max_completion_length": MODELS[model]["sampling"]["max_tokens"], "report_to": [],
+        "logging_strategy": "no", "save_strategy": "no",
+        "gradient_checkpointing": False, "learning_rate": 1e-5, "disable_tqdm": True,
+        "temperature": 1.0, "top_k": 0, "shuffle_dataset": False, **options,
+    }  # fmt: skip
+    if kind == "grpo":
+        return GRPOTrainer, GRPOConfig(**common, beta=0.0)
+    return SDPOTrainer, SDPOConfig(
+        **common, distillation_alpha=1.0, teacher_model_kind="base", distillation_is_clip=None,
+        max_prompt_length=None, **KINDS[kind][1],
+    )  # fmt: skip
 
 
 class TrlTrainer:
@@ -192,59 +253,20 @@ class TrlTrainer:
         self, model: str, kind: str, clock: Clock, ours: OurTrainer, steps: int,
         device: str = "cpu", precision: str = "float32",
     ) -> None:  # fmt: skip
-        from trl import GRPOConfig, GRPOTrainer
-        from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+        from datasets import Dataset
 
         self.clock, self.ours, self.kind = clock, ours, kind
         self.samples: list[TrainingSample] = []
         self.others: list[OurTrainer] = []
-        components = ours.built.components
-        rows = MODELS[model]["train"]
-        batch = rows["problems_per_step"] * rows["group_size"]
-        options: dict[str, Any] = {"use_cpu": True, "bf16": False}
-        if device == "cuda":
-            options = {"use_cpu": False, "bf16": precision == "bf16"}
-        if model in MODEL_SIZES:
-            size = MODEL_SIZES[model]
-            dtype = torch.bfloat16 if precision == "bf16 weights" else torch.float32
-            on = ours.components.policy.device
-            policy = model_of(model, on, dtype)
-            loaded = mock.patch(
-                "trl.experimental.sdpo.sdpo_trainer.create_model_from_path",
-                lambda *_, **__: model_of(model, on, dtype),
-            )
-            options["gradient_accumulation_steps"] = size.rollouts // size.trl_batch
-            options["per_device_train_batch_size"] = size.trl_batch
-        else:
-            policy = OurTrainer(
-                model, kind, Clock(), {"model": {"device": device}}
-            ).built.components.policy.model
-            loaded = contextlib.nullcontext()
-        renderer = components.renderer
-        prompts = [
-            renderer._messages("solver", question=p.question)
-            for p in ours.built.task.problems("train")
-        ]
+        policy, loaded, options = _trl_policy(model, kind, ours, device, precision)
+        renderer = MessageRenderer(Templates(ours.built.task.templates))
+        prompts = [renderer.solver(problem) for problem in ours.built.task.problems("train")]
         self.folder = tempfile.TemporaryDirectory()
-        common: dict[str, Any] = {
-            "output_dir": self.folder.name, "per_device_train_batch_size": batch, "max_steps": steps,
-            "gradient_accumulation_steps": 1, "num_generations": rows["group_size"],
-            "max_completion_length": MODELS[model]["sampling"]["max_tokens"], "report_to": [],
-            "logging_strategy": "no", "save_strategy": "no",
-            "gradient_checkpointing": False, "learning_rate": 1e-5, "disable_tqdm": True,
-            "temperature": 1.0, "top_k": 0, "shuffle_dataset": False, **options,
-        }  # fmt: skip
-        if kind == "grpo":
-            args = GRPOConfig(**common, beta=0.0)
-            trainer = GRPOTrainer
-        else:
-            args = SDPOConfig(
-                **common, distillation_alpha=1.0, teacher_model_kind="base", distillation_is_clip=None,
-                max_prompt_length=None, **KINDS[kind][1],
-            )  # fmt: skip
-            trainer = SDPOTrainer
+        trainer, args = _trl_arguments(model, kind, steps, self.folder.name, options)
+        adapted = getattr(ours.components.policy.model, "peft_config", None)
         with loaded:
             self.trainer: Any = trainer(
+                peft_config=copy.deepcopy(adapted["default"]) if adapted else None,
                 model=policy, reward_funcs=rewards, args=args,
                 processing_class=ours.built.tokenizer,
                 train_dataset=Dataset.from_list([{"prompt": p} for p in prompts]),

@@ -13,6 +13,7 @@ import argparse
 import gc
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ import torch
 from harness import MIB, Table, parser, ratio, reported, resolve_device
 from random_models import MODEL_SIZES
 from step_clock import PHASES, Clock
-from trainers_compared import BF16, KINDS, OtherChunks, OurTrainer, TrlTrainer
+from trainers_compared import (
+    BF16,
+    KINDS,
+    OtherChunks,
+    OtherMicroBatches,
+    OurTrainer,
+    TrlTrainer,
+)
 
 from selfteach.config.schema import merge
 
@@ -54,21 +62,31 @@ def main() -> None:
         measure(args, tables)
 
 
-def compare(table: Table, model: str, kind: str, precision: str, args: argparse.Namespace) -> None:
-    """Add a row for each trainer, and for ours with other chunks."""
-    device = {"model": {"device": args.device}}
+def compare(
+    table: Table, model: str, kind: str, precision: str, args: argparse.Namespace,
+    changes: Mapping[str, Any] | None = None, micro_batches: Sequence[int] = (),
+) -> None:  # fmt: skip
+    """Add a row for each trainer, and for ours with other chunks and ``micro_batches`` (tokens).
+
+    ``changes`` are of our recipe; where it has adapters, so has TRL. Without TRL its row says so.
+    """
+    values = merge({"model": {"device": args.device}}, PRECISIONS[precision])
     clocks = {"ours": Clock(), "TRL": Clock()}
-    ours = OurTrainer(model, kind, clocks["ours"], merge(device, PRECISIONS[precision]))
+    ours = OurTrainer(model, kind, clocks["ours"], merge(values, changes or {}))
     failed: dict[str, str] = {}
     sizes = args.chunks if kind in ("top-K", "grpo") else []  # the others may use fused kernels
     others = {f"ours, 2^{n} logits": OtherChunks(ours, Clock(), 2**n) for n in sizes}
+    others |= {
+        f"ours, {tokens:,} tokens": OtherMicroBatches(ours, Clock(), tokens)
+        for tokens in micro_batches
+    }
     clocks |= {who: other.clock for who, other in others.items()}
     try:
         trl = TrlTrainer(model, kind, clocks["TRL"], ours, args.rounds + 1, args.device, precision)
         trl.others += others.values()
         trl.trainer.train()
-    except torch.cuda.OutOfMemoryError as error:
-        failed["TRL"] = f"out of memory: {str(error).splitlines()[0][:100]}"
+    except (torch.cuda.OutOfMemoryError, ImportError) as error:
+        failed["TRL"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
         trl = None
         gc.collect()
         torch.cuda.empty_cache()

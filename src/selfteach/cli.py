@@ -17,11 +17,12 @@ from selfteach.commands.export.dataset_cli import export_dataset
 from selfteach.commands.export.export_cli import export
 from selfteach.commands.forecast.forecast_cli import forecast
 from selfteach.commands.init.init_cli import init
+from selfteach.commands.inspect.inspect_cli import inspect
+from selfteach.commands.option_types import Arm, Seed, Settings
 from selfteach.commands.planning.plan_cli import plan
 from selfteach.commands.recipe_list import recipes
 from selfteach.commands.resume import resume_folder
 from selfteach.commands.study.run_study import recipes_of
-from selfteach.errors import RecipeError
 from selfteach.runtime.signals import keeping
 
 app = typer.Typer(
@@ -39,20 +40,9 @@ RecipePath = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Output folder; resumes if it holds the same run.")
 ]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a value in every arm, e.g. --set train.steps=20; repeatable. "
-        "Keys that start with study., arms., variants., sweep. or select. change those tables.",
-    ),
-]
-Arm = Annotated[str | None, typer.Option(help="Arm of the recipe; required if it has several.")]
 AcceptParts = Annotated[
     bool, typer.Option("--accept-parts", help="Go on with the present source of your own parts.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the problem order and of sampling.")]
 
 
 def _print_version(requested: bool) -> bool:
@@ -142,73 +132,7 @@ def evaluate(
     print_evaluation(result, actions.console())
 
 
-@app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(help="Run folder, checkpoint, or model path or hub id.")],
-    contexts: Annotated[
-        list[str],
-        typer.Option(
-            help="Contexts to show the teacher: names separated by commas, or `all`; repeatable."
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty output folder.")],
-    recipe: Annotated[
-        Path | None,
-        typer.Option(help="Recipe for problems, critic and sampling; default: that of the run."),
-    ] = None,
-    arm: Arm = None,
-    problems: Annotated[
-        str,
-        typer.Option(help="train, validation, test, or a file with question and answer."),
-    ] = "validation",
-    k: Annotated[int, typer.Option("--answers", "-k", min=1, help="Rollouts per problem.")] = 4,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N problems.")] = None,
-    labelled: Annotated[
-        Path | None,
-        typer.Option(
-            help="Score completions with labelled steps (JSONL in ProcessBench's schema)."
-        ),
-    ] = None,
-    recorded: Annotated[
-        str | None, typer.Option(help="Score recorded rollouts of a run, e.g. step_000010.")
-    ] = None,
-    teacher: Annotated[
-        str,
-        typer.Option(
-            help="Teacher weights: given (the model itself) or initial (before training)."
-        ),
-    ] = "given",
-    seed: Seed = 0,
-    settings: Settings = None,
-) -> None:
-    """Score the same rollouts under several contexts, token by token.
-
-    Writes OUT/tokens.parquet (a row per token), OUT/answers.jsonl and OUT/localisation.json.
-    """
-    actions.require_model(model)
-    from selfteach.commands.inspect.context_names import context_names
-    from selfteach.commands.inspect.inspection import InspectionRequest, inspect_model
-    from selfteach.commands.progress import inspection_progress
-
-    if teacher not in ("given", "initial"):
-        raise RecipeError(f"--teacher {teacher!r}: must be given or initial")
-    request = InspectionRequest(
-        context_names(contexts),
-        problems,
-        k,
-        limit,
-        seed,
-        teacher,
-        labelled,
-        recorded,  # type: ignore[arg-type]
-    )
-    chosen = actions.run_with_critic(actions.load(recipe, None), arm, seed) if recipe else None
-    kept_nothing = f"nothing is kept in {out}: repeat the command"
-    with keeping(kept_nothing), inspection_progress() as progress:
-        inspect_model(
-            model, request, out, recipe=chosen, settings=settings or (), progress=progress
-        )
-    actions.summarize_inspection(out, actions.console())
+app.command()(inspect)
 
 
 @app.command()

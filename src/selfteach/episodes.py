@@ -14,18 +14,20 @@ from typing import Any, Literal
 
 SegmentKind = Literal["model", "environment"]
 EventKind = Literal[
-    "tool_result", "tool_error", "observation", "truncated", "budget", "timeout", "failed"
-]
-"""What an environment segment is: the result of a tool, or why a tool has none; another message of the
-environment; a turn was cut at its token limit; there was no turn or no room left; the environment did
-not reply in time; it raised."""
+    "tool_result", "tool_error", "malformed_call", "observation", "truncated", "budget", "timeout",
+    "failed",
+]  # fmt: skip
+"""What an environment segment is: the result of a tool, or why a tool has none; why a turn that tries
+to call a tool calls none; another message of the environment; a turn was cut at its token limit; there
+was no turn or no room left; the environment did not reply in time; it raised."""
 LIMITS: frozenset[EventKind] = frozenset({"truncated", "budget", "timeout", "failed"})
 """Events that end an episode before the policy or the environment has ended it."""
 NOT_ANSWERED: frozenset[EventKind] = LIMITS - {"truncated"}
 """Events after which the last turn is no answer: the policy waited for a reply to it."""
 LABELS: Mapping[EventKind, str] = {
-    "tool_result": "tool result", "tool_error": "tool error", "observation": "environment",
-    "truncated": "cut off", "budget": "out of budget", "timeout": "timed out", "failed": "failed",
+    "tool_result": "tool result", "tool_error": "tool error", "malformed_call": "malformed call",
+    "observation": "environment", "truncated": "cut off", "budget": "out of budget",
+    "timeout": "timed out", "failed": "failed",
 }  # fmt: skip
 GAP = "\n\n"
 """What stands between two segments in an episode's text."""
@@ -72,7 +74,9 @@ class Turn:
     """The decoded turn, without special tokens and thought; calls as they were written."""
     calls: tuple[ToolCall, ...] = ()
     malformed: str | None = None
-    """Why what the policy wrote is no call; None if every call could be read."""
+    """Why what the policy wrote is no call, and how one is written; None if each could be read."""
+    before_calls: str = ""
+    """What the turn says before its first call; "" for a turn without one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from selfteach.episodes import Segment, Segmented
 
@@ -325,8 +325,19 @@ class TokenWeights:
     """Distillation's share of each token's weight in a hybrid objective, from 0 to 1."""
 
 
+class OnDevice:
+    """Is a record of tensors, some of which may be None, numbers or records of tensors."""
+
+    __slots__ = ()
+
+    def to(self, device: torch.device) -> Self:
+        """Move the record to another device."""
+        values = [getattr(self, name) for name in self.__slots__]
+        return type(self)(*(x.to(device) if hasattr(x, "to") else x for x in values))
+
+
 @dataclass(frozen=True, slots=True)
-class TokenTree:
+class TokenTree(OnDevice):
     """Holds B sequences as the paths of a tree of U nodes: each distinct prefix is there once.
 
     Tokens that all sequences share and that are run before (`models.prefix_cache`) are not in the tree.
@@ -340,14 +351,17 @@ class TokenTree:
     """Index into the flattened paths where each node appears first."""
     columns_N: Tensor
     """The nodes whose hidden states predict the rollouts' tokens."""
-
-    def to(self, device: torch.device) -> TokenTree:
-        """Move the tree to another device."""
-        return TokenTree(*(getattr(self, name).to(device) for name in self.__slots__))
+    keys_K: Tensor
+    """The nodes of the paths, end to end. A path's queries are the nodes that it adds, its last."""
+    query_starts: Tensor
+    key_starts: Tensor
+    """Where each path that adds nodes begins among these and in ``keys_K``; then their number."""
+    longest: tuple[int, int]
+    """Most queries and most keys of a path."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sequences:
+class Sequences(OnDevice):
     """Holds prompts with their rollouts appended, right-padded, and where the sampled tokens are.
 
     ``hidden[rows_N, columns_N]`` is the state that *predicts* rollout token n: the column before the
@@ -362,15 +376,9 @@ class Sequences:
     tree: TokenTree | None = None
     """The same sequences as paths of a tree, where that saves work."""
 
-    def to(self, device: torch.device) -> Sequences:
-        """Move the sequences to another device."""
-        ids, rows, columns = (x.to(device) for x in (self.ids_BT, self.rows_N, self.columns_N))
-        tree = self.tree.to(device) if self.tree else None
-        return Sequences(ids, rows, columns, self.shared, tree)
-
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(OnDevice):
     """Holds a micro-batch: student and teacher sequences with the same rollout tokens."""
 
     student: Sequences
@@ -390,11 +398,3 @@ class Batch:
     """Mean log-ratio to the old policy over the tokens of each token's rollout; None: per token."""
     sequence_weight_N: Tensor | None = None
     """Mean importance weight over the tokens of each token's rollout; None: per token."""
-
-    def to(self, device: torch.device) -> Batch:
-        """Move the batch to another device."""
-
-        def move(part: Any) -> Any:
-            return part if part is None else part.to(device)
-
-        return Batch(**{name: move(getattr(self, name)) for name in self.__slots__})

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from episode_model import save_model
+from episode_model import calculator_recipe, save_model
 from on_ranks import on_ranks
 from runs_on_ranks import assert_same_run, in_double, train_rows
 
 from selfteach.config.recipe import Recipe
+from selfteach.config.schema import merge
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.loop import run_to_end
 
@@ -23,19 +24,13 @@ def _double() -> Any:
 
 
 def recipe(model: Path, **changes: Any) -> Recipe:
-    return Recipe.model_validate({
-        "environment": {"type": "calculator", "max_turns": 3},
-        "model": {"path": str(model), "thinking": {"student": False, "teacher": False}},
-        "data": {"type": "chain_sums", "train": 12, "validation": 4, "test": 4},
-        "sampling": {"max_tokens": 12, "batch_size": 4},
-        "critic": {"type": "oracle"}, "context": {"type": "step_aligned"},
-        "objective": {"type": "distillation", "from_first_error": True},
-        "train": {
-            "steps": 4, "problems_per_step": 3, "group_size": 2, "checkpoint_every": 2, "threads": 1,
-        },
+    sizes = {
+        "data": {"train": 12, "validation": 4, "test": 4},
+        "sampling": {"batch_size": 4},
+        "train": {"steps": 4, "problems_per_step": 3, "group_size": 2, "checkpoint_every": 2},
         "evaluation": {"every": 4, "validation_k": 2, "test_k": 2},
-        **changes,
-    })  # fmt: skip
+    }
+    return calculator_recipe(model, **merge(sizes, changes))
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])

@@ -69,13 +69,10 @@ def steps_of_rank(recipe: Recipe) -> dict[str, Any]:
 MATRIX = list(
     itertools.product(("float32", "bfloat16"), ("float32", "bfloat16"), (False, True), TEACHERS)
 )
-QUICK = {("bfloat16", "bfloat16", True, "initial")}
 
 
-@pytest.mark.parametrize(
-    ("weights", "param", "lora", "teacher"),
-    [pytest.param(*c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in MATRIX],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "param", "lora", "teacher"), MATRIX)
 def test_a_sharded_step_in_mixed_dtypes_is_near_the_float32_step(
     weights: str, param: str, lora: bool, teacher: str
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from runs_on_ranks import (
     assert_same_weights,
     in_double,
     recipe,
+    rollouts_of,
     train_rows,
 )
 from scripted_vllm import ScriptedVllm, serving, serving_fleet
@@ -65,14 +65,6 @@ def served(server: ScriptedVllm, *changes: dict[str, Any], patience: float = 0.0
     for change in (SMALL, *changes):
         values = merge(values, change)
     return recipe(**values)
-
-
-def rollouts_of(run: Path) -> dict[str, list[tuple[Any, ...]]]:
-    rollouts = {}
-    for path in sorted((run / "rollouts").glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rollouts[path.stem] = [(tuple(row["token_ids"]), row["policy_version"]) for row in rows]
-    return rollouts
 
 
 def assert_same_result(ours: Path, theirs: Path) -> None:

@@ -12,6 +12,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+from selfteach.runtime.torch_setup import use_fixed_order
+
 ON = os.environ.get("SELFTEACH_GPU_TESTS_ON", "cuda")
 
 
@@ -25,7 +27,7 @@ def device() -> str:
 
 @pytest.fixture
 def deterministic(device: str) -> Iterator[None]:
-    """Use torch's deterministic algorithms where it has them; it warns where it has none."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Use torch's deterministic algorithms, as `train.deterministic` does."""
+    use_fixed_order()
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,6 +1,6 @@
 """A run that was stopped and resumed on a device ends like the uninterrupted one.
 
-Bitwise with torch's deterministic algorithms; without them attention's gradient is summed in the order
+Bitwise with ``train.deterministic``; without them attention's gradient is summed in the order
 in which the device's cores finish, so that runs agree in their first step and little more.
 """
 
@@ -8,33 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from runs_on_device import ARMS, recipe
-from safetensors.torch import load_file
+from same_run import checkpoint_weights, timeless_rows
 
 from selfteach.config.recipe import Recipe
 from selfteach.evaluation.evaluation_record import load_evaluation
-from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.loop import run_to_end, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    # torch warns where it has no deterministic algorithm.
-    pytest.mark.filterwarnings("ignore:.*deterministic.*"),
-]
-
-
-def metrics_without_times(folder: Path) -> list[dict[str, Any]]:
-    clocks = ("time/", "active_", "waiting", "overlap")
-    rows = RunFolder(folder).metrics()
-    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / "weights.safetensors")
+pytestmark = pytest.mark.gpu
 
 
 def train_with_stops(run_recipe: Recipe, folder: Path) -> None:
@@ -53,14 +37,14 @@ def test_deterministic_algorithms_resume_bitwise(
     arm: str, autocast: bool, deterministic: None, device: str, tmp_path: Path
 ) -> None:
     more = {"model": {"autocast": "bfloat16"}} if autocast else {}
-    run_recipe = recipe(device, ARMS[arm], more, {"train": {"steps": 4}})
+    run_recipe = recipe(device, ARMS[arm], more, {"train": {"steps": 4, "deterministic": True}})
     run_to_end(run_recipe, tmp_path / "whole")
     train_with_stops(run_recipe, tmp_path / "stopped")
-    ours, theirs = (weights(tmp_path / name) for name in ("whole", "stopped"))
+    ours, theirs = (checkpoint_weights(tmp_path / name) for name in ("whole", "stopped"))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
-    assert metrics_without_times(tmp_path / "whole") == metrics_without_times(tmp_path / "stopped")
+    assert timeless_rows(tmp_path / "whole") == timeless_rows(tmp_path / "stopped")
     a, b = (load_evaluation(tmp_path / name, "test", 4) for name in ("whole", "stopped"))
     assert a == b
 
@@ -71,11 +55,11 @@ def test_without_them_the_first_step_agrees(
     run_recipe = recipe(device, ARMS["step_aligned"])
     for name in ("one", "two"):
         run_to_end(run_recipe, tmp_path / name)
-    one, two = (metrics_without_times(tmp_path / name) for name in ("one", "two"))
+    one, two = (timeless_rows(tmp_path / name) for name in ("one", "two"))
     first, again = (next(r for r in rows if r["kind"] == "step") for rows in (one, two))
     assert first.keys() == again.keys()
     for name in first.keys() - {"kind"}:
         assert first[name] == pytest.approx(again[name], rel=1e-3, abs=1e-6), name
-    a, b = (weights(tmp_path / name) for name in ("one", "two"))
+    a, b = (checkpoint_weights(tmp_path / name) for name in ("one", "two"))
     identical = all(torch.equal(a[name], b[name]) for name in a)
     record_property("two plain runs are bitwise identical", identical)

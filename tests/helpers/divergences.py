@@ -35,6 +35,11 @@ def name(spec: Divergence) -> str:
     return "-".join([*labels, f"clip{spec.clip}", f"T{spec.temperature}"])
 
 
+def label(value: object) -> str:
+    """Return a parameter's part of a test's name."""
+    return name(value) if isinstance(value, Divergence) else str(value)
+
+
 def f64(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 

@@ -6,9 +6,13 @@ A kill is the same for a forked process and a new one. Other tests start command
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120
@@ -34,3 +38,14 @@ def run_until(condition: Callable[[], object], work: Callable[..., Any], *args: 
             )
         time.sleep(0.002)
     return process
+
+
+def command_line(errors: Path, *words: object) -> None:
+    """Run the console script, as a shell would: what it says of errors is in a file."""
+    from selfteach.cli import main
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup
+    os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.argv = ["selfteach", *map(str, words)]
+    main()

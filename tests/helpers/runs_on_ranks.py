@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -94,6 +95,15 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
     assert a.keys() == b.keys()
     for name, value in b.items():
         torch.testing.assert_close(a[name], value, rtol=0, atol=TOLERANCE)
+
+
+def rollouts_of(run: Path) -> dict[str, list[tuple[tuple[int, ...], int]]]:
+    """Return token ids and policy version of each stored rollout, by file."""
+    rollouts = {}
+    for path in sorted((run / "rollouts").glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rollouts[path.stem] = [(tuple(row["token_ids"]), row["policy_version"]) for row in rows]
+    return rollouts
 
 
 def assert_same_run(ours: Path, theirs: Path, *, step: int = 4) -> None:

@@ -93,6 +93,141 @@ def nothing():
     return 3
 """
 
+EPISODES = """
+import threading
+import time
+
+import verifiers as vf
+from datasets import Dataset
+
+
+def rows():
+    return Dataset.from_list([
+        {"prompt": [{"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": f"Guess. Row {n}."}], "answer": str(n)}
+        for n in range(10)
+    ])
+
+
+def right(completion, answer, state):
+    return float(completion[-1]["role"] != "assistant" and "Yes" in completion[-1]["content"])
+
+
+def turns(state):
+    return float(len(state["trajectory"]))
+
+
+def of_group(completions, **kwargs):
+    return [0.0 for _ in completions]
+
+
+def raising(completion):
+    raise KeyError("no")
+
+
+class Guess(vf.MultiTurnEnv):
+    '''The number to guess is the seed modulo 10; three turns.'''
+
+    cleaned = []
+
+    async def setup_state(self, state):
+        state["number"] = str(state["seed"] % 10)
+        last = dict(role="user", content=f"The number has {len(state['number'])} digit.")
+        state["prompt"] = [*state["prompt"], *self.as_messages([last])]
+        return state
+
+    def as_messages(self, messages):
+        from verifiers.utils.message_utils import normalize_messages
+        return normalize_messages(messages, field_name="x")
+
+    async def env_response(self, messages, state, **kwargs):
+        guess = messages[-1]["content"].strip()
+        if guess == "hang":
+            import asyncio
+            await asyncio.sleep(60)
+        if guess == "block":
+            time.sleep(1.5)
+        if guess == "fail":
+            raise ValueError("no\\nguess")
+        if guess == "nothing":
+            return []
+        if guess == state["number"]:
+            state["final_env_response"] = [{"role": "user", "content": "Yes."}]
+            return state["final_env_response"]
+        return [{"role": "user", "content": f"Not {guess}."}]
+
+    async def cleanup(self, state, **kwargs):
+        type(self).cleaned.append(state["trajectory_id"])
+        await super().cleanup(state, **kwargs)
+
+
+def guess(functions=(right, turns), kind=Guess, **settings):
+    rubric = vf.Rubric(list(functions), [1.0, 0.0][: len(functions)])
+    return kind(dataset=rows(), rubric=rubric, max_turns=3, **settings)
+
+
+def with_group():
+    return guess((right, of_group))
+
+
+def with_raising():
+    return guess((right, raising))
+
+
+class Branching(Guess):
+    async def get_prompt_messages(self, state):
+        return state["prompt"]
+
+
+def branching():
+    return guess(kind=Branching)
+
+
+class Rewriting(Guess):
+    async def setup_state(self, state):
+        state["prompt"] = self.as_messages([{"role": "user", "content": "Another."}])
+        return state
+
+
+def rewriting():
+    return guess(kind=Rewriting)
+
+
+def add(x: int, y: int) -> int:
+    '''Add two numbers.'''
+    if x < 0:
+        raise ValueError("x is negative")
+    if x == 99:
+        time.sleep(60)
+    return x + y
+
+
+async def ask(x: int) -> str:
+    '''Ask for a number.'''
+    return f"in the loop: {threading.current_thread().name != 'tool'}"
+
+
+def calls(completion):
+    return float(sum(len(m.get("tool_calls") or []) for m in completion if m["role"] == "assistant"))
+
+
+def size(completion):
+    return sum(len(m["content"] or "") for m in completion if m["role"] == "assistant") / 10
+
+
+def guess_by_size():
+    return guess((size, turns))
+
+
+def sums(functions=(calls,)):
+    rubric = vf.Rubric(list(functions), [1.0] * len(functions))
+    return vf.ToolEnv(tools=[add, ask], dataset=rows(), rubric=rubric, max_turns=4)
+
+
+def sums_by_size():
+    return sums((calls, size))
+"""
+
 TASKSET = """
 import verifiers.v1 as vf
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from forked import kill_when, run_until
+from forked import command_line, kill_when, run_until
 from safetensors.torch import load_file
+from same_run import assert_same
 from scripted_critic import oracle_critique
 from scripted_server import refuses, says, serving
 
@@ -43,15 +44,6 @@ TINY = {
 
 def recipe(**changes: Any) -> Recipe:
     return validate(Recipe, merge(TINY, changes), where="test")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def assert_same(a: Path, b: Path) -> None:
-    ours, theirs = weights(a), weights(b)
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def answers(folder: Path) -> list[list[dict[str, Any]]]:
@@ -107,22 +99,13 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, "-c", "from selfteach.cli import main; main()", "resume", str(folder)]
 
 
-def started(folder: Path, until: str) -> subprocess.Popen[str]:
-    RunFolder(folder).create(recipe().model_dump(mode="json"), {})
-    process = subprocess.Popen(
-        command(folder), env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (folder / until).exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
-    return process
-
-
 @pytest.mark.parametrize(
     "moment",
-    ["rollouts/step_000003.000.jsonl", "samples/step_000002.jsonl", "checkpoints/step_000002"],
+    [
+        "rollouts/step_000003.000.jsonl",
+        pytest.param("samples/step_000002.jsonl", marks=pytest.mark.slow),
+        "checkpoints/step_000002",
+    ],
 )
 def test_kill_9_with_steps_under_way(moment: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -136,12 +119,14 @@ def test_kill_9_with_steps_under_way(moment: str, whole: Path, tmp_path: Path) -
 
 def test_sigterm_saves_what_was_learned_and_says_so(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = started(folder, "samples/step_000001.jsonl")
+    RunFolder(folder).create(recipe().model_dump(mode="json"), {})
+    first, errors = folder / "samples" / "step_000001.jsonl", tmp_path / "errors.txt"
+    process = run_until(first.exists, command_line, errors, "resume", folder)
     process.terminate()
-    _, output = process.communicate(timeout=120)
-    assert (
-        process.returncode == 143 and "continue with selfteach resume" in output.splitlines()[-1]
-    ), output
+    process.join(120)
+    output = errors.read_text()
+    assert process.exitcode == 143, output
+    assert "continue with selfteach resume" in output.splitlines()[-1], output
     (saved,) = (folder / "checkpoints").glob("step_*")
     assert saved.name in ("step_000001", "step_000002")
     run_to_end(recipe(), folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,30 +113,62 @@ def test_a_baseline_differs_from_the_paper_only_in_its_method(path: Path) -> Non
     assert sampled == [32, 32]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Return a function that trains a small copy of a baseline, once."""
+    folders: dict[Path, Path] = {}
+
+    def trained(path: Path) -> Path:
+        if path not in folders:
+            folders[path] = tmp_path_factory.mktemp(path.stem) / "whole"
+            run_to_end(twin(path), folders[path])
+        return folders[path]
+
+    return trained
+
+
 @pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
-def test_a_small_copy_of_every_baseline_learns_and_resumes(path: Path, tmp_path: Path) -> None:
-    recipe = twin(path)
-    run_to_end(recipe, tmp_path / "whole")
-    rows = [row for row in RunFolder(tmp_path / "whole").metrics() if row["kind"] == "step"]
+def test_a_small_copy_of_every_baseline_learns(path: Path, whole: Callable[[Path], Path]) -> None:
+    folder = whole(path)
+    rows = [row for row in RunFolder(folder).metrics() if row["kind"] == "step"]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert sum(row["tokens_trained"] for row in rows) > 0
     assert sum(row["teacher_tokens"] for row in rows) > 0, "something was taught with a context"
     if path.stem in ("rosd", "opsd", "sdft", "vopd"):
         assert rows[0]["dropped"] == 0
-    stopped = train(recipe, tmp_path / "stopped")
+    assert_moved(folder)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem == "sdpo" else pytest.mark.slow)
+        for path in BASELINES
+    ],
+)
+def test_a_small_copy_of_every_baseline_resumes(
+    path: Path, whole: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    stopped = train(twin(path), tmp_path / "stopped")
     for _ in range(2):  # the first evaluation and the first step
         next(stopped)
     stopped.close()
-    run_to_end(recipe, tmp_path / "stopped")
-    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+    run_to_end(twin(path), tmp_path / "stopped")
+    assert_same_weights(whole(path), tmp_path / "stopped")
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints/step_000002/weights.safetensors")
+
+
+def assert_moved(run: Path) -> None:
+    initial = load_file(Path("src/selfteach/tasks/lab/bases/two_styles/model.safetensors"))
+    assert any(not torch.equal(value, initial[name]) for name, value in weights_of(run).items())
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = (
-        load_file(run / "checkpoints/step_000002/weights.safetensors") for run in (one, other)
-    )
-    initial = load_file(Path("src/selfteach/tasks/lab/bases/two_styles/model.safetensors"))
-    assert any(not torch.equal(value, initial[name]) for name, value in ours.items())
+    assert_moved(one)
+    ours, theirs = weights_of(one), weights_of(other)
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
 

@@ -15,6 +15,7 @@ from operator import truediv
 from pathlib import Path
 
 import pytest
+from jobs_here import jobs_in_this_process
 
 import selfteach
 from selfteach import cli
@@ -40,7 +41,7 @@ steps = 2
 problems_per_step = 2
 group_size = 3
 [evaluation]
-every = 1
+every = 2
 validation_k = 2
 test_k = 3
 [study]
@@ -133,6 +134,7 @@ def test_a_study_from_recipe_to_report(
     inspected = json.loads((out / "inspection" / "inspection.json").read_text())
     assert inspected["answers"] == 8 and "step_aligned" in inspected["contexts"]
     assert (out / "inspection" / "localisation.json").exists()
+    jobs_in_this_process(monkeypatch)
     scored_at = (out / "inspection" / "tokens.parquet").stat().st_mtime_ns
     before = (out / "results.json").read_text()
     assert call(monkeypatch, "resume", out) == 0  # nothing left to do: the same numbers
@@ -221,6 +223,7 @@ def test_train_and_evaluate(
 def test_the_sweep_never_scores_test_and_records_its_choice(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    jobs_in_this_process(monkeypatch)
     record = tmp_path / "sweep.json"
     words = ("sweep", recipe, "--out", tmp_path / "sweep", "--record", record)
     words += ("--set", "study.workers=1")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from same_run import assert_same_end
+from tiny_runs import tiny_recipe
 
 from selfteach.analysis.report.page import write_report
 from selfteach.commands.evaluate import evaluate_model
@@ -19,38 +21,12 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, EngineError, SelfteachError
 from selfteach.models.loading import load_model
 from selfteach.models.model_path import resolve
-from selfteach.runtime.run_folder import RunFolder, load_result
+from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.loop import run_to_end, train
-
-TINY = {
-    "model": {"path": "lab:two_styles"},
-    "data": {"type": "lab", "train": 8, "validation": 2, "test": 2},
-    "sampling": {"max_tokens": 40, "batch_size": 8},
-    "critic": {"type": "oracle"},
-    "context": {"type": "step_aligned"},
-    "train": {
-        "steps": 4, "problems_per_step": 2, "group_size": 4, "checkpoint_every": 2, "threads": 1,
-    },
-    "evaluation": {"every": 2, "validation_k": 1, "test_k": 1},
-}  # fmt: skip
 
 
 def recipe(**changes: object) -> Recipe:
-    return validate(Recipe, merge(TINY, changes), where="test")
-
-
-def rows_of(folder: Path) -> list[dict]:
-    clocks = ("time/", "active_", "waiting", "overlap")
-    rows = RunFolder(folder).metrics()
-    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]
-
-
-def assert_same_end(folder: Path, whole: Path) -> None:
-    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, whole))
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    assert rows_of(folder) == rows_of(whole)
-    budgets = [load_result(f)["budget"] | {"seconds": 0} for f in (folder, whole)]
-    assert budgets[0] == budgets[1]
+    return tiny_recipe(**merge({"train": {"steps": 4}}, changes))
 
 
 @pytest.fixture(scope="module")

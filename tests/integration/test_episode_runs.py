@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from episode_model import save_model
+from episode_model import calculator_recipe, save_model
 from same_run import assert_same
 from scripted_vllm import serving
 
@@ -247,20 +247,7 @@ def test_a_vllm_server_continues_episodes(
 
 
 def calculator(folder: Path, **changes: object) -> Recipe:
-    """Return a recipe of step-aligned critiques of episodes with a calculator."""
-    values = {
-        "environment": {"type": "calculator", "max_turns": 3},
-        "model": {"path": str(folder / "model"), "thinking": {"student": False, "teacher": False}},
-        "data": {"type": "chain_sums", "train": 8, "validation": 2, "test": 2},
-        "sampling": {"max_tokens": 12, "batch_size": 8},
-        "critic": {"type": "oracle"}, "context": {"type": "step_aligned"},
-        "objective": {"type": "distillation", "from_first_error": True},
-        "train": {
-            "steps": 2, "problems_per_step": 2, "group_size": 4, "checkpoint_every": 1, "threads": 1,
-        },
-        "evaluation": {"every": 2, "validation_k": 1, "test_k": 1},
-    }  # fmt: skip
-    return validate(Recipe, merge(values, changes), where="test")
+    return calculator_recipe(folder / "model", **changes)
 
 
 @pytest.mark.slow

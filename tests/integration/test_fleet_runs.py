@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from same_run import assert_same
-from scripted_critic import oracle_critique
+from critiqued_runs import ORACLE, critiqued_by, run_with_oracle, served_critic
+from same_run import assert_same, step_rows
 from scripted_server import Server, refuses, says, serving
 from scripted_vllm import ScriptedVllm, serving_fleet
 
@@ -19,7 +19,6 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import CriticError, EngineError
 from selfteach.feedback.critics import endpoint
 from selfteach.rollout.vllm import vllm_engine, vllm_fleet
-from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
 from selfteach.trainer.loop import run_to_end
 
@@ -35,18 +34,6 @@ SAMPLED: dict[str, Any] = {
     "evaluation": {"every": 3, "validation_k": 1, "test": False},
 }  # fmt: skip
 LORA = {"model": {"lora": {"rank": 2, "alpha": 4.0}}, "teacher": {"type": "initial"}}
-CRITIQUED: dict[str, Any] = {
-    "model": {"path": "lab:two_styles"},
-    "data": {"type": "lab", "train": 12, "validation": 2, "test": 2},
-    "sampling": {"max_tokens": 40, "batch_size": 4},
-    "context": {"type": "step_aligned"},
-    "train": {
-        "steps": 3, "problems_per_step": 3, "group_size": 2,
-        "checkpoint_every": 2, "threads": 1,
-    },
-    "evaluation": {"every": 3, "validation_k": 1, "test": False},
-}  # fmt: skip
-ORACLE = says(oracle_critique)
 
 
 @pytest.fixture(autouse=True)
@@ -86,10 +73,6 @@ def anew(servers: list[ScriptedVllm]) -> None:
         server.requests.clear()
 
 
-def steps(run: Path) -> list[dict[str, Any]]:
-    return [row for row in RunFolder(run).metrics() if row["kind"] == "step"]
-
-
 def assert_same_rollouts(a: Path, b: Path) -> None:
     names = sorted(path.name for path in (a / "rollouts").glob("*.jsonl"))
     assert names == sorted(path.name for path in (b / "rollouts").glob("*.jsonl"))
@@ -109,7 +92,7 @@ def test_a_run_on_any_fleet_of_samplers_is_the_run_on_one(
         if not more:
             assert_same(tmp_path / "one", tmp_path / name)
         assert_same_rollouts(tmp_path / "one", tmp_path / name)
-        return steps(tmp_path / name)
+        return step_rows(tmp_path / name)
 
     anew(samplers)
     rows = same("three", samplers)
@@ -150,18 +133,13 @@ def test_a_run_without_samplers_ends_in_one_line_and_goes_on_with_another_fleet(
 
 def critiqued(folder: Path, servers: list[Server], **settings: Any) -> Recipe:
     urls = [server.url for server in servers]
-    critic = {
-        "type": "endpoint", "base_urls": urls, "model": "oracle", "max_tokens": 64,
-        "http_retries": 2, "reply_cache": str(folder / "replies.sqlite"), "min_similarity": 0.0,
-        "patience_seconds": 0.0, "concurrency": 1, **settings,
-    }  # fmt: skip
-    return validate(Recipe, merge(CRITIQUED, {"critic": critic}), where="test")
+    members = {"base_urls": urls, "http_retries": 2, "patience_seconds": 0.0, "concurrency": 1}
+    return critiqued_by(served_critic(folder, **members, **settings))
 
 
 @pytest.mark.slow
 def test_a_run_on_any_fleet_of_critics_is_the_run_with_the_oracle(tmp_path: Path) -> None:
-    oracle = validate(Recipe, merge(CRITIQUED, {"critic": {"type": "oracle"}}), where="test")
-    run_to_end(oracle, tmp_path / "oracle")
+    run_with_oracle(tmp_path / "oracle")
     with serving(ORACLE) as first, serving(ORACLE) as second, serving(ORACLE) as third:
         servers = [first, second, third]
 
@@ -171,7 +149,7 @@ def test_a_run_on_any_fleet_of_critics_is_the_run_with_the_oracle(tmp_path: Path
             result = run_to_end(recipe, tmp_path / name / "run")
             assert_same(tmp_path / "oracle", tmp_path / name / "run")
             assert result["budget"]["critic_requests"] == 18
-            return steps(tmp_path / name / "run")
+            return step_rows(tmp_path / name / "run")
 
         rows = same("three")
         sent = [row[f"critic_member/{i}/requests"] for row in rows for i in range(3)]
@@ -191,8 +169,7 @@ def test_a_run_on_any_fleet_of_critics_is_the_run_with_the_oracle(tmp_path: Path
 
 @pytest.mark.slow
 def test_a_run_without_critics_ends_and_pays_for_nothing_twice(tmp_path: Path) -> None:
-    oracle = validate(Recipe, merge(CRITIQUED, {"critic": {"type": "oracle"}}), where="test")
-    run_to_end(oracle, tmp_path / "oracle")
+    run_with_oracle(tmp_path / "oracle")
     with serving(ORACLE) as first, serving(ORACLE) as second:
         servers = [first, second]
 

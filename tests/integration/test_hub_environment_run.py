@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from episode_model import save_model as save_model_with_tools
+from same_run import assert_same
 from tiny_models import save_model
 from typer.testing import CliRunner
-from verifiers_environments import CLASSIC, shaped_library
+from verifiers_environments import CLASSIC, EPISODES, shaped_library
 
 from selfteach.cli import app
 from selfteach.errors import SelfteachError
@@ -79,3 +81,66 @@ def test_an_environment_goes_through_the_commands(folder: Path) -> None:
     refused = CliRunner().invoke(app, ["resume", str(killed)])
     assert isinstance(refused.exception, SelfteachError)
     assert "data.environment" in str(refused.exception)
+
+
+def episodes(folder: Path, name: str, steps: int = 2) -> Path:
+    """Write a recipe that trains on episodes of an environment of several turns."""
+    model = folder / "tools"
+    if not model.exists():
+        save_model_with_tools(model)
+    (folder / "turns_env.py").write_text(EPISODES)
+    path = folder / f"{name}.toml"
+    path.write_text(f"""
+model = {{ path = "{model}", thinking = {{ student = false }} }}
+data.type = "verifiers"
+data.environment = "./turns_env.py:{name}"
+data.split = {{ validation = 2, test = 2 }}
+environment = {{ type = "verifiers", max_turns = 3, success = 0.5 }}
+objective = {{ type = "grpo" }}
+sampling = {{ max_tokens = 8, batch_size = 6 }}
+train = {{ steps = {steps}, problems_per_step = 2, group_size = 3, checkpoint_every = 1, threads = 1 }}
+evaluation = {{ every = 2, validation_k = 1, test_k = 1 }}
+""")
+    return path
+
+
+@pytest.mark.parametrize("name", ["guess_by_size", "sums_by_size"])
+def test_episodes_go_through_the_commands(folder: Path, name: str) -> None:
+    """Two steps; killed after the first they end in the same weights, with the rewards on disk."""
+    recipe, run = episodes(folder, name), folder / "whole"
+    checked = called("check", recipe)
+    assert "6 episodes of one made-up turn were run" in checked
+    called("train", recipe, "--out", run)
+    lines = (run / "samples" / "step_000001.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 6 and all(sample["segments"] for sample in samples)
+    rewards = ["size", "turns"] if name == "guess_by_size" else ["calls", "size"]
+    assert all(list(sample["rewards"]) == rewards for sample in samples)
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert len(steps) == 2 and f"rewards/{rewards[0]}/mean" in steps[0]
+    if name == "guess_by_size":
+        assert all(row["turns"] > 1 and row["event/observation"] > 0 for row in steps)
+        (stored, *_) = sorted((run / "rollouts").glob("step_000001*.jsonl"))
+        first = json.loads(stored.read_text().splitlines()[0])
+        assert first["observation"] == "The number has 1 digit."
+
+    killed = folder / "killed"
+    shutil.copytree(run, killed)
+    (killed / "result.json").unlink()
+    shutil.rmtree(killed / "model", ignore_errors=True)
+    for path in (killed / "checkpoints").glob("step_*2"):
+        shutil.rmtree(path)
+    before = [row for row in rows if row["step"] < 2]
+    (killed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
+    called("resume", killed)
+    assert_same(run, killed)
+
+
+def test_check_refuses_episodes_that_fail(folder: Path) -> None:
+    for name, message in {
+        "rewriting": "setup_state rewrites the prompt",
+        "with_raising": "its reward raising failed for each of 6 made-up rollouts",
+    }.items():
+        result = CliRunner().invoke(app, ["check", str(episodes(folder, name))])
+        assert message in str(result.exception) and "\n" not in str(result.exception)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forked import command_line, run_until
 from scripted_server import serving
 
 from selfteach.cli import app
@@ -111,17 +112,30 @@ def ended(process: subprocess.Popen[str], within: float) -> list[str]:
     return errors.splitlines()
 
 
+def interrupted(
+    tmp_path: Path, condition: Callable[[], object], *words: object, within_s: float = 10.0
+) -> list[str]:
+    """Return what a command says that is interrupted as soon as ``condition()`` is true."""
+    errors = tmp_path / "errors.txt"
+    process = run_until(condition, command_line, errors, *words)
+    started = time.monotonic()
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(within_s + 60)
+    process.kill()
+    assert process.exitcode == 130, errors.read_text()
+    assert time.monotonic() - started < within_s
+    return errors.read_text().splitlines()
+
+
 def test_behind_a_hung_critic(tmp_path: Path) -> None:
     with serving(lambda *_: time.sleep(600)) as server:
         cache = tmp_path / "cache.sqlite"
         text = RECIPE + SERVED.format(url=server.url, cache=cache)
         (tmp_path / "recipe.toml").write_text(text)
         out = tmp_path / "out"
-        words = ("-m", "selfteach", "train", tmp_path / "recipe.toml", "--out", out)
-        with command(*words) as process:
-            wait_for(lambda: server.requests, process)
-            interrupt(process)
-            lines = ended(process, within=10)
+        lines = interrupted(
+            tmp_path, lambda: server.requests, "train", tmp_path / "recipe.toml", "--out", out
+        )
     line = lines[-1]
     assert len([line for line in lines if line.startswith("selfteach:")]) == 1
     assert line.startswith("selfteach: interrupted; kept: ") and f"selfteach resume {out}" in line
@@ -132,10 +146,10 @@ def test_behind_a_hung_critic(tmp_path: Path) -> None:
 def test_training_saves_a_checkpoint_first(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE + GRPO)
     out = tmp_path / "out"
-    with command("-m", "selfteach", "train", tmp_path / "recipe.toml", "--out", out) as process:
-        wait_for(lambda: list(out.glob("checkpoints/step_000002")), process)
-        interrupt(process)
-        lines = ended(process, within=20)
+    lines = interrupted(
+        tmp_path, (out / "checkpoints" / "step_000002").exists, "train", tmp_path / "recipe.toml",
+        "--out", out, within_s=20,
+    )  # fmt: skip
     step = max(int(path.name[-6:]) for path in out.glob("checkpoints/step_*"))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == step
@@ -217,9 +231,6 @@ def test_a_command_that_writes_no_folder(tmp_path: Path) -> None:
         (tmp_path / "recipe.toml").write_text(text)
         row = {"question": "c a f f e d", "text": "<answer>k</answer>", "answer": "k"}
         (tmp_path / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
-        words = ("-m", "selfteach", "critique", tmp_path / "rollouts.jsonl")
-        with command(*words, "--recipe", tmp_path / "recipe.toml") as process:
-            wait_for(lambda: server.requests, process)
-            interrupt(process)
-            lines = ended(process, within=10)
+        words = ("critique", tmp_path / "rollouts.jsonl", "--recipe", tmp_path / "recipe.toml")
+        lines = interrupted(tmp_path, lambda: server.requests, *words)
     assert len(lines) == 1 and lines[0].startswith("selfteach: interrupted")

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from covering import covering
 from forked import kill_when
+from jobs_here import jobs_in_this_process
 
 from selfteach.commands.actions import summarize_inspection
 from selfteach.commands.study.run_study import run_study
@@ -127,7 +129,10 @@ def test_a_failed_study_does_not_occupy_its_folder(tmp_path: Path) -> None:
         study(seed=1)(out)
 
 
-def test_a_kill_while_study_json_is_written_blocks_nothing(tmp_path: Path) -> None:
+def test_a_kill_while_study_json_is_written_blocks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs_in_this_process(monkeypatch)
     (tmp_path / "study.json.tmp").write_text("{")
     study()(tmp_path)
     assert (tmp_path / "results.json").exists()
@@ -167,9 +172,9 @@ CHANGES: dict[str, Callable[[list[dict]], list[dict]]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("split", ["train", "validation"])
-@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize(
+    ("change", "split", "ids"), covering(list(CHANGES), ["train", "validation"], [False, True])
+)
 def test_a_run_whose_data_has_changed_is_refused(
     data: Path, change: str, split: str, ids: bool
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from forked import kill_when
 from safetensors.torch import load_file
+from same_run import checkpoint_weights, timeless_rows
 
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
@@ -46,7 +47,8 @@ ARMS = {
     },
     "lora": {"model": {"lora": {"rank": 4, "alpha": 8}}},
     "dropout": {
-        "model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.3}}, "train": {"num_iterations": 2},
+        "model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.3}},
+        "train": {"num_iterations": 2, "problems_per_step": 2, "group_size": 2},
     },
 }  # fmt: skip
 
@@ -55,24 +57,14 @@ def recipe(arm: str = "step_aligned", **changes: object) -> Recipe:
     return validate(Recipe, merge(merge(TINY, ARMS[arm]), changes), where="test")
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((folder / "checkpoints").glob("step_*"))[-1] / "weights.safetensors")
-
-
 def assert_same_run(a: Path, b: Path) -> None:
-    ours, theirs = weights(a), weights(b)
+    ours, theirs = checkpoint_weights(a), checkpoint_weights(b)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
     assert load_evaluation(a, "test", 5) == load_evaluation(b, "test", 5)
-    for row, other in zip(timeless(a), timeless(b), strict=True):
+    for row, other in zip(timeless_rows(a), timeless_rows(b), strict=True):
         assert row == other
-
-
-def timeless(folder: Path) -> list[dict]:
-    rows = RunFolder(folder).metrics()
-    clocks = ("time/", "active_", "waiting", "overlap")
-    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +75,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_learns_and_writes_what_it_promises(whole: Path) -> None:
-    before, after = load_evaluation(whole, "validation", 0), weights(whole)
+    before, after = load_evaluation(whole, "validation", 0), checkpoint_weights(whole)
     assert before.k == 2 and len(before.problem_ids) == 4
     initial = load_file(Path("src/selfteach/tasks/lab/bases/two_styles/model.safetensors"))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -93,8 +85,8 @@ def test_a_run_learns_and_writes_what_it_promises(whole: Path) -> None:
     assert result["budget"]["critiques"] == 5 * 12
     assert result["budget"]["evaluation_rollouts"] == 4 * 8 + 12
     assert result["curve"]["steps"] == [0, 2, 4, 5]
-    assert all(row["mismatch_max"] < 1e-3 for row in timeless(whole) if row["kind"] == "step")
-    assert all(row["eos_in_loss"] > 0 for row in timeless(whole) if row["kind"] == "step")
+    assert all(row["mismatch_max"] < 1e-3 for row in timeless_rows(whole) if row["kind"] == "step")
+    assert all(row["eos_in_loss"] > 0 for row in timeless_rows(whole) if row["kind"] == "step")
     sample = json.loads((whole / "samples" / "step_000001.jsonl").read_text().splitlines()[0])
     assert {"question", "answer", "correct", "critique", "context"} <= sample.keys()
     assert (whole / "model" / "world.json").exists()
@@ -105,7 +97,7 @@ def test_the_final_model_loads_with_plain_transformers(whole: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(whole / "model")
     AutoTokenizer.from_pretrained(whole / "model")
-    trained = weights(whole)
+    trained = checkpoint_weights(whole)
     for name, param in model.named_parameters():
         assert torch.equal(param, trained[name])
 
@@ -132,10 +124,15 @@ def test_a_run_of_an_earlier_version_is_taken_up(whole: Path, tmp_path: Path) ->
 def test_another_seed_differs(whole: Path, tmp_path: Path) -> None:
     run_to_end(recipe(seed=1), tmp_path / "other")
     name = "model.layers.0.mlp.up_proj.weight"
-    assert not torch.equal(weights(whole)[name], weights(tmp_path / "other")[name])
+    assert not torch.equal(
+        checkpoint_weights(whole)[name], checkpoint_weights(tmp_path / "other")[name]
+    )
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "step_aligned"])
+@pytest.mark.parametrize(
+    "arm",  # dropout has adapters too
+    ["ema", "trust_region", "grpo", "dropout", pytest.param("lora", marks=pytest.mark.slow)],
+)
 def test_stopped_and_taken_up_equals_never_stopped(arm: str, tmp_path: Path) -> None:
     run_to_end(recipe(arm), tmp_path / "whole")
     # Before the first checkpoint (at step 2), after it, and a step further on from it.
@@ -151,7 +148,7 @@ def test_stopped_and_taken_up_equals_never_stopped(arm: str, tmp_path: Path) -> 
 
 MOMENTS = [
     "rollouts/step_000003.000.jsonl",
-    "samples/step_000004.jsonl",
+    pytest.param("samples/step_000004.jsonl", marks=pytest.mark.slow),
     "checkpoints/step_000002",
     "evaluations/test_000005.json",
 ]
@@ -319,6 +316,6 @@ def test_a_checkpoint_waits_for_the_answers_it_counts_on(
 
     monkeypatch.setattr(os, "fsync", slowly)
     monkeypatch.setattr(checkpoint, "save", saving)
-    run_to_end(recipe(), tmp_path / "run")
+    run_to_end(recipe(train={"steps": 3}), tmp_path / "run")
     ours = {p.name for part in ("rollouts", "samples") for p in (tmp_path / "run" / part).iterdir()}
     assert set(flushed) == ours  # the last ones, too, when the run is over

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from same_run import assert_same, step_rows
 from scripted_vllm import ScriptedVllm, serving
 
 from selfteach import cli
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import EngineError
-from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
 from selfteach.trainer.loop import run_to_end
 
@@ -64,15 +63,6 @@ def answers(run: Path) -> dict[str, list[dict[str, Any]]]:
     return {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in paths}
 
 
-def steps(run: Path) -> list[dict[str, Any]]:
-    return [row for row in RunFolder(run).metrics() if row["kind"] == "step"]
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = (load_file(run / "model" / "model.safetensors") for run in (one, other))
-    return all(bool((a[name] == b[name]).all()) for name in a)
-
-
 def test_a_run_samples_and_evaluates_with_the_weights_of_each_step(
     server: ScriptedVllm, tmp_path: Path
 ) -> None:
@@ -83,7 +73,7 @@ def test_a_run_samples_and_evaluates_with_the_weights_of_each_step(
         "step_000001.000": {0}, "step_000002.000": {1},
         "validation_000000.000": {0}, "validation_000002.000": {2},
     }  # fmt: skip
-    for row in steps(tmp_path / "run"):
+    for row in step_rows(tmp_path / "run"):
         assert 0 <= row["mismatch_mean"] <= row["mismatch_max"] < 1e-4
         assert -1e-7 <= row["mismatch_kl"] < 1e-6
         # At a cap of 1 those ratios are truncated that are 1, or that rounding has put above it.
@@ -108,7 +98,7 @@ def test_a_served_engine_samples_while_the_trainer_trains(
     ]
     assert versions == [{0}, {0}, {1}, {2}]
     assert rollouts == answers(tmp_path / "again")
-    assert same_weights(tmp_path / "run", tmp_path / "again")
+    assert_same(tmp_path / "run", tmp_path / "again")
 
 
 def test_a_stale_engine_ends_the_run_before_anything_is_trained_on_it(
@@ -121,12 +111,12 @@ def test_a_stale_engine_ends_the_run_before_anything_is_trained_on_it(
     server.stale = True
     with pytest.raises(EngineError, match="is stale: it still has the weights before"):
         run_to_end(recipe(server), tmp_path / "run")
-    assert steps(tmp_path / "run") == []
+    assert step_rows(tmp_path / "run") == []
     assert set(answers(tmp_path / "run")) == {"step_000001.000", "validation_000000.000"}
     server.stale = False
     server.restart()
     run_to_end(recipe(server), tmp_path / "run")
-    assert same_weights(tmp_path / "run", wanted)
+    assert_same(tmp_path / "run", wanted)
 
 
 def test_an_engine_that_dies_is_said_in_one_line_and_resume_goes_on(
@@ -141,7 +131,7 @@ def test_an_engine_that_dies_is_said_in_one_line_and_resume_goes_on(
     server.dies_after = 1 + 4 + 3  # an evaluation, a step, and most of the next
     with pytest.raises(EngineError, match="is unavailable"):
         run_to_end(recipe(server), run)
-    assert [row["step"] for row in steps(run)] == [1]
+    assert [row["step"] for row in step_rows(run)] == [1]
     capsys.readouterr()
     assert command(monkeypatch, "resume", run) == 2
     error = capsys.readouterr().err.strip()
@@ -149,7 +139,7 @@ def test_an_engine_that_dies_is_said_in_one_line_and_resume_goes_on(
     server.dies_after = None
     server.restart()
     assert command(monkeypatch, "resume", run) == 0
-    assert same_weights(run, wanted)
+    assert_same(run, wanted)
     assert answers(run) == answers(wanted)
 
 

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from served_policies import mismatch, move
 
 import vllm_server
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
-from selfteach.losses.policy_gradient import token_logp
-from selfteach.models.sequences import sequences
 from selfteach.runtime.run_folder import RunFolder
-from selfteach.trainer.build import Built, build
+from selfteach.trainer.build import build
 from selfteach.trainer.build_engine import require_engine
 from selfteach.trainer.loop import run_to_end
 from selfteach.types import Rollout, Sampling
@@ -64,24 +62,6 @@ def recipe(server: Server, more: dict[str, Any] | None = None) -> Recipe:
     return validate(Recipe, merge(merge(SMALL, {"engine": section}), more or {}), where="test")
 
 
-def mismatch(built: Built, rollouts: list[Rollout]) -> float:
-    """Return the largest difference of log-probabilities, trainer against engine, in nats."""
-    worst = 0.0
-    for rollout in rollouts:
-        side = sequences([rollout.prompt_ids], [rollout.token_ids], 0)
-        with torch.no_grad():
-            logits = built.components.policy.score(side).logits(slice(None))
-        trainer = token_logp(logits, torch.tensor(rollout.token_ids), TEMPERATURE)
-        worst = max(worst, (trainer - torch.tensor(rollout.logps)).abs().max().item())
-    return worst
-
-
-def move(built: Built, by: float) -> None:
-    with torch.no_grad():
-        for weight in built.components.policy.trainable.values():
-            weight.add_(torch.randn_like(weight) * by)
-
-
 # Adapters first: they need the weights that the server was started with.
 @pytest.mark.parametrize(("more", "by"), [(LORA, 0.05), ({}, 0.01)], ids=["lora", "full"])
 def test_trainer_and_engine_agree_before_and_after_updates(
@@ -97,13 +77,13 @@ def test_trainer_and_engine_agree_before_and_after_updates(
         built.components.engine.load_weights(policy.trainable.items(), version)
         loaded = time.monotonic() - started
         rollouts = built.components.engine.generate(problems, SAMPLING)
-        difference = mismatch(built, rollouts)
+        difference = mismatch(built, rollouts, TEMPERATURE)
         print_line(
             f"version {version}: difference {difference:.1e} nats, weights loaded in {loaded:.1f} s"
         )
         assert difference < TOLERANCE
         if before:  # the old rollouts are far from the new weights: the update changed them
-            assert mismatch(built, before) > 10 * TOLERANCE
+            assert mismatch(built, before, TEMPERATURE) > 10 * TOLERANCE
         again = built.components.engine.generate(problems, SAMPLING)
         assert [r.token_ids for r in again] == [r.token_ids for r in rollouts]
         before = rollouts

@@ -245,9 +245,10 @@ class GymData(AnswerReading):
 
 
 class EnvironmentData(AnswerReading):
-    """Takes problems from an environment of the library `verifiers` (Prime Intellect), single turn.
+    """Takes problems from an environment of the library `verifiers` (Prime Intellect).
 
-    Its rewards are ``reward.functions = [{ type = "environment" }]``.
+    Its rewards are ``reward.functions = [{ type = "environment" }]``; those of several turns belong to
+    the episodes of ``environment.type = "verifiers"``.
     """
 
     type: Literal["verifiers"]

@@ -75,6 +75,16 @@ class OpenEnvEnvironmentConfig(EpisodeConfig):
         return value.rstrip("/")
 
 
+class VerifiersEnvironmentConfig(EpisodeConfig):
+    """Runs the episodes of the environment of `verifiers` that gives the problems
+    (``data.type = "verifiers"``)."""
+
+    type: Literal["verifiers"]
+    """The environment that ``data`` names."""
+    success: float = 1.0
+    """Least reward of an episode that counts as a success: the weighted sum of its rubric."""
+
+
 class CustomEnvironmentConfig(CustomPart, EpisodeConfig):
     """Runs episodes with a class of one's own, an `Environment` of `selfteach.protocols`."""
 
@@ -84,7 +94,8 @@ EnvironmentConfig = Annotated[
         Annotated[CalculatorEnvironmentConfig, Tag("calculator")],
         Annotated[PythonEnvironmentConfig, Tag("python")],
         Annotated[OpenEnvEnvironmentConfig, Tag("openenv")],
+        Annotated[VerifiersEnvironmentConfig, Tag("verifiers")],
         Annotated[CustomEnvironmentConfig, Tag(CUSTOM)],
     ],
-    custom_or("environment", ("calculator", "python", "openenv")),
+    custom_or("environment", ("calculator", "python", "openenv", "verifiers")),
 ]

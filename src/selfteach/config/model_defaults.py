@@ -12,6 +12,8 @@ LAB_MODEL = "lab:"
 """Begins the name of a base model of the lab."""
 LAB_DATA = "lab"
 """The type of data that is the default."""
+EPISODE_TEMPLATES = {"chain_sums": "turns_chain_sums", "verifiers": "turns_bare"}
+"""Template sets of episodes by the type of data; of others it is ``turns``."""
 WORLD_FILE = "world.json"
 """File in the folder of a model of the lab, also of one that was trained or exported from it."""
 
@@ -37,10 +39,15 @@ def with_episode_templates(values: dict[str, Any]) -> dict[str, Any]:
     model, data = values.get("model", {}), values.get("data", {})
     if not values.get("environment") or not isinstance(model, Mapping) or model.get("templates"):
         return values
-    kind = data.get("type") if isinstance(data, Mapping) else getattr(data, "type", None)
+    kind, verifier = (
+        data.get(key) if isinstance(data, Mapping) else getattr(data, key, None)
+        for key in ("type", "verifier")
+    )
+    if verifier in EPISODE_TEMPLATES:  # problems of that kind in files
+        kind = verifier
     if kind in (None, LAB_DATA):  # a vocabulary of its own
         return values
-    name = "turns_chain_sums" if kind == "chain_sums" else "turns"
+    name = EPISODE_TEMPLATES.get(str(kind), "turns")
     return {**values, "model": {**model, "templates": name}}
 
 

@@ -92,8 +92,9 @@ class ModelConfig(Section):
     templates: str | None = None
     """Prompt templates: ``steps``, ``free``, ``code``, ``chain_sums``, ``lab``; ``steps_few_shot``,
     ``free_few_shot`` and ``code_few_shot``, which show small models worked problems; ``turns`` and
-    ``turns_chain_sums`` for episodes; or a folder (named with a slash) whose files override those of
-    ``steps``, or of the sets its ``parents.txt`` names; unset: what the data needs."""
+    ``turns_chain_sums`` for episodes, ``turns_few_shot`` and ``turns_chain_sums_few_shot`` with worked
+    tool calls; or a folder (named with a slash) whose files override those of ``steps``, or of the sets
+    its ``parents.txt`` names; unset: what the data needs."""
     system: str | None = None
     """System prompt of student and teacher, in place of the chat template's. If the
     template has no system role, it is put before the first question."""
@@ -102,10 +103,16 @@ class ModelConfig(Section):
     ``system``."""
     thinking: ThinkingConfig = ThinkingConfig()
     """Whether student and teacher think before they answer."""
+    tool_calls: Literal["family", "json"] = "family"
+    """How tools are called ([tools](environments.md#tools)): as the model's family does, or by a JSON
+    object on lines of its own, which small models write instead."""
     weights_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Data type of the weights; ``auto``: bfloat16 where the device has bfloat16 matmul, else float32.
     What trains is float32 in any case, adapters or all weights, and so are its moments; matmuls of
     weights that are bfloat16 here are in bfloat16."""
+    quantization: Literal["nf4"] | None = None
+    """Hold the frozen weights of the decoder's linear layers in 4 bits (QLoRA): ``nf4``, with
+    bitsandbytes (the extra ``4bit``). Needs ``model.lora``. Other weights have ``weights_dtype``."""
     autocast: Literal["auto", "bfloat16"] | None = None
     """Multiply matrices in bfloat16 while weights keep their dtype; ``auto``: where the device has
     bfloat16 matmul, which most CPUs lack; ``false``: never. On such a CPU logits are rounded to
@@ -122,11 +129,25 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, more time; ``auto``: where those of the
     smallest micro-batch do not fit the device."""
 
-    @field_validator("lora", "autocast", mode="before")
+    @field_validator("lora", "autocast", "quantization", mode="before")
     @classmethod
     def _false_is_none(cls, value: object) -> object:
         """Read false as None: TOML has no null, and an override must be able to unset a key."""
         return None if value is False else value
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> ModelConfig:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                f'quantization = "{self.quantization}" holds frozen weights, and without adapters all '
+                "weights train: add [model.lora], or remove quantization"
+            )
+        if self.quantization is not None and self.gguf_file is not None:
+            raise ValueError(
+                "quantization and gguf_file exclude each other: a GGUF file's weights are dequantised; "
+                "name a folder or hub id with safetensors"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -165,7 +186,8 @@ class TrainConfig(Section):
     """Steps by which the sampling weights may lag. 0: each step ends before the next begins. 1: a step
     is critiqued while another one trains; 2 and more: sampling runs further ahead."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Padded tokens (prompt and rollout, student and teacher) in one forward pass; ``auto``: 16,384, or
+    """Tokens (prompt and rollout, student and teacher) in one forward pass, padding included where the
+    device has no attention without padding (bfloat16 on CUDA has); ``auto``: 16,384, or
     as many as fit the memory that the device has free."""
     max_length: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and rollout together; unset: the model's context length. A sample that does
@@ -174,6 +196,10 @@ class TrainConfig(Section):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=1, ge=1)
     """Number of latest checkpoints that are kept."""
+    deterministic: bool = False
+    """On a GPU, use only algorithms whose sums have a fixed order: runs of one recipe, resumed or not,
+    then end in the same weights bit for bit on the same device and software, and are slower. A CPU
+    always does."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of torch in a run; unset: all cores for a single run, one each in a study."""
 
@@ -269,7 +295,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
         distillation, grpo = terms(self.objective)
-        check_environment(self.data, self.reward)
+        check_environment(self.data, self.reward, episodes=self.runs_hub_episodes)
         for name in self.context.names:
             if name in CRITIC_CONTEXTS and self.critic is None:
                 raise ValueError(f'context "{name}" needs a critic: add [critic] type = "oracle"')
@@ -278,6 +304,11 @@ class Recipe(Section):
         if distillation is not None and self.train.steps > 0:
             _check_distillation(distillation, self)
         check_sampling(self)
+        if self.model.quantization is not None and self.distributed.shard != "none":
+            raise ValueError(
+                "model.quantization: weights in 4 bits are not sharded: set distributed.shard = "
+                '"none", or remove quantization'
+            )
         comparing = "grpo" if grpo else 'context "peer"' if "peer" in self.context.names else None
         if comparing and self.train.group_size < 2:
             raise ValueError(f"{comparing} needs a train.group_size of at least 2")
@@ -299,6 +330,11 @@ class Recipe(Section):
         if self.environment is None:
             return self.data.type in ORACLE_DATA
         return self.environment.type == "calculator" and self.data.type == "chain_sums"
+
+    @property
+    def runs_hub_episodes(self) -> bool:
+        """Return True if the environment of `verifiers` that gives the problems runs the episodes."""
+        return self.environment is not None and self.environment.type == "verifiers"
 
     @property
     def most_sampled(self) -> int:

@@ -211,10 +211,25 @@ class RewardConfig(Section):
         return tuple(one for one in self.functions if isinstance(one, JudgeConfig))
 
 
-def check_environment(data: DataConfig, reward: RewardConfig | None) -> None:
-    """Raise `ValueError` for rewards of an environment without one, or if nothing says who is right."""
+def check_environment(
+    data: DataConfig, reward: RewardConfig | None, *, episodes: bool = False
+) -> None:
+    """Raise `ValueError` for rewards of an environment without one, or if nothing says who is right.
+
+    With ``episodes`` the environment runs them, and its rubric rewards each when it ends.
+    """
     functions = reward.functions if reward is not None else ()
     named = any(isinstance(one, EnvironmentRewardConfig) for one in functions)
+    if episodes and not isinstance(data, EnvironmentData):
+        raise ValueError(
+            'environment.type = "verifiers" runs the episodes of data.type = "verifiers"; data.type is '
+            f'"{data.type}"'
+        )
+    if episodes and named:
+        raise ValueError(
+            'environment.type = "verifiers" rewards each episode with its rubric already: remove the '
+            'reward "environment" from reward.functions'
+        )
     if not isinstance(data, EnvironmentData):
         if named:
             raise ValueError(
@@ -222,7 +237,7 @@ def check_environment(data: DataConfig, reward: RewardConfig | None) -> None:
                 f'"{data.type}"'
             )
         return
-    decides = reward is not None and reward.success is not None
+    decides = episodes or (reward is not None and reward.success is not None)
     if data.verifier is None and not decides:
         raise ValueError(
             'data.type = "verifiers": nothing says which answers are right: add [reward] with '

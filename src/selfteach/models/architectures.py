@@ -60,6 +60,12 @@ class Shape:
         embeddings = self.vocabulary * h * (1 if self.tied else 2)
         return embeddings + self.layers * layer + h
 
+    @property
+    def linear_weights(self) -> int:
+        """Return the number of weights of the layers' linear maps."""
+        h, a, k = self.hidden, self.attention, self.keys
+        return self.layers * (2 * h * a + 2 * h * k + 3 * h * self.intermediate)
+
     def adapters(self, rank: int, targets: Sequence[str]) -> int:
         """Count parameters of LoRA on these modules: rank (in + out) each. Unknown names add 0."""
         h, a, k, i = self.hidden, self.attention, self.keys, self.intermediate

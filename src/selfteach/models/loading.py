@@ -23,11 +23,12 @@ from selfteach.config.recipe import ModelConfig
 from selfteach.errors import EngineError
 from selfteach.models import matmul
 from selfteach.models.model_path import may_be_hub_id, resolve
+from selfteach.models.quantization import loading_options
 from selfteach.models.weight_files import no_pickle, require_whole
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
-from selfteach.prompts.tool_calls import Tool
+from selfteach.prompts.tool_calls import JSON_CALLS, Tool
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -69,7 +70,9 @@ def load(
     tokenizer = load_tokenizer(config)
     renderer = build_renderer(config, tokenizer, templates, tools)
     dtypes = dtypes_of(config, device.type, all_weights_train=all_weights_train)
-    model = load_model(config, torch.device("cpu") if on_cpu else device, dtypes.weights)
+    model = load_model(
+        config, torch.device("cpu") if on_cpu else device, dtypes.weights, compute=dtypes.compute
+    )
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -97,6 +100,7 @@ def build_renderer(
         teacher_system=config.teacher_system,
         thinking=thinking,
         tools=tools,
+        tool_calls=JSON_CALLS if config.tool_calls == "json" else None,
     )
 
 
@@ -164,16 +168,22 @@ def _gguf_tokenizer(path: str, gguf_file: str, trust: bool) -> PreTrainedTokeniz
 
 
 def load_model(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype | None = None
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    compute: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Load the causal language model of a recipe, in evaluation mode on its device.
 
-    ``dtype`` of the weights; None: the recipe's.
+    ``dtype`` of the weights; None: the recipe's. ``compute`` is the dtype of matmuls with weights of
+    4 bits; None: that of the others.
 
     Weights come from safetensors or GGUF files only, all of the model's are there, and all are finite.
     Raises `EngineError` in one line.
     """
-    extra: dict[str, Any] = {"use_safetensors": True}
+    dtype = dtype or DTYPES[weights_dtype_of(config, device.type)]
+    extra = {"use_safetensors": True, **loading_options(config, device, compute or dtype)}
     if config.gguf_file:
         from transformers import GgufConfig  # only recent releases have it, only GGUF needs it
 
@@ -182,7 +192,7 @@ def load_model(
         with _no_progress_bars(), no_pickle(config, resolve(config.path)):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 resolve(config.path),
-                dtype=dtype or DTYPES[weights_dtype_of(config, device.type)],
+                dtype=dtype,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
                 **extra,

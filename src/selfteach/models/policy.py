@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from selfteach.config.guard_section import NO_GRADIENT
 from selfteach.errors import EngineError
-from selfteach.models import plain_pass, prefix_cache, tree_attention
+from selfteach.models import packed_attention, plain_pass, prefix_cache, tree_attention
 from selfteach.models.fsdp import Shards, whole
 from selfteach.models.lm_head import Head, Scores
 from selfteach.models.sequences import sequences
@@ -90,6 +90,8 @@ class Policy:
             getattr(module, "gradient_checkpointing", False) for module in causal.modules()
         )
         self.uses_tree_attention = tree_attention.enable_tree_attention(causal)
+        self.packs_sequences = False
+        """Runs trees of whole sequences without padding: `sequences` are to be built for that."""
         self._shards = None
         self._prove_passes(causal)
         # The head and the passes are probed on the full model; the optimizer must get the shards.
@@ -142,7 +144,8 @@ class Policy:
         if sequences.tree and self.uses_tree_attention and shared == sequences.shared:
             tree = sequences.tree
             ids_BT, rows_N, columns_N = tree.ids_1U, 0, tree.columns_N
-            extra = tree_attention.model_inputs(tree, shared, self.model.dtype)
+            packed = self.packs_sequences and not shared
+            extra = tree_attention.model_inputs(tree, shared, self.model.dtype, packed=packed)
         elif self.uses_tree_attention and not shared:
             extra = tree_attention.causal_inputs(ids_BT, self.model.dtype)
         if shared:
@@ -152,25 +155,21 @@ class Policy:
 
     @torch.no_grad()
     def _prove_passes(self, causal: PreTrainedModel) -> None:
-        """Keep only those of tree attention and shared prefixes that leave the hidden states unchanged.
+        """Keep only those of tree attention, packing and shared prefixes that leave the hidden states
+        unchanged.
 
         Raises `EngineError` if even padding changes them.
         """
         self.model.eval()
-        prompts = [
-            prompt
-            for prompt in plain_pass.probe_prompts(causal.config.get_text_config().vocab_size)
-            for _ in range(2)
-        ]
-        completions = [[*prompts[0][: 2 + row], row] for row in range(len(prompts))]
-        side = sequences(prompts, completions, pad_id=0, least_shared=plain_pass.PROBE_SHARED)
-        side = side.to(next(causal.parameters()).device)
-        device_type, rounded = (
-            side.ids_BT.device.type,
-            plain_pass.is_rounded(causal, self._autocast),
+        prompts, completions = _probe(causal)
+        device = next(causal.parameters()).device
+        padded, packed = (
+            sequences(prompts, completions, 0, plain_pass.PROBE_SHARED, packed=packed).to(device)
+            for packed in (False, True)
         )
+        rounded = plain_pass.is_rounded(causal, self._autocast)
         with (
-            torch.autocast(device_type, self._autocast, enabled=self._autocast is not None),
+            torch.autocast(device.type, self._autocast, enabled=self._autocast is not None),
             plain_pass.shrunk_windows(causal, sys.maxsize),
         ):
             plain_NH = torch.cat([
@@ -178,21 +177,28 @@ class Policy:
                 for prompt, completion in zip(prompts, completions, strict=True)
             ])  # fmt: skip
             spread = float(plain_NH.double().std())
-            shares, folds = self.shares_prefixes, self.uses_tree_attention
-            for way in dict.fromkeys(
-                [(shares, folds), (shares, False), (False, folds), (False, False)]
-            ):
-                self.shares_prefixes, self.uses_tree_attention = way
+
+            def proves(side: Sequences) -> bool:
                 try:
                     hidden_NH = self._hidden(side)
                 except Exception:  # a model's code raises anything for a cache it does not know
-                    continue
-                if plain_pass.agree(hidden_NH, plain_NH, rounded=rounded, spread=spread):
-                    return
-        raise EngineError(
-            f"{type(causal).__name__} computes other states in a batch than alone, so its rollouts "
-            "cannot be scored in batches"
-        )
+                    return False
+                return plain_pass.agree(hidden_NH, plain_NH, rounded=rounded, spread=spread)
+
+            shares, trees = self.shares_prefixes, self.uses_tree_attention
+            ways = dict.fromkeys([(shares, trees), (shares, False), (False, trees), (False, False)])
+            for self.shares_prefixes, self.uses_tree_attention in ways:
+                if proves(padded):
+                    break
+            else:
+                raise EngineError(
+                    f"{type(causal).__name__} computes other states in a batch than alone, so its "
+                    "rollouts cannot be scored in batches"
+                )
+            if self.uses_tree_attention:
+                dtype = self._autocast or causal.dtype
+                self.packs_sequences = packed_attention.is_available(device, dtype)
+                self.packs_sequences = self.packs_sequences and proves(packed)
 
     def optimizer_step(self) -> dict[str, float]:
         """Take one AdamW step on the accumulated gradients; returns its metrics.
@@ -235,6 +241,16 @@ class Policy:
         assert isinstance(self.model, PeftModel)
         with self.model.disable_adapter():
             yield
+
+
+def _probe(causal: PreTrainedModel) -> tuple[list[list[int]], list[list[int]]]:
+    """Return prompts and completions in which everything that a pass can share is shared."""
+    prompts = [
+        prompt
+        for prompt in plain_pass.probe_prompts(causal.config.get_text_config().vocab_size)
+        for _ in range(2)
+    ]
+    return prompts, [[*prompts[0][: 2 + row], row] for row in range(len(prompts))]
 
 
 def add_adapters(

@@ -19,10 +19,13 @@ def sequences(
     completions: Sequence[Sequence[int]],
     pad_id: int,
     least_shared: int | None = None,
+    *,
+    packed: bool = False,
 ) -> Sequences:
     """Append completions to prompts, right-padded; includes the positions that predict their tokens.
 
-    ``least_shared`` as in `shared_length`.
+    ``least_shared`` as in `shared_length`. With ``packed`` they are a tree in any case, of whole
+    sequences: for a policy that runs trees without padding (`Policy.packs_sequences`).
     """
     whole = [
         (*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)
@@ -31,13 +34,13 @@ def sequences(
     lengths = [len(completion) for completion in completions]
     # A tensor per row would cost more than the rows themselves.
     predicted = (range(len(p) - 1, len(ids) - 1) for p, ids in zip(prompts, whole, strict=True))
-    shared = shared_length(prompts, least_shared)
+    shared = 0 if packed else shared_length(prompts, least_shared)
     return Sequences(
         ids_BT=torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in whole]),
         rows_N=torch.arange(len(whole)).repeat_interleave(torch.tensor(lengths)),
         columns_N=torch.tensor(list(chain.from_iterable(predicted)), dtype=torch.long),
         shared=shared,
-        tree=build_token_tree(prompts, completions, shared),
+        tree=build_token_tree(prompts, completions, shared, 1.0 if packed else None),
     )
 
 

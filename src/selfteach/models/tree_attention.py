@@ -4,6 +4,9 @@ Rollouts of one problem share its prompt and often their first tokens. Under cau
 state depends only on the tokens before it in its sequence. So sequences are paths of a tree with one
 node per distinct prefix: everything but attention is computed once per node, and attention runs along
 each path as it would along the sequence. Exact, gradients included.
+
+Paths are padded to the longest one, or, where the device has a kernel for it, laid end to end
+(`packed_attention`): then no padding is computed at all.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from selfteach.models import packed_attention
 from selfteach.models.plain_pass import backbone_of
 from selfteach.types import TokenTree
 
@@ -30,9 +34,14 @@ MIN_SAVING = 0.9
 
 
 def build_token_tree(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], shared: int
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    shared: int,
+    least_saving: float | None = None,
 ) -> TokenTree | None:
     """Build the tree of the sequences after their first ``shared`` tokens; None if it saves too little.
+
+    A tree of more than ``least_saving`` (None: `MIN_SAVING`) times the padded tokens is not built.
 
     ``prompts`` and ``completions`` are B lists of ids; the result has U nodes and the N nodes that
     predict the completions' tokens, in order. The last token of a completion is left out: nothing
@@ -42,7 +51,7 @@ def build_token_tree(
     length = max(map(len, read))
     path_BL = np.zeros((len(read), length), dtype=np.int64)
     ids, positions, first = list[int](), list[int](), list[int]()
-    previous, previous_row = (), 0
+    previous, previous_row, added = (), 0, list[tuple[int, int]]()
     for row in sorted(range(len(read)), key=read.__getitem__):  # shared prefixes become adjacent
         sequence, path_L = read[row], path_BL[row]
         start, end, nodes = _common_prefix(previous, sequence), len(sequence), len(ids)
@@ -52,15 +61,23 @@ def build_token_tree(
         positions += range(shared + start, shared + end)
         first += range(row * length + start, row * length + end)
         previous, previous_row = sequence, row
-    if len(ids) > MIN_SAVING * path_BL.size:
+        added.append((row, end - start))
+    if len(ids) > (MIN_SAVING if least_saving is None else least_saving) * path_BL.size:
         return None
     predicting = [
         path_L[len(sequence) - len(completion) : len(sequence)]
         for path_L, sequence, completion in zip(path_BL, read, completions, strict=True)
     ]
+    adding = [(path_BL[row, : len(read[row])], count) for row, count in added if count]
+    queries, keys = [count for _, count in adding], [len(path) for path, _ in adding]
+    query_starts, key_starts = (
+        torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32)) for counts in (queries, keys)
+    )
     return TokenTree(
         torch.tensor([ids]), torch.tensor([positions]), torch.from_numpy(path_BL),
         torch.tensor(first), torch.from_numpy(np.concatenate(predicting)),
+        torch.from_numpy(np.concatenate([path for path, _ in adding])),
+        query_starts, key_starts, (max(queries), max(keys)),
     )  # fmt: skip
 
 
@@ -80,10 +97,17 @@ class Paths(NamedTuple):
     """Each node's first position in the flattened paths."""
     mask: Tensor | None
     """Additive mask after a shared prefix: [1, 1, L, shared + L]; None without one."""
+    packed: TokenTree | None = None
+    """The tree, for a kernel that pads nothing (`packed_attention`)."""
 
 
-def model_inputs(tree: TokenTree, shared: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return a model's keyword arguments for a tree, besides ids and a shared prefix's cache."""
+def model_inputs(
+    tree: TokenTree, shared: int, dtype: torch.dtype, *, packed: bool = False
+) -> dict[str, Any]:
+    """Return a model's keyword arguments for a tree, besides ids and a shared prefix's cache.
+
+    With ``packed`` attention pads nothing: it needs `packed_attention` and no shared prefix.
+    """
     length, device = tree.path_BL.shape[1], tree.path_BL.device
     mask = None
     if shared:
@@ -93,7 +117,7 @@ def model_inputs(tree: TokenTree, shared: int, dtype: torch.dtype) -> dict[str, 
         "position_ids": tree.positions_1U,
         # Given a four-dimensional mask, transformers builds none for U consecutive tokens.
         "attention_mask": torch.zeros((1, 1, 1, 1), dtype=dtype, device=device),
-        "paths": Paths(tree.path_BL, tree.first_U, mask),
+        "paths": Paths(tree.path_BL, tree.first_U, mask, tree if packed else None),
     }
 
 
@@ -117,6 +141,13 @@ def _attention(
     """
     if paths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if paths.packed is not None and not settings.get("dropout"):
+        query_UHS, key_UGS, value_UGS = (x[0].transpose(0, 1) for x in (query, key, value))
+        scale = settings.get("scaling")
+        states_UHS = packed_attention.attend(
+            query_UHS, key_UGS, value_UGS, paths.packed, scale=scale
+        )
+        return states_UHS[None], None
     if paths.path_BL is None or paths.first_U is None:
         return sdpa_attention_forward(module, query, key, value, None, **settings)
     shared = key.shape[2] - query.shape[2]

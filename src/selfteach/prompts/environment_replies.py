@@ -73,7 +73,8 @@ def require_tools(
     if tools and tool_format is None:
         raise EngineError(
             f"the chat template of {name!r} writes tool calls in no known form: "
-            f"{', '.join(TOOL_FORMATS)} are known; use a model of such a family"
+            f"{', '.join(TOOL_FORMATS)} are known; use a model of such a family, or set "
+            'model.tool_calls = "json"'
         )
     for tool in tools:
         if tool["function"]["name"] not in prompt:

@@ -17,7 +17,7 @@ from selfteach.prompts.control_tokens import ControlTokens
 from selfteach.prompts.environment_replies import ReplyEncoder, require_tools
 from selfteach.prompts.template_set import Message, Templates, conversation, with_history
 from selfteach.prompts.thinking import Thinking, split_thinking
-from selfteach.prompts.tool_calls import Role, Tool, tool_format
+from selfteach.prompts.tool_calls import Role, Tool, ToolFormat, tool_format
 from selfteach.types import Problem
 
 INCOMPLETE = "\ufffd"
@@ -57,10 +57,12 @@ class Renderer:
         teacher_system: str | None = None,
         thinking: Thinking | None = None,
         tools: Sequence[Tool] = (),
+        tool_calls: ToolFormat | None = None,
     ) -> None:
         """Store tokenizer and templates; ``teacher_system`` is ``system`` where it is None.
 
         ``tools`` are an environment's, as JSON schemas: student's and teacher's prompts offer them.
+        ``tool_calls`` is how they are called; None: as the chat template's family does.
         """
         if tokenizer.chat_template is None:
             raise EngineError(
@@ -69,7 +71,7 @@ class Renderer:
             )
         if tokenizer.eos_token_id is None:
             raise EngineError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
-        self._tokenizer, self._templates = tokenizer, templates
+        self._tokenizer = tokenizer
         self._chat_template = _dated(tokenizer.get_chat_template())
         self._thinking = thinking or Thinking()
         self._tools: list[Any] = [dict(tool) for tool in tools]
@@ -89,8 +91,11 @@ class Renderer:
         self._opens_thought = prompt.rstrip().endswith(self._thinking.tags[0])
         self.end_id = self._end_of_turn()
         """The token that ends the assistant's turn in this chat template."""
-        self.tool_format = tool_format(self._chat_template)
-        """How this family writes tool calls; None for one that is not known."""
+        known = tool_calls or tool_format(self._chat_template)
+        self.tool_format = known and known.offering(tools)
+        """How this family writes calls of these tools; None for a family that is not known."""
+        self.templates = templates.offering(tools, self.tool_format)
+        """The templates, with these tools in the form of this family."""
         require_tools(tokenizer.name_or_path, self._tools, self.tool_format, prompt)
         self._replies = ReplyEncoder(
             lambda messages, header: self._chat(messages, self._thinking.student, header=header),
@@ -233,7 +238,7 @@ class Renderer:
         self, template: str, system: str | None, history: History, **data: str
     ) -> list[Message]:
         escaped = {name: self._escape(text) for name, text in data.items()}
-        messages = conversation(self._templates.render(template, **escaped))
+        messages = conversation(self.templates.render(template, **escaped))
         earlier = [(role, self._escape(content)) for role, content in history]
         return self._with_system(with_history(messages, earlier), system)
 

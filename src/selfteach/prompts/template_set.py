@@ -8,16 +8,21 @@ shipped sets, one a line: a file that the set lacks comes from the first of them
 ``steps``.
 
 A template with worked examples (few-shot) writes ``{{ turn }}`` between the turns of a conversation:
-the first turn is the user's, the second the assistant's, and so on; the last one is the user's.
+the first turn is the user's, the second the assistant's, and so on; the last one is the user's. An
+example of an episode writes ``{{ result }}`` behind an assistant's turn that calls a tool: a tool's
+result follows, and after it ``{{ turn }}`` begins the assistant's next turn. ``call(name, argument=…)``
+is a call in the form of the policy's family, ``tools`` are the tools that the environment offers,
+``call_forms`` a call of each, with … for the arguments.
 
 Questions, rollouts, critiques and references are *data*: they are passed as values and never parsed
-as templates, they cannot write ``{{ turn }}``, and a control token in them (``<|im_end|>``) is encoded
-as plain text (`control_tokens`). Two filters keep data inside what a template puts around it: ``fence``
-and ``untagged``.
+as templates, they cannot write ``{{ turn }}`` or ``{{ result }}``, and a control token in them
+(``<|im_end|>``) is encoded as plain text (`control_tokens`). Two filters keep data inside what a
+template puts around it: ``fence`` and ``untagged``.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -27,10 +32,11 @@ from typing import Any
 
 import jinja2
 
-from selfteach.episodes import Segment
+from selfteach.episodes import Segment, ToolCall
 from selfteach.errors import RecipeError
 from selfteach.prompts.bounded_jinja import BoundedEnvironment
 from selfteach.prompts.control_tokens import BREAK, NONCHARACTERS
+from selfteach.prompts.tool_calls import TOOL_FORMATS, Tool, ToolFormat
 from selfteach.types import Critique
 
 SHIPPED = Path(__file__).parent / "templates"
@@ -40,6 +46,9 @@ Message = dict[str, str]
 
 TURN = "\ufdd1"
 """Stands for ``{{ turn }}`` until the chat template is applied; it is removed from data."""
+RESULT = "\ufdd3"
+"""Stands for ``{{ result }}``."""
+_MARKS = re.compile(f"([{TURN}{RESULT}])")
 
 _STEP_TAG = re.compile(rf"<{BREAK}?/?(?:(?:step|turn)_\d{{1,9}}|answer)>\Z")
 _TAG_LENGTH = len(f"<{BREAK}/step_>") + 9
@@ -68,8 +77,18 @@ class Templates:
             keep_trailing_newline=False,
             auto_reload=False,  # would check the file on every render
         )
-        self._environment.globals["turn"] = TURN
         self._environment.filters |= {"fence": fence, "untagged": untagged}
+        self._environment.globals |= _globals((), TOOL_FORMATS["hermes"])
+
+    def offering(self, tools: Sequence[Tool], tool_format: ToolFormat | None) -> Templates:
+        """Return the same templates with the tools of an environment, in the form of a family."""
+        offered = copy.copy(self)
+        offered._environment = self._environment.overlay()  # which compiles with its own globals
+        offered._environment.globals = {
+            **self._environment.globals,
+            **_globals(tools, tool_format or TOOL_FORMATS["hermes"]),
+        }
+        return offered
 
     def has(self, name: str) -> bool:
         """Return True if the set, a parent of it, or the set ``steps`` has a template of this name."""
@@ -167,17 +186,28 @@ def _with_parents(folder: Path) -> list[Path]:
 
 
 def conversation(content: str) -> list[Message]:
-    """Split a rendered template into alternating user and assistant messages, the user's last.
+    """Split a rendered template into messages of user, assistant and tool, the user's last.
 
-    Raises `RecipeError` if the last turn would be the assistant's.
+    Raises `RecipeError` if the last turn would be another one's, or a result would follow the user.
     """
-    turns = content.split(TURN)
-    if len(turns) % 2 == 0:
-        raise RecipeError("a template's last turn must be the user's: an even number of {{ turn }}")
-    return [
-        {"role": "assistant" if i % 2 else "user", "content": turn.strip()}
-        for i, turn in enumerate(turns)
-    ]
+    first, *others = _MARKS.split(content)
+    messages: list[Message] = [{"role": "user", "content": first.strip()}]
+    for mark, turn in zip(others[::2], others[1::2], strict=True):
+        last = messages[-1]["role"]
+        if mark == RESULT and last == "user":
+            raise RecipeError("a template's {{ result }} must follow an assistant's turn")
+        role = "tool" if mark == RESULT else "user" if last == "assistant" else "assistant"
+        messages.append({"role": role, "content": turn.strip()})
+    if messages[-1]["role"] != "user":
+        raise RecipeError(
+            "a template's last turn must be the user's: it ends in another one, by its {{ turn }}"
+        )
+    return messages
+
+
+def without_tools(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation for a model that is offered no tools: results are the user's messages."""
+    return [{**m, "role": "user"} if m["role"] == "tool" else m for m in messages]
 
 
 def with_history(messages: Sequence[Message], history: Sequence[tuple[str, str]]) -> list[Message]:
@@ -209,12 +239,22 @@ def untagged(data: str) -> str:
     return "".join(text)
 
 
+def _globals(tools: Sequence[Tool], tool_format: ToolFormat) -> dict[str, Any]:
+    """Return what every template may use besides its data."""
+
+    def call(name: str, /, **arguments: Any) -> str:
+        return tool_format.write(ToolCall(name, arguments))
+
+    forms = [tool_format.form(tool) for tool in tools]
+    return {"turn": TURN, "result": RESULT, "tools": tools, "call": call, "call_forms": forms}
+
+
 def _numbered(segments: Sequence[Segment]) -> list[dict[str, Any]]:
     """Return segments as values of a template: their text, and the number of each turn."""
     numbers = count(1)
     return [
         {
-            "text": segment.shown.replace(TURN, ""),
+            "text": _MARKS.sub("", segment.shown),
             "turn": next(numbers) if segment.kind == "model" else None,
         }
         for segment in segments
@@ -223,7 +263,7 @@ def _numbered(segments: Sequence[Segment]) -> list[dict[str, Any]]:
 
 def _without_turns(value: Any) -> Any:
     if isinstance(value, str):
-        return value.replace(TURN, "")
+        return _MARKS.sub("", value)
     if isinstance(value, tuple):
         return tuple(map(_without_turns, value))
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):

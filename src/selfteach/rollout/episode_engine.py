@@ -31,7 +31,9 @@ from selfteach.types import Problem, Rewards, Rollout, Sampling, Verdict
 
 BROKEN = Verdict(False, False, None, rewards=Rewards(None, {}))
 """The verdict on an episode whose environment has failed."""
-REPLY_EVENTS: tuple[EventKind, ...] = ("tool_result", "tool_error", "observation")
+REPLY_EVENTS: tuple[EventKind, ...] = (
+    "tool_result", "tool_error", "malformed_call", "observation",
+)  # fmt: skip
 """Events that an environment may give to a reply; the others are the engine's."""
 
 

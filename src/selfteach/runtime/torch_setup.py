@@ -5,18 +5,27 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import Any
 
 import numpy as np
 import torch
 
+from selfteach.errors import EngineError
 from selfteach.runtime import gc_pause
 
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """Parameters of mallopt(3)."""
 
 
-def configure_torch(device: torch.device) -> None:
+CUBLAS_CONFIG = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_CONFIGS = (":4096:8", ":16:8")
+"""Workspaces with which cuBLAS sums in a fixed order, as PyTorch accepts them; the first is faster."""
+
+
+def configure_torch(device: torch.device, *, deterministic: bool = False) -> None:
     """Configure this process before a model runs on the device.
+
+    ``deterministic``: see `use_fixed_order`; a CPU's sums have a fixed order in any case.
 
     Turns off cuDNN's attention, which PyTorch prefers on Hopper: it makes a plan for every shape that
     comes with a mask, and makes it again. A pass of one token took 29 ms instead of 3 (an H200,
@@ -27,8 +36,29 @@ def configure_torch(device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
         repeat_kv_heads_in_float32()
+        if deterministic:
+            use_fixed_order()
     elif device.type == "cpu":
         keep_freed_memory()
+
+
+def use_fixed_order() -> None:
+    """Use only algorithms of CUDA whose sums have a fixed order.
+
+    Without exceptions that PyTorch would merely warn of: with those, attention's gradient would be
+    summed in the order in which the device's cores finish. An operation that has no such algorithm
+    raises RuntimeError. Raises `EngineError` if the environment has cuBLAS choose freely.
+    """
+    config = os.environ.setdefault(CUBLAS_CONFIG, CUBLAS_CONFIGS[0])  # read at its first product
+    if config not in CUBLAS_CONFIGS:
+        raise EngineError(
+            f"train.deterministic = true, and {CUBLAS_CONFIG} is {config!r} in the environment: unset "
+            f"it, or set it to {' or '.join(CUBLAS_CONFIGS)}"
+        )
+    torch.use_deterministic_algorithms(True)
+    memory: Any = torch.utils.deterministic
+    memory.fill_uninitialized_memory = False  # nothing reads it
+    torch.backends.cudnn.benchmark = False
 
 
 def seed_update(seed: int, update: int, rank: int) -> None:

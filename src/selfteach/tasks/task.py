@@ -44,6 +44,9 @@ from selfteach.tasks.sources.load import combined, read_problem_sets
 from selfteach.tasks.sources.reasoning_gym import generate
 from selfteach.types import Critique, CritiqueFailure, Problem, ReplaceSteps, Rollout
 
+ReadData = FilesData | HubData | GymData | EnvironmentData | CustomData
+"""Sections of problems that are read or imported, and not generated here."""
+
 
 @runtime_checkable
 class OracleFn(Protocol):
@@ -127,15 +130,14 @@ def load_task(
     *,
     allow_empty: bool = False,
     reward: RewardConfig | None = None,
+    episodes: bool = False,
 ) -> Task:
     """Load the task that a recipe names. Raises `DataError`, in one line, if it cannot be loaded.
 
     With ``allow_empty`` the recipe needs no source of problems: the task only says how answers are
     read. With a ``reward`` problems have the columns of their rows, and where it needs no answers they
-    may have none.
+    may have none. With ``episodes`` an environment of `verifiers` runs these too (`Recipe`).
     """
-    need_answers = reward is None or reward.needs_answers
-    environment = None
     match config:
         case LabData():
             return _lab(config, model_folder)
@@ -145,46 +147,58 @@ def load_task(
             return _code_tasks(config)
         case FilesData() | HubData():
             config = with_mapping(config)
-            splits, counts, columns = read_problem_sets(
+        case _:
+            pass
+    need_answers = reward is None or reward.needs_answers
+    if isinstance(config, EnvironmentData) and config.verifier is None:
+        need_answers = False
+    fields = _read_problems(
+        config, allow_empty, reward is not None, need_answers, episodes=episodes
+    )
+    verifier, functions = _verifier_and_functions(config, model_folder)
+    if not need_answers and verifier != "code":
+        functions["verify"] = verifiers.WithoutAnswers(functions["verify"])
+    _check_meta(verifier, [*fields["train"], *fields["validation"], *fields["test"]])
+    if "environment" in fields:
+        functions["templates"] = "bare"  # its prompts bring their instructions
+    task = Task(**fields, **functions)
+    if config.invalid_problems == "warn":
+        return task
+    return _only_valid(task, drop=config.invalid_problems == "drop")
+
+
+def _read_problems(
+    config: ReadData, allow_no_source: bool, keep_rows: bool, need_answers: bool, *, episodes: bool
+) -> dict[str, Any]:
+    """Return a `Task`'s problems, and what was read to get them, as fields of it."""
+    fields: dict[str, Any] = {}
+    match config:
+        case FilesData() | HubData():
+            splits, fields["counts"], fields["columns"] = read_problem_sets(
                 config,
-                allow_no_source=allow_empty,
-                keep_rows=reward is not None,
+                allow_no_source=allow_no_source,
+                keep_rows=keep_rows,
                 need_answers=need_answers,
             )
         case GymData():
-            splits, counts, columns = generate(config), {}, ""
+            splits = generate(config)
         case EnvironmentData():
-            if config.verifier is None:
-                need_answers = False
-            environment, splits, counts, columns = read_environment(
-                config, need_answers=need_answers
+            fields["environment"], splits, fields["counts"], fields["columns"] = read_environment(
+                config, need_answers=need_answers, episodes=episodes
             )
         case CustomData():
-            splits, counts, columns = combined(*custom_problems(config, need_answers=need_answers))
+            read = custom_problems(config, need_answers=need_answers)
+            splits, fields["counts"], fields["columns"] = combined(*read)
+    return fields | {name: tuple(splits[name]) for name in ("train", "validation", "test")}
+
+
+def _verifier_and_functions(config: ReadData, model_folder: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of the verifier that is read for, and the functions of a `Task`."""
     world = config.world if isinstance(config, FilesData) else None
     named = config.verifier
     verifier = "exact" if named is None or isinstance(named, CustomPart) else named
-    functions = custom_functions(config, _functions_of(verifier, config, world, model_folder))
-    if not need_answers and verifier != "code":
-        functions["verify"] = verifiers.WithoutAnswers(functions["verify"])
-    train, validation, test = (tuple(splits[name]) for name in ("train", "validation", "test"))
-    _check_meta(verifier, [*train, *validation, *test])
-    if environment is not None:
-        functions["templates"] = "bare"  # its prompts bring their instructions
-    task = Task(
-        train,
-        validation,
-        test,
-        counts=counts,
-        columns=columns,
-        environment=environment,
-        **functions,
-    )
-    return (
-        task
-        if config.invalid_problems == "warn"
-        else _only_valid(task, drop=config.invalid_problems == "drop")
-    )
+    functions = _functions_of(verifier, config, world, model_folder)
+    return verifier, custom_functions(config, functions)
 
 
 def check_answers(task: Task) -> Audit:

@@ -22,9 +22,12 @@ def collate(
     *,
     pad_id: int,
     micro_batch_tokens: int,
+    packed: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> list[Batch]:
     """Return micro-batches of at most ``micro_batch_tokens`` padded tokens (a longer sample is alone).
+
+    With ``packed``, for a policy that runs sequences without padding, padding does not count.
 
     Samples whose token weights are all zero are left out: they have no gradient, and the denominators
     already count them. Rows are sorted by length, so that there is little padding, and samples with
@@ -44,19 +47,25 @@ def collate(
     batches: list[Batch] = []
     for with_teacher in (False, True):
         kind = [pair for pair in pairs if _has_teacher(pair[0]) == with_teacher]
-        dealt = [_cut(kind[rank :: ranks.size], micro_batch_tokens) for rank in range(ranks.size)]
-        batches += [_batch(micro_batch, pad_id) for micro_batch in dealt[ranks.rank]]
+        dealt = [
+            _cut(kind[rank :: ranks.size], micro_batch_tokens, packed=packed)
+            for rank in range(ranks.size)
+        ]
+        batches += [_batch(micro_batch, pad_id, packed=packed) for micro_batch in dealt[ranks.rank]]
         missing = max(map(len, dealt)) - len(dealt[ranks.rank])
         batches += [_empty(kind[0], pad_id)] * missing if missing else []
     return batches
 
 
-def _cut(pairs: Sequence[Pair], micro_batch_tokens: int) -> list[Sequence[Pair]]:
+def _cut(pairs: Sequence[Pair], micro_batch_tokens: int, *, packed: bool) -> list[Sequence[Pair]]:
     """Cut into contiguous micro-batches, each as large as the limit allows."""
     micro_batches: list[Sequence[Pair]] = []
+    lengths = [_length(sample) for sample, _ in pairs]
     start = 0
     for stop in range(1, len(pairs) + 1):
-        if stop == len(pairs) or _length(pairs[stop][0]) * (stop + 1 - start) > micro_batch_tokens:
+        taken = lengths[start : stop + 1]
+        tokens = sum(taken) if packed else taken[-1] * len(taken)  # sorted: the last is the longest
+        if stop == len(pairs) or tokens > micro_batch_tokens:
             micro_batches.append(pairs[start:stop])
             start = stop
     return micro_batches
@@ -84,16 +93,20 @@ def _length(sample: TrainingSample) -> int:
     return length
 
 
-def _batch(pairs: Sequence[tuple[TrainingSample, TokenWeights]], pad_id: int) -> Batch:
+def _batch(pairs: Sequence[Pair], pad_id: int, *, packed: bool) -> Batch:
     rollouts = [sample.rollout for sample, _ in pairs]
     completions = [rollout.token_ids for rollout in rollouts]
     prompts = [sample.teacher_prompt_ids for sample, _ in pairs]
     teacher_prompts = [prompt for prompt in prompts if prompt is not None]
     assert len(teacher_prompts) in (0, len(pairs)), "samples with and without a teacher do not mix"
     shares = [weights.shares for _, weights in pairs if weights.shares is not None]
+
+    def side(prompts: Sequence[Sequence[int]]) -> Sequences:
+        return sequences(prompts, completions, pad_id, packed=packed)
+
     batch = Batch(
-        student=sequences([rollout.prompt_ids for rollout in rollouts], completions, pad_id),
-        teacher=sequences(teacher_prompts, completions, pad_id) if teacher_prompts else None,
+        student=side([rollout.prompt_ids for rollout in rollouts]),
+        teacher=side(teacher_prompts) if teacher_prompts else None,
         ids_N=torch.tensor([token for completion in completions for token in completion]),
         weight_N=torch.tensor([w for _, weights in pairs for w in weights.weights]),
         advantage_N=torch.tensor(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -57,7 +58,12 @@ from selfteach.runtime.torch_setup import configure_torch
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_critic import build_critic, critic_threads
 from selfteach.trainer.build_engine import build_engine
-from selfteach.trainer.build_environment import build_environments, environment_tools, for_episodes
+from selfteach.trainer.build_environment import (
+    Environments,
+    build_environments,
+    environment_tools,
+    for_episodes,
+)
 from selfteach.trainer.build_objective import build_objective
 from selfteach.trainer.build_reward import build_reward
 from selfteach.trainer.custom_components import build_custom_context, build_custom_teacher
@@ -94,36 +100,17 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
     """
     objective, shard = build_objective(recipe), build_sharding(recipe, ranks)
     device = choose_device(recipe.model.device)
-    configure_torch(device)
+    configure_torch(device, deterministic=recipe.train.deterministic)
     require_memory(recipe)
     recipe = with_memory_choices(recipe, ranks.size if shard else 1)
-    micro_batch_tokens = recipe.train.micro_batch_tokens
-    assert micro_batch_tokens != "auto"
-    task = load_task(recipe.data, resolve(recipe.model.path), reward=recipe.reward)
-    templates = Templates(recipe.model.templates or task.templates)
-    require_fitting_templates(recipe, templates)
-    environments = build_environments(recipe)
-    loaded = load(
-        recipe.model, templates, device=device, on_cpu=shard is not None,
-        all_weights_train=recipe.all_weights_train,
-        tools=environments.tools if environments else (),
-    )  # fmt: skip
-    loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
+    task, templates, loaded, environments = _loaded(recipe, device, on_cpu=shard is not None)
     renderer = loaded.renderer
-    task = for_episodes(recipe, task, renderer.tool_format)
-    task = within_context(renderer, task, loaded.max_length, recipe)
     reward = build_reward(recipe, task, renderer)
     problems = (*task.train, *task.validation, *task.test)
     labelled = ((problem.label, renderer.solver_prompt(problem)) for problem in problems)
     require_embedded(labelled, embedded_tokens(loaded.model))
     model = _with_adapters(recipe, loaded.model)
-    # All ranks run a sharded model's forward pass together, but rollouts end at different lengths:
-    # each rank samples from a full copy. So does an engine that samples while the policy trains.
-    in_process = recipe.engine.type == "transformers"
-    copied = in_process and (shard is not None or recipe.sampling.separate_copy)
-    sampler = copy.deepcopy(model).requires_grad_(False) if copied else model
-    if in_process or shard is None:
-        nn.Module.to(sampler, device)
+    sampler = _sampling_model(recipe, model, device, sharded=shard is not None)
     policy = _policy(recipe, model, loaded, ranks, shard)
     prompts = (renderer.solver_prompt(p) for p in problems)
     engine = build_engine(recipe, loaded, policy, prompts, sampler, ranks, environments)
@@ -133,32 +120,69 @@ def build(recipe: Recipe, ranks: Ranks = SINGLE_PROCESS) -> Built:
         if recipe.critic
         else None
     )
+    gathered = GatheringEngine(engine) if shard else engine
     components = Components(
-        engine=BatchedEngine(
-            GatheringEngine(engine) if shard else engine, recipe.sampling.batch_size, ranks
-        ),
-        verify=task.verify,
-        critic=critic,
-        context=build_arm_context(recipe, task, templates),
-        teacher=teacher,
-        objective=objective,
-        policy=policy,
-        renderer=renderer,
-        split_steps=task.split_steps,
-        sampling=training_sampling(recipe, recipe.train.group_size, recipe.seed),
-        critic_threads=critic_threads(recipe),
-        samples_in_background=_samples_in_background(recipe),
-        num_iterations=recipe.train.num_iterations,
-        micro_batch_tokens=micro_batch_tokens,
-        chunk_tokens=chunk_tokens(loaded.model.config.get_text_config().vocab_size, device.type),
-        max_length=loaded.max_length,
-        pad_id=loaded.pad_id,
-        initial=_watched_initial(recipe, teacher, policy),
-        reward=reward,
-        fleets=fleets_of(engine, critic, reward),
-        ranks=ranks,
-    )
+        engine=BatchedEngine(gathered, recipe.sampling.batch_size, ranks), verify=task.verify,
+        critic=critic, context=build_arm_context(recipe, task, templates), teacher=teacher,
+        objective=objective, policy=policy, renderer=renderer, split_steps=task.split_steps,
+        initial=_watched_initial(recipe, teacher, policy), reward=reward,
+        fleets=fleets_of(engine, critic, reward), ranks=ranks, **_step_settings(recipe, loaded),
+    )  # fmt: skip
     return Built(components, task, loaded.tokenizer)
+
+
+def _loaded(
+    recipe: Recipe, device: torch.device, *, on_cpu: bool
+) -> tuple[Task, Templates, LoadedModel, Environments | None]:
+    """Load the task and the model, checked against each other and against the templates."""
+    task = load_task(
+        recipe.data, resolve(recipe.model.path), reward=recipe.reward,
+        episodes=recipe.runs_hub_episodes,
+    )  # fmt: skip
+    templates = Templates(recipe.model.templates or task.templates)
+    require_fitting_templates(recipe, templates)
+    environments = build_environments(recipe, task)
+    loaded = load(
+        recipe.model, templates, device=device, on_cpu=on_cpu,
+        all_weights_train=recipe.all_weights_train,
+        tools=environments.tools if environments else (),
+    )  # fmt: skip
+    loaded = replace(loaded, max_length=max_sequence_length(recipe, loaded.max_length))
+    task = for_episodes(recipe, task, loaded.renderer.tool_format)
+    task = within_context(loaded.renderer, task, loaded.max_length, recipe)
+    return task, loaded.renderer.templates, loaded, environments
+
+
+def _sampling_model(
+    recipe: Recipe, model: PreTrainedModel | PeftModel, device: torch.device, *, sharded: bool
+) -> PreTrainedModel | PeftModel:
+    """Return the model that samples: the policy's, or a full copy of it.
+
+    All ranks run a sharded model's forward pass together, but rollouts end at different lengths: each
+    rank samples from a full copy. So does an engine that samples while the policy trains.
+    """
+    in_process = recipe.engine.type == "transformers"
+    copied = in_process and (sharded or recipe.sampling.separate_copy)
+    sampler = copy.deepcopy(model).requires_grad_(False) if copied else model
+    if in_process or not sharded:
+        nn.Module.to(sampler, device)
+    return sampler
+
+
+def _step_settings(recipe: Recipe, loaded: LoadedModel) -> dict[str, Any]:
+    """Return the components of a step that are numbers: how it samples, how it batches, how long."""
+    assert recipe.train.micro_batch_tokens != "auto"
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    return {
+        "sampling": training_sampling(recipe, recipe.train.group_size, recipe.seed),
+        "critic_threads": critic_threads(recipe),
+        "samples_in_background": _samples_in_background(recipe),
+        "num_iterations": recipe.train.num_iterations,
+        "micro_batch_tokens": recipe.train.micro_batch_tokens,
+        "chunk_tokens": chunk_tokens(vocabulary, loaded.device.type),
+        "max_length": loaded.max_length,
+        "pad_id": loaded.pad_id,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +205,15 @@ def build_critique_setup(recipe: Recipe) -> CritiqueSetup:
         assert built.components.critic is not None
         return CritiqueSetup(built.components.critic, built.task, built.components.renderer)
     task = load_task(
-        recipe.data, resolve(recipe.model.path), allow_empty=True, reward=recipe.reward
-    )
+        recipe.data, resolve(recipe.model.path), allow_empty=True, reward=recipe.reward,
+        episodes=recipe.runs_hub_episodes,
+    )  # fmt: skip
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(
-        recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe)
+        recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe, task)
     )
     task = for_episodes(recipe, task, renderer.tool_format)
-    critic = build_critic(recipe.critic, task, templates, seed=recipe.seed)
+    critic = build_critic(recipe.critic, task, renderer.templates, seed=recipe.seed)
     return CritiqueSetup(critic, task, renderer)
 
 

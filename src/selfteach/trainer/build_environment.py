@@ -15,6 +15,7 @@ from selfteach.config.environment_section import (
     EnvironmentConfig,
     OpenEnvEnvironmentConfig,
     PythonEnvironmentConfig,
+    VerifiersEnvironmentConfig,
 )
 from selfteach.config.recipe import Recipe
 from selfteach.errors import PartError
@@ -25,6 +26,8 @@ from selfteach.runtime.parts import construct_part, import_part, shown
 from selfteach.tasks import chain_sums
 from selfteach.tasks.environments import calculator, openenv_client, python_tool
 from selfteach.tasks.environments.calculator_oracle import CalculatorOracle
+from selfteach.tasks.environments.verifiers_environment import EpisodeSource
+from selfteach.tasks.hub_environments.shared_loop import SharedLoop
 from selfteach.tasks.task import Task
 
 METHODS = ("reset", "step", "verdict")
@@ -46,10 +49,11 @@ class Environments:
         return tuple(self.make().tools)
 
 
-def build_environments(recipe: Recipe) -> Environments | None:
+def build_environments(recipe: Recipe, task: Task | None = None) -> Environments | None:
     """Return what makes a recipe's environments; None without ``[environment]``.
 
-    Starts nothing. Raises `PartError` for a class that is no environment.
+    ``task`` has the environment of `verifiers`; without it there is none of that kind. Starts nothing.
+    Raises `PartError` for a class that is no environment.
     """
     config = recipe.environment
     if config is None:
@@ -68,13 +72,19 @@ def build_environments(recipe: Recipe) -> Environments | None:
                 limits,
                 lambda: openenv_client.require_server(config),
             )
+        case VerifiersEnvironmentConfig():
+            if task is None or task.environment is None:
+                return None
+            loop = SharedLoop(task.environment.label, config.deadline_s)
+            source = EpisodeSource(task.environment, config.success, loop)
+            return Environments(source.make, limits)
         case CustomEnvironmentConfig():
             return Environments(_custom(config), limits)
 
 
-def environment_tools(recipe: Recipe) -> Sequence[Mapping[str, Any]]:
+def environment_tools(recipe: Recipe, task: Task | None) -> Sequence[Mapping[str, Any]]:
     """Return the tools of a recipe's environment; none without one."""
-    environments = build_environments(recipe)
+    environments = build_environments(recipe, task)
     return () if environments is None else environments.tools
 
 

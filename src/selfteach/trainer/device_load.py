@@ -79,6 +79,7 @@ def load_of(
         critic_bytes=_critic_bytes(recipe, device),
         chooses_micro_batch=train.micro_batch_tokens == "auto",
         chooses_recompute=model.gradient_checkpointing == "auto",
+        quantized=0 if model.quantization is None else min(shape.linear_weights, parameters),
     )
 
 
@@ -93,7 +94,7 @@ def require_memory(recipe: Recipe) -> None:
     load = _load_by_config(recipe)
     if load is not None:
         available = device_memory(recipe.model.device)
-        require_fits(load, available, lora=recipe.model.lora is not None)
+        require_fits(load, available, recipe.model)
 
 
 def with_memory_choices(recipe: Recipe, shards: int = 1) -> Recipe:
@@ -133,13 +134,17 @@ def fitting_runs(recipe: Recipe) -> int | None:
     return max(1, available // max(1, memory(fit(load, available)).peak))
 
 
-def require_fits(load: DeviceLoad, available: int, *, lora: bool) -> None:
+def require_fits(load: DeviceLoad, available: int, model: ModelConfig) -> None:
     """Raise `RecipeError` if what is always allocated exceeds the memory of the device, in bytes."""
     always = sum(item.bytes for item in memory(load).always)
     if always <= available:
         return
     critic = f", the critic's {gib(load.critic_bytes)} included" if load.critic_bytes else ""
-    fix = "a smaller model" if lora else "train adapters (model.lora)"
+    fix = "a smaller model"
+    if model.lora is None:
+        fix = "train adapters (model.lora)"
+    elif model.quantization is None:
+        fix = 'hold the frozen weights in 4 bits (model.quantization = "nf4")'
     raise RecipeError(
         f"weights and optimizer moments need {gib(always)}{critic}, and this device has "
         f"{gib(available)}: {fix}, or shard (distributed.shard)"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from selfteach.models.architectures import Shape
+from selfteach.models.quantization import quantized_bytes
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -77,6 +78,8 @@ class DeviceLoad:
     """The recipe leaves the micro-batch open: `fit` chooses it."""
     chooses_recompute: bool = False
     """The recipe leaves gradient checkpointing open."""
+    quantized: int = 0
+    """Weights that are held in 4 bits."""
     critic_bytes: int = 0
     """Weights of a critic that runs in the trainer's process, on this device."""
     shards: int = 1
@@ -132,6 +135,7 @@ def memory(load: DeviceLoad) -> Memory:
         (
             _shard(gradients, load.shards),
             *_gathered(load),
+            *_dequantized(load),
             *_activations(load),
             *_logits(load),
         ),
@@ -220,9 +224,22 @@ def _gathered(load: DeviceLoad) -> tuple[Item, ...]:
     return (Item("gathered weights", (ends + 2 * layer) * load.compute_bytes, how),)
 
 
+def _dequantized(load: DeviceLoad) -> tuple[Item, ...]:
+    """Count the largest layer's weights, dequantised for a matmul."""
+    if not load.quantized:
+        return ()
+    size = load.shape.hidden * load.shape.intermediate
+    how = f"{load.shape.hidden:,} × {load.shape.intermediate:,} × {load.compute_bytes} bytes"
+    return (Item("a layer's weights, dequantised", size * load.compute_bytes, how),)
+
+
 def _weights(load: DeviceLoad, trained_total: int) -> tuple[Item, ...]:
-    how = f"{load.parameters:,} × {load.weight_bytes} bytes"
-    model = Item("weights", load.parameters * load.weight_bytes, how)
+    rest = load.parameters - load.quantized
+    size, how = rest * load.weight_bytes, f"{rest:,} × {load.weight_bytes} bytes"
+    if load.quantized:
+        size += quantized_bytes(load.quantized)
+        how += f" + {load.quantized:,} × 4.13 bits"
+    model = Item("weights", size, how)
     if not load.adapters:
         return (model,)
     return model, Item("adapters", trained_total, f"{load.trained:,} × {FLOAT} bytes")
@@ -267,7 +284,7 @@ def _logits(load: DeviceLoad) -> tuple[Item, ...]:
     if load.compute_bytes != load.weight_bytes:
         copy = 2 * head * load.compute_bytes  # the student's and the teacher's
         items.append(Item("LM head, cast", copy, f"2 × {head:,} × {load.compute_bytes} bytes"))
-        inner = load.parameters - head * (1 if shape.tied else 2)
+        inner = load.parameters - load.quantized - head * (1 if shape.tied else 2)
         how = f"{inner:,} × {load.compute_bytes} bytes"
         items.append(Item("layer weights, cast", inner * load.compute_bytes, how))
     if not load.adapters:

@@ -193,27 +193,9 @@ def _steps(
         components, _rollout_requests(run, recipe, built), range(done + 1, last + 1), run,
         staleness=recipe.train.staleness, interruptible=end.interruptible,
     )  # fmt: skip
-
-    def save(step: int) -> None:
-        keep = recipe.train.keep_checkpoints
-        # A resume needs the rollouts that led to this checkpoint, and what the metrics stand for.
-        components.ranks.all_or_raise(run.flushed)
-        checkpoint.save(
-            run.checkpoints,
-            step,
-            components.policy,
-            components.teacher,
-            keep=keep,
-            ranks=components.ranks,
-            metrics=run.metrics_path,
-        )
-
     guard = _guard(run, recipe, built)
     try:
-        if components.ranks.broadcast(_due(run, recipe, done)):
-            with end.interruptible():
-                row = _measure(run, recipe, built, "validation", done, record)
-            yield row
+        yield from _due_validation(run, recipe, built, done, record, end)
         for step, (_, metrics) in training:
             ranks = {"ranks": components.ranks.size} if components.ranks.size > 1 else {}
             members = fleet_metrics(components.fleets, components.ranks)
@@ -224,15 +206,11 @@ def _steps(
             events = guard.observe(row)
             components.policy.lr_factor = guard.lr_factor
             yield row
-            if components.ranks.broadcast(_due(run, recipe, step)):
-                with end.interruptible():
-                    row = _measure(run, recipe, built, "validation", step, record)
-                yield row
+            yield from _due_validation(run, recipe, built, step, record, end)
             if step % recipe.train.checkpoint_every == 0 or step == last:
-                save(step)
+                _save(run, recipe, built, step)
             if stops := [event.text for event in events if event.action == "stop"]:
-                if not checkpoint.path_for_step(run.checkpoints, step).exists():
-                    save(step)
+                _save_once(run, recipe, built, step)
                 raise RunStopped(
                     f"{run.path} stopped after step {step} of {last}: {'; '.join(stops)}. All is kept: "
                     f"selfteach resume {run.path} goes on; [guard] sets when a run stops"
@@ -240,9 +218,35 @@ def _steps(
             if step < last and components.ranks.size > 1 and components.ranks.any(end.requested):
                 raise Terminated(end.status)  # on every rank, at the same step
     except Terminated:
-        if done > 0 and not checkpoint.path_for_step(run.checkpoints, done).exists():
-            save(done)
+        if done > 0:
+            _save_once(run, recipe, built, done)
         raise
+
+
+def _due_validation(
+    run: RunFolder, recipe: Recipe, built: Built, step: int, record: Record, end: Termination
+) -> Iterator[dict[str, Any]]:
+    """Evaluate on the validation split if this step has an evaluation, and yield its row."""
+    if built.components.ranks.broadcast(_due(run, recipe, step)):
+        with end.interruptible():
+            row = _measure(run, recipe, built, "validation", step, record)
+        yield row
+
+
+def _save(run: RunFolder, recipe: Recipe, built: Built, step: int) -> None:
+    """Save a checkpoint once all is on disk that a resume needs: rollouts, and rows of metrics."""
+    components = built.components
+    components.ranks.all_or_raise(run.flushed)
+    checkpoint.save(
+        run.checkpoints, step, components.policy, components.teacher,
+        keep=recipe.train.keep_checkpoints, ranks=components.ranks, metrics=run.metrics_path,
+    )  # fmt: skip
+
+
+def _save_once(run: RunFolder, recipe: Recipe, built: Built, step: int) -> None:
+    """Save a checkpoint of this step unless there is one."""
+    if not checkpoint.path_for_step(run.checkpoints, step).exists():
+        _save(run, recipe, built, step)
 
 
 def _guard(run: RunFolder, recipe: Recipe, built: Built) -> Guard:

@@ -129,7 +129,8 @@ def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
     weights = components.objective.token_weights(samples, denominators, components.policy.version)
     batches = collate(
         samples, weights, pad_id=components.pad_id,
-        micro_batch_tokens=components.micro_batch_tokens, ranks=components.ranks,
+        micro_batch_tokens=components.micro_batch_tokens,
+        packed=components.policy.packs_sequences, ranks=components.ranks,
     )  # fmt: skip
     batches = [batch.to(components.policy.device) for batch in batches]
     metrics = {**summarize_samples(samples), **loss_coverage(samples, weights)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,10 @@ def setting() -> dict:
     }  # fmt: skip
 
 
-def write_run(folder: Path, context: str, *, dropped: float = 0.0, prompt: bool = True) -> None:
+def write_run(
+    folder: Path, context: str, *, dropped: float = 0.0, prompt: bool = True, **shown: Any
+) -> None:
+    """Write the folder of a run of one step, whose two samples have the keys ``shown`` too."""
     (folder / "samples").mkdir(parents=True)
     objective = {"type": "grpo"} if context == "none" else {"type": "distillation"}
     config = {
@@ -55,7 +59,7 @@ def write_run(folder: Path, context: str, *, dropped: float = 0.0, prompt: bool 
     sample = {
         "problem_id": "train-1", "sample": 0, "question": "p a b c", "answer": "0 + a b = c",
         "correct": False, "formatted": True, "parsed": "c", "critique": None, "context": "read me",
-        "dropped": None, "history": [{"role": "system", "content": "Be brief."}],
+        "dropped": None, "history": [{"role": "system", "content": "Be brief."}], **shown,
     }  # fmt: skip
     first = {**sample, "prompt": PROMPT} if prompt else sample
     rows = [first, {**sample, "sample": 1}]
@@ -192,6 +196,40 @@ def test_the_students_prompt_and_the_notation_are_on_the_answers_page(open_page,
     page.get_by_role("button", name="Previous answer").click()
     page.locator("#answer-title", has_text="answer 1").wait_for()
     assert page.locator("pre.prompt").is_hidden()  # the reader has closed it
+
+
+def test_an_episode_is_shown_turn_by_turn(open_page, tmp_path):
+    texts = ["2 + 2\n(call)", "[tool error] no such tool", "Answer: 5", "[budget] none is left"]
+    starts = [len("\n\n".join(texts[:i])) + 2 * bool(i) for i in range(len(texts))]
+    spans = [[start, start + len(text)] for start, text in zip(starts, texts, strict=True)]
+    kinds = [
+        ("model", None),
+        ("environment", "tool_error"),
+        ("model", None),
+        ("environment", "budget"),
+    ]
+    critique = {
+        "case": "D", "answer": "4", "first_error": 0,
+        "steps": [{"text": "2 + 2\n(a call)", "status": "fixed", "original": texts[0]}],
+    }  # fmt: skip
+    write_run(
+        tmp_path / "seed_0", "step_aligned", answer="\n\n".join(texts), critique=critique,
+        steps=[spans[0], spans[2]], first_change={"step": 0, "token": 0, "fidelity": 0.0}, parsed="5",
+        segments=[
+            {"kind": kind, "event": event, "span": span}
+            for (kind, event), span in zip(kinds, spans, strict=True)
+        ],
+    )  # fmt: skip
+    path = tmp_path / "report.html"
+    path.write_text(render([tmp_path / "seed_0"])[0], encoding="utf-8")
+    for options in ({}, PHONE):
+        page = open_page(path, "answers", **options)
+        page.get_by_role("button", name="First error: turn 1").wait_for()
+        rows = [row.inner_text().split() for row in page.locator("#steps tbody tr").all()]
+        assert [row[0] for row in rows] == ["1", "reply", "answer", "reply"]
+        assert rows[1][1:] == texts[1].split() and "corrected" in rows[0]
+        assert page.evaluate(CUT, "#steps td") == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
 
 
 def test_without_a_stored_prompt_its_messages_are_shown(open_page, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from covering import covering
 
 from selfteach.analysis.report.page import render
 from selfteach.commands.inspect.token_table import SCHEMA
@@ -385,8 +386,10 @@ def small(tmp_path_factory) -> Path:
     return written(folder)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["overview", "feedback", "answers", "health", "budget"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    covering(["overview", "feedback", "answers", "health", "budget"], ["light", "dark"]),
+)
 def test_axe_finds_no_violation(open_page, small, name, scheme):
     """Check the rules of axe-core: names, roles, order of headings, contrast, keyboard, tables."""
     page = open_page(small, name, color_scheme=scheme)

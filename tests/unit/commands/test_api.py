@@ -70,8 +70,11 @@ def test_a_notebook_builds_trains_evaluates_and_inspects(path: Path, tmp_path: P
     for folder in (tmp_path / "path", str(tmp_path / "str")):
         inspection = api.inspect(Path("lab:two_styles"), request, folder)
         assert json.loads((Path(folder) / "inspection.json").read_text()) == inspection
-        assert summarize(folder)["with_first_error"] >= 0
-    save_figures(str(tmp_path / "str"), summarize(str(tmp_path / "str")))
+    summary = summarize(str(tmp_path / "str"))
+    assert (
+        summary["with_first_error"] >= 0 and summarize(tmp_path / "path").keys() == summary.keys()
+    )
+    save_figures(str(tmp_path / "str"), summary)
 
 
 def test_a_folder_may_be_a_text_everywhere(

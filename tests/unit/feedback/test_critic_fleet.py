@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from eventually import eventually
 from scripted_server import Behaviour, Server, errs, lists, raw, refuses, says, serving
 
 from selfteach.config.critic_section import EndpointConfig
@@ -61,13 +62,6 @@ def complete(model: EndpointModel, count: int) -> list[Reply | NoReply]:
 
 def expected(count: int) -> list[str]:
     return [f"reply to question {i}" for i in range(count)]
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_fleet_replies_as_one_server_does_and_shares_its_cache(tmp_path: Path) -> None:

@@ -71,6 +71,12 @@ def oracle(rollout: Rollout, error_rate: float = 0.0, seed: int = 0) -> Critique
         ((*RIGHT[:4], "Answer: 36"), "D", 2, ["kept", "kept"]),
         ((RIGHT[0], "42", "Answer: 42"), "D", 1, ["kept", "fixed"]),
         (("<tool_call>12 + 30</tool_call>", "no", *RIGHT), "D", 0, ["fixed", "new"]),
+        (
+            (f"```json\n{call('12 + 30').splitlines()[1]}\n```", "no", *RIGHT),
+            "D",
+            0,
+            ["fixed", "new"],
+        ),
         ((call("12 +"), "no", *RIGHT), "D", 0, ["fixed", "new"]),
         ((HERMES.write(ToolCall("abacus")), "no", *RIGHT), "D", 0, ["fixed", "new"]),
     ],

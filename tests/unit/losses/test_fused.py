@@ -11,7 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="PyTorch's CPU builds come without Triton")
 
-from divergences import INF, name
+from covering import covering
+from divergences import INF, label
 
 from selfteach.losses import fused
 from selfteach.losses.divergence import Divergence, per_token
@@ -97,8 +98,7 @@ def close_as_a_whole(got: Tensor, want: Tensor) -> None:
     assert off < (1e-2 if CUDA else 5e-5), off
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=name)
-@pytest.mark.parametrize("width", [H, 48])
+@pytest.mark.parametrize(("spec", "width"), covering(SPECS, [H, 48]), ids=label)
 def test_value_statistics_and_gradients_match_the_chunked_loss(spec, width) -> None:
     hidden, head, teacher_hidden, teacher_head, ids, weight = inputs(width)
     student, teacher = scores(hidden, head), scores(teacher_hidden, teacher_head)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="PyTorch's CPU builds come without Triton")
 
-from divergences import CLIPPED, EXACT, INF, TEMPERED, name
+from covering import covering
+from divergences import CLIPPED, EXACT, INF, TEMPERED, label, name
 
 from selfteach.losses.analytic_gradients import FusedRows, Rows
 from selfteach.losses.divergence import Divergence
@@ -47,8 +48,9 @@ def both(
     return results
 
 
-@pytest.mark.parametrize("spec", EXACT + CLIPPED + TEMPERED, ids=name)
-@pytest.mark.parametrize("absent", [False, True], ids=["", "-inf"])
+@pytest.mark.parametrize(
+    ("spec", "absent"), covering(EXACT + CLIPPED + TEMPERED, [False, True]), ids=label
+)
 def test_kernels_are_the_closed_form_in_value_and_gradient(spec, absent, monkeypatch) -> None:
     monkeypatch.setattr(row_kernels, "BLOCK", 16)  # three blocks, the last in part
     student, teacher = 3 * noise(2, 4, 37)

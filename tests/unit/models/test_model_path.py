@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,26 @@ from selfteach.models.loading import load_tokenizer
 from selfteach.models.model_path import require_folders, resolve
 
 RECIPE = '[context]\ntype = "reference"\n[train]\nsteps = 1\n'
-WITHOUT_TORCH = """
-import sys
+COMMANDS = [
+    ["check", "r.toml"], ["check", "--offline", "r.toml"], ["train", "r.toml", "--out", "out"],
+    ["study", "r.toml", "--out", "out"], ["select", "r.toml", "--out", "out"],
+    ["forecast", "r.toml", "--out", "out"], ["evaluate", "models/nowhere"],
+    ["inspect", "models/nowhere", "--contexts", "all", "--out", "out"],
+]  # fmt: skip
+IN_ONE_PROCESS = """
+import contextlib, io, json, sys
 from selfteach.cli import main
-sys.argv = ["selfteach", *sys.argv[1:]]
-try:
-    main()
-finally:
-    print("torch" in sys.modules)
+
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["selfteach", *words]
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+    print(json.dumps([words, status, out.getvalue(), errors.getvalue(), "torch" in sys.modules]))
 """
 
 
@@ -88,21 +101,13 @@ def test_the_critic_is_checked_too() -> None:
         require_folders([recipe])
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["check", "r.toml"], ["check", "--offline", "r.toml"], ["train", "r.toml", "--out", "out"],
-        ["study", "r.toml", "--out", "out"], ["select", "r.toml", "--out", "out"],
-        ["forecast", "r.toml", "--out", "out"], ["evaluate", "models/nowhere"],
-        ["inspect", "models/nowhere", "--contexts", "all", "--out", "out"],
-    ],
-)  # fmt: skip
-def test_a_command_says_so_before_torch_is_imported_and_writes_nothing(
-    words: list[str], tmp_path: Path
-) -> None:
+def test_every_command_says_so_before_torch_is_imported_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(RECIPE + '[model]\npath = "models/nowhere"\n')
-    command = [sys.executable, "-c", WITHOUT_TORCH, *words]
-    done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "no such folder" in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stdout == "False\n"
+    words = [sys.executable, "-c", IN_ONE_PROCESS, json.dumps(COMMANDS)]
+    done = subprocess.run(words, text=True, capture_output=True, cwd=tmp_path, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [command for command, *_ in lines] == COMMANDS
+    for command, status, out, errors, torch_imported in lines:
+        assert status == 2 and "no such folder" in errors, (command, errors)
+        assert errors.count("\n") == 1 and out == "" and not torch_imported, command
     assert not (tmp_path / "out").exists()

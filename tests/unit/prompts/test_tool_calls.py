@@ -80,6 +80,12 @@ def test_llama_calls_are_read(text: str, calls: list[ToolCall]) -> None:
         ("hermes", '<tool_call>{"name": "a", "arguments": [1]}</tool_call>', "are no object"),
         ("hermes", "<tool_call>" + "[" * 99_000, "not valid JSON"),
         ("hermes", "<tool_call>" * 9_999, "too long"),
+        (
+            "hermes",
+            '<tool_call>{"name": "a", "parameters": {}}</tool_call>',
+            'has "parameters"',
+        ),
+        ("llama3", '{"name": "a", "arguments": {}}', 'has "arguments" in place of "parameters"'),
         ("hermes", '<tool_call>{"name": "a", "arguments": {"x": ' + "9" * 9_000, "not valid JSON"),
         ("llama3", '{"name": "a", "parameters": {"x": 1}', "not valid JSON"),
         ("llama3", '{"name": "a", "parameters": {}} and then', "not valid JSON"),
@@ -179,7 +185,7 @@ def test_tools_need_a_family_whose_calls_can_be_read() -> None:
 def test_qwen2_5_by_its_real_template() -> None:
     tokenizer = AutoTokenizer.from_pretrained(QWEN)
     renderer = renderer_of(tokenizer)
-    assert renderer.tool_format is TOOL_FORMATS["hermes"]
+    assert renderer.tool_format == TOOL_FORMATS["hermes"]
     prompt = renderer.shown(renderer.solver_prompt(PROBLEM))
     assert prompt.startswith("<|im_start|>system\n") and '"name": "calculator"' in prompt
     assert prompt.endswith("<|im_start|>user\nWhat is 6 * 7?<|im_end|>\n<|im_start|>assistant\n")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,21 @@ from selfteach.rollout.episode_states import EpisodeStates
 from selfteach.rollout.journaled_engine import SamplingInterrupted
 from selfteach.rollout.prompt_request import PromptRequest
 from selfteach.rollout.transformers_engine import TransformersEngine
+from selfteach.tasks.environments.tool_environment import ToolEnvironment
 from selfteach.types import Problem, Rollout, Sampling, Verdict
 
 TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {"type": "object"}}}
+ONE_ARGUMENT = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "parameters": {
+            "type": "object",
+            "properties": {"x": {"type": "integer"}},
+            "required": ["x"],
+        },
+    },
+}
 P, R = Problem("p", "What is 6 * 7?", "42"), Problem("r", "What is 1 + 1?", "2")
 SAMPLING = Sampling(1, 1.0, 200, 3)
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"x": 1}}\n</tool_call>'
@@ -108,6 +121,38 @@ def test_an_episode_ends_as_a_typed_event(
         assert rollout.answer_text == "", "the last turn waited for a reply"
         assert "\n" not in rollout.segments[-1].text
     assert rollout.model_mask[-1], "what no turn follows is in no token"
+
+
+def test_a_malformed_call_is_replied_to_and_the_episode_goes_on() -> None:
+    """A small model's code fence is no call and no answer; the reply says how a call is written."""
+    wrong = f"```json\n{CALL.splitlines()[1]}\n```"
+    rollout, engine = run_with_tools([wrong, CALL, "It is 42."])
+    assert events(rollout) == ["turn", "malformed_call", "turn", "tool_result", "turn"]
+    error = rollout.segments[1]
+    assert error.text == (
+        "Error: calculator was not called: the call is not in its form; a call is written "
+        '<tool_call> {"name": "calculator", "arguments": {"x": "…"}} </tool_call>'
+    )
+    shown = renderer().shown(rollout.token_ids[error.start : error.stop])
+    assert shown.count("<tool_response>") == 1 and error.text in shown
+    assert rollout.finished and rollout.answer_text == "It is 42." and len(engine.requests) == 3
+    assert f"[malformed call] {error.text}" in rollout.text
+    plain, _ = run_with_tools(['```json\n{"answer": 42}\n```'])
+    assert events(plain) == ["turn"] and plain.finished
+
+
+class Doubling(ToolEnvironment):
+    tools = (ONE_ARGUMENT,)
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        return str(2 * arguments["x"])
+
+
+def run_with_tools(turns: Sequence[str]) -> tuple[Rollout, ScriptedTurns]:
+    here = Renderer(with_tools("qwen3"), Templates("lab"), tools=[ONE_ARGUMENT])
+    engine = ScriptedTurns(here, {("p", 0): turns})
+    (rollout,) = EpisodeEngine(engine, here, Doubling, EpisodeLimits()).generate([P], SAMPLING)
+    return rollout, engine
 
 
 def test_a_turn_that_is_cut_ends_its_episode() -> None:

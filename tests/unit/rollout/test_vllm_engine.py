@@ -11,30 +11,24 @@ from typing import Any
 import pytest
 import torch
 from scripted_vllm import ScriptedVllm, serving
+from served_policies import KINDS, LORA, SAMPLING, mismatch, move, publish
+from served_policies import TINY as SERVED
 
 from selfteach.config.engine_section import VllmProcessConfig
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import EngineError, RecipeError
-from selfteach.losses.policy_gradient import token_logp
-from selfteach.models.sequences import sequences
 from selfteach.rollout.journaled_engine import JournaledEngine, SamplingInterrupted
 from selfteach.rollout.vllm import synced_backend, vllm_engine
 from selfteach.rollout.vllm.in_process import ServedModel, llm_arguments
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build
 from selfteach.trainer.build_engine import require_engine
-from selfteach.types import Rollout, Sampling
+from selfteach.types import Rollout
 
-TINY: dict[str, Any] = {
-    "data": {"type": "lab", "train": 4, "validation": 1, "test": 1},
-    "sampling": {"max_tokens": 6, "temperature": 0.7},
-    "train": {"steps": 0, "max_length": 96},
-}
-LORA = {"model": {"lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}}}
+TINY = merge(SERVED, {"data": {"train": 4}})
 TOLERANCE = 1e-3
 """Nats; both sides compute in float32."""
-SAMPLING = Sampling(samples=2, temperature=0.7, max_tokens=6, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +57,6 @@ def recipe(server: ScriptedVllm, *more: dict[str, Any], **engine: Any) -> Recipe
     for extra in more:
         values = merge(values, extra)
     return validate(Recipe, values, where="test")
-
-
-def publish(built: Built, version: int) -> None:
-    policy = built.components.policy
-    built.components.engine.load_weights(policy.trainable.items(), version)
-
-
-def move(built: Built, by: float = 0.05) -> None:
-    """Change every weight of the trainer, each time differently."""
-    with torch.no_grad():
-        for weight in built.components.policy.trainable.values():
-            weight.add_(torch.randn_like(weight) * by)
-
-
-def mismatch(built: Built, rollouts: list[Rollout], temperature: float = 0.7) -> float:
-    """Return the largest difference of log-probabilities, trainer against engine, in nats."""
-    worst = 0.0
-    for rollout in rollouts:
-        side = sequences([rollout.prompt_ids], [rollout.token_ids], 0)
-        with torch.no_grad():
-            logits = built.components.policy.score(side).logits(slice(None))
-        trainer = token_logp(logits, torch.tensor(rollout.token_ids), temperature)
-        worst = max(worst, (trainer - torch.tensor(rollout.logps)).abs().max().item())
-    return worst
 
 
 @pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
@@ -239,7 +209,7 @@ def test_weights_of_another_run_in_the_middle_of_a_batch_are_an_error(server: Sc
         built.components.engine.generate(built.task.train, SAMPLING)
 
 
-@pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
+@KINDS
 def test_a_restarted_server_gets_its_weights_again(
     server: ScriptedVllm, more: dict[str, Any]
 ) -> None:
@@ -256,7 +226,7 @@ def test_a_restarted_server_gets_its_weights_again(
     assert server.loads == loads + 2
 
 
-@pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
+@KINDS
 def test_rollouts_received_before_an_engine_dies_are_saved(
     server: ScriptedVllm, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

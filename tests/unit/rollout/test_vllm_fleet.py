@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from eventually import eventually
 from scripted_vllm import ScriptedVllm, serving_fleet
+from served_policies import KINDS, SAMPLING, TINY, move, publish
 
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
@@ -20,18 +22,7 @@ from selfteach.rollout.vllm.vllm_fleet import VllmFleet
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build
 from selfteach.trainer.build_engine import require_engine
-from selfteach.types import Rollout, Sampling
-
-TINY: dict[str, Any] = {
-    "data": {"type": "lab", "train": 6, "validation": 1, "test": 1},
-    "sampling": {"max_tokens": 6, "temperature": 0.7},
-    "train": {"steps": 0, "max_length": 96},
-}
-LORA = {"model": {"lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}}}
-KINDS = pytest.mark.parametrize(
-    "more", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"]
-)
-SAMPLING = Sampling(samples=2, temperature=0.7, max_tokens=6, seed=5)
+from selfteach.types import Rollout
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +56,6 @@ def recipe(servers: Sequence[ScriptedVllm], *more: dict[str, Any], **engine: Any
     return validate(Recipe, values, where="test")
 
 
-def publish(built: Built, version: int) -> None:
-    policy = built.components.policy
-    built.components.engine.load_weights(policy.trainable.items(), version)
-
-
-def move(built: Built, by: float = 0.3) -> None:
-    """Change every weight, each time by the same."""
-    stream = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in built.components.policy.trainable.values():
-            weight.add_(torch.randn(weight.shape, generator=stream) * by)
-
-
 def sampled(built: Built) -> list[Rollout]:
     return built.components.engine.generate(built.task.train, SAMPLING)
 
@@ -90,19 +68,12 @@ def fleet_of(built: Built) -> VllmFleet:
     return built.components.engine.engine._sampler  # type: ignore[attr-defined]
 
 
-def eventually(holds: Callable[[], bool], within_s: float = 60.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def published(servers: Sequence[ScriptedVllm], more: dict[str, Any], **engine: Any) -> Built:
     """Return a trainer that has moved once and has published both versions."""
     torch.manual_seed(7)
     built = build(recipe(servers, more, **engine))
     publish(built, 0)
-    move(built)
+    move(built, 0.3, seed=7)
     publish(built, 1)
     return built
 
@@ -157,7 +128,7 @@ def test_a_member_comes_back_with_the_newest_weights(
     built = published(servers, more)
     servers[1].dies_after = 0
     sampled(built)
-    move(built)
+    move(built, 0.3, seed=7)
     publish(built, 2)  # the member that is out misses it
     servers[1].restart()
     loads = servers[1].loads
@@ -180,13 +151,13 @@ def test_a_member_that_keeps_old_weights_samples_nothing(
     built = build(recipe(servers, more, tolerance=5.0))  # only the movement shows it
     publish(built, 0)
     servers[1].stale = True
-    move(built)
+    move(built, 0.3, seed=7)
     publish(built, 1)
     assert "is stale" in fleet_of(built).fleet.out[1]
     assert sampled(built) == expected
     assert not rollout_requests(servers[1])
     servers[0].stale = True
-    move(built)
+    move(built, 0.3, seed=7)
     with pytest.raises(EngineError, match=r"is stale.*is stale") as raised:
         publish(built, 2)
     assert "\n" not in str(raised.value)

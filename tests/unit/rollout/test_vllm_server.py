@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from eventually import eventually
 
 from vllm_server import ProcessGroup, free_port, is_taken
 
@@ -46,13 +46,6 @@ def alive(pid: int) -> bool:
             ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
         ).stdout
     )
-
-
-def eventually(holds, within_s: float = 30.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("kill", [False, True])

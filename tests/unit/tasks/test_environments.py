@@ -69,7 +69,7 @@ def test_no_expression_raises_anything_else(expression: str) -> None:
     ("turn", "event", "texts"),
     [
         (Turn("4"), "tool_result", ()),
-        (Turn("", malformed="no JSON"), "tool_error", ("Error: no JSON",)),
+        (Turn("", malformed="no JSON"), "malformed_call", ("Error: no JSON",)),
         (
             Turn("", (ToolCall("abacus"),)), "tool_error",
             ("Error: no tool 'abacus'; there is calculator",),

@@ -82,8 +82,8 @@ def test_corrupted_ids_are_detected(side: str) -> None:
 
 
 def test_every_batch_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(prompts, completions, pad_id):
-        side = sequences(prompts, completions, pad_id)
+    def shifted(prompts, completions, pad_id, **options):
+        side = sequences(prompts, completions, pad_id, **options)
         return dataclasses.replace(side, columns_N=side.columns_N - 1)
 
     monkeypatch.setattr(module, "sequences", shifted)

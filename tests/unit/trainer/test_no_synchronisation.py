@@ -21,11 +21,11 @@ from selfteach.trainer.build import Built, build
 from selfteach.types import Batch
 
 RECIPE = {
-    "data": {"type": "lab", "train": 3, "validation": 1, "test": 1},
+    "data": {"type": "lab", "train": 2, "validation": 1, "test": 1},
     "sampling": {"max_tokens": 30},
     "critic": {"type": "oracle"},
     "context": {"type": "step_aligned"},
-    "train": {"steps": 1, "problems_per_step": 3, "group_size": 4},
+    "train": {"steps": 1, "problems_per_step": 2, "group_size": 2},
 }
 ALONE = {"context": {"type": "none"}, "critic": None}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ def batches_of(built: Built) -> list[Batch]:
         dataclasses.replace(one, weights=(0.1,) * len(one.weights), advantage=1.0)
         for one in components.objective.token_weights(samples, denominators, 0)
     ]
-    return collate(samples, weights, pad_id=components.pad_id, micro_batch_tokens=200)
+    return collate(samples, weights, pad_id=components.pad_id, micro_batch_tokens=300)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from covering import covering
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -212,8 +213,7 @@ def peak(
     return alive.most
 
 
-@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
-@pytest.mark.parametrize("trainable_head", [False, True])
+@pytest.mark.parametrize(("kind", "trainable_head"), covering(["reverse_kl", "jsd"], [False, True]))
 def test_the_fused_loss_holds_a_handful_of_chunks_whatever_the_number_of_tokens(
     trainable_head: bool, kind: Any
 ) -> None:
@@ -235,7 +235,9 @@ def test_a_loss_of_sampled_tokens_holds_logits_and_their_gradient(kind: Any, chu
     assert many - few <= 4 * (8192 - 1024) * (2 * H + 8), "only what is of hidden states' size"
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])
+@pytest.mark.parametrize(
+    "native", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["widened", "native"]
+)
 def test_halves_cost_no_more_than_float32(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither where they are multiplied in float32 nor where they are multiplied as they are."""
     monkeypatch.setattr(matmul, "has_fast_bf16", lambda _: native)

@@ -76,13 +76,16 @@ function tools() {
   });
   return node("div", { class: "tools" },
     node("button", { type: "button", id: "to-error", disabled: error === null, onclick: toFirstError },
-      error === null ? "No wrong step" : `First error: step ${error + 1}`),
+      error === null ? `No wrong ${unit()}` : `First error: ${unit()} ${error + 1}`),
     node("button", { type: "button", onclick: () => select(selected - 1) }, "← Previous answer"),
     node("button", { type: "button", onclick: () => select(selected + 1) }, "Next answer →"),
     record.tokens ? node("label", {}, numbers, " numbers") : null);
 }
 
 let showNumbers = false;
+
+/** What a row of the table is: a turn of an episode, or a step of a single answer. */
+const unit = () => (record.replies.length ? "turn" : "step");
 
 /** Go to the first wrong step: its first token if there are tokens, else its row. */
 function toFirstError() {
@@ -112,7 +115,7 @@ function stepTable() {
     body.append(stepRow("answer", cell, critiqueCell(corrected), final !== null && final === record.first_error));
     if (final !== null) body.append(...replyRows(final));
   }
-  const head = [record.replies.length ? "turn" : "step", "answer", ...(critique && critique.steps ? ["critique"] : [])];
+  const head = [unit(), "answer", ...(critique && critique.steps ? ["critique"] : [])];
   return node("table", { id: "steps", onkeydown: moveInTokens, onmouseover: showTipAt, onmouseout: hideTip,
     onfocusin: showTipAt, onfocusout: hideTip },
     node("thead", {}, node("tr", {}, ...head.map((title) => node("th", { scope: "col" }, title)))), body);
@@ -121,7 +124,7 @@ function stepTable() {
 /** Make the rows of what an environment replied to a turn: no tokens of the model, so no colours. */
 function replyRows(turn) {
   return record.replies.filter(([before]) => before === turn).map(([, text]) =>
-    node("tr", { class: "reply" }, node("th", { scope: "row" }, "reply"), node("td", { class: "text quiet" }, text)));
+    node("tr", { class: "reply" }, node("th", { scope: "row" }, "reply"), node("td", { class: "text quiet", colspan: 2 }, text)));
 }
 
 function stepRow(name, answerCell, critiqueCell, isError = false) {
@@ -159,8 +162,9 @@ function critiqueCell(step) {
   if (!record.critique || !record.critique.steps) return null;
   if (!step) return node("td");
   const words = { kept: "repeated", fixed: "corrected", new: "new" };
+  const lines = step.text.includes("\n") ? "status above" : "status";
   return node("td", { class: `text ${step.status ?? ""}` },
-    step.status ? node("small", { class: "status" }, words[step.status] ?? step.status) : null, step.text);
+    step.status ? node("small", { class: lines }, words[step.status] ?? step.status) : null, step.text);
 }
 
 /** Update colours, numbers, strip and text to the selected context, without moving the focus. */
@@ -219,7 +223,7 @@ let tipToken = null; // the token whose values are shown
 function showTip(token) {
   tipToken = token;
   const i = Number(token.dataset.i), { tokens } = record;
-  const step = tokens.step[i] < 0 ? "outside the steps" : `step ${tokens.step[i] + 1}`;
+  const step = tokens.step[i] < 0 ? `outside the ${unit()}s` : `${unit()} ${tokens.step[i] + 1}`;
   const kind = tokens.kind ? `, ${index.kinds[tokens.kind[i]]}` : "";
   const lines = [node("div", { class: "quiet" }, `token ${i} “${tokens.text[i]}”, ${step}${kind}`)];
   for (const [name, { advantage }] of Object.entries(record.contexts)) {

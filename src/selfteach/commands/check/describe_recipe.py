@@ -171,7 +171,7 @@ def _measure(recipe: Recipe, offline: bool, critiqued: Critiqued) -> RunSizes:
         return measure_offline(recipe)
     built = build(recipe)
     sizes = measure(recipe, built)
-    parts = [*check_parts(recipe, built, critiqued), *check_environment_rewards(built)]
+    parts = [*check_parts(recipe, built, critiqued), *check_environment_rewards(recipe, built)]
     return dataclasses.replace(sizes, parts=tuple(parts))
 
 

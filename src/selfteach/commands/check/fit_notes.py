@@ -99,7 +99,7 @@ def _memory(recipe: Recipe, sizes: RunSizes) -> Iterator[str]:
     load = device_load(recipe, sizes, available)
     if load is None or recipe.distributed.shard != "none":
         return
-    require_fits(load, available, lora=recipe.model.lora is not None)
+    require_fits(load, available, recipe.model)
     peak = memory(load).peak
     if peak > available:
         yield (

@@ -49,11 +49,15 @@ def shown_prompts(recipes: Mapping[str, Recipe]) -> Iterator[str]:
 
 
 def _prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    task = load_task(recipe.data, resolve(recipe.model.path), reward=recipe.reward)
+    task = load_task(
+        recipe.data, resolve(recipe.model.path), reward=recipe.reward,
+        episodes=recipe.runs_hub_episodes,
+    )  # fmt: skip
     templates = Templates(recipe.model.templates or task.templates)
     renderer = build_renderer(
-        recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe)
+        recipe.model, load_tokenizer(recipe.model), templates, environment_tools(recipe, task)
     )
+    templates = renderer.templates
     problem = task.problems("train")[0]
     yield "the student is shown", renderer.shown(renderer.solver_prompt(problem))
     yield "the teacher is shown", _teacher(recipe, task, templates, renderer, problem)

@@ -30,6 +30,7 @@ from selfteach.models.loading import (
 )
 from selfteach.models.model_path import resolve
 from selfteach.models.model_size import cached_config, count_parameters, shape_of
+from selfteach.models.quantization import count_weights, require_library
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.runtime.parts import require_part
@@ -83,12 +84,12 @@ def measure(recipe: Recipe, built: Built) -> RunSizes:
     policy = built.components.policy
     shape = shape_of(policy.model.config)
     adapters = sum(p.numel() for p in policy.trainable.values()) if policy.has_adapters else 0
-    parameters = sum(p.numel() for p in policy.model.parameters()) - adapters
+    parameters = count_weights(policy.model) - adapters
     trained = sum(p.numel() for p in policy.trainable.values())
     problems = {s: len(getattr(built.task, s)) for s in ("train", "validation", "test")}
-    templates = Templates(recipe.model.templates or built.task.templates)
+    renderer = built.components.renderer
     lengths = count_lengths(
-        built.components.max_length, built.components.renderer, templates, built.task, recipe
+        built.components.max_length, renderer, renderer.templates, built.task, recipe
     )
     return RunSizes(
         str(policy.device), shape, parameters, trained, lengths, problems, task=built.task
@@ -102,6 +103,7 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     """
     unchecked = list(_custom_parts(recipe))
     build_objective(recipe)
+    require_library(recipe.model)
     model, lora = recipe.model, recipe.model.lora
     shape, parameters = _size(model, unchecked)
     task = _task(recipe, unchecked)
@@ -109,8 +111,9 @@ def measure_offline(recipe: Recipe) -> RunSizes:
     templates = Templates(model.templates or _template_set(recipe))
     if shape is not None and cached_config(model) is not None:
         renderer = build_renderer(
-            model, load_tokenizer(model), templates, environment_tools(recipe)
+            model, load_tokenizer(model), templates, environment_tools(recipe, task)
         )
+        templates = renderer.templates
     window = (
         max_sequence_length(recipe, shape.positions) if shape else recipe.train.max_length or 4096
     )
@@ -235,11 +238,11 @@ def _task(recipe: Recipe, unchecked: list[str]) -> Task | None:
             return None
     if isinstance(data, HubData) and not Path(data.path or "").is_dir():
         try:
-            return load_task(data, folder, reward=recipe.reward)
+            return load_task(data, folder, reward=recipe.reward, episodes=recipe.runs_hub_episodes)
         except DataError as error:
             unchecked.append(f"problems: {error}")
             return None
-    return load_task(data, folder, reward=recipe.reward)
+    return load_task(data, folder, reward=recipe.reward, episodes=recipe.runs_hub_episodes)
 
 
 def _paths(data: FilesData) -> Iterator[Path]:

@@ -92,7 +92,9 @@ def _write_weights(request: ExportRequest, recipe: Recipe, base: str | None) -> 
     if not (saved / "adapter_config.json").exists():
         _save(AutoModelForCausalLM.from_pretrained(saved), request, recipe)
         return
-    model = load_model(recipe.model, torch.device("cpu"))
+    # Adapters are added to the whole weights, also where they were trained on 4-bit ones.
+    whole = recipe.model.model_copy(update={"quantization": None})
+    model = load_model(whole, torch.device("cpu"))
     with without_peft_warnings():
         adapted = PeftModel.from_pretrained(model, str(saved))
     if request.merge:

@@ -53,7 +53,7 @@ class ContextSource:
         """The recipe's task, loaded when it is first needed."""
         return load_task(
             self.recipe.data, resolve(self.recipe.model.path), allow_empty=True,
-            reward=self.recipe.reward,
+            reward=self.recipe.reward, episodes=self.recipe.runs_hub_episodes,
         )  # fmt: skip
 
     @cached_property

@@ -52,6 +52,7 @@ def _lines(run: RunFolder, recipe: Recipe, base: str | None, is_adapter: bool) -
     named = base or _name_alone(recipe.model.path)
     yield f"{kind} `{named}`, made with selfteach {__version__}: {_method(recipe)}"
     yield ""
+    yield from _quantization(recipe, is_adapter)
     yield from _results(run, recipe, result)
     yield from _limits(recipe)
     yield from _budget(result)
@@ -73,6 +74,24 @@ def _method(recipe: Recipe) -> str:
         return f"GRPO with {reward}, {steps}."
     critic = f", critic `{names['critic']['type']}`" if recipe.critic is not None else ""
     return f"{objective} from a self-teacher that is shown `{context}`{critic}, {steps}."
+
+
+def _quantization(recipe: Recipe, is_adapter: bool) -> Iterator[str]:
+    """Yield how the base's weights were held, where they were in 4 bits."""
+    if recipe.model.quantization is None:
+        return
+    kind = recipe.model.quantization
+    note = (
+        f"The base was held in 4 bits in training and for the results below: load it with "
+        f'`BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{kind}", '
+        "bnb_4bit_use_double_quant=True)` for the same."
+        if is_adapter
+        else f"The adapter was trained and measured on a base in 4 bits ({kind}) and is added here to "
+        "the base's whole weights: this model was not measured, and differs by what rounding to "
+        "4 bits had changed."
+    )
+    yield note
+    yield ""
 
 
 def _results(run: RunFolder, recipe: Recipe, result: Mapping[str, Any]) -> Iterator[str]:

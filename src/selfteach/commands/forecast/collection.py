@@ -179,7 +179,7 @@ class Collector:
 
     @property
     def _templates(self) -> Templates:
-        return Templates(self._base.model.templates or self._built.task.templates)
+        return self._built.components.renderer.templates
 
     def _locate(self, by_critic: Mapping[str, list[CritiquedRollout]]) -> list[LocatedRollout]:
         """Locate first errors by the task's oracle, else by the first arm's critic that there is."""

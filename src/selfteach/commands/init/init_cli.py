@@ -26,46 +26,53 @@ if TYPE_CHECKING:
     from selfteach.config.recipe import Recipe
 
 
-def init(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of the model to train, or lab:two_styles.")
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Problems: a .jsonl, .csv, .parquet, … file, a folder of save_to_disk, a hub data "
-            "set, a built-in mapping (gsm8k, …), lab, chain_sums or code_tasks."
-        ),
-    ],
-    critic: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="OpenAI-compatible server that critiques the answers."),
-    ] = None,
-    critic_model: Annotated[
-        str | None, typer.Option(help="The critic's name at the server; default: what it lists.")
-    ] = None,
-    critic_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with the critic's key.")
-    ] = None,
-    test: Annotated[
-        str | None, typer.Option(help="File of test problems; default: a part of --data.")
-    ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="WHAT=COLUMN", help="Name a column, e.g. --column question=body; repeatable."
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path(
-        "recipe.toml"
+Model = Annotated[
+    str, typer.Option(help="Folder or hub id of the model to train, or lab:two_styles.")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Problems: a .jsonl, .csv, .parquet, … file, a folder of save_to_disk, a hub data "
+        "set, a built-in mapping (gsm8k, …), lab, chain_sums or code_tasks."
     ),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file at --out.")] = False,
-    answers: Annotated[
-        int, typer.Option("--answers", "-k", min=1, help="Answers to each of the 8 problems.")
-    ] = 2,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Load no weights, contact no server.")
-    ] = False,
+]
+CriticUrl = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="OpenAI-compatible server that critiques the answers."),
+]
+CriticModel = Annotated[
+    str | None, typer.Option(help="The critic's name at the server; default: what it lists.")
+]
+KeyVariable = Annotated[
+    str | None, typer.Option(help="Environment variable with the critic's key.")
+]
+Test = Annotated[str | None, typer.Option(help="File of test problems; default: a part of --data.")]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WHAT=COLUMN", help="Name a column, e.g. --column question=body; repeatable."
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the file at --out.")]
+Answers = Annotated[
+    int, typer.Option("--answers", "-k", min=1, help="Answers to each of the 8 problems.")
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Load no weights, contact no server.")]
+
+
+def init(
+    model: Model,
+    data: Data,
+    critic: CriticUrl = None,
+    critic_model: CriticModel = None,
+    critic_key_env: KeyVariable = None,
+    test: Test = None,
+    column: Column = None,
+    out: Out = Path("recipe.toml"),
+    force: Force = False,
+    answers: Answers = 2,
+    offline: Offline = False,
 ) -> None:
     """Write a first recipe for a model and its problems; show its prompts and the model's answers.
 
@@ -80,17 +87,12 @@ def init(
     from selfteach.commands.init.problem_choice import choose_problems
     from selfteach.commands.init.recipe_draft import draft_recipe, recipe_text
     from selfteach.tasks.task import describe_problems
-    from selfteach.trainer.preflight import preflight
 
     problems = choose_problems(data, folder, test=test, columns=column or ())
     facts = read_facts(model, offline=offline)
     chosen = _critic(address, critic_model, offline) if address else None
     text = recipe_text(draft_recipe(_command(), facts, problems, chosen))
-    study = study_from(tomllib.loads(text), where=str(out))
-    recipes = {arm: study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms}
-    if not offline:
-        with _options_named():
-            preflight(recipes.values(), critic_only=True)
+    recipes = _checked_recipes(text, out, offline)
     lines = [*describe_problems(problems.task), *_prompts(recipes, facts.tokenizer is not None)]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
@@ -101,6 +103,18 @@ def init(
             _try(next(iter(recipes.values())), answers)
     for line in _next_steps(out, critic is not None, offline):
         typer.echo(line)
+
+
+def _checked_recipes(text: str, out: Path, offline: bool) -> dict[str, Recipe]:
+    """Return the recipe of each arm; unless offline, their critic has been tried."""
+    from selfteach.trainer.preflight import preflight
+
+    study = study_from(tomllib.loads(text), where=str(out))
+    recipes = {arm: study.recipe(arm, seed=study.study.seeds[0]) for arm in study.arms}
+    if not offline:
+        with _options_named():
+            preflight(recipes.values(), critic_only=True)
+    return recipes
 
 
 def _require_free(out: Path, force: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from selfteach.commands.planning import costs
+from selfteach.commands.planning.accuracy import error_lines
 from selfteach.commands.planning.costs import DecodingCost
 from selfteach.commands.planning.estimate import Forecast
 from selfteach.commands.planning.layout import Layout, window_warning
@@ -64,6 +65,7 @@ def describe(plan: Forecast, *, explain: bool = False) -> Iterator[str]:
         yield from (f"  {line}" for line in _arithmetic(plan))
     yield "based on"
     yield from (f"  {line}" for line in (*_efficiencies(plan), *_lengths(plan), *_notes(plan)))
+    yield from error_lines(plan.hardware.name, plan.hardware.efficiency.measured)
 
 
 def _layout(plan: Forecast) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selfteach.commands.check.sizes import measure_offline
+from selfteach.commands.planning.accuracy import error_lines
 from selfteach.commands.planning.calibration import (
     calibrate,
     measure_here,
@@ -68,6 +69,7 @@ def plan(recipe: Recipe, request: PlanRequest) -> Iterator[str]:
         yield from rows(lines)
         yield from reasons(lines)
         yield f"figure: {', '.join(map(str, write(lines, title, request.figure)))}"
+        yield from error_lines(hardware.name, hardware.efficiency.measured)
         return
     yield from describe(forecast_of(work, hardware, request), explain=request.explain)
 

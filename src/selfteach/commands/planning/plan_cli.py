@@ -10,67 +10,77 @@ import typer
 from selfteach.commands import actions
 from selfteach.commands.planning.devices import HERE
 
+Recipe = Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped one.")]
+Device = Annotated[
+    str, typer.Option(help="A device of devices.toml; `here` measures this machine.")
+]
+Trainers = Annotated[int | None, typer.Option(min=1, help="Devices that train; default 1.")]
+Samplers = Annotated[
+    int, typer.Option(min=0, help="Devices that sample with vLLM; 0: trainers also sample.")
+]
+Critics = Annotated[int, typer.Option(min=0, help="Devices that serve the critic.")]
+Devices = Annotated[
+    int | None, typer.Option(min=1, help="Find the fastest split of at most this many devices.")
+]
+Calibrate = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="RUN|here",
+        help="Fit efficiencies to measured steps: a run folder (repeatable; two sizes are better), "
+        "or `here`: run a few steps on this machine now.",
+    ),
+]
+Staleness = Annotated[
+    int | None, typer.Option(min=0, help="Replaces train.staleness; 0 is synchronous.")
+]
+AnswerTokens = Annotated[
+    float | None, typer.Option(min=1, help="Mean length of a rollout; default half the limit.")
+]
+CritiqueTokens = Annotated[
+    float | None, typer.Option(min=1, help="Mean length of a critique; default half the limit.")
+]
+CriticSeconds = Annotated[
+    float | None, typer.Option(min=0, help="Seconds per reply of a critic whose size is unknown.")
+]
+MixedGroups = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of groups with right and wrong rollouts, for dynamic sampling; default half.",
+    ),
+]
+Explain = Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")]
+Figure = Annotated[
+    Path | None,
+    typer.Option(help="Plot step time on 1 to 1,024 devices to this file (.svg and .png)."),
+]
+DeviceFile = Annotated[Path | None, typer.Option(help="More devices, in the form of devices.toml.")]
+Arm = Annotated[str | None, typer.Option(help="Default: the first arm that has a critic.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
+]
+
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped one.")],
-    device: Annotated[
-        str, typer.Option(help="A device of devices.toml; `here` measures this machine.")
-    ] = HERE,
-    trainers: Annotated[
-        int | None, typer.Option(min=1, help="Devices that train; default 1.")
-    ] = None,
-    samplers: Annotated[
-        int, typer.Option(min=0, help="Devices that sample with vLLM; 0: trainers also sample.")
-    ] = 0,
-    critics: Annotated[int, typer.Option(min=0, help="Devices that serve the critic.")] = 0,
-    devices: Annotated[
-        int | None, typer.Option(min=1, help="Find the fastest split of at most this many devices.")
-    ] = None,
-    calibrate: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RUN|here",
-            help="Fit efficiencies to measured steps: a run folder (repeatable; two sizes are better), "
-            "or `here`: run a few steps on this machine now.",
-        ),
-    ] = None,
-    staleness: Annotated[
-        int | None, typer.Option(min=0, help="Replaces train.staleness; 0 is synchronous.")
-    ] = None,
-    answer_tokens: Annotated[
-        float | None,
-        typer.Option(min=1, help="Mean length of a rollout; default half the limit."),
-    ] = None,
-    critique_tokens: Annotated[
-        float | None, typer.Option(min=1, help="Mean length of a critique; default half the limit.")
-    ] = None,
-    critic_seconds: Annotated[
-        float | None,
-        typer.Option(min=0, help="Seconds per reply of a critic whose size is unknown."),
-    ] = None,
-    mixed_groups: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Share of groups with right and wrong rollouts, for dynamic sampling; default half.",
-        ),
-    ] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic.")] = False,
-    figure: Annotated[
-        Path | None,
-        typer.Option(help="Plot step time on 1 to 1,024 devices to this file (.svg and .png)."),
-    ] = None,
-    device_file: Annotated[
-        Path | None, typer.Option(help="More devices, in the form of devices.toml.")
-    ] = None,
-    arm: Annotated[
-        str | None, typer.Option(help="Default: the first arm that has a critic.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
-    ] = None,
+    recipe: Recipe,
+    device: Device = HERE,
+    trainers: Trainers = None,
+    samplers: Samplers = 0,
+    critics: Critics = 0,
+    devices: Devices = None,
+    calibrate: Calibrate = None,
+    staleness: Staleness = None,
+    answer_tokens: AnswerTokens = None,
+    critique_tokens: CritiqueTokens = None,
+    critic_seconds: CriticSeconds = None,
+    mixed_groups: MixedGroups = None,
+    explain: Explain = False,
+    figure: Figure = None,
+    device_file: DeviceFile = None,
+    arm: Arm = None,
+    settings: Settings = None,
 ) -> None:
     """Predict memory, step time and bottleneck on devices that are not here. Loads no weights, sends no
     request, except with `--calibrate here`."""

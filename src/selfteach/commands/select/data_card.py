@@ -104,13 +104,16 @@ def _histogram(counts: list[int]) -> str:
 
 
 def _section(card: Mapping[str, Any]) -> str:
-    """Return the ``[data]`` section of a recipe that trains on the selection, run from its folder."""
+    """Return the sections of a recipe that trains on the selection, run from its folder."""
     source = card["source"]
     lines = ["[data]", 'type = "files"']
     lines += [f'{name} = "{name}.jsonl"' for name, count in card["out"].items() if count]
     settings = {"verifier": source.get("verifier", VERIFIER_OF_TYPE.get(source["type"]))}
     settings |= {key: source.get(key) for key in ("steps", "answer_in", "world")}
     lines += [f"{key} = {_inline(value)}" for key, value in settings.items() if value]
+    if environment := card.get("environment"):  # none in a card of an earlier version
+        lines += ["", "[environment]"]
+        lines += [f"{key} = {_inline(value)}" for key, value in environment.items()]
     return "\n".join(lines)
 
 

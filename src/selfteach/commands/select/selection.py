@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from selfteach.commands.select.data_card import card_text
+from selfteach.commands.select.selectable import require_selectable
 from selfteach.config.data_section import FilesData, HubData, SelectConfig
 from selfteach.config.part_names import unanchored
 from selfteach.config.recipe import ContextConfig, Recipe
-from selfteach.config.reward_section import EnvironmentRewardConfig
 from selfteach.errors import DataError, RecipeError
 from selfteach.feedback.critics.journaled_critic import JournaledCritic
 from selfteach.feedback.critics.reply_cache import buying_for
@@ -97,12 +97,7 @@ def select(recipe: Recipe, config: SelectConfig, folder: str | Path) -> Iterator
     Writes ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``, a data card ``README.md``, and
     ``card.json`` last. Raises one of `selfteach.errors`.
     """
-    if config.critic and recipe.critic is None:
-        raise RecipeError(
-            "select.critic = true needs a critic and the recipe has none: add [critic], "
-            "or set [select] critic = false"
-        )
-    _require_files_suffice(recipe)
+    require_selectable(recipe, config)
     set_threads(recipe.train.threads)
     run = RunFolder(folder)
     folder = run.path
@@ -336,16 +331,6 @@ def _write(
     write_json(folder / "card.json", card)
 
 
-def _require_files_suffice(recipe: Recipe) -> None:
-    """Raise `RecipeError` if an environment decides who is right: the files written have none."""
-    functions = recipe.reward.functions if recipe.reward is not None else ()
-    if any(isinstance(one, EnvironmentRewardConfig) for one in functions):
-        raise RecipeError(
-            "select writes problems to files, which have no environment to reward them: name "
-            "data.verifier, and leave the environment out of [reward]"
-        )
-
-
 def problem_row(tally: Tally) -> dict[str, Any]:
     """Return a problem as ``data.type = "files"`` reads it back, with references and meta."""
     problem = tally.problem
@@ -379,8 +364,14 @@ def make_card(
     source = portable({"data": {"type": data.type, **source}})[
         "data"
     ]  # its parts are in the folder
+    environment = None
+    if recipe.environment is not None:
+        plain = recipe.environment.model_dump(mode="json", exclude_defaults=True)
+        plain = {"type": recipe.environment.type, **plain}
+        environment = portable({"environment": plain})["environment"]
     return {
         "source": source,
+        "environment": environment,
         "solver": recipe.model.path,
         "critic": unanchored(recipe.critic.model_dump(mode="json"))
         if config.critic and recipe.critic

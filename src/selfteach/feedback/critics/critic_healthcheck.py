@@ -19,6 +19,7 @@ from selfteach.feedback.critics.endpoint_member import (
     served_api,
 )
 from selfteach.runtime.bounded_http import ServedApi, is_too_slow
+from selfteach.runtime.fleet_states import states_of_members
 
 PATIENCE_S = 10.0
 """A server that has not replied within this time counts as slow, not as down."""
@@ -32,18 +33,7 @@ def require_server(config: ServedModelConfig) -> list[str]:
     429, 5xx) passes, and so does a member of a fleet that is down, if another one is not. Returns the
     state of each server. Raises `CriticError` in one line, with the servers' words.
     """
-    states, down, unfit = [], [], []
-    for member in config.members:
-        try:
-            states.append(f"{member.address}: {_state(member)}")
-        except Unreachable as error:
-            down.append(str(error))
-            states.append(f"{member.address}: down, left out until it replies")
-        except CriticError as error:
-            unfit.append(str(error))
-    if unfit or len(down) == len(states):
-        raise CriticError("; ".join(unfit or down))
-    return states
+    return states_of_members(config.members, _state, error=CriticError, unreachable=Unreachable)
 
 
 def _state(config: ServedModelConfig) -> str:

@@ -14,7 +14,13 @@ from selfteach.feedback.critics.code_parser import CodeCritiqueParser
 from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.reply_cache import CachedModel
 from selfteach.prompts.control_tokens import ControlTokenEscaper
-from selfteach.prompts.template_set import Message, Templates, conversation, with_history
+from selfteach.prompts.template_set import (
+    Message,
+    Templates,
+    conversation,
+    with_history,
+    without_tools,
+)
 from selfteach.prompts.thinking import split_thinking
 from selfteach.tasks.segmentation import content, step_spans, without_final
 from selfteach.types import (
@@ -84,7 +90,7 @@ class LlmCritic:
         requests = []
         for problem in problems:
             question = conversation(self._templates.render("solver", question=problem.question))
-            rendered = with_history(question, problem.history)
+            rendered = without_tools(with_history(question, problem.history))
             requests.append(
                 Request(self._messages(rendered), config.temperature, config.max_tokens)
             )

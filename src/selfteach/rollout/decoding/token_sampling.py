@@ -44,7 +44,7 @@ class TokenDistribution:
 def _cut_tail(scores_RV: Tensor, mass: float) -> Tensor:
     """Give -inf to the least likely tokens that together have at most this probability, but one."""
     ascending_RV, token_RV = scores_RV.sort(-1)
-    cut_RV = ascending_RV.softmax(-1).cumsum(-1) <= mass
+    cut_RV = _running_sums(ascending_RV.softmax(-1), torch.float32) <= mass
     cut_RV[:, -1] = False
     return scores_RV.masked_fill(cut_RV.scatter(-1, token_RV, cut_RV), -torch.inf)
 
@@ -75,18 +75,33 @@ def sample_token(
     logp_RV = distribution.logp(logits_RV)
     prob_RV, uniform_B1 = logp_RV.exp(), uniform_B.double()[:, None]
     if vocabulary <= BLOCK:
-        cumulative_BV = prob_RV.double().cumsum(-1)[row_B]
+        cumulative_BV = _running_sums(prob_RV)[row_B]
         token_B = _first_above(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:])
     else:
         prob_RNW = F.pad(prob_RV, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
-        cumulative_BN = prob_RNW.sum(-1, dtype=torch.float64).cumsum(-1)[row_B]
+        cumulative_BN = _running_sums(prob_RNW.sum(-1, dtype=torch.float64))[row_B]
         target_B1 = uniform_B1 * cumulative_BN[:, -1:]
         block_B = _first_above(cumulative_BN, target_B1)
-        inside_BW = prob_RNW[row_B, block_B].double().cumsum(-1)
+        inside_BW = _running_sums(prob_RNW[row_B, block_B])
         before_B1 = cumulative_BN.gather(1, block_B[:, None]) - inside_BW[:, -1:]
         within_B = _first_above(inside_BW, target_B1 - before_B1)
         token_B = (block_B * BLOCK + within_B).clamp(max=vocabulary - 1)
     return token_B, logp_RV[row_B, token_B]
+
+
+def _running_sums(prob_BV: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the running sums of probabilities.
+
+    PyTorch has no deterministic running sum of floats for CUDA: there they are summed as integers.
+    """
+    if prob_BV.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return _integer_sums(prob_BV)
+    return prob_BV.cumsum(-1, dtype=dtype)
+
+
+def _integer_sums(prob_BV: Tensor) -> Tensor:
+    """Return running sums of probabilities that are rounded to multiples of 2^-53: exact up to 1."""
+    return (prob_BV.double() * 2.0**53).round().long().cumsum(-1).double() / 2.0**53
 
 
 def _first_above(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from selfteach.config.engine_section import VllmServerConfig
@@ -12,6 +13,7 @@ from selfteach.errors import EngineError
 from selfteach.rollout.vllm.http_client import HttpClient, NotFound
 from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
 from selfteach.rollout.vllm.weight_channel import require_transfer
+from selfteach.runtime.fleet_states import states_of_members
 
 TIMEOUT_S = 10.0
 TEXT = "Question: 12 + 7 = ?\nÄnswer → <|im_end|></s> 19 \t\t ½ 数"
@@ -40,26 +42,25 @@ def require_engine_server(config: VllmServerConfig, requirements: EngineRequirem
     A member of a fleet that is down passes if another one is not. Raises `EngineError` in one line:
     what is wrong, and how to start the server.
     """
-    states, down, unfit = [], [], []
-    for member in config.members:
-        try:
-            _require_member(member, requirements)
-            states.append(f"{member.address}: replies")
-        except EngineUnavailable as error:
-            down.append(
-                f"engine: no server replies at {member.address} ({error}): start the server "
-                "(docs/vllm.md), or correct engine.url"
-            )
-            states.append(f"{member.address}: down, left out until it replies")
-        except EngineError as error:
-            unfit.append(str(error))
-    if unfit or len(down) == len(states):
-        raise EngineError("; ".join(unfit or down))
-    return states
+    return states_of_members(
+        config.members, partial(_state, requirements=requirements),
+        error=EngineError, unreachable=EngineUnavailable,
+    )  # fmt: skip
 
 
-def _require_member(config: VllmServerConfig, requirements: EngineRequirements) -> None:
-    """Check one server. Raises `EngineError`, `EngineUnavailable` if there is none."""
+def _state(config: VllmServerConfig, requirements: EngineRequirements) -> str:
+    """Return the state of one server. Raises `EngineError`, `EngineUnavailable` if there is none."""
+    try:
+        return _require_member(config, requirements)
+    except EngineUnavailable as error:
+        raise EngineUnavailable(
+            f"engine: no server replies at {config.address} ({error}): start the server "
+            "(docs/vllm.md), or correct engine.url"
+        ) from None
+
+
+def _require_member(config: VllmServerConfig, requirements: EngineRequirements) -> str:
+    """Check one server; return its state. Raises `EngineError`, or `EngineUnavailable` without one."""
     http = HttpClient(config, min(TIMEOUT_S, config.timeout_seconds))
     _require_model(http, config, requirements)
     _require_tokenizer(http, config, requirements)
@@ -68,6 +69,24 @@ def _require_member(config: VllmServerConfig, requirements: EngineRequirements) 
     else:
         _require_developer_mode(http)
     require_transfer(config, adapters=requirements.adapters)
+    return _batch_invariance(http) if config.batch_invariant else "replies"
+
+
+def _batch_invariance(http: HttpClient) -> str:
+    """Return the state of a server that must be batch-invariant. Raises `EngineError` if it is not."""
+    try:
+        is_set = http.get("/server_info")["vllm_env"]["VLLM_BATCH_INVARIANT"]
+    except (NotFound, KeyError, TypeError):
+        return (
+            "replies; whether it is batch-invariant cannot be read: start it with "
+            "VLLM_BATCH_INVARIANT=1, and with VLLM_SERVER_DEV_MODE=1 to have that checked"
+        )
+    if not is_set:
+        raise EngineError(
+            f"engine.batch_invariant = true, and {http.url} is not: start it with "
+            "VLLM_BATCH_INVARIANT=1, or remove the key"
+        )
+    return "replies, batch-invariant"
 
 
 def _require_model(

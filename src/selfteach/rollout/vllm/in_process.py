@@ -14,6 +14,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from selfteach.config.engine_section import VllmProcessConfig
@@ -21,6 +22,9 @@ from selfteach.errors import EngineError
 from selfteach.rollout.vllm.vllm_engine import Completion, CompletionRequest
 from selfteach.rollout.vllm.weight_sync import WeightFolder
 
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+"""The environment variable in which vLLM reads whether batches may change what is sampled."""
+BATCH_INVARIANT_CAPABILITY = (8, 0)
 TOP_LOGPROBS = 20
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of max_lora_rank that vLLM accepts."""
@@ -60,6 +64,8 @@ class VllmProcess:
                 'engine.type = "vllm" needs vLLM in this environment: docs/vllm.md; or use a server: '
                 'engine.type = "vllm_server"'
             )
+        if config.batch_invariant:
+            _set_batch_invariant(served)
         self._config, self._served, self._weight_folder = config, served, weight_folder
         self._sleeps = config.sleep and served.cuda
         self._label: str | None = None
@@ -154,6 +160,21 @@ class VllmProcess:
         finally:
             if self._sleeps:
                 self._llm.sleep(level=1)
+
+
+def _set_batch_invariant(served: ServedModel) -> None:
+    """Have vLLM, which is not imported yet, sample the same in every batch. Raises `EngineError`."""
+    needed = "engine.batch_invariant = true needs a GPU of compute capability 8.0 or newer"
+    if not served.cuda:
+        raise EngineError(f"{needed}, and the model is on a CPU: remove it")
+    if torch.cuda.get_device_capability() < BATCH_INVARIANT_CAPABILITY:
+        raise EngineError(f"{needed}, which {torch.cuda.get_device_name()} is not: remove it")
+    if os.environ.get(BATCH_INVARIANT, "1") != "1":
+        raise EngineError(
+            f"engine.batch_invariant = true, and {BATCH_INVARIANT} is {os.environ[BATCH_INVARIANT]!r} "
+            "in the environment: unset it"
+        )
+    os.environ[BATCH_INVARIANT] = "1"
 
 
 def llm_arguments(config: VllmProcessConfig, served: ServedModel) -> dict[str, Any]:

@@ -187,9 +187,7 @@ class VllmServer:
         for name in _model_names(self._http.get("/v1/models")):
             if name.startswith(run_prefix):
                 self._http.post_command("/v1/unload_lora_adapter", {"lora_name": name})
-        self._http.post_command(
-            "/v1/load_lora_adapter", {"lora_name": label, "lora_path": path}
-        )
+        self._http.post_command("/v1/load_lora_adapter", {"lora_name": label, "lora_path": path})
 
     def _set_weight_version(self, label: str) -> None:
         self._http.post("/update_weight_version", {"new_version": label})

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+HERMES = TOOL_FORMATS["hermes"].offering((TOOL,))
+
+
 @dataclass(frozen=True, slots=True)
 class CheckedTurn:
     """Holds a turn, and whether it is right."""
@@ -39,7 +42,7 @@ class CalculatorOracle:
     that ends in another answer.
     """
 
-    tool_format: ToolFormat = TOOL_FORMATS["hermes"]
+    tool_format: ToolFormat = HERMES
     """How the policy writes calls."""
 
     def critique_episode(

@@ -50,7 +50,7 @@ class ToolEnvironment(ABC):
     def step(self, turn: Turn) -> EnvironmentReply:
         """Call the turn's tools, in order; end the episode if it has none."""
         if turn.malformed is not None:
-            return EnvironmentReply((f"Error: {turn.malformed}",), "tool_error")
+            return EnvironmentReply((f"Error: {turn.malformed}",), "malformed_call")
         if not turn.calls:
             return EnvironmentReply((), done=True)
         results = [self._result(call) for call in turn.calls[:MAX_CALLS]]

@@ -55,18 +55,19 @@ class HubEnvironment:
 
 
 def read_environment(
-    config: EnvironmentData, *, need_answers: bool
+    config: EnvironmentData, *, need_answers: bool, episodes: bool = False
 ) -> tuple[HubEnvironment, Splits, Mapping[str, int], str]:
     """Read the problems of an environment, split, and count what is left out.
 
     Also returns in one line which columns were read for what. Raises `DataError`, `PartError` or
     `RecipeError` in one line.
     """
-    first = build_environment(config, config.options)
+    first = build_environment(config, config.options, episodes=episodes)
     pool, test = first.rows(config.limit), first.held_out(config.limit)
     loads, sources = [first], [(0, 0, pool), (0, len(pool), test)]
     if config.test_options is not None:
-        second = build_environment(config, {**config.options, **config.test_options})
+        options = {**config.options, **config.test_options}
+        second = build_environment(config, options, episodes=episodes)
         rows, held_out = second.rows(config.limit), second.held_out(config.limit)
         offset = len(rows) if held_out else 0
         sources[1] = (1, offset, held_out or rows)

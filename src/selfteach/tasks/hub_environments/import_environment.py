@@ -23,8 +23,13 @@ SHIPPED = "verifiers.v1.tasksets"
 """Package of the tasksets that the library brings."""
 
 
-def build_environment(config: EnvironmentData, options: Mapping[str, Any]) -> SingleTurn:
-    """Build the environment that a recipe names. Raises `DataError` or `PartError` in one line."""
+def build_environment(
+    config: EnvironmentData, options: Mapping[str, Any], *, episodes: bool = False
+) -> SingleTurn:
+    """Build the environment that a recipe names; with ``episodes`` one of several turns.
+
+    Raises `DataError` or `PartError` in one line.
+    """
     if importlib.util.find_spec("verifiers") is None:
         raise DataError('data.type = "verifiers" needs verifiers: pip install verifiers')
     part = CustomPart(type=config.environment, options=dict(options))
@@ -34,17 +39,26 @@ def build_environment(config: EnvironmentData, options: Mapping[str, Any]) -> Si
     with _restored():
         imported = import_part("hub_environment", part.type)
         if inspect.isclass(imported.target) and hasattr(imported.target, "task_type"):
-            return TasksetEnvironment.build(imported.target, options, label)
+            return _of_one_turn(TasksetEnvironment.build(imported.target, options, label), episodes)
         built, _ = construct_part("hub_environment", part)
-        return _wrapped(built, label)
+        return _wrapped(built, label, episodes)
 
 
-def _wrapped(built: Any, label: str) -> SingleTurn:
+def _of_one_turn(taskset: TasksetEnvironment, episodes: bool) -> TasksetEnvironment:
+    if episodes:
+        raise DataError(
+            f"{taskset.label}: is a taskset of verifiers.v1, whose tasks can be trained on in a single "
+            "turn alone: remove [environment]"
+        )
+    return taskset
+
+
+def _wrapped(built: Any, label: str, episodes: bool) -> SingleTurn:
     """Wrap an environment, or a taskset that was built already."""
     if hasattr(type(built), "task_type") and hasattr(built, "config"):
-        return TasksetEnvironment(built, label)
+        return _of_one_turn(TasksetEnvironment(built, label), episodes)
     if hasattr(built, "rubric") and hasattr(built, "build_dataset"):
-        return RubricEnvironment(built, label)
+        return RubricEnvironment(built, label, episodes=episodes)
     raise PartError(
         f"{label}: is a {type(built).__name__}, neither an environment nor a taskset of verifiers: "
         "name a function that returns one (load_environment), or a Taskset"

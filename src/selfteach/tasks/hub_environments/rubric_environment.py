@@ -7,10 +7,8 @@ Functions that raise count as 0, as there.
 from __future__ import annotations
 
 import asyncio
-import copy
 import inspect
 import json
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,10 +17,22 @@ from typing import Any
 
 from selfteach.errors import DataError
 from selfteach.tasks.hub_environments.attempts import Attempt, Outcome, distinct, reason_of
+from selfteach.tasks.hub_environments.library_state import (
+    begun_state,
+    messages_of,
+    trajectory_step,
+)
+from selfteach.tasks.hub_environments.shared_loop import in_thread
 from selfteach.tasks.sources.source_row import Row, shortest
 
 COUNTS_TURNS = "MultiTurnMonitorRubric"
 """The library's rubric of one metric, the number of turns: here always 1."""
+
+
+NOT_OVERRIDDEN = (
+    "get_prompt_messages", "render_completion", "get_model_response", "add_model_response",
+)  # fmt: skip
+"""Methods of an environment of several turns that are not called here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +49,25 @@ class RubricEnvironment:
 
     failed: float | None = 0.0
 
-    def __init__(self, environment: Any, label: str) -> None:
-        from verifiers import Rubric, SingleTurnEnv  # pyright: ignore[reportMissingImports]
+    def __init__(self, environment: Any, label: str, *, episodes: bool = False) -> None:
+        """Read the rubric; with ``episodes`` of an environment of several turns."""
+        from verifiers import MultiTurnEnv, Rubric, SingleTurnEnv  # pyright: ignore[reportMissingImports]
 
-        self.label, self._environment, self._plain = label, environment, Rubric
-        _require_single_turn(environment, label, SingleTurnEnv)
+        self.label, self.environment, self._plain = label, environment, Rubric
+        self._runs_episodes = episodes
+        if episodes:
+            _require_linear(environment, label, MultiTurnEnv)
+            _call_tools_in_threads(environment)
+        else:
+            _require_single_turn(environment, label, SingleTurnEnv)
         self._functions: dict[str, RubricFunction] = {}
         for one in self._of(environment.rubric):
             name = type(one.rubric).__name__ if one.function is None else _name(one.function)
             self._functions[distinct(name, self._functions)] = one
         if not self._functions:
             raise DataError(f"{label}: its rubric has no reward function")
+        if episodes:
+            self._require_rewards_of_one()
         self.weights: Mapping[str, float] = {
             name: one.weight for name, one in self._functions.items()
         }
@@ -57,20 +75,20 @@ class RubricEnvironment:
 
     def rows(self, limit: int | None) -> list[Row]:
         """Return the rows of its dataset, or of its evaluation set where it has no other."""
-        dataset = self._environment.build_dataset()
+        dataset = self.environment.build_dataset()
         if dataset is None:
-            dataset = self._environment.build_eval_dataset()
+            dataset = self.environment.build_eval_dataset()
         return self._read(dataset, "train", limit)
 
     def held_out(self, limit: int | None) -> list[Row]:
         """Return the rows of its evaluation set, if it has a dataset beside it."""
-        if self._environment.build_dataset() is None:
+        if self.environment.build_dataset() is None:
             return []
-        return self._read(self._environment.build_eval_dataset(), "test", limit)
+        return self._read(self.environment.build_eval_dataset(), "test", limit)
 
     async def score(self, attempts: Sequence[Attempt]) -> list[dict[str, Outcome]]:
         """Return the rewards of each attempt: functions in order, each for all attempts at once."""
-        states = [await self._state(attempt) for attempt in attempts]
+        states = [await self._completed(attempt) for attempt in attempts]
         outcomes: list[dict[str, Outcome]] = [{} for _ in attempts]
         groups: defaultdict[int, list[int]] = defaultdict(list)
         for i, attempt in enumerate(attempts):
@@ -86,8 +104,21 @@ class RubricEnvironment:
                 for i, value in zip(members, values, strict=True):
                     outcomes[i][name] = value
         for state in states:
-            await self._environment.rubric.cleanup(state)
+            await self.environment.rubric.cleanup(state)
         return outcomes
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        """Return a row as the environment has it."""
+        return self._rows[index]
+
+    async def outcomes(self, state: Any) -> dict[str, Outcome]:
+        """Return the rewards of one episode, which is over: functions in order."""
+        return {
+            name: await _called(one, state)
+            if one.function is not None
+            else (await _called_with_group(one, [state]))[0]
+            for name, one in self._functions.items()
+        }
 
     def _of(self, rubric: Any) -> Iterator[RubricFunction]:
         """Yield the functions of a rubric and of those in it, a rubric of another kind as a whole."""
@@ -114,64 +145,73 @@ class RubricEnvironment:
         read = []
         for number, values in enumerate(dataset if limit is None else dataset.take(limit), start=1):
             row = {name: shortest(value, kinds.get(name)) for name, value in values.items()}
+            if self._runs_episodes and "tool_defs" in (_plain_row(row).get("info") or {}):
+                raise DataError(
+                    f"{self.label} ({split}): row {number}: it has tools of its own (info.tool_defs), "
+                    "and all episodes are offered the same"
+                )
             self._rows.append(row)
             read.append(
                 Row(_plain_row(row), f"{self.label} ({split}): row {number}", f"{split}-{number}")
             )
         return read
 
-    async def _state(self, attempt: Attempt) -> Any:
-        """Return the state that the library would have after this completion of a row."""
-        from verifiers.types import RolloutTiming, State, flatten_task_input  # pyright: ignore[reportMissingImports]
-        from verifiers.utils.message_utils import normalize_messages  # pyright: ignore[reportMissingImports]
+    def _require_rewards_of_one(self) -> None:
+        """Raise `DataError` for a function that rewards a group at once: episodes end one by one."""
+        for name, one in self._functions.items():
+            if one.function is not None and one.rubric._is_group_func(one.function):
+                raise DataError(
+                    f"{self.label}: its reward {name} compares the rollouts of a group, and episodes "
+                    "are rewarded one by one"
+                )
 
-        row = copy.deepcopy(self._rows[attempt.row])
-        if isinstance(row.get("info"), str):
-            row["info"] = json.loads(row["info"])
-        task = flatten_task_input(row)
-        state = State(input=task)
-        state["task"] = task
-        prompt = normalize_messages(row["prompt"], field_name="input.prompt")
-        completion = normalize_messages([{"role": "assistant", "content": attempt.text}])
-        identity = uuid.uuid4().hex
-        values: dict[str, Any] = {
-            "prompt": prompt, "completion": None, "client": None, "model": "", "sampling_args": None,
-            "is_completed": False, "is_truncated": False, "stop_condition": None, "tool_defs": [],
-            "trajectory": [], "trajectory_id": identity, "reward": None, "metrics": None,
-            "error": None, "final_env_response": None, "timing": RolloutTiming(),
-        }  # fmt: skip
-        for name, value in values.items():
-            state[name] = value
-        prepared = await self._environment.setup_state(state)
-        state = state if prepared is None else prepared
-        step = {
-            "prompt": prompt, "completion": completion, "response": None, "tokens": None,
-            "reward": None, "advantage": None, "is_truncated": not attempt.finished,
-            "trajectory_id": identity, "extras": {},
-        }  # fmt: skip
+    async def _completed(self, attempt: Attempt) -> Any:
+        """Return the state that the library would have after this completion of a row."""
+        state = await begun_state(self.environment, self._rows[attempt.row])
+        messages = [{"role": "assistant", "content": attempt.text}]
+        completion = messages_of(messages, "completion")
+        cut = not attempt.finished
+        step = trajectory_step(state, state["prompt"], completion, is_truncated=cut)
         state["trajectory"].append(step)
         state["completion"], state["is_completed"] = completion, True
-        state["is_truncated"], state["stop_condition"] = not attempt.finished, "max_turns_reached"
+        state["is_truncated"], state["stop_condition"] = cut, "max_turns_reached"
         return state
+
+
+def _call_tools_in_threads(environment: Any) -> None:
+    tools = getattr(environment, "tool_map", None)
+    if isinstance(tools, dict):
+        tools |= {name: in_thread(tool) for name, tool in tools.items()}
+
+
+def _require_linear(environment: Any, label: str, several: type) -> None:
+    """Raise `DataError` for an environment whose rollouts are no sequence of turns and replies."""
+    kind = type(environment)
+    if not isinstance(environment, several):
+        raise DataError(f"{label}: a {kind.__name__} is no MultiTurnEnv, so it has no episodes")
+    for method in NOT_OVERRIDDEN:
+        if getattr(kind, method, None) is not getattr(several, method, None):
+            raise DataError(
+                f"{label}: {kind.__name__} has a {method} of its own: only environments whose messages "
+                "follow one another can be run here"
+            )
 
 
 def _require_single_turn(environment: Any, label: str, single: type) -> None:
     kind = type(environment)
     if not isinstance(environment, single):
         raise DataError(
-            f"{label}: a {kind.__name__} has several turns, tools or environments; only environments "
-            "of a single turn (SingleTurnEnv) can be trained on here"
+            f"{label}: a {kind.__name__} has several turns, tools or environments: for several turns "
+            'or tools set [environment] type = "verifiers"; groups of environments cannot be trained on'
         )
     for method in ("env_response", "get_prompt_messages", "render_completion"):
         if getattr(kind, method) is not getattr(single, method):
             raise DataError(
-                f"{label}: {kind.__name__} answers or edits messages ({method}): only environments "
-                "of a single turn can be trained on here"
+                f"{label}: {kind.__name__} answers or edits messages ({method}), so it is none of a "
+                'single turn: set [environment] type = "verifiers"'
             )
     if environment.tool_defs:
-        raise DataError(
-            f"{label}: it offers tools: only environments of a single turn can be trained on here"
-        )
+        raise DataError(f'{label}: it offers tools: set [environment] type = "verifiers"')
 
 
 def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,30 @@ RETRY = "nothing, second answer"
 """The baseline of the contexts: a second answer to the missed questions, without a context."""
 SHARED_TEMPLATE = {"shuffled_lines": "step_aligned", "other_answer": "step_aligned"}
 
+CARD_HEAD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+tags: [selfteach, synthetic, self-distillation]
+---
+
+# selfteach lab base: {name}
+
+A Llama of 0.6 M parameters (hidden 128, 3 layers, 4 heads) that answers questions about one random
+16 × 16 table, made to study how feedback teaches. It knows most of the table, is confidently wrong
+about the rest, and can read every context that a study shows to a self-teacher. It knows no natural
+language and has no other use.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+"""
+"""The beginning of a base model's card."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerShares:
@@ -214,31 +238,17 @@ def model_card(base: Mapping[str, Any], result: ProbeResult) -> str:
     world, training = base["world"], base["training"]
     config = WorldConfig(**{**world, "native_styles": tuple(world["native_styles"])})
     name, command = _rebuilt_by(config, training, base["context_shares"])
-    beliefs, questions = World(config).beliefs, result.without_context.answers
-    documents = "\n".join(f"| {k} | {100 * v:.0f} |" for k, v in base["context_shares"].items())
+    return CARD_HEAD.format(name=name) + "\n".join([
+        _card_world(world, config),
+        _card_training(training, base["context_shares"], command),
+        _card_measured(result),
+    ])  # fmt: skip
+
+
+def _card_world(world: Mapping[str, Any], config: WorldConfig) -> str:
+    beliefs = World(config).beliefs
     settings = "\n".join(f"| {k} | {_plain(v)} |" for k, v in world.items())
-    return f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-tags: [selfteach, synthetic, self-distillation]
----
-
-# selfteach lab base: {name}
-
-A Llama of 0.6 M parameters (hidden 128, 3 layers, 4 heads) that answers questions about one random
-16 × 16 table, made to study how feedback teaches. It knows most of the table, is confidently wrong
-about the rest, and can read every context that a study shows to a self-teacher. It knows no natural
-language and has no other use.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
-
-## World
+    return f"""## World
 
 | setting | value |
 |---|---|
@@ -249,8 +259,12 @@ misconception with probability {beliefs.misconception:g}, the truth with {belief
 otherwise a random value; any other fact is believed rightly with probability {beliefs.known:g}.
 Beliefs are consistent within a document. `pull` is the share of lines in which a writer with a context
 in view follows the context's order and phrasing.
+"""
 
-## Training
+
+def _card_training(training: Mapping[str, Any], shares: Mapping[str, float], command: str) -> str:
+    documents = "\n".join(f"| {k} | {100 * v:.0f} |" for k, v in shares.items())
+    return f"""## Training
 
 {training["steps"]:,} steps of {training["batch_size"]} documents, AdamW at {training["lr"]:g} with
 linear decay, loss on the answer only, weights and documents from seed {training["seed"]}. The documents
@@ -266,8 +280,12 @@ hold no question of the validation or test split. Documents by context, in per c
 
 rebuilds it (minutes on one core; floating-point sums differ between CPUs, so the weights need not be
 bitwise the same).
+"""
 
-## Measured
+
+def _card_measured(result: ProbeResult) -> str:
+    questions = result.without_context.answers
+    return f"""## Measured
 
 The documents' writers, without a context, are right on {100 * result.writers:.1f} % of these
 questions: what a perfect student of the documents would reach. The first row is the model without a

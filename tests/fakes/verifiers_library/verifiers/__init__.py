@@ -1,9 +1,10 @@
 """A tiny library of the shape of `verifiers` 0.3: what the adapter uses of its classic part."""
 
 import inspect
+import json
 import signal
 
-from verifiers.types import State
+from verifiers.types import State, ToolCall
 
 
 class Parser:
@@ -40,8 +41,10 @@ class MultiTurnMonitorRubric(Rubric):
 
 
 class MultiTurnEnv:
-    def __init__(self, dataset=None, eval_dataset=None, rubric=None):
-        self.dataset, self.eval_dataset, self.tool_defs = dataset, eval_dataset, None
+    tool_defs = None
+
+    def __init__(self, dataset=None, eval_dataset=None, rubric=None, max_turns=-1):
+        self.dataset, self.eval_dataset, self.max_turns = dataset, eval_dataset, max_turns
         self.rubric = Rubric()
         self.rubric.rubrics = [rubric, MultiTurnMonitorRubric([lambda state: 1.0])]
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -59,11 +62,60 @@ class MultiTurnEnv:
 
     async def get_prompt_messages(self, state): ...
 
-    async def render_completion(self, state): ...
+    async def render_completion(self, state):
+        last = state["trajectory"][-1]
+        whole = [*last["prompt"], *last["completion"], *(state["final_env_response"] or [])]
+        state["completion"] = whole[len(state["prompt"]) :]
+
+    async def add_trajectory_step(self, state, step):
+        state["trajectory"].append(step)
+
+    async def stops(self, state):
+        return 0 < self.max_turns <= len(state["trajectory"])
+
+    async def is_completed(self, state):
+        if state["final_env_response"] is not None or await self.stops(state):
+            state["is_completed"] = True
+        return state["is_completed"]
+
+    async def cleanup(self, state):
+        await self.render_completion(state)
 
 
 class SingleTurnEnv(MultiTurnEnv):
     pass
 
 
-__all__ = ["MultiTurnEnv", "Parser", "Rubric", "SingleTurnEnv", "State"]
+class ToolEnv(MultiTurnEnv):
+    def __init__(self, tools=(), max_turns=10, **settings):
+        super().__init__(max_turns=max_turns, **settings)
+        self.tool_map = {tool.__name__: tool for tool in tools}
+        self.tool_defs = [_schema(tool) for tool in tools]
+
+    async def stops(self, state):
+        if await super().stops(state):
+            return True
+        return bool(state["trajectory"]) and not state["trajectory"][-1]["completion"][-1].get(
+            "tool_calls"
+        )
+
+    async def env_response(self, messages, state):
+        replies = []
+        for call in map(ToolCall, messages[-1]["tool_calls"]):
+            try:
+                result = self.tool_map[call.name](**json.loads(call.arguments))
+                content = str(await result if inspect.isawaitable(result) else result)
+            except Exception as error:
+                content = f"{error}"
+            replies.append({"role": "tool", "content": content, "tool_call_id": call.id})
+        return replies
+
+
+def _schema(tool):
+    names = list(inspect.signature(tool).parameters)
+    properties = {name: {"type": "integer"} for name in names}
+    parameters = {"type": "object", "properties": properties, "required": names}
+    return {"name": tool.__name__, "description": tool.__doc__ or "", "parameters": parameters}
+
+
+__all__ = ["MultiTurnEnv", "Parser", "Rubric", "SingleTurnEnv", "State", "ToolEnv"]

@@ -17,3 +17,8 @@ class RolloutTiming: ...
 
 def flatten_task_input(row):
     return dict(row)
+
+
+class ToolCall:
+    def __init__(self, values):
+        self.id, self.name, self.arguments = values["id"], values["name"], values["arguments"]
