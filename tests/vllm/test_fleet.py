@@ -86,11 +86,11 @@ def recipe(model: Path, urls: Sequence[str], *more: dict[str, Any], **engine: An
         "sampling": {"max_tokens": 24, "batch_size": 12, "temperature": 0.7},
         "train": {
             "steps": 3, "problems_per_step": 3, "group_size": 4, "checkpoint_every": 1,
-            "threads": 1, "max_length": 1024,
+            "threads": 1, "max_length": 4096,
         },
         "context": {"type": "reference"},
         "objective": {"importance_cap": 2.0},
-        "optimizer": {"lr": 1e-3},
+        "optimizer": {"lr": 1e-4},
         "evaluation": {"every": 3, "validation_k": 1, "test": False},
         "engine": section,
     }  # fmt: skip
@@ -170,6 +170,8 @@ def test_a_run_on_two_servers_is_the_run_on_one(
         assert min(counts[way]) > 0
         rows = [row for row in RunFolder(tmp_path / way).metrics() if row["kind"] == "step"]
         assert [row["step"] for row in rows] == [1, 2, 3]
+        assert all(row["tokens_trained"] > 0 for row in rows), "the weights move"
+        print_line(f"{way}: mismatch_max {max(row['mismatch_max'] for row in rows):.1e}")
         assert all(row["mismatch_max"] < TOLERANCE for row in rows)
 
 
