@@ -35,6 +35,7 @@ BENCHMARKS: dict[str, tuple[str, str, list[str]]] = {
     "training_step": (".venv-bench", "training/training_step", []),
     "sampling": (".venv-bench", "rollout/sampling", []),
     "fleet": (".venv", "rollout/fleet", ["--rounds", "3"]),
+    "weight_transfer": (".venv", "rollout/weight_transfer", []),
     "main_job": (".venv", "training/main_job", []),
     "limit": (".venv", "training/roofline", []),
     "critics": (".venv", "critic/critics", []),

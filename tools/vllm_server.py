@@ -49,7 +49,14 @@ ENVIRONMENT = {
 
 ENGINE_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 """Settings of a server that is an engine: full weights through developer mode, adapters by name."""
-ENGINE_FLAGS = ("--enable-lora", "--max-lora-rank", "16", "--logprobs-mode", "processed_logprobs")
+ENGINE_FLAGS = (
+    "--enable-lora", "--max-lora-rank", "16", "--logprobs-mode", "processed_logprobs",
+    "--worker-extension-cls", "selfteach.rollout.vllm.worker_extension.StreamedWeights",
+)  # fmt: skip
+SMALL_FLAGS = (
+    "--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(128 << 20),
+)  # fmt: skip
+"""Of servers of which several must fit beside one another."""
 
 Log = Callable[[str], None]
 
@@ -158,7 +165,8 @@ class Server:
         self._print(f"vLLM: starting on port {self.port} (log: {self.log})")
         started = time.monotonic()
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT
-        env |= ENGINE_ENVIRONMENT if self._engine else {}
+        if self._engine:  # the worker extension is this checkout's, whatever is installed there
+            env |= {**ENGINE_ENVIRONMENT, "PYTHONPATH": str(ROOT / "src")}
         self._group = ProcessGroup(command, env=env, log=self.log)
         try:
             while not self._is_ready():

@@ -36,6 +36,7 @@ from selfteach.rollout.vllm.synced_backend import SyncedBackend
 from selfteach.rollout.vllm.synced_server import SyncedServer
 from selfteach.rollout.vllm.vllm_engine import CompletionRequest, SentWeights, SyncedSampler
 from selfteach.rollout.vllm.vllm_fleet import VllmFleet
+from selfteach.rollout.vllm.weight_channel import WeightChannel
 from selfteach.rollout.vllm.weight_check import Probe, WeightCheck
 from selfteach.rollout.vllm.weight_sync import WeightFolder
 from selfteach.runtime.distributed import SINGLE_PROCESS
@@ -112,22 +113,21 @@ def critics(urls: Sequence[str]) -> Run:
 
 def samplers(urls: Sequence[str], folder: Path) -> Run:
     """Return a call for rollouts."""
-    weights = WeightFolder(folder, None)
     logits_V = torch.zeros(VOCABULARY)
     probe = Probe((1, 2, 3), 1.0, lambda: logits_V)
     configs = [
         VllmServerConfig(type="vllm_server", url=url, model="m", concurrency=2 * SLOTS)
         for url in urls
     ]
+    in_folder = configs[0].model_copy(update={"weight_transfer": "folder"})
+    weights = WeightChannel(in_folder, WeightFolder(folder, None))
     sampler: SyncedSampler
     if len(urls) == 1:
         server = VllmServer(configs[0], weights)
         sampler = SyncedBackend(server, WeightCheck(probe, 0.5), SINGLE_PROCESS)
     else:
         servers = [
-            SyncedServer(
-                VllmServer(config, weights), weights, WeightCheck(probe, 0.5), SINGLE_PROCESS
-            )
+            SyncedServer(VllmServer(config, weights), WeightCheck(probe, 0.5), SINGLE_PROCESS)
             for config in configs
         ]
         sampler = VllmFleet(servers, weights, concurrency=2 * SLOTS, patience_s=60.0)

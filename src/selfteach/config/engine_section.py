@@ -53,8 +53,12 @@ class VllmServerConfig(VllmEngineConfig):
     api_key_env: str | None = None
     """Environment variable that holds the key; the key itself is never written anywhere."""
     folder: str | None = None
-    """Folder through which new weights reach the server, which must see it under the same path; unset:
-    a folder for temporary files on this machine."""
+    """Folder through which new weights reach the server unless they travel in memory; the server must
+    see it under the same path. Unset: a folder for temporary files on this machine."""
+    weight_transfer: Literal["auto", "nccl", "stream", "folder"] = "auto"
+    """How new weights reach the server. ``nccl``: full weights from GPU to GPU, through vLLM's own
+    weight transfer; ``stream``: in memory, to a worker extension; ``folder``: through ``folder``;
+    ``auto``: the first of these that the servers were started for."""
     concurrency: int = Field(default=64, ge=1)
     """Requests in flight at a time, at each address."""
     timeout_seconds: float = Field(default=600.0, gt=0)

@@ -6,6 +6,7 @@ called, so that a single process computes bitwise the same with and without torc
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -134,11 +135,11 @@ class Ranks:
 
     @contextmanager
     def mutex(self) -> Iterator[None]:
-        """Run a block on one rank at a time; uses no collective, so it works in any thread."""
+        """Run a block on one rank at a time, in one thread; uses no collective."""
         if self.store is None:
             yield
             return
-        me = str(self.rank)
+        me = f"{self.rank}/{threading.get_ident()}"  # threads of one rank exclude each other too
         while self.store.compare_set(MUTEX_KEY, MUTEX_FREE, me).decode() != me:
             time.sleep(MUTEX_POLL_S)
         try:

@@ -171,7 +171,7 @@ def _sampler(
             # Rank 0 writes there; the others need only its path.
             folder = ranks.all_or_raise(lambda: _folder(config.folder) if ranks.is_main else None)
             weight_folder = WeightFolder(ranks.broadcast(folder) or Path(), adapter)
-            return _served(config, probe, weight_folder, ranks)
+            return _served(config, probe, weight_folder, ranks, policy.device)
         case VllmProcessConfig():
             weight_folder = WeightFolder(_folder(None), adapter)
             process = VllmProcess(config, _served_model(recipe, loaded), weight_folder)
@@ -181,28 +181,29 @@ def _sampler(
 
 
 def _served(
-    config: VllmServerConfig, probe: Probe, weight_folder: WeightFolder, ranks: Ranks
+    config: VllmServerConfig,
+    probe: Probe,
+    weight_folder: WeightFolder,
+    ranks: Ranks,
+    device: torch.device,
 ) -> SyncedSampler:
     """Return the server of an engine, or its fleet of them."""
     _require_openai()
     from selfteach.rollout.vllm.server_client import VllmServer
     from selfteach.rollout.vllm.synced_server import SyncedServer
     from selfteach.rollout.vllm.vllm_fleet import VllmFleet
+    from selfteach.rollout.vllm.weight_channel import WeightChannel
 
-    if len(config.members) == 1:
-        server = VllmServer(config.members[0], weight_folder)
-        return SyncedBackend(server, WeightCheck(probe, config.tolerance), ranks)
-    servers = [
-        SyncedServer(
-            VllmServer(member, weight_folder),
-            weight_folder,
-            WeightCheck(probe, config.tolerance),
-            ranks,
-        )
+    channel = WeightChannel(config, weight_folder, ranks, device)
+    members = [
+        (VllmServer(member, channel), WeightCheck(probe, config.tolerance))
         for member in config.members
     ]
+    if len(members) == 1:
+        return SyncedBackend(*members[0], ranks)
     return VllmFleet(
-        servers, weight_folder, concurrency=config.concurrency, patience_s=config.patience_seconds,
+        [SyncedServer(*member, ranks) for member in members], channel,
+        concurrency=config.concurrency, patience_s=config.patience_seconds,
         hedge_after=config.hedge_after,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from selfteach.config.engine_section import VllmServerConfig
 from selfteach.errors import EngineError
 from selfteach.rollout.vllm.http_client import HttpClient, NotFound
 from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
+from selfteach.rollout.vllm.weight_channel import require_transfer
 from selfteach.runtime.fleet_states import states_of_members
 
 TIMEOUT_S = 10.0
@@ -67,6 +68,7 @@ def _require_member(config: VllmServerConfig, requirements: EngineRequirements) 
         _require_adapters(http)
     else:
         _require_developer_mode(http)
+    require_transfer(config, adapters=requirements.adapters)
     return _batch_invariance(http) if config.batch_invariant else "replies"
 
 

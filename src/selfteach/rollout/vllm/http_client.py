@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
@@ -22,6 +23,8 @@ BUSY = (408, 409, 429)
 """Statuses of a server that may accept the same request soon after."""
 MAX_BODY_BYTES = 64_000_000
 """A longer response is no completion: one of 500,000 tokens with their log-probabilities is shorter."""
+TAKES_BYTES = "content" in inspect.signature(openai.AsyncOpenAI.post).parameters
+"""False for older versions of the client, which encode a body themselves."""
 
 
 class HttpClient:
@@ -47,6 +50,18 @@ class HttpClient:
         """Return the parsed reply to this body. Raises what `send` raises."""
         return self.call(self.send(path, body, transient_5xx=transient_5xx))
 
+    def start_post(self, path: str, body: Mapping[str, Any]) -> Future[Any]:
+        """Start a request; the future has what `post` returns or raises."""
+        return self.start(self.send(path, body, transient_5xx=False))
+
+    def post_command(self, path: str, body: Mapping[str, Any]) -> None:
+        """Send a body whose reply is a sentence, not JSON. Raises what `send` raises."""
+        self.call(self._send(path, dict(body), transient_5xx=False, parse=False))
+
+    def post_json(self, path: str, body: bytes) -> Any:
+        """Return the parsed reply to a body that is JSON already. Raises what `post` raises."""
+        return self.call(self._send(path, body, transient_5xx=False))
+
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Await a coroutine that uses `send`."""
         return self._api.call(work)
@@ -62,8 +77,17 @@ class HttpClient:
         ``transient_5xx``, for server errors; `NotFound` for a missing address or model; `EngineError`
         for anything else.
         """
+        return await self._send(
+            path, None if body is None else dict(body), transient_5xx=transient_5xx
+        )
+
+    async def _send(
+        self, path: str, body: dict[str, Any] | bytes | None, *, transient_5xx: bool,
+        parse: bool = True,
+    ) -> Any:  # fmt: skip
         try:
-            return json.loads(await self._exchange(path, body))
+            reply = await self._exchange(path, body)
+            return json.loads(reply) if parse else reply
         except openai.APIConnectionError as error:
             if is_too_slow(error):
                 raise EngineUnavailable(f"no reply within {self._timeout_s:g} s") from None
@@ -74,11 +98,16 @@ class HttpClient:
             reason = f"the reply cannot be parsed: {self._api.words(error)}"
             raise EngineUnavailable(reason) from None
 
-    async def _exchange(self, path: str, body: Mapping[str, Any] | None) -> str:
+    async def _exchange(self, path: str, body: dict[str, Any] | bytes | None) -> str:
         client = self._api.client
         if body is None:
             return await client.get(path, cast_to=str)
-        return await client.post(path, cast_to=str, body=dict(body))
+        if isinstance(body, bytes) and not TAKES_BYTES:
+            body = json.loads(body)
+        if isinstance(body, bytes):
+            options: Any = {"headers": {"Content-Type": "application/json"}}
+            return await client.post(path, cast_to=str, content=body, options=options)
+        return await client.post(path, cast_to=str, body=body)
 
     def _typed(
         self, error: openai.APIStatusError, path: str, *, transient_5xx: bool

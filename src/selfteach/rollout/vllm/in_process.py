@@ -51,6 +51,7 @@ class VllmProcess:
 
     name = "vLLM in this process"
     patience_s = 0.0
+    main_reloads = False
 
     def __init__(
         self, config: VllmProcessConfig, served: ServedModel, weight_folder: WeightFolder

@@ -1,8 +1,8 @@
 """Drives a vLLM server: token ids in, token ids out, and new weights through vLLM's endpoints.
 
-Adapters are loaded by name (``/v1/load_lora_adapter``), and the name is the label: each request names
-it, each reply repeats it. Full weights are reloaded from a folder (developer mode:
-``/collective_rpc`` with ``reload_weights``), and the label is vLLM's ``weight_version``.
+Adapters are loaded by name (``/v1/load_lora_adapter``), and the name is the label: each request
+names it, each reply repeats it. Full weights travel as a `WeightChannel` brings them (in developer
+mode), and the label is vLLM's ``weight_version``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from selfteach.rollout.vllm.vllm_engine import (
     CompletionRequest,
     EngineUnavailable,
 )
-from selfteach.rollout.vllm.weight_sync import WeightFolder
+from selfteach.rollout.vllm.weight_channel import WeightChannel
 
 TOP_LOGPROBS = 20
 """vLLM returns no more unless its server was started with a higher limit."""
@@ -45,8 +45,8 @@ class VllmServer:
     Raises `EngineError` when built if the environment variable of the API key is not set.
     """
 
-    def __init__(self, config: VllmServerConfig, weight_folder: WeightFolder) -> None:
-        self._config, self._weight_folder = config, weight_folder
+    def __init__(self, config: VllmServerConfig, channel: WeightChannel) -> None:
+        self._config, self._channel = config, channel
         self._http = HttpClient(config)
 
     @property
@@ -59,21 +59,30 @@ class VllmServer:
         """Return how long the server may be unavailable, in seconds: engine.patience_seconds."""
         return self._config.patience_seconds
 
+    @property
+    def holds_adapters(self) -> bool:
+        """Return True if the weights are those of a LoRA adapter."""
+        return self._channel.holds_adapters
+
+    @property
+    def main_reloads(self) -> bool:
+        """Return True if only rank 0 can load the newest weights into a server again."""
+        return self._channel.main_sends
+
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
-        """Write the weights to disk and have the server load them from there."""
-        self._weight_folder.write(named_weights, label)
-        self.reload_weights(label)
+        """Send new weights and have the server use them."""
+        with self._channel.publishing(list(named_weights), label):
+            self.reload_weights(label)
 
     def reload_weights(self, label: str) -> None:
-        """Have the server load the weights that are on disk."""
-        path = str(self._weight_folder.path(label))
-        if self._weight_folder.holds_adapters:
-            self._load_adapter(path, label)
+        """Have the server use the newest weights, which the channel holds."""
+        if self._channel.holds_adapters:
+            self._load_adapter(self._channel.adapter_path(self._http, label), label)
             return
+        self._channel.stage(self._http, label)
         # Other runs that sample here must see a new label before the weights change.
         self._set_weight_version(_loading(label))
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
-        self._http.post("/collective_rpc", reload)
+        self._channel.apply(self._http, label)
         with _well_formed():
             emptied = any(
                 self._http.post("/reset_prefix_cache", {})["success"]
@@ -124,7 +133,7 @@ class VllmServer:
             return {int(name.removeprefix("token_id:")): float(p) for name, p in logprobs.items()}
 
     async def _label(self, expected: str) -> str | None:
-        if self._weight_folder.holds_adapters:
+        if self._channel.holds_adapters:
             reply = await self._http.send("/v1/models", None, transient_5xx=True)
             return expected if expected in _model_names(reply) else None
         reply = await self._http.send("/weight_info", None, transient_5xx=True)
@@ -145,7 +154,7 @@ class VllmServer:
         self, request: CompletionRequest, label: str, extra: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the one choice of a completion, after checking that the right model wrote it."""
-        model = label if self._weight_folder.holds_adapters else self._config.model
+        model = label if self._channel.holds_adapters else self._config.model
         body = {
             "model": model, "prompt": list(request.prompt_ids), "return_token_ids": True,
             **request.parameters(), **extra,
@@ -153,7 +162,7 @@ class VllmServer:
         try:
             reply = await self._http.send("/v1/completions", body, transient_5xx=True)
         except NotFound as error:
-            if self._weight_folder.holds_adapters:  # it was loaded a moment ago
+            if self._channel.holds_adapters:  # it was loaded a moment ago
                 raise EngineUnavailable(str(error)) from None
             raise
         with _well_formed():
@@ -177,8 +186,8 @@ class VllmServer:
         run_prefix = "-".join(label.split("-")[:2])
         for name in _model_names(self._http.get("/v1/models")):
             if name.startswith(run_prefix):
-                self._http.post("/v1/unload_lora_adapter", {"lora_name": name})
-        self._http.post("/v1/load_lora_adapter", {"lora_name": label, "lora_path": path})
+                self._http.post_command("/v1/unload_lora_adapter", {"lora_name": name})
+        self._http.post_command("/v1/load_lora_adapter", {"lora_name": label, "lora_path": path})
 
     def _set_weight_version(self, label: str) -> None:
         self._http.post("/update_weight_version", {"new_version": label})

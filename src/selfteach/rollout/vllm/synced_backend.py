@@ -6,17 +6,21 @@ first, and an engine that was restarted has none: so no completion can come from
 those of its version. That the weights behind the label are the trainer's is what `WeightCheck` tests.
 
 The first rank that notices a restart reloads the weights, under a mutex and with a new suffix of the
-label, so that the other ranks notice it too.
+label, so that the other ranks notice it too. Weights that travel in memory are rank 0's: it looks for
+restarts between its batches too, and the others wait for it.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
 from selfteach.errors import EngineError
+from selfteach.rollout.vllm.restart_watch import watch
 from selfteach.rollout.vllm.vllm_engine import (
     RELOAD_SEPARATOR,
     Completion,
@@ -40,6 +44,9 @@ class SyncedBackend:
         self._backend, self._weight_check, self._ranks = backend, weight_check, ranks
         self._label = ""
         self._label_before: str | None = None
+        self._was_restarted = self._is_watched = False
+        self.loading = threading.Lock()
+        """Held while weights are loaded: by an update, or by a thread that restores the engine."""
 
     @property
     def name(self) -> str:
@@ -53,19 +60,33 @@ class SyncedBackend:
 
     def send(self, named_weights: Sequence[tuple[str, Tensor]], weights: SentWeights) -> None:
         """Load new weights."""
-        self._backend.load_weights(named_weights, weights.label)
-        self._label = weights.label
+        with self.loading:
+            self._backend.load_weights(named_weights, weights.label)
+            self._label = weights.label
+        if self._backend.main_reloads and not self._is_watched:
+            self._is_watched = True
+            watch(self, SyncedBackend.reload_if_lost)
 
     def verify(self, weights: SentWeights) -> None:
         """Compare label and probe with those of the weights that were sent."""
         self._label = weights.label
         self._reload_if_restarted()
         self._weight_check.compare(self._probe_engine(), weights.logits_V, self.name)
+        self._was_restarted = False
+
+    def reload_if_lost(self) -> None:
+        """Reload an engine that was restarted, unless it is unavailable: sampling reports that."""
+        with self.loading, suppress(EngineUnavailable, EngineError):
+            if self._backend.current_label(self._label) is None:
+                self._reload(None)
 
     def complete(self, requests: Sequence[CompletionRequest]) -> Iterator[tuple[int, Completion]]:
         """Yield completions after which the label was still the same."""
-        if self._reload_if_restarted():
+        before = self._label_before
+        self._reload_if_restarted()
+        if self._was_restarted or self._label_before != before:
             self._weight_check.verify_restart(self._probe_engine(), self.name)
+            self._was_restarted = False
         unchecked: list[tuple[int, Completion]] = []
         checked_at = time.monotonic()
         for indexed in self._backend.complete(requests, self._label):
@@ -98,13 +119,13 @@ class SyncedBackend:
         if label != self._label_before or self._label_before is None:
             raise EngineUnavailable("it was restarted")
 
-    def _reload_if_restarted(self) -> bool:
-        """Reload the weights of an engine that was restarted, which has none; True if it was."""
+    def _reload_if_restarted(self) -> None:
+        """Reload the weights of an engine that was restarted, which has none."""
         label = self.read_label()
         if label is None:
+            self._was_restarted = True
             self._reload(None)
         self._label_before = label or self.read_label()
-        return label is None
 
     def _reload(self, label: str | None) -> None:
         with self._ranks.mutex():

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import Future
 
 from torch import Tensor
 
+from selfteach.errors import EngineError
 from selfteach.rollout.vllm.server_client import VllmServer
 from selfteach.rollout.vllm.synced_backend import SyncedBackend
 from selfteach.rollout.vllm.vllm_engine import (
     LABEL_PREFIX,
     Completion,
     CompletionRequest,
+    EngineUnavailable,
     SentWeights,
 )
 from selfteach.rollout.vllm.weight_check import WeightCheck
-from selfteach.rollout.vllm.weight_sync import WeightFolder
 from selfteach.runtime.distributed import Ranks
 
 
 class SyncedServer(SyncedBackend):
-    """Is a `SyncedBackend` that reads weights from disk and processes requests in the background."""
+    """Is a `SyncedBackend` that loads weights again and processes requests in the background."""
 
-    def __init__(
-        self, server: VllmServer, folder: WeightFolder, weight_check: WeightCheck, ranks: Ranks
-    ) -> None:
+    def __init__(self, server: VllmServer, weight_check: WeightCheck, ranks: Ranks) -> None:
         super().__init__(server, weight_check, ranks)
-        self._server, self._folder = server, folder
-        self.loading = threading.Lock()
-        """Held while weights are loaded: by an update, or by the thread that restores the server."""
+        self._server = server
         self._proved = True
         """False after weights that the server does not use, whatever its label says."""
 
-    def load_from_disk(self, weights: SentWeights) -> None:
-        """Load new weights, which are on disk."""
+    def load(self, weights: SentWeights) -> None:
+        """Load new weights, which the channel holds."""
         with self.loading:
             self._server.reload_weights(weights.label)
             self._label = weights.label
@@ -55,7 +51,7 @@ class SyncedServer(SyncedBackend):
         with self.loading:
             self._label = weights.label
             label = self._server.current_label(self._label)
-            if label is None and not self._folder.holds_adapters:
+            if label is None and not self._server.holds_adapters:
                 self._weight_check.restarted(self._probe_engine(), first_V)
             if label is None or self._is_earlier(label):
                 self._reload(label)
@@ -66,6 +62,18 @@ class SyncedServer(SyncedBackend):
             self._proved = False
             self._weight_check.compare(self._probe_engine(), weights.logits_V, self.name)
             self._proved = True
+
+    @property
+    def has_lost_weights(self) -> bool:
+        """Return True if the server was restarted since it got its weights; False if it is unknown."""
+        if not self._label or not self.loading.acquire(blocking=False):
+            return False
+        try:
+            return self._server.current_label(self._label) is None
+        except (EngineUnavailable, EngineError):
+            return False
+        finally:
+            self.loading.release()
 
     def start_completion(self, request: CompletionRequest) -> Future[Completion]:
         """Start one request."""

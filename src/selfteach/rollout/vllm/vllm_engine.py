@@ -97,6 +97,11 @@ class VllmBackend(Protocol):
         """Return how long the engine may be unavailable, in seconds."""
         ...
 
+    @property
+    def main_reloads(self) -> bool:
+        """Return True if a restarted engine can get its weights again from rank 0 alone."""
+        ...
+
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], label: str) -> None:
         """Load new weights, empty the prefix cache of the old ones, and set this label (or the label
         with a suffix behind `RELOAD_SEPARATOR`)."""
@@ -232,9 +237,7 @@ class VllmEngine:
         weights = {name: w.cpu() if many else w for name, w in named_weights if is_main}
         # vLLM's CPU build keeps a packed copy of a tied head, which is loaded by a separate name.
         tied = {
-            alias: weights[name].clone()
-            for alias, name in self._weights.tied.items()
-            if name in weights
+            alias: weights[name] for alias, name in self._weights.tied.items() if name in weights
         }
         return [*weights.items(), *tied.items()]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from selfteach.errors import EngineError
 from selfteach.rollout.vllm.fleet_batch import FleetBatch
+from selfteach.rollout.vllm.restart_watch import watch
 from selfteach.rollout.vllm.synced_server import SyncedServer
 from selfteach.rollout.vllm.vllm_engine import (
     Completion,
@@ -25,7 +26,7 @@ from selfteach.rollout.vllm.vllm_engine import (
     EngineUnavailable,
     SentWeights,
 )
-from selfteach.rollout.vllm.weight_sync import WeightFolder
+from selfteach.rollout.vllm.weight_channel import WeightChannel
 from selfteach.runtime.dispatcher import Dispatcher
 
 log = logging.getLogger("selfteach")
@@ -36,23 +37,24 @@ MAX_RESTORE_INTERVAL_S = 10.0
 
 
 class VllmFleet:
-    """Implements `SyncedSampler` on several servers, which read new weights from one folder."""
+    """Implements `SyncedSampler` on several servers, which get new weights from one channel."""
 
     def __init__(
         self,
         servers: Sequence[SyncedServer],
-        folder: WeightFolder,
+        channel: WeightChannel,
         *,
         concurrency: int,
         patience_s: float,
         hedge_after: float | None = None,
     ) -> None:
-        self.servers, self._folder, self.patience_s = servers, folder, patience_s
+        self.servers, self._channel, self.patience_s = servers, channel, patience_s
         self.hedge_after = hedge_after
         self.fleet = Dispatcher([server.name for server in servers], concurrency)
         self._weights: SentWeights | None = None
         self._first_V: Tensor | None = None
         self._lasting: set[int] = set()
+        self._is_watched = False
         self._lock = threading.Lock()
 
     @property
@@ -61,10 +63,13 @@ class VllmFleet:
         return ", ".join(server.name for server in self.servers)
 
     def send(self, named_weights: Sequence[tuple[str, Tensor]], weights: SentWeights) -> None:
-        """Write new weights once, and have all members that are available load them."""
-        self._folder.write(named_weights, weights.label)
-        self._begin(weights)
-        self._at_all(lambda server: server.load_from_disk(weights))
+        """Pack new weights once, and have all members that are available load them."""
+        with self._channel.publishing(named_weights, weights.label):
+            self._begin(weights)
+            self._at_all(lambda server: server.load(weights))
+        if self._channel.main_sends and not self._is_watched:
+            self._is_watched = True
+            watch(self, VllmFleet.drop_restarted)
 
     def verify(self, weights: SentWeights) -> None:
         """Take members out that do not prove that they use the weights.
@@ -107,6 +112,12 @@ class VllmFleet:
             self.fleet.put_back(index)
         log.warning("engine: %s is back", self.fleet.name(index))
         return True
+
+    def drop_restarted(self) -> None:
+        """Take members out that have lost their weights, which other ranks cannot restore."""
+        for index, server in enumerate(self.servers):
+            if not self.fleet.is_out(index) and server.has_lost_weights:
+                self.drop(index, EngineUnavailable("it was restarted"))
 
     def nobody(self) -> EngineUnavailable | EngineError:
         """Return the error of a fleet without an available member."""

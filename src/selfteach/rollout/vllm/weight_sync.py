@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from peft import PeftConfig
@@ -41,16 +43,41 @@ class WeightFolder:
         """Return True if the weights are those of a LoRA adapter, False if they are full weights."""
         return self._adapter is not None
 
+    @property
+    def adapter_config(self) -> str:
+        """Return the adapter's settings as PEFT writes them, in JSON."""
+        assert self._adapter is not None
+        with tempfile.TemporaryDirectory() as folder:
+            self._adapter.save_pretrained(folder)
+            (path,) = Path(folder).glob("*.json")
+            return json.dumps(json.loads(path.read_text()))
+
     def path(self, label: str) -> Path:
         """Return the folder of the weights with this label."""
         return self._parent / label
 
     def _write(self, target: Path, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in named_weights}
         if self._adapter is None:
-            save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+            save_file(
+                _separate(named_weights), target / "model.safetensors", metadata={"format": "pt"}
+            )
             return
-        # PEFT leaves out the adapter's name when it saves one.
-        named = {name.replace(".default.", "."): value for name, value in tensors.items()}
+        named = _separate(peft_names(named_weights))
         save_file(named, target / "adapter_model.safetensors", metadata={"format": "pt"})
         self._adapter.save_pretrained(str(target))
+
+
+def peft_names(named_weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Return weights under the names in PEFT's files, which leave out that of the adapter."""
+    return ((name.replace(".default.", "."), value) for name, value in named_weights)
+
+
+def _separate(named_weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return tensors in host memory, of which no two share it, as safetensors needs them."""
+    tensors: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, value in named_weights:
+        value = value.detach().cpu().contiguous()
+        tensors[name] = value.clone() if value.data_ptr() in places else value
+        places.add(value.data_ptr())
+    return tensors
