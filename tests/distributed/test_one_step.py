@@ -100,7 +100,7 @@ def step(
     # their last bit may differ in the eighth digit after it.
     tree_attention.enable_tree_attention = lambda _: False
     loaded = loading.load_model
-    loading.load_model = lambda *args: loaded(*args).double()  # type: ignore[assignment]
+    loading.load_model = lambda *args, **kw: loaded(*args, **kw).double()  # type: ignore[assignment]
     try:
         components = build(recipe(variant, shard), ranks).components
     finally:

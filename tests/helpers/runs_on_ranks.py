@@ -122,7 +122,7 @@ def in_double() -> Any:
     """Load all models in float64: the body of a fixture."""
     loaded = loading.load_model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "load_model", lambda *args: loaded(*args).double())
+        patch.setattr(loading, "load_model", lambda *args, **kw: loaded(*args, **kw).double())
         torch.set_default_dtype(torch.float64)
         yield
         torch.set_default_dtype(torch.float32)

@@ -111,7 +111,7 @@ def test_what_exceeds_the_memory_is_refused_before_it_is_loaded(
     monkeypatch.setattr(device_load, "CGROUP_LIMITS", (tmp_path / "absent", limit))
     monkeypatch.setattr(build, "load", lambda *_, **__: pytest.fail("weights were loaded"))
     words = recipe(tmp_path, model, *(["model.lora.rank=2"] if lora else []))
-    fix = "a smaller model" if lora else "train adapters"
+    fix = "hold the frozen weights in 4 bits" if lora else "train adapters"
     assert re.search(
         rf"need 0\.\d MiB, and this device has 0\.0 MiB: {fix}", refused_alike(tmp_path, *words)
     )

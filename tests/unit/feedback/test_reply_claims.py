@@ -68,7 +68,7 @@ def test_claims_end_with_their_process_at_once(cache: Path, number: int) -> None
 
 def test_a_claim_of_a_process_of_another_pid_namespace_holds(cache: Path) -> None:
     """Two containers with one host name: a process id of one is another's, or none, in the other."""
-    command = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
+    command = ("unshare", "--user", "--map-root-user", "--pid", "--kill-child", "--mount-proc")
     with holder(cache, *command):
         assert not ReplyCache(cache).claim("k")
 

@@ -71,7 +71,7 @@ def batches_of(built: Built) -> list[Batch]:
         dataclasses.replace(one, weights=(0.1,) * len(one.weights), advantage=1.0)
         for one in components.objective.token_weights(samples, denominators, 0)
     ]
-    return collate(samples, weights, pad_id=components.pad_id, micro_batch_tokens=300)
+    return collate(samples, weights, pad_id=components.pad_id, micro_batch_tokens=100)
 
 
 @pytest.mark.parametrize("change", CHANGES)
