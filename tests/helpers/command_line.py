@@ -27,6 +27,16 @@ def caller(patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cal
     return call
 
 
+def exit_status(patch: pytest.MonkeyPatch, *words: object) -> int:
+    """Run the console script in this process with these words; return its exit status."""
+    patch.setattr("sys.argv", ["selfteach", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
 def served_critic_recipe(
     path: Path, *, model: str | Path, url: str, cache: Path, data: str = 'type = "files"',
     critic: str = "",

@@ -15,10 +15,10 @@ from operator import truediv
 from pathlib import Path
 
 import pytest
+from command_line import exit_status
 from jobs_here import jobs_in_this_process
 
 import selfteach
-from selfteach import cli
 from selfteach.commands.study.jobs import run_jobs
 from selfteach.commands.study.run_study import jobs_of
 from selfteach.config.recipe_file import BASE, load_study
@@ -71,21 +71,11 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Run the console script in this process; return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["selfteach", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
 ) -> str:
     """Return the error line of a failing call: exactly one line, exit status 2."""
-    assert call(monkeypatch, *words) == 2
+    assert exit_status(monkeypatch, *words) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("selfteach: ") and printed.err.count("\n") == 1, printed.err
@@ -100,7 +90,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         words = ("study", folder / "recipe.toml", "--set", "study.workers=1")
-        assert call(patch, *words, "--out", folder / "out") == 0
+        assert exit_status(patch, *words, "--out", folder / "out") == 0
     return folder / "out", printed.getvalue()
 
 
@@ -137,18 +127,18 @@ def test_a_study_from_recipe_to_report(
     jobs_in_this_process(monkeypatch)
     scored_at = (out / "inspection" / "tokens.parquet").stat().st_mtime_ns
     before = (out / "results.json").read_text()
-    assert call(monkeypatch, "resume", out) == 0  # nothing left to do: the same numbers
+    assert exit_status(monkeypatch, "resume", out) == 0  # nothing left to do: the same numbers
     after = json.loads((out / "results.json").read_text())
     assert after["arms"] == json.loads(before)["arms"]
     assert (out / "inspection" / "tokens.parquet").stat().st_mtime_ns == scored_at
     assert after["made"]["seconds"] > json.loads(before)["made"]["seconds"], "seconds accumulate"
     assert after["made"]["processor"] == cpu_capability()
     capsys.readouterr()
-    assert call(monkeypatch, "watch", out, "--once") == 0
+    assert exit_status(monkeypatch, "watch", out, "--once") == 0
     watched = capsys.readouterr().out
     assert "9 of 9 runs complete" in watched and "easy step_aligned 0" in watched
     two = [out / "runs" / arm / "seed_0" for arm in ("grpo", "step_aligned")]
-    assert call(monkeypatch, "report", *two, "--out", out / "two.html") == 0
+    assert exit_status(monkeypatch, "report", *two, "--out", out / "two.html") == 0
     assert "step_aligned − grpo" in (out / "two.html").read_text(encoding="utf-8")
 
 
@@ -180,7 +170,7 @@ def test_a_killed_study_resumes_with_the_same_results(
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert call(monkeypatch, "resume", out) == 0
+    assert exit_status(monkeypatch, "resume", out) == 0
     ours, theirs = (json.loads((f / "results.json").read_text()) for f in (out, study[0]))
     for results in (ours, theirs):
         for arm in [*results["arms"].values(), *results["variants"]["easy"]["arms"].values()]:
@@ -192,7 +182,7 @@ def test_check_prints_sizes_and_budget_and_writes_nothing(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     before = set(tmp_path.rglob("*"))
-    assert call(monkeypatch, "check", recipe) == 0
+    assert exit_status(monkeypatch, "check", recipe) == 0
     printed = capsys.readouterr().out
     rollouts = "12 rollouts (at most 480 tokens)"
     assert f"# grpo, per seed\n{rollouts}, 0 critiques, 2 optimizer steps" in printed
@@ -205,18 +195,23 @@ def test_train_and_evaluate(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "run"
-    assert call(monkeypatch, "train", recipe, "--out", out, "--arm", "grpo", "--seed", 3) == 0
+    assert (
+        exit_status(monkeypatch, "train", recipe, "--out", out, "--arm", "grpo", "--seed", 3) == 0
+    )
     capsys.readouterr()
     table = tmp_path / "evaluation.json"
     for model in (out, out / "checkpoints" / "step_000002", out / "model", "lab:two_styles"):
         words = ("evaluate", model, "--recipe", recipe, "-k", 2, "--out", table)
-        assert call(monkeypatch, *words) == 0
+        assert exit_status(monkeypatch, *words) == 0
         assert "Avg@2" in capsys.readouterr().out
         result = json.loads(table.read_text())
         assert result["problems"] == 3 and result["k"] == 2
     problems = tmp_path / "own.jsonl"
     problems.write_text('{"question": "a b c d e f", "answer": "g"}\n')
-    assert call(monkeypatch, "evaluate", out, "--problems", problems, "-k", 2, "--out", table) == 0
+    assert (
+        exit_status(monkeypatch, "evaluate", out, "--problems", problems, "-k", 2, "--out", table)
+        == 0
+    )
     assert json.loads(table.read_text())["problems"] == 1
 
 
@@ -227,14 +222,14 @@ def test_the_sweep_never_scores_test_and_records_its_choice(
     record = tmp_path / "sweep.json"
     words = ("sweep", recipe, "--out", tmp_path / "sweep", "--record", record)
     words += ("--set", "study.workers=1")
-    assert call(monkeypatch, *words) == 0
+    assert exit_status(monkeypatch, *words) == 0
     table = json.loads(record.read_text())["settings"]["main"]["grpo"]
     assert set(table["avg"]) == {"0.0001", "0.001"}
     best = max(table["mean"], key=lambda lr: table["mean"][lr])
     assert table["chosen"] == float(best)
     assert not list((tmp_path / "sweep").rglob("test_*"))
     before = (tmp_path / "sweep" / "sweep.json").read_text()
-    assert call(monkeypatch, "resume", tmp_path / "sweep") == 0  # as a sweep, not as a study
+    assert exit_status(monkeypatch, "resume", tmp_path / "sweep") == 0  # as a sweep, not as a study
     assert (tmp_path / "sweep" / "sweep.json").read_text() == before
     assert not list((tmp_path / "sweep").rglob("test_*"))
 
@@ -332,7 +327,7 @@ def test_a_folder_with_another_study_is_refused(
 def test_help_lists_every_command(
     words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, *words) == 0
+    assert exit_status(monkeypatch, *words) == 0
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) > 20
     commands = (
@@ -346,5 +341,5 @@ def test_help_lists_every_command(
 def test_version_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "--version") == 0
+    assert exit_status(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"selfteach {selfteach.__version__}\n"

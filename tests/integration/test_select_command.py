@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from command_line import exit_status
 from forked import kill_when
 
-from selfteach import cli
 from selfteach.commands.select import selection
 from selfteach.config.data_section import ChainSumsData, FilesData, SelectConfig
 from selfteach.config.recipe import Recipe
@@ -61,15 +60,6 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["selfteach", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def outputs(folder: Path) -> dict[str, str]:
     names = ("train.jsonl", "validation.jsonl", "test.jsonl", "card.json", "README.md")
     return {name: (folder / name).read_text() for name in names}
@@ -79,7 +69,7 @@ def test_a_selected_set_can_be_trained_on(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    assert call(monkeypatch, "select", recipe, "--out", out) == 0
+    assert exit_status(monkeypatch, "select", recipe, "--out", out) == 0
     assert "problems: 16 in" in capsys.readouterr().out
     card = json.loads((out / "card.json").read_text())
     assert card["in"] == 16 == card["kept"] + sum(card["filters"].values())
@@ -105,9 +95,9 @@ def test_a_selected_set_can_be_trained_on(
                    "[train]\nsteps = 1\nproblems_per_step = 2\ngroup_size = 2\n"
                    "[evaluation]\ntest_k = 2\nvalidation_k = 2\n")  # fmt: skip
     monkeypatch.chdir(out)
-    assert call(monkeypatch, "check", training) == 0
+    assert exit_status(monkeypatch, "check", training) == 0
     assert "5 train, 2 validation, 3 test" in capsys.readouterr().out
-    assert call(monkeypatch, "train", training, "--out", tmp_path / "run") == 0
+    assert exit_status(monkeypatch, "train", training, "--out", tmp_path / "run") == 0
     samples = (tmp_path / "run" / "samples" / "step_000001.jsonl").read_text().splitlines()
     assert json.loads(samples[0])["critique"]["steps"], "the lab's oracle has the references"
     read = {"type": "files", "train": "train.jsonl", "verifier": "lab", "world": "two_styles"}
@@ -120,12 +110,12 @@ def test_a_killed_selection_resumes_without_sampling_again(
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     samples = out / "samples" / "step_000000.jsonl"
-    kill_when(samples.exists, call, monkeypatch, "select", recipe, "--out", out)
+    kill_when(samples.exists, exit_status, monkeypatch, "select", recipe, "--out", out)
     assert not (out / "card.json").exists()
     on_disk = {p: p.stat().st_mtime_ns for p in out.glob("rollouts/*.jsonl")}
-    assert call(monkeypatch, "resume", out) == 0
+    assert exit_status(monkeypatch, "resume", out) == 0
     assert {p: p.stat().st_mtime_ns for p in on_disk} == on_disk
-    assert call(monkeypatch, "select", recipe, "--out", whole) == 0
+    assert exit_status(monkeypatch, "select", recipe, "--out", whole) == 0
     assert outputs(out) == outputs(whole)
 
 
@@ -325,7 +315,9 @@ def test_settings_change_the_select_table(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert (
-        call(monkeypatch, "select", recipe, "--out", tmp_path / "x", "--set", "select.sampels=2")
+        exit_status(
+            monkeypatch, "select", recipe, "--out", tmp_path / "x", "--set", "select.sampels=2"
+        )
         == 2
     )
     assert "did you mean 'samples'?" in capsys.readouterr().err

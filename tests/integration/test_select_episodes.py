@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import exit_status
 from episode_model import save_model
 from forked import kill_when
 
-from selfteach import cli
 from selfteach.commands.select import selection
 from selfteach.config.data_section import SelectConfig
 from selfteach.config.recipe import Recipe
@@ -63,15 +62,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["selfteach", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -83,12 +73,14 @@ def test_problems_are_selected_by_episodes_and_trained_on(
     """Killed in the middle, it goes on from the episodes and critiques on disk."""
     out, whole = folder / "out", folder / "whole"
     first = out / "samples" / "step_000000.jsonl"
-    kill_when(first.exists, call, monkeypatch, "select", folder / "recipe.toml", "--out", out)
+    kill_when(
+        first.exists, exit_status, monkeypatch, "select", folder / "recipe.toml", "--out", out
+    )
     assert not (out / "card.json").exists()
     on_disk = {path: path.stat().st_mtime_ns for path in out.glob("rollouts/*.jsonl")}
-    assert on_disk and call(monkeypatch, "resume", out) == 0
+    assert on_disk and exit_status(monkeypatch, "resume", out) == 0
     assert {path: path.stat().st_mtime_ns for path in on_disk} == on_disk
-    assert call(monkeypatch, "select", folder / "recipe.toml", "--out", whole) == 0
+    assert exit_status(monkeypatch, "select", folder / "recipe.toml", "--out", whole) == 0
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "card.json", "README.md"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
@@ -107,7 +99,7 @@ def test_problems_are_selected_by_episodes_and_trained_on(
     )
     (out / "training.toml").write_text(shared + text + TRAINING)
     monkeypatch.chdir(out)
-    assert call(monkeypatch, "train", "training.toml", "--out", folder / "run") == 0
+    assert exit_status(monkeypatch, "train", "training.toml", "--out", folder / "run") == 0
     (samples,) = (folder / "run" / "samples").glob("*.jsonl")
     assert all(row["segments"] and row["critique"]["steps"] for row in rows(samples))
     config = json.loads((folder / "run" / "config.json").read_text())

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from http_proxy import Proxy, proxied
+from served_policies import mismatch, move, publish
 
 import vllm_server
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
-from selfteach.losses.policy_gradient import token_logp
-from selfteach.models.sequences import sequences
 from selfteach.rollout.vllm.vllm_fleet import VllmFleet
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import Built, build
@@ -99,36 +97,12 @@ def recipe(model: Path, urls: Sequence[str], *more: dict[str, Any], **engine: An
     return validate(Recipe, values, where="test")
 
 
-def publish(built: Built, version: int) -> None:
-    policy = built.components.policy
-    built.components.engine.load_weights(policy.trainable.items(), version)
-
-
-def move(built: Built, by: float = 0.02) -> None:
-    stream = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in built.components.policy.trainable.values():
-            weight.add_(torch.randn(weight.shape, generator=stream) * by)
-
-
 def sampled(built: Built) -> list[Rollout]:
     return built.components.engine.generate(built.task.train, LONGER)
 
 
 def fleet_of(built: Built) -> VllmFleet:
     return built.components.engine.engine._sampler  # type: ignore[attr-defined]
-
-
-def mismatch(built: Built, rollouts: list[Rollout]) -> float:
-    """Return the largest difference of log-probabilities, trainer against engine, in nats."""
-    worst = 0.0
-    for rollout in rollouts:
-        side = sequences([rollout.prompt_ids], [rollout.token_ids], 0)
-        with torch.no_grad():
-            logits = built.components.policy.score(side).logits(slice(None))
-        trainer = token_logp(logits, torch.tensor(rollout.token_ids), 0.7)
-        worst = max(worst, (trainer - torch.tensor(rollout.logps)).abs().max().item())
-    return worst
 
 
 def eventually(holds: Callable[[], bool], within_s: float = 900.0) -> None:
@@ -184,7 +158,7 @@ def test_a_member_that_keeps_old_weights_is_taken_out_and_samples_nothing(
     proxies[1].swallows = lambda _, body: (
         b'{"results": [{}]}' if b"selfteach_commit" in body else None
     )
-    move(built)
+    move(built, 0.02, seed=7)
     proxies[1].bodies.clear()
     publish(built, 1)
     assert "is stale: it still has the weights before" in fleet_of(built).fleet.out[1]
@@ -215,12 +189,12 @@ def test_a_member_that_is_killed_in_a_batch_comes_back_with_newer_weights(
 ) -> None:
     urls = [proxy.address for proxy in proxies]
     alone = build(recipe(model, urls[:1]))
-    move(alone)
+    move(alone, 0.02, seed=7)
     publish(alone, 1)
     expected = sampled(alone)
     built = build(recipe(model, urls))
     publish(built, 0)
-    move(built)
+    move(built, 0.02, seed=7)
     publish(built, 1)
     proxies[1].bodies.clear()
     results: list[list[Rollout]] = []
@@ -232,7 +206,7 @@ def test_a_member_that_is_killed_in_a_batch_comes_back_with_newer_weights(
     assert [r.token_ids for r in results[0]] == [r.token_ids for r in expected], "none is lost"
     assert mismatch(built, results[0]) < TOLERANCE
     assert fleet_of(built).fleet.out.keys() == {1}
-    move(built)
+    move(built, 0.02, seed=7)
     publish(built, 2)  # the killed one misses it
     servers[1].start()
     eventually(lambda: not fleet_of(built).fleet.out)

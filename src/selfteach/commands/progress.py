@@ -50,18 +50,25 @@ LOG_EVERY = 30.0
 class Bars(Progress):
     """Shows bars in a terminal; in a log file, a line about the first of them from time to time."""
 
+    writes_lines = True
     _logged_at: float | None = None
 
     def update(self, task_id: TaskID, **fields: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update a bar."""
         super().update(task_id, **fields)
-        if not self.disable or task_id != self.task_ids[0]:
-            return
-        now = self.get_time()
-        self._logged_at = now if self._logged_at is None else self._logged_at
-        if now - self._logged_at >= LOG_EVERY:
-            self._logged_at = now
+        lines = self.disable and self.writes_lines
+        if lines and task_id == self.task_ids[0] and self.is_due:
+            self._logged_at = self.get_time()
             self.console.print(_log_line(self.tasks[0]), highlight=False, soft_wrap=True)
+
+    @property
+    def is_due(self) -> bool:
+        """Return True if an update would be shown: in a log file not before its next line."""
+        if not self.disable:
+            return True
+        if self._logged_at is None:
+            self._logged_at = self.get_time()
+        return self.get_time() - self._logged_at >= LOG_EVERY
 
 
 @contextmanager
@@ -73,7 +80,8 @@ def run_progress(
     What the rows say about the run's health is printed when it first shows.
     """
     console = Console(stderr=True)
-    with _bars(console, Progress) as bars:  # a log file gets a line per step
+    with _bars(console) as bars:
+        bars.writes_lines = False  # a log file gets a line per step
         task = bars.add_task("training", total=recipe.train.steps, note="")
         rows: dict[str, Mapping[str, Any]] = {}
 
@@ -148,13 +156,14 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
         tasks = {}
         for label in (None, *labels):
             so_far, total = steps(label)
-            name = label or "whole study"
+            name = label or "whole study, steps"
             tasks[label] = bars.add_task(name, total=total, completed=so_far, note="")
 
         def update(jobs: Sequence[Job]) -> None:
-            done.update({job.folder: _steps_done(job) for job in training})
-            for label, task in tasks.items():
-                bars.update(task, completed=steps(label)[0], note=_newest(training, label))
+            if bars.is_due:  # it reads all runs' metrics
+                done.update({job.folder: _steps_done(job) for job in training})
+                for label, task in tasks.items():
+                    bars.update(task, completed=steps(label)[0], note=_newest(training, label))
             for job in training:
                 rows = _rows(job)
                 for row in rows[read[job.folder] :]:
@@ -206,8 +215,8 @@ def note(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "  ".join(entries)
 
 
-def _bars(console: Console, kind: type[Progress] = Bars) -> Progress:
-    return kind(
+def _bars(console: Console) -> Bars:
+    return Bars(
         TextColumn("{task.description:<30}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),

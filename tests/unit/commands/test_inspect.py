@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import duckdb
@@ -12,8 +11,8 @@ import pandas as pd
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from command_line import exit_status
 
-from selfteach import cli
 from selfteach.commands.inspect import folder as inspection_folder
 from selfteach.commands.inspect.inspection import InspectionRequest, inspect_model
 from selfteach.commands.inspect.labelled import read_labelled
@@ -279,22 +278,13 @@ def test_a_study_inspects_the_contexts_of_its_arms() -> None:
     assert paid[1].contexts == ("omission",), "each context costs a pass over all rollouts"
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["selfteach", "inspect", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def test_the_command_writes_and_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     out = tmp_path / "out"
     words = ("lab:two_styles", "--contexts", "reference, step_aligned", "-k", 1, "--limit", 8)
-    assert call(monkeypatch, *words, "--out", out) == 0
+    assert exit_status(monkeypatch, "inspect", *words, "--out", out) == 0
     printed = capsys.readouterr().out
     for word in ("concentration", "step_aligned", "student_entropy", "F1, %", str(out)):
         assert word in printed
@@ -307,6 +297,6 @@ def test_the_command_writes_and_prints(
         (("lab:two_styles", "--contexts", "none", "--out", tmp_path / "x"), "shows nothing"),
         ((*words, "--teacher", "ema", "--out", tmp_path / "x"), "given or initial"),
     ]:
-        assert call(monkeypatch, *wrong) == 2
+        assert exit_status(monkeypatch, "inspect", *wrong) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1

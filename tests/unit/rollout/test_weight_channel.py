@@ -13,6 +13,7 @@ import pytest
 import torch
 from scripted_nccl import ScriptedNccl
 from scripted_vllm import HttpError, ScriptedVllm, serving_fleet
+from served_policies import LORA, move, publish
 from torch import Tensor
 
 from selfteach.config.engine_section import VllmServerConfig
@@ -34,7 +35,6 @@ TINY: dict[str, Any] = {
     "sampling": {"max_tokens": 5, "temperature": 0.7},
     "train": {"steps": 0, "max_length": 96},
 }
-LORA = {"model": {"lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}}}
 SAMPLING = Sampling(samples=2, temperature=0.7, max_tokens=3, seed=5)
 LABEL = "selfteach-run-1-v0"
 
@@ -73,18 +73,6 @@ def recipe(servers: list[ScriptedVllm], *more: dict[str, Any], **engine: Any) ->
     return validate(Recipe, values, where="test")
 
 
-def publish(built: Built, version: int) -> None:
-    policy = built.components.policy
-    built.components.engine.load_weights(policy.trainable.items(), version)
-
-
-def move(built: Built, by: float = 0.3) -> None:
-    stream = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in built.components.policy.trainable.values():
-            weight.add_(torch.randn(weight.shape, generator=stream) * by)
-
-
 def sampled(built: Built) -> list[Rollout]:
     return built.components.engine.generate(built.task.train, SAMPLING)
 
@@ -93,7 +81,7 @@ def moved(servers: list[ScriptedVllm], *more: dict[str, Any], **engine: Any) -> 
     torch.manual_seed(7)
     built = build(recipe(servers, *more, **engine))
     publish(built, 0)
-    move(built)
+    move(built, 0.3, seed=7)
     return built
 
 
@@ -254,7 +242,7 @@ def test_a_restarted_server_gets_the_weights_that_were_sent_not_the_present_ones
     built = moved([server])
     publish(built, 1)
     expected = sampled(built)
-    move(built)  # the trainer is a step ahead
+    move(built, 0.3, seed=7)  # the trainer is a step ahead
     server.restarts_after = 2
     assert sampled(built) == expected
     server.restarts_after, server.stale = 2, True
