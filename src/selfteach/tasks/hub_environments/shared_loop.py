@@ -41,7 +41,8 @@ class SharedLoop:
         """Start a coroutine; a loop that has been blocked beyond a deadline is replaced before."""
         with self._lock:
             now = time.monotonic()
-            if any(deadline < now for deadline in self._running.values()):
+            deadlines = list(self._running.values())  # a copy: ended calls remove theirs meanwhile
+            if any(deadline < now for deadline in deadlines):
                 self._replace_if_blocked()
             future = self._loop.start(work)
             self._running[future] = now + self._deadline_s
