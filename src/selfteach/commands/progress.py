@@ -46,6 +46,9 @@ HIDDEN_IF_ZERO = ("dropped", "truncated")
 LOG_EVERY = 30.0
 """Seconds between two lines about one bar where there is no terminal."""
 
+SPEED_PERIOD = 600.0
+"""Seconds of progress from which the time left is estimated: a step of a real model takes minutes."""
+
 
 class Bars(Progress):
     """Shows bars in a terminal; in a log file, a line about the first of them from time to time."""
@@ -225,6 +228,7 @@ def _bars(console: Console) -> Bars:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
+        speed_estimate_period=SPEED_PERIOD,
         refresh_per_second=2,  # 10 per second would use a tenth of a core
         disable=not console.is_terminal,  # a log file gets lines instead of redrawn bars
     )
