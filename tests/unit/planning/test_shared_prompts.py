@@ -7,7 +7,7 @@ import os.path
 
 import numpy as np
 import pytest
-from test_planning import DEVICE, EXACT, FLAT, H100, constant, paper, pipeline, work
+from planned_work import DEVICE, EXACT, FLAT, H100, paper, pipeline, work
 
 from selfteach.commands.check.shared_prompts import count_prompts, teacher_prompts
 from selfteach.commands.check.sizes import measure_offline
@@ -159,4 +159,4 @@ def test_what_a_recipe_s_prompts_share_is_counted_from_its_templates(context: st
 def test_a_single_prompt_shares_nothing_that_is_known() -> None:
     assert count_prompts([(1, 2, 3)], 1) == ([3], 0)
     assert count_prompts([(1, 2, 3), (1, 2), (9,)], 2) == ([3, 2, 1], 2)
-    assert work(rollout_lengths=constant(3)).shared == SharedTokens()
+    assert work().shared == SharedTokens()
