@@ -108,9 +108,9 @@ def _step_rows(device: str, source: str, row: dict[str, Any], **more: Any) -> It
     model, kind = row["model"], row["kind"]
     work = {**STEPS[model], **more}
     if kind != "grpo":
-        work["teacher_prompt"] = TEACHERS[model]
+        work |= TEACHERS[model]
     if kind == "full, critique":
-        work |= {"teacher_prompt": work["prompt"], "trace": True}
+        work |= CRITIQUE
     if row["who"].endswith("bf16"):
         work["bytes"] = 2
     sampling = row.get("sampling") or 0.0
@@ -143,7 +143,7 @@ def _sampling_row(device: str, source: str, shape: str, row: dict[str, Any], dty
     return _row(
         f"{shape}: sampling {rollouts} rollouts, {dtype}", device, "rollout", row["seconds"], source,
         shape=shape, rollouts=rollouts, problems=max(1, rollouts // 8),
-        prompt=STEPS[shape]["prompt"], length=round(row["mean length"]),
+        **SAMPLED[shape, device == GPU], length=round(row["mean length"]),
         bytes=2 if dtype == "bfloat16" else 4,
     )  # fmt: skip
 
@@ -173,8 +173,7 @@ def _main_rows(
 ) -> Iterator[Any]:
     work = {**STEPS["lab"], **more}
     if arm != "grpo":
-        work["teacher_prompt"] = TEACHERS["lab"] if arm == "reference" else work["prompt"]
-        work["trace"] = arm == "step_aligned"
+        work |= TEACHERS["lab"] if arm == "reference" else CRITIQUE
     yield _row(name, device, "train", row["learning"], source, **work)
     yield _row(name, device, "rollout", row["sampling"], source, **work)
 

@@ -59,7 +59,8 @@ def report_uncompiled(model: nn.Module, reason: str) -> None:
 
 def set_compiled(layers: Sequence[nn.Module]) -> None:
     """Have layers run compiled in passes with `tree_attention.Paths` and without a cache."""
-    config: Any = torch._dynamo.config
+    from torch._dynamo import config  # takes seconds, for those alone who compile
+
     config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
     for layer in layers:
         layer._compiled_call_impl = _switching(layer)

@@ -16,8 +16,8 @@ from selfteach.config.recipe import Recipe
 from selfteach.prompts.renderer import Renderer
 from selfteach.types import Problem
 
-REFERENCES = ("reference", "aligned_reference")
-"""Contexts that show each rollout of a problem the same text, unless a template shows the rollout."""
+ONE_TEXT = ("none", "reference", "aligned_reference")
+"""Contexts that show all rollouts of a problem the same text, unless a template shows the rollout."""
 CONTEXTS = ("0 first", "1 second")
 """Two contexts without a common start, in place of critiques."""
 NUM_PROBLEMS = 8
@@ -33,7 +33,8 @@ def count_prompts(prompts: Iterable[Sequence[int]], first: int) -> tuple[list[in
     for number, prompt in enumerate(prompts):
         lengths.append(len(prompt))
         if number < first:
-            start = list(prompt) if number == 0 else os.path.commonprefix([start, list(prompt)])
+            ids = list(prompt)
+            start = ids if number == 0 else list(os.path.commonprefix([start, ids]))
     return lengths, len(start) if min(first, len(lengths)) > 1 else 0
 
 
@@ -46,12 +47,15 @@ def teacher_prompts(
     pairs = [_rendered(recipe, renderer, problem) for problem in problems[:NUM_PROBLEMS]]
     prompts = [prompt for pair in pairs for prompt in pair]
     lengths, of_all = count_prompts(prompts, len(prompts))
-    starts = [count_prompts(pair, 2)[1] for pair in pairs if pair[0] != pair[1]]
-    context = 0.0 if not starts else fmean(len(renderer.encode_answer(c)) - 1 for c in CONTEXTS)
+    if recipe.context.type in ONE_TEXT and all(first == second for first, second in pairs):
+        context, of_group = 0.0, inf
+    else:  # two contexts of unknown words may be the same tokens: then nothing is known to be shared
+        context = fmean(len(renderer.encode_answer(text)) - 1 for text in CONTEXTS)
+        of_group = fmean(count_prompts(pair, 2)[1] if len({*pair}) > 1 else 0 for pair in pairs)
     return TeacherPrompts(
         mean=fmean(lengths) - context,
         shared_by_all=of_all if len(pairs) > 1 else 0,
-        shared_by_group=fmean(starts) if starts else inf,
+        shared_by_group=of_group,
     )
 
 
@@ -63,7 +67,7 @@ def _rendered(
     contexts: Sequence[str | None] = CONTEXTS
     if kind == "none":
         contexts = [None, None]
-    elif kind in REFERENCES and kind in problem.references:
+    elif kind in ONE_TEXT and kind in problem.references:
         contexts = [
             templates.context(
                 kind, critique=None, references=problem.references, correct=correct, attempt=attempt

@@ -11,6 +11,7 @@ Shape suffixes: R rollouts, group after group; T trainers, M micro-batches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -39,6 +40,12 @@ class TokensShared:
 
 def deal(tokens_R: np.ndarray, trainers: int, limit: int) -> DealtRollouts:
     """Deal rollouts of so many tokens, student and teacher together, to micro-batches of ``limit``."""
+    return _deal(np.asarray(tokens_R, dtype=np.float64).tobytes(), trainers, limit)
+
+
+@lru_cache(64)  # a search for the best layout deals the same rollouts again and again
+def _deal(tokens: bytes, trainers: int, limit: int) -> DealtRollouts:
+    tokens_R = np.frombuffer(tokens)
     trainer_R, micro_batch_R = (np.zeros(len(tokens_R), dtype=np.int64) for _ in range(2))
     micro_batches_T = np.zeros(trainers, dtype=np.int64)
     order_R = np.argsort(tokens_R, kind="stable")

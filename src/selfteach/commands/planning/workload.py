@@ -157,7 +157,7 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
         prompt=prompt,
         rollout_lengths=LengthDistribution.with_mean(mean_rollout, cap),
         teacher_prompt=teacher[0] if has_teacher else 0.0,
-        context_has_trace=distils and reference is None,
+        context_has_trace=distils and reference is None and recipe.context.type != "none",
         teacher_passes=has_teacher * (2 if recipe.scoring_teacher.type == "trust_region" else 1),
         updates=train.num_iterations,
         critic=critic_work_of(recipe, known, overrides),
