@@ -8,6 +8,7 @@ would have graphs of its own.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ def set_compiled(layers: Sequence[nn.Module]) -> None:
     """Have layers run compiled in passes with `tree_attention.Paths` and without a cache."""
     from torch._dynamo import config  # takes seconds, for those alone who compile
 
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # which the compiler reads
     config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
     for layer in layers:
         layer._compiled_call_impl = _switching(layer)

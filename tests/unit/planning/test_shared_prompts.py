@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os.path
+import math
+from typing import Any
 
 import numpy as np
 import pytest
 from planned_work import DEVICE, EXACT, FLAT, H100, paper, pipeline, work
 
-from selfteach.commands.check.shared_prompts import count_prompts, teacher_prompts
+from selfteach.commands.check.shared_prompts import count_prompts
 from selfteach.commands.check.sizes import measure_offline
+from selfteach.commands.check.tokens import TeacherPrompts
 from selfteach.commands.planning import costs
 from selfteach.commands.planning.dealt_rollouts import deal, tokens_shared
 from selfteach.commands.planning.describe_plan import describe
@@ -19,20 +21,19 @@ from selfteach.commands.planning.layout import Layout
 from selfteach.commands.planning.simulation import simulate
 from selfteach.commands.planning.workload import SharedTokens, work_of
 from selfteach.config.recipe import Recipe
-from selfteach.models.loading import build_renderer, load_tokenizer
-from selfteach.prompts.template_set import Templates
-from selfteach.tasks.task import load_task
 from selfteach.trainer.batching import collate
 from selfteach.types import (
     CritiquedRollout,
     Problem,
     Rollout,
+    Sequences,
     TokenWeights,
     TrainingSample,
     Verdict,
 )
 
 SHARED = SharedTokens(of_all=40, of_group=50)
+PAD = 999
 
 
 def test_rollouts_are_dealt_by_length_and_cut_by_padded_tokens() -> None:
@@ -76,17 +77,20 @@ def test_the_plan_counts_what_the_trainer_computes(limit: int) -> None:
             samples.append(TrainingSample(critiqued))
     lengths = np.array([50.0 + len(sample.rollout.token_ids) for sample in samples])
     weights = [TokenWeights((1.0,) * len(sample.rollout.token_ids)) for sample in samples]
-    batches = collate(samples, weights, pad_id=0, micro_batch_tokens=limit)
+    batches = collate(samples, weights, pad_id=PAD, micro_batch_tokens=limit)
     dealt = deal(lengths, 1, limit)
     assert dealt.micro_batches_T.tolist() == [len(batches)]
-    assert all(batch.student.tree is not None for batch in batches if len(batch.student.ids_BT) > 1)
-    computed = sum(
-        batch.student.shared
-        + (batch.student.ids_BT[:, :-1] if (t := batch.student.tree) is None else t.ids_1U).numel()
-        for batch in batches
-    )
+    trees = [batch.student.tree is not None for batch in batches]
+    assert any(trees) and (all(trees) or limit == 400), "few rows of as many groups need none"
     shared = tokens_shared(SHARED, lengths, 4, dealt).tokens_R.sum()
-    assert computed == lengths.sum() - len(samples) - shared, "a rollout's last token is not run"
+    assert sum(computed(batch.student) for batch in batches) == lengths.sum() - shared
+
+
+def computed(side: Sequences) -> int:
+    """Tokens of a pass besides padding; with the last token of each rollout, which is not run."""
+    tokens = (side.ids_BT[:, side.shared :] != PAD).sum() - len(side.ids_BT)
+    tokens = tokens if side.tree is None else side.tree.ids_1U.numel()
+    return side.shared + int(tokens) + len(side.ids_BT)
 
 
 def test_operations_of_shared_prompts_match_a_count_by_hand() -> None:
@@ -136,24 +140,34 @@ LAB = {
 }
 
 
-@pytest.mark.parametrize("context", ["reference", "step_aligned", "none"])
-def test_what_a_recipe_s_prompts_share_is_counted_from_its_templates(context: str) -> None:
-    recipe = Recipe.model_validate({**LAB, "context": {"type": context}})
-    counted = measure_offline(recipe)
-    task = load_task(recipe.data, recipe.model.path)
-    renderer = build_renderer(recipe.model, load_tokenizer(recipe.model), Templates("lab"), ())
-    prompts = [renderer.solver_prompt(problem) for problem in task.train]
-    planned = work_of(recipe, counted)
-    assert planned.shared == SharedTokens(len(os.path.commonprefix(prompts)), planned.prompt)
-    question = len(os.path.commonprefix([prompts[0], renderer.teacher_prompt(task.train[0], "0")]))
-    same = context in ("reference", "none")
-    of_group = planned.teacher_prompt if same else planned.teacher_shared.of_group
-    assert planned.teacher_shared.of_group == of_group > question / 2
-    assert planned.teacher_prompt >= planned.prompt
-    grpo = Recipe.model_validate({**LAB, "critic": None, "objective": {"type": "grpo", "kl_coef": 0.1}})
-    assert teacher_prompts(grpo, renderer, task.train) is None
-    by_grpo = work_of(grpo, measure_offline(grpo))
-    assert by_grpo.teacher_shared == by_grpo.shared
+@pytest.mark.parametrize(
+    ("context", "teacher"),
+    [  # a question of 6 words between <bos> and <say>; behind it <see> and the context, of 33 words
+        ("reference", TeacherPrompts(6 + 2 + 33, shared_by_all=1, shared_by_group=math.inf)),
+        ("step_aligned", TeacherPrompts(6 + 3, shared_by_all=1, shared_by_group=6 + 2)),
+        ("none", TeacherPrompts(6 + 2, shared_by_all=1, shared_by_group=math.inf)),
+    ],
+)
+def test_what_a_recipes_prompts_share_is_counted_from_its_templates(
+    context: str, teacher: TeacherPrompts
+) -> None:
+    values: dict[str, Any] = {**LAB, "context": {"type": context}, "train": {"steps": 0}}
+    recipe = Recipe.model_validate(values)
+    sizes = measure_offline(recipe)
+    assert sizes.lengths.shared_prompt == 1 and sizes.lengths.teacher == teacher
+    planned = work_of(recipe, sizes)
+    assert planned.shared == SharedTokens(1, 8)
+    assert planned.teacher_shared == SharedTokens(1, min(teacher.shared_by_group, teacher.mean))
+    assert planned.teacher_prompt == teacher.mean
+
+
+def test_a_penaltys_teacher_is_shown_the_students_prompts() -> None:
+    grpo = {"objective": {"type": "grpo", "kl_coef": 0.1}, "data": LAB["data"]}
+    recipe = Recipe.model_validate(grpo)
+    sizes = measure_offline(recipe)
+    assert sizes.lengths.teacher is None
+    planned = work_of(recipe, sizes)
+    assert planned.teacher_shared == planned.shared == SharedTokens(1, 8)
 
 
 def test_a_single_prompt_shares_nothing_that_is_known() -> None:
