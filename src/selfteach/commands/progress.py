@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -40,6 +43,25 @@ SHOWN_METRICS = {
 """Metrics shown beside a bar: title and number format."""
 HIDDEN_IF_ZERO = ("dropped", "truncated")
 """Metrics that are shown only when they are above 0."""
+LOG_EVERY = 30.0
+"""Seconds between two lines about one bar where there is no terminal."""
+
+
+class Bars(Progress):
+    """Shows bars in a terminal; in a log file, a line about the first of them from time to time."""
+
+    _logged_at: float | None = None
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update a bar."""
+        super().update(task_id, **fields)
+        if not self.disable or task_id != self.task_ids[0]:
+            return
+        now = self.get_time()
+        self._logged_at = now if self._logged_at is None else self._logged_at
+        if now - self._logged_at >= LOG_EVERY:
+            self._logged_at = now
+            self.console.print(_log_line(self.tasks[0]), highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -51,7 +73,7 @@ def run_progress(
     What the rows say about the run's health is printed when it first shows.
     """
     console = Console(stderr=True)
-    with _bars(console) as bars:
+    with _bars(console, Progress) as bars:  # a log file gets a line per step
         task = bars.add_task("training", total=recipe.train.steps, note="")
         rows: dict[str, Mapping[str, Any]] = {}
 
@@ -130,10 +152,9 @@ def study_progress(jobs: Sequence[Job]) -> Iterator[Callable[[Sequence[Job]], No
             tasks[label] = bars.add_task(name, total=total, completed=so_far, note="")
 
         def update(jobs: Sequence[Job]) -> None:
-            if not bars.disable:
-                done.update({job.folder: _steps_done(job) for job in training})
-                for label, task in tasks.items():
-                    bars.update(task, completed=steps(label)[0], note=_newest(training, label))
+            done.update({job.folder: _steps_done(job) for job in training})
+            for label, task in tasks.items():
+                bars.update(task, completed=steps(label)[0], note=_newest(training, label))
             for job in training:
                 rows = _rows(job)
                 for row in rows[read[job.folder] :]:
@@ -185,8 +206,8 @@ def note(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "  ".join(entries)
 
 
-def _bars(console: Console) -> Progress:
-    return Progress(
+def _bars(console: Console, kind: type[Progress] = Bars) -> Progress:
+    return kind(
         TextColumn("{task.description:<30}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
@@ -196,9 +217,17 @@ def _bars(console: Console) -> Progress:
         TextColumn("{task.fields[note]}"),
         console=console,
         refresh_per_second=2,  # 10 per second would use a tenth of a core
-        # A log file gets a line per finished run instead of redrawn bars.
-        disable=not console.is_terminal,
+        disable=not console.is_terminal,  # a log file gets lines instead of redrawn bars
     )
+
+
+def _log_line(task: Task) -> str:
+    """Format a bar as a line: what is done, the time it took and the time left."""
+    total = "" if task.total is None else f" of {task.total:,.0f}"
+    times = {"elapsed": task.elapsed, "left": task.time_remaining}
+    shown = [f"{timedelta(seconds=int(s))} {name}" for name, s in times.items() if s is not None]
+    done = f"{task.description.strip()}: {task.completed:,.0f}{total}"
+    return "  ".join([", ".join([done, *shown]), *filter(None, [task.fields["note"]])])
 
 
 def _newest(jobs: Sequence[Job], label: str | None) -> str:

@@ -128,7 +128,7 @@ class ModelConfig(Section):
     """Run Python code that comes with the model."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, more time; ``auto``: where those of the
-    smallest micro-batch do not fit the device."""
+    smallest micro-batch do not fit; on a CPU only if ``train.micro_batch_tokens`` is auto, too."""
     compile: bool = False
     """Compile the decoder layers for training (``torch.compile``), where their states and gradients
     stay the same; minutes at the start, and not with sharding, ``train.deterministic`` or checkpointing."""

@@ -78,9 +78,21 @@ def load_of(
         sampler=_sampler(recipe, rows, device),
         critic_bytes=_critic_bytes(recipe, device),
         chooses_micro_batch=train.micro_batch_tokens == "auto",
-        chooses_recompute=model.gradient_checkpointing == "auto",
+        chooses_recompute=_chooses_recompute(recipe, device),
         quantized=0 if model.quantization is None else min(shape.linear_weights, parameters),
     )
+
+
+def _chooses_recompute(recipe: Recipe, device: str) -> bool:
+    """Return True if gradient checkpointing follows the memory.
+
+    Prompts that share their beginning fill a micro-batch with far fewer tokens than the estimate
+    counts, and recomputation would run that beginning for each of them: several times slower. So a
+    micro-batch that a recipe names is not recomputed on a CPU unless the recipe says so.
+    """
+    if recipe.model.gradient_checkpointing != "auto":
+        return False
+    return recipe.train.micro_batch_tokens == "auto" or device != "cpu"
 
 
 def require_memory(recipe: Recipe) -> None:

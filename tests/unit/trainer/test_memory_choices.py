@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from selfteach.commands.check.sizes import device_load, measure_offline
 from selfteach.config.recipe import Recipe
-from selfteach.config.schema import validate
+from selfteach.config.schema import merge, validate
 from selfteach.models.architectures import known_shapes
 from selfteach.trainer import device_load as device_load_module
 from selfteach.trainer import step
 from selfteach.trainer.batching import collate
 from selfteach.trainer.build import build
+from selfteach.trainer.device_load import with_memory_choices
 from selfteach.trainer.device_memory import (
     FILLED,
     MICRO_BATCHES,
@@ -116,6 +117,18 @@ def test_build_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert built.components.micro_batch_tokens == 2_048
     modules = built.components.policy.model.modules()
     assert any(getattr(module, "gradient_checkpointing", False) for module in modules)
+
+
+def test_on_a_cpu_a_micro_batch_of_the_recipe_is_not_recomputed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What its prompts share would be run for each of them then, and is most of some micro-batches."""
+    free(monkeypatch, 1)
+    named = validate(Recipe, merge(RECIPE, {"train": {"micro_batch_tokens": 16_384}}))
+    assert with_memory_choices(named).model.gradient_checkpointing is False
+    assert with_memory_choices(recipe()).model.gradient_checkpointing is True
+    on_gpu = device_load(named, replace(measure_offline(named), device="cuda"))
+    assert on_gpu is not None and on_gpu.chooses_recompute
 
 
 def test_a_resume_goes_on_as_the_run_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,8 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
 
     Contexts are those of the main setting's arms, and those of `CONTROLS` that need nothing the arms
     lack. A program critiques the rollouts where the task has one (with the error rate of the first arm
-    that has a critic); a critic that writes is used only if ``study.inspect_answers`` is set.
+    that has a critic); a critic that writes is used only if ``study.inspect_answers`` is set, and then
+    for the arms' contexts alone: each context costs a pass over all rollouts.
     """
     from selfteach.commands.inspect.inspection import InspectionRequest
 
@@ -155,8 +156,11 @@ def inspection_of(study: Study) -> tuple[Recipe, InspectionRequest] | None:
     if isinstance(model.data, LabData):  # enough problems; the first are those of the arms
         changes["data"] = {"validation": max(model.data.validation, problems)}
     recipe = validate(Recipe, merge(model.model_dump(mode="json"), changes), where="inspection")
+    writes = recipe.critic is not None and not programs
     possible = [
-        name for name in CONTROLS if recipe.critic is not None or name not in CRITIC_CONTEXTS
+        name
+        for name in (() if writes else CONTROLS)
+        if recipe.critic is not None or name not in CRITIC_CONTEXTS
     ]
     contexts = tuple(sorted({*arm_contexts, *possible}))
     parts = {
