@@ -30,5 +30,6 @@ def check_model(recipe: Recipe) -> None:
         )
     if recipe.train.deterministic:
         raise ValueError(
-            "model.compile: compiled layers may sum in any order: remove train.deterministic, or compile"
+            "model.compile: compiled layers may sum in any order: remove train.deterministic, or "
+            "compile"
         )

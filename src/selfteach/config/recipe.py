@@ -131,7 +131,7 @@ class ModelConfig(Section):
     smallest micro-batch do not fit; on a CPU only if ``train.micro_batch_tokens`` is auto, too."""
     compile: bool = False
     """Compile the decoder layers for training (``torch.compile``), where their states and gradients
-    stay the same; minutes at the start, and not with sharding, ``train.deterministic`` or checkpointing."""
+    stay the same; minutes at the start; not with sharding, ``train.deterministic`` or recomputation."""
 
     @field_validator("lora", "autocast", "quantization", mode="before")
     @classmethod

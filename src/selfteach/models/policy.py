@@ -65,8 +65,8 @@ class Policy:
 
     The trainable weights are the adapters' where there are any, else all. With ``shard`` each rank
     holds a shard of every weight, and all ranks run every pass together; without, each rank holds all
-    weights and gradients are summed over ``ranks`` before an update. ``compiles`` has the layers compiled
-    where they compute the same (`compiled_layers`); it is not for shards.
+    weights and gradients are summed over ``ranks`` before an update. ``compiles`` has the layers
+    compiled where they compute the same (`compiled_layers`); it is not for shards.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Policy:
                 self.packs_sequences = self.packs_sequences and proves(packed)
 
     def _compile_layers(self, causal: PreTrainedModel) -> bool:
-        """Compile the layers if a probe's states and gradients stay as they are; False if they do not."""
+        """Compile the layers if that leaves a probe's states and gradients as they are; else False."""
         layers = compiled_layers.decoder_layers(causal)
         reason = None
         if layers is None or not self.uses_tree_attention:

@@ -1,7 +1,7 @@
 """Launch files start the policy's servers so that weights travel in memory.
 
 This is what ``engine.weight_transfer = "auto"`` looks for (`rollout.vllm.weight_channel`): vLLM's
-transfer over NCCL for full weights, the worker extension for adapters, and the environment that both need.
+transfer over NCCL for full weights, the worker extension for adapters, and the variables of both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ POLICY = "solver"
 
 
 def shell_server(name: str) -> tuple[list[str], dict[str, str]]:
-    """The words that start the policy's server in a shell script, and all variables that are set."""
+    """The words that start the policy's server in a shell script, and the variables that it sets."""
     text = (ROOT / name).read_text().replace("\\\n", " ")
     (line,) = (line for line in text.splitlines() if f"--served-model-name {POLICY}" in line)
     words = [word for word in shlex.split(line) if word != "&"]
@@ -60,7 +60,8 @@ def test_a_policys_server_takes_weights_in_memory(name: str) -> None:
     module, _, cls = extension.rpartition(".")
     assert hasattr(importlib.import_module(module), cls)
     assert json.loads(options["--weight-transfer-config"]) == {"backend": "nccl"}
-    assert f"--weight-transfer-config '{options['--weight-transfer-config']}'" in nccl_transfer.START_WITH
+    backend = f"--weight-transfer-config '{options['--weight-transfer-config']}'"
+    assert backend in nccl_transfer.START_WITH
     assert NEEDED.items() <= variables.items()
     assert "--enable-lora" in words and options["--logprobs-mode"] == "processed_logprobs"
     assert options["--served-model-name"] == POLICY
