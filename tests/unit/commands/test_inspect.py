@@ -276,6 +276,7 @@ def test_a_study_inspects_the_contexts_of_its_arms() -> None:
         study_from({"arms": {"omission": written}, "study": {"inspect_answers": 9}})
     )
     assert paid is not None and paid[0].critic.type == "policy"  # type: ignore[union-attr]
+    assert paid[1].contexts == ("omission",), "each context costs a pass over all rollouts"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
