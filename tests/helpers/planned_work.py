@@ -65,5 +65,3 @@ def paper(**changes: object) -> StepWork:
 
 
 H100 = Hardware("h100-sxm", find_device("h100-sxm"), Efficiency())
-
-

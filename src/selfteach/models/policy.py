@@ -233,7 +233,7 @@ class Policy:
                 return torch.cat([self._hidden(side) for side in sides])
 
         rounded = plain_pass.is_rounded(causal, self._autocast)
-        return compiled_layers.compile_layers(self.model, layers, states, rounded=rounded)
+        return compiled_layers.compile_layers(self.model, list(layers), states, rounded=rounded)
 
     def optimizer_step(self) -> dict[str, float]:
         """Take one AdamW step on the accumulated gradients; returns its metrics.

@@ -49,7 +49,12 @@ def test_the_first_of_a_micro_batch_computes_what_the_others_share() -> None:
     lengths = np.full(4, 60.0)
     whole = deal(lengths, 1, 1000)
     shared = tokens_shared(SHARED, lengths, 2, whole)
-    assert shared.tokens_R.tolist() == [0, 50, 40, 50] and shared.prefix_R.tolist() == [0, 40, 40, 40]
+    assert shared.tokens_R.tolist() == [0, 50, 40, 50] and shared.prefix_R.tolist() == [
+        0,
+        40,
+        40,
+        40,
+    ]
     # Two micro-batches of one group each: nothing is shared between them.
     halves = deal(lengths, 1, 120)
     assert tokens_shared(SHARED, lengths, 2, halves).tokens_R.tolist() == [0, 50, 0, 50]
@@ -126,9 +131,17 @@ def test_a_sampler_computes_a_common_prefix_once_per_batch(samplers: int, prefil
 
 
 def test_a_plan_says_what_prompts_share_and_who_computes_it_once() -> None:
-    changes = {"shared": SharedTokens(30, 50), "teacher_shared": SharedTokens(10, 20), "prompt": 50.0}
-    alone = "\n".join(describe(forecast(paper(**changes), H100, Layout(1, 1, 4, 1, 4)), explain=True))
-    assert "assumed: all prompts begin with the same 30 of 50 tokens (the teacher's: 10 of " in alone
+    changes = {
+        "shared": SharedTokens(30, 50),
+        "teacher_shared": SharedTokens(10, 20),
+        "prompt": 50.0,
+    }
+    alone = "\n".join(
+        describe(forecast(paper(**changes), H100, Layout(1, 1, 4, 1, 4)), explain=True)
+    )
+    assert (
+        "assumed: all prompts begin with the same 30 of 50 tokens (the teacher's: 10 of " in alone
+    )
     assert "those of a group with the same 50 (the teacher's: 20)" in alone
     two = "\n".join(describe(forecast(paper(**changes), H100, Layout(2, 1, 4, 1, 4))))
     assert "trainers that shard the weights share nothing" in two

@@ -7,6 +7,7 @@ transfer over NCCL for full weights, the worker extension for adapters, and the 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -54,7 +55,7 @@ def server(name: str) -> tuple[list[str], dict[str, str]]:
 @pytest.mark.parametrize("name", [*SCRIPTS, KUBERNETES])
 def test_a_policys_server_takes_weights_in_memory(name: str) -> None:
     words, variables = server(name)
-    options = dict(zip(words, words[1:], strict=False))
+    options = dict(itertools.pairwise(words))
     extension = options["--worker-extension-cls"]
     assert extension == weight_stream.EXTENSION
     module, _, cls = extension.rpartition(".")

@@ -6,8 +6,8 @@ each under two contexts that differ from the start: what both begin with does no
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from math import inf
 from statistics import fmean
 
@@ -33,8 +33,8 @@ def count_prompts(prompts: Iterable[Sequence[int]], first: int) -> tuple[list[in
     for number, prompt in enumerate(prompts):
         lengths.append(len(prompt))
         if number < first:
-            ids = list(prompt)
-            start = ids if number == 0 else list(os.path.commonprefix([start, ids]))
+            pairs = zip(start if number else prompt, prompt, strict=False)
+            start = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     return lengths, len(start) if min(first, len(lengths)) > 1 else 0
 
 
