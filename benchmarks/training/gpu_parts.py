@@ -271,6 +271,36 @@ def budget(settings: Settings) -> Iterator[Row]:
     _free()
 
 
+def compiled(settings: Settings) -> Iterator[Row]:
+    """Measure a LoRA step with and without `model.compile`, and the seconds that compiling takes."""
+    name = settings.model(512)
+    tokens = _load(name, settings.device, lora=True).micro_batch_tokens
+    values = merge(LORA, {
+        "model": {"device": settings.device, "weights_dtype": "bfloat16"},
+        "train": {"micro_batch_tokens": tokens},
+    })  # fmt: skip
+    for kind in ("full",) if settings.tiny else ("full", "grpo"):
+        plain = None
+        for compiles in (False, True):
+            changes, clock = merge(values, {"model": {"compile": compiles}}), Clock()
+            start = time.perf_counter()
+            ours = OurTrainer(name, kind, clock, changes)
+            building = time.perf_counter() - start
+            first = _timed(ours.step)
+            ours.step()
+            seconds = min(_timed(ours.step) for _ in range(settings.rounds))
+            plain = plain or seconds
+            yield {
+                "kind": {"full": "SDPO"}.get(kind, "GRPO"), "model.compile": str(compiles).lower(),
+                "compiled": str(ours.components.policy.compiles_layers).lower(),
+                "step, s": seconds, "uncompiled / this": ratio(plain, seconds),
+                "build, s": building, "first step, s": first, "peak, MiB": clock.peak / MIB,
+                "micro-batch": tokens,
+            }  # fmt: skip
+            del ours
+            _free()
+
+
 def sample(settings: Settings) -> Iterator[Row]:
     """Measure sampling against transformers' generate: random weights, rollouts of full length."""
     name = settings.model(512)
@@ -341,6 +371,7 @@ PARTS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "step, full, 512": partial(step, lora=False, length=512),
     "step, LoRA, 512": partial(step, lora=True, length=512),
     "budget": budget,
+    "compile, LoRA, 512": compiled,
     "step, LoRA, 2048": partial(step, lora=True, length=2048),
     "step, full, 2048": partial(step, lora=False, length=2048),
     "weights": weights,

@@ -45,18 +45,34 @@ CALIBRATED = [
 """The table of plan_check.py in docs/planning.md: setting, predicted and measured seconds a step."""
 CUDNN = "cuDNN's attention planned each shape anew; it has been turned off since"
 STEPS: dict[str, dict[str, Any]] = {
-    "lab": {"shape": "lab", "rollouts": 32, "problems": 4, "prompt": 8, "length": 33},
+    "lab": {
+        "shape": "lab", "rollouts": 32, "problems": 4, "prompt": 8, "shared_prompt": 1, "length": 33,
+    },
     "SmolLM2-135M": {
-        "shape": "SmolLM2-135M", "rollouts": 8, "problems": 2, "prompt": 310, "length": 32,
+        "shape": "SmolLM2-135M", "rollouts": 8, "problems": 2, "prompt": 310, "shared_prompt": 293,
+        "length": 32,
     },
     "Qwen2.5-1.5B, random weights": {
         "shape": "Qwen2.5-1.5B", "rollouts": 32, "problems": 4, "prompt": 128, "length": 512,
         "bytes": 2,
     },
 }  # fmt: skip
-"""The work of a step by model: prompts as `check` counts them, rollouts as they were sampled."""
-TEACHERS = {"lab": 8 + 33, "SmolLM2-135M": 310 + 51, "Qwen2.5-1.5B, random weights": 384}
-"""Tokens of the teacher's prompt with a reference."""
+"""The work of a step by model: prompts as `check.sizes` counts them, rollouts as they were sampled."""
+TEACHERS: dict[str, dict[str, Any]] = {
+    "lab": {"teacher_prompt": 41, "shared_teacher_prompt": 1},
+    "SmolLM2-135M": {"teacher_prompt": 578, "shared_teacher_prompt": 498},
+    "Qwen2.5-1.5B, random weights": {"teacher_prompt": 384},
+}
+"""Tokens of the teacher's prompt with a reference, counted alike."""
+CRITIQUE: dict[str, Any] = {"teacher_prompt": 9, "shared_teacher_prompt": 1, "trace": True}
+"""The lab's teacher's prompt without the critique."""
+SAMPLED: dict[tuple[str, bool], dict[str, Any]] = {
+    ("lab", False): {"prompt": 8, "shared_prompt": 1},
+    ("lab", True): {"prompt": 8, "shared_prompt": 1},
+    ("SmolLM2-135M", False): {"prompt": 48, "shared_prompt": 24},
+    ("SmolLM2-135M", True): {"prompt": 64},
+}
+"""Prompts of the benchmarks of sampling (`rollout/sampling.py`) by model, and whether on a GPU."""
 
 
 def collected() -> dict[str, Any]:
@@ -108,9 +124,9 @@ def _step_rows(device: str, source: str, row: dict[str, Any], **more: Any) -> It
     model, kind = row["model"], row["kind"]
     work = {**STEPS[model], **more}
     if kind != "grpo":
-        work["teacher_prompt"] = TEACHERS[model]
+        work |= TEACHERS[model]
     if kind == "full, critique":
-        work |= {"teacher_prompt": work["prompt"], "trace": True}
+        work |= CRITIQUE
     if row["who"].endswith("bf16"):
         work["bytes"] = 2
     sampling = row.get("sampling") or 0.0
@@ -143,7 +159,7 @@ def _sampling_row(device: str, source: str, shape: str, row: dict[str, Any], dty
     return _row(
         f"{shape}: sampling {rollouts} rollouts, {dtype}", device, "rollout", row["seconds"], source,
         shape=shape, rollouts=rollouts, problems=max(1, rollouts // 8),
-        prompt=STEPS[shape]["prompt"], length=round(row["mean length"]),
+        **SAMPLED[shape, device == GPU], length=round(row["mean length"]),
         bytes=2 if dtype == "bfloat16" else 4,
     )  # fmt: skip
 
@@ -173,8 +189,7 @@ def _main_rows(
 ) -> Iterator[Any]:
     work = {**STEPS["lab"], **more}
     if arm != "grpo":
-        work["teacher_prompt"] = TEACHERS["lab"] if arm == "reference" else work["prompt"]
-        work["trace"] = arm == "step_aligned"
+        work |= TEACHERS["lab"] if arm == "reference" else CRITIQUE
     yield _row(name, device, "train", row["learning"], source, **work)
     yield _row(name, device, "rollout", row["sampling"], source, **work)
 

@@ -19,6 +19,7 @@ from selfteach.config.data_section import ORACLE_DATA, DataConfig, LabData
 from selfteach.config.engine_section import EngineConfig, TransformersEngineConfig
 from selfteach.config.environment_section import EnvironmentConfig
 from selfteach.config.guard_section import GuardConfig
+from selfteach.config.model_checks import check_model
 from selfteach.config.model_defaults import with_episode_templates, with_model_defaults
 from selfteach.config.objective_section import (
     DistillationConfig,
@@ -128,6 +129,9 @@ class ModelConfig(Section):
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, more time; ``auto``: where those of the
     smallest micro-batch do not fit; on a CPU only if ``train.micro_batch_tokens`` is auto, too."""
+    compile: bool = False
+    """Compile the decoder layers for training (``torch.compile``), where their states and gradients
+    stay the same; minutes at the start; not with sharding, ``train.deterministic`` or recomputation."""
 
     @field_validator("lora", "autocast", "quantization", mode="before")
     @classmethod
@@ -304,11 +308,7 @@ class Recipe(Section):
         if distillation is not None and self.train.steps > 0:
             _check_distillation(distillation, self)
         check_sampling(self)
-        if self.model.quantization is not None and self.distributed.shard != "none":
-            raise ValueError(
-                "model.quantization: weights in 4 bits are not sharded: set distributed.shard = "
-                '"none", or remove quantization'
-            )
+        check_model(self)
         comparing = "grpo" if grpo else 'context "peer"' if "peer" in self.context.names else None
         if comparing and self.train.group_size < 2:
             raise ValueError(f"{comparing} needs a train.group_size of at least 2")

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from selfteach.errors import CheckpointError, EngineError
+from selfteach.models.compiled_layers import decoder_layers
 from selfteach.models.lm_head import Head
 from selfteach.models.plain_pass import backbone_of
 from selfteach.models.shard_reader import ShardReader
@@ -175,10 +176,9 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    if (layers := decoder_layers(model)) is not None:
+        return layers
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
     raise EngineError(
         f"{type(model).__name__} has no list of {count} layers to shard; "
         'set distributed.shard = "none"'

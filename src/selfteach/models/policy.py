@@ -18,7 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from selfteach.config.guard_section import NO_GRADIENT
 from selfteach.errors import EngineError
-from selfteach.models import packed_attention, plain_pass, prefix_cache, tree_attention
+from selfteach.models import (
+    compiled_layers,
+    packed_attention,
+    plain_pass,
+    prefix_cache,
+    tree_attention,
+)
 from selfteach.models.fsdp import Shards, whole
 from selfteach.models.lm_head import Head, Scores
 from selfteach.models.sequences import sequences
@@ -59,7 +65,8 @@ class Policy:
 
     The trainable weights are the adapters' where there are any, else all. With ``shard`` each rank
     holds a shard of every weight, and all ranks run every pass together; without, each rank holds all
-    weights and gradients are summed over ``ranks`` before an update.
+    weights and gradients are summed over ``ranks`` before an update. ``compiles`` has the layers
+    compiled where they compute the same (`compiled_layers`); it is not for shards.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class Policy:
         autocast: torch.dtype | None = None,
         ranks: Ranks = SINGLE_PROCESS,
         shard: Callable[[PreTrainedModel], Shards] | None = None,
+        compiles: bool = False,
     ) -> None:
         self.model = model
         self.version = 0
@@ -94,6 +102,8 @@ class Policy:
         """Runs trees of whole sequences without padding: `sequences` are to be built for that."""
         self._shards = None
         self._prove_passes(causal)
+        self.compiles_layers = compiles and self._compile_layers(causal)
+        """Runs the decoder layers compiled in passes without a cache."""
         # The head and the passes are probed on the full model; the optimizer must get the shards.
         self._ranks, self._shards = ranks, shard(causal) if shard is not None else self._shards
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -199,6 +209,31 @@ class Policy:
                 dtype = self._autocast or causal.dtype
                 self.packs_sequences = packed_attention.is_available(device, dtype)
                 self.packs_sequences = self.packs_sequences and proves(packed)
+
+    def _compile_layers(self, causal: PreTrainedModel) -> bool:
+        """Compile the layers if that leaves a probe's states and gradients as they are; else False."""
+        layers = compiled_layers.decoder_layers(causal)
+        reason = None
+        if layers is None or not self.uses_tree_attention:
+            reason = "its attention does not run along paths"
+        elif any(getattr(module, "gradient_checkpointing", False) for module in causal.modules()):
+            reason = "activations are computed again (model.gradient_checkpointing)"
+        if layers is None or reason is not None:
+            compiled_layers.report_uncompiled(causal, str(reason))
+            return False
+        prompts, completions = _probe(causal)
+        side = sequences(prompts, completions, 0, sys.maxsize, packed=self.packs_sequences)
+        sides = [side.to(next(causal.parameters()).device)]
+        if not self.packs_sequences and side.tree is not None:
+            sides.append(replace(sides[0], tree=None))
+
+        def states() -> Tensor:
+            kind = sides[0].ids_BT.device.type
+            with torch.autocast(kind, self._autocast, enabled=self._autocast is not None):
+                return torch.cat([self._hidden(side) for side in sides])
+
+        rounded = plain_pass.is_rounded(causal, self._autocast)
+        return compiled_layers.compile_layers(self.model, list(layers), states, rounded=rounded)
 
     def optimizer_step(self) -> dict[str, float]:
         """Take one AdamW step on the accumulated gradients; returns its metrics.

@@ -342,6 +342,7 @@ def _policy(
         autocast=loaded.autocast,
         ranks=ranks,
         shard=shard,
+        compiles=recipe.model.compile and train.steps > 0,
     )
 
 

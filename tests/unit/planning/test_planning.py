@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from planned_work import DEVICE, EXACT, FLAT, H100, PAPER, TINY, constant, paper, pipeline, work
 
-from selfteach.commands.check.sizes import measure_offline
 from selfteach.commands.planning import costs
 from selfteach.commands.planning.calibration import MeasuredRun, calibrate, read_run
 from selfteach.commands.planning.costs import DecodingCost, Efficiency
 from selfteach.commands.planning.describe_plan import describe
-from selfteach.commands.planning.devices import Device, find_device, known_devices
+from selfteach.commands.planning.devices import find_device, known_devices
 from selfteach.commands.planning.estimate import (
     Hardware,
     best_forecast,
@@ -25,43 +24,15 @@ from selfteach.commands.planning.estimate import (
 )
 from selfteach.commands.planning.layout import Layout, fewest_trainers, require_memory
 from selfteach.commands.planning.lengths import LengthDistribution
-from selfteach.commands.planning.pipeline import Pipeline, SampledStep
+from selfteach.commands.planning.pipeline import SampledStep
 from selfteach.commands.planning.plan import PlanRequest, plan
 from selfteach.commands.planning.simulation import simulate
-from selfteach.commands.planning.workload import CriticWork, Overrides, StepWork, work_of
+from selfteach.commands.planning.workload import Overrides
 from selfteach.config.recipe import Recipe
 from selfteach.config.recipe_file import load_study
 from selfteach.errors import CheckpointError, RecipeError
-from selfteach.models.architectures import Shape, known_shapes
-from selfteach.trainer.device_memory import DeviceLoad, memory
-
-PAPER = Path(__file__).parents[3] / "src" / "selfteach" / "recipes" / "paper.toml"
-TINY = Shape("llama", 8, 16, 2, 2, 2, 4, 32, 512, True)
-DEVICE = Device(
-    memory_gib=1, tflops=1e-6, memory_gb_per_s=1e-3, link_gb_per_s=1e-3, devices_per_node=8,
-    network_gb_per_s=1e-4, host_gb_per_s=1e-3, source="made up",
-)  # fmt: skip
-"""10⁶ operations and 10⁶ bytes per second."""
-EXACT = Efficiency(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-
-
-def constant(tokens: int) -> LengthDistribution:
-    return LengthDistribution(math.log(tokens), 0.0, tokens)
-
-
-def work(**changes: object) -> StepWork:
-    load = DeviceLoad(
-        shape=TINY, parameters=TINY.parameters, trained=TINY.parameters, adapters=None,
-        weight_bytes=4, compute_bytes=4, recompute=False, copies=0, micro_batch_tokens=1000,
-        chunk_entries=64, sample_rows=4, sample_length=20,
-    )  # fmt: skip
-    default = StepWork(
-        load=load, steps=10, problems=4, group_size=1, batch_size=4, prompt=6.0,
-        rollout_lengths=constant(10), teacher_prompt=0.0, context_has_trace=False,
-        teacher_passes=0, updates=1, critic=CriticWork("none"),
-        staleness=0, engine="transformers",
-    )  # fmt: skip
-    return dataclasses.replace(default, **changes)
+from selfteach.models.architectures import known_shapes
+from selfteach.trainer.device_memory import memory
 
 
 def test_operations_match_a_count_by_hand() -> None:
@@ -92,7 +63,7 @@ def test_a_step_takes_as_long_as_its_busiest_trainer() -> None:
     training = costs.training_cost(work(), DEVICE, EXACT, 2)
     compute_only = dataclasses.replace(training, gather=0.0, optimizer=0.0)
     lengths = np.array([10.0, 20.0, 10.0, 20.0])
-    busiest = 2 * costs.train_flops(work(), np.array([20.0]))[0] / 1e6
+    busiest = costs.train_flops(work(), np.array([10.0, 20.0])).sum() / 1e6  # dealt by length
     assert compute_only.seconds(lengths) == pytest.approx(busiest)
     # Two all-gathers and a reduce-scatter: half of 3 · 1,576 · 4 bytes at 10⁶ per second.
     assert training.gather == pytest.approx(0.5 * 3 * 1576 * 4e-6)
@@ -120,18 +91,6 @@ def test_a_length_distribution_has_its_mean_after_truncation(mean: float) -> Non
     assert (sampled == 1000).mean() == pytest.approx(lengths.truncated_share, abs=0.005)
     full = LengthDistribution.with_mean(1000, 1000)
     assert full.mean == pytest.approx(1000) and full.truncated_share == 1
-
-
-FLAT = DecodingCost(0.01, 0.0, 0.0, 0.0, 0.0, 100)
-
-
-def pipeline(**changes: object) -> Pipeline:
-    default = Pipeline(
-        batches=[8], group_size=1, prompt=10.0, rollout_lengths=constant(100), sampler=FLAT,
-        samplers=1, train_seconds=lambda lengths: 2.0, critic_kind="latency", latency=3.0,
-        concurrency=8,
-    )  # fmt: skip
-    return dataclasses.replace(default, **changes)
 
 
 @pytest.mark.parametrize(
@@ -211,14 +170,6 @@ def test_a_calibration_recovers_the_costs_behind_the_measurements() -> None:
     larger = work(problems=30, batch_size=30)
     planned = forecast(larger, Hardware("x", DEVICE, fitted), Layout(1))
     assert planned.phases["rollout"] == pytest.approx(10 * (0.4 + 0.03 * 30))
-
-
-def paper(**changes: object) -> StepWork:
-    recipe: Recipe = load_study(PAPER).recipe("step_aligned", seed=0)
-    return dataclasses.replace(work_of(recipe, measure_offline(recipe)), engine="vllm", **changes)
-
-
-H100 = Hardware("h100-sxm", find_device("h100-sxm"), Efficiency())
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from selfteach.commands.check.shared_prompts import count_prompts, teacher_prompts
 from selfteach.commands.check.tokens import Lengths
 from selfteach.config.critic_section import (
     EndpointConfig,
@@ -169,7 +170,7 @@ def count_lengths(
     if task is None or not task.train:
         return Lengths(window, critic_template=template_tokens)
     problems = (*task.train, *task.validation, *task.test)
-    prompts = [len(renderer.solver_prompt(problem)) for problem in problems]
+    lengths, shared = count_prompts(map(renderer.solver_prompt, problems), len(task.train))
     references = [
         len(renderer.encode_answer(problem.references["reference"]))
         for problem in task.train
@@ -177,10 +178,12 @@ def count_lengths(
     ]
     return Lengths(
         window=window,
-        longest_prompt=max(prompts),
-        mean_prompt=fmean(prompts[: len(task.train)]),
+        longest_prompt=max(lengths),
+        mean_prompt=fmean(lengths[: len(task.train)]),
         mean_reference=fmean(references) if references else None,
         critic_template=template_tokens,
+        shared_prompt=shared,
+        teacher=teacher_prompts(recipe, renderer, task.train),
     )
 
 

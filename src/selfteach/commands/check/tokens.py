@@ -24,6 +24,18 @@ ASSUMED_PROMPT = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherPrompts:
+    """Holds lengths in tokens of the teacher's prompts under a context."""
+
+    mean: float
+    """With a problem's reference where the context shows it, else without the context."""
+    shared_by_all: int
+    """With which the prompts of all problems begin."""
+    shared_by_group: float
+    """With which those of one problem's rollouts begin; infinite: they are the same."""
+
+
+@dataclass(frozen=True, slots=True)
 class Lengths:
     """Holds lengths in tokens; None where they could not be counted."""
 
@@ -34,6 +46,10 @@ class Lengths:
     mean_reference: float | None = None
     critic_template: int = 0
     """Length of a critic's prompt without question and rollout."""
+    shared_prompt: int = 0
+    """Tokens with which the prompts of all problems begin."""
+    teacher: TeacherPrompts | None = None
+    """None where they were not counted, or are the student's prompts."""
 
 
 @dataclass(frozen=True, slots=True)

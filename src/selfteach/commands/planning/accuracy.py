@@ -22,15 +22,16 @@ from selfteach.commands.planning import costs
 from selfteach.commands.planning.costs import Efficiency
 from selfteach.commands.planning.devices import HERE, Device, known_devices
 from selfteach.commands.planning.lengths import LengthDistribution
-from selfteach.commands.planning.workload import CriticWork, StepWork
+from selfteach.commands.planning.workload import CriticWork, SharedTokens, StepWork
 from selfteach.models.architectures import Shape
 from selfteach.trainer.device_memory import DeviceLoad
 
 DATA = Path(__file__).with_name("measurements.json")
 DEFAULTS: dict[str, Any] = {
     "trace": False, "micro_batch_tokens": 16_384, "bytes": 4, "teacher_prompt": 0, "problems": 4,
+    "shared_prompt": 0, "shared_teacher_prompt": 0,
 }  # fmt: skip
-"""What a measurement's work is unless it says otherwise."""
+"""What a measurement's work is unless it says otherwise: all of a group's prompt is shared."""
 CPU = "cpu"
 """The class of all CPUs, each with the rates that were measured beside its steps."""
 
@@ -101,7 +102,7 @@ def predicted_seconds(row: dict[str, Any], shape: Shape, device: Device) -> floa
     decoding = costs.decoding_cost(
         shape, device, Efficiency(), group=1, slots=row["rollouts"], engine="transformers"
     )
-    prefill = row["problems"] * row["prompt"] * decoding.prefill
+    prefill = costs.prefill_tokens(work, row["problems"], 1) * decoding.prefill
     return decoding.decode_seconds(lengths_R, row["prompt"]) + prefill
 
 
@@ -121,6 +122,8 @@ def work_of_row(row: dict[str, Any], shape: Shape) -> StepWork:
         teacher_prompt=float(row["teacher_prompt"]), context_has_trace=row["trace"],
         teacher_passes=int(row["teacher_prompt"] > 0), updates=1, critic=CriticWork("none"),
         staleness=0, engine="transformers",
+        shared=SharedTokens(row["shared_prompt"], row["prompt"]),
+        teacher_shared=SharedTokens(row["shared_teacher_prompt"], row["teacher_prompt"]),
     )  # fmt: skip
 
 

@@ -157,9 +157,10 @@ def _fit_training(
     """Fit the share of peak operations, and the fixed cost of a micro-batch."""
     rows = []
     for work, lengths_R, seconds in _median_steps(runs, "train"):
-        flops = work.updates * float(costs.train_flops(work, lengths_R).sum())
-        tokens = float(costs.micro_batch_tokens(work, lengths_R).sum())
-        micro_batches = work.updates * float(np.ceil(tokens / work.load.micro_batch_tokens))
+        training = costs.training_cost(work, device, assumed, 1)
+        dealt = training.deal(lengths_R)
+        flops = work.updates * float(training.flops(lengths_R, dealt)[0])
+        micro_batches = work.updates * float(dealt.micro_batches_T[0])
         optimizer = work.updates * costs.optimizer_seconds(work, device, 1)
         rows.append((micro_batches, flops / device.flops, max(seconds / 2, seconds - optimizer)))
     layers = runs[0].work.load.shape.layers

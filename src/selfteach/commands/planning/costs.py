@@ -16,6 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from selfteach.commands.planning.dealt_rollouts import (
+    DealtRollouts,
+    TokensShared,
+    deal,
+    tokens_shared,
+)
 from selfteach.commands.planning.devices import Device
 from selfteach.commands.planning.workload import StepWork
 from selfteach.models.architectures import Shape
@@ -115,17 +121,25 @@ class TrainingCost:
     optimizer: float
 
     def seconds(self, lengths_R: np.ndarray) -> float:
-        """Return the time of a step over rollouts of these lengths, dealt to the trainers in turn.
+        """Return the time of a step over rollouts of these lengths, group after group.
 
         All trainers wait for the busiest; gathering weights overlaps with computing.
         """
-        work, ranks_R = self.work, np.arange(len(lengths_R)) % self.trainers
-        tokens_T = np.bincount(ranks_R, micro_batch_tokens(work, lengths_R), self.trainers)
-        flops_T = np.bincount(ranks_R, train_flops(work, lengths_R), self.trainers)
-        micro_T = np.ceil(tokens_T / work.load.micro_batch_tokens)
+        dealt = self.deal(lengths_R)
+        flops_T, micro_T = self.flops(lengths_R, dealt), dealt.micro_batches_T
         computing = float((flops_T / self.rate + micro_T * self.per_micro_batch).max())
         communicating = float(micro_T.max()) * self.gather
-        return work.updates * (max(computing, communicating) + self.optimizer)
+        return self.work.updates * (max(computing, communicating) + self.optimizer)
+
+    def deal(self, lengths_R: np.ndarray) -> DealtRollouts:
+        """Return where rollouts of these lengths are trained on."""
+        limit = self.work.load.micro_batch_tokens
+        return deal(micro_batch_tokens(self.work, lengths_R), self.trainers, limit)
+
+    def flops(self, lengths_R: np.ndarray, dealt: DealtRollouts) -> np.ndarray:
+        """Return the operations of one update per trainer [T], without those that sharing saves."""
+        flops_R = train_flops(self.work, lengths_R) - saved_flops(self.work, lengths_R, dealt)
+        return np.bincount(dealt.trainer_R, flops_R, self.trainers)
 
 
 def decoding_cost(
@@ -244,6 +258,43 @@ def train_flops(work: StepWork, lengths_R: np.ndarray) -> np.ndarray:
         teacher_R = sequence_flops(load.shape, teacher_tokens(work, lengths_R), lengths_R)
         flops_R = flops_R + work.teacher_passes * teacher_R
     return flops_R
+
+
+def saved_flops(work: StepWork, lengths_R: np.ndarray, dealt: DealtRollouts) -> np.ndarray:
+    """Return the operations per rollout [R] that one update saves where prompts are computed once.
+
+    Nothing is saved by trainers that shard the weights, or that compute activations again.
+    """
+    load = work.load
+    if not shares_prompts(work, len(dealt.micro_batches_T)):
+        return np.zeros(len(lengths_R))
+    student_R = work.prompt + lengths_R
+    student = tokens_shared(work.shared, student_R, work.group_size, dealt)
+    saved_R = (2 if load.adapters else 3) * _saved_forward(load.shape, student)
+    if load.adapters:
+        saved_R = saved_R + 6.0 * load.trained * student.tokens_R
+    if work.teacher_passes:
+        teacher_R = teacher_tokens(work, lengths_R)
+        teacher = tokens_shared(work.teacher_shared, teacher_R, work.group_size, dealt)
+        saved_R = saved_R + work.teacher_passes * _saved_forward(load.shape, teacher)
+    return saved_R
+
+
+def shares_prompts(work: StepWork, trainers: int) -> bool:
+    """Return whether trainers compute what the prompts of a micro-batch share once."""
+    return trainers == 1 and not work.load.recompute
+
+
+def prefill_tokens(work: StepWork, problems: float, batches: float) -> float:
+    """Return the prompt tokens that one engine computes: those of all prompts once per batch."""
+    prefix = work.shared.prefix
+    return problems * (work.prompt - prefix) + min(batches, problems) * prefix
+
+
+def _saved_forward(shape: Shape, shared: TokensShared) -> np.ndarray:
+    """Return the operations of a forward pass over shared tokens [R], in attention of the prefix."""
+    attention_R = 2 * shape.layers * shape.attention * shared.prefix_R**2
+    return 2.0 * body_weights(shape) * shared.tokens_R + attention_R
 
 
 def teacher_tokens(work: StepWork, lengths_R: np.ndarray) -> np.ndarray:

@@ -64,7 +64,8 @@ def describe(plan: Forecast, *, explain: bool = False) -> Iterator[str]:
         yield "the arithmetic"
         yield from (f"  {line}" for line in _arithmetic(plan))
     yield "based on"
-    yield from (f"  {line}" for line in (*_efficiencies(plan), *_lengths(plan), *_notes(plan)))
+    lines = (*_efficiencies(plan), *_lengths(plan), *_shared_prompts(plan), *_notes(plan))
+    yield from (f"  {line}" for line in lines)
     yield from error_lines(plan.hardware.name, plan.hardware.efficiency.measured)
 
 
@@ -111,6 +112,23 @@ def _lengths(plan: Forecast) -> Iterator[str]:
     yield f"rollouts of {_distribution(plan.work.rollout_lengths)}"
     if plan.work.critic.critique_lengths is not None:
         yield f"critiques of {_distribution(plan.work.critic.critique_lengths)}"
+
+
+def _shared_prompts(plan: Forecast) -> Iterator[str]:
+    """Yield what is assumed of prompts that begin alike, and who computes that once."""
+    work = plan.work
+    begins = f"{work.shared.of_all:,.0f} of {work.prompt:,.0f} tokens"
+    group = f"{work.shared.of_group:,.0f}"
+    if work.teacher_passes:
+        shared = work.teacher_shared
+        begins += f" (the teacher's: {shared.of_all:,.0f} of {work.teacher_prompt:,.0f})"
+        group += f" (the teacher's: {shared.of_group:,.0f})"
+    yield f"assumed: all prompts begin with the same {begins}, those of a group with the same {group}"
+    if costs.shares_prompts(work, plan.layout.trainers):
+        yield "  a sampler computes these once per batch, the trainer once per micro-batch"
+    else:
+        reason = "shard the weights" if plan.layout.trainers > 1 else "compute activations again"
+        yield f"  a sampler computes these once per batch; trainers that {reason} share nothing"
 
 
 def _notes(plan: Forecast) -> Iterator[str]:
@@ -202,21 +220,22 @@ def _decoding(
 
 def _training(plan: Forecast) -> Iterator[str]:
     work, training = plan.work, plan.training
-    mean_R = np.array([work.rollout_lengths.mean])
-    student = float(work.prompt + mean_R[0])
-    teacher = float(costs.teacher_tokens(work, mean_R)[0]) if work.teacher_passes else 0.0
-    flops = float(costs.train_flops(work, mean_R)[0])
-    most = -(-work.rollouts // training.trainers)
+    lengths_R = np.full(work.rollouts, work.rollout_lengths.mean)
+    student = float(work.prompt + lengths_R[0])
+    teacher = float(costs.teacher_tokens(work, lengths_R)[0]) if work.teacher_passes else 0.0
+    flops = float(costs.train_flops(work, lengths_R)[0])
+    dealt = training.deal(lengths_R)
+    flops_T = training.flops(lengths_R, dealt)
+    most, micro_batches = -(-work.rollouts // training.trainers), dealt.micro_batches_T.max()
     yield (
         f"train: a rollout is {student:,.0f} tokens to the student, {teacher:,.0f} to the teacher: "
         f"{flops:.4g} operations (weights per token {costs.body_weights(work.load.shape):,})"
     )
     yield (
-        f"train: {most} rollouts on the busiest of {training.trainers} trainers × {flops:.4g} / "
-        f"{training.rate:.4g} per second = {most * flops / training.rate:.4g} s"
+        f"train: {most} rollouts on the busiest of {training.trainers} trainers × {flops:.4g}, less "
+        f"{most * flops - flops_T.max():.4g} for what prompts share, / {training.rate:.4g} per second "
+        f"= {flops_T.max() / training.rate:.4g} s"
     )
-    tokens = float(costs.micro_batch_tokens(work, mean_R)[0]) * most
-    micro_batches = int(np.ceil(tokens / work.load.micro_batch_tokens))
     yield (
         f"train: {micro_batches} micro-batches × {training.per_micro_batch:.3g} s to launch, "
         f"overlapped with {micro_batches} × {training.gather:.3g} s to gather weights and reduce "

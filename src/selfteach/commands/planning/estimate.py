@@ -138,6 +138,7 @@ def pipeline_of(work: StepWork, hardware: Hardware, layout: Layout) -> Pipeline:
         batches=[min(per_batch, work.rollouts - start) for start in starts],
         group_size=work.group_size,
         prompt=work.prompt,
+        shared_prompt=work.shared.prefix,
         rollout_lengths=work.rollout_lengths,
         sampler=_sampler_cost(work, hardware, layout),
         samplers=min(layout.sampler_replicas, work.problems),
@@ -231,9 +232,10 @@ def estimate(work: StepWork, hardware: Hardware, layout: Layout, lengths_R: np.n
     work = on_trainers(work, hardware.device, layout)
     pipeline, critic = pipeline_of(work, hardware, layout), work.critic
     per_replica = -(-work.rollouts // pipeline.samplers)
-    prompts = -(-work.problems // pipeline.samplers) * work.prompt
     sampling = pipeline.sampler.decode_seconds(lengths_R[:per_replica], work.prompt)
-    sampling += prompts * pipeline.sampler.prefill
+    problems = -(-work.problems // pipeline.samplers)
+    prefill = costs.prefill_tokens(work, problems, work.batches)
+    sampling += prefill * pipeline.sampler.prefill
     concurrency = pipeline.concurrency if critic.kind == "latency" else 1
     critiquing = work.rollouts * pipeline.latency / concurrency
     if pipeline.critic is not None and critic.critique_lengths is not None:

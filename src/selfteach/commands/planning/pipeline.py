@@ -48,6 +48,8 @@ class Pipeline:
     """Critiquing and training take turns on the same devices."""
     critic_prompt: float = 0.0
     critique_lengths: LengthDistribution | None = None
+    shared_prompt: float = 0.0
+    """Tokens with which all prompts begin: a sampler computes them once per batch."""
     latency: float = 0.0
     """Seconds per reply (``latency``) or per rollout (``program``)."""
     concurrency: int = 1

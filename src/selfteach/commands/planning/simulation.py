@@ -185,12 +185,13 @@ class _Simulation:
             self.sampled[step].succeed()
 
     def _generate(self, lengths: np.ndarray) -> list[simpy.Event]:
-        """Submit whole groups of rollouts, dealt to the samplers in turn."""
+        """Submit a batch of whole groups of rollouts, dealt to the samplers in turn."""
         pipeline, ends = self.pipeline, []
         for number, tokens in enumerate(lengths):
             problem, sample = divmod(number, pipeline.group_size)
             replica = self.samplers[problem % len(self.samplers)]
-            prefill = 0.0 if sample else pipeline.prompt
+            cached = pipeline.shared_prompt if problem >= len(self.samplers) else 0.0
+            prefill = 0.0 if sample else pipeline.prompt - cached
             ends.append(replica.submit(prefill, pipeline.prompt, float(tokens)))
         return ends
 

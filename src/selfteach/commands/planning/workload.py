@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from selfteach.commands.check.sizes import RunSizes, device_load
-from selfteach.commands.check.tokens import EVIDENCE_TOKENS
+from selfteach.commands.check.tokens import EVIDENCE_TOKENS, Lengths
 from selfteach.commands.planning.lengths import ASSUMED_MEAN_SHARE, LengthDistribution
 from selfteach.config.critic_section import (
     EndpointConfig,
@@ -19,6 +19,7 @@ from selfteach.config.objective_section import terms
 from selfteach.config.recipe import Recipe
 from selfteach.errors import RecipeError
 from selfteach.models.architectures import Shape, known_shapes
+from selfteach.models.prefix_cache import MIN_SHARED
 from selfteach.trainer.device_memory import DeviceLoad
 
 ASSUMED_MIXED_SHARE = 0.5
@@ -27,6 +28,21 @@ ASSUMED_MIXED_SHARE = 0.5
 CriticKind = Literal["none", "program", "in_process", "served", "latency"]
 """What writes critiques: no critic; a program; a model in the trainer's process; a served model of
 known shape; a server of which only the seconds per reply are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTokens:
+    """Holds how many tokens at the front of prompts are the same, and can be computed once."""
+
+    of_all: float = 0.0
+    """Of all prompts of a step: worked examples, a system prompt."""
+    of_group: float = 0.0
+    """Of the prompts of one group; at least those of all."""
+
+    @property
+    def prefix(self) -> float:
+        """Return the tokens that all share if they are worth a pass of their own, else 0."""
+        return self.of_all if self.of_all >= MIN_SHARED else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +89,10 @@ class StepWork:
     """Most further rounds of dynamic sampling."""
     mixed_share: float = 1.0
     """Share of groups with both right and wrong rollouts, where there are rounds."""
+    shared: SharedTokens = SharedTokens()
+    """Of ``prompt``: what the student's prompts share."""
+    teacher_shared: SharedTokens = SharedTokens()
+    """Of ``teacher_prompt``: what the teacher's prompts share."""
 
     @property
     def rollouts(self) -> int:
@@ -127,6 +147,7 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
     by_reference = recipe.context.type in ("reference", "aligned_reference")
     reference = known.lengths.mean_reference if by_reference else None
     mean_rollout = overrides.rollout_tokens or ASSUMED_MEAN_SHARE * cap
+    teacher = _teacher_prompt(known.lengths, prompt, reference, distils=distils)
     return StepWork(
         load=dataclasses.replace(load, sampler="trainer"),  # the layout adds other samplers
         steps=train.steps,
@@ -135,18 +156,36 @@ def work_of(recipe: Recipe, known: RunSizes, overrides: Overrides = Overrides())
         batch_size=recipe.sampling.batch_size,
         prompt=prompt,
         rollout_lengths=LengthDistribution.with_mean(mean_rollout, cap),
-        teacher_prompt=prompt + (reference or 0.0) if has_teacher else 0.0,
-        context_has_trace=distils and reference is None,
-        teacher_passes=(2 if recipe.scoring_teacher.type == "trust_region" else 1)
-        if has_teacher
-        else 0,
+        teacher_prompt=teacher[0] if has_teacher else 0.0,
+        context_has_trace=distils and reference is None and recipe.context.type != "none",
+        teacher_passes=has_teacher * (2 if recipe.scoring_teacher.type == "trust_region" else 1),
         updates=train.num_iterations,
         critic=critic_work_of(recipe, known, overrides),
         staleness=train.staleness if overrides.staleness is None else overrides.staleness,
         engine=engine_of(recipe),
         rounds=recipe.sampling.dynamic_rounds,
         mixed_share=_mixed_share(recipe, overrides),
+        shared=_shared(prompt, known.lengths.shared_prompt, prompt),
+        teacher_shared=teacher[1],
     )
+
+
+def _shared(prompt: float, of_all: float, of_group: float) -> SharedTokens:
+    """Return what prompts of a mean length share: at most all of it."""
+    of_all = min(of_all, prompt)
+    return SharedTokens(of_all, max(of_all, min(of_group, prompt)))
+
+
+def _teacher_prompt(
+    lengths: Lengths, prompt: float, reference: float | None, *, distils: bool
+) -> tuple[float, SharedTokens]:
+    """Return the teacher's prompt and what it shares: nothing where a context's were not counted."""
+    counted = lengths.teacher
+    if distils and counted is not None:
+        shared = _shared(counted.mean, counted.shared_by_all, counted.shared_by_group)
+        return counted.mean, shared
+    shared = SharedTokens() if distils else _shared(prompt, lengths.shared_prompt, prompt)
+    return prompt + (reference or 0.0), shared
 
 
 def _mixed_share(recipe: Recipe, overrides: Overrides) -> float:
