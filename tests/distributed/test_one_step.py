@@ -12,6 +12,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import packed_by_loop
 import pytest
 import torch
 from on_ranks import on_ranks
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
-from selfteach.models import tree_attention
+from selfteach.models import loading, tree_attention
 from selfteach.models.fsdp import whole
 from selfteach.rollout.journaled_engine import BatchedEngine
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks, init_ranks
 from selfteach.trainer.build import build
-from selfteach.trainer.step import build_samples, learn, verify_and_critique
+from selfteach.trainer.step import Components, build_samples, learn, verify_and_critique
 from selfteach.types import TrainingSample
 
 TOLERANCE = 1e-10
+PREAMBLE = tuple(range(3, 27))
+"""Tokens with which all prompts can begin."""
 BASE = {
     "data": {"type": "lab", "train": 3, "validation": 1, "test": 1},
     "sampling": {"max_tokens": 40, "batch_size": 2},
@@ -61,11 +64,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _double() -> Any:
-    original = tree_attention.enable_tree_attention
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-    tree_attention.enable_tree_attention = original
 
 
 @functools.cache
@@ -91,20 +92,28 @@ def recipe(variant: str, shard: str) -> Recipe:
 
 
 def step(
-    ranks: Ranks, variant: str, shard: str, samples: list[TrainingSample], micro_batch_tokens: int
-) -> dict[str, Any]:
-    """Return metrics, gradients of the last update before clipping, and weights after a step."""
-    import selfteach.models.loading as loading
+    ranks: Ranks, variant: str, shard: str, samples: list[TrainingSample], micro_batch_tokens: int,
+    way: str = "padded",
+) -> dict[str, Any]:  # fmt: skip
+    """Return metrics, gradients of the last update before clipping, weights after a step, and tokens.
 
-    # A sharded pass uses no tree attention, and Llama's norms round to float32: states that differ in
-    # their last bit may differ in the eighth digit after it.
-    tree_attention.enable_tree_attention = lambda _: False
+    ``way`` is that of passes: padded rows, trees, or packed trees.
+    """
     loaded = loading.load_model
-    loading.load_model = lambda *args, **kw: loaded(*args, **kw).double()  # type: ignore[assignment]
-    try:
-        components = build(recipe(variant, shard), ranks).components
-    finally:
-        loading.load_model = loaded
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load_model", lambda *args, **kw: loaded(*args, **kw).double())
+        if way == "padded":
+            # Llama's norms round to float32: states that differ in their last bit, as those of trees
+            # of other micro-batches do, may differ in the eighth digit after it.
+            patch.setattr(tree_attention, "enable_tree_attention", lambda _: False)
+        if way == "packed":
+            packed_by_loop.install(patch)
+        return _step(build(recipe(variant, shard), ranks).components, samples, micro_batch_tokens)
+
+
+def _step(
+    components: Components, samples: list[TrainingSample], micro_batch_tokens: int
+) -> dict[str, Any]:
     components = dataclasses.replace(
         components, micro_batch_tokens=micro_batch_tokens, chunk_tokens=7
     )
@@ -120,6 +129,10 @@ def step(
         )
 
     components.policy.optimizer.register_step_pre_hook(record_gradients)
+    tokens = list[int]()
+    components.policy._backbone.layers[0].mlp.register_forward_pre_hook(
+        lambda _, inputs: tokens.append(inputs[0].shape[:-1].numel())
+    )
     metrics = learn(components, samples)
     components.engine.load_weights(components.policy.trainable.items(), components.policy.version)
     batched = components.engine
@@ -130,7 +143,10 @@ def step(
     assert all(torch.equal(published[n], w) for n, w in weights.items())
     teacher = {n: whole(t).clone() for n, t in components.teacher.state().items()}
     numpy = [{n: t.numpy() for n, t in d.items()} for d in (gradients, weights, teacher)]
-    return {"metrics": metrics, "gradients": numpy[0], "weights": numpy[1], "teacher": numpy[2]}
+    return {
+        "metrics": metrics, "gradients": numpy[0], "weights": numpy[1], "teacher": numpy[2],
+        "tokens": sum(tokens),
+    }  # fmt: skip
 
 
 def step_of_rank(*args: Any) -> dict[str, Any]:
@@ -138,16 +154,17 @@ def step_of_rank(*args: Any) -> dict[str, Any]:
         return step(ranks, *args)
 
 
-def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float = TOLERANCE) -> None:
     assert ours["metrics"].keys() == theirs["metrics"].keys()
     for name, value in theirs["metrics"].items():
-        assert ours["metrics"][name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+        close = pytest.approx(value, rel=10 * tolerance, abs=tolerance / 100)
+        assert ours["metrics"][name] == close, name
     assert ours["gradients"], "no gradient"
     for kind in ("gradients", "teacher"):
         assert ours[kind].keys() == theirs[kind].keys()
         for name, value in theirs[kind].items():
             error = abs(ours[kind][name] - value).max()
-            assert error <= TOLERANCE * max(1e-3, abs(value).max()), (kind, name, error)
+            assert error <= tolerance * max(1e-3, abs(value).max()), (kind, name, error)
 
 
 QUICK = {(variant, "full") for variant in ("grpo_with_penalty", "ema", "lora")}
@@ -186,6 +203,25 @@ def test_the_split_into_micro_batches_does_not_change_the_step(shard: str) -> No
     for results in on_ranks(2, steps, shard, samples):
         for (count, _), result in zip(SPLITS, results, strict=True):
             assert_same(result, single[count])
+
+
+def behind_a_preamble(sample: TrainingSample) -> TrainingSample:
+    rollout = sample.rollout
+    longer = dataclasses.replace(rollout, prompt_ids=PREAMBLE + rollout.prompt_ids)
+    teacher_prompt = PREAMBLE + (sample.teacher_prompt_ids or ())
+    critiqued = dataclasses.replace(sample.critiqued, rollout=longer)
+    return dataclasses.replace(sample, critiqued=critiqued, teacher_prompt_ids=teacher_prompt)
+
+
+@pytest.mark.parametrize("way", ["trees", "packed"])
+@pytest.mark.parametrize("variant", ["distillation", "recomputed"])
+def test_sharded_ranks_compute_what_prompts_share_once(variant: str, way: str) -> None:
+    samples = [behind_a_preamble(sample) for sample in samples_of("distillation")]
+    single = step(SINGLE_PROCESS, variant, "none", samples, 10_000)
+    results = on_ranks(2, step_of_rank, variant, "full", samples, 10_000, way)
+    for result in results:
+        assert_same(result, single, 1e-6)
+    assert sum(result["tokens"] for result in results) < 0.9 * single["tokens"]
 
 
 def test_weights_gathered_in_bf16_take_nearly_the_same_step() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from selfteach.commands.export.export_run import ExportRequest, export_run
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
-from selfteach.models.policy import without_peft_warnings
+from selfteach.models.trainable_model import without_peft_warnings
 from selfteach.trainer.loop import run_to_end
 
 TURNS = (

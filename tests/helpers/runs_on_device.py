@@ -89,7 +89,7 @@ def loss_and_gradients(
         token_weights,
         pad_id=components.pad_id,
         micro_batch_tokens=components.micro_batch_tokens,
-        packed=components.policy.packs_sequences,
+        layout=components.policy.layout,
     )
     stats = [step._backward(components, batch.to(components.policy.device)) for batch in batches]
     assert len(stats) == len(batches) > 0

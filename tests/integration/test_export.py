@@ -21,7 +21,7 @@ from selfteach.config.schema import merge, validate
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.evaluation.evaluation_record import load_evaluation
 from selfteach.models.model_path import resolve
-from selfteach.models.policy import without_peft_warnings
+from selfteach.models.trainable_model import without_peft_warnings
 from selfteach.trainer.loop import run_to_end
 
 TINY = {

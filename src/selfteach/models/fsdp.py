@@ -50,13 +50,15 @@ class Shards:
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
+        self.dtype = param_dtype or model.dtype
+        """What weights are multiplied in."""
         mixed = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
         for layer in _layers(model):
             fully_shard(layer, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
         backbone = backbone_of(model)
 
-        def last_hidden(ids_BT: Tensor) -> Tensor:
-            return backbone(input_ids=ids_BT, use_cache=False)[0]
+        def last_hidden(ids_BT: Tensor, **inputs: Any) -> Tensor:
+            return backbone(input_ids=ids_BT, use_cache=False, **inputs)[0]
 
         # The backbone is no FSDP root: its embedding and norm belong to the whole model's group.
         self._model = cast(Any, model)
@@ -71,11 +73,15 @@ class Shards:
         # with the adapters off nothing would, and the first backward would fail.
         with torch.no_grad():
             self.hidden(torch.zeros(1, 1, dtype=torch.long, device=mesh.device_type))
-        self._model.reshard()
+        self.reshard()
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        """Compute the last layer's states, [B, T, H]."""
-        return self._model.selfteach_hidden(ids_BT)
+    def hidden(self, ids_BT: Tensor, **inputs: Any) -> Tensor:
+        """Compute the last layer's states, [B, T, H], with further inputs of the model."""
+        return self._model.selfteach_hidden(ids_BT, **inputs)
+
+    def reshard(self) -> None:
+        """Free gathered weights: after a pass without gradients that no `head` follows."""
+        self._model.reshard()
 
     def head(self, head: Head) -> Head:
         """Return the gathered head after a pass. Outside grad mode it is a copy, and the root is

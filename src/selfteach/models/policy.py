@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from selfteach.config.guard_section import NO_GRADIENT
 from selfteach.errors import EngineError
@@ -27,7 +25,7 @@ from selfteach.models import (
 )
 from selfteach.models.fsdp import Shards, whole
 from selfteach.models.lm_head import Head, Scores
-from selfteach.models.sequences import sequences
+from selfteach.models.sequences import SequenceLayout, sequences
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.types import Sequences
 
@@ -99,13 +97,20 @@ class Policy:
         )
         self.uses_tree_attention = tree_attention.enable_tree_attention(causal)
         self.packs_sequences = False
-        """Runs trees of whole sequences without padding: `sequences` are to be built for that."""
+        """Runs trees of whole sequences without padding."""
         self._shards = None
         self._prove_passes(causal)
+        self.packs_sequences = self._can_pack(causal, causal.dtype)
         self.compiles_layers = compiles and self._compile_layers(causal)
         """Runs the decoder layers compiled in passes without a cache."""
         # The head and the passes are probed on the full model; the optimizer must get the shards.
         self._ranks, self._shards = ranks, shard(causal) if shard is not None else self._shards
+        if self._shards is not None:
+            # A pass for the prefix would have no counterpart on other ranks.
+            self.shares_prefixes = False
+            packs = self._can_pack(causal, self._shards.dtype)
+            self._shards.reshard()
+            self.packs_sequences = not ranks.any(not packs)  # all cut micro-batches alike
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # As the field does, matrices decay (embeddings and adapters too), norms and biases do not.
         matrices = [param for param in self.trainable.values() if param.ndim >= 2]
@@ -127,6 +132,11 @@ class Policy:
         return self._shards is not None
 
     @property
+    def layout(self) -> SequenceLayout:
+        """Return how sequences that this policy scores are to be laid out."""
+        return SequenceLayout(prefix=self.shares_prefixes, packed=self.packs_sequences)
+
+    @property
     def has_adapters(self) -> bool:
         """Return whether only low-rank adapters train."""
         return isinstance(self.model, PeftModel)
@@ -146,9 +156,6 @@ class Policy:
     def _hidden(self, sequences: Sequences) -> Tensor:
         """Compute the last layer's states that predict the rollouts' tokens, [N, H]."""
         ids_BT, rows_N, columns_N = sequences.ids_BT, sequences.rows_N, sequences.columns_N
-        # A pass for the prefix would have no counterpart on other ranks.
-        if self._shards is not None:
-            return self._shards.hidden(ids_BT)[rows_N, columns_N]
         shared = sequences.shared if self.shares_prefixes else 0
         ids_BT, columns_N, extra = ids_BT[:, shared:], columns_N - shared, dict[str, Any]()
         if sequences.tree and self.uses_tree_attention and shared == sequences.shared:
@@ -161,22 +168,20 @@ class Policy:
         if shared:
             cache = prefix_cache.fill(self._backbone, sequences.ids_BT[0, :shared], len(ids_BT))
             extra[prefix_cache.cache_argument(self._backbone)] = cache
+        if self._shards is not None:
+            return self._shards.hidden(ids_BT, **extra)[rows_N, columns_N]
         return self._backbone(input_ids=ids_BT, use_cache=shared > 0, **extra)[0][rows_N, columns_N]
 
     @torch.no_grad()
     def _prove_passes(self, causal: PreTrainedModel) -> None:
-        """Keep only those of tree attention, packing and shared prefixes that leave the hidden states
-        unchanged.
+        """Keep only those of tree attention and shared prefixes that leave the hidden states unchanged.
 
         Raises `EngineError` if even padding changes them.
         """
         self.model.eval()
         prompts, completions = _probe(causal)
         device = next(causal.parameters()).device
-        padded, packed = (
-            sequences(prompts, completions, 0, plain_pass.PROBE_SHARED, packed=packed).to(device)
-            for packed in (False, True)
-        )
+        padded = sequences(prompts, completions, 0, plain_pass.PROBE_SHARED).to(device)
         rounded = plain_pass.is_rounded(causal, self._autocast)
         with (
             torch.autocast(device.type, self._autocast, enabled=self._autocast is not None),
@@ -205,10 +210,27 @@ class Policy:
                     f"{type(causal).__name__} computes other states in a batch than alone, so its "
                     "rollouts cannot be scored in batches"
                 )
-            if self.uses_tree_attention:
-                dtype = self._autocast or causal.dtype
-                self.packs_sequences = packed_attention.is_available(device, dtype)
-                self.packs_sequences = self.packs_sequences and proves(packed)
+
+    @torch.no_grad()
+    def _can_pack(self, causal: PreTrainedModel, dtype: torch.dtype) -> bool:
+        """Return whether sequences without padding have the states of padded ones."""
+        device, dtype = next(causal.parameters()).device, self._autocast or dtype
+        if not (self.uses_tree_attention and packed_attention.is_available(device, dtype)):
+            return False
+        padded, packed = (
+            sequences(*_probe(causal), 0, sys.maxsize, layout=layout).to(device)
+            for layout in (SequenceLayout(), SequenceLayout(packed=True))
+        )
+        with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
+            plain_NH = self._hidden(replace(padded, tree=None))
+            self.packs_sequences = True
+            try:
+                packed_NH = self._hidden(packed)
+            except Exception:  # a kernel that this device does not have
+                return False
+        rounded = dtype not in (torch.float32, torch.float64)
+        spread = float(plain_NH.double().std())
+        return plain_pass.agree(packed_NH, plain_NH, rounded=rounded, spread=spread)
 
     def _compile_layers(self, causal: PreTrainedModel) -> bool:
         """Compile the layers if that leaves a probe's states and gradients as they are; else False."""
@@ -222,7 +244,7 @@ class Policy:
             compiled_layers.report_uncompiled(causal, str(reason))
             return False
         prompts, completions = _probe(causal)
-        side = sequences(prompts, completions, 0, sys.maxsize, packed=self.packs_sequences)
+        side = sequences(prompts, completions, 0, sys.maxsize, layout=self.layout)
         sides = [side.to(next(causal.parameters()).device)]
         if not self.packs_sequences and side.tree is not None:
             sides.append(replace(sides[0], tree=None))
@@ -286,61 +308,6 @@ def _probe(causal: PreTrainedModel) -> tuple[list[list[int]], list[list[int]]]:
         for _ in range(2)
     ]
     return prompts, [[*prompts[0][: 2 + row], row] for row in range(len(prompts))]
-
-
-def add_adapters(
-    model: PreTrainedModel,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: tuple[str, ...],
-    seed: int,
-) -> PeftModel:
-    """Add low-rank adapters to the named modules, initialised from ``seed``.
-
-    Raises `EngineError` if the model has no module of these names.
-    """
-    linear = {
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    }
-    absent = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linear)]
-    if absent:
-        heads = {name.rpartition(".")[2] for name in linear}
-        raise EngineError(
-            f"model.lora.targets: {type(model).__name__} has no linear layer named "
-            f"{' or '.join(map(repr, absent))}; it has {', '.join(sorted(heads))}"
-        )
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - PEFT takes any number
-        lora_dropout=dropout,
-        target_modules=list(targets),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with without_peft_warnings():
-            adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise EngineError(f"model.lora.targets = {list(targets)}: {error}") from error
-    assert isinstance(adapted, PeftModel)
-    return adapted
-
-
-@contextlib.contextmanager
-def without_peft_warnings() -> Iterator[None]:
-    """Hide the warning about a deprecated name of transformers, which PEFT uses."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
-        yield
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Enable gradient checkpointing: layers are computed again in the backward pass."""
-    # transformers renames this one too; the old name warns and goes with its version 6.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
 
 
 def _cast(head: Head, dtype: torch.dtype) -> Head:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 import torch
@@ -14,18 +14,31 @@ from selfteach.models.tree_attention import build_token_tree
 from selfteach.types import Sequences
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceLayout:
+    """Says which passes a policy runs over a batch (`Policy.layout`), for which it is laid out."""
+
+    prefix: bool = True
+    """What all sequences begin with has a pass of its own; else it is part of their tree."""
+    packed: bool = False
+    """Trees are run without padding: sequences are a tree in any case, of whole sequences."""
+
+
+PADDED = SequenceLayout()
+"""For a policy that pads, with a pass for a shared prefix."""
+
+
 def sequences(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     pad_id: int,
     least_shared: int | None = None,
     *,
-    packed: bool = False,
+    layout: SequenceLayout = PADDED,
 ) -> Sequences:
     """Append completions to prompts, right-padded; includes the positions that predict their tokens.
 
-    ``least_shared`` as in `shared_length`. With ``packed`` they are a tree in any case, of whole
-    sequences: for a policy that runs trees without padding (`Policy.packs_sequences`).
+    ``least_shared`` as in `shared_length`.
     """
     whole = [
         (*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)
@@ -34,13 +47,14 @@ def sequences(
     lengths = [len(completion) for completion in completions]
     # A tensor per row would cost more than the rows themselves.
     predicted = (range(len(p) - 1, len(ids) - 1) for p, ids in zip(prompts, whole, strict=True))
-    shared = 0 if packed else shared_length(prompts, least_shared)
+    has_prefix = layout.prefix and not layout.packed
+    shared = shared_length(prompts, least_shared) if has_prefix else 0
     return Sequences(
         ids_BT=torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in whole]),
         rows_N=torch.arange(len(whole)).repeat_interleave(torch.tensor(lengths)),
         columns_N=torch.tensor(list(chain.from_iterable(predicted)), dtype=torch.long),
         shared=shared,
-        tree=build_token_tree(prompts, completions, shared, 1.0 if packed else None),
+        tree=build_token_tree(prompts, completions, shared, 1.0 if layout.packed else None),
     )
 
 

@@ -8,7 +8,13 @@ from dataclasses import replace
 import torch
 
 from selfteach.errors import AlignmentError
-from selfteach.models.sequences import kept_tokens, select_tokens, sequences
+from selfteach.models.sequences import (
+    PADDED,
+    SequenceLayout,
+    kept_tokens,
+    select_tokens,
+    sequences,
+)
 from selfteach.runtime.distributed import SINGLE_PROCESS, Ranks
 from selfteach.types import Batch, Sequences, TokenWeights, TrainingSample
 
@@ -22,12 +28,12 @@ def collate(
     *,
     pad_id: int,
     micro_batch_tokens: int,
-    packed: bool = False,
+    layout: SequenceLayout = PADDED,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> list[Batch]:
     """Return micro-batches of at most ``micro_batch_tokens`` padded tokens (a longer sample is alone).
 
-    With ``packed``, for a policy that runs sequences without padding, padding does not count.
+    For a policy that runs packed sequences (``layout``) padding does not count.
 
     Samples whose token weights are all zero are left out: they have no gradient, and the denominators
     already count them. Rows are sorted by length, so that there is little padding, and samples with
@@ -48,10 +54,10 @@ def collate(
     for with_teacher in (False, True):
         kind = [pair for pair in pairs if _has_teacher(pair[0]) == with_teacher]
         dealt = [
-            _cut(kind[rank :: ranks.size], micro_batch_tokens, packed=packed)
+            _cut(kind[rank :: ranks.size], micro_batch_tokens, packed=layout.packed)
             for rank in range(ranks.size)
         ]
-        batches += [_batch(micro_batch, pad_id, packed=packed) for micro_batch in dealt[ranks.rank]]
+        batches += [_batch(micro_batch, pad_id, layout) for micro_batch in dealt[ranks.rank]]
         missing = max(map(len, dealt)) - len(dealt[ranks.rank])
         batches += [_empty(kind[0], pad_id)] * missing if missing else []
     return batches
@@ -93,7 +99,7 @@ def _length(sample: TrainingSample) -> int:
     return length
 
 
-def _batch(pairs: Sequence[Pair], pad_id: int, *, packed: bool) -> Batch:
+def _batch(pairs: Sequence[Pair], pad_id: int, layout: SequenceLayout) -> Batch:
     rollouts = [sample.rollout for sample, _ in pairs]
     completions = [rollout.token_ids for rollout in rollouts]
     prompts = [sample.teacher_prompt_ids for sample, _ in pairs]
@@ -102,7 +108,7 @@ def _batch(pairs: Sequence[Pair], pad_id: int, *, packed: bool) -> Batch:
     shares = [weights.shares for _, weights in pairs if weights.shares is not None]
 
     def side(prompts: Sequence[Sequence[int]]) -> Sequences:
-        return sequences(prompts, completions, pad_id, packed=packed)
+        return sequences(prompts, completions, pad_id, layout=layout)
 
     batch = Batch(
         student=side([rollout.prompt_ids for rollout in rollouts]),

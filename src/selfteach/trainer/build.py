@@ -44,8 +44,9 @@ from selfteach.models.loading import (
     load_tokenizer,
 )
 from selfteach.models.model_path import resolve
-from selfteach.models.policy import Policy, Schedule, add_adapters, recompute_activations
+from selfteach.models.policy import Policy, Schedule
 from selfteach.models.teacher import EmaTeacher, InitialTeacher, LiveTeacher, TrustRegionTeacher
+from selfteach.models.trainable_model import add_adapters, recompute_activations
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.protocols import Context, Critic, Teacher

@@ -130,7 +130,7 @@ def learn(components: Components, samples: Sequence[TrainingSample]) -> Metrics:
     batches = collate(
         samples, weights, pad_id=components.pad_id,
         micro_batch_tokens=components.micro_batch_tokens,
-        packed=components.policy.packs_sequences, ranks=components.ranks,
+        layout=components.policy.layout, ranks=components.ranks,
     )  # fmt: skip
     batches = [batch.to(components.policy.device) for batch in batches]
     metrics = {**summarize_samples(samples), **loss_coverage(samples, weights)}

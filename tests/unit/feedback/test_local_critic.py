@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from selfteach.feedback.critics.chat_model import NoReply, Reply, Request
 from selfteach.feedback.critics.local import LocalModel
-from selfteach.models.policy import Policy, Schedule, add_adapters
+from selfteach.models.policy import Policy, Schedule
+from selfteach.models.trainable_model import add_adapters
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.trainer.build_critic import fingerprint, initial_weights

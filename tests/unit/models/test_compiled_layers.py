@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
 from selfteach.models.compiled_layers import decoder_layers
-from selfteach.models.policy import Policy, Schedule, recompute_activations
+from selfteach.models.policy import Policy, Schedule
 from selfteach.models.sequences import sequences
+from selfteach.models.trainable_model import recompute_activations
 from selfteach.trainer.build import build
 
 LAYERS = 2

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfteach.models import packed_attention, tree_attention
-from selfteach.models.policy import Policy, Schedule, add_adapters, recompute_activations
-from selfteach.models.sequences import sequences
+from selfteach.models.policy import Policy, Schedule
+from selfteach.models.sequences import SequenceLayout, sequences
+from selfteach.models.trainable_model import add_adapters, recompute_activations
 from selfteach.trainer.batching import collate
 from selfteach.types import (
     CritiquedRollout,
@@ -25,6 +26,7 @@ from selfteach.types import (
     Verdict,
 )
 
+PACKED = SequenceLayout(packed=True)
 RAGGED = [3, 9, 4, 17, 6, 30, 2]
 """Completion lengths that pad to several times their sum."""
 
@@ -83,12 +85,10 @@ def test_packed_is_padded_is_one_by_one(
     policy = Policy(model, Schedule(1e-3))
     assert policy.packs_sequences
     prompts, completions = ragged(shared=40, same_prompt=same_prompt)
-    packed = sequences(prompts, completions, 0, packed=True)
+    packed = sequences(prompts, completions, 0, layout=PACKED)
     assert packed.shared == 0 and packed.tree is not None
     padded = sequences(prompts, completions, 0)
-    alone = [
-        sequences([p], [c], 0, packed=False) for p, c in zip(prompts, completions, strict=True)
-    ]
+    alone = [sequences([p], [c], 0) for p, c in zip(prompts, completions, strict=True)]
     logits, grads = gradients(policy, [packed])
     exact = 1e-4 if kind == "float32" else 1e-6  # norms are float32 in any case
     for other in ([padded], alone):
@@ -117,7 +117,7 @@ def test_as_many_tokens_as_the_sequences_have_go_through_matmuls_and_attention(
     prompts = [[row + 1, *(draw.randrange(64) for _ in range(4))] for row in range(len(RAGGED))]
     completions = [[draw.randrange(64) for _ in range(length)] for length in RAGGED]
     read = sum(5 + length - 1 for length in RAGGED)  # nothing reads a last token's state
-    side = sequences(prompts, completions, 0, packed=True)
+    side = sequences(prompts, completions, 0, layout=PACKED)
     counts.clear()
     attention.queries = attention.keys = 0
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_group_computes_its_prompt_once_in_attention_too(monkeypatch: pytest.M
     attention = packed_by_loop.install(monkeypatch)
     model = tiny()
     policy, counts = Policy(model, Schedule(1e-3)), matmul_tokens(model)
-    side = sequences([[1, 2, 3, 4]] * 3, [[5, 6], [7, 6, 8], [7, 6, 9]], 0, packed=True)
+    side = sequences([[1, 2, 3, 4]] * 3, [[5, 6], [7, 6, 8], [7, 6, 9]], 0, layout=PACKED)
     counts.clear()
     attention.queries = attention.keys = 0
     with torch.no_grad():
@@ -174,9 +174,11 @@ def test_a_packed_micro_batch_is_filled_with_tokens_not_with_padding() -> None:
     weights = [TokenWeights((1.0,) * length) for length in RAGGED]
     total = sum(2 + 3 + 2 * length for length in RAGGED)
     padded = collate(samples, weights, pad_id=0, micro_batch_tokens=total)
-    packed = collate(samples, weights, pad_id=0, micro_batch_tokens=total, packed=True)
+    packed = collate(samples, weights, pad_id=0, micro_batch_tokens=total, layout=PACKED)
     assert len(padded) > 1 and len(packed) == 1
-    assert len(collate(samples, weights, pad_id=0, micro_batch_tokens=total - 1, packed=True)) == 2
+    assert (
+        len(collate(samples, weights, pad_id=0, micro_batch_tokens=total - 1, layout=PACKED)) == 2
+    )
     ids = [torch.cat([batch.ids_N for batch in way]) for way in (padded, packed)]
     assert torch.equal(*ids)
 
@@ -209,7 +211,7 @@ def test_a_cpu_and_float32_pad() -> None:
 
 def test_torchs_kernel_takes_what_is_passed_to_it() -> None:
     """Its signature and its fake form, which need no GPU."""
-    tree = sequences([[1, 2, 3]] * 2, [[4, 5], [6, 7, 8]], 0, packed=True).tree
+    tree = sequences([[1, 2, 3]] * 2, [[4, 5], [6, 7, 8]], 0, layout=PACKED).tree
     assert tree is not None
     nodes = tree.ids_1U.numel()
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from selfteach.models import prefix_cache
-from selfteach.models.policy import Policy, Schedule, add_adapters, recompute_activations
+from selfteach.models.policy import Policy, Schedule
 from selfteach.models.prefix_cache import MIN_SHARED, shared_length
 from selfteach.models.sequences import sequences
+from selfteach.models.trainable_model import add_adapters, recompute_activations
 from selfteach.prompts.renderer import Renderer
 from selfteach.rollout.transformers_engine import TransformersEngine
 from selfteach.types import Problem, Sampling

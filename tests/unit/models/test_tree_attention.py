@@ -19,8 +19,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from selfteach.models import prefix_cache, tree_attention
-from selfteach.models.policy import Policy, Schedule, recompute_activations
+from selfteach.models.policy import Policy, Schedule
 from selfteach.models.sequences import sequences
+from selfteach.models.trainable_model import recompute_activations
 from selfteach.models.tree_attention import enable_tree_attention
 
 TOKEN = st.integers(1, 3)  # few, so that beginnings meet

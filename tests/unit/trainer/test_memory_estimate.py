@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from selfteach.commands.check.sizes import device_load, measure_offline
 from selfteach.config.recipe import Recipe
 from selfteach.models.architectures import Shape, known_shapes
-from selfteach.models.policy import add_adapters, recompute_activations
+from selfteach.models.trainable_model import add_adapters, recompute_activations
 from selfteach.trainer.device_memory import DeviceLoad, VllmMemory, layer_token_bytes, memory
 
 TOKENS = 56

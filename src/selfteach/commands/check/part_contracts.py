@@ -260,7 +260,7 @@ def _batches(
 ) -> list[Batch]:
     batches = collate(
         samples, weights, pad_id=components.pad_id, micro_batch_tokens=micro_batch_tokens,
-        packed=components.policy.packs_sequences, ranks=components.ranks,
+        layout=components.policy.layout, ranks=components.ranks,
     )  # fmt: skip
     return [batch.to(components.policy.device) for batch in batches]
 

@@ -17,7 +17,7 @@ from selfteach.config.schema import validate
 from selfteach.errors import CheckpointError, RecipeError
 from selfteach.models.loading import build_renderer, end_ids, load_model, load_tokenizer
 from selfteach.models.model_path import HUB_ID
-from selfteach.models.policy import without_peft_warnings
+from selfteach.models.trainable_model import without_peft_warnings
 from selfteach.prompts.template_set import Templates
 from selfteach.runtime.atomic_files import report_full_disk
 from selfteach.runtime.run_folder import RunFolder

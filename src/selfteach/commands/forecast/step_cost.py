@@ -138,7 +138,7 @@ def _pass_over(components: Components, critiqued: Sequence[CritiquedRollout]) ->
     for batch in collate(
         samples, weights, pad_id=components.pad_id,
         micro_batch_tokens=components.micro_batch_tokens,
-        packed=components.policy.packs_sequences,
+        layout=components.policy.layout,
     ):  # fmt: skip
         batch = batch.to(components.policy.device)
         student = components.policy.score(batch.student)

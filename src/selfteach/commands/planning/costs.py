@@ -263,25 +263,26 @@ def train_flops(work: StepWork, lengths_R: np.ndarray) -> np.ndarray:
 def saved_flops(work: StepWork, lengths_R: np.ndarray, dealt: DealtRollouts) -> np.ndarray:
     """Return the operations per rollout [R] that one update saves where prompts are computed once.
 
-    Nothing is saved by trainers that shard the weights, or that compute activations again.
+    Without a pass of its own (`has_prefix_pass`) a common prefix is shared in all but attention.
     """
     load = work.load
-    if not shares_prompts(work, len(dealt.micro_batches_T)):
-        return np.zeros(len(lengths_R))
+    own_pass = has_prefix_pass(work, len(dealt.micro_batches_T))
     student_R = work.prompt + lengths_R
-    student = tokens_shared(work.shared, student_R, work.group_size, dealt)
-    saved_R = (2 if load.adapters else 3) * _saved_forward(load.shape, student)
+    student = tokens_shared(work.shared, student_R, work.group_size, dealt, prefix_pass=own_pass)
+    passes = (2 if load.adapters else 3) + load.recompute
+    saved_R = passes * _saved_forward(load.shape, student)
     if load.adapters:
         saved_R = saved_R + 6.0 * load.trained * student.tokens_R
     if work.teacher_passes:
         teacher_R = teacher_tokens(work, lengths_R)
-        teacher = tokens_shared(work.teacher_shared, teacher_R, work.group_size, dealt)
+        shared = work.teacher_shared
+        teacher = tokens_shared(shared, teacher_R, work.group_size, dealt, prefix_pass=own_pass)
         saved_R = saved_R + work.teacher_passes * _saved_forward(load.shape, teacher)
     return saved_R
 
 
-def shares_prompts(work: StepWork, trainers: int) -> bool:
-    """Return whether trainers compute what the prompts of a micro-batch share once."""
+def has_prefix_pass(work: StepWork, trainers: int) -> bool:
+    """Return whether what all prompts of a micro-batch begin with has a pass of its own."""
     return trainers == 1 and not work.load.recompute
 
 

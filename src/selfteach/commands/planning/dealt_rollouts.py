@@ -2,8 +2,9 @@
 
 Rollouts are dealt as in `trainer.batching`: sorted by length, to the trainers in turn, and cut into
 micro-batches of padded tokens. Within a micro-batch a prefix that all prompts share is one pass
-(`models.prefix_cache`), and what further prompts share is one path of a tree (`models.tree_attention`),
-where that saves enough. Attention runs along whole paths: only the prefix is left out of it.
+(`models.prefix_cache`), where trainers have such passes, and what else prompts share is one path of a
+tree (`models.tree_attention`), where that saves enough. Attention runs along whole paths: only the
+prefix with a pass is left out of it.
 
 Shape suffixes: R rollouts, group after group; T trainers, M micro-batches.
 """
@@ -58,16 +59,22 @@ def _deal(tokens: bytes, trainers: int, limit: int) -> DealtRollouts:
 
 
 def tokens_shared(
-    shared: SharedTokens, length_R: np.ndarray, group_size: int, dealt: DealtRollouts
+    shared: SharedTokens,
+    length_R: np.ndarray,
+    group_size: int,
+    dealt: DealtRollouts,
+    *,
+    prefix_pass: bool = True,
 ) -> TokensShared:
     """Count what sequences of these lengths share; the first one of a micro-batch computes it."""
+    prefix = shared.prefix if prefix_pass else 0.0
     micro_batch_R, rollouts = dealt.micro_batch_R, len(length_R)
     later_R = ~_first(micro_batch_R)
     later_of_group_R = ~_first(micro_batch_R * rollouts + np.arange(rollouts) // group_size)
-    prefix_R = np.where(later_R, shared.prefix, 0.0)
-    further_R = np.where(later_R, shared.of_all - shared.prefix, 0.0)
-    further_R = np.where(later_of_group_R, shared.of_group - shared.prefix, further_R)
-    rest_R = length_R - shared.prefix
+    prefix_R = np.where(later_R, prefix, 0.0)
+    further_R = np.where(later_R, shared.of_all - prefix, 0.0)
+    further_R = np.where(later_of_group_R, shared.of_group - prefix, further_R)
+    rest_R = length_R - prefix
     longest_M = np.zeros(int(micro_batch_R.max(initial=-1)) + 1)
     np.maximum.at(longest_M, micro_batch_R, rest_R)
     nodes_M = np.bincount(micro_batch_R, rest_R - further_R)

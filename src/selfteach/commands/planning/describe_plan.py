@@ -124,11 +124,7 @@ def _shared_prompts(plan: Forecast) -> Iterator[str]:
         begins += f" (the teacher's: {shared.of_all:,.0f} of {work.teacher_prompt:,.0f})"
         group += f" (the teacher's: {shared.of_group:,.0f})"
     yield f"assumed: all prompts begin with the same {begins}, those of a group with the same {group}"
-    if costs.shares_prompts(work, plan.layout.trainers):
-        yield "  a sampler computes these once per batch, the trainer once per micro-batch"
-    else:
-        reason = "shard the weights" if plan.layout.trainers > 1 else "compute activations again"
-        yield f"  a sampler computes these once per batch; trainers that {reason} share nothing"
+    yield "  a sampler computes these once per batch, a trainer once per micro-batch"
 
 
 def _notes(plan: Forecast) -> Iterator[str]:
