@@ -75,6 +75,7 @@ def load_of(
         chunk_entries=chunk_tokens(shape.vocabulary, device) * shape.vocabulary,
         sample_rows=rows,
         sample_length=length if window is None else min(window, length),
+        has_turns=recipe.environment is not None,
         sampler=_sampler(recipe, rows, device),
         critic_bytes=_critic_bytes(recipe, device),
         chooses_micro_batch=train.micro_batch_tokens == "auto",

@@ -14,6 +14,7 @@ from typing import Literal
 
 from selfteach.models.architectures import Shape
 from selfteach.models.quantization import quantized_bytes
+from selfteach.rollout import episode_states
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -72,6 +73,8 @@ class DeviceLoad:
     """Rollouts decoded in one batch."""
     sample_length: int
     """Prompt and completion, in tokens."""
+    has_turns: bool = False
+    """Rollouts are episodes, whose keys and values are stored between their turns."""
     sampler: Literal["trainer", "elsewhere"] | VllmMemory = "trainer"
     """Where rollouts are sampled: with the model that trains, on other devices, or in a vLLM here."""
     chooses_micro_batch: bool = False
@@ -314,11 +317,13 @@ def _sampling(load: DeviceLoad) -> tuple[Item, ...]:
     shape, rows, length = load.shape, load.sample_rows, load.sample_length
     token = 2 * shape.layers * shape.keys * load.compute_bytes
     logits = rows * shape.vocabulary * (2 * FLOAT + 2 * 8)  # sampled from in float64
+    cache = rows * length * token
+    stored = min(cache, episode_states.MAX_BYTES)
+    between = Item(
+        "KV between turns", stored, f"as the cache, at most {gib(episode_states.MAX_BYTES)}"
+    )
     return (
-        Item(
-            "KV cache",
-            rows * length * token,
-            f"{rows:,} rollouts × {length:,} tokens × {token:,}",
-        ),
+        Item("KV cache", cache, f"{rows:,} rollouts × {length:,} tokens × {token:,}"),
+        *((between,) if load.has_turns else ()),
         Item("next-token logits", logits, f"{rows:,} × {shape.vocabulary:,} × 24 bytes"),
     )

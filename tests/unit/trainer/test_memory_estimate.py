@@ -157,6 +157,10 @@ def test_the_estimate_equals_the_sum_by_hand() -> None:
     assert by_hand() == {**expected, "peak": training}
     sampling = 4 * weights + 3000 * 20 * 128 + 3000 * 32 * 24
     assert by_hand(sample_rows=3000)["peak"] == sampling, "never both"
+    turns = by_hand(sample_rows=3000, has_turns=True)
+    assert turns["KV between turns"] == turns["KV cache"] == 3000 * 20 * 128
+    assert turns["peak"] == sampling + 3000 * 20 * 128
+    assert by_hand(sample_rows=3_000_000, has_turns=True)["KV between turns"] == 4 * 2**30
 
 
 def test_vllm_on_the_trainers_device_adds_weights_and_cache() -> None:
