@@ -188,6 +188,16 @@ def f(x):
 """,
     "deep reply": "import os\ndef f(x): os.write(4, b'[' * 100000 + b'\\n')",
     "claims that the runner is broken": 'import os\ndef f(x): os.write(4, b\'{"n": -1, "broken": "x"}\\n\')',
+    "claims at import that the runner is broken": """
+import os
+os.write(4, b'{"n": 1, "broken": "x"}\\n')
+os._exit(70)
+""",
+    "claims a line of a thousand digits": """
+import os
+os.write(4, b'{"n": 1, "value": {"#": "dict", "v": [["f", {"#": "int", "v": "0x1' + b"0" * 5000 + b'"}]]}}\\n')
+def f(x): return 0
+""",
     "claims a timeout": 'import os\ndef f(x): os.write(4, b\'{"n": 3, "stuck": 1}\\n\')',
     "not a reply": "import os\ndef f(x): os.write(4, b'\\xff\\x00\\n')",
     "bad value": 'import os\ndef f(x): os.write(4, b\'{"n": 3, "value": {"#": "object", "v": []}}\\n\')',
@@ -392,12 +402,23 @@ BOMBS: dict[str, tuple[str, set[str]]] = {
 }
 """Code, and the kinds of outcome that are right for it."""
 
+REPORT = """import os
+print(7, flush=True)
+os.write(4, b'{"n": 1, "value": null}\\n')
+"""
+"""Prints the right output, and reports as `guest` does that the program is over."""
 BAD_PROGRAMS: dict[str, str] = {
     "endless output": "while True: print('x' * 1000)",
     "marker": "print('PASSED')",
     "right output, then an exception": "print(7)\nraise ValueError",
     "right output, then a failure": "import os\nprint(7, flush=True)\nos._exit(1)",
     "right output, then no end": "print(7, flush=True)\nwhile True: pass",
+    "right output and a report, then no end": REPORT + "while True: pass",
+    "right output and a report, then a wait": REPORT + "import time\ntime.sleep(99)",
+    "right output and a report, then an exception": REPORT + "raise ValueError",
+    "right output and a report, then a failure": REPORT + "os._exit(1)",
+    "right output and a report that it is broken": "import os\nprint(7, flush=True)\n"
+    'os.write(4, b\'{"n": 1, "broken": "x"}\\n\')',
     "right output and more": "print(7)\nprint(8)",
     "exit status": "import sys\nsys.exit(3)",
     "nothing": "",

@@ -10,7 +10,7 @@ from selfteach.tasks.final_answers import CLOSE, OPEN, Span, tagged_span
 
 FENCE = re.compile(
     r"^[ \t]{0,3}(?P<fence>`{3,}+|~{3,}+)[ \t]*+(?P<language>[\w+.-]*+)[^\n`]*+\n"
-    r"(?P<code>.*?)(?:^[ \t]{0,3}(?P=fence)[`~]*[ \t]*$|\Z)",
+    r"(?P<code>.*?)(?:^[ \t]{0,3}(?P=fence)[`~]*[ \t\r]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
 """Matches a fenced block; one that is not closed ends with the text. Possessive, so that it takes
@@ -19,7 +19,8 @@ MAX_SHOWN = 300
 """Characters of a line that messages show."""
 LANGUAGES = frozenset({"", "py", "python", "python3", "py3", "python2"})
 STATEMENT = re.compile(
-    r"^(?:(?:async )?def |class |import |from \w[\w.]* import|for |while |if |try:|with |print\("
+    r"^(?:[ \t]*+(?:async[ \t]+)?def[ \t]+\w+[ \t]*\(|[ \t]*+class[ \t]+\w+[ \t]*[(:]"
+    r"|(?:async )?def |class |import |from \w[\w.]* import|for |while |if |try:|with |print\("
     r"|@\w|[A-Za-z_][\w.]*(?:\[[^\]\n]*\])? *(?:[-+*/]?=[^=]|\())",
     re.MULTILINE,
 )
@@ -57,26 +58,45 @@ def find_code(text: str, names: Sequence[str] = ()) -> AnswerCode | None:
     block of Python that defines one of ``names``, else the last one, else the whole of the text if a
     line of it begins like a statement.
     """
+    candidates = [AnswerCode(text[a:b], a) for a, b in _searched(text)[1]]
+    defining = [code for code in candidates if any(_defines(code.code, name) for name in names)]
+    return next(reversed(defining or candidates), None)
+
+
+def code_regions(text: str) -> list[Span]:
+    """Return the spans of all code in an answer: what `find_code` can choose, and other blocks.
+
+    They are in order and do not overlap: a block around the code that is chosen ends where that begins.
+    """
+    (begin, end), spans = _searched(text)
+    for first, last in _blocks(text, 0, len(text)):
+        if first < begin:
+            spans.append((first, min(last, begin)))
+        if last > end and not begin <= first < end:
+            spans.append((max(first, end), last))
+    return sorted(spans)
+
+
+def _searched(text: str) -> tuple[Span, list[Span]]:
+    """Return the region of an answer that is searched for its code, and what can be the code there."""
     begin, end = 0, len(text)
-    if (span := tagged_span(text)) is not None:
-        begin, end = span[0] + len(OPEN), span[1] - len(CLOSE)
-    region = text[begin:end]
-    blocks = fenced_blocks(region)
-    if span is not None and not blocks and not STATEMENT.search(region):
-        begin, region = 0, text[: span[0]]  # a tag with words in it; the code is before it
-        blocks = fenced_blocks(region)
-    if blocks:
-        defining = [m for m in blocks if any(_defines(m["code"], name) for name in names)]
-        block = (defining or blocks)[-1]
-        return AnswerCode(block["code"], begin + block.start("code"))
-    if not STATEMENT.search(region) and not any(_defines(region, name) for name in names):
-        return None
-    return AnswerCode(region, begin)
+    if (tags := tagged_span(text)) is not None:
+        begin, end = tags[0] + len(OPEN), tags[1] - len(CLOSE)
+    blocks = _blocks(text, begin, end)
+    if tags is not None and not blocks and not STATEMENT.search(text[begin:end]):
+        begin, end = 0, tags[0]  # a tag with words in it; the code is before it
+        blocks = _blocks(text, begin, end)
+    is_code = not blocks and STATEMENT.search(text[begin:end]) is not None
+    return (begin, end), [(begin, end)] if is_code else blocks
 
 
-def fenced_blocks(region: str) -> list[re.Match[str]]:
-    """Return the fenced blocks of Python, or of no named language, as matches of `FENCE`."""
-    return [m for m in FENCE.finditer(region) if m["language"].lower() in LANGUAGES]
+def _blocks(text: str, begin: int, end: int) -> list[Span]:
+    """Return the spans of the code in fenced blocks of Python, or of no named language."""
+    return [
+        (begin + match.start("code"), begin + match.end("code"))
+        for match in FENCE.finditer(text[begin:end])
+        if match["language"].lower() in LANGUAGES
+    ]
 
 
 def _defines(code: str, name: str) -> bool:

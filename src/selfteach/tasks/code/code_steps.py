@@ -9,7 +9,7 @@ import tokenize
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from selfteach.tasks.code.answer_code import fenced_blocks, find_code
+from selfteach.tasks.code.answer_code import code_regions
 from selfteach.tasks.final_answers import Span
 
 SILENT = {tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
@@ -26,7 +26,7 @@ class IndentedSpan(NamedTuple):
 def code_steps(text: str) -> list[Span]:
     """Return the steps of an answer that is code, and an empty span at its end.
 
-    In a fenced block of Python (without one: in the answer's code) a step is what Python calls a
+    In the answer's code and in other fenced blocks of Python a step is what Python calls a
     logical line: a simple statement, however many lines it has, or the header of a compound one
     (``for …:``, ``else:``, a decorator); lines of the body are steps of their own, and so are comments.
     Around the code every line that is not blank is a step, those of the fence too. Spans begin at
@@ -36,18 +36,11 @@ def code_steps(text: str) -> list[Span]:
     """
     spans: list[Span] = []
     at = 0
-    for begin, end in (*_code_regions(text), (len(text), len(text))):
+    for begin, end in (*code_regions(text), (len(text), len(text))):
         spans += [IndentedSpan(at + a, at + b) for a, b in _nonblank(text[at:begin])]
         spans += [IndentedSpan(begin + a, begin + b) for a, b in statement_lines(text[begin:end])]
         at = end
     return [*spans, IndentedSpan(spans[-1][1], spans[-1][1])] if spans else []
-
-
-def _code_regions(text: str) -> list[Span]:
-    if blocks := fenced_blocks(text):
-        return [match.span("code") for match in blocks]
-    answer = find_code(text)
-    return [] if answer is None else [(answer.begin, answer.begin + len(answer.code))]
 
 
 def _nonblank(text: str) -> list[Span]:
@@ -58,7 +51,7 @@ def _lines(text: str) -> list[Span]:
     """Return the spans of all lines, without their line breaks."""
     spans, begin = [], 0
     for line in text.split("\n"):
-        spans.append((begin, begin + len(line)))
+        spans.append((begin, begin + len(line.rstrip("\r"))))
         begin += len(line) + 1
     return spans
 

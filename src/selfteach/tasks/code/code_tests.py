@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import binascii
 import io
 import json
 import math
@@ -40,8 +39,6 @@ TEST_COLUMNS = (
 )
 """Names of a column of tests, the first that a row has."""
 LIVECODEBENCH_PRELUDE = """\
-import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator
-import random, re, statistics, string, sys, typing
 from string import *
 from re import *
 from datetime import *
@@ -60,8 +57,12 @@ from sys import *
 from json import *
 from builtins import *
 from typing import *
+import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator
+import random, re, statistics, string, sys, typing
+sys.setrecursionlimit(50_000)
 """
-"""What LiveCodeBench imports before an answer: its starter code names ``List`` without importing it."""
+"""What LiveCodeBench runs before an answer: its starter code names ``List`` without importing it. The
+modules come last: ``bisect`` is the module, and not its function."""
 MAX_UNPACKED_BYTES = 256 << 20
 """Size of unpacked tests."""
 
@@ -260,6 +261,9 @@ def _inflated(text: str) -> str:
         if inflater.unconsumed_tail:
             raise UnreadableValue(f"packed tests of more than {MAX_UNPACKED_BYTES >> 20} MiB")
         value = _TextUnpickler(io.BytesIO(data)).load()
-    except (binascii.Error, zlib.error, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise UnreadableValue(f"packed tests cannot be read: {error}") from None
-    return value if isinstance(value, str) else json.dumps(value)
+        return value if isinstance(value, str) else json.dumps(value)
+    except UnreadableValue:
+        raise
+    except Exception as error:  # the data are another's: a pickle can fail in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UnreadableValue(f"packed tests cannot be read: {reason}") from None

@@ -14,6 +14,15 @@ from selfteach.tasks.code.outcomes import evidence_of, feedback_of
 from selfteach.types import Problem, Verdict
 
 NO_CODE = "There is no code in the answer."
+WRONG_BODIES = (
+    "    return None\n",
+    "    raise StopIteration\n",
+    "    emptied = [one for one in (*arguments, *named.values()) if hasattr(one, 'clear')]\n"
+    "    for one in emptied:\n"
+    "        one.clear()\n"
+    "    return type(emptied[0])()\n",
+)
+"""Bodies of functions that are right for no problem, but for one that asks to empty its argument."""
 DESCRIPTIONS = {
     "bubblewrap": "bubblewrap, Landlock where there is, and a filter of system calls",
     "namespaces": "namespaces of their own, Landlock where there is, and a filter of system calls",
@@ -87,9 +96,15 @@ def tests_of(problem: Problem) -> Tests:
 
 
 def wrong_code(problem: Problem) -> Iterator[str]:
-    """Yield code that no tests should accept: functions that return nothing, or no program."""
+    """Yield code that no tests should accept, or no program.
+
+    The functions return nothing; raise what ends a test's loop; or empty their arguments, so that a test
+    that computes what is expected from these afterwards expects nothing.
+    """
     tests = problem.meta.get(KEY)
     names = entry_names(tests) if isinstance(tests, dict) else []
     names = names or re.findall(r"^def (\w+)", problem.answer, re.MULTILINE)
-    definitions = [f"def {name}(*arguments, **named):\n    return None\n" for name in names]
-    yield "\n".join(definitions) or "pass\n"
+    for body in WRONG_BODIES if names else ():
+        yield "\n".join(f"def {name}(*arguments, **named):\n{body}" for name in names)
+    if not names:
+        yield "pass\n"

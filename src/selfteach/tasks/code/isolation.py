@@ -20,10 +20,12 @@ MACHINES = ("x86_64", "aarch64")
 FOLDER = Path(__file__).parent
 SCRATCH = "/scratch"
 """The scratch folder inside a namespace."""
+WRITABLE = ("/tmp", "/dev", "/dev/shm")
+"""Folders outside the scratch folder that users, or their own namespaces, can mostly write to."""
 PROBE = """
 import os
 
-def probe(path, folder):
+def probe(path, folders):
     done = []
 
     def attempt(name, action):
@@ -40,7 +42,12 @@ def probe(path, folder):
         _socket.socket()
 
     attempt("read a file", lambda: open(path).close())
-    attempt("write a file", lambda: open(folder + "/selfteach_probe", "w").close())
+    def write(path):
+        open(path, "w").close()
+        os.remove(path)
+
+    for folder in folders:
+        attempt("write a file in " + folder, lambda: write(folder + "/selfteach_probe"))
     attempt("open a socket", connect)
     attempt("start a process", lambda: os.fork() or os._exit(0))
     attempt("run a program", lambda: os.execv("/bin/true", ["true"]))
@@ -117,10 +124,11 @@ def bubblewrap(program: str, readable: Sequence[str]) -> list[str]:
     for link in ("/lib", "/lib64"):
         if Path(link).is_symlink():
             command += ["--symlink", str(Path(link).readlink()), link]
-    return [*command, "--remount-ro", "/", "--chdir", "/", "--"]
+    # Of the devices only the nodes are bound; /dev and /dev/shm are files in memory, mounted apart.
+    return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/", "--"]
 
 
 def probe_request(limits: Mapping[str, Any]) -> dict[str, Any]:
     """Return a request whose outcome is ``passed`` if an answer can do nothing that it should not."""
-    case = {"call": "probe", "args": ["/etc/passwd", "/tmp"], "expected": []}
+    case = {"call": "probe", "args": ["/etc/passwd", [*WRITABLE]], "expected": []}
     return {"tests": {"shape": "cases", "cases": [case]}, "code": PROBE, "limits": dict(limits)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import textwrap
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from code_attacks import (
     WANTED,
 )
 
+from selfteach.tasks.code import isolation
 from selfteach.tasks.code.code_pool import CodePool
 
 TESTS = {"shape": "asserts", "asserts": [f"assert f(3) == {WANTED}"], "setup": ""}
@@ -75,6 +78,69 @@ def test_an_answer_that_empties_its_argument_changes_nothing_of_what_is_expected
     assert pool.run(tests, "def f(x): return sorted(x)")["kind"] == "passed"
 
 
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert all(map(f, [2, 3, 5]))",
+        "assert not list(filter(f, [2, 3]))",
+        "for a, b in zip(map(f, [1, 2]), [3, 4]): assert a == b",
+        "for a in iter(f, None): assert a == 3",
+        "import itertools\nassert sum(itertools.starmap(f, [(1,)])) == 0",
+        "assert all(x == 3 for x in map(f(1).g, [1]))",
+        "for a in map(lambda x: len(f(x)), [1]): assert a == 3",
+        "for a in map(lambda x: f(x)[0], [1]): assert a == 3",
+        "for a in map(lambda x: f(x).a, [1]): assert a == 3",
+        "for a in map(list, [f(1)]): assert a == 3",
+    ],
+)
+def test_an_answer_cannot_end_a_test_s_own_loop(pool: CodePool, test: str) -> None:
+    for end in ("StopIteration", "type('E', (StopIteration,), {})"):
+        code = f"def f(x=None): raise {end}"
+        if "f(1)" in test or "f(x)" in test:
+            code = f"def stop(*a): raise {end}\nclass A:\n    a = property(stop)\n"
+            code += "    __len__ = __getitem__ = __iter__ = g = stop\ndef f(x): return A()"
+        outcome = pool.run({"shape": "asserts", "asserts": [test], "setup": ""}, code)
+        assert outcome["kind"] == "exception" and outcome["line"] == 1, outcome
+
+
+def test_the_end_of_an_answer_s_iterator_is_one(pool: CodePool) -> None:
+    code = "def f(n):\n    yield from range(n)\nclass It:\n    def __iter__(self): return self\n"
+    code += "    def __next__(self): raise StopIteration\ndef g(): return It()"
+    tests = ["assert next(f(1)) == 0", "assert next(f(0), 7) == 7", "assert list(g()) == []",
+             "g = f(1)\nnext(g)\ntry:\n    next(g)\n    assert False\nexcept StopIteration: pass",
+             "assert [*zip(f(3), 'ab')] == [(0, 'a'), (1, 'b')]"]  # fmt: skip
+    for test in tests:
+        outcome = pool.run({"shape": "asserts", "asserts": [test], "setup": ""}, code)
+        assert outcome["kind"] == "passed", (test, outcome)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "for a, b in zip(f(3), [1, 2]): assert a == b",
+        "def check(candidate):\n    assert True, 'prints if it fails'\n    for a in candidate(3): assert a == 1",
+        "for a in f(3):\n    assert a == 1\nassert True",
+    ],
+)
+def test_tests_that_check_nothing_pass_nobody(pool: CodePool, test: str) -> None:
+    tests = {"shape": "asserts", "asserts": [test], "setup": ""}
+    if "check" in test:
+        tests = {"shape": "check", "check": test, "entry_point": "f"}
+    outcome = pool.run(tests, "def f(x): return []")
+    assert outcome["kind"] == "tests" and "before any check" in outcome["detail"], outcome
+    assert pool.run(tests, "def f(x): return [1]")["kind"] == "passed"
+
+
+@pytest.mark.parametrize(
+    "test", ["assert x == f(x)", "assert f(x) == x", "assert f(x) == sorted(x)"]
+)
+@pytest.mark.parametrize("kind", ["list", "collections.deque"])
+def test_what_is_expected_is_read_before_the_call(pool: CodePool, test: str, kind: str) -> None:
+    tests = {"shape": "asserts", "asserts": [f"x = {kind}([1, 2])\n{test}"], "setup": ""}
+    code = "def f(x):\n    x.clear()\n    return type(x)()"
+    assert pool.run(tests, code)["kind"] == "failed"
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_at_their_limit(pool: CodePool, name: str) -> None:
     code, kinds = BOMBS[name]
@@ -92,6 +158,22 @@ def test_nothing_gets_out(pool: CodePool, name: str, tmp_path: Path) -> None:
     outcome = attack(pool, code, {"shape": "cases", "cases": [case]})
     assert outcome["kind"] == "passed", outcome
     assert secret.read_text() == "key" and list(tmp_path.iterdir()) == [secret]
+
+
+def test_no_file_can_be_made_in_a_box_of_bubblewrap_without_landlock(tmp_path: Path) -> None:
+    """The mounts alone, as on a kernel without Landlock: the scratch folder is mounted per answer."""
+    program = shutil.which("bwrap")
+    if program is None:
+        pytest.skip("no bubblewrap here")
+    settings = isolation.settings("bubblewrap", str(tmp_path))
+    code = "import os, sys\nfor folder in sys.argv[1:]:\n    try: open(folder + '/probe', 'w')\n"
+    code += "    except OSError: continue\n    print(folder)\nopen('/dev/null', 'w').write('x')"
+    folders = ["/", "/dev", "/dev/shm", "/dev/pts", "/tmp", "/scratch", "/proc", str(tmp_path)]
+    command = [*settings["wrapper"], *settings["python"], "-c", code, *folders]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode and "Permission denied" in run.stderr:
+        pytest.skip("bubblewrap cannot make namespaces here")
+    assert (run.returncode, run.stdout) == (0, ""), run
 
 
 @pytest.mark.parametrize("name", BAD_PROGRAMS)

@@ -58,10 +58,51 @@ def test_where_no_isolation_works_the_error_is_one_line(monkeypatch: pytest.Monk
 
 def test_an_isolation_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that finds an open door refuses it: here the door is one that every process has."""
-    probe = isolation.PROBE.replace('open(folder + "/selfteach_probe", "w")', 'open("a", "w")')
+    probe = isolation.PROBE.replace('write(folder + "/selfteach_probe")', 'write("a")')
     monkeypatch.setattr(isolation, "PROBE", probe)
     with pytest.raises(DataError, match="a program was able to"):
         CodePool(CodeConfig(isolation="landlock"))
+
+
+@pytest.mark.parametrize("folder", ["/dev", "/dev/shm"])
+def test_a_probe_tries_to_write_where_namespaces_have_files_in_memory(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is one that can be written: the scratch folder, which the probe takes for it."""
+    probe = isolation.PROBE.replace(
+        "write(folder +", f"write(('.' if folder == {folder!r} else folder) +"
+    )
+    monkeypatch.setattr(isolation, "PROBE", probe)
+    with pytest.raises(DataError, match=f"was able to.*write a file in {folder}'"):
+        CodePool(CodeConfig(isolation="landlock"))
+
+
+def test_bubblewrap_mounts_devices_and_root_read_only() -> None:
+    command = isolation.bubblewrap("bwrap", ["/usr/lib"])
+    remounted = [command[k + 1] for k, word in enumerate(command) if word == "--remount-ro"]
+    assert remounted == ["/dev", "/"]
+    assert command.index("--dev") < command.index("--remount-ro")
+
+
+def test_what_cannot_be_isolated_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose setting-up fails is broken, and says why."""
+    pool = CodePool(CodeConfig(workers=1, cpu_s=1))
+    pool.limits["memory_bytes"] = "much"
+    outcome = pool.run(ONE, RIGHT)
+    assert outcome["kind"] == "broken" and "int" in outcome["detail"], outcome
+    assert pool.timeouts == 1
+    pool.close()
+
+
+def test_long_traces_and_outputs_of_any_script_are_cut_and_no_timeout() -> None:
+    pool = CodePool(CodeConfig(workers=1, cpu_s=2))
+    tests = ONE | {"trace": {"call": 0, "events": 2000}}
+    loop = "def f(x):\n    for i in range(999): s = t = '\U0001f600' * 70 + str(i)\n    return 3"
+    outcome = pool.run(tests, loop)
+    assert outcome["kind"] == "failed" and 900 < len(outcome["trace"]) < 1800, outcome["kind"]
+    outcome = pool.run({"shape": "output", "stdin": ""}, "print('\U0001f600' * 200_000)")
+    assert outcome["kind"] == "passed" and len(outcome["output"]) == 100_000
+    pool.close()
 
 
 def test_a_demanded_isolation_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfteach.tasks import segmentation
-from selfteach.tasks.code.answer_code import write_code
+from selfteach.tasks.code.answer_code import find_code, write_code
+from selfteach.tasks.code.answer_parts import parts_of, steps_of_code
 from selfteach.tasks.code.code_steps import code_steps, is_remark, statement_lines
 
 PROGRAM = '''\
@@ -71,6 +72,8 @@ def pieces(text: str) -> list[str]:
 def test_statements_headers_and_comments_are_steps_with_their_indentation() -> None:
     assert [PROGRAM[a:b] for a, b in statement_lines(PROGRAM)] == STEPS
     assert pieces(PROGRAM) == STEPS
+    windows = PROGRAM.replace("\n", "\r\n")
+    assert pieces(windows) == [step.replace("\n", "\r\n") for step in STEPS]
 
 
 def test_the_lines_around_a_block_are_steps_too() -> None:
@@ -100,6 +103,28 @@ def test_code_that_does_not_parse_is_split_into_lines(text: str, expected: list[
     assert pieces(text) == expected
 
 
+TAGGED = (
+    "```python\nprint(f(3))\n```\n<answer>def f(x):\n    return (x +\n            1)\n</answer>\nSo (it\nis).",
+    "<answer>```python\ndef f(x):\n    return (x\n + 1)</answer>\nIt is (\n1).\n```\nf(2)\n```",
+    "```python\nf(1)\n<answer>def f(x):\n  return [x,\n 1]</answer>\nf(2)\n```\nDone.",
+    "So:\n   def f(x): return (x +\n   1)\n",
+    "```python\ndef f(x):\n    return (x\n + 1)\n```\n<answer>it is\n(above)</answer>\n```\nf(\n1)\n```",
+)
+
+
+@pytest.mark.parametrize("text", TAGGED)
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+def test_the_code_that_is_judged_is_split_into_statements(text: str, line_break: str) -> None:
+    text = text.replace("\n", line_break)
+    answer = find_code(text, ["f"])
+    assert answer is not None and "def f" in answer.code and "answer>" not in answer.code
+    parts = parts_of(text, answer, code_steps)
+    assert parts.code == steps_of_code(answer.code)
+    assert sum("def f" in step for step in parts.code) == 1 and len(parts.code) == 2
+    assert list(parts.steps) == [step.rstrip() for step in pieces(text)]
+    assert not any("f(x)" in step for step in parts.before + parts.after)
+
+
 def test_an_empty_answer_has_no_steps() -> None:
     assert code_steps("") == code_steps(" \n\n") == []
 
@@ -122,6 +147,27 @@ def test_spans_are_in_order_disjoint_and_cover_everything(text: str) -> None:
     assert all(text[a:b].strip() for a, b in spans[:-1])
     for (_, end), (begin, _) in itertools.pairwise(spans[:-1]):
         assert end == begin or "\n" in text[end:begin]
+
+
+PIECES = st.sampled_from(
+    [
+        "```python\n",
+        "```\n",
+        "<answer>",
+        "</answer>",
+        "def f(x):\n",
+        "    return (x +\n1)\n",
+        "So (\n1).\n",
+    ]
+)
+
+
+@settings(max_examples=100)
+@given(st.lists(PIECES, max_size=12).map("".join))
+def test_the_judged_code_and_no_other_text_is_the_code_of_the_steps(text: str) -> None:
+    for names in ([], ["f"]):
+        if (answer := find_code(text, names)) is not None:
+            assert parts_of(text, answer, code_steps).code == steps_of_code(answer.code)
 
 
 STATEMENTS = st.sampled_from(

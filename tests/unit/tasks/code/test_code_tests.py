@@ -105,6 +105,43 @@ def test_right_code_passes_and_wrong_code_fails(name: str, any_pool: CodePool) -
         assert not verify(problem, nothing).correct
 
 
+def test_livecodebench_s_modules_are_modules_and_its_recursion_is_deep(any_pool: CodePool) -> None:
+    """As upstream: stars first, then modules, then a limit of 50,000 calls, also through C."""
+    code = """
+class Solution:
+    def add(self, a: int, b: List[int]) -> int:
+        assert bisect.bisect_left([1, 2, 3], 2) == 1 and 1 <= random.randint(1, 2) <= 2
+        assert copy.copy(b) == b and datetime.datetime(2020, 1, 1).year == 2020
+        assert deepcopy(b) == b and choice([1]) == 1 and sqrt(4) == heappop([2]) == 2
+        assert operator.add(1, 2) == add(1, 2) == 3 and string.digits == digits
+        @cache
+        def depth(n): return n and 1 + depth(n - 1)
+        def walk(n): return n and 1 + walk(n - 1)
+        def sort(n): return n and 1 + sorted([n - 1], key=sort)[0]
+        assert walk(DEEP) == DEEP and depth(5000) == 5000 and sort(5000) == 5000
+        return a + sum(b)
+"""
+    problem, *_ = CASES["functional"]
+    verify = CodeVerifier(pool=any_pool)
+    for deep in (5_000, 45_000):
+        verdict = verify(problem, code.replace("DEEP", str(deep)))
+        assert verdict.correct, verdict
+    endless = verify(problem, code.replace("return n and", "return").replace("DEEP", "1"))
+    assert endless.evidence is not None and endless.evidence["kind"] == "exception", endless
+
+
+def test_wrong_code_shows_tests_that_cannot_tell(any_pool: CodePool) -> None:
+    """Natively too: what the test expects is computed from what the function has emptied."""
+    weak = "x = [3, 1, 2]\nout = f(x)\nassert out == sorted(x)"
+    better = "x = [3, 1, 2]\nout = f([*x])\nassert out == sorted(x)"
+    verify = CodeVerifier(pool=any_pool)
+    for test, accepted in ((weak, 1), (better, 0)):
+        problem = Problem("p", "Sort.", "def f(x):\n    return sorted(x)", meta={
+            KEY: {"shape": "asserts", "asserts": [test], "setup": "", "entry_point": None}})  # fmt: skip
+        assert verify(problem, problem.answer or "").correct
+        assert sum(verify(problem, wrong).correct for wrong in wrong_code(problem)) == accepted
+
+
 def test_problems_survive_their_file() -> None:
     """A stored problem (``select`` writes its ``meta``) has its tests without the columns."""
     problem, *_ = CASES["stdin"]
@@ -138,6 +175,16 @@ class Touch:
             {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(Touch()))).decode()
              + ""}, "the pickle names builtins.exec",
         ),
+        *(
+            ({"private_test_cases": base64.b64encode(zlib.compress(data)).decode()},
+             "packed tests cannot be read")
+            for data in (
+                pickle.dumps([{"input": bytes(range(99)), "output": b"2"}]), b"K\x01K\x02a." + bytes(range(99)),
+                b"}]K\x01s." + bytes(range(99)), pickle.dumps([{1, 2}, *range(99)]),
+                b"\x80\x05\x95" + bytes(range(99)), b"cos\n" + bytes(range(200)),
+                b"(" * 10**6 + b"l" * 10**6 + b".", b"[" * 99 + bytes(range(60)),
+            )
+        ),
         ({"input_output": '{"inputs": [[1]], "outputs": [1], "fn_name": "f"}'}, "APPS"),
         (
             {"tests": [{"testtype": "functional", "input": "1", "output": "1"}]},
@@ -146,8 +193,9 @@ class Touch:
     ],
 )  # fmt: skip
 def test_rows_without_readable_tests_say_so(values: dict[str, Any], error: str) -> None:
-    with pytest.raises(MissingValue, match=error):
+    with pytest.raises(MissingValue, match=error) as raised:
         read_tests(values, CodeConfig())
+    assert "\n" not in str(raised.value)
 
 
 def test_names_in_the_recipe_are_columns_or_the_name_itself() -> None:

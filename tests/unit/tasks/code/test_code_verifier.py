@@ -158,10 +158,35 @@ def test_verdicts_do_not_depend_on_hash_seeds_or_random_numbers(any_pool: CodePo
     ],
 )
 def test_code_is_found(text: str, code: str | None) -> None:
-    found_code = find_code(text, ["f"])
-    assert (found_code.code if found_code else None) == code
-    if found_code:
-        assert text[found_code.begin :].startswith(found_code.code)
+    for line_break in ("\n", "\r\n"):
+        written = text.replace("\n", line_break)
+        code_in_text = find_code(written, ["f"])
+        expected = code and code.replace("\n", line_break)
+        assert (code_in_text.code if code_in_text else None) == expected
+        if code_in_text:
+            assert written[code_in_text.begin :].startswith(code_in_text.code)
+
+
+def test_line_breaks_of_windows_change_no_verdict(any_pool: CodePool) -> None:
+    """In answers, statements, test code, set-up, input and output."""
+    code = "def f(a, b):\n    total = (a +\n        b)\n    return total\n"
+    check = (
+        "def check(candidate):\n    for k in range(3):\n        assert candidate(k, 1) == k + 1\n"
+    )
+    programs = {"shape": "programs", "cases": [{"stdin": "1 2\n3\n", "stdout": "3\n3\n"}]}
+    for tests, answer in (
+        (TWO | {"setup": "x = 1\ny = 2\n", "prelude": "import math\nimport re\n"}, code),
+        ({"shape": "check", "check": check, "entry_point": "f", "prelude": "z = 1\n\n"}, code),
+        (programs, code + "print(f(*map(int, input().split())))\nprint(input())\n"),
+    ):
+        tests = json.loads(json.dumps(tests).replace("\\n", "\\r\\n"))
+        text = f"So:\n```python\n{answer}```\nDone.\n".replace("\n", "\r\n")
+        verdict = CodeVerifier(pool=any_pool)(problem(tests), text)
+        assert verdict.correct, verdict
+        wrong = CodeVerifier(pool=any_pool)(problem(tests), text.replace("  b)", "  c)"))
+        assert wrong.evidence is not None and wrong.evidence["source"] == "c)", wrong
+        begin, end = wrong.evidence["span"]  # type: ignore[misc]
+        assert text[begin:end] == "b)"
 
 
 def test_written_code_is_found_again_and_hostile_text_takes_no_time() -> None:

@@ -11,6 +11,7 @@ import builtins
 import copy
 import operator
 import sys
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
 }  # fmt: skip
+MUTABLE = (list, dict, set, bytearray, deque)
 SIGNS = {
     "Eq": "", "NotEq": "other than ", "Lt": "less than ", "LtE": "at most ", "Gt": "more than ",
     "GtE": "at least ", "Is": "", "IsNot": "other than ",
@@ -32,11 +34,14 @@ class CheckedAsserts(ast.NodeTransformer):
 
     def __init__(self, names: set[str]) -> None:
         self._names = names
+        self.of_values = 0
+        """Asserts of something else than a constant; ``assert False`` says what must not be reached."""
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
         """Return the statement that takes the place of an assert."""
         test, source = node.test, ast.Constant(ast.unparse(node.test)[:400])
-        arguments: list[ast.expr] = [test, source]
+        arguments: list[ast.expr] = [test, source, ast.Constant(not isinstance(test, ast.Constant))]
+        self.of_values += not isinstance(test, ast.Constant)
         method = "holds"
         if isinstance(test, ast.Compare) and len(test.ops) == 1 and type(test.ops[0]) in COMPARE:
             left, right = test.left, test.comparators[0]
@@ -44,10 +49,12 @@ class CheckedAsserts(ast.NodeTransformer):
             sign = ast.Constant(type(test.ops[0]).__name__)
             arguments = [left, sign, right, source, ast.Constant(is_left)]
             method = "compare"
+            # What is expected comes first, and as a copy: the call may change its arguments.
             if self._calls(left) and not self._calls(right):
-                # What is expected comes first, and as a copy: the call may change its arguments.
                 arguments = [_expected(right), left, sign, source]
                 method = "compare_with"
+            elif self._calls(right) and not self._calls(left):
+                arguments[0] = _expected(left)
         function = ast.Attribute(ast.Name("__checks__", ast.Load()), method, ast.Load())
         call = ast.Expr(ast.Call(function, arguments, []))
         return ast.fix_missing_locations(ast.copy_location(call, node))
@@ -66,6 +73,8 @@ class Checks:
 
     def __init__(self) -> None:
         self.passed = 0
+        self.of_values = 0
+        """Asserts that hold of something else than a constant."""
         self.source = ""
         """The test that is being checked, as it was written."""
 
@@ -76,6 +85,7 @@ class Checks:
             expected, got = (right, left) if is_left else (left, right)
             raise CheckFailed(SIGNS[sign] + shown(expected), shown(got))
         self.passed += 1
+        self.of_values += 1
 
     def compare_with(self, expected: Any, got: Any, sign: str, source: str) -> None:
         """Raise `CheckFailed` unless a value compares so with one that was computed before it."""
@@ -84,14 +94,15 @@ class Checks:
     @staticmethod
     def copied(value: Any) -> Any:
         """Return a copy of a plain value."""
-        return copy.deepcopy(value) if isinstance(value, list | dict | set | bytearray) else value
+        return copy.deepcopy(value) if isinstance(value, MUTABLE) else value
 
-    def holds(self, value: Any, source: str) -> None:
+    def holds(self, value: Any, source: str, of_value: bool) -> None:
         """Raise `CheckFailed` unless a value is true."""
         self.source = source
         if not value:
             raise CheckFailed("a true value", shown(value))
         self.passed += 1
+        self.of_values += of_value
 
 
 def free_names(tree: ast.AST) -> set[str]:

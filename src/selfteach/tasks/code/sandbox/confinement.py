@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import resource
@@ -94,12 +93,14 @@ def hide_memory() -> None:
 
 
 def limit_resources(
-    *, cpu_s: float, memory_bytes: int, file_bytes: int, processes: int | None
-) -> None:
+    *, cpu_s: float, memory_bytes: int, file_bytes: int, processes: int | None,
+    stack_bytes: int | None = None,
+) -> None:  # fmt: skip
     """Limit CPU time, address space, size of a file, open files and processes of this process.
 
     Outside of a user namespace the kernel counts all processes of the user, the trainer's threads too:
-    ``processes`` is then None, which limits nothing.
+    ``processes`` is then None, which limits nothing. The main thread's stack may grow to
+    ``stack_bytes``; no thread's does.
     """
     seconds = int(cpu_s) + 2  # the watchdog ends it earlier, to the hundredth of a second
     for name, value in (
@@ -111,8 +112,10 @@ def limit_resources(
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_STACK, stack_bytes),
     ):
         if value is None:
             continue
-        with contextlib.suppress(ValueError):  # a limit that is lower already
-            resource.setrlimit(name, (value, value))
+        _, hard = resource.getrlimit(name)
+        lowest = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (lowest, lowest))

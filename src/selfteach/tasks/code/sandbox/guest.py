@@ -44,17 +44,6 @@ class RefusedImports(MetaPathFinder):
             raise ModuleNotFoundError(f"import of {fullname!r} is refused here", name=fullname)
 
 
-def serve(requests_fd: int, replies_fd: int, refused: list[str]) -> None:
-    """Carry out requests until the pipe ends; never returns."""
-    guest = Guest(replies_fd)
-    _prepare(refused)
-    signal.signal(signal.SIGXCPU, guest.report_limit)
-    with os.fdopen(requests_fd, "rb") as requests:
-        while line := requests.readline():
-            guest.answer(json.loads(line))
-    os._exit(0)
-
-
 def _prepare(refused: list[str]) -> None:
     for name in [*sys.modules]:
         if name.partition(".")[0] in RUNNER_MODULES:
@@ -72,7 +61,9 @@ def _prepare(refused: list[str]) -> None:
 class Guest:
     """Holds the answer's module, and the objects that requests name by number."""
 
-    def __init__(self, replies_fd: int) -> None:
+    def __init__(self, replies_fd: int, refused: list[str]) -> None:
+        _prepare(refused)
+        signal.signal(signal.SIGXCPU, self.report_limit)
         self._fd = replies_fd
         self._objects: list[Any] = []
         self._number = 0
@@ -87,8 +78,25 @@ class Guest:
             "trace": self._trace, "events": lambda: [self._calls, self._tracer.events],
         }  # fmt: skip
 
-    def answer(self, request: dict[str, Any]) -> None:
-        """Carry out one request, and write one line with its value or its exception."""
+    def serve(self, requests_fd: int) -> None:
+        """Carry out requests until the pipe ends or a program has; never returns."""
+        status = 70
+        try:
+            with os.fdopen(requests_fd, "rb") as requests:
+                while line := requests.readline():
+                    request = json.loads(line)
+                    is_program, is_right = request["op"] == "program", self.answer(request)
+                    if is_program:  # its end is the process's: what hangs now is not over
+                        os._exit(0 if is_right else 1)
+            status = 0
+        finally:
+            os._exit(status)
+
+    def answer(self, request: dict[str, Any]) -> bool:
+        """Carry out one request, and write one line with its value or its exception.
+
+        Returns whether it is a value.
+        """
         self._number = request.pop("n")
         operation = self._operations[request.pop("op")]
         arguments = [decode(one, self._revive) for one in request.pop("args", [])]
@@ -102,10 +110,12 @@ class Guest:
             if json.dumps(after) != before:
                 reply["changed"] = after
             self._write(reply)
+            return True
         except BaseException as error:  # SystemExit and the answer's own included
             reply = {"error": _described(error)}
             del error
             self._write(reply)
+            return False
 
     def report_limit(self, signal_number: int, frame: Any) -> None:
         """Report the line of the answer that runs when the CPU time is used up, and end."""

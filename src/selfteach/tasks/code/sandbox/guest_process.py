@@ -73,7 +73,7 @@ class GuestProcess:
             self.send(operation, arguments, keywords)
             reply = self._reply()
             if error := reply.get("error"):
-                raise _exception(error)
+                raise _exception(error, operation)
             value = self._decoded(reply["value"])
             changeable = [*arguments, *keywords.values()]
             self._take_changes(changeable, reply.get("changed", []))
@@ -115,8 +115,6 @@ class GuestProcess:
         """Return a line as a reply. Raises `TestingOver` if it is none, or reports the limit's line."""
         try:
             reply = json.loads(line)
-            if "broken" in reply and self._number == 1:  # later it would be the answer's own word
-                raise TestingOver("broken", detail=str(reply["broken"])[:300])
             if "stuck" in reply:
                 over = self.over()
                 over.outcome["line"] = reply["stuck"] if isinstance(reply["stuck"], int) else None
@@ -154,9 +152,9 @@ class GuestProcess:
                 argument.clear()
                 argument.update(new)
 
-    def over(self) -> TestingOver:
-        """Wait for the process to end, and return why."""
-        self.close(patience_s=1.0)
+    def over(self, patience_s: float | None = 1.0) -> TestingOver:
+        """Wait for the process to end, with None until its limit, and return why."""
+        self.close(patience_s)
         why, code = self.end.get("why"), self.end.get("code")
         if why in ("cpu", "idle", "wall") or code == -24:  # SIGXCPU
             return TestingOver("timeout", detail=why or "cpu")
@@ -170,13 +168,13 @@ class GuestProcess:
             return TestingOver("memory", detail="killed by the system")
         return TestingOver("exit", detail=f"exit status {code}" if code >= 0 else f"signal {-code}")
 
-    def close(self, patience_s: float = 0.0) -> None:
+    def close(self, patience_s: float | None = 0.0) -> None:
         """Have the process ended if it does not end by itself, and wait until it has."""
         if self._status < 0:
             return
         poll = select.poll()
         poll.register(self._status, select.POLLIN)
-        poll.poll(patience_s * 1000)
+        poll.poll(None if patience_s is None else patience_s * 1000)
         self.finish()
         for fd in (self.replies, self.stdin, self.stdout):
             if fd >= 0:
@@ -283,13 +281,18 @@ def _describes(error: Any) -> bool:
     return isinstance(error, dict) and isinstance(error.get("bases"), list)
 
 
-def _exception(described: dict[str, Any]) -> BaseException:
-    """Return an exception to raise in the test, a built-in one of the same kind."""
+def _exception(described: dict[str, Any], operation: str) -> BaseException:
+    """Return an exception to raise in the test, a built-in one of the same kind.
+
+    The end of an iteration is one only where the test asks for a next element: raised by a function
+    that the test maps over its inputs, it would end the test's own loop before any check.
+    """
     bases, text = [str(base) for base in described["bases"]], str(described.get("text", ""))
     if "SystemExit" in bases:
         return TestingOver("exit", detail="sys.exit", error=described)
     kind = next((k for b in bases if isinstance(k := getattr(builtins, b, None), type)), None)
-    if kind is None or not issubclass(kind, Exception):
+    is_end = kind in (StopIteration, StopAsyncIteration) and operation != "next"
+    if kind is None or not issubclass(kind, Exception) or is_end:
         kind = AnswerError
     argument = described.get("argument", text)
     if issubclass(kind, BaseExceptionGroup):

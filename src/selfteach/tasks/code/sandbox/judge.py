@@ -21,8 +21,10 @@ from .guest_process import MAX_REPLY_BYTES, CheckFailed, GuestProcess, Remote, T
 from .values import shown
 
 Outcome = dict[str, Any]
-MAX_TRACE_CHARACTERS = 300_000
-"""Size of a trace: a reply of more than a mebibyte is none."""
+MAX_TRACE_BYTES = 1_000_000
+"""Size of a trace, as it is written."""
+MAX_INTEGER = 1 << 31
+"""An integer from the answer's process that is a line or a count is smaller."""
 MAX_OUTPUT_CHARS = 100_000
 """Characters of a program's output that are returned."""
 NUMBER = re.compile(
@@ -89,29 +91,36 @@ def _start(
         raise error_outcome(getattr(error, "described", {})) from None
     if not isinstance(lines, dict):
         raise TestingOver("exit", detail="wrote to the runner's pipe")
-    return guest, {name: line for name, line in lines.items() if isinstance(line, int | None)}
+    return guest, {name: line for name, line in lines.items() if line is None or is_small(line)}
+
+
+def is_small(value: Any) -> bool:
+    """Return whether a value of the answer's process is an integer that a line or a count can be."""
+    return isinstance(value, int) and abs(value) < MAX_INTEGER
 
 
 def _finish(request: dict[str, Any], guest: GuestProcess, progress: Outcome) -> None:
     """End the process; first take the trace of its last call, or of the one that was to be traced."""
     if "trace" in request["tests"] and guest.lost is None:
-        with contextlib.suppress(TestingOver, ValueError, TypeError):
+        with contextlib.suppress(TestingOver, Exception):  # what is no trace, too
             calls, events = guest.request("events")
-            progress |= {"calls": int(calls), "trace": _plain_events(events)}
+            if is_small(calls):
+                progress |= {"calls": calls, "trace": _plain_events(events)}
     guest.close()
 
 
 def _plain_events(events: Any) -> list[Any]:
     """Return the events of a trace that are such, as plain data of bounded size."""
     plain: list[Any] = []
-    left = MAX_TRACE_CHARACTERS
+    left = MAX_TRACE_BYTES
     for event in events if isinstance(events, list) else []:
         match event:
-            case [int(line), dict(effects)]:
-                texts = {str(k)[:80]: v for k, v in effects.items() if isinstance(v, int | str)}
-                left -= 20 + sum(len(name) + 10 + len(str(v)[:200]) for name, v in texts.items())
-                short = {k: v[:200] if isinstance(v, str) else v for k, v in texts.items()}
-                plain.append([line, short])
+            case [int(line), dict(effects)] if is_small(line):
+                texts = {str(k)[:80]: v for k, v in effects.items() if isinstance(v, str)}
+                short = {name: text[:200] for name, text in texts.items()}
+                lines = {str(k)[:80]: v for k, v in effects.items() if is_small(v)}
+                plain.append([line, lines | short])
+                left -= len(json.dumps(plain[-1]))
         if left < 0:
             return plain[:-1]
     return plain
@@ -163,7 +172,7 @@ def _run_code(
     progress["entry_line"] = next(iter(lines.values()), None)
     if missing := [name for name in names if name not in lines]:
         raise TestingOver("missing", detail=", ".join(missing))
-    checks = assertions.Checks()
+    checks, asserts = assertions.Checks(), assertions.CheckedAsserts({*names, "candidate"})
     try:
         space = assertions.namespace(guest, names, setup, checks)
         for name in assertions.called(trees, entry_point) & {*names}:
@@ -171,8 +180,7 @@ def _run_code(
         assertions.with_modules(space, trees)
         for index, tree in enumerate(trees):
             checks.source = sources[index]
-            rewritten = assertions.CheckedAsserts({*names, "candidate"}).visit(tree)
-            exec(compile(rewritten, "<tests>", "exec", dont_inherit=True), space)
+            exec(compile(asserts.visit(tree), "<tests>", "exec", dont_inherit=True), space)
             progress["passed"] = index + 1 if len(trees) > 1 else checks.passed
     except CheckFailed:
         progress["passed"] = max(progress["passed"], checks.passed if len(trees) == 1 else 0)
@@ -186,6 +194,8 @@ def _run_code(
         raise guest.lost
     if guest.last_call is None:
         raise TestingOver("tests", detail="the tests call nothing of the answer")
+    if asserts.of_values and not checks.of_values:
+        raise TestingOver("tests", detail="with this answer they end before any check is made")
     progress["total"] = progress["passed"]
 
 
@@ -288,17 +298,11 @@ def _programs(request: dict[str, Any], zygote: socket.socket, progress: Outcome)
     for case in cases:
         progress |= {"test": f"stdin: {shown(case['stdin'], 360)}"}
         guest = GuestProcess(zygote, request["limits"], streams=True)
-        arguments = (request["tests"].get("prelude", ""), request["code"])
-        guest.send("program", arguments)
+        guest.send("program", (request["tests"].get("prelude", ""), request["code"]))
         output, reply = communicate(guest, case["stdin"].encode())
         text = output.decode("utf-8", "replace")
         progress["value"] = shown(text)
-        if reply and (error := guest.read_reply(reply).get("error")):
-            raise error_outcome(error)
-        over = guest.over() if not reply else None
-        guest.close()
-        if over is not None and guest.end.get("code") != 0:
-            raise over
+        _require_end(guest, reply)
         if not same_output(case["stdout"], text):
             raise CheckFailed(shown(case["stdout"]), shown(text))
         progress["passed"] += 1
@@ -310,16 +314,26 @@ def _output(request: dict[str, Any], zygote: socket.socket, progress: Outcome) -
     guest.send("program", ("", request["code"]))
     output, reply = communicate(guest, request["tests"]["stdin"].encode())
     progress["output"] = output.decode("utf-8", "replace")[:MAX_OUTPUT_CHARS]
+    _require_end(guest, reply)
+
+
+def _require_end(guest: GuestProcess, reply: bytes) -> None:
+    """Raise `TestingOver` unless a program has ended by itself, without an error.
+
+    Its report alone is its own word: the program could write one, and go on.
+    """
     if reply and (error := guest.read_reply(reply).get("error")):
         raise error_outcome(error)
-    over = guest.over() if not reply else None
-    guest.close()
-    if over is not None and guest.end.get("code") != 0:
+    over = guest.over(patience_s=None)
+    if guest.end.get("why") is not None or guest.end.get("code") != 0:
         raise over
 
 
 def communicate(guest: GuestProcess, data: bytes) -> tuple[bytes, bytes]:
-    """Give a program its input; return its output and its report, empty if it ended without one."""
+    """Give a program its input; return its output and its report, empty if it ended without one.
+
+    Both end with the process, which has a limit of time.
+    """
     output, reply, waiting = bytearray(), bytearray(), memoryview(data)
     poll = select.poll()
     os.set_blocking(guest.stdin, False)
@@ -347,8 +361,6 @@ def communicate(guest: GuestProcess, data: bytes) -> tuple[bytes, bytes]:
                 guest.close()
                 limit = f"output of more than {MAX_REPLY_BYTES >> 20} MiB"
                 raise TestingOver("output", detail=limit)
-        if b"\n" in reply:  # the program is over; what it wrote is in the pipe
-            guest.finish()
     return bytes(output), bytes(reply).partition(b"\n")[0]
 
 

@@ -23,7 +23,8 @@ JUDGE_CPU_S = 20.0
 """CPU time for tests' own code and comparisons."""
 WALL_FACTOR, WALL_EXTRA_S = 25.0, 30.0
 """A judge that has no result after this many times the processes' CPU time, and this, is ended."""
-MAX_RESULT_BYTES = 1 << 20
+MAX_RESULT_BYTES = 2 << 20
+"""An outcome is shorter: a program's output of `judge.MAX_OUTPUT_CHARS` takes twelve bytes for each."""
 
 
 def main() -> None:
@@ -143,7 +144,7 @@ class Supervisor:
                 outcome = over.outcome
         except BaseException as error:
             outcome = {"kind": "tests", "detail": f"{type(error).__name__}: {error}"[:300]}
-        view = memoryview(json.dumps(outcome).encode())
+        view = memoryview(_written(outcome))
         while view:
             view = view[os.write(writer, view) :]
         os._exit(0)
@@ -161,6 +162,20 @@ class Supervisor:
             confinement.restrict_files(self._settings["readable"], None)
         confinement.drop_capabilities()
         seccomp_filter.install(messages=True)
+
+
+def _written(outcome: dict[str, Any]) -> bytes:
+    """Return an outcome as JSON. One that cannot be written, or is too long, is the answer's doing."""
+    try:
+        line = json.dumps(outcome).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        line = json.dumps(
+            {"kind": "exit", "detail": f"sent no plain values: {error}"[:300]}
+        ).encode()
+    if len(line) <= MAX_RESULT_BYTES:
+        return line
+    limit = f"an outcome of more than {MAX_RESULT_BYTES >> 20} MiB"
+    return json.dumps({"kind": "output", "detail": limit}).encode()
 
 
 def _wall_s(request: dict[str, Any]) -> float:

@@ -35,7 +35,12 @@ IDLE_FACTOR, WALL_FACTOR = 2.0, 20.0
 """Limits of the time that a process waits by itself, and of all time, as multiples of its CPU time."""
 MAX_THREADS = 64
 MAX_FILES = 256
+STACK_BYTES = 100 << 20
+"""Stack of an answer: recursion through functions in C (a cached function, a key of a sort) takes half a
+kilobyte or more for each call, and programs allow 50,000. The kernel leaves room for 128 MiB."""
 CHILD_SUBREAPER = 36
+FAULTS = 5
+"""Descriptor of the pipe that says why a process could not be isolated."""
 BOXED = ("bubblewrap", "namespaces")
 
 
@@ -85,13 +90,18 @@ def _watch(
             namespaces.mount_scratch(limits["scratch_bytes"])
         else:
             confinement.libc.prctl(CHILD_SUBREAPER, 1, 0, 0, 0)
+        fault, faults = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(status)
-            _become_guest(limits, (requests, replies, stdin, stdout), isolation, readable, folder)
-        for fd in (replies, stdin, stdout):
+            pipes = (requests, replies, stdin, stdout, faults)
+            _become_guest(limits, pipes, isolation, readable, folder)
+        for fd in (replies, stdin, stdout, faults):
             os.close(fd)
+        detail = os.read(fault, 1 << 12)  # ends before the process reads its first request
         report = Watchdog(child, requests, limits, processes, folder, isolation).wait()
+        if detail:
+            report |= {"why": "broken", "detail": detail.decode("utf-8", "replace")}
         if isolation not in BOXED:
             kill_remaining()
     except OSError as error:
@@ -106,22 +116,28 @@ def _watch(
 def _become_guest(
     limits: dict[str, Any], fds: tuple[int, ...], isolation: str, readable: list[str], folder: str
 ) -> None:
-    """Give up every right but those of an answer, and run it; never returns."""
+    """Give up every right but those of an answer, and run it; never returns.
+
+    What goes wrong before is written to a pipe that no answer sees: it is closed by then.
+    """
+    faults = fds[-1]
     try:
         confinement.die_with_parent()
         os.setpgid(0, 0)
-        requests, replies, stdin, stdout = (_above(fd, 16) for fd in fds)
+        requests, replies, stdin, stdout, faults = (_above(fd, 16) for fd in fds)
         null = os.open("/dev/null", os.O_WRONLY)
-        for fd, target in ((stdin, 0), (stdout, 1), (null, 2), (requests, 3), (replies, 4)):
+        ends = ((stdin, 0), (stdout, 1), (null, 2), (requests, 3), (replies, 4), (faults, FAULTS))
+        for fd, target in ends:
             os.dup2(fd, target, inheritable=False)
-        os.closerange(5, 1 << 16)
+        faults = FAULTS
+        os.closerange(FAULTS + 1, 1 << 16)
         os.chdir(folder)
         os.environ.update(TMPDIR=folder, HOME=folder)
         tempfile.tempdir = None
         confinement.limit_resources(
             cpu_s=limits["cpu_s"], memory_bytes=limits["memory_bytes"],
             file_bytes=limits["scratch_bytes"],
-            processes=None if isolation == "landlock" else MAX_THREADS,
+            processes=None if isolation == "landlock" else MAX_THREADS, stack_bytes=STACK_BYTES,
         )  # fmt: skip
         if isolation == "landlock" or (confinement.landlock_abi() and isolation != "rlimits"):
             confinement.restrict_files(readable, folder)
@@ -132,11 +148,12 @@ def _become_guest(
         except (OSError, KeyError):
             if isolation != "rlimits":
                 raise
-        guest.serve(3, 4, limits["refused_imports"])
+        served = guest.Guest(4, limits["refused_imports"])
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.write(4, json.dumps({"n": -1, "broken": str(error)[:300]}).encode() + b"\n")
-    os._exit(70)
+        os.write(faults, (str(error) or type(error).__name__)[:300].encode("utf-8", "replace"))
+        os._exit(70)
+    os.close(FAULTS)
+    served.serve(3)
 
 
 def _above(fd: int, lowest: int) -> int:
