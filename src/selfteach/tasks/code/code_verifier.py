@@ -98,8 +98,8 @@ def tests_of(problem: Problem) -> Tests:
 def wrong_code(problem: Problem) -> Iterator[str]:
     """Yield code that no tests should accept, or no program.
 
-    The functions return nothing; raise what ends a test's loop; or empty their arguments, so that a test
-    that computes what is expected from these afterwards expects nothing.
+    The functions return nothing; raise what ends a test's loop; or empty their arguments, so that a
+    test that computes what is expected from these afterwards expects nothing.
     """
     tests = problem.meta.get(KEY)
     names = entry_names(tests) if isinstance(tests, dict) else []

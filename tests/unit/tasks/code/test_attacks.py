@@ -118,7 +118,7 @@ def test_the_end_of_an_answer_s_iterator_is_one(pool: CodePool) -> None:
     "test",
     [
         "for a, b in zip(f(3), [1, 2]): assert a == b",
-        "def check(candidate):\n    assert True, 'prints if it fails'\n    for a in candidate(3): assert a == 1",
+        "def check(candidate):\n    assert True, 'prints'\n    for a in candidate(3): assert a == 1",
         "for a in f(3):\n    assert a == 1\nassert True",
     ],
 )

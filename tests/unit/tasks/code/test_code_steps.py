@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Steps of an answer that is code: statements line by line, and the text around them."""
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def test_wrong_code_shows_tests_that_cannot_tell(any_pool: CodePool) -> None:
     better = "x = [3, 1, 2]\nout = f([*x])\nassert out == sorted(x)"
     verify = CodeVerifier(pool=any_pool)
     for test, accepted in ((weak, 1), (better, 0)):
-        problem = Problem("p", "Sort.", "def f(x):\n    return sorted(x)", meta={
-            KEY: {"shape": "asserts", "asserts": [test], "setup": "", "entry_point": None}})  # fmt: skip
+        tests = {"shape": "asserts", "asserts": [test], "setup": "", "entry_point": None}
+        problem = Problem("p", "Sort.", "def f(x):\n    return sorted(x)", meta={KEY: tests})
         assert verify(problem, problem.answer or "").correct
         assert sum(verify(problem, wrong).correct for wrong in wrong_code(problem)) == accepted
 
@@ -179,7 +179,8 @@ class Touch:
             ({"private_test_cases": base64.b64encode(zlib.compress(data)).decode()},
              "packed tests cannot be read")
             for data in (
-                pickle.dumps([{"input": bytes(range(99)), "output": b"2"}]), b"K\x01K\x02a." + bytes(range(99)),
+                pickle.dumps([{"input": bytes(range(99)), "output": b"2"}]),
+                b"K\x01K\x02a." + bytes(range(99)),
                 b"}]K\x01s." + bytes(range(99)), pickle.dumps([{1, 2}, *range(99)]),
                 b"\x80\x05\x95" + bytes(range(99)), b"cos\n" + bytes(range(200)),
                 b"(" * 10**6 + b"l" * 10**6 + b".", b"[" * 99 + bytes(range(60)),

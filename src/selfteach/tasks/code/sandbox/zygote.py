@@ -36,8 +36,8 @@ IDLE_FACTOR, WALL_FACTOR = 2.0, 20.0
 MAX_THREADS = 64
 MAX_FILES = 256
 STACK_BYTES = 100 << 20
-"""Stack of an answer: recursion through functions in C (a cached function, a key of a sort) takes half a
-kilobyte or more for each call, and programs allow 50,000. The kernel leaves room for 128 MiB."""
+"""Stack of an answer: recursion through functions in C (a cached function, a key of a sort) takes half
+a kilobyte or more for each call, and programs allow 50,000. The kernel leaves room for 128 MiB."""
 CHILD_SUBREAPER = 36
 FAULTS = 5
 """Descriptor of the pipe that says why a process could not be isolated."""
