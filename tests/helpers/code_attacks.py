@@ -203,6 +203,75 @@ def f(x): return 0
     "bad value": 'import os\ndef f(x): os.write(4, b\'{"n": 3, "value": {"#": "object", "v": []}}\\n\')',
 }
 
+TRICKS: dict[str, tuple[str, str]] = {
+    "coroutine": ("async def f(x): return 5", "assert f(1) == 5"),
+    "asynchronous generator": ("async def f(x): yield 5", "assert list(f(1)) == [5]"),
+    "cancelled": (
+        "import asyncio\ndef f(x): raise asyncio.CancelledError",
+        "assert all(map(f, [1]))",
+    ),
+    "end as a default": ("def f(x): raise StopIteration", "assert next(map(f, [1]), 5) == 5"),
+    "end named as another": (
+        "def f(x): raise type('StopIteration', (Exception,), {'__module__': 'builtins'})",
+        "assert all(map(f, [1]))",
+    ),
+    "context that suppresses": (
+        "class C:\n    def __enter__(self): return self\n    def __exit__(self, *a): return True\n"
+        "def f(x): return C()",
+        "with f(1):\n    assert f(1) == 2",
+    ),
+    "generator that suppresses": (
+        "import contextlib\n@contextlib.contextmanager\ndef f(x):\n    try: yield 5\n    except BaseException: pass",
+        "with f(1) as v:\n    assert v == 6",
+    ),
+    "generator that goes on": (
+        "def f(x):\n    while True:\n        try: yield 5\n        except BaseException: pass",
+        "g = f(1)\nnext(g)\ng.close()\nassert next(g) == 6",
+    ),
+    "class as a property": (
+        "class C:\n    __class__ = property(lambda s: list)\n    __eq__ = lambda s, o: True\ndef f(x): return C()",
+        "assert isinstance(f(1), list) and f(1) == [2]",
+    ),
+    "attributes of all names": (
+        "class C:\n    def __getattribute__(self, n): return lambda *a: True\ndef f(x): return C()",
+        "assert f(1) == 6",
+    ),
+    "true": ("class C:\n    def __bool__(self): return True\ndef f(x): return C()", "assert f(1)"),
+    "contains all": (
+        "class C:\n    def __contains__(s, o): return True\ndef f(x): return C()",
+        "assert 5 in f(1)",
+    ),
+    "operators": (
+        "class C:\n    __sub__ = __rsub__ = __abs__ = lambda *a: 0\ndef f(x): return C()",
+        "assert abs(f(1) - 5) < 1e-6",
+    ),
+    "float with operators": (
+        "class C(float):\n    __sub__ = __rsub__ = lambda *a: 0\ndef f(x): return C(3)",
+        "assert abs(f(1) - 5) < 1e-6",
+    ),
+    "hash": (
+        "class C:\n    __hash__ = lambda s: hash(5)\n    __eq__ = lambda s, o: True\ndef f(x): return C()",
+        "assert f(1) in {5}",
+    ),
+    "right operand": (
+        "class C:\n    __radd__ = lambda s, o: 5\ndef f(x): return C()",
+        "assert sum([f(1)]) == 5",
+    ),
+    "order": (
+        "class C:\n    __lt__ = lambda s, o: True\ndef f(x): return C()",
+        "assert sorted([1, 2], key=f) == [2, 1]",
+    ),
+    "equal inside": (
+        "class D(dict):\n    __eq__ = lambda s, o: True\ndef f(x): return {1: D()}",
+        "assert f(1) == {1: {2: 3}}",
+    ),
+    "text that no test can read": (
+        "def f(x): return '(' * 9000",
+        "import ast\nassert ast.literal_eval(f(1)) == 5",
+    ),
+}
+"""Code that uses operators and protocols of its own, and a test that it must not pass."""
+
 ESCAPES: dict[str, str] = {
     "fork": "attempt('fork', lambda: os.fork() or os._exit(0))",
     "spawn": "attempt('spawn', lambda: os.posix_spawn('/bin/true', ['true'], {}))",

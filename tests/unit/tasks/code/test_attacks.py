@@ -17,6 +17,7 @@ from code_attacks import (
     ESCAPE_FRAME,
     ESCAPES,
     FORGERIES,
+    TRICKS,
     WANTED,
 )
 
@@ -139,6 +140,48 @@ def test_what_is_expected_is_read_before_the_call(pool: CodePool, test: str, kin
     tests = {"shape": "asserts", "asserts": [f"x = {kind}([1, 2])\n{test}"], "setup": ""}
     code = "def f(x):\n    x.clear()\n    return type(x)()"
     assert pool.run(tests, code)["kind"] == "failed"
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_operators_and_protocols_of_an_answer_decide_nothing(pool: CodePool, name: str) -> None:
+    code, test = TRICKS[name]
+    outcome = pool.run({"shape": "asserts", "asserts": [test], "setup": ""}, code)
+    assert outcome["kind"] in ("failed", "exception"), outcome
+
+
+CLAIMS = {
+    "callable": ("callable(f(3))", "__call__"),
+    "iterable": ("isinstance(f(3), collections.abc.Iterable)", "__iter__"),
+    "iterator": ("isinstance(f(3), collections.abc.Iterator)", "__next__"),
+    "sized": ("isinstance(f(3), collections.abc.Sized)", "__len__"),
+    "has a method": ("hasattr(f(3), '__getitem__')", "__getitem__"),
+    "is another": ("f(x) is not x", None),
+    "is another by name": ("not any(a is b for a, b in [(f(a=x), x)])", None),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_an_object_of_an_answer_can_what_its_class_defines(pool: CodePool, name: str) -> None:
+    test, method = CLAIMS[name]
+    tests = {"shape": "asserts", "asserts": [f"x = [3]\nassert {test}"], "setup": ""}
+    if method is None:
+        wrong, right = "def f(a): return a", "def f(a): return [*a]"
+    else:
+        wrong = "class A:\n    def keys(self): pass\ndef f(x): return A()"
+        right = f"class A:\n    __iter__ = {method} = id\ndef f(x): return A()"
+    assert pool.run(tests, wrong)["kind"] == "failed"
+    assert pool.run(tests, right)["kind"] == "passed"
+
+
+def test_what_a_function_returns_is_its_argument_if_it_is(pool: CodePool) -> None:
+    test = "x = {1: [2]}\ny = f(x)\ny[5] = 6\nassert x == {1: [2], 3: 4, 5: 6} and y is x"
+    tests = {"shape": "asserts", "asserts": [test], "setup": ""}
+    assert pool.run(tests, "def f(x):\n    x[3] = 4\n    return x")["kind"] == "passed"
+    assert pool.run(tests, "def f(x): return {**x, 3: 4}")["kind"] == "failed"
+    forged = 'import os\ndef f(x): os.write(4, b\'{"n": 3, "value": 0, "same": %s}\\n\')'
+    for same in ("7", "-1", "true", "[]", "1e9", "null"):
+        tests = {"shape": "asserts", "asserts": ["assert f([1]) == 5"], "setup": ""}
+        assert pool.run(tests, forged % same)["kind"] in ("failed", "exit"), same
 
 
 @pytest.mark.parametrize("name", BOMBS)

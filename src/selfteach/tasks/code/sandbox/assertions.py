@@ -11,18 +11,16 @@ import builtins
 import copy
 import operator
 import sys
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from .guest_process import CheckFailed, GuestProcess, named
-from .values import shown
+from .values import MUTABLE, shown
 
 COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
 }  # fmt: skip
-MUTABLE = (list, dict, set, bytearray, deque)
 SIGNS = {
     "Eq": "", "NotEq": "other than ", "Lt": "less than ", "LtE": "at most ", "Gt": "more than ",
     "GtE": "at least ", "Is": "", "IsNot": "other than ",
@@ -51,10 +49,10 @@ class CheckedAsserts(ast.NodeTransformer):
             method = "compare"
             # What is expected comes first, and as a copy: the call may change its arguments.
             if self._calls(left) and not self._calls(right):
-                arguments = [_expected(right), left, sign, source]
+                arguments = [_expected(right, test.ops[0]), left, sign, source]
                 method = "compare_with"
             elif self._calls(right) and not self._calls(left):
-                arguments[0] = _expected(left)
+                arguments[0] = _expected(left, test.ops[0])
         function = ast.Attribute(ast.Name("__checks__", ast.Load()), method, ast.Load())
         call = ast.Expr(ast.Call(function, arguments, []))
         return ast.fix_missing_locations(ast.copy_location(call, node))
@@ -63,7 +61,9 @@ class CheckedAsserts(ast.NodeTransformer):
         return any(isinstance(n, ast.Name) and n.id in self._names for n in ast.walk(node))
 
 
-def _expected(node: ast.expr) -> ast.expr:
+def _expected(node: ast.expr, operation: ast.cmpop) -> ast.expr:
+    if isinstance(operation, ast.Is | ast.IsNot):
+        return node
     copied = ast.Attribute(ast.Name("__checks__", ast.Load()), "copied", ast.Load())
     return ast.Call(copied, [node], [])
 

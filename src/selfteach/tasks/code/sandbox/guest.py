@@ -15,7 +15,6 @@ import random
 import signal
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.abc import MetaPathFinder
@@ -23,7 +22,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from .line_tracer import LineTracer
-from .values import decode, encode
+from .values import MUTABLE, decode, encode
 
 ANSWER, PRELUDE = "<answer>", "<prelude>"
 MAX_ITEMS = 1_000_000
@@ -109,6 +108,8 @@ class Guest:
             after = _mutable(changeable, self._keep)
             if json.dumps(after) != before:
                 reply["changed"] = after
+            same = [i for i, one in enumerate(changeable) if one is value]
+            reply |= {"same": same[0]} if same and isinstance(value, MUTABLE) else {}
             self._write(reply)
             return True
         except BaseException as error:  # SystemExit and the answer's own included
@@ -134,7 +135,7 @@ class Guest:
         self._objects.append(value)
         return len(self._objects) - 1
 
-    def _revive(self, number: int, _: str) -> Any:
+    def _revive(self, number: int, *_: Any) -> Any:
         return self._objects[number]
 
     def _load(self, prelude: str, code: str, names: list[str]) -> dict[str, int | None]:
@@ -209,8 +210,7 @@ class Guest:
 
 def _mutable(arguments: list[Any], keep: Callable[[Any], int]) -> list[Any]:
     """Return the encoded arguments that a call can change; None in the place of others."""
-    kinds = (list, dict, set, bytearray, deque)
-    return [encode(one, keep) if isinstance(one, kinds) else None for one in arguments]
+    return [encode(one, keep) if isinstance(one, MUTABLE) else None for one in arguments]
 
 
 def _compiled(code: str, name: str) -> CodeType:

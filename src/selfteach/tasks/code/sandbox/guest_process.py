@@ -8,9 +8,10 @@ import os
 import select
 import socket
 from collections import deque
+from functools import cache
 from typing import Any
 
-from .values import decode, encode, shown
+from .values import MUTABLE, decode, encode, shown
 
 MAX_REPLY_BYTES = 8 << 20
 """Longest reply or output that is read; a longer one ends the process."""
@@ -77,6 +78,9 @@ class GuestProcess:
             value = self._decoded(reply["value"])
             changeable = [*arguments, *keywords.values()]
             self._take_changes(changeable, reply.get("changed", []))
+            same = reply.get("same")
+            if type(same) is int and isinstance(dict(enumerate(changeable)).get(same), MUTABLE):
+                value = changeable[same]
         except TestingOver as over:
             self.lost = over
             raise
@@ -127,8 +131,8 @@ class GuestProcess:
         raise TestingOver("exit", detail="wrote to the runner's pipe")
 
     def _decoded(self, data: Any) -> Any:
-        def revive(number: int, kind: str) -> Remote:
-            return Remote(self, number, kind)
+        def revive(number: int, kind: str, methods: list[str]) -> Remote:
+            return _remote_type(*methods)(self, number, kind)
 
         try:
             return decode(data, revive)
@@ -201,7 +205,8 @@ class GuestProcess:
 class Remote:
     """Stands for an object in the answer's process: it may be called and read, never compared.
 
-    Whether it equals something would be the answer's own word.
+    Whether it equals something would be the answer's own word. Its class has the methods of `PROTOCOLS`
+    that the object's class has, so that ``callable`` and ``isinstance`` of an abstract class are right.
     """
 
     __slots__ = ("_guest", "_kind", "_number")
@@ -211,16 +216,6 @@ class Remote:
         object.__setattr__(self, "_number", number)
         object.__setattr__(self, "_kind", kind)
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """Call it there; the call and its value are recorded."""
-        written = [shown(one, 120) for one in arguments]
-        written += [f"{name}={shown(value, 120)}" for name, value in keywords.items()]
-        label = f"{self._kind}({', '.join(written)})"
-        self._guest.last_call = (label, "")
-        value = self._guest.request("call", self, *arguments, **keywords)
-        self._guest.last_call = (label, shown(value))
-        return value
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -229,18 +224,6 @@ class Remote:
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._guest.request("set", self, name, value)
-
-    def __iter__(self) -> Any:
-        return iter(self._guest.request("items", self))
-
-    def __len__(self) -> int:
-        return self._guest.request("len", self)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._guest.request("item", self, key)
-
-    def __next__(self) -> Any:
-        return self._guest.request("next", self)
 
     def __str__(self) -> str:
         return str(self._guest.request("text", self))
@@ -254,6 +237,44 @@ class Remote:
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __contains__ = __hash__ = (
         _refuse
     )
+
+
+def _call(remote: Remote, *arguments: Any, **keywords: Any) -> Any:
+    """Call it there; the call and its value are recorded."""
+    written = [shown(one, 120) for one in arguments]
+    written += [f"{name}={shown(value, 120)}" for name, value in keywords.items()]
+    label = f"{remote._kind}({', '.join(written)})"
+    remote._guest.last_call = (label, "")
+    value = remote._guest.request("call", remote, *arguments, **keywords)
+    remote._guest.last_call = (label, shown(value))
+    return value
+
+
+def _iterate(remote: Remote) -> Any:
+    return iter(remote._guest.request("items", remote))
+
+
+def _count(remote: Remote) -> int:
+    return remote._guest.request("len", remote)
+
+
+def _item(remote: Remote, key: Any) -> Any:
+    return remote._guest.request("item", remote, key)
+
+
+def _next(remote: Remote) -> Any:
+    return remote._guest.request("next", remote)
+
+
+METHODS = {
+    "__call__": _call, "__iter__": _iterate, "__next__": _next, "__len__": _count, "__getitem__": _item,
+}  # fmt: skip
+
+
+@cache
+def _remote_type(*methods: str) -> type[Remote]:
+    """Return the class of an object with some of `METHODS`."""
+    return type("Remote", (Remote,), {"__slots__": ()} | {name: METHODS[name] for name in methods})
 
 
 def named(value: Any, name: str) -> Any:

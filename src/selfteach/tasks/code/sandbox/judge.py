@@ -204,7 +204,10 @@ def _error_in_tests(error: Exception, guest: GuestProcess) -> BaseException:
     described = getattr(error, "described", None)
     if described is not None:
         return error_outcome(described)
-    if guest.last_call is None or isinstance(error, SyntaxError | ImportError | NameError):
+    # A syntax error elsewhere than in the tests is in a text that they evaluate: the answer's.
+    is_of_tests = not isinstance(error, SyntaxError) or error.filename == "<tests>"
+    is_code = is_of_tests and isinstance(error, SyntaxError | ImportError | NameError)
+    if guest.last_call is None or is_code:
         return TestingOver("tests", detail=f"the tests fail: {type(error).__name__}: {error}"[:300])
     got = guest.last_call[1] or "no value"
     return CheckFailed("a value that the test can use", got, f"{type(error).__name__}: {error}")

@@ -26,6 +26,10 @@ MOMENTS: dict[type, tuple[str, ...]] = {
     datetime.timedelta: ("days", "seconds", "microseconds"),
 }
 """Types of dates and times, and the attributes that make one anew."""
+MUTABLE = (list, dict, set, bytearray, deque)
+"""Types of values that a function can change."""
+PROTOCOLS = ("__call__", "__iter__", "__next__", "__len__", "__getitem__")
+"""Methods of an object's class that tests can use."""
 KEY = "#"
 """The key that marks an encoded value of another type than JSON's."""
 
@@ -81,14 +85,23 @@ def _encode_tagged(value: Any, keep: Callable[[Any], int]) -> Any:
         return {KEY: "fraction", "v": each([value.numerator, value.denominator])}
     if type(value) is Decimal:
         return {KEY: "decimal", "v": str(value)}
-    return {KEY: "object", "v": keep(value), "type": _name_of(value)}
+    return _encode_object(value, keep)
+
+
+def _encode_object(value: Any, keep: Callable[[Any], int]) -> Any:
+    bases = [type.__dict__["__dict__"].__get__(base) for base in _MRO.__get__(type(value))]
+    methods = [name for name in PROTOCOLS if any(name in base for base in bases)]
+    return {KEY: "object", "v": keep(value), "type": _name_of(value), "can": methods}
 
 
 def _encode_moment(value: Any, keep: Callable[[Any], int]) -> Any:
     """Encode a date, time or difference of times; one with a time zone stays an object."""
     if getattr(value, "tzinfo", None) is not None:
-        return {KEY: "object", "v": keep(value), "type": _name_of(value)}
+        return _encode_object(value, keep)
     return {KEY: type(value).__name__, "v": [getattr(value, name) for name in MOMENTS[type(value)]]}
+
+
+_MRO = type.__dict__["__mro__"]
 
 
 def _name_of(value: Any) -> str:
@@ -96,8 +109,10 @@ def _name_of(value: Any) -> str:
     return str(name)[:80]
 
 
-def decode(data: Any, revive: Callable[[int, str], Any]) -> Any:
-    """Return the value of an encoded form; ``revive`` makes a stand-in for an object's number and type.
+def decode(data: Any, revive: Callable[[int, str, list[str]], Any]) -> Any:
+    """Return the value of an encoded form; ``revive`` makes a stand-in for an object.
+
+    It is called with the object's number, the name of its type, and its methods of `PROTOCOLS`.
 
     Raises `ValueError`, `TypeError` or `KeyError` for what `encode` does not write.
     """
@@ -107,7 +122,7 @@ def decode(data: Any, revive: Callable[[int, str], Any]) -> Any:
         return data
     kind, content = data[KEY], data["v"]
     if kind == "object":
-        return revive(int(content), str(data["type"]))
+        return revive(int(content), str(data["type"]), [n for n in PROTOCOLS if n in data["can"]])
     if kind == "dict":
         return {decode(key, revive): decode(value, revive) for key, value in content}
     if kind in COLLECTIONS:
