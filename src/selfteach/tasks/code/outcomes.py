@@ -13,7 +13,8 @@ OutcomeKind = Literal[
 ]  # fmt: skip
 """How the tests of an answer ended. ``exit``: the process ended before the tests did; ``output``: it
 wrote too much; ``missing``: the code does not define what the tests call; ``tests``: the tests
-themselves cannot be run, or check nothing with this answer; ``broken``: the runner failed, which is no fault of the answer."""
+themselves cannot be run, or check nothing with this answer; ``broken``: the runner failed, which is
+no fault of the answer."""
 EVIDENCE = (
     "kind", "test", "call", "expected", "got", "error", "line", "entry_line", "passed", "total",
 )  # fmt: skip
