@@ -118,7 +118,8 @@ class Solution:
         def depth(n): return n and 1 + depth(n - 1)
         def walk(n): return n and 1 + walk(n - 1)
         def sort(n): return n and 1 + sorted([n - 1], key=sort)[0]
-        assert walk(DEEP) == DEEP and depth(5000) == 5000 and sort(5000) == 5000
+        deep_in_c = 20_000 if sys.version_info < (3, 12) else 2_000  # later ones limit that themselves
+        assert walk(DEEP) == DEEP and depth(deep_in_c) == sort(deep_in_c) == deep_in_c
         return a + sum(b)
 """
     problem, *_ = CASES["functional"]
