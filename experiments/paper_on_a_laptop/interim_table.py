@@ -21,8 +21,10 @@ from selfteach.analysis.run_comparison import compare_runs
 from selfteach.analysis.run_data import RunData, read_runs
 
 PAIRS = (
-    "step_aligned-grpo", "step_aligned-reference", "step_aligned-none", "step_aligned-aligned_reference",
-    "step_aligned_oracle-step_aligned", "step_aligned_oracle-grpo", "step_aligned_oracle-aligned_reference",
+    "step_aligned-grpo", "step_aligned-reference", "step_aligned-none",
+    "step_aligned-aligned_reference",
+    "step_aligned_oracle-step_aligned", "step_aligned_oracle-grpo",
+    "step_aligned_oracle-aligned_reference",
     "aligned_reference-grpo", "grpo-base", "reference-base", "none-base", "other_reference-reference",
 )  # fmt: skip
 
