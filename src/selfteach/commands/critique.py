@@ -137,7 +137,7 @@ def _row(setup: CritiqueSetup, critiqued: CritiquedRollout) -> dict[str, Any]:
     text = critiqued.rollout.text
     spans = segmentation.step_spans(critiqued.rollout, setup.task.split_steps)
     change = first_change(critiqued, spans, token_ends(setup.renderer, critiqued.rollout))
-    step_spans = segmentation.without_final(spans, critiqued.verdict.parsed)
+    step_spans = segmentation.before_answer(critiqued.rollout, critiqued.verdict, spans)
     steps = [segmentation.content(text, span) for span in step_spans]
     row = {**sample_row(TrainingSample(critiqued, change=change)), "answer_steps": steps}
     if setup.task.oracle is None:
