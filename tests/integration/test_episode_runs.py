@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import counting_environment
 import pyarrow.parquet as pq
 import pytest
 import scripted_server
@@ -29,32 +30,7 @@ from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
 from selfteach.trainer.loop import run_to_end
 
-COUNTING = '''
-"""Counts the turns, and lets the third be the last."""
-
-from selfteach.episodes import EnvironmentReply
-from selfteach.types import Verdict
-
-
-class Counting:
-    tools = ()
-
-    def __init__(self, last: int = 2) -> None:
-        self.last, self.turns, self.seed = last, 0, None
-
-    def reset(self, problem, seed):
-        self.seed = seed
-        return f"Your number is {seed % 7}."
-
-    def step(self, turn):
-        self.turns += 1
-        done = self.turns > self.last
-        return EnvironmentReply((f"turn {self.turns}: go on",), "observation", done)
-
-    def verdict(self):
-        good = self.turns > 1
-        return Verdict(good, True, None, None if good else "You have stopped too early.")
-'''
+COUNTING = Path(counting_environment.__file__).read_text()
 RECIPE = """
 [model]
 path = "{model}"
@@ -171,15 +147,17 @@ def test_every_sample_of_a_step_is_the_same_without_its_file(folder: Path, whole
 
 @pytest.mark.slow
 def test_distillation_on_the_environment_s_feedback(folder: Path) -> None:
-    run_to_end(recipe(folder, "environment", train={"steps": 1}), folder / "sdpo")
-    (samples,) = (folder / "sdpo" / "samples").glob("*.jsonl")
+    run_to_end(recipe(folder, "environment", train={"steps": 1}), folder / "feedback")
+    (samples,) = (folder / "feedback" / "samples").glob("*.jsonl")
     contexts = [row["context"] for row in rows(samples)]
     assert any(text and "You have stopped too early." in text for text in contexts) or all(contexts)
 
 
 def last_turn_changed(body: dict) -> str:
     """Return a critique that repeats an episode's turns, and writes the last one anew."""
-    shown = body["messages"][-1]["content"].partition("ATTEMPT BEGINS")[2].partition("ATTEMPT ENDS")[0]
+    shown = (
+        body["messages"][-1]["content"].partition("ATTEMPT BEGINS")[2].partition("ATTEMPT ENDS")[0]
+    )
     turns = re.findall(r"<turn_\d+>\n(.*?)\n</turn_\d+>", shown, re.DOTALL)
     written = [*turns[:-1], "go on"]
     return "\n".join(f"<turn_{i}>\n{text}\n</turn_{i}>" for i, text in enumerate(written, 1))
@@ -198,6 +176,11 @@ def test_a_step_trains_on_critiques_of_what_the_environment_judged(folder: Path)
             objective={"type": "distillation", "from_first_error": True}, train={"steps": 1},
         )  # fmt: skip
         run_to_end(judged, folder / "judged")
+        critiqued = []
+        for path in ("rollouts/step_000001.000", "samples/step_000001"):
+            out, place = folder / "judged.jsonl", folder / "judged" / f"{path}.jsonl"
+            cli.app(["critique", str(place), "--out", str(out)], standalone_mode=False)
+            critiqued.append([row["critique"]["first_error"] for row in rows(out)])
     samples = rows(folder / "judged" / "samples" / "step_000001.jsonl")
     sampled = {
         (row["problem_id"], row["sample"]): row
@@ -211,6 +194,7 @@ def test_a_step_trains_on_critiques_of_what_the_environment_judged(folder: Path)
         is_cut = segments[-1]["event"] == "truncated"
         errors.append(row["first_error_token"])
         starts.append(None if is_cut else last["start"])
+    assert critiqued == [[row["critique"]["first_error"] for row in samples]] * 2
     assert errors == starts and any(starts) and any(row["correct"] for row in samples)
     (step,) = [row for row in RunFolder(folder / "judged").metrics() if row["kind"] == "step"]
     in_loss = sum(start is not None for start in starts) / len(starts)

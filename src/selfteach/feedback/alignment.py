@@ -80,10 +80,10 @@ def _outside_steps(text: str, spans: Sequence[Span]) -> tuple[int, int] | None:
 def changed_steps(critiqued: CritiquedRollout, spans: Sequence[Span]) -> Iterator[tuple[int, str]]:
     """Yield the index of each step that the critique does not repeat, and the text in its place.
 
-    Steps are compared in order, ignoring white space; turns and lines of code exactly, but for what their
-    lines end in. ``spans`` are the steps of the rollout's text, the final answer last if it has one; that
-    counts as repeated if the verifier parses the same answer from both. The text is "" where the critique has no
-    step in that place. Yields nothing without a critique.
+    Steps are compared in order, ignoring white space; turns and lines of code exactly, but for what
+    their lines end in. ``spans`` are the steps of the rollout's text, the final answer last if it has
+    one; that counts as repeated if the verifier parses the same answer from both. The text is "" where
+    the critique has no step in that place. Yields nothing without a critique.
     """
     critique, rollout, verdict = critiqued.critique, critiqued.rollout, critiqued.verdict
     if not isinstance(critique, Critique):

@@ -11,7 +11,7 @@ import numpy as np
 from selfteach.types import Problem, Sampling
 
 SeedBy = Literal["sample", "problem"]
-"""What an environment's seed depends on: each episode has its own, or all those of a problem the same."""
+"""What an environment's seed depends on: each episode has its own, or all of a problem the same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,11 @@ def _most_episodes(recipe: Recipe, task: Task | None) -> int:
 
 def _limits(config: EnvironmentConfig) -> EpisodeLimits:
     return EpisodeLimits(
-        config.max_turns, config.deadline_s, config.concurrency, config.max_reply_chars, config.seed_by
+        config.max_turns,
+        config.deadline_s,
+        config.concurrency,
+        config.max_reply_chars,
+        config.seed_by,
     )
 
 

@@ -82,7 +82,9 @@ def test_a_right_episode_that_is_repeated_has_no_error() -> None:
     assert (one.critique.case, one.critique.first_error) == ("A", None)
     assert [step.status for step in one.critique.steps] == ["kept", "kept"]
     assert alignment(one) == (None, [], 1.0)
-    named = critiqued(ended(None, *WORDS, verdict=dataclasses.replace(WON, parsed="crane")), WORDS[::2])
+    named = critiqued(
+        ended(None, *WORDS, verdict=dataclasses.replace(WON, parsed="crane")), WORDS[::2]
+    )
     assert alignment(named) == (None, [], 1.0), "also where the environment names an answer"
 
 
@@ -120,7 +122,12 @@ def test_answers_are_verified_where_the_environment_failed(event: EventKind) -> 
 
 @pytest.mark.parametrize(
     ("event", "verdict", "first_error"),
-    [("budget", None, 1), ("budget", LOST, 1), ("truncated", None, None), ("truncated", LOST, None)],
+    [
+        ("budget", None, 1),
+        ("budget", LOST, 1),
+        ("truncated", None, None),
+        ("truncated", LOST, None),
+    ],
 )
 def test_a_last_turn_is_an_error_unless_it_was_cut(
     event: EventKind, verdict: Verdict | None, first_error: int | None
@@ -159,7 +166,7 @@ def test_indentation_in_a_call_counts(split_steps: Splitter) -> None:
     """Python is its indentation, whatever the task's own steps are."""
     code = "if x:\n        a()\n        b()"
     wrong, right = (
-        f"<tool_call>\n{{\"code\": \"\n{text}\n\"}}\n</tool_call>"
+        f'<tool_call>\n{{"code": "\n{text}\n"}}\n</tool_call>'
         for text in (code, code.replace("        b()", "    b()"))
     )
     attempt = ended(None, wrong, "?", "<answer>3</answer>")

@@ -204,7 +204,7 @@ def test_a_reward_that_raises_counts_as_zero(folder: Path) -> None:
 
 
 def test_what_rewrites_its_prompt_ends_the_run_before_it_samples(folder: Path) -> None:
-    with pytest.raises(EngineError, match="none of the 1 .* setup_state rewrites the prompt"):
+    with pytest.raises(EngineError, match=r"none of the 1 .* setup_state rewrites the prompt"):
         run(folder, "rewriting", ["x"])
 
 

@@ -76,7 +76,6 @@ class CritiqueParser:
         critique = without_thought(text, finished=finished)
         if isinstance(critique, CritiqueFailure):
             return critique
-        problem = rollout.problem
         attempt, corrected, final = self._traces(rollout, verdict, critique)
         if corrected.answer is None:
             return failure("malformed", "no final answer in the critique")
@@ -112,7 +111,11 @@ class CritiqueParser:
         """
         if not judged_by_environment(rollout):
             right = self.verify(rollout.problem, final).correct
-            return None if right else f"the critique's final answer is {_shortened(corrected.answer or '')}"
+            return (
+                None
+                if right
+                else f"the critique's final answer is {_shortened(corrected.answer or '')}"
+            )
         written, turns = [[*map(lines_of_turn, one.steps)] for one in (corrected, attempt)]
         if verdict.correct or written != turns:
             return None
@@ -123,8 +126,8 @@ class CritiqueParser:
     ) -> tuple[Trace, Trace, str]:
         """Return the rollout's trace and the critique's, and the text that states its final answer.
 
-        An episode's steps are its turns, and so are the critique's; the last of these has the answer, or
-        is a step as the others are, where the environment has judged the episode.
+        An episode's steps are its turns, and so are the critique's; the last of these has the answer,
+        or is a step as the others are, where the environment has judged the episode.
         """
         problem = rollout.problem
         if not rollout.is_episode:

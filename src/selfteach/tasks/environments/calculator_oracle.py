@@ -94,7 +94,9 @@ class CalculatorOracle:
             steps.append(CritiqueStep(added.pop(0), "fixed", wrong.text))
         steps += [CritiqueStep(text, "new") for text in added]
         answer = str(chain.value() + offset)
-        is_cut = rollout.is_cut and stop == len(turns) - 1  # no error: it was not written to its end
+        is_cut = (
+            rollout.is_cut and stop == len(turns) - 1
+        )  # no error: it was not written to its end
         return Critique(
             _case(rollout, chain, turns), tuple(steps), answer, None if is_cut else stop
         )

@@ -32,7 +32,7 @@ def build_environment(
     """
     if importlib.util.find_spec("verifiers") is None:
         raise DataError(
-            'data.type = "verifiers" needs the package verifiers, which no extra of selfteach installs: '
+            'data.type = "verifiers" needs the package verifiers, which is in no extra of selfteach: '
             "pip install verifiers (docs/install.md)"
         )
     part = CustomPart(type=config.environment, options=dict(options))
