@@ -45,8 +45,8 @@ class ArmMeasurements:
 def results_table(arms: Mapping[str, ArmMeasurements], pairs: Iterable[str]) -> dict[str, Any]:
     """Summarize arms and compare pairs of them, as ``{"intervals": …, "arms": …, "paired": …}``.
 
-    A pair ``b-a`` is b minus a, problem by problem and seed by seed, and needs the same seeds and
-    problems in both; names of arms hold no ``-``. Intervals are 95 % intervals over seeds and
+    A pair ``b-a`` is b minus a, problem by problem and seed by seed, of the seeds that both have, and
+    needs the same problems in both; names of arms hold no ``-``. Intervals are 95 % ones over seeds and
     problems, with one seed over problems only. Raises ValueError for a pair of unequal shapes.
     """
     return {
@@ -89,11 +89,17 @@ def _arm(arm: ArmMeasurements) -> dict[str, Any]:
 
 
 def _differences(b: ArmMeasurements, a: ArmMeasurements) -> dict[str, Any]:
-    return {name: _difference(b.values(name), a.values(name), name) for name in COMPARED}
+    common = [seed for seed in b.per_problem if seed in a.per_problem]
+    return {
+        name: _difference(*([arm.per_problem[s][name] for s in common] for arm in (b, a)), name)
+        for name in COMPARED
+    }
 
 
 def _difference(b: Sequence[np.ndarray], a: Sequence[np.ndarray], measure: str) -> dict[str, Any]:
     if [v.shape for v in b] != [v.shape for v in a] or len({v.shape for v in a}) != 1:
-        raise ValueError(f"a pair needs the same seeds and problems, got {measure} of other shapes")
+        raise ValueError(
+            f"a pair needs seeds and problems in common, got {measure} of other shapes"
+        )
     interval = difference_interval(np.stack(b), np.stack(a), bounds=bounds_of(measure))
     return as_estimate(interval, seeds=len(b))

@@ -29,19 +29,26 @@ BOOTSTRAP_NOTE = (
 def compare_runs(groups: Groups, title: str) -> dict[str, Any]:
     """Compare arms, as `results_text.Results`.
 
-    Test evaluations where every arm has one, else each run's last validation. Arms without any
-    evaluation have no row. A pair is compared where both have the same seeds, problems and k;
-    ``notes`` says which are not, and why.
+    Test evaluations where every complete run has one, else validations. Runs in progress are left out
+    where others are complete; where none is, all are compared at the last step that each has
+    evaluated. Arms without any evaluation have no row. A pair is compared on the seeds that both have,
+    with the same problems and k; ``notes`` says what is left out, and why.
     """
-    split = "test" if all(_has_all(runs, "test") for runs in groups.values()) else "validation"
-    last = {name: saved for name, runs in groups.items() if (saved := _last(runs, split))}
-    pairs, notes = [], []
+    split, last, notes = _evaluated(groups)
+    pairs = []
     for a, b in combinations(last, 2):
-        if reason := _incomparable(last[a], last[b]):
+        common = last[a].keys() & last[b].keys()
+        if reason := _incomparable(*({s: last[arm][s] for s in common} for arm in (a, b))):
             notes.append(f"{b} and {a} are not compared: {reason}")
-        else:
-            pairs.append(f"{b}-{a}")
-    arms = {name: _measurements(groups[name], saved) for name, saved in last.items()}
+            continue
+        pairs.append(f"{b}-{a}")
+        if last[a].keys() != last[b].keys():
+            seeds = ", ".join(map(str, sorted(common)))
+            notes.append(f"{b} and {a} are compared on the seeds that both have: {seeds}")
+    arms = {
+        name: _measurements([run for run in groups[name] if run.seed in saved], saved)
+        for name, saved in last.items()
+    }
     runs = [run for runs in groups.values() for run in runs]
     ks = [evaluation.k for saved in last.values() for evaluation in saved.values()]
     return {
@@ -124,8 +131,30 @@ def training_gain(runs: Sequence[RunData]) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _has_all(runs: Sequence[RunData], split: str) -> bool:
-    return all(evaluations(run, split) for run in runs)
+def _evaluated(groups: Groups) -> tuple[str, dict[str, dict[int, Evaluation]], list[str]]:
+    """Return the split that is compared, each arm's evaluations by seed, and what was left out."""
+    runs = [(name, run) for name, of_arm in groups.items() for run in of_arm]
+    tests = [evaluations(run, "test") for _, run in runs]
+    ended = [run.is_complete or bool(saved) for (_, run), saved in zip(runs, tests, strict=True)]
+    is_tested = any(ended) and all(saved for saved, end in zip(tests, ended, strict=True) if end)
+    split, notes = "test" if is_tested else "validation", list[str]()
+    compared, left = dict[str, dict[int, dict[int, Evaluation]]](), list[str]()
+    for (name, run), saved, end in zip(runs, tests, ended, strict=True):
+        steps = saved if is_tested else evaluations(run, split)
+        if any(ended) and not end:
+            left.append(f"{name} (seed {run.seed})")
+        elif steps:
+            compared.setdefault(name, {})[run.seed] = steps
+    if left:
+        notes.append(f"not complete, and left out: {', '.join(left)}")
+    every = [set(steps) for by_seed in compared.values() for steps in by_seed.values()]
+    common = set.intersection(*every) if every and not any(ended) else set[int]()
+    if common and any(steps != common for steps in every):
+        notes.append(f"no run is complete: all are compared at step {max(common)}")
+    return split, {
+        name: {seed: steps[max(common or steps)] for seed, steps in by_seed.items()}
+        for name, by_seed in compared.items()
+    }, notes  # fmt: skip
 
 
 def _last(runs: Sequence[RunData], split: str) -> dict[int, Evaluation]:
@@ -154,7 +183,7 @@ def _curve(runs: Sequence[RunData]) -> dict[str, Any] | None:
 
 def _incomparable(a: Mapping[int, Evaluation], b: Mapping[int, Evaluation]) -> str | None:
     """Return why two arms cannot be paired; None if they can."""
-    if a.keys() != b.keys():
+    if not a:
         return "they ran with other seeds"
     if any(a[seed].problem_ids != b[seed].problem_ids for seed in a):
         return "they answered other problems"

@@ -48,7 +48,7 @@ def test_seeds_with_other_problems_are_averaged_but_not_paired() -> None:
     estimate = results_table({"a": uneven}, [])["arms"]["a"]["avg"]
     assert (estimate["mean"], estimate["ci95"], estimate["seeds"]) == (50.0, [0.0, 100.0], 2)
     for b, a in ((uneven, even), (uneven, uneven)):
-        with pytest.raises(ValueError, match="same seeds and problems"):
+        with pytest.raises(ValueError, match="seeds and problems in common"):
             results_table({"a": a, "b": b}, ["b-a"])
 
 

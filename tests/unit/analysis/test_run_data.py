@@ -184,6 +184,37 @@ def test_arms_that_cannot_be_paired_are_noted(tmp_path, changed, reason):
     assert reason in note and note.startswith("b and a")
 
 
+def test_runs_in_progress_are_left_out_where_others_are_complete(tmp_path):
+    folders = [write_run(tmp_path / "a" / f"seed_{s}", seed=s, right=(0, 1, 2, 3)) for s in (0, 1)]
+    folders.append(write_run(tmp_path / "b" / "seed_0", lr=2.0, right=(1, 2, 3, 4)))
+    begun = write_run(tmp_path / "b" / "seed_1", seed=1, lr=2.0)
+    for file in (begun / "evaluations").glob("*_000012.json"):
+        file.unlink()  # it has answered the validation problems once, at step 0
+    (begun / "result.json").unlink()
+    runs = [read_run(folder) for folder in (*folders, begun)]
+    results = run_comparison.compare_runs(group_runs(runs), "")
+    assert results["split"] == "test"
+    assert results["arms"]["b"]["avg"]["per_seed"] == {"0": 62.5}
+    gain = results["paired"]["b-a"]["avg"]
+    assert gain["mean"] == 25.0 and gain["seeds"] == 1
+    assert results["notes"] == [
+        "not complete, and left out: b (seed 1)",
+        "b and a are compared on the seeds that both have: 0",
+    ]
+
+
+def test_runs_of_which_none_is_complete_are_compared_at_one_step(tmp_path):
+    folders = [write_run(tmp_path / name, lr=lr) for name, lr in (("a", 1.0), ("b", 2.0))]
+    for folder in folders:
+        (folder / "evaluations" / f"test_{STEPS:06d}.json").unlink()
+        (folder / "result.json").unlink()
+    (folders[1] / "evaluations" / f"validation_{STEPS:06d}.json").unlink()
+    results = run_comparison.compare_runs(group_runs([read_run(f) for f in folders]), "")
+    assert results["split"] == "validation" and results["paired"]["b-a"]["avg"]["mean"] == 0
+    assert results["arms"]["a"]["avg"]["mean"] == 25.0, "at step 0, as b"
+    assert results["notes"] == ["no run is complete: all are compared at step 0"]
+
+
 def test_training_gain_is_paired_by_problem(tmp_path):
     run = read_run(write_run(tmp_path / "run", right=(2, 2, 2, 2)))
     gain = run_comparison.training_gain([run])
