@@ -175,7 +175,7 @@ def step(settings: Settings, *, lora: bool, length: int) -> Iterator[Row]:
     peak = known_devices().get(device_class(HERE), None) or measured_here()
     for kind in ("full", "grpo"):
         table = Table("")
-        trl_tokens = MODEL_SIZES[name].micro_batch_tokens
+        trl_tokens = MODEL_SIZES[name].trl_tokens(with_teacher=kind != "grpo")
         compare(table, name, kind, precision, args, changes, [trl_tokens])
         flops, count, predicted = _work(name, load, kind, peak)
         for row in table.rows:
@@ -184,7 +184,7 @@ def step(settings: Settings, *, lora: bool, length: int) -> Iterator[Row]:
                 "weights": "LoRA" if lora else "full", "length": MODEL_SIZES[name].length,
                 "kind": {"full": "SDPO"}.get(kind, "GRPO"), "who": row["who"],
                 "step, s": seconds, "TRL / ours": None, "peak, MiB": row["peak_MiB"],
-                "micro-batch": tokens if row["who"] == "ours" else trl_tokens,
+                "micro-batch": tokens if row["who"] == "ours" else trl_tokens, "packed": row["packed"],
                 "tokens/s": ratio(count, seconds), "MFU": seconds and flops / seconds / peak.flops,
                 "planned, s": predicted if row["who"] == "ours" else None,
                 "teacher": row["teacher"], "student": row["student"],

@@ -37,10 +37,14 @@ def states_and_gradients(
 
 
 def agree(ours: Sequence[Tensor], plain: Sequence[Tensor], *, rounded: bool) -> bool:
-    """Return whether two results are the same but for rounding (`plain_pass.agree`)."""
+    """Return whether two results are the same but for rounding (`plain_pass.agree`).
+
+    Gradients may differ by twice as much as states: they are rounded on the way back too.
+    """
+    factors = (1.0, 1.0, 2.0)
     return all(
-        plain_pass.agree(one, other, rounded=rounded, spread=float(other.double().std()))
-        for one, other in zip(ours, plain, strict=True)
+        plain_pass.agree(one, other, rounded=rounded, spread=factor * float(other.double().std()))
+        for one, other, factor in zip(ours, plain, factors[: len(plain)], strict=True)
     )
 
 
