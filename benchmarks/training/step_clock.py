@@ -29,6 +29,13 @@ def synchronized_time() -> float:
     return time.perf_counter()
 
 
+def timed(call: Callable[[], object]) -> float:
+    """Return the seconds of a call, its work on the device included."""
+    start = synchronized_time()
+    call()
+    return synchronized_time() - start
+
+
 def device_bytes(before: int | None = None) -> int:
     """Reset the peak and return the allocated bytes; or the peak beyond ``before``. 0 without CUDA."""
     if not torch.cuda.is_initialized():
