@@ -6,8 +6,9 @@
 Parts (`benchmarks/training/gpu_parts.py`): the device's rates; parity with the CPU; a run that is
 killed and resumed in deterministic mode, compared bit for bit; seconds, peak memory, tokens per second
 and MFU of steps (LoRA and full weights, 512 and 2,048 tokens) beside TRL's SDPO and GRPO where TRL can
-be imported; a budget per phase; weights on their way to a sampler, in all ways that need one GPU (NCCL
-needs two); sampling; a LoRA step with and without `model.compile`. The model has the shape of Qwen2.5-1.5B and random weights: nothing is downloaded.
+be imported; a budget per phase; weights on their way to a sampler, in all ways that one GPU has (NCCL
+needs two); sampling; a LoRA step with and without `model.compile`. The model has the shape of
+Qwen2.5-1.5B and random weights: nothing is downloaded.
 
 TRL is no dependency: `pip install trl==1.16.0 datasets` before, into the same environment. Without it
 its rows say so, and only the comparison is missing.

@@ -322,7 +322,7 @@ def sample(settings: Settings) -> Iterator[Row]:
 
 
 def weights(settings: Settings) -> Iterator[Row]:
-    """Measure new weights on their way: folder, mapped memory, HTTP (NCCL needs two GPUs, so not here)."""
+    """Measure new weights on their way: folder, mapped memory, HTTP (not NCCL: NCCL needs two GPUs)."""
     yield from weights_on_their_way(settings.model(512), settings.device, LORA)
     _free()
 

@@ -1,9 +1,8 @@
 """Measure the seconds of training steps and of their phases, and the peak memory of the device.
 
-A phase ends when the device has ended its work, and a step that waits for the device after every phase
-is no longer the step that is measured: it launches nothing ahead. So on a GPU whole steps are timed with
-nothing in between, and phases in one more step (`Clock.by_phase`). A CPU has no queue: there each step
-has its phases.
+A phase ends when the device has ended its work. A step that waits for that launches nothing ahead, and
+takes longer. So on a GPU whole steps are timed with nothing in between, and phases in one more step
+(`Clock.by_phase`). A CPU has no queue: there each step has its phases.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def measure(args: argparse.Namespace, tables: list[Table]) -> None:
     table.notes = (
         "`times ours` above 1: slower than ours. With random weights, both trainers get the same "
         "random rollouts and contexts, and sampling is skipped. bf16: float32 weights under autocast. "
-        "`peak_MiB`: peak of a step beyond weights, moments and teachers. Phases and `rest`: of a step of "
-        "their own, in which each waits for the device. `packed`: sequences run without padding."
+        "`peak_MiB`: peak of a step beyond weights, moments and teachers. Phases and `rest`: of one "
+        "more step, in which each waits for the device. `packed`: sequences run without padding."
     )
     torch.cuda.is_available() and torch.cuda.init()
     quick = ["tiny, random weights"]

@@ -49,10 +49,12 @@ def weights_on_their_way(
             config = VllmServerConfig(
                 type="vllm_server", url=url, model="receiver", weight_transfer="stream"
             )
-            folder = WeightFolder(Path(parent), adapter)
+            http, folder = HttpClient(config), WeightFolder(Path(parent), adapter)
+            channel = WeightChannel(config, folder)
+            assert channel.kind == "stream"  # it connects here: that is not measured
             ways: dict[str, Callable[[], object]] = {
                 "to the host": lambda named=named: [weight.cpu() for _, weight in named],
-                **{way: partial(_sent, WeightChannel(config, folder), named, way) for way in IN_MEMORY},
+                **{way: partial(_sent, channel, http, named, way) for way in IN_MEMORY},
                 "written to a folder": partial(folder.write, named, "selfteach-folder"),
             }  # fmt: skip
             for way, call in ways.items():
@@ -64,10 +66,9 @@ def weights_on_their_way(
             del policy, named, ways
 
 
-def _sent(channel: WeightChannel, named: list[Any], way: str) -> None:
+def _sent(channel: WeightChannel, http: HttpClient, named: list[Any], way: str) -> None:
     """Send weights as after an update: copied to the host, checked, loaded (an adapter: in a file)."""
     label = f"selfteach-{way.split()[0].lower()}-v1"
-    http = HttpClient(channel._config)
     with _unmapped() if way == "HTTP" else nullcontext(), channel.publishing(named, label):
         if channel.holds_adapters:
             shutil.rmtree(channel.adapter_path(http, label))

@@ -55,9 +55,7 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.reads, self.copies = Counter[str](), Counter[str]()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _READ and args[0].is_meta:
             self.reads[_caller()] += 1

@@ -232,7 +232,10 @@ class Policy:
             rounded = dtype not in (torch.float32, torch.float64)
             results = []
             try:
-                for side, self.packs_sequences in ((replace(padded, tree=None), False), (packed, True)):
+                for side, self.packs_sequences in (
+                    (replace(padded, tree=None), False),
+                    (packed, True),
+                ):
                     results.append(self._probed(causal, [side]))
                 if not pass_probe.agree(*reversed(results), rounded=rounded):
                     reason = "with it states or gradients are others"
@@ -271,7 +274,10 @@ class Policy:
         sides = [side.to(next(causal.parameters()).device)]
         if not self.packs_sequences and side.tree is not None:
             sides.append(replace(sides[0], tree=None))
-        rounded, states = plain_pass.is_rounded(causal, self._autocast), partial(self._states, sides)
+        rounded, states = (
+            plain_pass.is_rounded(causal, self._autocast),
+            partial(self._states, sides),
+        )
         return compiled_layers.compile_layers(self.model, list(layers), states, rounded=rounded)
 
     def optimizer_step(self) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,3 +92,28 @@ def test_micro_batches_hold_as_many_samples_as_trls(kind: str, tokens: tuple[int
         batches = collate(samples, weights, pad_id=0, micro_batch_tokens=limit)
         rows = {len(batch.ids_N) // size.length for batch in batches}
         assert rows == {size.trl_batch} and len(batches) == size.rollouts // size.trl_batch
+
+
+def test_on_a_gpu_the_last_step_of_each_trainer_is_by_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import step_clock
+    import trainers_compared
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(trainers_compared, "device_bytes", lambda: 0)
+    clocks = [step_clock.Clock() for _ in range(3)]
+    trl: Any = SimpleNamespace(
+        clock=clocks[0], others=[SimpleNamespace(clock=clocks[2])], samples=[],
+        ours=SimpleNamespace(clock=clocks[1], sample=list),
+    )  # fmt: skip
+    steps: Any = trainers_compared._Steps(trl)
+    for number in range(3):
+        state = SimpleNamespace(global_step=number, max_steps=3)
+        steps.on_step_begin(None, state, None)
+        assert [clock.by_phase for clock in clocks] == [number == 2] * 3
+        steps.on_pre_optimizer_step(None, state, None)
+        assert (steps._optimizer is not None) == (number == 2)

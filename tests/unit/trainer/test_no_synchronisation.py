@@ -10,7 +10,6 @@ from typing import Any
 
 import packed_by_loop
 import pytest
-import torch
 from without_values import META, Reads, move_to_meta
 
 from selfteach.config.recipe import Recipe
