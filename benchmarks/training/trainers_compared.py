@@ -1,11 +1,12 @@
 """Run a training step of ours and of TRL's trainers: same model, problems, rollouts and contexts.
 
 TRL's `train()` runs its steps; after each, ours runs one. On a GPU the last of each is timed by phase,
-the others as a whole (`step_clock`). TRL generates as usual (timed), and then both train on the rollouts
-that ours has sampled; the teacher prompts are ours, too. With GRPO each trains on its sampled rollouts,
-and rewards are the parity of the text, so that nearly every rollout counts. The rest is left as shipped:
-TRL's rewards and padding on one side, verdicts, critiques and metrics on the other. The context is the
-reference, which a group shares, or (`full, critique`) a critique of each rollout, which it does not.
+the others as a whole (`step_clock`). TRL generates as usual (timed), and then both train on the
+rollouts that ours has sampled; the teacher prompts are ours, too. With GRPO each trains on its sampled
+rollouts, and rewards are the parity of the text, so that nearly every rollout counts. The rest is left
+as shipped: TRL's rewards and padding on one side, verdicts, critiques and metrics on the other. The
+context is the reference, which a group shares, or (`full, critique`) a critique of each rollout, which
+it does not.
 """
 
 from __future__ import annotations
