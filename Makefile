@@ -23,7 +23,8 @@ RUNS := runs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup paper-laptop paper-laptop-study paper-laptop-sweep paper-laptop-models \
-	paper-laptop-critic paper-laptop-tokens paper-laptop-word-problems lab lab-sweep lab-controls \
+	paper-laptop-critic paper-laptop-tokens paper-laptop-word-problems \
+	code-laptop code-laptop-study tools-laptop tools-laptop-study lab lab-sweep lab-controls \
 	dial dial-bases dial-sweep smollm2 smollm2-critic smollm2-wheel bases \
 	test tests test-slow test-gpu test-vllm test-trl check bench notebook wheel clean
 
@@ -140,6 +141,24 @@ paper-laptop-sweep: paper-laptop-models ## repeat the learning-rate sweep of the
 		$(BIN)/selfteach sweep $(LAPTOP)/chain_sums.toml --out $(LAPTOP_RUNS)/sweep/chain_sums \
 		--record $(LAPTOP)/chain_sums.sweep.json --set model.path=$(POLICY) \
 		--set arms.step_aligned.critic.path=$(CRITIC) --set train.steps=4 --set evaluation.every=4 --set evaluation.validation_k=4
+
+# Code and tools with the same models. The small versions: one seed, fewer steps and problems.
+CODE_TOOLS := experiments/code_and_tools
+CODE_CRITICS := --set arms.line_aligned.critic.path=$(CRITIC) --set arms.line_aligned_evidence.critic.path=$(CRITIC)
+TOOLS_CRITIC := --set arms.turn_aligned.critic.path=$(CRITIC)
+SMALL := --set study.seeds=[0] --set train.steps=3 --set evaluation.every=3 --set data.validation=12 --set data.test=24
+
+code-laptop: paper-laptop-models ## small functions: seven kinds of feedback on code, one seed, few problems
+	$(call start-or-resume,$(CODE_TOOLS)/code.toml,$(RUNS)/code_and_tools/code_small,$(CODE_CRITICS) $(SMALL))
+
+code-laptop-study: paper-laptop-models ## the whole study of code: three seeds (hours)
+	$(call start-or-resume,$(CODE_TOOLS)/code.toml,$(RUNS)/code_and_tools/code,$(CODE_CRITICS))
+
+tools-laptop: paper-laptop-models ## chain sums with a calculator: five kinds of feedback on turns, one seed, few problems
+	$(call start-or-resume,$(CODE_TOOLS)/tools.toml,$(RUNS)/code_and_tools/tools_small,$(TOOLS_CRITIC) $(SMALL))
+
+tools-laptop-study: paper-laptop-models ## the whole study of tools: three seeds (hours)
+	$(call start-or-resume,$(CODE_TOOLS)/tools.toml,$(RUNS)/code_and_tools/tools,$(TOOLS_CRITIC))
 
 notebook: $(READY) ## execute docs/notebook.ipynb and store its outputs
 	PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter-execute --inplace docs/notebook.ipynb

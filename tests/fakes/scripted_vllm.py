@@ -63,6 +63,9 @@ class ScriptedVllm:
         self.nccl: dict[str, Any] | None = None
         """Communicators by id, if it was started with vLLM's weight transfer."""
         self.updates: list[str] = []
+        self.is_updating = False
+        """Another trainer has begun an update that it never ends."""
+        self.nccl_engine = "NCCLWeightTransferEngine"
         """Calls of vLLM's weight transfer."""
         self.processed = True
         """Log-probabilities with the temperature, as --logprobs-mode processed_logprobs."""
@@ -162,7 +165,7 @@ class ScriptedVllm:
             "/init_weight_transfer_engine": self._init_transfer,
             "/get_world_size": lambda _: {"world_size": 1},
             "/pause": self._noted("pause"),
-            "/start_weight_update": self._noted("start"),
+            "/start_weight_update": self._start_update,
             "/update_weights": self._receive,
             "/finish_weight_update": self._noted("finish"),
             "/resume": self._noted("resume"),
@@ -208,6 +211,11 @@ class ScriptedVllm:
         if not self.stale:
             self.model.load_state_dict(weights, strict=False)
 
+    def _start_update(self, body: Body) -> Any:
+        if self.is_updating:
+            raise HttpError(500, "start_weight_update called while an update is already active.")
+        return self._noted("start")(body)
+
     def _noted(self, call: str) -> Callable[[Body], Any]:
         def reply(_: Body) -> Any:
             self.updates.append(call)
@@ -219,7 +227,7 @@ class ScriptedVllm:
         if self.nccl is None:
             raise HttpError(500, "Weight transfer not configured.")
         if not body["init_info"]:
-            raise HttpError(500, "Invalid init_info for NCCLWeightTransferEngine: rank_offset")
+            raise HttpError(500, f"Invalid init_info for {self.nccl_engine}: rank_offset")
         assert body["init_info"]["world_size"] == 2 and body["init_info"]["rank_offset"] == 1
         self._group = self.nccl[body["init_info"]["nccl_unique_id_b64"]]
         self.updates.append("init")

@@ -34,8 +34,8 @@ class VllmEngineConfig(Section):
     prompt after a weight sync; beyond it the run ends. 0.001 where both compute in float32."""
     batch_invariant: bool = False
     """What is sampled does not depend on what else is in a batch (``VLLM_BATCH_INVARIANT=1``): slower,
-    and only on GPUs of compute capability 8.0 or newer. Set for an engine in this process; a server
-    must have been started with it, which it shows with ``VLLM_SERVER_DEV_MODE=1``."""
+    and only on GPUs of compute capability 8.0 or newer. A server must have been started with it, which
+    it shows with ``VLLM_SERVER_DEV_MODE=1``; in this process it is set, where nothing is trained."""
 
 
 class VllmServerConfig(VllmEngineConfig):

@@ -20,6 +20,7 @@ def check_sampling(recipe: Recipe) -> None:
     if recipe.train.steps == 0:  # nothing is trained
         return
     _check_cuts(recipe, distillation, grpo)
+    _check_vllm_process(recipe)
     if recipe.sampling.dynamic_rounds > 0:
         _check_dynamic(recipe, distillation, grpo)
 
@@ -59,6 +60,23 @@ def _check_dynamic(
         raise ValueError(
             "sampling.dynamic_rounds with a critic, which grpo does not use, would pay for critiques "
             "of groups that are left out: set critic = false"
+        )
+
+
+def _check_vllm_process(recipe: Recipe) -> None:
+    """Refuse settings of vLLM in the trainer's process that change how the trainer computes."""
+    engine, sampling = recipe.engine, recipe.sampling
+    if engine.type != "vllm":
+        return
+    if engine.batch_invariant:
+        raise ValueError(
+            "engine.batch_invariant replaces PyTorch's operations in this process by ones without "
+            'gradients: sample with engine.type = "vllm_server", whose servers are started with it'
+        )
+    if recipe.train.deterministic and sampling.top_p < 1:
+        raise ValueError(
+            "train.deterministic with sampling.top_p: vLLM in this process sums probabilities in an "
+            'order that PyTorch then refuses: sample with engine.type = "vllm_server", or remove top_p'
         )
 
 

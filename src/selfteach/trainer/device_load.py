@@ -113,14 +113,15 @@ def require_memory(recipe: Recipe) -> None:
 def with_memory_choices(recipe: Recipe, shards: int = 1) -> Recipe:
     """Return the recipe with what it leaves to the device's free memory (`device_memory.fit`).
 
-    ``shards`` are the ranks that share the weights. A model whose size is unknown gets the largest
-    micro-batch and no recomputation.
+    ``shards`` are the ranks that share the weights. A model whose size is unknown gets the smallest
+    micro-batch on a GPU, the largest on a CPU, and no recomputation.
     """
     if "auto" not in (recipe.train.micro_batch_tokens, recipe.model.gradient_checkpointing):
         return recipe
     load = _load_by_config(recipe, fetch=True)
     if load is None:
-        return with_choices(recipe, MICRO_BATCHES[0], False)
+        on_cpu = choose_device(recipe.model.device).type == "cpu"
+        return with_choices(recipe, MICRO_BATCHES[0 if on_cpu else -1], False)
     chosen = fit(replace(load, shards=shards), free_memory(recipe.model.device))
     return with_choices(recipe, chosen.micro_batch_tokens, chosen.recompute)
 

@@ -84,6 +84,15 @@ SAMPLED = "[context]\ntype = 'reference'\n[objective]\nsupport = 'sampled'\n"
             "[engine]\ntype = 'vllm'",
             "evaluation.top_p and evaluation.min_p together keep other tokens in vLLM",
         ),
+        (
+            "[context]\ntype = 'reference'\n[engine]\ntype = 'vllm'\nbatch_invariant = true",
+            "by ones without gradients",
+        ),
+        (
+            "[context]\ntype = 'reference'\n[sampling]\ntop_p = 0.9\n[engine]\ntype = 'vllm'\n"
+            "[train]\ndeterministic = true",
+            "train.deterministic with sampling.top_p",
+        ),
         ("[context]\ntype = 'reference'\n[sampling]\ndynamic_rounds = 2", "needs objective.type"),
         (GRPO + "[sampling]\ndynamic_rounds = 2\n[train]\nstaleness = 1", "train.staleness = 0"),
         (GRPO + "[sampling]\ndynamic_rounds = 2\n[critic]\ntype = 'oracle'", "critic = false"),

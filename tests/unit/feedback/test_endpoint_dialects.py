@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import threading
@@ -21,6 +22,7 @@ from selfteach.errors import CriticError, SelfteachError
 from selfteach.feedback.critics.chat_model import Reply, Request
 from selfteach.feedback.critics.critic_healthcheck import require_server
 from selfteach.feedback.critics.endpoint import EndpointModel
+from selfteach.feedback.critics.endpoint_member import EndpointMember, MemberFailure
 from selfteach.feedback.critics.llm import LlmCritic
 from selfteach.feedback.critics.parser import CritiqueParser
 from selfteach.feedback.critics.rate_limit import RateLimit
@@ -417,6 +419,20 @@ def test_tokens_that_were_reserved_and_not_used_are_returned() -> None:
         assert (
             seconds_of(lambda: limited.complete(requests, lambda *_: None)) < 60
         )  # without: 300 s
+
+
+def test_tokens_of_a_request_without_a_reply_are_returned() -> None:
+    with serving(says(RIGHT)) as server:
+        member = EndpointMember(config(server, tokens_per_minute=60_000), retries=0)
+    request = Request((("user", "x"),), 0.0, 100_000)
+
+    async def fails_twice() -> None:
+        for _ in range(2):
+            reserved = await member.admit(request)
+            with pytest.raises(MemberFailure):
+                await member.reply(request, reserved)
+
+    assert seconds_of(lambda: asyncio.run(fails_twice())) < 60  # without: 100 s
 
 
 def test_a_request_larger_than_the_limit_is_sent() -> None:

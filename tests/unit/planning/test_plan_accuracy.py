@@ -98,8 +98,11 @@ def test_this_machine_is_a_cpu_or_the_gpu_that_it_has(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert accuracy.device_class("here") == "h200-sxm"
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Radeon 42")
-    assert accuracy.device_class("here") == "radeon 42"
+    for name in ("Radeon 42", "NVIDIA L40", "NVIDIA H200 NVL", "NVIDIA H100 NVL"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert accuracy.device_class("here") == name, "a similar name is another device"
+    names = [name for device in known_devices().values() for name in device.names]
+    assert len(names) == len({*names}) == len(known_devices())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripted_nccl import ScriptedNccl
+from scripted_nccl import ScriptedGroup, ScriptedNccl
 from scripted_vllm import HttpError, ScriptedVllm, serving_fleet
 from served_policies import LORA, move, publish
 from torch import Tensor
@@ -21,6 +21,7 @@ from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import EngineError
 from selfteach.rollout.vllm import nccl_transfer, packed_weights, vllm_engine, weight_channel
+from selfteach.rollout.vllm.nccl_library import NcclError
 from selfteach.rollout.vllm.packed_weights import PackedWeights
 from selfteach.rollout.vllm.server_client import VllmServer
 from selfteach.rollout.vllm.vllm_engine import EngineUnavailable
@@ -328,6 +329,33 @@ def test_a_broadcast_that_nobody_receives_is_ended(
     assert len(nccl.groups) == 2 and server.updates[-1] == "resume"
 
 
+def test_a_server_that_is_being_updated_is_named_and_goes_on(
+    server: ScriptedVllm, nccl: ScriptedNccl, base: Built, tmp_path: Path
+) -> None:
+    client, named = on_gpu(server, tmp_path), list(base.components.policy.trainable.items())
+    server.is_updating = True
+    with pytest.raises(EngineError, match=r"in the middle of a weight update.*restart") as raised:
+        client.load_weights(named, LABEL)
+    assert "\n" not in str(raised.value) and server.updates == ["init", "pause", "resume"]
+
+
+def test_an_update_whose_communicator_does_not_end_keeps_its_cause(
+    server: ScriptedVllm, nccl: ScriptedNccl, base: Built, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def receive(_: dict[str, Any]) -> Any:
+        raise HttpError(500, "out of memory")
+
+    def abort(_: ScriptedGroup) -> None:
+        raise NcclError("ncclCommAbort: internal error")
+
+    client, named = on_gpu(server, tmp_path), list(base.components.policy.trainable.items())
+    monkeypatch.setattr(server, "_receive", receive)
+    monkeypatch.setattr(ScriptedGroup, "abort", abort)
+    with pytest.raises(EngineError, match="out of memory"):
+        client.load_weights(named, LABEL)
+
+
 @pytest.mark.parametrize(
     ("adapters", "device", "line"),
     [(True, "cuda", "is for full weights"), (False, "cpu", "needs a GPU that trains")],
@@ -351,6 +379,8 @@ def test_nccl_is_preferred_and_required_in_one_line(
     assert [chosen(wish) for wish in ("auto", "nccl", "stream", "folder")] == [
         "nccl", "nccl", "stream", "folder",
     ]  # fmt: skip
+    server.nccl_engine = "SparseNCCLWeightTransferEngine"
+    assert chosen("auto") == "stream", "it takes changed weights alone"
     server.nccl = None
     assert chosen("auto") == "stream"
     server.extension = False

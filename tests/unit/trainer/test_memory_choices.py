@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -129,6 +130,16 @@ def test_on_a_cpu_a_micro_batch_of_the_recipe_is_not_recomputed(
     assert with_memory_choices(recipe()).model.gradient_checkpointing is True
     on_gpu = device_load(named, replace(measure_offline(named), device="cuda"))
     assert on_gpu is not None and on_gpu.chooses_recompute
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 16_384), ("cuda", 2_048)])
+def test_a_model_of_unknown_size_fills_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, tokens: int
+) -> None:
+    monkeypatch.setattr(device_load_module, "choose_device", lambda _: torch.device(device))
+    monkeypatch.setattr(device_load_module, "cached_config", lambda *_, **__: None)
+    of_nobody = validate(Recipe, merge(RECIPE, {"model": {"path": "nobody/unknown"}}))
+    assert with_memory_choices(of_nobody).train.micro_batch_tokens == tokens
 
 
 def test_a_resume_goes_on_as_the_run_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

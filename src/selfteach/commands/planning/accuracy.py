@@ -147,8 +147,8 @@ def device_class(name: str) -> str:
 
     if not torch.cuda.is_available():
         return CPU
-    gpu = torch.cuda.get_device_name().lower()
-    return next((known for known in known_devices() if known.split("-")[0] in gpu), gpu)
+    gpu = torch.cuda.get_device_name()
+    return next((name for name, known in known_devices().items() if gpu in known.names), gpu)
 
 
 def error_lines(device: str, calibrated: Sequence[str] = ()) -> Iterator[str]:

@@ -38,6 +38,8 @@ class Device(Section):
     network_gb_per_s: float = Field(gt=0)
     host_gb_per_s: float = Field(gt=0)
     source: str
+    names: tuple[str, ...] = ()
+    """What PyTorch calls it: this device, and no smaller or larger one with a similar name."""
 
     @property
     def flops(self) -> float:

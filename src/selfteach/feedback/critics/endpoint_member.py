@@ -80,8 +80,13 @@ class EndpointMember:
 
         Raises `MemberFailure`.
         """
-        with active_span():  # not while it waits for a free slot
-            reply = await self._exchange(request)
+        try:
+            with active_span():  # not while it waits for a free slot
+                reply = await self._exchange(request)
+        except MemberFailure as failure:
+            if failure.kind != "slow":  # a server that is only slow may have written the reply
+                self._tokens.settle(-reserved)
+            raise
         used = reply.prompt_tokens + reply.completion_tokens if isinstance(reply, Reply) else 0
         self._tokens.settle(used - reserved if used else 0)
         return reply

@@ -9,6 +9,7 @@ weights that are being loaded.
 from __future__ import annotations
 
 import base64
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ PIECE_BYTES = 256 << 20
 """Bytes on the device beside the weights, at each end."""
 POLL_S = 0.002
 INITIAL_WEIGHT_VERSION = "default"
+WHOLE_WEIGHTS = " NCCLWeightTransferEngine"
+"""In the words of an engine that takes whole weights; vLLM's sparse one has a longer name."""
 
 
 class Group(Protocol):
@@ -88,7 +91,7 @@ class NcclTransfer:
             "shapes": [list(value.shape) for _, value in tensors],
         }
         http.post("/pause", {})
-        http.post("/start_weight_update", {})
+        self._start(http)
         receiving = http.start_post("/update_weights", {"update_info": update})
         group = self._groups[http.url]
         try:
@@ -97,10 +100,25 @@ class NcclTransfer:
             receiving.result()
         except (EngineError, EngineUnavailable, NcclError) as error:
             del self._groups[http.url]  # of no more use
-            group.abort()
+            with contextlib.suppress(NcclError):  # the error before it is the cause
+                group.abort()
             raise _typed(http, error) from None
         http.post("/finish_weight_update", {})
         http.post("/resume", {})
+
+    def _start(self, http: HttpClient) -> None:
+        """Begin an update; a server that refuses goes on with the weights that it has."""
+        try:
+            http.post("/start_weight_update", {})
+        except (EngineError, EngineUnavailable) as error:
+            with contextlib.suppress(EngineError, EngineUnavailable):
+                http.post("/resume", {})
+            if "already active" in str(error):
+                raise EngineError(
+                    f"engine: {http.url} is in the middle of a weight update, of another run or of one "
+                    "that was killed: end the other run, or restart the server"
+                ) from None
+            raise
 
     def adapter_path(self, http: HttpClient, weights: PackedWeights, config: str) -> str:
         """Fail: adapters are small, and vLLM's transfer does not take them."""
@@ -165,7 +183,7 @@ def accepts_nccl(http: HttpClient) -> bool:
     except NotFound:
         return False
     except EngineError as error:
-        return "NCCLWeightTransfer" in str(error)
+        return WHOLE_WEIGHTS in str(error)
     return False
 
 
