@@ -247,7 +247,7 @@ class Policy:
 
     def _probed(self, causal: PreTrainedModel, sides: Sequence[Sequences]) -> list[Tensor]:
         """Return the states of sequences, and gradients of a sum over them."""
-        layers = compiled_layers.decoder_layers(causal) or [causal]
+        layers = list(compiled_layers.decoder_layers(causal) or [causal])
         return pass_probe.states_and_gradients(self.model, layers, partial(self._states, sides))
 
     def _states(self, sides: Sequence[Sequences]) -> Tensor:
