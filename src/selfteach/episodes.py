@@ -98,6 +98,7 @@ class Segmented:
     segments: tuple[Segment, ...]
     token_ids: tuple[int, ...]
     text: str
+    finished: bool
 
     def require_tiling(self) -> None:
         """Check that the segments are the tokens, without a gap, and the text."""
@@ -115,6 +116,21 @@ class Segmented:
         """Return the model's segments."""
         turns = tuple(segment for segment in self.segments if segment.kind == "model")
         return turns or (Segment("model", 0, len(self.token_ids), self.text),)
+
+    @property
+    def is_cut(self) -> bool:
+        """Return True if the last turn was cut at its token limit, so that it is no whole step.
+
+        An episode that its budget or its environment has ended has whole turns.
+        """
+        if not self.segments:
+            return not self.finished
+        return self.segments[-1].event == "truncated"
+
+    @property
+    def is_broken(self) -> bool:
+        """Return True if the environment has failed, so that nobody has judged the episode."""
+        return bool(self.segments) and self.segments[-1].event in ("timeout", "failed")
 
     @property
     def model_mask(self) -> list[bool]:

@@ -47,8 +47,8 @@ class Environment(Protocol):
     """Runs one episode: replies to each turn of the policy, and may say at the end how it went.
 
     Every episode has an object of its own, and many are run side by side, each call in a thread and
-    with a deadline. What one raises ends its episode as an event, never the run. A method ``close``,
-    if there is one, is called when the episode is over.
+    with a deadline. What one raises ends its episode as an event, never the run, unless no episode of a
+    batch can begin. A method ``close``, if there is one, is called when the batch's episodes are over.
     """
 
     @property
@@ -59,7 +59,8 @@ class Environment(Protocol):
     def reset(self, problem: Problem, seed: int) -> str:
         """Begin the episode of a problem; return what is shown behind the question, "" for nothing.
 
-        The seed depends on seed, problem, sample and policy version: a resume gets the same.
+        The seed depends on seed, problem, sample and policy version, or on seed and problem alone
+        (``environment.seed_by``): a resume gets the same.
         """
         ...
 

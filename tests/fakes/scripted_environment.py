@@ -30,6 +30,7 @@ class ScriptedEnvironment:
         self.tools, self._steps = tools, list(steps)
         self._observation, self._verdict = observation, verdict
         self.seed: int | None = None
+        self.closed = 0
         self.turns: list[Turn] = []
 
     def reset(self, problem: Problem, seed: int) -> str:
@@ -49,6 +50,9 @@ class ScriptedEnvironment:
 
     def verdict(self) -> Verdict | None:
         return self._verdict
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 class ScriptedTurns:

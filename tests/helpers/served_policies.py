@@ -31,14 +31,16 @@ def publish(built: Built, version: int) -> None:
 
 
 def mismatch(built: Built, rollouts: list[Rollout], temperature: float = 0.7) -> float:
-    """Return the largest difference of log-probabilities, trainer against engine, in nats."""
+    """Return the largest difference of sampled tokens' log-probabilities, trainer against engine."""
     worst = 0.0
     for rollout in rollouts:
         side = sequences([rollout.prompt_ids], [rollout.token_ids], 0)
         with torch.no_grad():
             logits = built.components.policy.score(side).logits(slice(None))
         trainer = token_logp(logits, torch.tensor(rollout.token_ids), temperature)
-        worst = max(worst, (trainer - torch.tensor(rollout.logps)).abs().max().item())
+        sampled = list(rollout.model_positions)
+        difference = (trainer - torch.tensor(rollout.logps))[sampled]
+        worst = max(worst, difference.abs().max().item())
     return worst
 
 

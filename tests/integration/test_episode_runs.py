@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import operator
+import re
 import shutil
 from pathlib import Path
 
+import counting_environment
 import pyarrow.parquet as pq
 import pytest
+import scripted_server
 from episode_model import calculator_recipe, save_model
 from same_run import assert_same
 from scripted_vllm import serving
 
 from selfteach import cli
 from selfteach.commands.actions import load, one_run
+from selfteach.commands.forecast.collection import ForecastRequest
+from selfteach.commands.forecast.run_forecast import forecast
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.errors import PartError, RecipeError
@@ -24,32 +30,7 @@ from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
 from selfteach.trainer.loop import run_to_end
 
-COUNTING = '''
-"""Counts the turns, and lets the third be the last."""
-
-from selfteach.episodes import EnvironmentReply
-from selfteach.types import Verdict
-
-
-class Counting:
-    tools = ()
-
-    def __init__(self, last: int = 2) -> None:
-        self.last, self.turns, self.seed = last, 0, None
-
-    def reset(self, problem, seed):
-        self.seed = seed
-        return f"Your number is {seed % 7}."
-
-    def step(self, turn):
-        self.turns += 1
-        done = self.turns > self.last
-        return EnvironmentReply((f"turn {self.turns}: go on",), "observation", done)
-
-    def verdict(self):
-        good = self.turns > 1
-        return Verdict(good, True, None, None if good else "You have stopped too early.")
-'''
+COUNTING = Path(counting_environment.__file__).read_text()
 RECIPE = """
 [model]
 path = "{model}"
@@ -166,10 +147,72 @@ def test_every_sample_of_a_step_is_the_same_without_its_file(folder: Path, whole
 
 @pytest.mark.slow
 def test_distillation_on_the_environment_s_feedback(folder: Path) -> None:
-    run_to_end(recipe(folder, "environment", train={"steps": 1}), folder / "sdpo")
-    (samples,) = (folder / "sdpo" / "samples").glob("*.jsonl")
+    run_to_end(recipe(folder, "environment", train={"steps": 1}), folder / "feedback")
+    (samples,) = (folder / "feedback" / "samples").glob("*.jsonl")
     contexts = [row["context"] for row in rows(samples)]
     assert any(text and "You have stopped too early." in text for text in contexts) or all(contexts)
+
+
+def last_turn_changed(body: dict) -> str:
+    """Return a critique that repeats an episode's turns, and writes the last one anew."""
+    shown = (
+        body["messages"][-1]["content"].partition("ATTEMPT BEGINS")[2].partition("ATTEMPT ENDS")[0]
+    )
+    turns = re.findall(r"<turn_\d+>\n(.*?)\n</turn_\d+>", shown, re.DOTALL)
+    written = [*turns[:-1], "go on"]
+    return "\n".join(f"<turn_{i}>\n{text}\n</turn_{i}>" for i, text in enumerate(written, 1))
+
+
+@pytest.mark.slow
+def test_a_step_trains_on_critiques_of_what_the_environment_judged(folder: Path) -> None:
+    """No verifier reads the critic's last turn, which is a step as the others are."""
+    with scripted_server.serving(scripted_server.says(last_turn_changed)) as server:
+        critic = {
+            "type": "endpoint", "base_url": server.url, "model": "scripted", "http_retries": 0,
+            "reply_cache": str(folder / "replies.sqlite"), "min_similarity": 0.0,
+        }  # fmt: skip
+        judged = recipe(
+            folder, critic=critic, context={"type": "step_aligned"}, model={"templates": "turns_bare"},
+            objective={"type": "distillation", "from_first_error": True}, train={"steps": 1},
+        )  # fmt: skip
+        run_to_end(judged, folder / "judged")
+        critiqued = []
+        for path in ("rollouts/step_000001.000", "samples/step_000001"):
+            out, place = folder / "judged.jsonl", folder / "judged" / f"{path}.jsonl"
+            cli.app(["critique", str(place), "--out", str(out)], standalone_mode=False)
+            critiqued.append([row["critique"]["first_error"] for row in rows(out)])
+    samples = rows(folder / "judged" / "samples" / "step_000001.jsonl")
+    sampled = {
+        (row["problem_id"], row["sample"]): row
+        for path in (folder / "judged" / "rollouts").glob("step_000001.*") for row in rows(path)
+    }  # fmt: skip
+    errors, starts = [], []
+    for row in samples:
+        assert "steps" in row["critique"], row["critique"]
+        segments = sampled[row["problem_id"], row["sample"]]["segments"]
+        last = [segment for segment in segments if segment["kind"] == "model"][-1]
+        is_cut = segments[-1]["event"] == "truncated"
+        errors.append(row["first_error_token"])
+        starts.append(None if is_cut else last["start"])
+    assert critiqued == [[row["critique"]["first_error"] for row in samples]] * 2
+    assert errors == starts and any(starts) and any(row["correct"] for row in samples)
+    (step,) = [row for row in RunFolder(folder / "judged").metrics() if row["kind"] == "step"]
+    in_loss = sum(start is not None for start in starts) / len(starts)
+    assert step["frac_in_loss"] == pytest.approx(in_loss) and step["loss"] > 0
+
+
+@pytest.mark.slow
+def test_a_forecast_s_teacher_plays_the_same_episodes(folder: Path, tmp_path: Path) -> None:
+    """The environment shows a number of its seed first, which is in the teacher's prompt."""
+    arms = {"environment": recipe(folder, "environment")}
+    result = forecast(arms, ForecastRequest(problems=2, k=2), tmp_path)
+    assert result["arms"]["environment"]["measures"]["edge"] is not None
+    first, again = (
+        {(row["problem_id"], row["sample"]): row["observation"]
+         for path in sorted((tmp_path / "rollouts").glob(f"{name}.*")) for row in rows(path)}
+        for name in ("base_0", "teacher_environment")
+    )  # fmt: skip
+    assert len(first) == 4 and first == again
 
 
 def test_check_runs_the_environment_s_contract(
@@ -257,7 +300,9 @@ def test_step_aligned_critiques_of_episodes_by_the_oracle(folder: Path) -> None:
     run_to_end(one, folder / "aligned")
     samples = rows(folder / "aligned" / "samples" / "step_000001.jsonl")
     critiques = [row["critique"] for row in samples]
-    assert all(critique["first_error"] is not None for critique in critiques), "a random model"
+    cut = [row["segments"][-1]["event"] == "truncated" for row in samples]
+    errors = [critique["first_error"] is not None for critique in critiques]
+    assert all(map(operator.or_, errors, cut)) and any(errors), "a random model"
     assert all("<turn_1>" in row["context"] for row in samples)
     steps = [row for row in RunFolder(folder / "aligned").metrics() if row["kind"] == "step"]
     assert all(row["loss"] > 0 for row in steps)

@@ -70,6 +70,13 @@ def no_shared_server(installed: None) -> None:
         server.stop()
 
 
+@pytest.fixture(scope="module")
+def engine(no_shared_server: None, print_line: Callable[[str], None]) -> Iterator[Server]:
+    """Start a server that takes the trainer's weights, for the tests of one module."""
+    with vllm_server.serving(log=print_line, engine=True) as server:
+        yield server
+
+
 @pytest.fixture
 def server(started: Server) -> Server:
     """Return the shared server, started again if a test has killed it and failed."""

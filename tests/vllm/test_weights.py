@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,6 @@ SMALL: dict[str, Any] = {
     "evaluation": {"every": 2, "validation_k": 1, "test": False},
 }  # fmt: skip
 LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}}}
-
-
-@pytest.fixture(scope="module")
-def engine(no_shared_server: None, print_line: Callable[[str], None]) -> Iterator[Server]:
-    with vllm_server.serving(log=print_line, engine=True) as server:
-        yield server
 
 
 def recipe(server: Server, more: dict[str, Any] | None = None) -> Recipe:

@@ -33,7 +33,14 @@ from selfteach.tasks.sources.text_files import numbered_lines
 from selfteach.tasks.task import Oracle, true_critique
 from selfteach.tasks.verifiers import verify_rollouts
 from selfteach.trainer.build import CritiqueSetup, build_critique_setup
-from selfteach.types import Critique, CritiquedRollout, Problem, Rollout, TrainingSample
+from selfteach.types import (
+    Critique,
+    CritiquedRollout,
+    Problem,
+    Rollout,
+    TrainingSample,
+    Verdict,
+)
 
 BATCH_SIZE = 64
 """Rollouts given to the critic in one call."""
@@ -137,7 +144,7 @@ def _row(setup: CritiqueSetup, critiqued: CritiquedRollout) -> dict[str, Any]:
     text = critiqued.rollout.text
     spans = segmentation.step_spans(critiqued.rollout, setup.task.split_steps)
     change = first_change(critiqued, spans, token_ends(setup.renderer, critiqued.rollout))
-    step_spans = segmentation.without_final(spans, critiqued.verdict.parsed)
+    step_spans = segmentation.before_answer(critiqued.rollout, critiqued.verdict, spans)
     steps = [segmentation.content(text, span) for span in step_spans]
     row = {**sample_row(TrainingSample(critiqued, change=change)), "answer_steps": steps}
     if setup.task.oracle is None:
@@ -183,16 +190,25 @@ def _rollout(
     except UnreadableValue as unreadable:
         raise DataError(f"{where}: the history {unreadable}") from None
     text = text if "segments" in row else split_thinking(text)[1]
-    episode = episode_fields(row) if "token_ids" in row else {}
-    if "token_ids" in row:
-        ids = tuple(row["token_ids"])
-    elif "segments" in row:
-        with reading(Path(where)):
-            ids, episode["segments"] = _episode(setup, row["segments"], text)
-    else:
-        ids = _token_ids(setup, text, finished)
+    ids, episode = _tokens(row, text, finished, where, setup)
     rollout = Rollout(problem, sample, (), ids, (0.0,) * len(ids), text, finished, 0, **episode)
     return RolloutFromFile(rollout, None if correct is None else bool(correct))
+
+
+def _tokens(
+    row: Mapping[str, Any], text: str, finished: bool, where: str, setup: CritiqueSetup
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return a rollout's ids, and what an episode has besides, with its environment's verdict."""
+    if "token_ids" in row:
+        return tuple(row["token_ids"]), episode_fields(row)
+    if "segments" not in row:
+        return _token_ids(setup, text, finished), {}
+    with reading(Path(where)):
+        ids, segments = _episode(setup, row["segments"], text)
+    if not row.get("judged"):
+        return ids, {"segments": segments}
+    columns = row["correct"], row["formatted"], row["parsed"], row.get("feedback")
+    return ids, {"segments": segments, "verdict": Verdict(*columns)}
 
 
 def _problem(row: Mapping[str, Any], default_id: str, problems: _Problems) -> Problem:

@@ -23,6 +23,9 @@ class EpisodeConfig(Section):
     max_reply_chars: int = Field(default=4000, ge=100)
     """Longest message of an environment in characters; of a longer one the middle is left out, and its
     place says so."""
+    seed_by: Literal["sample", "problem"] = "sample"
+    """Whether each episode's environment has a seed of its own, or all episodes of a problem have the
+    same, at every step: for environments that draw the task by the seed."""
 
 
 class CalculatorEnvironmentConfig(EpisodeConfig):
@@ -57,6 +60,9 @@ class OpenEnvEnvironmentConfig(EpisodeConfig):
 
     type: Literal["openenv"]
     """A server of OpenEnv's protocol."""
+    seed_by: Literal["sample", "problem"] = "problem"
+    """Whether each episode has a seed of its own, or all episodes of a problem the same: servers draw
+    the task by the seed, and a group's rollouts are compared."""
     url: str
     """Address of the server, like ``http://localhost:8000``; each episode is a session of its own."""
     action: str = Field(default="message", min_length=1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
+from selfteach.prompts.template_set import untagged
 from selfteach.tasks.code.answer_parts import lines_of
 from selfteach.tasks.code.code_steps import IndentedSpan
-from selfteach.tasks.segmentation import Span, content, without_final
+from selfteach.tasks.segmentation import Span, before_answer, content
 from selfteach.types import Critique, CritiquedRollout, FirstChange, Rollout
 
 
@@ -79,23 +80,24 @@ def _outside_steps(text: str, spans: Sequence[Span]) -> tuple[int, int] | None:
 def changed_steps(critiqued: CritiquedRollout, spans: Sequence[Span]) -> Iterator[tuple[int, str]]:
     """Yield the index of each step that the critique does not repeat, and the text in its place.
 
-    Steps are compared in order, ignoring white space; lines of code exactly, but for what they end in.
-    ``spans`` are the steps of the rollout's text, the final answer last if it has one; that counts as
-    repeated if the verifier parses the same answer from both. The text is "" where the critique has no
-    step in that place. Yields nothing without a critique.
+    Steps are compared in order, ignoring white space; turns and lines of code exactly, but for what
+    their lines end in. ``spans`` are the steps of the rollout's text, the final answer last if it has
+    one; that counts as repeated if the verifier parses the same answer from both. The text is "" where
+    the critique has no step in that place. Yields nothing without a critique.
     """
-    critique, text, parsed = critiqued.critique, critiqued.rollout.text, critiqued.verdict.parsed
+    critique, rollout, verdict = critiqued.critique, critiqued.rollout, critiqued.verdict
     if not isinstance(critique, Critique):
         return
     steps = [step.text for step in critique.steps]
-    before_final = len(without_final(spans, parsed))
+    before_final = len(before_answer(rollout, verdict, spans))
     for index, span in enumerate(spans):
         final = index >= before_final
-        if final and parsed == critique.answer:
+        if final and verdict.parsed == critique.answer:
             continue
         replacement = steps[index] if index < len(steps) and not final else ""
         same = same_lines if isinstance(span, IndentedSpan) else same_words
-        if not same(content(text, span), replacement):
+        same = same_turns if rollout.is_episode else same
+        if not same(content(rollout.text, span), replacement):
             yield index, replacement
 
 
@@ -112,6 +114,16 @@ def same_words(a: str, b: str) -> bool:
 def same_lines(a: str, b: str) -> bool:
     """Return True if two steps of code are equal except for white space at the ends of lines."""
     return lines_of(a) == lines_of(b)
+
+
+def lines_of_turn(text: str) -> Sequence[str]:
+    """Return the lines of a turn as a critic is shown it: a call's indentation counts, tags do not."""
+    return lines_of(untagged(text).strip())
+
+
+def same_turns(a: str, b: str) -> bool:
+    """Return True if two turns are equal except for tags and white space at the ends of lines."""
+    return lines_of_turn(a) == lines_of_turn(b)
 
 
 def _common_length(a: str, b: str) -> int:

@@ -9,8 +9,8 @@ version), and so is an environment's seed, so an episode depends on no other.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,12 +21,13 @@ from selfteach.episodes import EnvironmentReply, EventKind, Turn
 from selfteach.errors import EngineError
 from selfteach.prompts.episode_tokens import with_observation
 from selfteach.prompts.renderer import Renderer
+from selfteach.prompts.tool_calls import Role
 from selfteach.protocols import Environment
 from selfteach.rollout.journaled_engine import SamplingInterrupted
 from selfteach.rollout.prompt_request import CompletionEngine, ContinuingEngine, PromptRequest
 from selfteach.rollout.running_episode import RunningEpisode, role_of
 from selfteach.runtime.deadline_calls import CallFailure, call_all
-from selfteach.runtime.seeds import episode_seed
+from selfteach.runtime.seeds import EpisodeKey, SeedBy, episode_seed
 from selfteach.types import Problem, Rewards, Rollout, Sampling, Verdict
 
 BROKEN = Verdict(False, False, None, rewards=Rewards(None, {}))
@@ -49,6 +50,8 @@ class EpisodeLimits:
     """Environments that reply at the same time."""
     max_reply_chars: int = 4000
     """Characters of a reply; of a longer one the middle is left out, and its place says so."""
+    seed_by: SeedBy = "sample"
+    """Whether each episode has a seed of its own, or all of a problem the same."""
 
 
 class EpisodeEngine:
@@ -56,7 +59,8 @@ class EpisodeEngine:
 
     An environment that raises or does not reply in time ends its episode, as an event. So does a turn
     that is cut at ``sampling.max_tokens``, and an episode without a turn or a token left. Raises
-    `EngineError` for a chat template to which replies cannot be appended.
+    `EngineError` for a chat template to which replies cannot be appended. Environments are closed
+    however a batch ends.
     """
 
     def __init__(
@@ -69,8 +73,9 @@ class EpisodeEngine:
         self._engine, self._renderer = engine, renderer
         self._make_environment, self._limits = make_environment, limits
         self._version = 0
+        self._usable_roles: set[Role] = set()
         if limits.max_turns > 1:
-            renderer.require_replies("tool" if make_environment().tools else "user")
+            self._require_role("tool" if make_environment().tools else "user")
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load the weights into the engine."""
@@ -85,35 +90,45 @@ class EpisodeEngine:
     def generate(self, problems: Sequence[Problem], sampling: Sampling) -> list[Rollout]:
         """Run ``sampling.samples`` episodes of each problem, all of them side by side.
 
-        Raises `EngineError` if a prompt leaves no room for a turn; `SamplingInterrupted` with the
-        complete groups if the engine fails.
+        Raises `EngineError` if a prompt leaves no room for a turn, or if no environment can begin;
+        `SamplingInterrupted` with the complete groups if the engine fails.
         """
         samples = range(sampling.samples)
-        episodes = [RunningEpisode(p, n) for p in problems for n in samples]
-        self._reset(episodes, sampling)
-        for episode in episodes:
-            shown = with_observation(episode.problem, episode.observation)
-            episode.prompt_ids = self._renderer.solver_prompt(shown)
-        return self._run(episodes, sampling, len(samples))
+        episodes = [
+            RunningEpisode(p, n, self._seed(p, EpisodeKey(sampling.seed, n, self._version)))
+            for p in problems
+            for n in samples
+        ]
+        with self._environments(episodes):
+            for episode in episodes:
+                shown = with_observation(episode.problem, episode.observation)
+                episode.prompt_ids = self._renderer.solver_prompt(shown)
+            return self._run(episodes, sampling, len(samples))
 
     def complete(self, requests: Sequence[PromptRequest], sampling: Sampling) -> list[Rollout]:
         """Run episodes from given first prompts, such as the self-teacher's.
 
         Raises what `generate` does, and `EngineError` for an environment that shows something before
-        the first turn: it is not in these prompts.
+        the first turn, unless the prompts are of earlier episodes and show it.
         """
-        episodes = [
-            RunningEpisode(r.problem, n, prompt_ids=r.prompt_ids)
+        rows = [
+            (r, n, key)
             for r in requests
-            for n in r.samples
+            for n, key in zip(r.samples, r.episodes or [None] * len(r.samples), strict=True)
         ]
-        self._reset(episodes, sampling)
-        if any(episode.observation for episode in episodes):
-            raise EngineError(
-                "the environment shows something before the first turn, so its episodes cannot begin "
-                "with another prompt, as the teacher's"
-            )
-        return self._run(episodes, sampling, len(requests[0].samples) if requests else 0)
+        episodes = []
+        for request, n, key in rows:
+            key = key or EpisodeKey(sampling.seed, n, self._version)
+            seed = self._seed(request.problem, key)
+            episodes.append(RunningEpisode(request.problem, n, seed, prompt_ids=request.prompt_ids))
+        with self._environments(episodes):
+            pairs = zip(episodes, rows, strict=True)
+            if any(episode.observation and key is None for episode, (_, _, key) in pairs):
+                raise EngineError(
+                    "the environment shows something before the first turn, so its episodes cannot "
+                    "begin with another prompt, as the teacher's"
+                )
+            return self._run(episodes, sampling, len(requests[0].samples) if requests else 0)
 
     def _run(
         self, episodes: list[RunningEpisode], sampling: Sampling, group_size: int
@@ -146,26 +161,43 @@ class EpisodeEngine:
             return self._engine.continuing_sequences()
         return nullcontext()
 
-    def _reset(self, episodes: Sequence[RunningEpisode], sampling: Sampling) -> None:
-        """Begin the episodes: store what each environment shows first, or why it cannot begin."""
-        seeds = [episode_seed(e.problem, e.sample, sampling, self._version) for e in episodes]
+    def _seed(self, problem: Problem, key: EpisodeKey) -> int:
+        return episode_seed(problem, key, self._limits.seed_by)
 
-        def begin(problem: Problem, seed: int) -> tuple[Environment, object]:
-            environment = self._make_environment()
-            return environment, environment.reset(problem, seed)
+    @contextmanager
+    def _environments(self, episodes: Sequence[RunningEpisode]) -> Iterator[None]:
+        """Begin the episodes, and close their environments in the end, whatever happens."""
+        try:
+            self._reset(episodes)
+            yield
+        finally:
+            closing = [getattr(episode.environment, "close", None) for episode in episodes]
+            self._call([close for close in closing if callable(close)])
 
-        begun = self._call(
-            [partial(begin, e.problem, s) for e, s in zip(episodes, seeds, strict=True)]
-        )
+    def _reset(self, episodes: Sequence[RunningEpisode]) -> None:
+        """Begin the episodes: store what each environment shows first, or why it cannot begin.
+
+        Raises `EngineError` if not one can begin: there would be nothing to learn from.
+        """
+
+        def begin(episode: RunningEpisode) -> object:
+            environment = episode.environment = self._make_environment()
+            return environment.reset(episode.problem, episode.seed)
+
+        begun = self._call([partial(begin, episode) for episode in episodes])
         for episode, result in zip(episodes, begun, strict=True):
             if isinstance(result, CallFailure):
                 episode.broken = result.kind, _plain(result.detail)
-                continue
-            episode.environment, observation = result
-            if isinstance(observation, str):
-                episode.observation = self._shortened(observation)
+            elif isinstance(result, str):
+                episode.observation = self._shortened(result)
             else:
-                episode.broken = "failed", f"reset returned {_named(observation)} and not a text"
+                episode.broken = "failed", f"reset returned {_named(result)} and not a text"
+        broken = [episode.broken for episode in episodes if episode.broken is not None]
+        if broken and len(broken) == len(episodes):
+            raise EngineError(
+                f"none of the {len(episodes)} environments of a batch could begin, so nothing was "
+                f"sampled; the first: {broken[0][1]}"
+            )
 
     def _sample_turns(self, active: Sequence[RunningEpisode], sampling: Sampling) -> list[Rollout]:
         """Sample the next turn of each episode; a prompt that several share is one request."""
@@ -216,14 +248,31 @@ class EpisodeEngine:
         elif episode.turns >= self._limits.max_turns:
             episode.note(reply.event, text)
             episode.end("budget", f"no turn is left of {self._limits.max_turns}")
+        elif isinstance(ids := self._encoded(reply), str):
+            episode.note(reply.event, text)
+            episode.broken = "failed", ids
+            episode.end(*episode.broken)
         else:
-            ids = self._renderer.reply(reply.texts, role_of(reply))
             length = len(episode.ids) + len(ids)
             if length >= self.max_length:
                 episode.note(reply.event, text)
                 episode.end("budget", f"no room is left in {self.max_length} tokens")
             else:
                 episode.add_reply(reply, ids)
+
+    def _encoded(self, reply: EnvironmentReply) -> tuple[int, ...] | str:
+        """Return a reply's ids, or why the chat template cannot render it behind a turn."""
+        try:
+            self._require_role(role_of(reply))
+            return self._renderer.reply(reply.texts, role_of(reply))
+        except EngineError as error:  # an environment with tools may write as the user, too
+            return _plain(str(error))
+
+    def _require_role(self, role: Role) -> None:
+        """Raise `EngineError` if messages of a role cannot follow a turn as it was sampled."""
+        if role not in self._usable_roles:
+            self._renderer.require_replies(role)
+            self._usable_roles.add(role)
 
     def _read(self, text: str) -> Turn:
         tool_format = self._renderer.tool_format
@@ -241,7 +290,7 @@ class EpisodeEngine:
         return SamplingInterrupted(f"{failure.bare} ({saved})", rollouts, bare=failure.bare)
 
     def _judge(self, episodes: Sequence[RunningEpisode]) -> None:
-        """Store the verdicts of the environments that give one, and close them.
+        """Store the verdicts of the environments that give one.
 
         A rollout whose environment is broken is no success and has no reward: it is not the policy's
         doing, so it has no advantage.
@@ -260,8 +309,6 @@ class EpisodeEngine:
             else:
                 episode.note("failed", f"verdict returned {_named(verdict)} and not a Verdict")
                 episode.verdict = BROKEN
-        closing = [getattr(episode.environment, "close", None) for episode in episodes]
-        self._call([close for close in closing if callable(close)])
 
     def _call(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         limits = self._limits

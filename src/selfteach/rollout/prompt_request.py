@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from selfteach.protocols import Engine
+from selfteach.runtime.seeds import EpisodeKey
 from selfteach.types import Problem, Rollout, Sampling
 
 
@@ -21,6 +22,9 @@ class PromptRequest:
     """Index of each completion among those of the problem; with the seed it keys the random stream."""
     turn: int = 0
     """Index of the turn in its episode, which is in the key too; 0: the first, or a single answer."""
+    episodes: tuple[EpisodeKey, ...] = ()
+    """Earlier episodes whose environments the completions get anew, one per sample, so that they show
+    what is in the prompt; empty: each completion gets an environment with a seed of its own."""
 
 
 @runtime_checkable

@@ -23,6 +23,8 @@ class RunningEpisode:
 
     problem: Problem
     sample: int
+    seed: int
+    """Seed of the environment."""
     environment: Environment | None = None
     """None until it is made, and if it cannot be made."""
     observation: str = ""

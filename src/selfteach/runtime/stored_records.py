@@ -173,11 +173,13 @@ def sample_row(sample: TrainingSample, prompt: str | None = None) -> dict[str, A
 
 
 def segment_columns(rollout: Rollout) -> dict[str, Any]:
-    """Return an episode's segments as ranges of characters of its text; no column for an answer."""
+    """Return an episode's segments as ranges of characters of its text, and whether its environment has
+    judged it; no column for an answer."""
     if not rollout.is_episode:
         return {}
     rows = zip(rollout.segments, rollout.text_spans, strict=True)
-    return {"segments": [{"kind": s.kind, "event": s.event, "span": span} for s, span in rows]}
+    segments = [{"kind": s.kind, "event": s.event, "span": span} for s, span in rows]
+    return {"segments": segments, **({"judged": True} if rollout.verdict is not None else {})}
 
 
 def verdict_row(verdict: Verdict) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from selfteach.tasks.code.code_steps import IndentedSpan, code_steps
 from selfteach.tasks.final_answers import OPEN, Span, last_box_begin, tagged_span
 from selfteach.tasks.lab import checker
-from selfteach.types import Rollout
+from selfteach.types import Rollout, Verdict
 
 Splitter = Callable[[str], list[Span]]
 """Maps an answer's text to its steps as spans of characters, in order, the final answer last."""
@@ -126,6 +126,19 @@ def content(text: str, span: Span) -> str:
     if isinstance(span, IndentedSpan):
         return text[slice(*span)].rstrip()
     return OUTER_TAGS.sub("", text[slice(*span)]).strip()
+
+
+def before_answer(rollout: Rollout, verdict: Verdict, spans: Sequence[Span]) -> Sequence[Span]:
+    """Return the spans of a rollout's steps before its final answer, if it has one."""
+    return spans if judged_by_environment(rollout) else without_final(spans, verdict.parsed)
+
+
+def judged_by_environment(rollout: Rollout) -> bool:
+    """Return True if an environment has judged the episode: then no turn of it is a final answer.
+
+    No verifier can read such an answer, and all turns are steps, the last one too.
+    """
+    return rollout.verdict is not None and not rollout.is_broken
 
 
 def without_final(spans: Sequence[Span], parsed: str | None) -> Sequence[Span]:

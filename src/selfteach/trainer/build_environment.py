@@ -67,10 +67,11 @@ def build_environments(recipe: Recipe, task: Task | None = None) -> Environments
             runner = python_tool.PythonRunner(CodeConfig(**config.model_dump(include=names)))
             return Environments(lambda: python_tool.PythonEnvironment(runner), limits, runner.start)
         case OpenEnvEnvironmentConfig():
+            sessions = _most_episodes(recipe, task)
             return Environments(
                 lambda: openenv_client.OpenEnvEnvironment(config),
                 limits,
-                lambda: openenv_client.require_server(config),
+                lambda: openenv_client.require_server(config, sessions),
             )
         case VerifiersEnvironmentConfig():
             if task is None or task.environment is None:
@@ -101,9 +102,23 @@ def for_episodes(recipe: Recipe, task: Task, tool_format: ToolFormat | None) -> 
     return replace(task, oracle=None)
 
 
+def _most_episodes(recipe: Recipe, task: Task | None) -> int:
+    """Return the most episodes of a batch, of a step or of an evaluation: they run side by side."""
+    size, evaluation = recipe.sampling.batch_size, recipe.evaluation
+    groups = [(recipe.train.problems_per_step, recipe.train.group_size)]
+    if task is not None:
+        groups.append((len(task.validation), evaluation.validation_k))
+        groups.append((len(task.test), evaluation.test_k))
+    return max(min(problems, max(1, size // k)) * k for problems, k in groups if k)
+
+
 def _limits(config: EnvironmentConfig) -> EpisodeLimits:
     return EpisodeLimits(
-        config.max_turns, config.deadline_s, config.concurrency, config.max_reply_chars
+        config.max_turns,
+        config.deadline_s,
+        config.concurrency,
+        config.max_reply_chars,
+        config.seed_by,
     )
 
 

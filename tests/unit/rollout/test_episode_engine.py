@@ -183,9 +183,13 @@ def test_a_long_reply_is_shortened_and_says_so() -> None:
 
 @pytest.mark.parametrize("observation", [RuntimeError("down"), 7])
 def test_an_environment_that_cannot_begin_loses_no_run(observation: object) -> None:
-    rollout, _, environment = run(["4"], [FOUR], observation=observation)
-    assert events(rollout) == ["turn", "failed"] and environment.turns == []
-    assert rollout.verdict is not None
+    broken = ScriptedEnvironment([FOUR], tools=[TOOL], observation=observation)
+    made = iter([ScriptedEnvironment(tools=[TOOL]), broken, ScriptedEnvironment(tools=[TOOL])])
+    engine = ScriptedTurns(renderer(), {("p", n): ["4"] for n in range(2)})
+    episodes = EpisodeEngine(engine, renderer(), lambda: next(made), EpisodeLimits(threads=1))
+    rollout, other = episodes.generate([P], Sampling(2, 1.0, 200, 3))
+    assert events(rollout) == ["turn", "failed"] and broken.turns == [] and broken.closed == 1
+    assert rollout.verdict is not None and other.finished
     assert (rollout.verdict.correct, rollout.verdict.reward) == (False, None), "no advantage"
 
 

@@ -158,7 +158,7 @@ def test_a_missing_library_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     (tmp_path / "e.py").write_text("def load_environment(): ...")
     for name in ("gsm8k", f"{tmp_path}/e.py:load_environment"):
-        with pytest.raises(SelfteachError, match=r"needs verifiers: pip install verifiers"):
+        with pytest.raises(SelfteachError, match=r"no extra of selfteach: pip install verifiers"):
             loaded(name)
 
 

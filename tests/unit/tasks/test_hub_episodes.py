@@ -17,14 +17,14 @@ from verifiers_environments import CLASSIC, EPISODES, TASKSET, shaped_library
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import validate
 from selfteach.episodes import EnvironmentReply, Turn
-from selfteach.errors import RecipeError, SelfteachError
+from selfteach.errors import EngineError, RecipeError, SelfteachError
 from selfteach.prompts.renderer import Renderer
 from selfteach.prompts.template_set import Templates
 from selfteach.prompts.thinking import Thinking
 from selfteach.protocols import Environment
 from selfteach.rollout.episode_engine import EpisodeEngine
 from selfteach.runtime.deadline_calls import CallFailure, call_all
-from selfteach.runtime.seeds import episode_seed
+from selfteach.runtime.seeds import EpisodeKey, episode_seed
 from selfteach.tasks.task import Task, load_task
 from selfteach.trainer.build_environment import Environments, build_environments
 from selfteach.types import Problem, Rollout, Sampling
@@ -88,7 +88,7 @@ def events(rollout: Rollout) -> list[str]:
 
 def test_an_episode_goes_as_in_the_library(folder: Path) -> None:
     problem = loaded(recipe(folder))[0].train[0]
-    wanted = str(episode_seed(problem, 0, SAMPLING, 0) % 10)
+    wanted = str(episode_seed(problem, EpisodeKey(SAMPLING.seed, 0, 0)) % 10)
     wrong = next(n for n in "01" if n != wanted)
     (rollout,), engine = run(folder, "guess", [wrong, wanted])
     assert events(rollout) == ["turn", "observation", "turn", "observation"]
@@ -159,6 +159,9 @@ def test_tools_are_offered_called_and_rewarded(folder: Path) -> None:
     assert events(rollout) == ["turn", "tool_result", "turn", "tool_error", "turn"]
     assert [s.text for s in rollout.segments if s.event] == ["3\n4", "x is negative"]
     assert rollout.verdict is not None and rollout.verdict.reward == 3.0
+    unknown = CALL.replace("add", "divide") % 1
+    (rollout,), _ = run(folder, "sums", [unknown, "It is 3."])
+    assert events(rollout) == ["turn", "tool_error", "turn"], "there is no such tool"
     malformed = '```json\n{"name": "add", "arguments": {"x": 1, "y": 2}}\n```'
     (rollout,), _ = run(folder, "sums", [malformed, "It is 3."])
     assert events(rollout) == ["turn", "malformed_call", "turn"]
@@ -200,10 +203,9 @@ def test_a_reward_that_raises_counts_as_zero(folder: Path) -> None:
     assert rollout.verdict.reward == 0.0
 
 
-def test_what_rewrites_its_prompt_fails_its_episode(folder: Path) -> None:
-    (rollout,), _ = run(folder, "rewriting", ["x"])
-    assert events(rollout) == ["turn", "failed"]
-    assert "setup_state rewrites the prompt" in rollout.segments[-1].text
+def test_what_rewrites_its_prompt_ends_the_run_before_it_samples(folder: Path) -> None:
+    with pytest.raises(EngineError, match=r"none of the 1 .* setup_state rewrites the prompt"):
+        run(folder, "rewriting", ["x"])
 
 
 @pytest.mark.parametrize(

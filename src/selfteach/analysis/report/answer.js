@@ -109,7 +109,9 @@ function stepTable() {
     body.append(stepRow(String(i + 1), cell, critiqueCell(critiqueSteps[i]), i === record.first_error));
     body.append(...replyRows(i));
   }
-  if (final !== null || (critique && critique.answer)) {
+  const last = critiqueSteps.at(-1);
+  const isLastTurn = final === null && last && critique.answer === last.text; // no answer beside the turns
+  if (final !== null || (critique && critique.answer && !isLastTurn)) {
     const corrected = critique && critique.answer ? { text: critique.answer, status: null } : null;
     const cell = final === null ? node("td") : answerCell(final);
     body.append(stepRow("answer", cell, critiqueCell(corrected), final !== null && final === record.first_error));

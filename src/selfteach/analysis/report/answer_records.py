@@ -122,7 +122,7 @@ def _inspected_record(row: Mapping[str, Any], tokens: Mapping[str, Any]) -> Answ
         "problem": row["problem_id"], "sample": row["sample"], "source": "inspection", "step": None,
         "question": row["question"], "gold": row["gold_answer"], "text": row["text"],
         "prompt": row.get("prompt"), "history": row.get("history", []),
-        "parsed": row["parsed"], "correct": row["correct"], "finished": row["finished"],
+        "parsed": _final(row), "correct": row["correct"], "finished": row["finished"],
         "spans": row["step_spans"]["characters"], "first_error": row["first_error"],
         "replies": _replies(row, row["text"]),
         "critique": _critique(row["critique"]), "fidelity": row["fidelity"],
@@ -141,13 +141,18 @@ def _training_record(
         "problem": row["problem_id"], "sample": row["sample"], "source": name, "step": step,
         "question": row["question"], "gold": row.get("gold"), "text": row["answer"],
         "prompt": prompts.get(row["problem_id"]), "history": row.get("history", []),
-        "parsed": row["parsed"], "correct": row["correct"], "finished": row.get("finished", True),
+        "parsed": _final(row), "correct": row["correct"], "finished": row.get("finished", True),
         "spans": row.get("steps") or [[0, len(row["answer"])]],
         "replies": _replies(row, row["answer"]),
         "first_error": critique.get("first_error") if critique else None,
         "critique": _critique(critique), "fidelity": change["fidelity"] if change else None,
         "contexts": {} if context == "none" else {context: shown_context}, "tokens": None,
     }  # fmt: skip
+
+
+def _final(row: Mapping[str, Any]) -> str | None:
+    """Return the answer that the last step states; None where an environment has judged the turns."""
+    return None if row.get("judged") else row["parsed"]
 
 
 def _replies(row: Mapping[str, Any], text: str) -> list[list[Any]]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from selfteach.rollout.journaled_engine import problems_by_id
 from selfteach.rollout.prompt_request import CompletionEngine, PromptRequest
 from selfteach.runtime.run_folder import RunFolder
+from selfteach.runtime.seeds import EpisodeKey
 from selfteach.types import Rollout, Sampling
 
 TEACHER_STREAM = 7_919
@@ -32,11 +33,12 @@ def sample_teacher(
     """Return ``sampling.samples`` completions of each teacher prompt, by the key of its rollout.
 
     Rollouts of a problem with the same prompt share its prefill. Batches that are in the folder are
-    read instead.
+    read instead. ``sampling`` has the seed of the rollouts: of an episode the teacher gets the same
+    environment, whose first message is in its prompt.
     """
     teacher = replace(sampling, seed=sampling.seed + TEACHER_STREAM)
     completions: dict[tuple[str, int], list[Rollout]] = defaultdict(list)
-    batches = list(_batches(_requests(rollouts, prompts, teacher.samples), batch_size))
+    batches = list(_batches(_requests(rollouts, prompts, sampling), batch_size))
     for number, batch in enumerate(batches):
         file = f"{name}.{number:03d}"
         problems = problems_by_id([request.problem for request in batch])
@@ -50,16 +52,23 @@ def sample_teacher(
     return completions
 
 
-def _requests(rollouts: Sequence[Rollout], prompts: Prompts, samples: int) -> list[PromptRequest]:
+def _requests(
+    rollouts: Sequence[Rollout], prompts: Prompts, sampling: Sampling
+) -> list[PromptRequest]:
     """Return one request per distinct prompt of a problem, with an index for each completion."""
+    samples = sampling.samples
     indices: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
+    episodes: dict[tuple[str, tuple[int, ...]], list[EpisodeKey]] = defaultdict(list)
     problems = problems_by_id([rollout.problem for rollout in rollouts])
     for rollout in rollouts:
         if rollout.key in prompts:
             first = rollout.sample * samples
-            indices[rollout.problem.id, prompts[rollout.key]] += range(first, first + samples)
+            place = rollout.problem.id, prompts[rollout.key]
+            indices[place] += range(first, first + samples)
+            key = EpisodeKey(sampling.seed, rollout.sample, rollout.policy_version)
+            episodes[place] += [key] * samples
     return [
-        PromptRequest(problems[id_], prompt, tuple(numbers))
+        PromptRequest(problems[id_], prompt, tuple(numbers), episodes=tuple(episodes[id_, prompt]))
         for (id_, prompt), numbers in indices.items()
     ]
 

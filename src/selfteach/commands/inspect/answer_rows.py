@@ -124,6 +124,8 @@ def _locate_error(built: Built, critiqued: CritiquedRollout) -> LocatedRollout:
 
 
 def _ends_wrong(critiqued: CritiquedRollout) -> bool:
+    if segmentation.judged_by_environment(critiqued.rollout):
+        return False
     return critiqued.verdict.parsed is not None and not critiqued.verdict.correct
 
 

@@ -22,7 +22,7 @@ from selfteach.prompts.template_set import (
     without_tools,
 )
 from selfteach.prompts.thinking import split_thinking
-from selfteach.tasks.segmentation import content, step_spans, without_final
+from selfteach.tasks.segmentation import before_answer, content, step_spans
 from selfteach.types import (
     CriticSolution,
     Critique,
@@ -136,7 +136,7 @@ class LlmCritic:
     ) -> Request:
         config, problem = self._config, rollout.problem
         spans = step_spans(rollout, self._parser.split_steps)
-        steps = [content(rollout.text, span) for span in without_final(spans, verdict.parsed)]
+        steps = [content(rollout.text, span) for span in before_answer(rollout, verdict, spans)]
         final = content(rollout.text, spans[-1]) if len(steps) < len(spans) else None
         rendered = self._templates.critic(
             problem.transcript,

@@ -5,15 +5,21 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
-from selfteach.feedback.alignment import words_of
+from selfteach.feedback.alignment import lines_of_turn, words_of
 from selfteach.prompts.thinking import split_thinking
 from selfteach.protocols import Verifier
 from selfteach.tasks.code.answer_parts import lines_of
 from selfteach.tasks.code.code_steps import code_steps
-from selfteach.tasks.segmentation import Splitter, content, tags, without_final
+from selfteach.tasks.segmentation import (
+    Splitter,
+    content,
+    judged_by_environment,
+    tags,
+    without_final,
+)
 from selfteach.types import (
     Case,
     Critique,
@@ -34,7 +40,7 @@ TURN = re.compile(r"<turn_(\d{1,9})>(.*?)(?:</turn_\1>|(?=<turn_\d{1,9}>)|\Z)", 
 MAX_COMPARED_WORDS = 200
 """Words of each of two steps that are compared; the time grows with the third power of it."""
 StepParts = Callable[[str], Sequence[str]]
-"""Returns what is compared of a step: its words, or the lines of code."""
+"""Returns what is compared of a step: its words, or the lines of a turn or of code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +71,11 @@ class CritiqueParser:
         """Parse a critic's whole reply about a rollout; ``finished`` is False if it was truncated.
 
         A thought before the trace is stripped. The four cases are the paper's: A all right, B right
-        but a justification is missing, C cut at the token limit, D wrong.
+        but a justification is missing, C ended by a limit, D wrong.
         """
         critique = without_thought(text, finished=finished)
         if isinstance(critique, CritiqueFailure):
             return critique
-        problem = rollout.problem
         attempt, corrected, final = self._traces(rollout, verdict, critique)
         if corrected.answer is None:
             return failure("malformed", "no final answer in the critique")
@@ -79,30 +84,60 @@ class CritiqueParser:
         numbers = NUMBERED_TURN if rollout.is_episode else NUMBERED
         if (detail := _misnumbered(critique, numbers)) is not None:
             return failure("malformed", detail)
-        parts_of = lines_of if self.split_steps is code_steps else words_of
+        parts_of = self._parts_of(rollout)
         repeated = count_repeated(attempt.steps, corrected.steps, parts_of)
         written = (*corrected.steps, final)
         detail = unlike(attempt.steps, written, repeated, self.min_similarity)
         if detail is not None:
             return failure("misaligned", detail, corrected.answer)
-        if not self.verify(problem, final).correct:
-            detail = f"the critique's final answer is {_shortened(corrected.answer)}"
+        if (detail := self._ends_wrong(rollout, verdict, attempt, corrected, final)) is not None:
             return failure("wrong_answer", detail, corrected.answer)
-        return critique_of(attempt, corrected, repeated, rollout, verdict, parts_of)
+        parsed = critique_of(attempt, corrected, repeated, rollout, verdict, parts_of)
+        judged = judged_by_environment(rollout)
+        return replace(parsed, answer=parsed.steps[-1].text) if judged else parsed
+
+    def _parts_of(self, rollout: Rollout) -> StepParts:
+        if rollout.is_episode:
+            return lines_of_turn
+        return lines_of if self.split_steps is code_steps else words_of
+
+    def _ends_wrong(
+        self, rollout: Rollout, verdict: Verdict, attempt: Trace, corrected: Trace, final: str
+    ) -> str | None:
+        """Return why a critique does not end right; None if it does.
+
+        The answer is verified, but where an environment alone can judge turns: of such an episode it is
+        only known that a failed one fails again.
+        """
+        if not judged_by_environment(rollout):
+            right = self.verify(rollout.problem, final).correct
+            return (
+                None
+                if right
+                else f"the critique's final answer is {_shortened(corrected.answer or '')}"
+            )
+        written, turns = [[*map(lines_of_turn, one.steps)] for one in (corrected, attempt)]
+        if verdict.correct or written != turns:
+            return None
+        return "the critique repeats all turns of an episode that was no success"
 
     def _traces(
         self, rollout: Rollout, verdict: Verdict, critique: str
     ) -> tuple[Trace, Trace, str]:
         """Return the rollout's trace and the critique's, and the text that states its final answer.
 
-        An episode's steps are its turns, and so are the critique's; the last of these has the answer.
+        An episode's steps are its turns, and so are the critique's; the last of these has the answer,
+        or is a step as the others are, where the environment has judged the episode.
         """
         problem = rollout.problem
         if not rollout.is_episode:
             return self.trace(problem, rollout.text), self.trace(problem, critique), critique
         turns = [content(turn.text, (0, len(turn.text))) for turn in rollout.turns]
-        attempt = turns[:-1] if verdict.parsed is not None else turns
         written = [match[2].strip() for match in TURN.finditer(critique)] or [critique.strip()]
+        if judged_by_environment(rollout):
+            steps = tuple(content(text, (0, len(text))) for text in written)
+            return Trace(tuple(turns), None), Trace(steps, steps[-1]), written[-1]
+        attempt = turns[:-1] if verdict.parsed is not None else turns
         answer = self.verify(problem, written[-1]).parsed
         steps = tuple(content(text, (0, len(text))) for text in written[:-1])
         return Trace(tuple(attempt), verdict.parsed), Trace(steps, answer), written[-1]
@@ -152,8 +187,10 @@ def critique_of(
     case: Case
     if not rollout.finished:
         case = "C"
-        # The truncated step is no error; one before it that was changed is.
-        first_error = repeated if changed and repeated < len(attempt.steps) - 1 else None
+        # A step that is cut is no error; one before it that was changed is.
+        ends_cut = rollout.is_cut and attempt.answer is None
+        whole = len(attempt.steps) - ends_cut
+        first_error = repeated if changed and repeated < whole else None
     elif verdict.correct:
         untouched = repeated == len(attempt.steps) == len(corrected.steps)
         case, first_error = ("A" if untouched else "B"), (repeated if changed else None)
@@ -170,7 +207,8 @@ def _statuses(
     changed: bool,
     parts_of: StepParts,
 ) -> list[CritiqueStep]:
-    steps = [CritiqueStep(text, "kept", text) for text in corrected[:repeated]]
+    """Return the corrected steps with what became of each; repeated ones in the attempt's words."""
+    steps = [CritiqueStep(text, "kept", text) for text in attempt[:repeated]]
     remaining = deque(parts_of(step) for step in attempt[repeated + changed :])
     originals = iter(attempt[repeated + changed :])
     for index, text in enumerate(corrected[repeated:]):
@@ -178,7 +216,8 @@ def _statuses(
         original = attempt[repeated] if index == 0 and changed else None
         if status == "new" and remaining and remaining[0] == parts_of(text):
             remaining.popleft()
-            status, original = "kept", next(originals)
+            status, text = "kept", next(originals)
+            original = text
         steps.append(CritiqueStep(text, status, original))
     return steps
 

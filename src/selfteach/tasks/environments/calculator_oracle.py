@@ -50,6 +50,7 @@ class CalculatorOracle:
     ) -> Critique:
         """Repeat the right turns verbatim, correct the earliest wrong one, and go on from there.
 
+        A turn that was cut at its token limit is written anew, and is no error.
         With probability ``error_rate`` the critic errs: the call that it writes first has a wrong term.
         """
         chain = chain_sums.parse_question(rollout.problem.question)
@@ -93,7 +94,12 @@ class CalculatorOracle:
             steps.append(CritiqueStep(added.pop(0), "fixed", wrong.text))
         steps += [CritiqueStep(text, "new") for text in added]
         answer = str(chain.value() + offset)
-        return Critique(_case(rollout, chain, turns), tuple(steps), answer, stop)
+        is_cut = (
+            rollout.is_cut and stop == len(turns) - 1
+        )  # no error: it was not written to its end
+        return Critique(
+            _case(rollout, chain, turns), tuple(steps), answer, None if is_cut else stop
+        )
 
     def _calls_from(self, chain: Chain, done: int, offset: int) -> list[str]:
         """Write a turn for each further term; the first is off by ``offset``, and so are the others."""

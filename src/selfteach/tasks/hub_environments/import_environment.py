@@ -31,7 +31,10 @@ def build_environment(
     Raises `DataError` or `PartError` in one line.
     """
     if importlib.util.find_spec("verifiers") is None:
-        raise DataError('data.type = "verifiers" needs verifiers: pip install verifiers')
+        raise DataError(
+            'data.type = "verifiers" needs the package verifiers, which is in no extra of selfteach: '
+            "pip install verifiers (docs/install.md)"
+        )
     part = CustomPart(type=config.environment, options=dict(options))
     if ":" not in config.environment:
         part = CustomPart(type=_exported_by(config.environment), options=dict(options))

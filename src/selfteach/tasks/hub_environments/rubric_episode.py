@@ -74,7 +74,7 @@ class RubricEpisode:
             return self._final()
         messages = messages_of(response, "env_response")
         self._messages += messages
-        return self._reply(messages, failed=bool(raised))
+        return self._reply(messages, failed=bool(raised) or self._calls_unknown(turn))
 
     async def finish(self) -> Rewards:
         """Return the rewards of the episode, which is over."""
@@ -116,6 +116,11 @@ class RubricEpisode:
         self._last = f"Error: {why}"
         self._messages += messages_of([{"role": "user", "content": self._last}], "env_response")
         return EnvironmentReply((self._last,), "malformed_call", done=0 < limit <= turns)
+
+    def _calls_unknown(self, turn: Turn) -> bool:
+        """Return True if a turn calls a tool that there is not: the library replies with an error."""
+        tools = getattr(self._environment, "tool_map", None)
+        return isinstance(tools, dict) and any(call.name not in tools for call in turn.calls)
 
     def _final(self) -> EnvironmentReply:
         final = self._state.get("final_env_response")
