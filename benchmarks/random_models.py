@@ -31,9 +31,18 @@ class ModelSize:
     """Tokens of the teacher's prompt."""
     length: int
     """Tokens of a rollout."""
-    micro_batch_tokens: int
     trl_batch: int
     """Rollouts in a micro-batch of TRL's."""
+
+    def trl_tokens(self, *, with_teacher: bool) -> int:
+        """Return the micro-batch of ours, in tokens, that has as many samples as TRL's.
+
+        A sample is the student's sequence and, where there is a teacher, the teacher's.
+        """
+        sample = self.prompt + self.length
+        if with_teacher:
+            sample += self.teacher_prompt + self.length
+        return self.trl_batch * sample
 
 
 QWEN_1_5B = {
@@ -50,19 +59,19 @@ MODEL_SIZES = {
             "max_position_embeddings": 2048, "tie_word_embeddings": True,
         },
         rollouts=32, group_size=8, prompt=128, teacher_prompt=256, length=256,
-        micro_batch_tokens=32_768, trl_batch=32,
+        trl_batch=32,
     ),
     "Qwen2.5-1.5B, random weights": ModelSize(
         "qwen2",
         QWEN_1_5B,
-        rollouts=32, group_size=8, prompt=128, teacher_prompt=384, length=512, micro_batch_tokens=3584,
+        rollouts=32, group_size=8, prompt=128, teacher_prompt=384, length=512,
         trl_batch=4,
     ),
     "Qwen2.5-1.5B, 2,048 tokens": ModelSize(
         "qwen2",
         QWEN_1_5B,
         rollouts=32, group_size=8, prompt=128, teacher_prompt=384, length=2048,
-        micro_batch_tokens=10_240, trl_batch=4,
+        trl_batch=4,
     ),
     "tiny, random weights": ModelSize(
         "llama",
@@ -72,7 +81,7 @@ MODEL_SIZES = {
             "max_position_embeddings": 256, "tie_word_embeddings": True,
         },
         rollouts=8, group_size=4, prompt=16, teacher_prompt=24, length=16,
-        micro_batch_tokens=256, trl_batch=4,
+        trl_batch=4,
     ),
 }  # fmt: skip
 

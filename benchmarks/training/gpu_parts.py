@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,9 +35,10 @@ import torch
 from harness import MIB, Table, ratio
 from random_models import MODEL_SIZES
 from safetensors.torch import load_file
-from step_clock import Clock
+from step_clock import Clock, timed
 from trainers_compared import BF16, OurTrainer
 from training_step_gpu import compare
+from weight_parts import weights_on_their_way
 
 from selfteach.commands.planning.accuracy import DEFAULTS, device_class, work_of_row
 from selfteach.commands.planning.costs import Efficiency, train_flops, training_cost
@@ -46,7 +47,6 @@ from selfteach.commands.planning.devices import HERE, known_devices, measured_he
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
 from selfteach.models.architectures import Shape
-from selfteach.rollout.vllm.weight_sync import WeightFolder
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
 from selfteach.trainer.device_load import free_memory, load_of
@@ -108,9 +108,9 @@ def parity(settings: Settings) -> Iterator[Row]:
 
 def resume(settings: Settings) -> Iterator[Row]:
     """Kill a run with ``train.deterministic`` and resume it: it ends like an uninterrupted one."""
-    arms: dict[str, Any] = {"step_aligned": BF16} if settings.tiny else {
-        "step_aligned": BF16, "lora": BF16, "grpo, penalty": {},
-    }  # fmt: skip
+    arms: dict[str, Any] = {"step_aligned": BF16}
+    if not settings.tiny:
+        arms["grpo, penalty"] = {}
     for arm, precision in arms.items():
         recipe = runs_on_device.recipe(
             settings.device, runs_on_device.ARMS[arm], precision,
@@ -158,11 +158,13 @@ def rates(settings: Settings) -> Iterator[Row]:
     yield {"what": "matrix product", "rate": f"{device.tflops:.3g} TFLOP/s"}
     yield {"what": "copy, read and write", "rate": f"{device.memory_gb_per_s:.4g} GB/s"}
     x, count = torch.zeros(1, device=settings.device), 200 if settings.tiny else 5000
-    seconds = _timed(lambda: [x.add_(1) for _ in range(count)]) / count
+    seconds = timed(lambda: [x.add_(1) for _ in range(count)]) / count
     yield {"what": "a launch", "rate": f"{1e6 * seconds:.1f} µs"}
 
 
-def step(settings: Settings, *, lora: bool, length: int) -> Iterator[Row]:
+def step(
+    settings: Settings, *, lora: bool, length: int, kinds: Sequence[str] = ("full", "grpo")
+) -> Iterator[Row]:
     """Measure a step against TRL's SDPO and GRPO: seconds, peak, tokens per second, MFU."""
     name = settings.model(length)
     rounds = settings.rounds if length <= 512 else 1
@@ -173,9 +175,9 @@ def step(settings: Settings, *, lora: bool, length: int) -> Iterator[Row]:
     tokens = load.micro_batch_tokens
     changes = merge(changes, {"train": {"micro_batch_tokens": tokens}})
     peak = known_devices().get(device_class(HERE), None) or measured_here()
-    for kind in ("full", "grpo"):
+    for kind in kinds:
         table = Table("")
-        trl_tokens = MODEL_SIZES[name].micro_batch_tokens
+        trl_tokens = MODEL_SIZES[name].trl_tokens(with_teacher=kind != "grpo")
         compare(table, name, kind, precision, args, changes, [trl_tokens])
         flops, count, predicted = _work(name, load, kind, peak)
         for row in table.rows:
@@ -184,7 +186,7 @@ def step(settings: Settings, *, lora: bool, length: int) -> Iterator[Row]:
                 "weights": "LoRA" if lora else "full", "length": MODEL_SIZES[name].length,
                 "kind": {"full": "SDPO"}.get(kind, "GRPO"), "who": row["who"],
                 "step, s": seconds, "TRL / ours": None, "peak, MiB": row["peak_MiB"],
-                "micro-batch": tokens if row["who"] == "ours" else trl_tokens,
+                "micro-batch": tokens if row["who"] == "ours" else trl_tokens, "packed": row["packed"],
                 "tokens/s": ratio(count, seconds), "MFU": seconds and flops / seconds / peak.flops,
                 "planned, s": predicted if row["who"] == "ours" else None,
                 "teacher": row["teacher"], "student": row["student"],
@@ -254,7 +256,7 @@ def budget(settings: Settings) -> Iterator[Row]:
     for phase in ("teacher", "teacher, student, loss and backward", "optimizer"):
         call, minimum = phases[phase]
         call()
-        seconds = min(_timed(call) for _ in range(settings.rounds))
+        seconds = min(timed(call) for _ in range(settings.rounds))
         launches, busy = roofline.launched(call)
         scale = BYTES_PER_NUMBER / roofline.FLOAT if phase != "optimizer" else 1.0
         computing, moving = (
@@ -279,26 +281,25 @@ def compiled(settings: Settings) -> Iterator[Row]:
         "model": {"device": settings.device, "weights_dtype": "bfloat16"},
         "train": {"micro_batch_tokens": tokens},
     })  # fmt: skip
-    for kind in ("full",) if settings.tiny else ("full", "grpo"):
-        plain = None
-        for compiles in (False, True):
-            changes, clock = merge(values, {"model": {"compile": compiles}}), Clock()
-            start = time.perf_counter()
-            ours = OurTrainer(name, kind, clock, changes)
-            building = time.perf_counter() - start
-            first = _timed(ours.step)
-            ours.step()
-            seconds = min(_timed(ours.step) for _ in range(settings.rounds))
-            plain = plain or seconds
-            yield {
-                "kind": {"full": "SDPO"}.get(kind, "GRPO"), "model.compile": str(compiles).lower(),
-                "compiled": str(ours.components.policy.compiles_layers).lower(),
-                "step, s": seconds, "uncompiled / this": ratio(plain, seconds),
-                "build, s": building, "first step, s": first, "peak, MiB": clock.peak / MIB,
-                "micro-batch": tokens,
-            }  # fmt: skip
-            del ours
-            _free()
+    plain = None
+    for compiles in (False, True):
+        changes, clock = merge(values, {"model": {"compile": compiles}}), Clock()
+        start = time.perf_counter()
+        ours = OurTrainer(name, "full", clock, changes)
+        building = time.perf_counter() - start
+        first = timed(ours.step)
+        ours.step()
+        seconds = min(timed(ours.step) for _ in range(settings.rounds))
+        plain = plain or seconds
+        yield {
+            "kind": "SDPO", "model.compile": str(compiles).lower(),
+            "compiled": str(ours.components.policy.compiles_layers).lower(),
+            "step, s": seconds, "uncompiled / this": ratio(plain, seconds),
+            "build, s": building, "first step, s": first, "peak, MiB": clock.peak / MIB,
+            "micro-batch": tokens,
+        }  # fmt: skip
+        del ours
+        _free()
 
 
 def sample(settings: Settings) -> Iterator[Row]:
@@ -312,7 +313,7 @@ def sample(settings: Settings) -> Iterator[Row]:
             with torch.inference_mode():
                 call(0)
                 counts = list[int]()
-                seconds = _timed(lambda call=call, counts=counts: counts.append(call(1)))
+                seconds = timed(lambda call=call, counts=counts: counts.append(call(1)))
             yield {
                 "rollouts": rollouts, "who": who, "tokens/s": counts[0] / seconds, "s": seconds,
             }  # fmt: skip
@@ -321,40 +322,9 @@ def sample(settings: Settings) -> Iterator[Row]:
 
 
 def weights(settings: Settings) -> Iterator[Row]:
-    """Measure how long new weights take to the host, and through a folder to another process."""
-    name = settings.model(512)
-    for lora in (True, False):
-        changes = merge({"model": {"device": settings.device}}, LORA if lora else {})
-        changes = merge(changes, {"model": {"weights_dtype": "bfloat16"}})
-        policy: Any = OurTrainer(name, "full", Clock(), changes).components.policy
-        named = dict(policy.trainable)
-        adapter = policy.model.peft_config["default"] if lora else None  # type: ignore[index]
-        moved = sum(weight.numel() * weight.element_size() for weight in named.values())
-        with tempfile.TemporaryDirectory() as folder:
-            write = partial(WeightFolder(Path(folder), adapter).write, named.items())
-            ways = {
-                "to the host": lambda named=named: [weight.cpu() for weight in named.values()],
-                "written to a folder": lambda write=write: write("label"),
-            }
-            for way, call in ways.items():
-                seconds = _timed(call)
-                yield {
-                    "weights": "adapters" if lora else "all", "way": way, "MiB": moved / MIB,
-                    "s": seconds, "GB/s": moved / 1e9 / seconds,
-                }  # fmt: skip
-        del policy, named
-        _free()
-
-
-def _timed(call: Callable[[], object]) -> float:
-    """Return the seconds of a call, its work on the device included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    """Measure new weights on their way: folder, mapped memory, HTTP (not NCCL: NCCL needs two GPUs)."""
+    yield from weights_on_their_way(settings.model(512), settings.device, LORA)
+    _free()
 
 
 def _free() -> None:
@@ -371,10 +341,10 @@ PARTS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "step, full, 512": partial(step, lora=False, length=512),
     "step, LoRA, 512": partial(step, lora=True, length=512),
     "budget": budget,
-    "compile, LoRA, 512": compiled,
-    "step, LoRA, 2048": partial(step, lora=True, length=2048),
-    "step, full, 2048": partial(step, lora=False, length=2048),
     "weights": weights,
     "sample": sample,
+    "step, LoRA, 2048": partial(step, lora=True, length=2048, kinds=("full",)),
+    "step, full, 2048": partial(step, lora=False, length=2048, kinds=("grpo",)),
+    "compile, LoRA, 512": compiled,
 }
 """Each part by its name, in the order in which they are measured: what matters most first."""

@@ -1,4 +1,9 @@
-"""Measure the seconds of a training step by phase, and the peak memory of the device."""
+"""Measure the seconds of training steps and of their phases, and the peak memory of the device.
+
+A phase ends when the device has ended its work. A step that waits for that launches nothing ahead, and
+takes longer. So on a GPU whole steps are timed with nothing in between, and phases in one more step
+(`Clock.by_phase`). A CPU has no queue: there each step has its phases.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,13 @@ def synchronized_time() -> float:
     return time.perf_counter()
 
 
+def timed(call: Callable[[], object]) -> float:
+    """Return the seconds of a call, its work on the device included."""
+    start = synchronized_time()
+    call()
+    return synchronized_time() - start
+
+
 def device_bytes(before: int | None = None) -> int:
     """Reset the peak and return the allocated bytes; or the peak beyond ``before``. 0 without CUDA."""
     if not torch.cuda.is_initialized():
@@ -34,20 +46,31 @@ def device_bytes(before: int | None = None) -> int:
 
 
 class Clock:
-    """Collects the seconds of steps, by phase."""
+    """Collects the seconds of steps, and of their phases."""
 
     def __init__(self) -> None:
+        self.by_phase = False
+        """On a GPU: the present step is there for its phases, and does not count as a whole one."""
         self.peak = 0
         """On CUDA: peak bytes of a step beyond what was allocated at its start."""
         self.before = 0.0
         """Seconds of the step that `end` is not passed."""
         self.steps: list[dict[str, float]] = []
+        self._by_phase: list[dict[str, float]] = []
         self._current: dict[str, float] = {}
         self._inner = 0.0
+
+    @property
+    def counts_phases(self) -> bool:
+        """Return whether phases of the present step are counted."""
+        return self.by_phase or not torch.cuda.is_initialized()
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the seconds spent inside for this phase, except those of a nested phase."""
+        if not self.counts_phases:
+            yield
+            return
         outer, self._inner = self._inner, 0.0
         start = synchronized_time()
         try:
@@ -72,11 +95,20 @@ class Clock:
 
     def end(self, seconds: float) -> None:
         """End a step that took ``seconds`` and those in ``before``."""
-        self.steps.append({**self._current, "step": self.before + seconds})
+        total = self.before + seconds
+        row = {**self._current, "rest": total - sum(self._current.values()), "step": total}
+        (self._by_phase if self.by_phase else self.steps).append(row)
         self._current, self.before = {}, 0.0
 
     def medians(self, skip: int = 1) -> dict[str, float]:
-        """Return the median seconds per phase, over the steps after the first ``skip``."""
-        rows = self.steps[skip:]
+        """Return median seconds of the whole steps after the first ``skip``, and of their phases."""
+        whole = self.steps[skip:]
+        rows = self._by_phase or whole
         names = dict.fromkeys(name for row in rows for name in row)
-        return {n: statistics.median(row.get(n, 0.0) for row in rows) for n in names}
+        medians = {n: statistics.median(row.get(n, 0.0) for row in rows) for n in names}
+        return medians | {"step": statistics.median(row["step"] for row in whole)}
+
+
+def steps_by_phase() -> int:
+    """Return how many steps a measurement needs for its phases alone: one on a GPU."""
+    return int(torch.cuda.is_initialized())

@@ -1,11 +1,12 @@
 """Run a training step of ours and of TRL's trainers: same model, problems, rollouts and contexts.
 
-TRL's `train()` runs its steps; after each, ours runs one. TRL generates as usual (timed), and then both
-train on the rollouts that ours has sampled; the teacher prompts are ours, too. With GRPO each trains on
-its sampled rollouts, and rewards are the parity of the text, so that nearly every rollout counts. The
-rest is left as shipped: TRL's rewards and padding on one side, verdicts, critiques and metrics on the
-other. The context is the reference, which a group shares, or (`full, critique`) a critique of each
-rollout, which it does not.
+TRL's `train()` runs its steps; after each, ours runs one. On a GPU the last of each is timed by phase,
+the others as a whole (`step_clock`). TRL generates as usual (timed), and then both train on the
+rollouts that ours has sampled; the teacher prompts are ours, too. With GRPO each trains on its sampled
+rollouts, and rewards are the parity of the text, so that nearly every rollout counts. The rest is left
+as shipped: TRL's rewards and padding on one side, verdicts, critiques and metrics on the other. The
+context is the reference, which a group shares, or (`full, critique`) a critique of each rollout, which
+it does not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import torch
 from random_models import MODEL_SIZES, model_of, samples_of
-from step_clock import Clock, device_bytes, synchronized_time
+from step_clock import Clock, device_bytes, steps_by_phase, synchronized_time
 
 import vllm_server
 
@@ -70,7 +71,7 @@ for _name, _size in MODEL_SIZES.items():  # the lab's data and tokenizer are loa
         "sampling": {"max_tokens": _size.length},
         "train": {
             "steps": 1, "problems_per_step": _size.rollouts // _size.group_size,
-            "group_size": _size.group_size, "micro_batch_tokens": _size.micro_batch_tokens,
+            "group_size": _size.group_size,
         },
     }  # fmt: skip
 
@@ -98,6 +99,9 @@ class OurTrainer:
         objective = KINDS[kind][0]
         context = {"grpo": {}, "full, critique": CRITIQUE}.get(kind, REFERENCE)
         values = merge(MODELS[model], {"objective": objective, **context})
+        if model in MODEL_SIZES:
+            tokens = MODEL_SIZES[model].trl_tokens(with_teacher=kind != "grpo")
+            values = merge(values, {"train": {"micro_batch_tokens": tokens}})
         self.built: Built = built_of(model, merge(values, changes or {}))
         self.fixed_samples = samples_of(model) if model in MODEL_SIZES else None
         if self.fixed_samples is not None and kind == "grpo":  # which has no teacher
@@ -342,7 +346,9 @@ class _Steps(TrainerCallback):
         self.trl = trl
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        ours = self.trl.ours
+        trl, ours = self.trl, self.trl.ours
+        for clock in (trl.clock, *(trainer.clock for trainer in (ours, *trl.others))):
+            clock.by_phase = state.global_step + steps_by_phase() == state.max_steps
         start = synchronized_time()
         self.trl.samples = ours.sample()
         ours.clock.before = synchronized_time() - start
@@ -351,7 +357,7 @@ class _Steps(TrainerCallback):
         self._optimizer = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._optimizer = synchronized_time()
+        self._optimizer = synchronized_time() if self.trl.clock.counts_phases else None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._optimizer is not None:

@@ -77,10 +77,9 @@ def compare(table: Table, model: str, kind: str, rounds: int, *, memory: bool) -
         steps, changes = trl_steps if who == "TRL" else our_steps, BF16 if "bf16" in who else {}
         spaces[who] = peak_bytes(steps, model, kind, changes) / MIB
     for who, row in medians.items():
-        rest = row["step"] - sum(row.get(phase, 0.0) for phase in PHASES)
         table.add(
             model=model, kind=kind, who=who, step=row["step"],
-            **{phase: row.get(phase) for phase in PHASES}, rest=rest,
+            **{phase: row.get(phase) for phase in PHASES}, rest=row["rest"],
             **{"times ours": ratio(row["step"], medians["ours"]["step"])},
             **{"without sampling": ratio(
                 row["step"] - row["sampling"], medians["ours"]["step"] - medians["ours"]["sampling"]

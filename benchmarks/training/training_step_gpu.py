@@ -3,7 +3,8 @@
     python benchmarks/training/training_step_gpu.py [--models ...] [--json FILE]     (in .venv-bench)
 
 `trainers_compared` describes the comparison. Models with random weights (`random_models`) get random
-rollouts and contexts. Phases wait for the device, and peaks are the allocator's. `--chunks 23 26` adds
+rollouts and contexts. Steps are timed as a whole, phases in one more step, where each
+waits for the device; peaks are the allocator's. `--chunks 23 26` adds
 our step with 2^23 and 2^26 logits per chunk.
 """
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import torch
 from harness import MIB, Table, parser, ratio, reported, resolve_device
 from random_models import MODEL_SIZES
-from step_clock import PHASES, Clock
+from step_clock import PHASES, Clock, steps_by_phase
 from trainers_compared import (
     BF16,
     KINDS,
@@ -81,8 +82,9 @@ def compare(
         for tokens in micro_batches
     }
     clocks |= {who: other.clock for who, other in others.items()}
+    steps = 1 + args.rounds + steps_by_phase()
     try:
-        trl = TrlTrainer(model, kind, clocks["TRL"], ours, args.rounds + 1, args.device, precision)
+        trl = TrlTrainer(model, kind, clocks["TRL"], ours, steps, args.device, precision)
         trl.others += others.values()
         trl.trainer.train()
     except (torch.cuda.OutOfMemoryError, ImportError) as error:
@@ -90,7 +92,7 @@ def compare(
         trl = None
         gc.collect()
         torch.cuda.empty_cache()
-        without_trl(ours, list(others.values()), args.rounds + 1)
+        without_trl(ours, list(others.values()), steps)
     medians = {who: clock.medians() for who, clock in clocks.items() if len(clock.steps) > 1}
     for who in clocks:
         row = medians.get(who, {}) if who not in failed else {}
@@ -98,11 +100,12 @@ def compare(
         table.add(
             model=model, precision=precision, kind=kind, who=who, step=row.get("step"),
             **{phase: row.get(phase) for phase in PHASES},
-            rest=row["step"] - sum(row.get(p, 0.0) for p in PHASES) if row else None,
+            rest=row.get("rest"),
             **{"times ours": ratio(row.get("step"), base.get("step"))},
             **{"without sampling": ratio(
                 row["step"] - row.get("sampling", 0.0), base["step"] - base.get("sampling", 0.0)
             ) if row and base else None},
+            packed=str(ours.components.policy.packs_sequences).lower() if who != "TRL" else None,
             peak_MiB=clocks[who].peak / MIB if row else None,
             failed=failed.get(who),
         )  # fmt: skip
@@ -112,7 +115,8 @@ def without_trl(ours: OurTrainer, others: list[OtherChunks], steps: int) -> None
     """Measure ours where TRL ran out of memory."""
     for trainer in (ours, *others):
         trainer.clock.steps.clear()
-        for _ in range(steps):
+        for number in range(steps):
+            trainer.clock.by_phase = number + steps_by_phase() == steps
             trainer.step()
 
 
@@ -122,7 +126,8 @@ def measure(args: argparse.Namespace, tables: list[Table]) -> None:
     table.notes = (
         "`times ours` above 1: slower than ours. With random weights, both trainers get the same "
         "random rollouts and contexts, and sampling is skipped. bf16: float32 weights under autocast. "
-        "`peak_MiB`: peak of a step beyond weights, moments and teachers."
+        "`peak_MiB`: peak of a step beyond weights, moments and teachers. Phases and `rest`: of one "
+        "more step, in which each waits for the device. `packed`: sequences run without padding."
     )
     torch.cuda.is_available() and torch.cuda.init()
     quick = ["tiny, random weights"]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from on_ranks import on_ranks
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge
@@ -108,7 +109,11 @@ def step(
             patch.setattr(tree_attention, "enable_tree_attention", lambda _: False)
         if way == "packed":
             packed_by_loop.install(patch)
-        return _step(build(recipe(variant, shard), ranks).components, samples, micro_batch_tokens)
+        components = build(recipe(variant, shard), ranks).components
+        assert components.policy.packs_sequences == (way == "packed")
+        for weight in components.policy.model.parameters():  # nothing is left of what was proved
+            assert weight.grad is None and isinstance(weight, DTensor) == (shard == "full")
+        return _step(components, samples, micro_batch_tokens)
 
 
 def _step(

@@ -20,9 +20,17 @@ class PackedByLoop:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor,
         max_q: int, max_k: int, *, scale: float | None, window_size: tuple[int, int],
-        enable_gqa: bool,
+        enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        assert window_size == (-1, 0) and enable_gqa
+        assert window_size == (-1, 0)
+        assert enable_gqa or query.shape[1] == key.shape[1]
+        return self.attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor,
+        max_q: int, max_k: int, scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Attend along each sequence, its queries the last of its keys."""
         self.queries, self.keys = self.queries + len(query), self.keys + len(key)
         assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key))
         assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
@@ -40,9 +48,22 @@ class PackedByLoop:
         return torch.cat(states)
 
 
+class PackedByTorch211(PackedByLoop):
+    """Has the signature of torch 2.11's function, which groups heads without a word for it."""
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor,
+        max_q: int, max_k: int, *, return_aux: Any = None, scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:  # fmt: skip
+        assert window_size == (-1, 0) and return_aux is None
+        return self.attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
+
+
 def install(patch: pytest.MonkeyPatch, attention: Any = None) -> Any:
     """Let models pack their sequences with this attention; return it."""
     attention = attention or PackedByLoop()
     patch.setattr(packed_attention, "varlen_attn", attention)
+    patch.setattr(packed_attention, "OPTIONS", packed_attention.options_of(attention))
     patch.setattr(packed_attention, "is_available", lambda device, dtype: True)
     return attention

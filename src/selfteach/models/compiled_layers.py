@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfteach.models import plain_pass
+from selfteach.models import pass_probe
 
 CACHES = ("cache", "past_key_values", "layer_past")
 """Names of a layer's cache in transformers."""
@@ -34,17 +34,14 @@ def compile_layers(
     ``states`` computes them [N, H] in grad mode or not. Returns False for a model that then runs as
     before: its compiled layers disagree, or do not compile; the reason is one line on the log.
     """
-    before = _probed(model, layers[0], states)
+    before = pass_probe.states_and_gradients(model, layers, states)
     set_compiled(layers)
     try:
-        after = _probed(model, layers[0], states)
+        after = pass_probe.states_and_gradients(model, layers, states)
     except Exception as error:  # a compiler raises anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
-        if all(
-            plain_pass.agree(ours, plain, rounded=rounded, spread=float(plain.double().std()))
-            for ours, plain in zip(after, before, strict=True)
-        ):
+        if pass_probe.agree(after, before, rounded=rounded):
             return True
         reason = "compiled, they compute other states or gradients"
     for layer in layers:
@@ -84,30 +81,3 @@ def _switching(layer: nn.Module) -> Callable[..., Any]:
         return (plain if cached or kwargs.get("paths") is None else compiled)(*args, **kwargs)
 
     return call
-
-
-def _probed(model: nn.Module, layer: nn.Module, states: Callable[[], Tensor]) -> list[Tensor]:
-    """Return states without and with gradients, and gradients of the first layer's weights."""
-    model.train(not _draws(model))
-    with torch.no_grad():
-        results = [states()]
-    weights = [weight for weight in layer.parameters() if weight.requires_grad]
-    if weights:
-        with torch.enable_grad():
-            states_NH = states()
-            direction_H = torch.linspace(-1, 1, states_NH.shape[1], device=states_NH.device)
-            summed = (states_NH.float() * direction_H).square().sum()
-        gradients = torch.autograd.grad(summed, weights, materialize_grads=True)
-        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-        results += [states_NH.detach(), flat]
-    model.eval()
-    return results
-
-
-def _draws(model: nn.Module) -> bool:
-    """Return whether training mode draws random numbers, which compiled layers draw otherwise."""
-    return any(
-        isinstance(rate := getattr(module, name, None), float) and rate > 0
-        for module in model.modules()
-        for name in ("p", "attention_dropout")
-    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from selfteach.errors import EngineError
 from selfteach.models import (
     compiled_layers,
     packed_attention,
+    pass_probe,
     plain_pass,
     prefix_cache,
     tree_attention,
@@ -100,17 +102,16 @@ class Policy:
         """Runs trees of whole sequences without padding."""
         self._shards = None
         self._prove_passes(causal)
-        self.packs_sequences = self._can_pack(causal, causal.dtype)
+        self.packs_sequences = shard is None and self._can_pack(causal, causal.dtype)
         self.compiles_layers = compiles and self._compile_layers(causal)
         """Runs the decoder layers compiled in passes without a cache."""
-        # The head and the passes are probed on the full model; the optimizer must get the shards.
+        # The head and padded passes are probed on the full model; the optimizer must get the shards.
         self._ranks, self._shards = ranks, shard(causal) if shard is not None else self._shards
         if self._shards is not None:
             # A pass for the prefix would have no counterpart on other ranks.
             self.shares_prefixes = False
-            packs = self._can_pack(causal, self._shards.dtype)
+            self.packs_sequences = self._can_pack(causal, self._shards.dtype)
             self._shards.reshard()
-            self.packs_sequences = not ranks.any(not packs)  # all cut micro-batches alike
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # As the field does, matrices decay (embeddings and adapters too), norms and biases do not.
         matrices = [param for param in self.trainable.values() if param.ndim >= 2]
@@ -211,26 +212,51 @@ class Policy:
                     "rollouts cannot be scored in batches"
                 )
 
-    @torch.no_grad()
     def _can_pack(self, causal: PreTrainedModel, dtype: torch.dtype) -> bool:
-        """Return whether sequences without padding have the states of padded ones."""
+        """Return whether sequences without padding have the states and gradients of padded ones.
+
+        With shards all ranks decide alike: each cuts the micro-batches of all.
+        """
         device, dtype = next(causal.parameters()).device, self._autocast or dtype
-        if not (self.uses_tree_attention and packed_attention.is_available(device, dtype)):
+        ranks = SINGLE_PROCESS if self._shards is None else self._ranks
+        available = self.uses_tree_attention and packed_attention.is_available(device, dtype)
+        if ranks.any(not available):
             return False
         padded, packed = (
             sequences(*_probe(causal), 0, sys.maxsize, layout=layout).to(device)
             for layout in (SequenceLayout(), SequenceLayout(packed=True))
         )
-        with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
-            plain_NH = self._hidden(replace(padded, tree=None))
-            self.packs_sequences = True
+        assert packed.tree is not None
+        reason = packed_attention.failure(causal, packed.tree, dtype)
+        if not ranks.any(reason is not None):
+            rounded = dtype not in (torch.float32, torch.float64)
+            results = []
             try:
-                packed_NH = self._hidden(packed)
-            except Exception:  # a kernel that this device does not have
-                return False
-        rounded = dtype not in (torch.float32, torch.float64)
-        spread = float(plain_NH.double().std())
-        return plain_pass.agree(packed_NH, plain_NH, rounded=rounded, spread=spread)
+                for side, self.packs_sequences in (
+                    (replace(padded, tree=None), False),
+                    (packed, True),
+                ):
+                    results.append(self._probed(causal, [side]))
+                if not pass_probe.agree(*reversed(results), rounded=rounded):
+                    reason = "with it states or gradients are others"
+            except Exception as error:  # a model's code raises anything
+                reason = packed_attention.described(error)
+        if reason is not None:
+            packed_attention.report_padded(causal, reason)
+        return not ranks.any(reason is not None)
+
+    def _probed(self, causal: PreTrainedModel, sides: Sequence[Sequences]) -> list[Tensor]:
+        """Return the states of sequences, and gradients of a sum over them."""
+        layers = list(compiled_layers.decoder_layers(causal) or [causal])
+        return pass_probe.states_and_gradients(self.model, layers, partial(self._states, sides))
+
+    def _states(self, sides: Sequence[Sequences]) -> Tensor:
+        """Compute the states of sequences for a probe, [N, H]."""
+        if self._shards is not None:
+            self._shards.reshard()  # a pass without gradients before it has left them gathered
+        device = sides[0].ids_BT.device.type
+        with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
+            return torch.cat([self._hidden(side) for side in sides])
 
     def _compile_layers(self, causal: PreTrainedModel) -> bool:
         """Compile the layers if that leaves a probe's states and gradients as they are; else False."""
@@ -248,13 +274,10 @@ class Policy:
         sides = [side.to(next(causal.parameters()).device)]
         if not self.packs_sequences and side.tree is not None:
             sides.append(replace(sides[0], tree=None))
-
-        def states() -> Tensor:
-            kind = sides[0].ids_BT.device.type
-            with torch.autocast(kind, self._autocast, enabled=self._autocast is not None):
-                return torch.cat([self._hidden(side) for side in sides])
-
-        rounded = plain_pass.is_rounded(causal, self._autocast)
+        rounded, states = (
+            plain_pass.is_rounded(causal, self._autocast),
+            partial(self._states, sides),
+        )
         return compiled_layers.compile_layers(self.model, list(layers), states, rounded=rounded)
 
     def optimizer_step(self) -> dict[str, float]:

@@ -183,22 +183,88 @@ def test_a_packed_micro_batch_is_filled_with_tokens_not_with_padding() -> None:
     assert torch.equal(*ids)
 
 
-def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    class AlignedAtTheBeginning(packed_by_loop.PackedByLoop):
-        def __call__(self, query: Any, key: Any, *args: Any, **named: Any) -> Any:
-            return super().__call__(query, key, *args, **named).flip(0)
+def fails(*_: Any, scale: Any, window_size: Any) -> Any:
+    raise RuntimeError("no kernel image\nis available for execution on the device")
 
-    packed_by_loop.install(monkeypatch, AlignedAtTheBeginning())
+
+class OneWay(torch.autograd.Function):
+    """Returns its input, and has no backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor) -> torch.Tensor:
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("_flash_attention_backward has no deterministic implementation")
+
+
+class WithoutGradients(packed_by_loop.PackedByLoop):
+    def attend(self, *args: Any) -> Any:
+        return OneWay.apply(super().attend(*args))
+
+
+class AlignedAtTheBeginning(packed_by_loop.PackedByLoop):
+    def attend(self, *args: Any) -> Any:
+        return super().attend(*args).flip(0)
+
+
+class OfOtherGradients(packed_by_loop.PackedByLoop):
+    """Returns the same states, with gradients for keys and queries alone."""
+
+    def attend(self, query: Any, key: Any, value: Any, *args: Any) -> Any:
+        return super().attend(query, key, value.detach(), *args) + 0 * value.sum()
+
+
+class OfTorch210(packed_by_loop.PackedByLoop):
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int,
+        max_k: int, is_causal: bool = False, return_aux: Any = None,
+    ) -> Any:  # fmt: skip
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "kernel, reason",
+    [
+        (fails, "RuntimeError: no kernel image is available for execution"),
+        (WithoutGradients(), "RuntimeError: _flash_attention_backward has no deterministic"),
+        (AlignedAtTheBeginning(), "with it states or gradients are others"),
+        (OfOtherGradients(), "with it states or gradients are others"),
+    ],
+    ids=["no forward", "no backward", "other states", "other gradients"],
+)
+def test_a_kernel_that_fails_is_not_used_and_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kernel: Any, reason: str
+) -> None:
+    packed_by_loop.install(monkeypatch, kernel)
     policy = Policy(tiny(), Schedule(1e-3))
-    assert policy.uses_tree_attention and not policy.packs_sequences
+    assert not policy.packs_sequences and not policy.layout.packed
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("sequences of LlamaForCausalLM are padded: ") and reason in line
+    assert "\n" not in line and policy.uses_tree_attention
 
 
-def test_a_kernel_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no kernel image is available for execution on the device")
+def test_a_proof_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_by_loop.install(monkeypatch)
+    policy = Policy(tiny(), Schedule(1e-3))
+    assert policy.packs_sequences and not policy.model.training
+    assert all(weight.grad is None for weight in policy.model.parameters())
 
-    packed_by_loop.install(monkeypatch, fails)
-    assert not Policy(tiny(), Schedule(1e-3)).packs_sequences
+
+def test_packing_works_with_the_signature_of_torch_2_11(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attention = packed_by_loop.install(monkeypatch, packed_by_loop.PackedByTorch211())
+    assert Policy(tiny(), Schedule(1e-3)).packs_sequences, caplog.text
+    assert attention.queries > 0 and not caplog.records
+
+
+def test_torch_2_10_has_no_kernel_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for kernel in (OfTorch210(), None):
+        monkeypatch.setattr(packed_attention, "OPTIONS", packed_attention.options_of(kernel))
+        assert not packed_attention.is_available(gpu, torch.bfloat16)
 
 
 def test_a_cpu_and_float32_pad() -> None:

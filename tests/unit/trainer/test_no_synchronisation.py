@@ -1,17 +1,16 @@
 """No micro-batch waits for its device: everything is enqueued before anything is read.
 
-The device is PyTorch's ``meta``: it has shapes and no values, so whatever reads a value (``item``,
-``nonzero``, the truth of a tensor) raises. It takes the branches of a GPU, kernels aside.
+The device is PyTorch's ``meta`` (`without_values`). What is read once per update or step is named here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any
 
+import packed_by_loop
 import pytest
-import torch
+from without_values import META, Reads, move_to_meta
 
 from selfteach.config.recipe import Recipe
 from selfteach.config.schema import merge, validate
@@ -27,6 +26,7 @@ RECIPE = {
     "context": {"type": "step_aligned"},
     "train": {"steps": 1, "problems_per_step": 2, "group_size": 2},
 }
+MICRO_BATCH = 100
 ALONE = {"context": {"type": "none"}, "critic": None}
 CHANGES: dict[str, dict[str, Any]] = {
     "distillation": {},
@@ -46,22 +46,6 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def without_values(built: Built, patch: pytest.MonkeyPatch) -> None:
-    """Move the policy and its teacher to the device without values."""
-    policy, teacher = built.components.policy, built.components.teacher
-    model = policy.model.to("meta")
-    policy.trainable.update(
-        {name: dict(model.named_parameters())[name] for name in policy.trainable}
-    )
-    weight_VH = model.get_output_embeddings().weight
-    patch.setattr(policy, "_head", dataclasses.replace(policy._head, weight_VH=weight_VH))
-    for name in ("_weights", "_initial"):
-        if isinstance(weights := getattr(teacher, name, None), dict):
-            patch.setattr(teacher, name, {key: value.to("meta") for key, value in weights.items()})
-    # Autocast knows no such device; it is off here in any case.
-    patch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-
-
 def batches_of(built: Built) -> list[Batch]:
     components = built.components
     rollouts = components.engine.generate(built.task.train, components.sampling)
@@ -71,19 +55,79 @@ def batches_of(built: Built) -> list[Batch]:
         dataclasses.replace(one, weights=(0.1,) * len(one.weights), advantage=1.0)
         for one in components.objective.token_weights(samples, denominators, 0)
     ]
-    return collate(samples, weights, pad_id=components.pad_id, micro_batch_tokens=100)
+    return collate(
+        samples, weights, pad_id=components.pad_id, micro_batch_tokens=MICRO_BATCH,
+        layout=components.policy.layout,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_no_micro_batch_waits_for_its_device(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def built_as(change: str, layout: str, patch: pytest.MonkeyPatch) -> Built:
+    if layout == "packed":
+        packed_by_loop.install(patch)
     built = build(validate(Recipe, merge(RECIPE, CHANGES[change])))
+    assert built.components.policy.packs_sequences == (layout == "packed")
+    return built
+
+
+CASES = [
+    pytest.param(
+        change, layout,
+        marks=[] if layout == "padded" or change in ("distillation", "grpo") else [pytest.mark.slow],
+    )
+    for change in CHANGES
+    for layout in ("padded", "packed")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, layout", CASES)
+def test_no_micro_batch_waits_for_its_device(
+    change: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = built_as(change, layout, monkeypatch)
     batches = batches_of(built)
     assert len(batches) > 1
     if built.components.objective.__class__.__name__ == "Grpo":  # an update after the first
         batches = [dataclasses.replace(b, old_logp_N=b.sampled_logp_N) for b in batches]
-    without_values(built, monkeypatch)
-    for batch in batches:
-        statistics = step._backward(built.components, batch.to(torch.device("meta")))
-        assert statistics["total"].is_meta and statistics["loss"].shape == batch.ids_N.shape
+    move_to_meta(built, monkeypatch)
+    batches = [batch.to(META) for batch in batches]
+    with Reads() as noted:
+        for batch in batches:
+            statistics = step._backward(built.components, batch)
+            assert statistics["total"].is_meta and statistics["loss"].shape == batch.ids_N.shape
     gradients = [p.grad for p in built.components.policy.trainable.values() if p.grad is not None]
     assert gradients and all(grad.is_meta for grad in gradients)
+    assert not noted.reads and not noted.copies, "what is copied there waits too"
+
+
+PER_UPDATE = ("require_finite", "optimizer_step")
+"""Functions that read once per update: whether all losses are finite; the gradient's norm."""
+PER_STEP = {"summarize_tokens": 1, "mean": 4, "max": 1}
+"""Reads of the first update's metrics, by function: the loss; means and a maximum over tokens."""
+
+
+@pytest.mark.parametrize(
+    "change, layout, means",
+    [
+        ("distillation", "packed", 4),
+        pytest.param("distillation", "padded", 4, marks=pytest.mark.slow),
+        pytest.param("ema", "padded", 4, marks=pytest.mark.slow),
+        pytest.param("hybrid", "packed", 5, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_reads_as_often_however_many_micro_batches_it_has(
+    change: str, layout: str, means: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = built_as(change, layout, monkeypatch)
+    updates, components = 2, dataclasses.replace(built.components, num_iterations=2)
+    rollouts = components.engine.generate(built.task.train, components.sampling)
+    samples = step.build_samples(components, step.verify_and_critique(components, rollouts))
+    move_to_meta(built, monkeypatch)
+    expected = dict.fromkeys(PER_UPDATE, updates) | PER_STEP | {"mean": means}
+    copies = []
+    for tokens in (10_000, MICRO_BATCH):
+        with Reads() as noted:
+            step.learn(dataclasses.replace(components, micro_batch_tokens=tokens), samples)
+        assert noted.reads == expected
+        assert noted.copies.keys() == {"to"}, "batches are copied before the first pass"
+        copies.append(noted.copies["to"])
+    assert copies[0] < copies[1], "the second step has more micro-batches"
