@@ -256,7 +256,7 @@ def test_a_missing_simpy_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch
 
 def test_a_device_file_adds_a_device(tmp_path: Path) -> None:
     file = tmp_path / "devices.toml"
-    rows = {**DEVICE.model_dump(), "source": "me"}
+    rows = {**DEVICE.model_dump(mode="json"), "source": "me"}
     file.write_text("[mine]\n" + "\n".join(f"{k} = {v!r}" for k, v in rows.items()))
     assert find_device("mine", file).source == "me"
     assert set(known_devices()) < set(known_devices(file))
