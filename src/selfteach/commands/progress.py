@@ -47,8 +47,8 @@ HIDDEN_IF_ZERO = ("dropped", "truncated")
 LOG_EVERY = 30.0
 """Seconds between two lines about one bar where there is no terminal."""
 SILENT_FOR = 45.0
-"""Seconds without a line after which there is one though nothing has changed: a model is being built, or
-a batch takes minutes."""
+"""Seconds without a line after which there is one though nothing has changed: a model is being built,
+or a batch takes minutes."""
 POLL_S = 1.0
 
 SPEED_PERIOD = 600.0

@@ -25,7 +25,7 @@ def test_the_note_shows_main_metrics_and_failures_only_above_zero():
 
 
 def test_a_log_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    text, times = io.StringIO(), iter(range(0, 10_000, 10))
+    text, times = io.StringIO(), iter(range(0, 10_000, 5))
     with monkeypatch.context() as patch:
         patch.setattr(progress, "Bars", partial(Bars, get_time=lambda: float(next(times))))
         bars = progress._bars(Console(file=text))
