@@ -107,9 +107,9 @@ endef
 
 paper-laptop: paper-laptop-models ## select problems, train a 0.5B model with three kinds of feedback; a 1.5B critic; table and report
 	$(BIN)/selfteach select $(LAPTOP)/select_chain_sums.toml --out $(LAPTOP_RUNS)/small/problems \
-		--set model.path=$(POLICY) --set critic.path=$(CRITIC) --set data.seed=20 --set data.train=60 \
-		--set select.samples=8 --set select.split.validation=6 --set select.split.test=16 \
-		--set sampling.batch_size=96  # 12 problems: their progress is seen
+		--set model.path=$(POLICY) --set critic.path=$(CRITIC) --set data.seed=20 --set data.train=48 \
+		--set select.samples=6 --set select.split.validation=6 --set select.split.test=12 \
+		--set sampling.batch_size=72  # 12 problems: their progress is seen
 	$(call start-or-resume,paper_on_a_laptop,$(LAPTOP_RUNS)/small/study,--set arms.step_aligned.critic.path=$(CRITIC))
 
 paper-laptop-study: paper-laptop-models ## the whole evidence: every arm and seed, in resumable parts (hours)

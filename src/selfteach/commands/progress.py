@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -45,6 +46,10 @@ HIDDEN_IF_ZERO = ("dropped", "truncated")
 """Metrics that are shown only when they are above 0."""
 LOG_EVERY = 30.0
 """Seconds between two lines about one bar where there is no terminal."""
+SILENT_FOR = 45.0
+"""Seconds without a line after which there is one though nothing has changed: a model is being built,
+or a batch takes minutes."""
+POLL_S = 1.0
 
 SPEED_PERIOD = 600.0
 """Seconds of progress from which the time left is estimated: a step of a real model takes minutes."""
@@ -54,24 +59,45 @@ class Bars(Progress):
     """Shows bars in a terminal; in a log file, a line about the first of them from time to time."""
 
     writes_lines = True
-    _logged_at: float | None = None
+    """In a log file updates are lines; else only what `line` is given, and silence."""
+
+    def __init__(self, *columns: Any, **options: Any) -> None:
+        super().__init__(*columns, **options)
+        self._logged_at, self._ended = self.get_time(), Event()
+
+    def start(self) -> None:
+        """Show the bars; in a log file, say after a while without a line that this goes on."""
+        super().start()
+        if self.disable:
+            self._ended.clear()
+            Thread(target=self._log_silence, name="progress", daemon=True).start()
+
+    def stop(self) -> None:
+        """Show the bars no more."""
+        self._ended.set()
+        super().stop()
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        self._logged_at = self.get_time()
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _log_silence(self) -> None:
+        while not self._ended.wait(POLL_S):
+            if self.tasks and self.get_time() - self._logged_at >= SILENT_FOR:
+                self.line(_log_line(self.tasks[0]))
 
     def update(self, task_id: TaskID, **fields: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update a bar."""
         super().update(task_id, **fields)
         lines = self.disable and self.writes_lines
         if lines and task_id == self.task_ids[0] and self.is_due:
-            self._logged_at = self.get_time()
-            self.console.print(_log_line(self.tasks[0]), highlight=False, soft_wrap=True)
+            self.line(_log_line(self.tasks[0]))
 
     @property
     def is_due(self) -> bool:
         """Return True if an update would be shown: in a log file not before its next line."""
-        if not self.disable:
-            return True
-        if self._logged_at is None:
-            self._logged_at = self.get_time()
-        return self.get_time() - self._logged_at >= LOG_EVERY
+        return not self.disable or self.get_time() - self._logged_at >= LOG_EVERY
 
 
 @contextmanager
@@ -92,16 +118,16 @@ def run_progress(
             rows[row["kind"]] = row
             if row["kind"] == "step":
                 if bars.disable:  # a log file gets a line per step
-                    line = f"step {row['step']:>4} of {recipe.train.steps}  {note({'step': row})}"
-                    console.print(line, highlight=False, soft_wrap=True)
+                    bars.line(
+                        f"step {row['step']:>4} of {recipe.train.steps}  {note({'step': row})}"
+                    )
                 bars.update(task, completed=row["step"], note=note(rows))
                 for line in findings.new(row):
                     print_finding(console, line)
             else:
-                line = (
+                bars.line(
                     f"step {row['step']:>4}  {row['kind']:<10}  Avg@{row['k']} {row['avg']:.1f} %"
                 )
-                console.print(line, highlight=False)
 
         yield show
 
@@ -239,7 +265,9 @@ def _log_line(task: Task) -> str:
     total = "" if task.total is None else f" of {task.total:,.0f}"
     times = {"elapsed": task.elapsed, "left": task.time_remaining}
     shown = [f"{timedelta(seconds=int(s))} {name}" for name, s in times.items() if s is not None]
-    done = f"{task.description.strip()}: {task.completed:,.0f}{total}"
+    done = task.description.strip()
+    if task.completed or task.total is not None:  # else it has not begun
+        done += f": {task.completed:,.0f}{total}"
     return "  ".join([", ".join([done, *shown]), *filter(None, [task.fields["note"]])])
 
 

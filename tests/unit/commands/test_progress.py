@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ def test_the_note_shows_main_metrics_and_failures_only_above_zero():
 
 
 def test_a_log_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    text, times = io.StringIO(), iter(range(0, 10_000, 10))
+    text, times = io.StringIO(), iter(range(0, 10_000, 5))
     with monkeypatch.context() as patch:
         patch.setattr(progress, "Bars", partial(Bars, get_time=lambda: float(next(times))))
         bars = progress._bars(Console(file=text))
@@ -39,6 +40,25 @@ def test_a_log_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) ->
     assert (
         " of 2,000, 0:" in lines[-1] and lines[-1].count("elapsed") == lines[-1].count("left") == 1
     )
+
+
+def test_a_log_file_gets_a_line_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "POLL_S", 0.01)
+    monkeypatch.setattr(progress, "SILENT_FOR", 0.03)
+    text = io.StringIO()
+    bars = progress._bars(Console(file=text))
+    bars.writes_lines = False
+    with bars:
+        task = bars.add_task("selecting", total=None, note="")
+        while text.getvalue().count("\n") < 2:
+            time.sleep(0.01)
+        bars.update(task, completed=3, total=60)
+        while "3 of 60" not in text.getvalue():
+            time.sleep(0.01)
+    lines = text.getvalue()
+    assert lines.startswith("selecting, 0:00:00 elapsed\n") and "selecting: 3 of 60, " in lines
+    time.sleep(0.1)
+    assert text.getvalue() == lines, "it ends with the bars"
 
 
 def test_a_terminal_gets_bars_and_no_lines() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfteach.models import plain_pass
@@ -72,25 +74,41 @@ def _is_exact(
     on_end = states_B.__setitem__ if continues else None
     try:
         ids, logps = sample(prompts, uniforms_BT, on_end=on_end)
-        sampled = [(prompts[row // 2], completion) for row, completion in enumerate(ids)]
+        turns = [[(prompts[row // 2], completion)] for row, completion in enumerate(ids)]
         if continues:  # a second turn, whose replies have different lengths
             replies = [prompts[0][: 1 + row % 3] for row in range(len(ids))]
             longer = [
                 [*prompt, *completion, *reply]
-                for (prompt, completion), reply in zip(sampled, replies, strict=True)
+                for ((prompt, completion),), reply in zip(turns, replies, strict=True)
             ]
             stored_Q = [states_B[row] for row in range(len(ids))]
             ids, more_logps = sample(longer, uniforms_BT, stored_Q=stored_Q)
-            sampled += zip(longer, ids, strict=True)
-            logps += more_logps
+            for row, turn in zip(turns, zip(longer, ids, strict=True), strict=True):
+                row.append(turn)
+            logps = [x for both in zip(logps, more_logps, strict=True) for x in both]
     except Exception:  # a model's code raises anything for a cache that it does not know
         return False
-    plain = []
-    for prompt, completion in sampled:
-        logits_TV = plain_pass.plain_logits(causal, [*prompt, *completion[:-1]])[len(prompt) - 1 :]
-        logp_TV = (logits_TV.double() / temperature).log_softmax(-1)
-        plain.append(logp_TV.gather(1, torch.tensor(completion, device=logp_TV.device)[:, None]))
+    plain = [logp for row in turns for logp in _plain_logps(causal, row, temperature)]
     rounded = plain_pass.is_rounded(causal, autocast)
     return plain_pass.agree(
         torch.tensor(np.concatenate(logps)), torch.cat(plain)[:, 0].cpu(), rounded=rounded
     )
+
+
+def _plain_logps(
+    causal: PreTrainedModel,
+    turns: Sequence[tuple[Sequence[int], Sequence[int]]],
+    temperature: float,
+) -> Iterator[Tensor]:
+    """Yield the log-probabilities [T, 1] of each turn's completion from one pass over the last turn.
+
+    ``turns`` are prompts with their completions, each the beginning of the next.
+    """
+    prompt, completion = turns[-1]
+    logits_TV = plain_pass.plain_logits(causal, [*prompt, *completion[:-1]])
+    for prompt, completion in turns:
+        first = len(prompt) - 1
+        logp_TV = (logits_TV[first : first + len(completion)].double() / temperature).log_softmax(
+            -1
+        )
+        yield logp_TV.gather(1, torch.tensor(completion, device=logp_TV.device)[:, None])
