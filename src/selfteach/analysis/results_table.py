@@ -90,10 +90,11 @@ def _arm(arm: ArmMeasurements) -> dict[str, Any]:
 
 def _differences(b: ArmMeasurements, a: ArmMeasurements) -> dict[str, Any]:
     common = [seed for seed in b.per_problem if seed in a.per_problem]
-    return {
-        name: _difference(*([arm.per_problem[s][name] for s in common] for arm in (b, a)), name)
-        for name in COMPARED
-    }
+
+    def values(arm: ArmMeasurements, measure: str) -> list[np.ndarray]:
+        return [arm.per_problem[seed][measure] for seed in common]
+
+    return {name: _difference(values(b, name), values(a, name), name) for name in COMPARED}
 
 
 def _difference(b: Sequence[np.ndarray], a: Sequence[np.ndarray], measure: str) -> dict[str, Any]:
