@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import tarfile
-import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +24,7 @@ import numpy as np
 from selfteach.analysis.results_table import MEASURES, as_estimate
 from selfteach.analysis.results_text import decision, difference, estimate, pair_title, settings
 from selfteach.analysis.run_comparison import with_current_intervals
-from selfteach.analysis.run_data import read_json, read_runs
+from selfteach.analysis.run_data import read_json, read_runs, unpacked
 from selfteach.config.migrations import migrate_results
 from selfteach.evaluation.intervals import PERCENT, Limits, difference_limits, mean_limits
 from selfteach.evaluation.statistics import Interval
@@ -49,12 +47,7 @@ def main() -> None:
 
 def study_lines(source: Path) -> Iterator[str]:
     """Yield the tables of a study, in Markdown."""
-    with tempfile.TemporaryDirectory() as unpacked:
-        folder = source
-        if source.is_file():
-            folder = Path(unpacked)
-            with tarfile.open(source) as archive:
-                archive.extractall(folder, filter="data")
+    with unpacked(source) as folder:
         old = migrate_results(read_json(folder / "results.json"))
         new = with_current_intervals(old, read_runs(folder))
     for (title, before), (_, now) in zip(settings(old), settings(new), strict=True):

@@ -6,24 +6,22 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import counting_environment
 from meter import Meter
 from served_policies import mismatch, move, publish
+from vllm_recipes import TOLERANCE, served_recipe
 
 import vllm_server
-from selfteach.config.recipe import Recipe
-from selfteach.config.schema import merge, validate
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
 from selfteach.trainer.loop import run_to_end
 from selfteach.types import Rollout, Sampling
 from vllm_server import Server
 
-TOLERANCE = 1e-3
-"""Nats between trainer and engine on a sampled token, both in float32."""
 TEMPERATURE = 0.7
 SAMPLING = Sampling(samples=2, temperature=TEMPERATURE, max_tokens=64, seed=5)
 SMALL: dict[str, Any] = {
@@ -45,12 +43,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def recipe(server: Server, more: dict[str, Any] | None = None) -> Recipe:
-    section = {
-        "type": "vllm_server", "url": server.address, "model": vllm_server.NAME,
-        "tolerance": TOLERANCE, "patience_seconds": 900.0, "concurrency": 4,
-    }  # fmt: skip
-    return validate(Recipe, merge(merge(SMALL, {"engine": section}), more or {}), where="test")
+recipe = partial(served_recipe, SMALL)
 
 
 def test_turns_have_the_trainer_s_logprobs_before_and_after_an_update(

@@ -9,15 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from served_policies import mismatch, move
+from vllm_recipes import TOLERANCE, served_recipe
 
 import vllm_server
-from selfteach.config.recipe import Recipe
-from selfteach.config.schema import merge, validate
 from selfteach.runtime.run_folder import RunFolder
 from selfteach.trainer.build import build
 from selfteach.trainer.build_engine import require_engine
@@ -25,8 +25,6 @@ from selfteach.trainer.loop import run_to_end
 from selfteach.types import Rollout, Sampling
 from vllm_server import Server
 
-TOLERANCE = 1e-3
-"""Nats between trainer and engine on a sampled token, both in float32; about 5e-5 are measured."""
 TEMPERATURE = 0.7
 SAMPLING = Sampling(samples=2, temperature=TEMPERATURE, max_tokens=8, seed=5)
 SMALL: dict[str, Any] = {
@@ -48,12 +46,7 @@ SMALL: dict[str, Any] = {
 LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}}}
 
 
-def recipe(server: Server, more: dict[str, Any] | None = None) -> Recipe:
-    section = {
-        "type": "vllm_server", "url": server.address, "model": vllm_server.NAME,
-        "tolerance": TOLERANCE, "patience_seconds": 900.0, "concurrency": 4,
-    }  # fmt: skip
-    return validate(Recipe, merge(merge(SMALL, {"engine": section}), more or {}), where="test")
+recipe = partial(served_recipe, SMALL)
 
 
 # Adapters first: they need the weights that the server was started with.

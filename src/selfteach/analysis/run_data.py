@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,18 @@ def read_runs(folder: str | Path) -> list[RunData]:
         raise CheckpointError(f"{folder} is neither a run nor a study: pass the --out of one")
     paths = sorted(path.parent for path in folder.glob("**/seed_*/config.json"))
     return [read_run(path, _variant(path.relative_to(folder))) for path in paths]
+
+
+@contextmanager
+def unpacked(source: Path) -> Iterator[Path]:
+    """Yield a study's folder: ``source``, or the unpacked files of an archive, removed afterwards."""
+    if source.is_dir():
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(source) as archive:
+            archive.extractall(folder, filter="data")
+        yield Path(folder)
 
 
 def group_runs(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
